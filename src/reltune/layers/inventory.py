@@ -1,0 +1,200 @@
+"""Walk a model once and say which of its parameters are units that can be measured, chosen and trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+
+from torch import nn
+
+from reltune.layers import linear, norm
+from reltune.records import InputError, nearest
+
+# Kind of module -> the file that knows it. The first whose `matches` says yes is taken.
+LAYER_TYPES: dict[str, ModuleType] = {"linear": linear, "norm": norm}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleInfo:
+    """One module that owns units.
+
+    ``shape`` is (out, in) for linear maps and (features,) for norms. ``layer`` is the block it belongs to
+    (``encoder.layer.5``) or its own name when it stands outside the blocks; ``depth`` counts blocks and such
+    modules from the input on.
+    """
+
+    name: str
+    kind: str
+    layer: str
+    depth: int
+    shape: tuple[int, ...]
+    bias: bool
+
+    @property
+    def weight_parameters(self) -> int:
+        return self.shape[0] * self.shape[1] if self.kind == "linear" else self.shape[0]
+
+    @property
+    def bias_parameters(self) -> int:
+        return self.shape[0] if self.bias else 0
+
+    @property
+    def in_block(self) -> bool:
+        return self.layer != self.name
+
+    @property
+    def place(self) -> str:
+        """The name inside its block: attention.self.query."""
+        return self.name[len(self.layer) + 1 :] if self.in_block else self.name
+
+
+@dataclasses.dataclass
+class Inventory:
+    """The modules with units, in the model's order, and what was left out and why."""
+
+    modules: list[ModuleInfo]
+    left_out: dict[str, str]  # parameter name -> reason
+    base_parameters: int  # all parameters of the base model, new heads not counted
+    head_parameters: int
+
+    def __getitem__(self, name: str) -> ModuleInfo:
+        return self._by_name[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    def __post_init__(self) -> None:
+        self._by_name = {info.name: info for info in self.modules}
+
+
+def layer_type(module: nn.Module) -> tuple[str, ModuleType] | None:
+    for kind, handler in LAYER_TYPES.items():
+        if handler.matches(module):
+            return kind, handler
+    return None
+
+
+def new_parameters(model: nn.Module) -> list[str]:
+    """Parameters that loading did not find in the checkpoint, as far as transformers marked them.
+
+    A model that was not loaded from a checkpoint has no marks, and then nothing counts as new.
+    """
+    marks = {name: getattr(p, "_is_hf_initialized", None) for name, p in model.named_parameters()}
+    if not any(marks.values()):
+        return []
+    return sorted(name for name, mark in marks.items() if not mark)
+
+
+def head_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The modules that hold the named parameters or are named themselves, as high up as all they hold is new.
+
+    These are trained and saved whole (PEFT's ``modules_to_save``): a head is one module even when it has several
+    layers, and a module with one new parameter is trained as a whole.
+    """
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    modules = dict(model.named_modules())
+    owners: set[str] = set()
+    for name in names:
+        owner = name if name in modules else name.rpartition(".")[0]
+        if not owner or (name not in modules and name not in parameters):
+            raise InputError(f"always_trained names {name!r}, which is no part of the model; {nearest(name, parameters)}")
+        owners.add(owner)
+
+    def inside(name: str, places: Iterable[str]) -> bool:
+        return any(name.startswith(place + ".") for place in places)
+
+    for name in sorted(modules, key=lambda name: name.count(".")):
+        held = [p for p in parameters if name and p.startswith(name + ".")]
+        if held and all(inside(p, owners) for p in held):
+            owners = {owner for owner in owners if not owner.startswith(name + ".")} | {name}
+    return sorted(owners)
+
+
+def take_inventory(model: nn.Module, always_trained: Iterable[str] = ()) -> Inventory:
+    """List every module with units. ``always_trained`` names the modules of new heads."""
+    names = dict(model.named_parameters(remove_duplicate=False))
+    tops = tuple(f"{module}." for module in always_trained)
+    heads = {name for name in names if name.startswith(tops)} if tops else set()
+    owners: dict[int, list[str]] = {}
+    for name, parameter in names.items():
+        owners.setdefault(id(parameter), []).append(name)
+
+    modules: list[ModuleInfo] = []
+    left_out: dict[str, str] = {}
+    depths: dict[str, int] = {}
+    for name, module in model.named_modules():
+        own = {f"{name}.{key}" if name else key: p for key, p in module.named_parameters(recurse=False)}
+        if not own:
+            continue
+        layer = _block(model, name)
+        depth = depths.setdefault(layer, len(depths))
+        found = layer_type(module)
+        tied = [other for key, p in own.items() for other in owners[id(p)] if other not in own]
+        if any(key in heads for key in own):
+            reason = "new head, always trained"
+        elif found is None:
+            reason = f"layer type {type(module).__name__} has no units yet"
+        elif tied:
+            reason = f"shares its weight with {tied[0]}"
+        else:
+            kind, _ = found
+            shape = tuple(module.weight.shape)  # type: ignore[union-attr,arg-type]
+            bias = getattr(module, "bias", None) is not None
+            modules.append(ModuleInfo(name, kind, layer, depth, shape, bias))
+            continue
+        left_out.update(dict.fromkeys(own, reason))
+
+    counted = {id(p): p.numel() for name, p in names.items() if name not in heads}
+    head = {id(p): p.numel() for name, p in names.items() if name in heads}
+    return Inventory(modules, left_out, sum(counted.values()), sum(head.values()))
+
+
+def _block(model: nn.Module, name: str) -> str:
+    """The outermost numbered block that holds the module (``encoder.layer.5``), else the module's own name."""
+    parts = name.split(".")
+    for i in range(1, len(parts) + 1):
+        if parts[i - 1].isdigit():
+            parent = model.get_submodule(".".join(parts[: i - 1]))
+            if isinstance(parent, nn.ModuleList | nn.Sequential):
+                return ".".join(parts[:i])
+    return name
+
+
+def matching(names: Iterable[str], pattern: str) -> list[str]:
+    """Names that a pattern means: the whole name, its end or its beginning at a dot, or a regular expression."""
+    names = list(names)
+    plain = [n for n in names if n == pattern or n.endswith("." + pattern) or n.startswith(pattern + ".")]
+    if plain:
+        return plain
+    try:
+        expression = re.compile(pattern)
+    except re.error:
+        return []
+    return [n for n in names if expression.fullmatch(n)]
+
+
+def choose(inventory: Inventory, target_modules: Sequence[str] = (), exclude_modules: Sequence[str] = ()) -> list[str]:
+    """Names of the modules that may be used. A pattern that matches nothing is an InputError."""
+    everything = [info.name for info in inventory.modules]
+    known = sorted({part for name in everything for part in (name, name.rsplit(".", 1)[-1])})
+
+    def expand(patterns: Sequence[str], field: str) -> set[str]:
+        found: set[str] = set()
+        for pattern in patterns:
+            matched = matching(everything, pattern)
+            if not matched:
+                reasons = matching(inventory.left_out, pattern)
+                why = f" ({reasons[0]}: {inventory.left_out[reasons[0]]})" if reasons else ""
+                raise InputError(
+                    f"{field} {pattern!r} matches no module with units{why}; {nearest(pattern, known)}"
+                )
+            found.update(matched)
+        return found
+
+    wanted = expand(target_modules, "target_modules") if target_modules else set(everything)
+    wanted -= expand(exclude_modules, "exclude_modules")
+    if not wanted:
+        raise InputError("exclude_modules leaves no module to choose from; exclude less.")
+    return [name for name in everything if name in wanted]

@@ -1,0 +1,1 @@
+"""From relevance to a plan: what the budget allows, chosen and priced."""

@@ -1,0 +1,38 @@
+"""What the user is willing to spend, as a number of trainable parameters."""
+
+from __future__ import annotations
+
+import re
+
+from reltune.records import InputError
+
+_SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def parse_budget(budget: str | int | float, base_parameters: int) -> int:
+    """Parameters that a budget allows: a percentage of the base model ("0.5%") or a count (50000, "1.5M").
+
+    Raises InputError for 0, less than one parameter, more than the model has, or no number.
+    """
+    text = str(budget).strip().replace("_", "").replace(",", "")
+    match = re.fullmatch(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([%kKmMbB]?)", text)
+    if not match:
+        raise InputError(f"budget {budget!r} is no number; write a share like 0.5% or a count like 100000 or 1.5M.")
+    value, unit = float(match[1]), match[2].lower()
+    if value <= 0:
+        raise InputError(f"budget {budget!r} allows nothing; write a share like 0.5% or a count like 100000.")
+    if unit == "%":
+        if value > 100:
+            raise InputError(f"budget {budget!r} is above 100% of the model; write at most 100%.")
+        # The decimal the user wrote is meant exactly: 0.1% of 1,000,000 is 1,000, whatever floats make of it.
+        count = int(base_parameters * value / 100 + 1e-6)
+    else:
+        exact = value * _SUFFIX[unit]
+        if exact < 1 or exact != int(exact):
+            raise InputError(f"budget {budget!r} is no whole number of parameters; for a share write {match[1]}%.")
+        count = int(exact)
+    if count > base_parameters:
+        raise InputError(f"budget {budget!r} is more than the {base_parameters:,} parameters of the base model.")
+    if count < 1:
+        raise InputError(f"budget {budget!r} is less than one of the model's {base_parameters:,} parameters; write more.")
+    return count

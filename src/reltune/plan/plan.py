@@ -1,0 +1,303 @@
+"""The plan: the units chosen under a budget. A readable file that may be edited by hand and is checked on load."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from reltune.layers.inventory import Inventory
+from reltune.records import InputError, nearest, write_text
+
+FORMAT = "reltune-plan-1"
+INLINE_INDICES = 20_000  # more indices than this in all go to a file beside the plan
+INDEX_FILE = "indices.safetensors"
+HEADER = """\
+# What reltune will train. May be edited: add or remove modules, columns, rows, or set weight/bias to true or false.
+# columns are input features and rows output features of a linear map, counted from 0. Checked when it is read.
+"""
+
+
+@dataclasses.dataclass
+class ModulePlan:
+    """What is trained of one module.
+
+    ``shape`` is (out, in) of a linear map or (features,) of a norm. ``weight`` trains the whole matrix or gain and
+    excludes ``columns`` and ``rows``. A cell in both a chosen row and a chosen column belongs to the row.
+    """
+
+    shape: tuple[int, ...]
+    columns: list[int] = dataclasses.field(default_factory=list)
+    rows: list[int] = dataclasses.field(default_factory=list)
+    weight: bool = False
+    bias: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers; a cell in both a row and a column is held twice and counted twice."""
+        size = self.shape[0] if len(self.shape) == 1 else self.shape[0] * self.shape[1]
+        in_features = self.shape[-1]
+        matrix = size if self.weight else len(self.columns) * self.shape[0] + len(self.rows) * in_features
+        return matrix + (self.shape[0] if self.bias else 0)
+
+    @property
+    def indices(self) -> int:
+        return len(self.columns) + len(self.rows)
+
+    def check(self, name: str) -> None:
+        if self.weight and (self.columns or self.rows):
+            raise InputError(f"plan: {name} trains the whole weight and columns or rows of it; keep one of them.")
+        if len(self.shape) == 1 and (self.columns or self.rows):
+            raise InputError(f"plan: {name} is a norm and has no columns or rows; set weight: true instead.")
+        for field, size in (("columns", self.shape[-1]), ("rows", self.shape[0])):
+            values = getattr(self, field)
+            if not isinstance(values, list) or any(type(i) is not int for i in values):
+                raise InputError(f"plan: {field} of {name} must be a list of whole numbers.")
+            wrong = [i for i in values if not 0 <= i < size]
+            if wrong:
+                raise InputError(f"plan: {name} has {size} {field}, counted from 0; {wrong[0]} is none of them.")
+            if len(set(values)) < len(values):
+                twice = next(i for i in values if values.count(i) > 1)
+                raise InputError(f"plan: {field} of {name} name {twice} twice; name it once.")
+        for field in ("weight", "bias"):
+            if type(getattr(self, field)) is not bool:
+                raise InputError(f"plan: {field} of {name} must be true or false.")
+        if not self.parameters:
+            raise InputError(f"plan: {name} trains nothing; remove it or choose something of it.")
+
+
+@dataclasses.dataclass
+class Plan:
+    """The units to train, by module name, with the budget they keep and the base model they belong to.
+
+    ``budget`` is what the user asked for, ``budget_parameters`` the same as a count. ``always_trained`` names the
+    modules of new heads, counted apart. ``task_type`` is PEFT's.
+    """
+
+    modules: dict[str, ModulePlan]
+    budget: str
+    budget_parameters: int
+    base_parameters: int
+    fingerprint: str
+    criterion: str = ""
+    granularity: list[str] = dataclasses.field(default_factory=list)
+    model_name_or_path: str = ""
+    task_type: str | None = None
+    always_trained: list[str] = dataclasses.field(default_factory=list)
+    head_parameters: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers, without the new heads."""
+        return sum(module.parameters for module in self.modules.values())
+
+    @property
+    def indices(self) -> int:
+        return sum(module.indices for module in self.modules.values())
+
+    def by_layer(self, inventory: Inventory) -> dict[str, int]:
+        """Trainable parameters in each layer, from the input on; layers without any hold 0."""
+        totals = {info.layer: 0 for info in inventory.modules}
+        for name, module in self.modules.items():
+            totals[inventory[name].layer] += module.parameters
+        return totals
+
+    def describe(self) -> list[str]:
+        """The plan in words, one fact a line."""
+        counts = {
+            "columns": sum(len(m.columns) for m in self.modules.values()),
+            "rows": sum(len(m.rows) for m in self.modules.values()),
+            "whole matrices": sum(m.weight and len(m.shape) == 2 for m in self.modules.values()),
+            "norms": sum((m.weight or m.bias) and len(m.shape) == 1 for m in self.modules.values()),
+            "biases": sum(m.bias and len(m.shape) == 2 for m in self.modules.values()),
+        }
+        chosen = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+        first = next(iter(self.modules))
+        return [
+            f"{chosen} in {len(self.modules)} modules, by {self.criterion or 'hand'}",
+            f"{self.parameters:,} trainable parameters of {self.base_parameters:,} "
+            f"({self.parameters / self.base_parameters:.2%}), budget {self.budget} = {self.budget_parameters:,}",
+            f"{self.head_parameters:,} parameters of new heads are always trained and counted apart",
+            f"adapter on disk about {self.adapter_bytes():,} bytes, AdamW states {8 * self.trained_numbers():,} bytes",
+            f"the backward pass ends at {first}: nothing below it is differentiated or kept",
+        ]
+
+    def trained_numbers(self) -> int:
+        return self.parameters + self.head_parameters
+
+    def adapter_bytes(self) -> int:
+        """float32 values and int64 indices, file headers left out."""
+        return 4 * self.trained_numbers() + 8 * self.indices
+
+    def check(self) -> None:
+        """Raise InputError if the plan contradicts itself. Runs on load, after any edit by hand."""
+        if not self.modules:
+            raise InputError("plan: it chooses no module; add at least one.")
+        for name, module in self.modules.items():
+            module.check(name)
+        if self.parameters > self.budget_parameters:
+            raise InputError(
+                f"plan: it trains {self.parameters:,} parameters, above its budget of {self.budget_parameters:,}; "
+                "choose fewer or raise budget.parameters."
+            )
+
+    def check_model(self, inventory: Inventory, fingerprint: str) -> None:
+        """Raise InputError if the plan was not made for this model."""
+        for name, module in self.modules.items():
+            if name not in inventory:
+                known = [info.name for info in inventory.modules]
+                reason = next((why for key, why in inventory.left_out.items() if key.startswith(name + ".")), "")
+                if reason:
+                    raise InputError(f"plan: {name} cannot be trained by this plan: {reason}.")
+                raise InputError(f"plan: this model has no module {name!r}; {nearest(name, known)}")
+            info = inventory[name]
+            if info.shape != module.shape:
+                raise InputError(
+                    f"plan: {name} has shape {list(info.shape)} in this model and {list(module.shape)} in the plan; "
+                    "the plan is for another model."
+                )
+            if module.bias and not info.bias:
+                raise InputError(f"plan: {name} has no bias in this model; set bias: false.")
+        if self.fingerprint and fingerprint and self.fingerprint != fingerprint:
+            raise InputError(
+                f"plan: it was made for {self.model_name_or_path or 'another model'} (fingerprint {self.fingerprint[:8]}…), "
+                f"not for this model ({fingerprint[:8]}…); analyze and select again with this model."
+            )
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write ``plan.yaml``, and ``indices.safetensors`` beside it when there are too many indices to read."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        beside = self.indices > INLINE_INDICES
+        tensors: dict[str, torch.Tensor] = {}
+        modules: dict[str, Any] = {}
+        for name, module in self.modules.items():
+            entry: dict[str, Any] = {"shape": _Inline(module.shape)}
+            for field in ("columns", "rows"):
+                values = getattr(module, field)
+                if values and beside:
+                    tensors[f"{name}/{field}"] = torch.tensor(values)
+                    entry[field] = f"{len(values)} in {INDEX_FILE}"
+                elif values:
+                    entry[field] = _Inline(values)
+            entry.update({field: True for field in ("weight", "bias") if getattr(module, field)})
+            modules[name] = entry
+        if beside:
+            partial = directory / (INDEX_FILE + ".partial")
+            save_file(tensors, partial)
+            partial.replace(directory / INDEX_FILE)
+        else:
+            (directory / INDEX_FILE).unlink(missing_ok=True)
+        values = {
+            "format": FORMAT,
+            "model": {
+                "name_or_path": self.model_name_or_path,
+                "fingerprint": self.fingerprint,
+                "parameters": self.base_parameters,
+                "task_type": self.task_type,
+            },
+            "criterion": self.criterion,
+            "granularity": _Inline(self.granularity),
+            "budget": {"asked": self.budget, "parameters": self.budget_parameters},
+            "predicted": {  # for the reader; worked out anew on load
+                "trainable_parameters": self.parameters,
+                "head_parameters": self.head_parameters,
+                "adapter_bytes": self.adapter_bytes(),
+                "backward_ends_at": next(iter(self.modules)),
+            },
+            "always_trained": self.always_trained,
+            "modules": modules,
+        }
+        text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+        write_text(directory / "plan.yaml", HEADER + text)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Plan:
+        """Read and check a plan from ``plan.yaml`` or the directory that holds it."""
+        path = Path(path)
+        if path.is_dir():
+            path = path / "plan.yaml"
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"{path} does not exist; run `reltune select` first.") from error
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{path} cannot be read as a plan: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise InputError(f"{path} is no plan of format {FORMAT!r}; run `reltune select` again.")
+        known = ("format", "model", "criterion", "granularity", "budget", "predicted", "always_trained", "modules")
+        _known_keys(values, known, str(path))
+        try:
+            model, budget, predicted = values["model"], values["budget"], values.get("predicted", {})
+            _known_keys(model, ("name_or_path", "fingerprint", "parameters", "task_type"), f"{path}: model")
+            _known_keys(budget, ("asked", "parameters"), f"{path}: budget")
+            plan = cls(
+                modules=_read_modules(values["modules"], path),
+                budget=str(budget["asked"]),
+                budget_parameters=int(budget["parameters"]),
+                base_parameters=int(model["parameters"]),
+                fingerprint=str(model["fingerprint"]),
+                criterion=str(values.get("criterion", "")),
+                granularity=list(values.get("granularity", [])),
+                model_name_or_path=str(model.get("name_or_path", "")),
+                task_type=model.get("task_type"),
+                always_trained=list(values.get("always_trained") or []),
+                head_parameters=int(predicted.get("head_parameters", 0)),
+            )
+        except KeyError as error:
+            raise InputError(f"{path} lacks the field {error}; run `reltune select` again.") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} has a field of the wrong kind: {error}") from error
+        plan.check()
+        return plan
+
+
+def _known_keys(values: Any, known: Iterable[str], where: str) -> None:
+    if not isinstance(values, dict):
+        raise InputError(f"{where} must be a mapping of fields.")
+    for key in values:
+        if key not in known:
+            raise InputError(f"{where} has an unknown field {key!r}; {nearest(str(key), known)}")
+
+
+def _read_modules(entries: Any, path: Path) -> dict[str, ModulePlan]:
+    if not isinstance(entries, dict):
+        raise InputError(f"{path}: modules must map module names to what is trained of them.")
+    tensors: dict[str, torch.Tensor] = {}
+    modules = {}
+    for name, entry in entries.items():
+        _known_keys(entry, ("shape", "columns", "rows", "weight", "bias"), f"{path}: {name}")
+        for field in ("columns", "rows"):
+            if isinstance(entry.get(field), str):
+                if not tensors:
+                    try:
+                        tensors = load_file(path.parent / INDEX_FILE)
+                    except (OSError, SafetensorError) as error:
+                        raise InputError(f"{path.parent / INDEX_FILE} cannot be read: {error}") from error
+                if f"{name}/{field}" not in tensors:
+                    raise InputError(f"{path.parent / INDEX_FILE} holds no {field} of {name}.")
+                entry[field] = tensors[f"{name}/{field}"].tolist()
+        if "shape" not in entry:
+            raise InputError(f"{path}: {name} lacks its shape.")
+        modules[str(name)] = ModulePlan(**{**entry, "shape": tuple(entry["shape"])})
+    return modules
+
+
+class _Inline(list):  # type: ignore[type-arg]
+    """A list that YAML writes on one line."""
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+_Dumper.add_representer(_Inline, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True))

@@ -1,0 +1,164 @@
+"""What is written about a run: plain dataclasses without torch, and the one error that means bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CRITERIA = ("fisher", "gradient", "magnitude", "random", "depth")
+GRANULARITIES = ("layer", "module", "column", "row", "bias", "norm")
+
+
+class InputError(ValueError):
+    """Bad input or configuration: the command line prints the message and exits with code 2.
+
+    The message is one or two sentences: what is wrong, where, and the mend.
+    """
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """A phrase naming the known words that look most like ``name``, for error messages."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(repr(word) for word in close) + "?"
+    shown = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
+    return f"known: {shown}."
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """Everything that decides a run; saved as ``config.yaml`` in the run directory.
+
+    Field names follow transformers where it has them. ``training`` holds fields of
+    ``transformers.TrainingArguments`` as the user gave them.
+    """
+
+    model_name_or_path: str
+    train_file: str
+    output_dir: str
+    validation_file: str | None = None
+    test_file: str | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    encoding: str = "utf-8"
+    max_length: int = 128
+    budget: str = "0.5%"
+    criteria: list[str] = dataclasses.field(default_factory=lambda: ["fisher"])
+    granularity: list[str] = dataclasses.field(default_factory=lambda: ["column"])
+    target_modules: list[str] = dataclasses.field(default_factory=list)
+    exclude_modules: list[str] = dataclasses.field(default_factory=list)
+    head_epochs: float = 1.0
+    analysis_examples: int = 1024
+    analysis_batch_size: int = 32
+    seed: int = 42
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise InputError for values that no later stage could use. Reads no files."""
+        for name, known in (("criteria", CRITERIA), ("granularity", GRANULARITIES)):
+            values = getattr(self, name)
+            if not values:
+                raise InputError(f"{name} is empty; name at least one of {', '.join(known)}.")
+            for value in values:
+                if value not in known:
+                    raise InputError(f"{name} {value!r} is unknown; {nearest(value, known)}")
+        for name in ("max_length", "analysis_examples", "analysis_batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.head_epochs < 0:
+            raise InputError(f"head_epochs is {self.head_epochs}; it must be 0 or more.")
+
+    def save(self, path: str | os.PathLike) -> None:
+        write_text(path, yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> RunConfig:
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{path} cannot be read as a run's config.yaml: {error}") from error
+        if not isinstance(values, dict):
+            raise InputError(f"{path} is not a run's config.yaml: it holds no mapping of fields.")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise InputError(f"{path} has an unknown field {key!r}; {nearest(str(key), known)}")
+        try:
+            config = cls(**values)
+        except TypeError as error:
+            raise InputError(f"{path} lacks a field: {error}") from error
+        config.check()
+        return config
+
+
+@dataclasses.dataclass
+class MethodResult:
+    """One row of the comparison table: what a way of training cost and what it reached.
+
+    Units: seconds, bytes, milliseconds. ``None`` means "does not apply" or "could not be measured here".
+    """
+
+    method: str
+    trainable_parameters: int  # without the head
+    head_parameters: int
+    accuracy: float
+    f1_macro: float
+    loss: float
+    seconds_per_step: float | None
+    peak_memory_bytes: int | None
+    disk_bytes: int | None
+    inference_ms_per_text: float | None
+    inference_ms_per_text_merged: float | None = None
+    learning_rate: float | None = None
+    note: str = ""
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a file whole or not at all: into a neighbour first, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+@dataclasses.dataclass
+class Heatmap:
+    """Relevance by place: ``values[i][j]`` belongs to layer ``rows[i]`` and module ``columns[j]``.
+
+    ``None`` where a layer has no such module. ``share_by_layer[i]`` is the layer's share of all relevance (0..1).
+    """
+
+    criterion: str
+    rows: list[str]
+    columns: list[str]
+    values: list[list[float | None]]
+    share_by_layer: list[float]
+
+
+@dataclasses.dataclass
+class RunRecord:
+    """What the report shows of a run; assembled from the artefacts, never from memory of the training process."""
+
+    title: str
+    config: dict[str, Any]
+    heatmaps: list[Heatmap]
+    depth_sentence: str  # where relevance lies by depth, in one line
+    plan_lines: list[str]  # the plan in words: counts, predicted cost, where the backward pass ends
+    selected_by_layer: dict[str, int]  # layer name -> trainable parameters chosen there
+    metrics: dict[str, float]  # all_results.json
+    history: list[dict[str, Any]]  # log_history of trainer_state.json
+    comparison: list[MethodResult]  # empty when no baselines were run
+    notes: list[str]  # data licence, hardware, what was not measured

@@ -1,0 +1,89 @@
+"""The PEFT config: which units of which modules are trained."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+
+from reltune.plan.plan import ModulePlan, Plan
+from reltune.tuner.registration import peft_type
+
+
+@dataclass
+class ReltuneConfig(PeftConfig):
+    """Train selected columns, rows, biases, norms and whole matrices in place of a low-rank update.
+
+    With a ``plan`` (a ``Plan``, or the path of one) it trains what the plan says, and the modules of new heads.
+    Without one it behaves like any PEFT config: ``r`` columns of every module that ``target_modules`` names, those of
+    the largest weights.
+
+    Args:
+        plan: the plan; taken apart on creation and not saved itself.
+        r: columns per module, without a plan.
+        target_modules: names or a regular expression, as in every PEFT config; from the plan when there is one.
+        exclude_modules: names or a regular expression of modules to leave alone.
+        rank_pattern: another ``r`` for modules whose name ends in (or matches) the key.
+        layers_to_transform, layers_pattern: restrict to layers by index, as in LoraConfig.
+        modules_to_save: modules trained and saved whole, such as a classifier.
+        init_weights: True starts as the base model; False moves the selected weights at random, for tests.
+        trainable_token_indices: new tokens whose embeddings are trained, as in LoraConfig.
+        units: per module, how many columns and rows and whether weight and bias are trained; filled from the plan
+            and saved, because tensor sizes must be known before an adapter is loaded.
+        fingerprint, always_trained: the base model that the plan is for, and its new heads.
+    """
+
+    plan: Plan | dict[str, Any] | str | os.PathLike | None = None
+    r: int = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    units: dict[str, dict[str, Any]] | None = None
+    fingerprint: str = ""
+    always_trained: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type()
+        # Indices come from the plan or, on loading, from the adapter's file; JSON never holds them.
+        self._chosen: dict[str, ModulePlan] = {}
+        if self.plan is not None:
+            self._take(self.plan if isinstance(self.plan, Plan) else Plan.load(self.plan))  # type: ignore[arg-type]
+            self.plan = None
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern has no effect without layers_to_transform; give both.")
+        if self.r < 1:
+            raise ValueError(f"r is {self.r}; it must be at least 1.")
+
+    def _take(self, plan: Plan) -> None:
+        if self.target_modules is not None or self.exclude_modules is not None:
+            raise ValueError("a plan names its modules; leave out target_modules and exclude_modules.")
+        plan.check()
+        self._chosen = plan.modules
+        self.units = {
+            name: {"columns": len(m.columns), "rows": len(m.rows), "weight": m.weight, "bias": m.bias}
+            for name, m in plan.modules.items()
+        }
+        self.target_modules = list(plan.modules)
+        self.fingerprint = plan.fingerprint
+        self.always_trained = plan.always_trained
+        saved = [*(self.modules_to_save or []), *plan.always_trained]
+        self.modules_to_save = list(dict.fromkeys(saved)) or None
+        if self.task_type is None and plan.task_type:
+            self.task_type = plan.task_type  # type: ignore[assignment]
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        values.pop("plan")
+        return values

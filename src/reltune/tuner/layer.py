@@ -1,0 +1,408 @@
+"""Trainable units inside a frozen module.
+
+Columns and rows of a linear map are trained where they are: the base weight holds the current values, so that the
+forward pass is the base layer's one product, and ops/attach.py gives them their gradient. Whole weights, gains and
+biases are trained as tensors of their own that stand in for the base's, which is never touched.
+
+At most one adapter is *written* into the base weight at a time. The base weight is changed outside any graph only:
+after an optimizer step, on loading, on switching. Whatever else is asked for (disabled adapters, another adapter while
+a graph is alive, several adapters at once) is computed as a correction beside the product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from reltune.ops.attach import AttachColumns, AttachRows, HoldWeight, LiveGraphs, prune
+from reltune.plan.plan import ModulePlan
+
+# Layers whose columns or rows are being trained, for the optimizer hook below.
+_in_training: weakref.WeakSet[ReltuneLayer] = weakref.WeakSet()
+
+
+@dataclasses.dataclass
+class _Originals:
+    """What the base weight held at an adapter's columns and rows, and where: enough to undo the adapter exactly."""
+
+    column_idx: Tensor | None = None
+    columns: Tensor | None = None
+    row_idx: Tensor | None = None
+    rows: Tensor | None = None
+
+    def apply(self, function: Any) -> _Originals:
+        tensors = (self.column_idx, self.columns, self.row_idx, self.rows)
+        return _Originals(*(None if t is None else function(t) for t in tensors))
+
+
+class ReltuneLayer(nn.Module, BaseTunerLayer):
+    """A frozen module with trainable units, for any number of adapters.
+
+    Per adapter: ``reltune_columns`` (out, c), ``reltune_rows`` (r, in), ``reltune_weight`` like the weight,
+    ``reltune_bias`` like the bias; ``reltune_column_indices`` (c,) and ``reltune_row_indices`` (r,) in int64.
+    """
+
+    adapter_layer_names = ("reltune_columns", "reltune_rows", "reltune_weight", "reltune_bias")
+    other_param_names = ("reltune_column_indices", "reltune_row_indices", "originals")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self.reltune_column_indices = BufferDict(persistent=True)
+        self.reltune_row_indices = BufferDict(persistent=True)
+        self.originals: dict[str, _Originals] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._written: str | None = None
+        self._versions: tuple[Any, ...] = ()  # of the written tensors, when they were written
+        self._graphs: LiveGraphs = []
+        self._backup: dict[str, Tensor] = {}  # whole tensors replaced by merge
+        shape = self._shape()
+        self.in_features, self.out_features = shape[-1], shape[0]
+        self.register_load_state_dict_post_hook(_after_load)
+
+    # -- what a subclass knows of its base layer --------------------------------------------------------------
+
+    def _shape(self) -> tuple[int, ...]:
+        return tuple(self.get_base_layer().weight.shape)
+
+    def _base_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The base layer's output with other tensors in place of its own."""
+        raise NotImplementedError
+
+    # -- adapters ----------------------------------------------------------------------------------------------
+
+    def update_layer(
+        self, adapter_name: str, units: ModulePlan, init_weights: bool = True, inference_mode: bool = False
+    ) -> None:
+        """Add an adapter that trains ``units``; until an adapter file is loaded its values are the base's."""
+        base = self.get_base_layer()
+        if units.bias and base.bias is None:
+            raise ValueError("this module has no bias to train.")
+        with torch.no_grad():
+            pristine = self._pristine_weight()
+            for field, dim in (("columns", 1), ("rows", 0)):
+                idx = torch.tensor(getattr(units, field), dtype=torch.int64, device=pristine.device)
+                if len(idx):
+                    getattr(self, f"reltune_{field[:-1]}_indices")[adapter_name] = idx
+                    self._parameter(f"reltune_{field}", adapter_name, pristine.index_select(dim, idx), init_weights)
+            if units.weight:
+                self._parameter("reltune_weight", adapter_name, pristine, init_weights)
+            if units.bias:
+                self._parameter("reltune_bias", adapter_name, base.bias, init_weights)
+            self._remember(adapter_name, pristine)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _parameter(self, kind: str, adapter_name: str, value: Tensor, init_weights: bool) -> None:
+        value = value.detach().clone()
+        if not init_weights:
+            value = value + 0.1 * torch.randn_like(value)
+        getattr(self, kind)[adapter_name] = nn.Parameter(value)
+
+    def _remember(self, adapter_name: str, pristine: Tensor) -> None:
+        kept = _Originals()
+        if adapter_name in self.reltune_columns:
+            kept.column_idx = self.reltune_column_indices[adapter_name].clone()
+            kept.columns = pristine.index_select(1, kept.column_idx)
+        if adapter_name in self.reltune_rows:
+            kept.row_idx = self.reltune_row_indices[adapter_name].clone()
+            kept.rows = pristine.index_select(0, kept.row_idx)
+        if kept.columns is not None or kept.rows is not None:
+            self.originals[adapter_name] = kept
+
+    def _loaded(self) -> None:
+        """After load_state_dict: indices and values may be new."""
+        if not self.originals or self.merged:
+            return
+        self._restore()
+        with torch.no_grad():
+            weight = self.get_base_layer().weight
+            for adapter_name in list(self.originals):
+                self._remember(adapter_name, weight)
+        self._settle()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._settle()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if self._written == adapter_name:
+            self._restore()
+        super().delete_adapter(adapter_name)
+        self._settle()
+
+    def _active(self, kinds: tuple[str, ...]) -> list[str]:
+        return [name for name in self.active_adapters if any(name in getattr(self, kind) for kind in kinds)]
+
+    # -- the base weight ---------------------------------------------------------------------------------------
+
+    def _pristine_weight(self) -> Tensor:
+        """The base's own weight; a copy when an adapter is written into it."""
+        weight = self.get_base_layer().weight.detach()
+        if "weight" in self._backup:
+            return self._backup["weight"]
+        if self._written is None and not self.merged:
+            return weight
+        weight = weight.clone()
+        for name in [self._written, *self.merged_adapters]:
+            if name in self.originals:
+                _put(weight, self.originals[name], self.originals[name].columns, self.originals[name].rows)
+        return weight
+
+    def _write(self, adapter_name: str) -> None:
+        kept = self.originals[adapter_name]
+        columns = self.reltune_columns[adapter_name] if kept.columns is not None else None
+        rows = self.reltune_rows[adapter_name] if kept.rows is not None else None
+        with torch.no_grad():
+            _put(self.get_base_layer().weight, kept, columns, rows)
+        self._written = adapter_name
+        self._versions = self._current_versions()
+
+    def _restore(self) -> None:
+        if self._written is not None:
+            kept = self.originals[self._written]
+            with torch.no_grad():
+                _put(self.get_base_layer().weight, kept, kept.columns, kept.rows)
+            self._written = None
+
+    def _current_versions(self) -> tuple[Any, ...]:
+        tensors = [kind[self._written] for kind in (self.reltune_columns, self.reltune_rows) if self._written in kind]
+        return tuple((id(t), t._version) for t in tensors)
+
+    def write_back(self) -> None:
+        """Bring the base weight up to date with the trained columns and rows."""
+        if self._written is not None:
+            self._write(self._written)
+
+    def _settle(self) -> None:
+        """Write the adapter that is asked for into the base weight, unless a graph still needs what is there."""
+        if self.disable_adapters or self.merged or not self.originals:
+            return
+        wanted = next(iter(self._active(("reltune_columns", "reltune_rows"))), None)
+        if wanted is not None and self.get_base_layer().weight.device.type == "meta":
+            return
+        if wanted == self._written:
+            if wanted is not None and self._versions != self._current_versions():
+                self._write(wanted)  # changed by hand, without an optimizer
+            return
+        self._graphs = prune(self._graphs)
+        if not self._graphs:
+            self._restore()
+            if wanted is not None:
+                self._write(wanted)
+
+    # -- forward -----------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        self._settle()
+        names = [] if self.disable_adapters else self.active_adapters
+        whole = [name for name in names if name in self.reltune_weight]
+        biased = [name for name in names if name in self.reltune_bias]
+        partial = [name for name in names if name in self.originals]
+        base = self.get_base_layer()
+        if whole or biased:
+            weight = _combined(self._pristine_weight() if whole else base.weight, self.reltune_weight, whole)
+            bias = None if base.bias is None else _combined(base.bias, self.reltune_bias, biased)
+            y = self._base_forward(x, weight, bias)
+        else:
+            y = self.base_layer(x, *args, **kwargs)
+        if not self.originals:
+            return y
+        in_product = None if whole else self._written  # the adapter whose values the product has used
+        if in_product is not None and in_product not in partial:
+            y = y - self._correction(x, in_product, self._write_values(in_product))
+        for name in partial:
+            if name == in_product:
+                if torch.is_grad_enabled():
+                    y = self._attach(y, x, name)
+            else:
+                y = y + self._correction(x, name, (self._get(self.reltune_columns, name), self._get(self.reltune_rows, name)))
+        if torch.is_grad_enabled() and y.requires_grad:
+            y = HoldWeight.apply(y, self._graphs)
+        return y
+
+    def _attach(self, y: Tensor, x: Tensor, name: str) -> Tensor:
+        columns, rows = self._get(self.reltune_columns, name), self._get(self.reltune_rows, name)
+        row_idx = self._get(self.reltune_row_indices, name)
+        if columns is not None and columns.requires_grad:
+            y = AttachColumns.apply(y, x, columns, self.reltune_column_indices[name], row_idx)
+            _in_training.add(self)
+        if rows is not None and rows.requires_grad:
+            y = AttachRows.apply(y, x, rows, row_idx)
+            _in_training.add(self)
+        return y
+
+    def _write_values(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+        """The adapter's columns and rows as the base weight holds them: rounded to its dtype."""
+        dtype = self.get_base_layer().weight.dtype
+        columns, rows = self._get(self.reltune_columns, name), self._get(self.reltune_rows, name)
+        return (
+            None if columns is None else columns.detach().to(dtype),
+            None if rows is None else rows.detach().to(dtype),
+        )
+
+    def _correction(self, x: Tensor, name: str, values: tuple[Tensor | None, Tensor | None]) -> Tensor:
+        """x ΔWᵀ for the adapter's change of the weight, at the cost of its columns and rows."""
+        kept, (columns, rows) = self.originals[name], values
+        dtype = self.get_base_layer().weight.dtype
+        total: Tensor | None = None
+        if columns is not None:
+            delta = (columns - kept.columns).to(dtype)
+            if kept.row_idx is not None:
+                delta = delta.index_fill(0, kept.row_idx, 0)
+            total = F.linear(x.index_select(-1, kept.column_idx), delta)
+        if rows is not None:
+            part = F.linear(x, (rows - kept.rows).to(dtype))
+            if total is None:
+                total = part.new_zeros(*part.shape[:-1], self.out_features)
+            total = total.index_add(-1, kept.row_idx, part)
+        assert total is not None
+        return total
+
+    @staticmethod
+    def _get(entries: Any, name: str) -> Any:
+        return entries[name] if name in entries else None
+
+    # -- merging -----------------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the active adapters' values into the base layer; several add their changes."""
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self._all_available_adapter_names()]
+        if not names:
+            return
+        if safe_merge:
+            for name in names:
+                for kind in self.adapter_layer_names:
+                    if name in getattr(self, kind) and not torch.isfinite(getattr(self, kind)[name]).all():
+                        raise ValueError(
+                            f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                        )
+        self._restore()
+        base = self.get_base_layer()
+        with torch.no_grad():
+            for name in names:
+                alone = not self.merged_adapters
+                for kind, tensor in (("weight", base.weight), ("bias", base.bias)):
+                    trained = self._get(getattr(self, f"reltune_{kind}"), name)
+                    if trained is not None:
+                        self._backup.setdefault(kind, self._pristine_weight().clone() if kind == "weight" else tensor.clone())
+                        tensor.add_(trained.to(tensor.dtype) - self._backup[kind]) if not alone else tensor.copy_(trained)
+                if name in self.originals:
+                    kept = self.originals[name]
+                    columns, rows = self._get(self.reltune_columns, name), self._get(self.reltune_rows, name)
+                    if alone:
+                        _put(base.weight, kept, columns, rows)
+                    else:
+                        base.weight.add_(self.get_delta_weight(name))
+                self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Undo every merge: the base layer is bit for bit what it was."""
+        base = self.get_base_layer()
+        with torch.no_grad():
+            for name in self.merged_adapters:
+                if name in self.originals:
+                    kept = self.originals[name]
+                    _put(base.weight, kept, kept.columns, kept.rows)
+            for kind, tensor in self._backup.items():
+                getattr(base, kind).copy_(tensor)
+        self._backup.clear()
+        self.merged_adapters = []
+        self._settle()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's change of the weight, dense, in the weight's dtype."""
+        pristine = self._pristine_weight()
+        if adapter in self.reltune_weight:
+            return self.reltune_weight[adapter].to(pristine.dtype) - pristine
+        changed = pristine.clone()
+        if adapter in self.originals:
+            columns, rows = self._get(self.reltune_columns, adapter), self._get(self.reltune_rows, adapter)
+            _put(changed, self.originals[adapter], columns, rows)
+        return changed - pristine
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # `reltune export --to lora` converts exactly, without a decomposition
+
+    # -- housekeeping ------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        self.originals = {name: kept.apply(fn) for name, kept in self.originals.items()}
+        self._backup = {kind: fn(tensor) for kind, tensor in self._backup.items()}
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_graphs": []}  # graphs belong to this process and to this copy
+
+    def __repr__(self) -> str:
+        return "reltune." + super().__repr__()
+
+
+class ReltuneLinear(ReltuneLayer):
+    """nn.Linear."""
+
+    def _base_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class ReltuneNorm(ReltuneLayer):
+    """LayerNorm and the RMSNorm family: the gain and the bias."""
+
+    def _base_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        return functional_call(self.get_base_layer(), tensors, (x,))
+
+
+LAYER_CLASSES: dict[str, type[ReltuneLayer]] = {"linear": ReltuneLinear, "norm": ReltuneNorm}
+
+
+def _put(weight: Tensor, kept: _Originals, columns: Tensor | None, rows: Tensor | None) -> None:
+    """Write columns, then rows, into the weight: a cell in both belongs to the row."""
+    if columns is not None:
+        weight.index_copy_(1, kept.column_idx, columns.detach().to(weight.dtype))
+    if rows is not None:
+        weight.index_copy_(0, kept.row_idx, rows.detach().to(weight.dtype))
+
+
+def _combined(base: Tensor, trained: nn.ParameterDict, names: list[str]) -> Tensor:
+    """The tensor to use in place of the base's: the adapter's own, or the base plus every adapter's change."""
+    if not names:
+        return base
+    if len(names) == 1:
+        return trained[names[0]].to(base.dtype)
+    return base + sum(trained[name].to(base.dtype) - base for name in names)
+
+
+def _after_load(module: Any, _: Any) -> None:
+    module._loaded()
+
+
+def _write_back_after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for layer in list(_in_training):
+        name = layer._written
+        if name is not None and any(
+            name in kind and id(kind[name]) in stepped for kind in (layer.reltune_columns, layer.reltune_rows)
+        ):
+            layer.write_back()
+
+
+register_optimizer_step_post_hook(_write_back_after_step)

@@ -1,0 +1,112 @@
+"""The PEFT tuner: puts ReltuneLayers in the place of the modules that a config names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from reltune.layers.fingerprint import fingerprint
+from reltune.layers.inventory import layer_type
+from reltune.plan.plan import ModulePlan
+from reltune.records import InputError, nearest
+from reltune.tuner.config import ReltuneConfig
+from reltune.tuner.layer import LAYER_CLASSES, ReltuneLayer
+
+
+class ReltuneModel(BaseTuner):
+    """Trains selected units of a frozen model; made by ``peft.get_peft_model(model, ReltuneConfig(…))``."""
+
+    prefix: str = "reltune_"
+    tuner_layer_cls = ReltuneLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        # A plan names modules in full; PEFT's matching by the end of a name could take a namesake elsewhere.
+        if peft_config.units is not None:
+            return key in peft_config.units
+        return BaseTuner._check_target_module_exists(peft_config, key)
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        has_adapters = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        if not has_adapters:
+            # Once adapters are there, the weights are no longer only the base's.
+            without = peft_config.always_trained
+            self._fingerprint = fingerprint(model, without) if peft_config.fingerprint else ""
+        found = getattr(self, "_fingerprint", "")
+        if peft_config.units is not None:
+            names = [name for name, _ in model.named_modules()]
+            missing = [name for name in peft_config.units if name not in names]
+            if missing:
+                raise InputError(f"the plan names {missing[0]!r}, which this model does not have; {nearest(missing[0], names)}")
+        if found and peft_config.fingerprint and found != peft_config.fingerprint:
+            raise InputError(
+                f"the plan or adapter was made for another base model (fingerprint {peft_config.fingerprint[:8]}…, this one "
+                f"is {found[:8]}…); load the model it was made for, or analyze and select again."
+            )
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        found = layer_type(base)
+        if found is None:
+            raise TypeError(
+                f"{current_key} is a {type(base).__name__}, which reltune cannot train; supported are nn.Linear, "
+                "nn.LayerNorm and the RMSNorm family."
+            )
+        units = self._units(peft_config, current_key, base)
+        if isinstance(target, ReltuneLayer):
+            layer = target
+        else:
+            layer = LAYER_CLASSES[found[0]](target)
+        layer.update_layer(adapter_name, units, peft_config.init_weights, peft_config.inference_mode)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)  # an additional adapter is not trained until it is set
+            self._replace_module(parent, target_name, layer, target)
+
+    @staticmethod
+    def _units(config: ReltuneConfig, key: str, base: nn.Module) -> ModulePlan:
+        shape = tuple(base.weight.shape)  # type: ignore[union-attr,arg-type]
+        if key in config._chosen:
+            units = config._chosen[key]
+            if tuple(units.shape) != shape:
+                raise InputError(
+                    f"the plan gives {key} the shape {list(units.shape)}, and this model's has {list(shape)}; it is for "
+                    "another model."
+                )
+            return units
+        if config.units is not None:
+            # An adapter is about to be loaded: sizes are known, indices come with the file.
+            sizes = config.units[key]
+            return ModulePlan(
+                shape, list(range(sizes["columns"])), list(range(sizes["rows"])), sizes["weight"], sizes["bias"]
+            )
+        if len(shape) == 1:
+            return ModulePlan(shape, weight=True, bias=getattr(base, "bias", None) is not None)
+        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), key), config.r)
+        if base.weight.device.type == "meta":  # type: ignore[union-attr]
+            return ModulePlan(shape, list(range(min(r, shape[1]))))
+        norms = base.weight.detach().float().norm(dim=0)  # type: ignore[union-attr,operator]
+        largest = torch.topk(norms, min(r, shape[1])).indices.sort().values
+        return ModulePlan(shape, largest.tolist())
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if not merge:
+            for module in self.model.modules():
+                if isinstance(module, ReltuneLayer):
+                    module._restore()
+        return super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[return-value]

