@@ -35,6 +35,11 @@ def test_csv_lines_are_where_records_start(tmp_path):
     ]
 
 
+def test_line_ends_inside_a_text_stay(tmp_path):
+    path = written(tmp_path, 'text,label\r\n"a\r\nb\rc",x\r\nd,y\r\n')
+    assert read_rows(path) == [Row("a\r\nb\rc", "x", 2), Row("d", "y", 5)]
+
+
 def test_tsv_and_other_columns(tmp_path):
     path = written(tmp_path, "class\tid\tsentence\npos\t1\ta, b\n", "data.TSV")
     assert read_rows(path, "sentence", "class") == [Row("a, b", "pos", 2)]

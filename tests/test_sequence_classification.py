@@ -8,13 +8,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import save_tiny_bert, save_tiny_gpt2, tiny_decoder_tokenizer, tiny_tokenizer
-from transformers import BertForSequenceClassification, EvalPrediction, RobertaConfig, ViTConfig
+from transformers import (
+    BertForSequenceClassification,
+    ByT5Tokenizer,
+    EvalPrediction,
+    RobertaConfig,
+    ViTConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 from reltune.records import InputError
 from reltune.tasks.rows import Row
 from reltune.tasks.sequence_classification import SequenceClassification
+from tiny_models import save_tiny_bert, save_tiny_gpt2, tiny_decoder_tokenizer, tiny_tokenizer
 
 TASK = SequenceClassification(["差评", "好评", "neutral"])
 ROWS = [Row("good film", "好评", 2), Row("电影 坏 " * 40, "差评", 3), Row("fine", "neutral", 4)]
@@ -139,6 +145,12 @@ def test_head_of_another_size_or_for_other_labels_must_be_learned(models):
     assert SequenceClassification(TASK.labels[::-1]).load_model(models / "three")[1] == head
 
 
+def test_head_that_contradicts_its_config_must_be_learned(models, tmp_path):
+    folder = shutil.copytree(models / "three", tmp_path / "three")
+    change_weights(folder, lambda weights: {**weights, "classifier.weight": torch.zeros(2, 32)})
+    assert TASK.load_model(folder)[1] == ["classifier.weight"]
+
+
 def test_dtype(models):
     assert TASK.load_model(models / "bert")[0].dtype == torch.float32
     assert {p.dtype for p in TASK.load_model(models / "bert", torch.bfloat16)[0].parameters()} == {
@@ -179,13 +191,16 @@ def test_encode(models):
     # the model has 64 positions, so more is cut whatever max_length says
     data = TASK.encode([Row("fine " * 62, "好评", 1), Row("fine " * 63, "好评", 2)], tokenizer, 512)
     assert [len(data[i]["input_ids"]) for i in range(2)] == [64, 64]
-    assert data.n_truncated == 1
     assert data[0]["input_ids"][1] == fine
     assert len(TASK.encode([], tokenizer, 10)) == 0
 
 
-def test_encoding_is_quiet_about_long_texts(models, logged):
-    TASK.encode([Row("fine " * 100, "好评", 1)], TASK.load_tokenizer(models / "bert"), 512)
+def test_long_texts_are_counted_and_not_logged(models, logged):
+    rows = [Row("fine " * 62, "好评", 1), Row("fine " * 63, "好评", 2)]
+    assert TASK.encode(rows, TASK.load_tokenizer(models / "bert"), 512).n_truncated == 1
+    in_python = ByT5Tokenizer(model_max_length=64)  # a token for each byte, and one at the end
+    rows = [Row("x" * 63, "好评", 1), Row("x" * 64, "好评", 2), Row("好" * 22, "好评", 3)]
+    assert TASK.encode(rows, in_python, 512).n_truncated == 2
     assert logged == []
 
 
@@ -220,9 +235,10 @@ def test_loss_per_example(dtype):
     assert logits.grad is not None
 
 
-def test_loss_is_the_models_own(models):
-    model, _ = TASK.load_model(models / "bert")
-    tokenizer = TASK.load_tokenizer(models / "bert")
+def test_loss_is_the_models_own(bert):
+    change_config(bert, problem_type="multi_label_classification")  # what an earlier training may have left
+    model, _ = TASK.load_model(bert)
+    tokenizer = TASK.load_tokenizer(bert)
     data = TASK.encode(ROWS, tokenizer, 16)
     batch = TASK.collator(tokenizer)([data[i] for i in range(3)])
     outputs = model(**batch)
@@ -268,7 +284,8 @@ def test_paths_that_hold_no_model(tmp_path, monkeypatch):
         (ViTConfig().to_json_string(), "'vit'"),
     ],
 )
-def test_configs_that_cannot_be_used(bert, config, words):
+def test_configs_that_cannot_be_used(bert, config, words, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked a question"))
     (bert / "config.json").write_text(config)
     message = error_of(TASK.load_model, bert)
     assert str(bert) in message and words in message
@@ -282,7 +299,7 @@ def test_weights_that_cannot_be_used(bert, models):
         message = error_of(TASK.load_model, bert)
         assert f"weights of {bert}" in message and "damaged" in message
     weights.unlink()
-    assert "model.safetensors" in error_of(TASK.load_model, bert)
+    assert "cannot be found or read" in error_of(TASK.load_model, bert)
     shutil.copy(models / "gpt2" / "model.safetensors", weights)
     assert "do not fit its config.json" in error_of(TASK.load_model, bert)
 

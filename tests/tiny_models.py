@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = tuple("good bad fine poor film book very not great dull 好 坏 电影".split())
+WORDS = ("good", "bad", "fine", "poor", "film", "book", "very", "not", "great", "dull", "好", "坏", "电影")
 
 
 def tiny_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
@@ -53,7 +53,7 @@ def save_tiny_bert(
     labels: Sequence[str] | None = None,
     seed: int = 0,
 ) -> None:
-    """Save a BERT and its tokenizer; without ``labels`` the weights hold no classifier, as pretrained ones do."""
+    """Save a BERT and its tokenizer; without ``labels`` its weights hold no classifier."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer(vocab)
     config = BertConfig(

@@ -16,6 +16,9 @@ CRITERIA = ("fisher", "gradient", "magnitude", "random", "depth")
 GRANULARITIES = ("layer", "module", "column", "row", "bias", "norm")
 
 
+DATASETS = ("bbc_news",)
+
+
 class InputError(ValueError):
     """Bad input or configuration: the command line prints the message and exits with code 2.
 
@@ -42,8 +45,9 @@ class RunConfig:
     """
 
     model_name_or_path: str
-    train_file: str
     output_dir: str
+    train_file: str | None = None
+    dataset_name: str | None = None  # a data set that comes with reltune's extras, in place of files: bbc_news
     validation_file: str | None = None
     test_file: str | None = None
     text_column: str = "text"
@@ -70,6 +74,10 @@ class RunConfig:
             for value in values:
                 if value not in known:
                     raise InputError(f"{name} {value!r} is unknown; {nearest(value, known)}")
+        if (self.train_file is None) == (self.dataset_name is None):
+            raise InputError("exactly one of train_file and dataset_name says what to train on; give one of them.")
+        if self.dataset_name is not None and self.dataset_name not in DATASETS:
+            raise InputError(f"dataset_name {self.dataset_name!r} is unknown; {nearest(self.dataset_name, DATASETS)}")
         for name in ("max_length", "analysis_examples", "analysis_batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")

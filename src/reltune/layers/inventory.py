@@ -87,7 +87,7 @@ def new_parameters(model: nn.Module) -> list[str]:
     return sorted(name for name, mark in marks.items() if not mark)
 
 
-def head_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
+def head_modules(model: nn.Module, names: str | Iterable[str]) -> list[str]:
     """The modules that hold the named parameters or are named themselves, as high up as all they hold is new.
 
     These are trained and saved whole (PEFT's ``modules_to_save``): a head is one module even when it has several
@@ -96,7 +96,7 @@ def head_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     modules = dict(model.named_modules())
     owners: set[str] = set()
-    for name in names:
+    for name in [names] if isinstance(names, str) else names:
         owner = name if name in modules else name.rpartition(".")[0]
         if not owner or (name not in modules and name not in parameters):
             raise InputError(f"always_trained names {name!r}, which is no part of the model; {nearest(name, parameters)}")
@@ -107,7 +107,7 @@ def head_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
 
     for name in sorted(modules, key=lambda name: name.count(".")):
         held = [p for p in parameters if name and p.startswith(name + ".")]
-        if held and all(inside(p, owners) for p in held):
+        if held and not inside(name, owners) and all(inside(p, owners) for p in held):
             owners = {owner for owner in owners if not owner.startswith(name + ".")} | {name}
     return sorted(owners)
 
@@ -140,7 +140,7 @@ def take_inventory(model: nn.Module, always_trained: Iterable[str] = ()) -> Inve
             reason = f"shares its weight with {tied[0]}"
         else:
             kind, _ = found
-            shape = tuple(module.weight.shape)  # type: ignore[union-attr,arg-type]
+            shape = tuple(module.weight.shape)
             bias = getattr(module, "bias", None) is not None
             modules.append(ModuleInfo(name, kind, layer, depth, shape, bias))
             continue
@@ -175,14 +175,16 @@ def matching(names: Iterable[str], pattern: str) -> list[str]:
     return [n for n in names if expression.fullmatch(n)]
 
 
-def choose(inventory: Inventory, target_modules: Sequence[str] = (), exclude_modules: Sequence[str] = ()) -> list[str]:
+def choose(
+    inventory: Inventory, target_modules: str | Sequence[str] = (), exclude_modules: str | Sequence[str] = ()
+) -> list[str]:
     """Names of the modules that may be used. A pattern that matches nothing is an InputError."""
     everything = [info.name for info in inventory.modules]
     known = sorted({part for name in everything for part in (name, name.rsplit(".", 1)[-1])})
 
-    def expand(patterns: Sequence[str], field: str) -> set[str]:
+    def expand(patterns: str | Sequence[str], field: str) -> set[str]:
         found: set[str] = set()
-        for pattern in patterns:
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
             matched = matching(everything, pattern)
             if not matched:
                 reasons = matching(inventory.left_out, pattern)

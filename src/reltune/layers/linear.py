@@ -8,8 +8,8 @@ from reltune.ops.squared_gradient import accumulator_dtype, squared_gradient_sum
 
 
 def matches(module: nn.Module) -> bool:
-    """Exactly nn.Linear: a subclass may compute something else."""
-    return type(module) is nn.Linear
+    """Exactly nn.Linear with a weight of its own: a subclass or reparametrisation may compute otherwise."""
+    return type(module) is nn.Linear and "weight" in module._parameters
 
 
 def squared_gradients(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:

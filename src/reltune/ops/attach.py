@@ -37,7 +37,7 @@ class AttachColumns(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         selected, row_idx = ctx.saved_tensors
-        gradient = g.flatten(0, -2).mT @ selected.flatten(0, -2)
+        gradient = _flat(g).mT @ _flat(selected)
         if row_idx is not None:
             gradient[row_idx] = 0
         return g, None, gradient.to(ctx.dtype), None, None
@@ -56,8 +56,13 @@ class AttachRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, idx = ctx.saved_tensors
-        gradient = g.index_select(-1, idx).flatten(0, -2).mT @ x.to(g.dtype).flatten(0, -2)
+        gradient = _flat(g.index_select(-1, idx)).mT @ _flat(x.to(g.dtype))
         return g, None, gradient.to(ctx.dtype), None
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(…, features) -> (vectors, features), also for a single vector."""
+    return x.reshape(-1, x.shape[-1])
 
 
 # Graphs that still need W as it was in their forward pass. A node lives as long as its graph.
@@ -74,7 +79,7 @@ class HoldWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, graphs: LiveGraphs) -> Tensor:
-        graphs.append(weakref.ref(ctx))
+        graphs[:] = [*prune(graphs), weakref.ref(ctx)]  # or the list would grow with every step
         return y.detach()
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 from reltune.records import InputError
 
@@ -14,18 +15,19 @@ def parse_budget(budget: str | int | float, base_parameters: int) -> int:
 
     Raises InputError for 0, less than one parameter, more than the model has, or no number.
     """
-    text = str(budget).strip().replace("_", "").replace(",", "")
-    match = re.fullmatch(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([%kKmMbB]?)", text)
+    # A comma only between thousands: "0,5%" could be meant as a half.
+    text = re.sub(r"(?<=\d)[,_](?=\d{3}(?!\d))", "", str(budget).strip())
+    match = re.fullmatch(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)\s*([%kKmMbB]?)", text)
     if not match:
         raise InputError(f"budget {budget!r} is no number; write a share like 0.5% or a count like 100000 or 1.5M.")
-    value, unit = float(match[1]), match[2].lower()
+    # Exact decimals: 0.1% of 1,000,000 is 1,000 and 1.001k is 1,001, whatever floats make of them.
+    value, unit = Decimal(match[1]), match[2].lower()
     if value <= 0:
         raise InputError(f"budget {budget!r} allows nothing; write a share like 0.5% or a count like 100000.")
     if unit == "%":
         if value > 100:
             raise InputError(f"budget {budget!r} is above 100% of the model; write at most 100%.")
-        # The decimal the user wrote is meant exactly: 0.1% of 1,000,000 is 1,000, whatever floats make of it.
-        count = int(base_parameters * value / 100 + 1e-6)
+        count = int(base_parameters * value / 100)
     else:
         exact = value * _SUFFIX[unit]
         if exact < 1 or exact != int(exact):

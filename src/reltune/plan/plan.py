@@ -52,6 +52,9 @@ class ModulePlan:
         return len(self.columns) + len(self.rows)
 
     def check(self, name: str) -> None:
+        """Raise InputError, naming the module, if what is trained of it contradicts itself."""
+        if len(self.shape) not in (1, 2) or any(type(size) is not int or size < 1 for size in self.shape):
+            raise InputError(f"plan: shape of {name} must be [out, in] of a linear map or [features] of a norm.")
         if self.weight and (self.columns or self.rows):
             raise InputError(f"plan: {name} trains the whole weight and columns or rows of it; keep one of them.")
         if len(self.shape) == 1 and (self.columns or self.rows):
@@ -228,7 +231,7 @@ class Plan:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise InputError(f"{path} does not exist; run `reltune select` first.") from error
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise InputError(f"{path} cannot be read as a plan: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise InputError(f"{path} is no plan of format {FORMAT!r}; run `reltune select` again.")
@@ -245,19 +248,22 @@ class Plan:
                 base_parameters=int(model["parameters"]),
                 fingerprint=str(model["fingerprint"]),
                 criterion=str(values.get("criterion", "")),
-                granularity=list(values.get("granularity", [])),
+                granularity=_names(values.get("granularity"), f"{path}: granularity"),
                 model_name_or_path=str(model.get("name_or_path", "")),
                 task_type=model.get("task_type"),
-                always_trained=list(values.get("always_trained") or []),
+                always_trained=_names(values.get("always_trained"), f"{path}: always_trained"),
                 head_parameters=int(predicted.get("head_parameters", 0)),
             )
         except KeyError as error:
             raise InputError(f"{path} lacks the field {error}; run `reltune select` again.") from error
-        except (TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
+        except InputError:
+            raise
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(f"{path} has a field of the wrong kind: {error}") from error
-        plan.check()
+        try:
+            plan.check()
+        except InputError as error:
+            raise InputError(f"{path}: {str(error).removeprefix('plan: ')}") from error
         return plan
 
 
@@ -267,6 +273,13 @@ def _known_keys(values: Any, known: Iterable[str], where: str) -> None:
     for key in values:
         if key not in known:
             raise InputError(f"{where} has an unknown field {key!r}; {nearest(str(key), known)}")
+
+
+def _names(values: Any, where: str) -> list[str]:
+    values = [] if values is None else values
+    if not isinstance(values, list) or any(not isinstance(name, str) for name in values):
+        raise InputError(f"{where} must be a list of names.")
+    return values
 
 
 def _read_modules(entries: Any, path: Path) -> dict[str, ModulePlan]:
@@ -292,7 +305,7 @@ def _read_modules(entries: Any, path: Path) -> dict[str, ModulePlan]:
     return modules
 
 
-class _Inline(list):  # type: ignore[type-arg]
+class _Inline(list):
     """A list that YAML writes on one line."""
 
 

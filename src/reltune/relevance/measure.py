@@ -38,11 +38,11 @@ def analyze(
     model: nn.Module,
     loader: Iterable[Any] | None = None,
     loss_fn: LossFunction | nn.Module | None = None,
-    criteria: Sequence[str] = ("fisher",),
+    criteria: str | Sequence[str] = ("fisher",),
     *,
-    target_modules: Sequence[str] = (),
-    exclude_modules: Sequence[str] = (),
-    always_trained: Sequence[str] | None = None,
+    target_modules: str | Sequence[str] = (),
+    exclude_modules: str | Sequence[str] = (),
+    always_trained: str | Sequence[str] | None = None,
     seed: int = 42,
     progress: bool = True,
 ) -> RelevanceScores:
@@ -65,6 +65,7 @@ def analyze(
         InputError: unknown criterion, pattern without a match, no data, a loss that is not one number per example.
         AnalysisError: a loss or gradient that is not finite, a module whose rows cannot be told apart by example.
     """
+    criteria = [criteria] if isinstance(criteria, str) else criteria
     for name in criteria:
         if name not in CRITERIA:
             raise InputError(f"criterion {name!r} is unknown; {nearest(name, CRITERIA)}")
@@ -76,7 +77,8 @@ def analyze(
     measured = [info for info in inventory.modules if info.name in chosen]
 
     needs = sorted({CRITERIA[name].NEEDS for name in criteria if CRITERIA[name].NEEDS})
-    examples, data_hash, sums = 0, "", {}
+    examples, data_hash = 0, ""
+    sums: Sums = {}
     if needs:
         if loader is None:
             wanting = [name for name in criteria if CRITERIA[name].NEEDS]
@@ -124,7 +126,17 @@ def _per_example(loss_fn: LossFunction | nn.Module | None) -> LossFunction:
             logits = getattr(outputs, "logits", outputs)
             labels = batch["labels"] if isinstance(batch, Mapping) else batch[1]
             losses = unreduced(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, labels)
-            return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+            if losses.numel() > labels.numel():
+                raise InputError(
+                    f"the loss spreads labels of shape {tuple(labels.shape)} over logits of shape "
+                    f"{tuple(logits.shape)} and so mixes examples; give both the same shape."
+                )
+            if losses.ndim <= 1:
+                return losses
+            # Labels that the loss ignores, such as padding, are no part of an example's mean.
+            ignored = getattr(unreduced, "ignore_index", None)
+            counted = torch.ones_like(losses) if ignored is None else (labels != ignored).to(losses.dtype)
+            return losses.flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
 
         return from_logits
     return loss_fn
@@ -172,6 +184,11 @@ def _pass_over(
 def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    if not isinstance(batch, list | tuple):
+        raise InputError(
+            f"the loader gave a batch of type {type(batch).__name__}; "
+            "give mappings of tensors or (inputs, labels) pairs."
+        )
     return tuple(value.to(device) if isinstance(value, Tensor) else value for value in batch)
 
 
@@ -200,6 +217,26 @@ class _Use:
     g: Tensor | None = None
 
 
+class _Watch(torch.autograd.Function):
+    """Hand y on unchanged, and its gradient to ``arrived`` on the way back.
+
+    A tensor hook would be lost where y is a view (as nn.Linear's output is for inputs with positions) and the next
+    operation changes it in place. Returning y.detach(), and not y, makes it no view and lets that operation happen.
+    ``anchor`` requires a gradient, so the first measured module starts the graph: nothing below it needs a backward
+    pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, anchor: Tensor, arrived: Callable[[Tensor], None]) -> Tensor:
+        ctx.arrived = arrived
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        ctx.arrived(g)
+        return g, None, None
+
+
 class _Collector:
     """Hooks that see every measured module's input and output gradient and add up the statistics asked for.
 
@@ -213,10 +250,12 @@ class _Collector:
         self.uses: dict[str, list[_Use]] = {}
         self.batch_size = 0
         self.batch = -1
+        self.anchor = torch.zeros((), requires_grad=True)
 
     def __enter__(self) -> _Collector:
         self.handles = [
-            module.register_forward_hook(self._forward_hook(name), with_kwargs=True)
+            # First of the module's hooks: what others make of the output is no part of the linear map.
+            module.register_forward_hook(self._forward_hook(name), prepend=True, with_kwargs=True)
             for name, (module, _) in self.modules.items()
         ]
         return self
@@ -250,18 +289,12 @@ class _Collector:
             x = (args[0] if args else next(iter(kwargs.values()))).detach()
             use = _Use(x, x._version)
             self.uses.setdefault(name, []).append(use)
-            # The first measured module starts the graph: nothing below it needs a backward pass. Adding zero
-            # makes an output that a later in-place operation may still change, which a leaf would not allow.
-            if not output.requires_grad:
-                output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-
             def arrived(g: Tensor) -> None:
                 use.g = g
                 if len(self.uses[name]) == 1:
                     self._add(name, self.uses.pop(name))
 
-            output.register_hook(arrived)
-            return output
+            return _Watch.apply(output, self.anchor, arrived)
 
         return hook
 
@@ -272,7 +305,10 @@ class _Collector:
         pairs = [self._by_example(name, use) for use in uses]
         x, g = pairs[0] if len(pairs) == 1 else (torch.cat(together, 1) for together in zip(*pairs, strict=True))
         for need, sums in self.sums.items():
-            for part, value in getattr(handler, need)(module, x, g).items():
+            # The caller's autocast would do these sums in bfloat16, where they cancel.
+            with torch.autocast(x.device.type, enabled=False):
+                added = getattr(handler, need)(module, x, g)
+            for part, value in added.items():
                 if not torch.isfinite(value).all():
                     raise AnalysisError(f"the gradient of {name} ({part}) is not finite in batch {self.batch}.")
                 sums[name][part] += value

@@ -17,7 +17,6 @@ from reltune.layers.inventory import Inventory, ModuleInfo
 from reltune.records import GRANULARITIES, Heatmap, InputError, nearest, write_json
 
 FORMAT = "reltune-relevance-1"
-PARTS = ("column", "row", "weight", "bias", "norm")
 
 
 @dataclasses.dataclass
@@ -137,18 +136,35 @@ class RelevanceScores:
             raise InputError(f"{directory} holds no relevance scores; run `reltune analyze` first.") from error
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"{directory} holds relevance scores that cannot be read: {error}") from error
-        if values.get("format") != FORMAT:
-            raise InputError(f"{directory}/scores.json has format {values.get('format')!r}, not {FORMAT!r}; analyze again.")
-        modules = [ModuleInfo(**{**info, "shape": tuple(info["shape"])}) for info in values["modules"]]
-        parts: dict[str, dict[str, dict[str, Tensor]]] = {
-            criterion: {info.name: {} for info in modules} for criterion in values["criteria"]
-        }
-        for key, tensor in tensors.items():
-            criterion, part, name = key.split("/", 2)
-            parts[criterion][name][part] = tensor
-        # A file sorts its keys; the order of parts and modules is the inventory's.
-        for found in parts.values():
-            for name, by_part in found.items():
-                found[name] = {part: by_part[part] for part in PARTS if part in by_part}
-        inventory = Inventory(modules, values["left_out"], values["base_parameters"], values["head_parameters"])
-        return cls(parts, inventory, values["always_trained"], values["fingerprint"], values["provenance"])
+        form = values.get("format") if isinstance(values, dict) else None
+        if form != FORMAT:
+            raise InputError(f"{directory}/scores.json has format {form!r}, not {FORMAT!r}; analyze again.")
+        try:
+            modules = [ModuleInfo(**{**info, "shape": tuple(info["shape"])}) for info in values["modules"]]
+            parts: dict[str, dict[str, dict[str, Tensor]]] = {}
+            for criterion in values["criteria"]:
+                parts[criterion] = {info.name: {} for info in modules}
+                for info in modules:
+                    for part, shape in _part_shapes(info).items():
+                        tensor = tensors.pop(f"{criterion}/{part}/{info.name}")
+                        if tensor.shape != shape:
+                            raise ValueError(f"{criterion}/{part}/{info.name} has shape {tuple(tensor.shape)}")
+                        parts[criterion][info.name][part] = tensor
+            counts = values["base_parameters"], values["head_parameters"]
+            inventory = Inventory(modules, values["left_out"], *counts)
+            return cls(
+                parts, inventory, values["always_trained"], values["fingerprint"], values["provenance"]
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{directory} holds relevance scores that do not fit together ({error}); analyze again."
+            ) from error
+
+
+def _part_shapes(info: ModuleInfo) -> dict[str, tuple[int, ...]]:
+    """The parts that a module is scored by, and their shapes."""
+    if info.kind == "norm":
+        return {"norm": ()}
+    out_features, in_features = info.shape
+    bias: dict[str, tuple[int, ...]] = {"bias": ()} if info.bias else {}
+    return {"column": (in_features,), "row": (out_features,), "weight": (), **bias}

@@ -135,8 +135,8 @@ class SequenceClassification:
                     f"The weights of {name} cannot be loaded ({_first_line(error)}); "
                     "if the files are damaged, copy or download the model again."
                 ) from error
-        # heads on decoders look for the last token that is not this one; set now, because a padding token known
-        # at construction takes the gradient from its embedding, which here may be that of the end of sequence
+        # heads on decoders look for the last token that is not this one; set only now, because an embedding
+        # made with a padding token gives it no gradient, and here it may be the end of sequence
         pad_token_id = self.load_tokenizer(name).pad_token_id
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_token_id
         parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
@@ -174,20 +174,21 @@ class SequenceClassification:
                 )
         if not rows:
             return TextDataset([], 0)
-        # not verbose: it would warn of every text that is longer than the model's limit
-        whole = tokenizer([row.text for row in rows], truncation=False, verbose=False)
+        texts = [row.text for row in rows]
+        encoded = tokenizer(texts, truncation=True, max_length=limit)
         items: list[dict[str, Any]] = []
-        n_truncated = 0
         for position, row in enumerate(rows):
-            item = {key: values[position] for key, values in whole.items()}
+            item = {key: values[position] for key, values in encoded.items()}
             if not item["input_ids"]:
                 raise InputError(
                     f"The text on line {row.line} gives no tokens; delete it or use another model."
                 )
-            if len(item["input_ids"]) > limit:
-                item = dict(tokenizer(row.text, truncation=True, max_length=limit))
-                n_truncated += 1
             items.append({**item, "labels": index[row.label]})
+        if encoded.encodings is not None:
+            n_truncated = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+        else:  # tokenizers written in Python do not keep what they cut; verbose ones warn of every long text
+            whole = tokenizer(texts, truncation=False, verbose=False)["input_ids"]
+            n_truncated = sum(len(ids) > limit for ids in whole)
         return TextDataset(items, n_truncated)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:

@@ -25,15 +25,37 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from reltune.ops.attach import AttachColumns, AttachRows, HoldWeight, LiveGraphs, prune
 from reltune.plan.plan import ModulePlan
+from reltune.records import InputError
 
 # Layers whose columns or rows are being trained, for the optimizer hook below.
 _in_training: weakref.WeakSet[ReltuneLayer] = weakref.WeakSet()
+
+
+class _Seen:
+    """Tensors as they were once: has one been replaced or written to since?
+
+    Fused optimizers and writes through ``.data`` go unnoticed.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._states = [(tensor, self._state(tensor)) for tensor in tensors]
+
+    def still(self, tensors: list[Tensor]) -> bool:
+        return len(tensors) == len(self._states) and all(
+            now is then and self._state(now) == state
+            for now, (then, state) in zip(tensors, self._states, strict=True)
+        )
+
+    @staticmethod
+    def _state(tensor: Tensor) -> tuple[int, int]:
+        return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
 @dataclasses.dataclass
 class _Originals:
     """What the base weight held at an adapter's columns and rows, and where: enough to undo the adapter exactly."""
 
+    indices: _Seen  # the adapter's index buffers that the copies below were made from
     column_idx: Tensor | None = None
     columns: Tensor | None = None
     row_idx: Tensor | None = None
@@ -41,7 +63,7 @@ class _Originals:
 
     def apply(self, function: Any) -> _Originals:
         tensors = (self.column_idx, self.columns, self.row_idx, self.rows)
-        return _Originals(*(None if t is None else function(t) for t in tensors))
+        return _Originals(self.indices, *(None if t is None else function(t) for t in tensors))
 
 
 class ReltuneLayer(nn.Module, BaseTunerLayer):
@@ -65,7 +87,8 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._written: str | None = None
-        self._versions: tuple[Any, ...] = ()  # of the written tensors, when they were written
+        self._values = _Seen([])  # of the written adapter, when it was written
+        self._awaited: set[str] = set()  # adapters whose indices have yet to be loaded
         self._graphs: LiveGraphs = []
         self._backup: dict[str, Tensor] = {}  # whole tensors replaced by merge
         shape = self._shape()
@@ -84,9 +107,17 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
     # -- adapters ----------------------------------------------------------------------------------------------
 
     def update_layer(
-        self, adapter_name: str, units: ModulePlan, init_weights: bool = True, inference_mode: bool = False
+        self,
+        adapter_name: str,
+        units: ModulePlan,
+        init_weights: bool = True,
+        inference_mode: bool = False,
+        indices_follow: bool = False,
     ) -> None:
-        """Add an adapter that trains ``units``; until an adapter file is loaded its values are the base's."""
+        """Add an adapter that trains ``units``; until an adapter file is loaded its values are the base's.
+
+        With ``indices_follow`` only the sizes are known, and the layer refuses to run before a file was loaded.
+        """
         base = self.get_base_layer()
         if units.bias and base.bias is None:
             raise ValueError("this module has no bias to train.")
@@ -101,7 +132,10 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
                 self._parameter("reltune_weight", adapter_name, pristine, init_weights)
             if units.bias:
                 self._parameter("reltune_bias", adapter_name, base.bias, init_weights)
-            self._remember(adapter_name, pristine)
+            if self._indices(adapter_name):
+                self._remember(adapter_name, pristine)
+                if indices_follow:
+                    self._awaited.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -111,27 +145,45 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
             value = value + 0.1 * torch.randn_like(value)
         getattr(self, kind)[adapter_name] = nn.Parameter(value)
 
+    def _indices(self, adapter_name: str) -> list[Tensor]:
+        kinds = (self.reltune_column_indices, self.reltune_row_indices)
+        return [kind[adapter_name] for kind in kinds if adapter_name in kind]
+
     def _remember(self, adapter_name: str, pristine: Tensor) -> None:
-        kept = _Originals()
+        kept = _Originals(_Seen(self._indices(adapter_name)))
         if adapter_name in self.reltune_columns:
             kept.column_idx = self.reltune_column_indices[adapter_name].clone()
             kept.columns = pristine.index_select(1, kept.column_idx)
         if adapter_name in self.reltune_rows:
             kept.row_idx = self.reltune_row_indices[adapter_name].clone()
             kept.rows = pristine.index_select(0, kept.row_idx)
-        if kept.columns is not None or kept.rows is not None:
-            self.originals[adapter_name] = kept
+        self.originals[adapter_name] = kept
 
-    def _loaded(self) -> None:
-        """After load_state_dict: indices and values may be new."""
-        if not self.originals or self.merged:
+    def _refresh(self) -> None:
+        """Take in indices that were loaded. Looked for here too, as Transformers' load_adapter calls no hook."""
+        changed = [
+            name
+            for name, kept in self.originals.items()
+            # what a merge has replaced is needed to undo it, whatever was loaded since
+            if name not in self.merged_adapters and not kept.indices.still(self._indices(name))
+        ]
+        if not changed:
             return
-        self._restore()
+        if self._written in changed:
+            self._restore()
         with torch.no_grad():
-            weight = self.get_base_layer().weight
-            for adapter_name in list(self.originals):
-                self._remember(adapter_name, weight)
-        self._settle()
+            pristine = self._pristine_weight()
+            for name in changed:
+                self._remember(name, pristine)
+                self._awaited.discard(name)
+
+    def _check_loaded(self, names: list[str]) -> None:
+        missing = [name for name in names if name in self._awaited]
+        if missing:
+            raise InputError(
+                f"adapter {missing[0]!r} was made from a saved config, which says how many columns and rows are trained but "
+                "not which; load it with PeftModel.from_pretrained, or give ReltuneConfig the plan."
+            )
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
@@ -141,7 +193,13 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
         if self._written == adapter_name:
             self._restore()
         super().delete_adapter(adapter_name)
+        self._awaited.discard(adapter_name)
         self._settle()
+
+    def train(self, mode: bool = True) -> ReltuneLayer:
+        super().train(mode)
+        self._rewrite()
+        return self
 
     def _active(self, kinds: tuple[str, ...]) -> list[str]:
         return [name for name in self.active_adapters if any(name in getattr(self, kind) for kind in kinds)]
@@ -161,14 +219,24 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
                 _put(weight, self.originals[name], self.originals[name].columns, self.originals[name].rows)
         return weight
 
+    def _values_of(self, adapter_name: str) -> tuple[Tensor | None, Tensor | None]:
+        return self._get(self.reltune_columns, adapter_name), self._get(self.reltune_rows, adapter_name)
+
     def _write(self, adapter_name: str) -> None:
-        kept = self.originals[adapter_name]
-        columns = self.reltune_columns[adapter_name] if kept.columns is not None else None
-        rows = self.reltune_rows[adapter_name] if kept.rows is not None else None
+        columns, rows = self._values_of(adapter_name)
         with torch.no_grad():
-            _put(self.get_base_layer().weight, kept, columns, rows)
+            _put(self.get_base_layer().weight, self.originals[adapter_name], columns, rows)
         self._written = adapter_name
-        self._versions = self._current_versions()
+        self._values = _Seen([t for t in (columns, rows) if t is not None])
+
+    def _rewrite(self) -> None:
+        """Write the written adapter again, past autograd's count of versions.
+
+        Parameters may have changed where no version tells: by ``.data`` or by optimizers that step on flat copies.
+        When they have not, this changes nothing, and graphs that hold the weight remain valid.
+        """
+        if self._written is not None:
+            _put(self.get_base_layer().weight.data, self.originals[self._written], *self._values_of(self._written))
 
     def _restore(self) -> None:
         if self._written is not None:
@@ -177,10 +245,6 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
                 _put(self.get_base_layer().weight, kept, kept.columns, kept.rows)
             self._written = None
 
-    def _current_versions(self) -> tuple[Any, ...]:
-        tensors = [kind[self._written] for kind in (self.reltune_columns, self.reltune_rows) if self._written in kind]
-        return tuple((id(t), t._version) for t in tensors)
-
     def write_back(self) -> None:
         """Bring the base weight up to date with the trained columns and rows."""
         if self._written is not None:
@@ -188,14 +252,20 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
 
     def _settle(self) -> None:
         """Write the adapter that is asked for into the base weight, unless a graph still needs what is there."""
-        if self.disable_adapters or self.merged or not self.originals:
+        if not self.originals:
             return
-        wanted = next(iter(self._active(("reltune_columns", "reltune_rows"))), None)
-        if wanted is not None and self.get_base_layer().weight.device.type == "meta":
+        self._refresh()
+        if self.merged:
+            return
+        wanted = None if self.disable_adapters else next(iter(self._active(("reltune_columns", "reltune_rows"))), None)
+        values = [] if wanted is None else [t for t in self._values_of(wanted) if t is not None]
+        if any(t.device.type == "meta" for t in (self.get_base_layer().weight, *values)):
             return
         if wanted == self._written:
-            if wanted is not None and self._versions != self._current_versions():
-                self._write(wanted)  # changed by hand, without an optimizer
+            if wanted is not None and not self._values.still(values):
+                self._write(wanted)  # replaced, or changed by hand
+            elif torch.is_grad_enabled() and any(t.requires_grad for t in values):
+                self._rewrite()
             return
         self._graphs = prune(self._graphs)
         if not self._graphs:
@@ -210,11 +280,18 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
+        return self._forward(x, *args, **kwargs)
+
+    # What is in the base weight, and which graphs need it, is decided anew in every call, in Python: a compiler would
+    # take its state for constants and compile again after every optimizer step.
+    @torch.compiler.disable
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._settle()
         names = [] if self.disable_adapters else self.active_adapters
         whole = [name for name in names if name in self.reltune_weight]
         biased = [name for name in names if name in self.reltune_bias]
         partial = [name for name in names if name in self.originals]
+        self._check_loaded(partial)
         base = self.get_base_layer()
         if whole or biased:
             weight = _combined(self._pristine_weight() if whole else base.weight, self.reltune_weight, whole)
@@ -226,19 +303,19 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
             return y
         in_product = None if whole else self._written  # the adapter whose values the product has used
         if in_product is not None and in_product not in partial:
-            y = y - self._correction(x, in_product, self._write_values(in_product))
+            y = y - self._correction(x, in_product, self._written_values(in_product))
         for name in partial:
             if name == in_product:
                 if torch.is_grad_enabled():
                     y = self._attach(y, x, name)
             else:
-                y = y + self._correction(x, name, (self._get(self.reltune_columns, name), self._get(self.reltune_rows, name)))
+                y = y + self._correction(x, name, self._values_of(name))
         if torch.is_grad_enabled() and y.requires_grad:
             y = HoldWeight.apply(y, self._graphs)
         return y
 
     def _attach(self, y: Tensor, x: Tensor, name: str) -> Tensor:
-        columns, rows = self._get(self.reltune_columns, name), self._get(self.reltune_rows, name)
+        columns, rows = self._values_of(name)
         row_idx = self._get(self.reltune_row_indices, name)
         if columns is not None and columns.requires_grad:
             y = AttachColumns.apply(y, x, columns, self.reltune_column_indices[name], row_idx)
@@ -248,13 +325,12 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
             _in_training.add(self)
         return y
 
-    def _write_values(self, name: str) -> tuple[Tensor | None, Tensor | None]:
-        """The adapter's columns and rows as the base weight holds them: rounded to its dtype."""
-        dtype = self.get_base_layer().weight.dtype
-        columns, rows = self._get(self.reltune_columns, name), self._get(self.reltune_rows, name)
+    def _written_values(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+        """The adapter's columns and rows as the product has used them; the parameters may have changed since."""
+        kept, weight = self.originals[name], self.get_base_layer().weight.detach()
         return (
-            None if columns is None else columns.detach().to(dtype),
-            None if rows is None else rows.detach().to(dtype),
+            None if kept.column_idx is None else weight.index_select(1, kept.column_idx),
+            None if kept.row_idx is None else weight.index_select(0, kept.row_idx),
         )
 
     def _correction(self, x: Tensor, name: str, values: tuple[Tensor | None, Tensor | None]) -> Tensor:
@@ -287,15 +363,18 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
         names = [name for name in names if name in self._all_available_adapter_names()]
         if not names:
             return
+        self._refresh()
+        self._check_loaded(names)
+        base = self.get_base_layer()
         if safe_merge:
             for name in names:
                 for kind in self.adapter_layer_names:
-                    if name in getattr(self, kind) and not torch.isfinite(getattr(self, kind)[name]).all():
+                    trained = self._get(getattr(self, kind), name)
+                    if trained is not None and not torch.isfinite(trained.to(base.weight.dtype)).all():
                         raise ValueError(
                             f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                         )
         self._restore()
-        base = self.get_base_layer()
         with torch.no_grad():
             for name in names:
                 alone = not self.merged_adapters
@@ -305,10 +384,8 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
                         self._backup.setdefault(kind, self._pristine_weight().clone() if kind == "weight" else tensor.clone())
                         tensor.add_(trained.to(tensor.dtype) - self._backup[kind]) if not alone else tensor.copy_(trained)
                 if name in self.originals:
-                    kept = self.originals[name]
-                    columns, rows = self._get(self.reltune_columns, name), self._get(self.reltune_rows, name)
                     if alone:
-                        _put(base.weight, kept, columns, rows)
+                        _put(base.weight, self.originals[name], *self._values_of(name))
                     else:
                         base.weight.add_(self.get_delta_weight(name))
                 self.merged_adapters.append(name)
@@ -329,13 +406,14 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's change of the weight, dense, in the weight's dtype."""
+        self._refresh()
+        self._check_loaded([adapter])
         pristine = self._pristine_weight()
         if adapter in self.reltune_weight:
             return self.reltune_weight[adapter].to(pristine.dtype) - pristine
         changed = pristine.clone()
         if adapter in self.originals:
-            columns, rows = self._get(self.reltune_columns, adapter), self._get(self.reltune_rows, adapter)
-            _put(changed, self.originals[adapter], columns, rows)
+            _put(changed, self.originals[adapter], *self._values_of(adapter))
         return changed - pristine
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -347,6 +425,8 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
         result = super()._apply(fn, recurse)
         self.originals = {name: kept.apply(fn) for name, kept in self.originals.items()}
         self._backup = {kind: fn(tensor) for kind, tensor in self._backup.items()}
+        if self.get_base_layer().weight.device.type != "meta":
+            self._rewrite()  # a wider dtype holds the trained values more exactly
         return result
 
     def __getstate__(self) -> dict[str, Any]:
@@ -392,7 +472,8 @@ def _combined(base: Tensor, trained: nn.ParameterDict, names: list[str]) -> Tens
 
 
 def _after_load(module: Any, _: Any) -> None:
-    module._loaded()
+    module._settle()
+    module._rewrite()  # the file may have held the base weight as well
 
 
 def _write_back_after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:

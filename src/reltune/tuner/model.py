@@ -72,7 +72,13 @@ class ReltuneModel(BaseTuner):
             layer = target
         else:
             layer = LAYER_CLASSES[found[0]](target)
-        layer.update_layer(adapter_name, units, peft_config.init_weights, peft_config.inference_mode)
+        layer.update_layer(
+            adapter_name,
+            units,
+            peft_config.init_weights,
+            peft_config.inference_mode,
+            indices_follow=peft_config.units is not None and current_key not in peft_config._chosen,
+        )
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # an additional adapter is not trained until it is set
@@ -105,8 +111,7 @@ class ReltuneModel(BaseTuner):
         return ModulePlan(shape, largest.tolist())
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        if not merge:
-            for module in self.model.modules():
-                if isinstance(module, ReltuneLayer):
-                    module._restore()
+        for module in self.model.modules():
+            if isinstance(module, ReltuneLayer):
+                module._restore()  # not every layer has the adapters that are merged
         return super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[return-value]

@@ -1,0 +1,69 @@
+# A virtual environment in .venv with the versions of constraints.txt; a second call installs nothing.
+# torch: the pin accepts every build of that version. On Linux the package index serves the CUDA build; for a
+# smaller CPU-only one, set PIP_EXTRA_INDEX_URL to the CPU index that PyTorch's installation page names.
+
+PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
+	"$$python" -c $(SUPPORTED) 2>/dev/null && { echo "$$python"; break; }; done)
+SUPPORTED = 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'
+BIN = .venv/bin
+INSTALL = $(BIN)/python -m pip install
+PYTEST_ARGS ?=
+
+unexport PYTHONPATH PYTHONHOME
+
+.PHONY: help demo test nightly lint clean venv
+
+help:
+	@echo "make demo     run the whole flow on a small model and news texts; results in demo-run/"
+	@echo "make test     check style, types and imports, and run the tests that are not slow"
+	@echo "make nightly  the same with all tests"
+	@echo "make lint     check style, types and imports only"
+	@echo "make clean    remove .venv and everything else that make wrote"
+
+demo: .venv/.installed-demo
+	$(BIN)/reltune demo --output_dir demo-run
+
+lint: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+nightly: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf .venv demo-run build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -prune -exec rm -rf {} +
+
+# The test environment holds the demo's too.
+.venv/.installed-test: .venv/.installed-files pyproject.toml constraints.txt
+	$(INSTALL) -c constraints.txt -e '.[test]'
+	@touch .venv/.installed-demo $@
+
+.venv/.installed-demo: .venv/.installed-files pyproject.toml constraints.txt
+	$(INSTALL) -c constraints.txt -e '.[demo]'
+	@touch $@
+
+# --force-reinstall: pip checks the hash of what it fetches, not of what is there already.
+.venv/.installed-files: requirements-demo.txt | venv
+	$(INSTALL) --require-hashes --no-deps --force-reinstall -r requirements-demo.txt
+	@touch $@
+
+# A virtual environment holds absolute paths, so a copied one would run the code of the place it came from.
+venv:
+	@if [ ! -e .venv ]; then \
+		python="$(PYTHON)"; \
+		[ -n "$$python" ] || { echo "reltune needs Python 3.11 or 3.12; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+		"$$python" -c $(SUPPORTED) || { echo "$$python is not Python 3.11 or 3.12." >&2; exit 1; }; \
+		echo "$$python -m venv .venv"; \
+		"$$python" -m venv .venv || { rm -rf .venv; exit 1; }; \
+		echo "$(CURDIR)" > .venv/.made-in; \
+	elif [ "$$(cat .venv/.made-in 2>/dev/null)" != "$(CURDIR)" ]; then \
+		echo ".venv was copied from elsewhere or made without make; remove it (rm -rf .venv) and try again." >&2; exit 1; \
+	elif ! $(BIN)/python -c $(SUPPORTED); then \
+		echo ".venv is broken or not of Python 3.11 or 3.12; remove it (rm -rf .venv) and try again." >&2; exit 1; \
+	fi

@@ -1,0 +1,74 @@
+"""Metrics on held-out data, and what inference costs."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainingArguments
+
+
+def evaluate(
+    model: nn.Module,
+    datasets: Mapping[str, Any],
+    collator: Any,
+    compute_metrics: Callable[[Any], dict[str, float]],
+    batch_size: int = 64,
+    **arguments: Any,
+) -> dict[str, float]:
+    """Loss and metrics on each data set, keyed as transformers does: ``eval_loss``, ``test_accuracy``, ``test_f1_macro``.
+
+    ``datasets`` maps the prefix ("eval", "test") to the data. Run times are left out: they are no property of the model.
+    """
+    results: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        args = TrainingArguments(
+            output_dir=scratch,
+            per_device_eval_batch_size=batch_size,
+            report_to="none",
+            dataloader_pin_memory=False,
+            **arguments,
+        )
+        trainer = Trainer(model=model, args=args, data_collator=collator, compute_metrics=compute_metrics)
+        for prefix, dataset in datasets.items():
+            metrics = trainer.predict(dataset, metric_key_prefix=prefix).metrics or {}
+            results.update({k: v for k, v in metrics.items() if not k.endswith(("_runtime", "_per_second", "_time"))})
+            results[f"{prefix}_samples"] = len(dataset)
+    return results
+
+
+@torch.no_grad()
+def inference_ms_per_text(
+    models: Mapping[str, nn.Module], dataset: Any, collator: Any, texts: int = 128, batch_size: int = 32, rounds: int = 5
+) -> dict[str, float]:
+    """Milliseconds per text of each model's forward pass: median over rounds in which the models take turns.
+
+    Taking turns lets a machine whose speed drifts treat all of them alike. The first round warms up and is not counted.
+    """
+    some: Sequence[Any] = [dataset[i] for i in range(min(texts, len(dataset)))]
+    device = next(next(iter(models.values())).parameters()).device
+    batches = [
+        {key: value.to(device) for key, value in batch.items() if key != "labels"}
+        for batch in DataLoader(some, batch_size=batch_size, collate_fn=collator)  # type: ignore[arg-type]
+    ]
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for model in models.values():
+        model.eval()
+    for _ in tqdm(range(rounds + 1), desc="time inference", unit="round"):
+        for name, model in models.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for batch in batches:
+                model(**batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: 1000 * statistics.median(times[1:]) / len(some) for name, times in seconds.items()}

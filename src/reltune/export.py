@@ -1,0 +1,121 @@
+"""Hand an adapter to programs that do not know reltune: as a standard LoRA adapter, or merged into a plain model.
+
+A change of columns idx is ΔW = (D − W₀[:, idx]) Eᵀ with E one-hot, which is a LoRA adapter with lora_A = Eᵀ (c × in) and
+lora_B = D − W₀[:, idx] (out × c); rows are the same with lora_B one-hot. So nothing is approximated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from reltune.records import InputError
+from reltune.tuner.layer import ReltuneLayer
+
+
+def check_destination(output_dir: str | os.PathLike) -> Path:
+    """The export directory; it must be new or empty."""
+    path = Path(output_dir)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise InputError(f"output_dir {path} already holds files; choose a new or empty directory.")
+    return path
+
+
+def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str = "default") -> Path:
+    """Write the adapter as a PEFT LoRA adapter that loads without reltune. Changed columns and rows carry over exactly.
+
+    Rank and alpha differ per module (``rank_pattern``, ``alpha_pattern``). Raises InputError when the adapter trains
+    whole weights, biases or norms, which have no low-rank form.
+    """
+    path = check_destination(output_dir)
+    layers = {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, ReltuneLayer) and adapter_name in layer._all_available_adapter_names()
+    }
+    cannot = [n for n, layer in layers.items() if adapter_name in layer.reltune_weight or adapter_name in layer.reltune_bias]
+    if cannot:
+        raise InputError(
+            f"the adapter trains whole weights, biases or norms ({cannot[0]} and {len(cannot) - 1} more), which a LoRA adapter "
+            "cannot carry; use --to merged."
+        )
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, layer in layers.items():
+        lora_a, lora_b = _factors(layer, adapter_name)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b
+        ranks[name] = lora_a.shape[0]
+    config = model.peft_config[adapter_name]
+    saved: list[str] = list(getattr(config, "modules_to_save", None) or [])
+    for key, value in _modules_to_save(model, adapter_name).items():
+        tensors[key] = value
+    lora = LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=max(ranks.values()),
+        lora_dropout=0.0,
+        target_modules=sorted(ranks),
+        rank_pattern=ranks,
+        alpha_pattern=ranks,
+        modules_to_save=saved or None,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        inference_mode=True,
+    )
+    path.mkdir(parents=True, exist_ok=True)
+    lora.save_pretrained(str(path))
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path / "adapter_model.safetensors")
+    return path
+
+
+def _factors(layer: ReltuneLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """lora_A (c + r, in) and lora_B (out, c + r) with lora_B lora_A = the adapter's change of the weight."""
+    kept = layer.originals[adapter_name]
+    a, b = [], []
+    if kept.columns is not None and kept.column_idx is not None:
+        change = (layer.reltune_columns[adapter_name] - kept.columns).detach()
+        if kept.row_idx is not None:
+            change = change.index_fill(0, kept.row_idx, 0)  # a cell in both belongs to the row
+        a.append(_one_hot(kept.column_idx, layer.in_features, change))
+        b.append(change)
+    if kept.rows is not None and kept.row_idx is not None:
+        change = (layer.reltune_rows[adapter_name] - kept.rows).detach()
+        a.append(change)
+        b.append(_one_hot(kept.row_idx, layer.out_features, change).mT)
+    return torch.cat(a, 0), torch.cat(b, 1)
+
+
+def _one_hot(idx: Tensor, size: int, like: Tensor) -> Tensor:
+    return like.new_zeros(len(idx), size).scatter_(1, idx[:, None], 1)
+
+
+def _modules_to_save(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """The whole modules (heads) that the adapter saves, under the names PEFT gives them in a file."""
+    from peft import get_peft_model_state_dict
+
+    state: dict[str, Any] = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    return {key: value for key, value in state.items() if ".reltune_" not in key}
+
+
+def to_merged(model: PeftModel, tokenizer: Any, output_dir: str | os.PathLike) -> Path:
+    """Write a plain Transformers model with the adapter's values in its weights: inference costs what the base costs."""
+    path = check_destination(output_dir)
+    merged = model.merge_and_unload(safe_merge=True)
+    path.mkdir(parents=True, exist_ok=True)
+    merged.save_pretrained(str(path))
+    tokenizer.save_pretrained(str(path))
+    return path
+
+
+def lora_summary(path: str | os.PathLike) -> str:
+    """One line on an exported adapter: the largest rank that a server has to allow."""
+    config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
+    ranks = config["rank_pattern"].values()
+    return f"{len(ranks)} modules, ranks {min(ranks)} to {max(ranks)} (rank_pattern)"

@@ -1,0 +1,91 @@
+"""What a run is shown as: ``terminal`` for the console, ``html`` for one page. Here: their numbers and labels."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from reltune.records import Heatmap
+
+MISSING = "—"
+
+
+def count(value: float | None) -> str:
+    return MISSING if value is None else f"{value:,.0f}"
+
+
+def short_count(value: int) -> str:
+    """Exact below ten million, then in millions: at most ten characters up to a trillion."""
+    return f"{value:,}" if value < 10_000_000 else f"{value / 1e6:,.1f} M"
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """A share (0..1) in percent, without the sign."""
+    return MISSING if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}"
+
+
+def fixed(value: float | None, decimals: int) -> str:
+    """For columns of seconds, milliseconds and losses."""
+    return MISSING if value is None or not math.isfinite(value) else f"{value:,.{decimals}f}"
+
+
+def size(value: float | None) -> str:
+    """Bytes in binary units."""
+    if value is None:
+        return MISSING
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def metric(name: str, value: Any) -> str:
+    """One entry of ``all_results.json``: shares in percent, sizes in binary units, the rest plain."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return MISSING if value is None else str(value)
+    if re.search(r"(accuracy|_f1|f1_\w+|precision|recall)$", name) and 0 <= value <= 1:
+        return f"{percent(value)} %"
+    if name.endswith("_bytes"):
+        return size(value)
+    if not math.isfinite(value):
+        return MISSING
+    if abs(value) < 1e12 and (abs(value) >= 1000 or float(value).is_integer()):
+        return count(value)
+    return f"{value:.4g}"
+
+
+def shares(h: Heatmap) -> list[list[float | None]]:
+    """Each cell's share of all relevance (0..1); zeros when there is none."""
+    total = math.fsum(value for row in h.values for value in row if value is not None) or 1.0
+    return [[None if value is None else value / total for value in row] for row in h.values]
+
+
+def share(value: float | None) -> str:
+    """A cell's share in percent with one decimal, so that a column lines up; at most five characters."""
+    if value is None:
+        return ""
+    return "<0.1" if 0 < value < 0.0005 else f"{100 * value:.1f}"
+
+
+def layer_labels(rows: Sequence[str], width: int = 20) -> tuple[list[str], str]:
+    """Short row labels, and what a bare number among them stands for (``encoder.layer.N``, or nothing).
+
+    A numbered layer keeps only what sets it apart: ``11``, or ``decoder.11`` beside ``encoder.11``. Labels are for
+    reading: clipped to ``width``, they need not differ from each other.
+    """
+    numbered = {tuple(name.split(".")[:-1]) for name in rows if name.rpartition(".")[2].isdigit()}
+    lead = len(os.path.commonprefix(list(numbered)))
+    tail = len(os.path.commonprefix([parts[lead:][::-1] for parts in numbered]))
+    labels = []
+    for name in rows:
+        *parts, last = name.split(".")
+        if tuple(parts) in numbered and last.isdigit():
+            label = ".".join([*parts[lead : len(parts) - tail], last])
+        else:
+            label = ".".join([*parts[-1:], last])
+        labels.append(label if len(label) <= width else "…" + label[1 - width :])
+    return labels, ".".join([*numbered.pop(), "N"]) if len(numbered) == 1 else ""

@@ -1,0 +1,606 @@
+"""report.html: a run on one page, in one file that loads nothing from anywhere."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from reltune import report
+from reltune.records import Heatmap, InputError, MethodResult, RunRecord, write_text
+
+ROW = 22  # pixels per layer
+# Pixels around the cells. Heat map and bars share TOP, so that their rows line up.
+TOP, BOTTOM, LEFT = 84, 10, 48
+# Okabe and Ito 2008: told apart with colour-vision deficiencies, 3:1 or better against both backgrounds.
+BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
+GRID = "rgba(128,128,128,.25)"
+
+
+def write_report(path: str | os.PathLike, record: RunRecord) -> None:
+    """Write the page to ``path``, whole or not at all. Needs plotly and jinja2."""
+    try:
+        from jinja2 import Environment, StrictUndefined
+        from markupsafe import Markup
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise InputError(
+            f'the report needs {error.name}, which is not installed; run: pip install "reltune[report]"'
+        ) from error
+    figures: dict[str, dict[str, Any]] = {}
+    panels = []
+    for i, h in enumerate(record.heatmaps):
+        names = [*h.rows, *(name for name in record.selected_by_layer if name not in h.rows)]
+        by_layer = h.share_by_layer + [0.0] * (len(names) - len(h.rows))
+        figures[f"heatmap-{i}"] = heatmap_figure(h)
+        figures[f"layers-{i}"] = layers_figure(names, by_layer, record.selected_by_layer)
+        panels.append(
+            {
+                "criterion": h.criterion,
+                "numbered": report.layer_labels(h.rows)[1],
+                "columns": h.columns,
+                "width": 84 + 28 * len(h.columns),  # pixels, below which it scrolls
+                "rows": list(reversed(list(zip(h.rows, report.shares(h), h.share_by_layer, strict=True)))),
+            }
+        )
+    if not record.heatmaps and record.selected_by_layer:
+        figures["layers"] = layers_figure(list(record.selected_by_layer), None, record.selected_by_layer)
+    figures.update(curve_figures(record.history))
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(count=report.count, percent=report.percent, metric=report.metric)
+    page = environment.from_string(PAGE).render(
+        record=record,
+        key_figures=key_figures(record),
+        comparison_heads=[head for head, _ in COMPARISON],
+        comparison_rows=[(row, [text(row) for _, text in COMPARISON]) for row in record.comparison],
+        panels=panels,
+        figures=figures,
+        config=list(flatten(record.config)),
+        # "<" as an escape: no string in the data can close the script element.
+        figures_json=Markup(json.dumps(figures, allow_nan=False).replace("<", "\\u003c")),
+        wbr=Markup(".<wbr>"),  # a long module name may break after its dots
+        plotlyjs=Markup(get_plotlyjs()) if figures else "",
+    )
+    write_text(path, page)
+
+
+COMPARISON: tuple[tuple[str, Callable[[MethodResult], str]], ...] = (
+    ("trainable\nparameters", lambda row: report.count(row.trainable_parameters)),
+    ("head\nparameters", lambda row: report.count(row.head_parameters)),
+    ("accuracy\n%", lambda row: report.percent(row.accuracy)),
+    ("macro F1\n%", lambda row: report.percent(row.f1_macro)),
+    ("loss", lambda row: report.fixed(row.loss, 4)),
+    ("s / step", lambda row: report.fixed(row.seconds_per_step, 4)),
+    ("peak\nmemory", lambda row: report.size(row.peak_memory_bytes)),
+    ("on disk", lambda row: report.size(row.disk_bytes)),
+    ("ms / text", lambda row: report.fixed(row.inference_ms_per_text, 2)),
+    ("ms / text,\nmerged", lambda row: report.fixed(row.inference_ms_per_text_merged, 2)),
+    ("learning\nrate", lambda row: report.MISSING if row.learning_rate is None else f"{row.learning_rate:g}"),
+)
+
+
+def key_figures(record: RunRecord) -> list[tuple[str, str, str]]:
+    """(name, value, unit) of what a reader looks for first; those that the run has."""
+    found = []
+    for prefix, split in (("test", "Test"), ("eval", "Validation")):
+        for key, name in (("accuracy", "accuracy"), ("f1_macro", "macro F1")):
+            value = record.metrics.get(f"{prefix}_{key}")
+            if value is not None:
+                found.append((f"{split} {name}", report.percent(value), "%"))
+        if found:
+            break
+    trainable = record.metrics.get("trainable_parameters")
+    if trainable is None and record.selected_by_layer:
+        trainable = sum(record.selected_by_layer.values())
+    if trainable is not None:
+        found.append(("Trainable parameters", report.count(trainable), ""))
+    return found
+
+
+def heatmap_figure(h: Heatmap) -> dict[str, Any]:
+    """Layer × module, coloured by the share of all relevance in percent."""
+    parts = report.shares(h)
+    cells = [[None if value is None else 100 * value for value in row] for row in parts]
+    most = max((value for row in cells for value in row if value is not None), default=0.0)
+    lines = [_two_lines(name) for name in h.columns]
+    below = 32 + 5.6 * max((len(line) for pair in lines for line in pair), default=0)
+    return {
+        "data": [
+            {
+                "type": "heatmap",
+                "z": cells,
+                "zmin": 0,
+                "zmax": most or 1,
+                "text": [[report.share(value) for value in row] for row in parts],
+                "texttemplate": "%{text}",
+                "textfont": {"size": 10},
+                "customdata": [
+                    [
+                        f"{_plain(row)}<br>{_plain(column)}<br>relevance {0 if value is None else value:.4g}"
+                        for column, value in zip(h.columns, values, strict=True)
+                    ]
+                    for row, values in zip(h.rows, h.values, strict=True)
+                ],
+                "hovertemplate": "%{customdata}<br>%{z:.3f} % of all relevance<extra></extra>",
+                "hoverongaps": False,
+                "xgap": 1,
+                "ygap": 1,
+                "colorscale": "Viridis",
+                "colorbar": {
+                    "orientation": "h",
+                    "title": {"text": "share of all relevance, %", "side": "top"},
+                    "thickness": 10,
+                    "len": 1,
+                    "x": 0,
+                    "xanchor": "left",
+                    "y": 1,
+                    "yanchor": "bottom",
+                    "ypad": 4,
+                    "xpad": 0,
+                    "nticks": 5,
+                    "outlinewidth": 0,
+                },
+            }
+        ],
+        "layout": _layout(
+            len(h.rows) * ROW + TOP + below,
+            margin={"t": TOP, "b": below, "l": LEFT, "r": 8},
+            xaxis={
+                **_named_ticks(["<br>".join(map(_plain, pair)) for pair in lines]),
+                "tickangle": -90,
+                "tickfont": {"size": 10},  # two lines in a cell's width on a phone
+            },
+            yaxis=_layer_axis(h.rows),
+            annotations=[LAYER_TITLE, _title("module", x=0.5, y=0, yanchor="bottom", yshift=-below)],
+        ),
+    }
+
+
+def layers_figure(
+    names: Sequence[str], by_layer: Sequence[float] | None, selected: Mapping[str, int]
+) -> dict[str, Any]:
+    """Relevance by layer and, beside it, the trainable parameters chosen there."""
+    places = list(range(len(names)))
+    sides: list[tuple[Sequence[float], str, str, str, str]] = []
+    if by_layer is not None:
+        percents = [100 * value for value in by_layer]
+        sides.append((percents, "share of all<br>relevance, %", BLUE, "%{x:.2f} % of all relevance", ""))
+    if selected:
+        chosen = [selected.get(name, 0) for name in names]
+        sides.append((chosen, "trainable<br>parameters", VERMILLION, "%{x:,} trainable parameters", "~s"))
+    axes: dict[str, Any] = {}
+    bars = []
+    for i, (values, title, color, hover, tickformat) in enumerate(sides):
+        suffix = "" if i == 0 else str(i + 1)
+        width = 1 / len(sides)
+        axes["xaxis" + suffix] = {
+            "domain": [i * width + (0.04 if i else 0), (i + 1) * width - (0.04 if i + 1 < len(sides) else 0)],
+            "title": {"text": title, "standoff": 6},
+            "side": "top",
+            "range": [0, 1.05 * (max(values, default=0) or 1)],
+            "nticks": 3,
+            "tickangle": 0,
+            "tickformat": tickformat,
+            "gridcolor": GRID,
+            "zeroline": False,
+            "fixedrange": True,
+        }
+        bars.append(
+            {
+                "type": "bar",
+                "orientation": "h",
+                "x": values,
+                "y": places,
+                "xaxis": "x" + suffix,
+                "yaxis": "y",
+                "marker": {"color": color},
+                "customdata": [_plain(name) for name in names],
+                "hovertemplate": "%{customdata}<br>" + hover + "<extra></extra>",
+            }
+        )
+    return {
+        "data": bars,
+        "layout": _layout(
+            len(names) * ROW + TOP + BOTTOM,
+            margin={"t": TOP, "b": BOTTOM, "l": LEFT, "r": 14},
+            yaxis=_layer_axis(names),
+            annotations=[LAYER_TITLE],
+            bargap=0.25,
+            showlegend=False,
+            **axes,
+        ),
+    }
+
+
+def curve_figures(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Loss by step and evaluation scores by epoch, from the trainer's log; whichever was logged."""
+    figures = {}
+    losses = [
+        _curve(history, "loss", "step", "training loss", BLUE, "circle", "lines"),
+        _curve(history, "eval_loss", "step", "validation loss", VERMILLION, "square", "lines+markers"),
+    ]
+    scores = [
+        _curve(history, "eval_accuracy", "epoch", "accuracy", BLUE, "circle", "lines+markers", 100),
+        _curve(history, "eval_f1_macro", "epoch", "macro F1", GREEN, "diamond", "lines+markers", 100),
+    ]
+    axis = {"gridcolor": GRID, "zeroline": False, "fixedrange": True, "ticklabelstandoff": 4}
+    for name, curves, x, y in (
+        ("loss", losses, "optimizer step", "loss"),
+        ("scores", scores, "epoch", "validation score, %"),
+    ):
+        found = [curve for curve in curves if curve["x"]]
+        if found:
+            figures[name] = {
+                "data": found,
+                "layout": _layout(
+                    300,
+                    margin={"t": 36, "b": 48, "l": 0, "r": 14},
+                    xaxis={**axis, "title": {"text": x, "standoff": 8}},
+                    yaxis={
+                        **axis,
+                        "title": {"text": y, "standoff": 12},
+                        "rangemode": "tozero" if name == "loss" else "normal",
+                        "automargin": "left",
+                    },
+                    showlegend=True,
+                    legend={"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"},
+                    hovermode="x",
+                ),
+            }
+    return figures
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as dotted names and text."""
+    found = []
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found += flatten(value, f"{prefix}{key}.")
+        elif value is None or value == [] or value == {}:
+            found.append((f"{prefix}{key}", report.MISSING))
+        elif isinstance(value, list | tuple):
+            found.append((f"{prefix}{key}", ", ".join(map(str, value))))
+        else:
+            found.append((f"{prefix}{key}", str(value)))
+    return found
+
+
+def _curve(
+    history: Sequence[Mapping[str, Any]],
+    key: str,
+    axis: str,
+    name: str,
+    color: str,
+    symbol: str,
+    mode: str,
+    scale: float = 1,
+) -> dict[str, Any]:
+    points = [(entry[axis], entry[key]) for entry in history if axis in entry and key in entry]
+    points = [(x, scale * y) for x, y in points if math.isfinite(y)]
+    return {
+        "type": "scatter",
+        "name": name,
+        "x": [x for x, _ in points],
+        "y": [y for _, y in points],
+        "mode": "markers" if len(points) == 1 else mode,
+        "line": {"color": color, "width": 2},
+        "marker": {"color": color, "symbol": symbol, "size": 8},
+        "hovertemplate": f"{name} %{{y:.4g}}<br>{axis} %{{x}}<extra></extra>",
+    }
+
+
+def _layout(height: float, **fields: Any) -> dict[str, Any]:
+    return {
+        "height": round(height),
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "system-ui, sans-serif", "size": 12},
+        "hoverlabel": {"bgcolor": "#1b1f24", "bordercolor": "#1b1f24", "font": {"color": "#fff"}},
+        "dragmode": False,  # a finger on a chart scrolls the page
+        **fields,
+    }
+
+
+def _title(text: str, **place: Any) -> dict[str, Any]:
+    """An axis title where Plotly puts none: clear of turned labels, or above labels to spare width."""
+    return {"text": text, "showarrow": False, "xref": "paper", "yref": "paper", "font": {"size": 13}, **place}
+
+
+LAYER_TITLE = _title("layer", x=0, xanchor="right", xshift=-10, y=1, yanchor="bottom")
+
+
+def _layer_axis(names: Sequence[str]) -> dict[str, Any]:
+    labels, _ = report.layer_labels(names, width=10)
+    return {**_named_ticks([_plain(label) for label in labels]), "automargin": "left"}
+
+
+def _named_ticks(labels: Sequence[str]) -> dict[str, Any]:
+    """One tick per place; numbers below, names shown, so that equal names do not fall together."""
+    return {
+        "tickmode": "array",
+        "tickvals": list(range(len(labels))),
+        "ticktext": list(labels),
+        "range": [-0.5, len(labels) - 0.5],
+        "fixedrange": True,
+        "ticks": "",
+        "ticklabelstandoff": 4,
+        "showgrid": False,
+        "zeroline": False,
+    }
+
+
+def _two_lines(name: str) -> list[str]:
+    """A long module name in two lines, broken after its last dot, underscore or blank."""
+    for mark in "._ ":
+        parent, found, last = name.rpartition(mark)
+        if found and len(name) > 14:
+            return [parent + found, last]
+    return [name]
+
+
+def _plain(text: str) -> str:
+    """Plotly reads its text as simple HTML."""
+    return html.escape(text, quote=False)
+
+
+PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
+<title>{{ record.title }}</title>
+<style>
+:root { --page: #fff; --text: #1b1f24; --soft: #59636e; --line: #d5dae0; --card: #f5f7f9; --accent: #0072B2; }
+@media screen and (prefers-color-scheme: dark) {
+  :root {
+    --page: #14171b; --text: #e4e7eb; --soft: #9aa4af; --line: #333a42; --card: #1d2126; --accent: #56B4E9;
+  }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 32px 20px 64px; }
+h1 { margin: 0; font-size: 28px; line-height: 1.2; overflow-wrap: anywhere; }
+h2 { margin: 48px 0 12px; padding-top: 16px; border-top: 1px solid var(--line); font-size: 20px; }
+h3 { margin: 0 0 8px; font-size: 16px; }
+p, ul { margin: 0 0 12px; max-width: 75ch; overflow-wrap: anywhere; }
+ul { padding-left: 20px; }
+.soft { color: var(--soft); font-size: 14px; }
+.key { display: flex; flex-wrap: wrap; gap: 12px; margin: 24px 0 0; }
+.key div { flex: 1 1 130px; padding: 12px 16px; background: var(--card); border-radius: 8px; }
+.key dt { color: var(--soft); font-size: 14px; }
+.key dd { margin: 0; font-size: 26px; font-weight: 600; line-height: 1.25; }
+.key small { font-size: 16px; font-weight: 400; }
+fieldset { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 0 0 16px; padding: 0; border: 0; }
+legend { float: left; margin-right: 4px; color: var(--soft); }
+input { accent-color: var(--accent); }
+.pair { display: grid; grid-template-columns: minmax(0, 1fr); gap: 24px; align-items: start; }
+@media (max-width: 600px) { main { padding: 24px 16px 48px; } }
+.pair > :only-child { grid-column: 1 / -1; }
+@media (min-width: 900px) {
+  .key div { max-width: 260px; }
+  .pair { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); }
+  .pair.maps { grid-template-columns: minmax(0, 5fr) minmax(0, 4fr); }
+}
+.scroll { /* a shade at the right edge while there is more to see */
+  overflow-x: auto;
+  background:
+    linear-gradient(to left, var(--page) 12px, transparent) 100% 0 / 24px 100% no-repeat local,
+    linear-gradient(to left, var(--line), transparent) 100% 0 / 12px 100% no-repeat scroll;
+}
+.plot text:not(.heatmap-label text, .hoverlayer text) { fill: var(--text) !important; }
+/* Plotly's dark grey is too pale on green. */
+.heatmap-label text[style*="rgb(68, 68, 68)"] { fill: #000 !important; }
+@media screen { fieldset ~ .panel h3 { display: none; } }
+table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
+th, td { padding: 6px 16px 6px 0; border-bottom: 1px solid var(--line); }
+th, td { text-align: left; vertical-align: top; }
+thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
+tbody th { font-weight: 500; }
+.number { text-align: right; white-space: pre; }
+details th { white-space: normal; }
+.facts { width: 100%; }
+.facts td { text-align: right; overflow-wrap: anywhere; padding-right: 0; }
+details, .scroll + p { margin-top: 12px; }
+summary { cursor: pointer; color: var(--soft); font-size: 14px; }
+/* Set by the script before printing: a page's width is not known to it, and charts do not shrink on paper. */
+.print { width: 700px; }
+.print .pair { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); }
+.print .pair.maps { grid-template-columns: minmax(0, 5fr) minmax(0, 4fr); }
+@media print {
+  main { max-width: none; padding: 0; }
+  h2 { margin-top: 24px; }
+  h2, h3 { break-after: avoid; }
+  .panel, .plot, .key, tr { break-inside: avoid; }
+  .scroll { overflow: visible; background: none; }
+  table, td .soft, th .soft { font-size: 10px; }
+  th, td { padding: 4px 8px 4px 0; }
+  fieldset, details { display: none; }
+}
+</style>
+</head>
+<body>
+<main>
+<h1>{{ record.title }}</h1>
+{% if record.config.model_name_or_path is defined %}
+<p class="soft">{{ record.config.model_name_or_path }}</p>
+{% endif %}
+{% if key_figures %}
+<dl class="key">
+{% for name, value, unit in key_figures %}
+<div><dt>{{ name }}</dt><dd>{{ value }}{% if unit %} <small>{{ unit }}</small>{% endif %}</dd></div>
+{% endfor %}
+</dl>
+{% endif %}
+
+<h2>Relevance</h2>
+{% if record.depth_sentence %}
+<p>{{ record.depth_sentence }}</p>
+{% endif %}
+{% if not panels %}
+<p class="soft">No relevance was recorded.</p>
+{% endif %}
+{% if panels | length > 1 %}
+<fieldset><legend>Criterion</legend>
+{% for panel in panels %}
+<label><input type="radio" name="criterion" value="panel-{{ loop.index0 }}" {{ "checked" if loop.first }}>
+{{ panel.criterion }}</label>
+{% endfor %}
+</fieldset>
+{% endif %}
+{% for panel in panels %}
+<section class="panel" id="panel-{{ loop.index0 }}">
+<h3>{{ panel.criterion }}</h3>
+<div class="pair maps">
+<div class="scroll">
+<div class="plot" id="heatmap-{{ loop.index0 }}" style="min-width: {{ panel.width }}px"></div>
+</div>
+<div>
+<div class="plot" id="layers-{{ loop.index0 }}"></div>
+<p class="soft">Shares are parts of all the relevance measured by {{ panel.criterion }}.
+{{ "Layer N is " ~ panel.numbered ~ "." if panel.numbered }} The input is at the bottom.
+An empty cell means that the layer has no such module.</p>
+</div>
+</div>
+<details><summary>{{ panel.criterion }} as a table, % of all relevance</summary>
+<div class="scroll"><table>
+<thead><tr><th>layer</th>
+{% for name in panel.columns %}
+<th class="number">{{ name | replace(".", wbr) }}</th>
+{% endfor %}
+<th class="number">all</th>
+{% if record.selected_by_layer %}
+<th class="number">trainable parameters</th>
+{% endif %}
+</tr></thead>
+<tbody>
+{% for name, cells, share in panel.rows %}
+<tr><th>{{ name }}</th>
+{% for cell in cells %}
+<td class="number">{{ cell | percent(3) }}</td>
+{% endfor %}
+<td class="number">{{ share | percent(3) }}</td>
+{% if record.selected_by_layer %}
+<td class="number">{{ record.selected_by_layer.get(name, 0) | count }}</td>
+{% endif %}
+</tr>
+{% endfor %}
+</tbody></table></div></details>
+</section>
+{% endfor %}
+{% if "layers" in figures %}
+<div class="plot" id="layers"></div>
+{% endif %}
+
+{% if record.plan_lines %}
+<h2>Plan</h2>
+<ul>
+{% for line in record.plan_lines %}
+<li>{{ line }}</li>
+{% endfor %}
+</ul>
+{% endif %}
+
+<h2>Comparison</h2>
+{% if record.comparison %}
+<div class="scroll"><table>
+<thead><tr><th>method</th>
+{% for head in comparison_heads %}
+<th class="number">{{ head }}</th>
+{% endfor %}
+</tr></thead>
+<tbody>
+{% for result, cells in comparison_rows %}
+<tr><th>{{ result.method }}{% if result.note %}<div class="soft">{{ result.note }}</div>{% endif %}</th>
+{% for cell in cells %}
+<td class="number">{{ cell }}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody></table></div>
+<p class="soft">Head parameters are trained by every method and are not counted as trainable parameters.
+— means that it does not apply or was not measured.</p>
+{% else %}
+<p class="soft">No other methods were run for comparison.</p>
+{% endif %}
+
+<h2>Training</h2>
+{% if "loss" in figures or "scores" in figures %}
+<div class="pair">
+{% for name in ("loss", "scores") if name in figures %}
+<div class="plot" id="{{ name }}"></div>
+{% endfor %}
+</div>
+{% else %}
+<p class="soft">No training history was recorded.</p>
+{% endif %}
+
+<div class="pair">
+<section>
+<h2>Metrics</h2>
+{% if record.metrics %}
+<table class="facts">
+{% for name, value in record.metrics.items() %}
+<tr><th>{{ name }}</th><td>{{ name | metric(value) }}</td></tr>
+{% endfor %}
+</table>
+{% else %}
+<p class="soft">No metrics were recorded.</p>
+{% endif %}
+</section>
+<section>
+<h2>Configuration</h2>
+{% if not config %}
+<p class="soft">No configuration was recorded.</p>
+{% endif %}
+<table class="facts">
+{% for name, value in config %}
+<tr><th>{{ name }}</th><td>{{ value }}</td></tr>
+{% endfor %}
+</table>
+</section>
+</div>
+
+{% if record.notes %}
+<h2>Notes</h2>
+<ul>
+{% for note in record.notes %}
+<li>{{ note }}</li>
+{% endfor %}
+</ul>
+{% endif %}
+</main>
+<script type="application/json" id="figures">{{ figures_json }}</script>
+<script>{{ plotlyjs }}</script>
+<script>
+const figures = JSON.parse(document.getElementById("figures").textContent);
+const panels = [...document.querySelectorAll(".panel")];
+const options = {displayModeBar: false, responsive: true};
+// A chart in a hidden panel has no width, so charts are drawn when they are shown. They are drawn anew for
+// paper, because Plotly.Plots.resize waits and printing does not.
+function show(id) {
+  for (const panel of panels) panel.hidden = id !== null && panel.id !== id;
+  for (const [name, figure] of Object.entries(figures)) {
+    const place = document.getElementById(name);
+    if (place.offsetWidth) Plotly.newPlot(place, figure.data, structuredClone(figure.layout), options);
+  }
+}
+const chosen = () => document.querySelector("input[name=criterion]:checked")?.value ?? null;
+document.addEventListener("change", event => { if (event.target.name === "criterion") show(chosen()); });
+// On paper there is nothing to choose: every criterion is shown, at the width of the page.
+window.addEventListener("beforeprint", () => { document.body.classList.add("print"); show(null); });
+window.addEventListener("afterprint", () => { document.body.classList.remove("print"); show(chosen()); });
+show(chosen());
+</script>
+</body>
+</html>
+"""

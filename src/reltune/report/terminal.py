@@ -1,0 +1,142 @@
+"""Relevance, comparison and metrics for the console."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.columns import Columns
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from reltune import report
+from reltune.records import Heatmap, MethodResult
+
+# Viridis (van der Walt and Smith 2015, CC0): perceptually uniform, readable with colour-vision deficiencies.
+VIRIDIS = (
+    *("#440154", "#482878", "#3e4989", "#31688e", "#26828e"),
+    *("#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"),
+)
+WIDTH = 80
+CELL = 6
+HEAD = CELL - 1  # one blank between heads
+
+
+def heatmap(h: Heatmap) -> RenderableType:
+    """Layers down, deepest first; modules across; each cell its share of all relevance in percent.
+
+    Never wider than 80 columns: more modules than fit continue in a table below.
+    """
+    cells = report.shares(h)
+    labels, numbered = report.layer_labels(h.rows)
+    heads = _abbreviate(h.columns)
+    label_width = max([len("layer"), *map(len, labels)])
+    across = max(1, (WIDTH - label_width - CELL) // CELL)
+    most = max((value for row in cells for value in row if value is not None), default=0.0)
+
+    tables = []
+    for start in range(0, max(len(h.columns), 1), across):
+        table = Table(box=None, padding=0, pad_edge=False, header_style="bold")
+        table.add_column("layer", width=label_width, justify="right", no_wrap=True)
+        for head in heads[start : start + across]:
+            table.add_column(Text(head), width=CELL, justify="right", no_wrap=True)
+        table.add_column("all", width=CELL, justify="right", no_wrap=True, style="bold")
+        for i in reversed(range(len(h.rows))):
+            row = [_cell(value, most) for value in cells[i][start : start + across]]
+            table.add_row(Text(labels[i]), *row, report.share(h.share_by_layer[i]))
+        tables.append(table)
+
+    scale = Text("0 ").append_text(_scale()).append(f" {report.share(most)} %")
+    if any(value is None for row in cells for value in row):
+        scale.append("   blank: no such module")
+    legend = [f"{head} {name}" for head, name in zip(heads, h.columns, strict=True) if head != name]
+    if numbered:
+        legend.append(f"N {numbered}")
+    return Group(
+        Text(f"{h.criterion} relevance: share of the total, %", style="bold"),
+        Text("deepest layer at the top, input at the bottom", style="dim"),
+        *tables,
+        scale,
+        Columns([Text(entry, style="dim") for entry in legend], padding=(0, 2), width=36),
+    )
+
+
+def comparison_table(results: Sequence[MethodResult]) -> Table:
+    """One row per method; at most 100 columns wide. ``—`` where nothing was measured."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("method", overflow="fold", max_width=20)
+    quality = ("trainable", "+ head", "acc.\n%", "macro\nF1 %")
+    cost = ("s /\nstep", "peak\nmemory", "disk", "ms /\ntext", "ms,\nmerged")
+    for head in quality + cost:
+        table.add_column(head, justify="right", no_wrap=True)
+    for result in results:
+        table.add_row(
+            Text(result.method),
+            report.short_count(result.trainable_parameters),
+            report.short_count(result.head_parameters),
+            report.percent(result.accuracy),
+            report.percent(result.f1_macro),
+            report.fixed(result.seconds_per_step, 4),
+            report.size(result.peak_memory_bytes),
+            report.size(result.disk_bytes),
+            report.fixed(result.inference_ms_per_text, 2),
+            report.fixed(result.inference_ms_per_text_merged, 2),
+        )
+    return table
+
+
+def metrics_table(metrics: Mapping[str, Any]) -> Table:
+    """Every metric by name, in the order given."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("metric", overflow="fold")
+    table.add_column("value", justify="right", overflow="fold")
+    for name, value in metrics.items():
+        table.add_row(Text(name), Text(report.metric(name, value)))
+    return table
+
+
+def _abbreviate(names: Sequence[str]) -> list[str]:
+    """Heads of at most HEAD characters, no two the same: attention.self.query -> as.q."""
+    heads: list[str] = []
+    for name in names:
+        *outer, last = name.split(".")
+        if name.startswith("("):
+            head = "other"
+        else:
+            first = "".join(part if part.isdigit() else part[:1] for part in outer)
+            words = re.findall(r"[A-Z]?[a-z]+|[A-Z]|\d+", last) or [last]
+            head = (f"{first}." if first else "") + "".join(word[0] for word in words)
+        unique, n = head[-HEAD:], 1
+        while unique in heads:
+            n += 1
+            unique = head[: HEAD - len(str(n))] + str(n)
+        heads.append(unique)
+    return heads
+
+
+def _cell(value: float | None, most: float) -> Text:
+    if value is None:
+        return Text(" " * CELL)
+    red, green, blue = _viridis(value / most if most > 0 else 0.0)
+    # Relative luminance decides which of black and white is easier to read (WCAG 2: above 0.179 black).
+    r, g, b = (c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in (red, green, blue))
+    light = 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179
+    style = f"{'#000000' if light else '#ffffff'} on #{red:02x}{green:02x}{blue:02x}"
+    return Text(f"{report.share(value):>{HEAD}} ", style=style)
+
+
+def _scale(steps: int = 20) -> Text:
+    colors = [_viridis(i / (steps - 1)) for i in range(steps)]
+    return Text.assemble(*[(" ", f"on #{red:02x}{green:02x}{blue:02x}") for red, green, blue in colors])
+
+
+def _viridis(position: float) -> tuple[int, int, int]:
+    """Colour at 0..1, linear between the anchors."""
+    anchors = [tuple(int(color[i : i + 2], 16) for i in (1, 3, 5)) for color in VIRIDIS]
+    place = min(max(position, 0.0), 1.0) * (len(anchors) - 1)
+    low = min(int(place), len(anchors) - 2)
+    mixed = [round(a + (b - a) * (place - low)) for a, b in zip(anchors[low], anchors[low + 1], strict=True)]
+    return mixed[0], mixed[1], mixed[2]

@@ -1,0 +1,392 @@
+"""A run: its directory and the stages that read one artefact and write the next.
+
+    config.yaml ─analyze▶ relevance/ ─select▶ plan/ ─tune▶ adapter/ ─evaluate▶ all_results.json ─report▶ report.html
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from transformers import TrainingArguments
+from transformers.trainer_utils import set_seed
+
+from reltune import export as exporting
+from reltune import training
+from reltune.evaluation import evaluate as measure_metrics
+from reltune.layers.inventory import head_modules
+from reltune.plan.plan import Plan
+from reltune.plan.selection import select as choose_units
+from reltune.records import InputError, MethodResult, RunConfig, RunRecord, write_json
+from reltune.relevance.measure import analyze as measure_relevance
+from reltune.relevance.scores import RelevanceScores
+from reltune.tasks import rows as reading
+from reltune.tasks.sequence_classification import SequenceClassification
+from reltune.tuner.config import ReltuneConfig
+
+HELD_OUT = 0.15  # share of the data split off for each of validation and test, where no file is given
+ARTEFACTS = {  # in the order of the stages; writing one makes those after it out of date
+    "analyze": ("relevance",),
+    "select": ("plan",),
+    "tune": ("adapter", "trainer_state.json", "training_cost.json"),
+    "evaluate": ("all_results.json", "comparison.json"),
+    "report": ("report.html",),
+}
+
+
+class RunDirectory:
+    """Where a run keeps its artefacts."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.relevance = self.path / "relevance"
+        self.head = self.relevance / "head.safetensors"
+        self.plan = self.path / "plan"
+        self.adapter = self.path / "adapter"
+        self.results = self.path / "all_results.json"
+        self.report = self.path / "report.html"
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> tuple[RunDirectory, RunConfig]:
+        """An existing run and its config."""
+        run = cls(path)
+        if not run.config_file.is_file():
+            raise InputError(f"{path} holds no run (no config.yaml); make one with `reltune run` or `reltune analyze`.")
+        config = RunConfig.load(run.config_file)
+        config.output_dir = str(path)  # the directory may have been moved
+        return run, config
+
+    def check_new(self, overwrite: bool) -> None:
+        """Raise InputError unless a new run may be written here. Creates nothing."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"output_dir {self.path} is a file; name a directory.")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            if not self.config_file.is_file():
+                raise InputError(f"output_dir {self.path} is not empty and holds no run; name a new directory.")
+            if not overwrite:
+                raise InputError(
+                    f"output_dir {self.path} already holds a run; name another directory or pass --overwrite_output_dir."
+                )
+        place = self.path
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise InputError(f"output_dir {self.path} cannot be written ({place} does not allow it); name another one.")
+
+    def check_stage(self, stage: str, overwrite: bool) -> None:
+        """Raise InputError if the stage was done already and may not be done again."""
+        done = [name for name in ARTEFACTS[stage] if (self.path / name).exists()]
+        if done and not overwrite:
+            raise InputError(
+                f"{self.path} already holds {done[0]}; pass --overwrite_output_dir to make it and what follows from it anew."
+            )
+
+    def create(self, config: RunConfig) -> None:
+        """Make the directory and save the config, over an earlier run's if there is one."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.clear("analyze")
+            config.save(self.config_file)
+        except OSError as error:
+            raise InputError(f"output_dir {self.path} cannot be written ({error.strerror}); name another one.") from error
+
+    def clear(self, stage: str) -> None:
+        """Remove the artefacts of the stage and of those after it."""
+        stages = list(ARTEFACTS)
+        for later in stages[stages.index(stage) :]:
+            for name in ARTEFACTS[later]:
+                target = self.path / name
+                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        if stages.index(stage) <= stages.index("tune"):
+            for checkpoint in self.path.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+
+
+@dataclasses.dataclass
+class Materials:
+    """What a config names, read and checked: the task, its data, the model with its new heads."""
+
+    config: RunConfig
+    task: SequenceClassification
+    tokenizer: Any
+    model: nn.Module
+    new_heads: list[str]
+    train: Any
+    validation: Any
+    test: Any
+
+    @property
+    def collator(self) -> Any:
+        return self.task.collator(self.tokenizer)
+
+    @property
+    def held_out(self) -> dict[str, Any]:
+        """Data sets by the prefix of their metrics."""
+        return {"eval": self.validation, "test": self.test}
+
+    def arguments(self, method: str, **forced: Any) -> TrainingArguments:
+        """Training arguments of the run for a method."""
+        return training.arguments(self.config.output_dir, method, self.config.seed, self.config.training, **forced)
+
+    def fresh_model(self) -> nn.Module:
+        """The base model, loaded anew; its head starts from the same seed every time."""
+        set_seed(self.config.seed)
+        return self.task.load_model(self.config.model_name_or_path)[0]
+
+
+def prepare(config: RunConfig) -> Materials:
+    """Read the data and load the model. Raises InputError for whatever is wrong with either; writes nothing."""
+    config.check()
+    splits = _read_splits(config)
+    reading.check_splits(*splits)
+    task = SequenceClassification.from_rows(splits[0])
+    tokenizer = task.load_tokenizer(config.model_name_or_path)
+    set_seed(config.seed)
+    model, missing = task.load_model(config.model_name_or_path)
+    train, validation, test = (task.encode(rows, tokenizer, config.max_length) for rows in splits)
+    return Materials(config, task, tokenizer, model, head_modules(model, missing), train, validation, test)
+
+
+def check_choice(materials: Materials) -> None:
+    """Raise InputError for patterns that match no module and budgets that no unit fits, before hours are spent.
+
+    Select on relevance that looks at no data: whatever fails here would fail after the analysis.
+    """
+    config = materials.config
+    relevance = measure_relevance(
+        materials.model,
+        criteria=["depth"],
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        always_trained=materials.new_heads,
+        progress=False,
+    )
+    choose_units(relevance, config.budget, config.granularity)
+
+
+def _read_splits(config: RunConfig) -> tuple[list[reading.Row], list[reading.Row], list[reading.Row]]:
+    def read(path: str) -> list[reading.Row]:
+        return reading.read_rows(path, config.text_column, config.label_column, config.encoding)
+
+    train = reading.bbc_news() if config.train_file is None else read(config.train_file)
+    whole = len(train)
+    held: dict[str, list[reading.Row]] = {}
+    for name, path in (("test", config.test_file), ("validation", config.validation_file)):
+        if path is not None:
+            held[name] = read(path)
+        else:
+            train, held[name] = reading.split_off(train, HELD_OUT * whole / len(train), config.seed)
+    return train, held["validation"], held["test"]
+
+
+# -- stages ---------------------------------------------------------------------------------------------------------
+
+
+def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
+    """Train the new heads briefly, then measure relevance: before the head means something, no gradient does."""
+    config, model = materials.config, materials.model
+    if materials.new_heads:
+        train_heads(materials, model, config.head_epochs)
+        run.relevance.mkdir(parents=True, exist_ok=True)
+        save_file(head_state(model, materials.new_heads), run.head)
+    examples = min(config.analysis_examples, len(materials.train))
+    chosen = torch.randperm(len(materials.train), generator=torch.Generator().manual_seed(config.seed))[:examples]
+    loader = DataLoader(
+        Subset(materials.train, chosen.tolist()), batch_size=config.analysis_batch_size, collate_fn=materials.collator
+    )
+    model.to(materials.arguments("head").device)
+    relevance = measure_relevance(
+        model,
+        loader,
+        materials.task.loss_per_example,
+        config.criteria,
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        always_trained=materials.new_heads,
+        seed=config.seed,
+    )
+    relevance.save(run.relevance)
+    return relevance
+
+
+def train_heads(materials: Materials, model: nn.Module, epochs: float) -> training.TrainingCost | None:
+    """Train the new heads alone, with everything else frozen."""
+    if epochs == 0:
+        return None
+    model.requires_grad_(False)
+    for name in materials.new_heads:
+        model.get_submodule(name).requires_grad_(True)
+    args = training.arguments(
+        materials.config.output_dir,
+        "head",
+        materials.config.seed,
+        {key: materials.config.training[key] for key in ("per_device_train_batch_size", "use_cpu") if key in materials.config.training},
+        num_train_epochs=epochs,
+        save_strategy="no",
+        eval_strategy="no",
+    )
+    _, cost = training.train(model, args, materials.train, None, materials.collator, materials.task.compute_metrics)
+    model.requires_grad_(True)
+    return cost
+
+
+def head_state(model: nn.Module, heads: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The heads' tensors under their names in the model."""
+    return {k: v.detach().cpu().clone() for k, v in model.state_dict().items() if k.startswith(tuple(f"{h}." for h in heads))}
+
+
+def model_with_heads(materials: Materials, run: RunDirectory) -> nn.Module:
+    """The base model with the heads that the relevance was measured with."""
+    model = materials.fresh_model()
+    if materials.new_heads:
+        if not run.head.is_file():
+            raise InputError(f"{run.head} is missing; run `reltune analyze` again.")
+        model.load_state_dict(load_file(run.head), strict=False)
+    return model
+
+
+def select(config: RunConfig, run: RunDirectory) -> Plan:
+    """Choose units under the budget from the saved relevance."""
+    relevance = RelevanceScores.load(run.relevance)
+    plan = choose_units(
+        relevance,
+        config.budget,
+        config.granularity,
+        criterion=config.criteria[0],
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        model_name_or_path=config.model_name_or_path,
+        task_type=SequenceClassification.peft_task_type if relevance.always_trained else None,
+    )
+    plan.save(run.plan)
+    return plan
+
+
+def tune(materials: Materials, run: RunDirectory, resume_from_checkpoint: str | bool | None = None) -> PeftModel:
+    """Train what the plan names and save the adapter, with the tokenizer beside it."""
+    plan = Plan.load(run.plan)
+    model = get_peft_model(model_with_heads(materials, run), ReltuneConfig(plan=plan))  # type: ignore[arg-type]
+    args = materials.arguments("selection")
+    trainer, cost = training.train(
+        model,
+        args,
+        materials.train,
+        materials.validation,
+        materials.collator,
+        materials.task.compute_metrics,
+        resume_from_checkpoint,
+    )
+    trainer.save_state()
+    write_json(run.path / "training_cost.json", {**dataclasses.asdict(cost), "learning_rate": args.learning_rate})
+    model.save_pretrained(str(run.adapter))
+    materials.tokenizer.save_pretrained(str(run.adapter))
+    return model
+
+
+def load_tuned(materials: Materials, run: RunDirectory) -> PeftModel:
+    """The base model with the run's adapter, both from disk."""
+    if not (run.adapter / "adapter_config.json").is_file():
+        raise InputError(f"{run.path} holds no adapter; run `reltune tune` first.")
+    return PeftModel.from_pretrained(materials.fresh_model(), str(run.adapter))
+
+
+def evaluate(materials: Materials, run: RunDirectory) -> dict[str, float]:
+    """Metrics of the saved adapter on validation and test data, written to ``all_results.json``."""
+    model = load_tuned(materials, run)
+    metrics = measure_metrics(
+        model, materials.held_out, materials.collator, materials.task.compute_metrics, **_placement(materials)
+    )
+    plan = Plan.load(run.plan)
+    cost = json.loads((run.path / "training_cost.json").read_text(encoding="utf-8"))
+    results = {
+        **metrics,
+        "trainable_parameters": plan.parameters,
+        "head_parameters": plan.head_parameters,
+        "adapter_bytes": disk_bytes(run.adapter, ("adapter_model.safetensors", "adapter_config.json")),
+        "train_steps": cost["steps"],
+        "train_seconds_per_step": cost["seconds_per_step"],
+        "train_peak_memory_bytes": cost["peak_memory_bytes"],
+        "learning_rate": cost["learning_rate"],
+    }
+    write_json(run.results, results)
+    return results
+
+
+def _placement(materials: Materials) -> dict[str, Any]:
+    return {key: materials.config.training[key] for key in ("use_cpu",) if key in materials.config.training}
+
+
+def disk_bytes(directory: Path, names: Sequence[str]) -> int:
+    return sum((directory / name).stat().st_size for name in names)
+
+
+def export(materials: Materials, run: RunDirectory, to: str, output_dir: str) -> Path:
+    """Write the adapter as a LoRA adapter or merged into a plain model."""
+    exporting.check_destination(output_dir)
+    model = load_tuned(materials, run)
+    if to == "lora":
+        return exporting.to_lora(model, output_dir)
+    return exporting.to_merged(model, materials.tokenizer, output_dir)
+
+
+def report(config: RunConfig, run: RunDirectory) -> RunRecord:
+    """Assemble the record of a run from its artefacts and write ``report.html``."""
+    from reltune.report.html import write_report
+
+    record = read_record(config, run)
+    write_report(run.report, record)
+    return record
+
+
+def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
+    """The record of a run, from its artefacts. Needs relevance and a plan; shows what else is there."""
+    relevance, plan = RelevanceScores.load(run.relevance), Plan.load(run.plan)
+
+    def read(name: str, default: Any) -> Any:
+        path = run.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
+
+    comparison = read("comparison.json", {"methods": [], "notes": []})
+    notes = [*comparison["notes"], hardware()]
+    if config.dataset_name == "bbc_news":
+        notes.append(
+            "Data: BBC news (D. Greene and P. Cunningham, ICML 2006), licensed by its source for non-commercial research only."
+        )
+    if relevance.inventory.left_out:
+        reasons = sorted(set(relevance.inventory.left_out.values()))
+        notes.append(f"Not measured: {len(relevance.inventory.left_out)} parameter tensors ({'; '.join(reasons)}).")
+    return RunRecord(
+        title=f"reltune: {Path(config.model_name_or_path).name or config.model_name_or_path}",
+        config=dataclasses.asdict(config),
+        heatmaps=[relevance.heatmap(criterion) for criterion in relevance.criteria],
+        depth_sentence=relevance.depth_sentence(),
+        plan_lines=plan.describe(),
+        selected_by_layer=plan.by_layer(relevance.inventory),
+        metrics=read("all_results.json", {}),
+        history=read("trainer_state.json", {}).get("log_history", []),
+        comparison=[MethodResult(**method) for method in comparison["methods"]],
+        notes=notes,
+    )
+
+
+def hardware() -> str:
+    """One line: where and with which versions this ran."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return (
+        f"Run on {device}; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, peft {peft.__version__}."
+    )

@@ -1,0 +1,133 @@
+"""One training path for every method: transformers.Trainer, with defaults per method and what a step cost."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import set_seed
+
+# Learning rates measured per method (docs/learning_rates.md): the best one differs by more than an order of magnitude
+# between methods, so one default for all would decide every comparison.
+LEARNING_RATES = {"head": 5e-3, "full": 1e-4, "layer": 3e-4, "selection": 2e-3}
+
+DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.1,
+    "logging_steps": 10,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "report_to": "none",
+    "dataloader_pin_memory": False,
+}
+
+
+@dataclasses.dataclass
+class TrainingCost:
+    """What training took. Seconds per step is the median; peak memory is the accelerator's, or the process's on a CPU."""
+
+    steps: int
+    seconds_per_step: float | None
+    peak_memory_bytes: int | None
+
+
+def arguments(output_dir: str, method: str, seed: int, given: dict[str, Any], **forced: Any) -> TrainingArguments:
+    """TrainingArguments for a method: its defaults, over them what the user gave, over that what must be so."""
+    values = {**DEFAULTS, "learning_rate": LEARNING_RATES[method], **given, **forced}
+    return TrainingArguments(output_dir=output_dir, seed=seed, **values)
+
+
+def train(
+    model: nn.Module,
+    args: TrainingArguments,
+    train_dataset: Any,
+    eval_dataset: Any,
+    collator: Any,
+    compute_metrics: Callable[[Any], dict[str, float]],
+    resume_from_checkpoint: str | bool | None = None,
+) -> tuple[Trainer, TrainingCost]:
+    """Train whatever of ``model`` requires a gradient."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("nothing in the model requires a gradient, so there is nothing to train.")
+    set_seed(args.seed)
+    clock = _StepClock()
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset if args.eval_strategy != "no" else None,
+        data_collator=collator,
+        compute_metrics=compute_metrics,
+        callbacks=[clock],
+    )
+    with PeakMemory() as memory:
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    # The first steps pay for warming up, once.
+    times = clock.seconds[2:] or clock.seconds
+    return trainer, TrainingCost(len(clock.seconds), statistics.median(times) if times else None, memory.peak)
+
+
+class _StepClock(TrainerCallback):
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.started = self._now()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(self._now() - self.started)
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class PeakMemory:
+    """Peak memory of what runs inside: CUDA's own count, or the process's resident memory, sampled every 10 ms."""
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        self.peak: int | None = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            return self
+        if sys.platform == "linux":
+            # Hand freed memory back first, or this method would be charged for the one before it.
+            with contextlib.suppress(OSError, AttributeError):  # another C library has no such call
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
+        self._process = psutil.Process()
+        self.peak = self._process.memory_info().rss
+        self._stop = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+        self._sampler.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.01):
+            self.peak = max(self.peak or 0, self._process.memory_info().rss)
+
+    def __exit__(self, *_: object) -> None:
+        if torch.cuda.is_available():
+            self.peak = torch.cuda.max_memory_allocated()
+            return
+        self._stop.set()
+        self._sampler.join()

@@ -1,0 +1,11 @@
+"""Settings that the libraries read when they are first imported: offline, quiet, on two threads.
+
+As environment variables they hold for subprocesses too, and nothing heavy is imported here.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # torch's number of threads

@@ -1,0 +1,102 @@
+"""The operator behind Fisher scores, against its definition."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reltune.ops import squared_gradient
+from reltune.ops.squared_gradient import (
+    gram_is_cheaper,
+    squared_gradient_sums,
+    squared_gradient_sums_reference,
+)
+
+SHAPES = st.tuples(*[st.integers(1, high) for high in (6, 7, 24, 24)])  # examples, tokens, in, out
+
+
+def inputs(shape, seed=0, dtype=torch.float64):
+    examples, tokens, in_features, out_features = shape
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(examples, tokens, in_features, generator=generator, dtype=torch.float64)
+    g = torch.randn(examples, tokens, out_features, generator=generator, dtype=torch.float64)
+    return x.to(dtype), g.to(dtype)
+
+
+def by_definition(x, g):
+    """Σ_s G_s[o, i]² with every index written out: (columns, rows)."""
+    squares = torch.einsum("sto,sti->soi", g, x).square().sum(0)
+    return squares.sum(0), squares.sum(1)
+
+
+def assert_close(found, wanted, relative):
+    for a, b in zip(found, wanted, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= relative * b.abs().max()
+
+
+@settings(max_examples=150, deadline=None)
+@given(SHAPES, st.integers(0, 99), st.sampled_from([1, 50, 1 << 26]), st.sampled_from([None, True, False]))
+def test_sums_equal_the_definition(shape, seed, block_numbers, gram):
+    x, g = inputs(shape, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(squared_gradient, "BLOCK_NUMBERS", block_numbers)
+        if gram is not None:
+            patch.setattr(squared_gradient, "gram_is_cheaper", lambda *_: gram)
+        found = squared_gradient_sums(x, g)
+    wanted = by_definition(x, g)
+    assert found[0].dtype == torch.float64
+    assert_close(found, wanted, 1e-9)
+    assert_close(squared_gradient_sums_reference(x, g), wanted, 1e-9)
+
+
+def test_gram_is_taken_where_it_counts_fewer_operations():
+    # BERT-base's square maps at 128 tokens, its feed-forward maps at 512, and where the balance tips: 2·T·2n = n·n.
+    assert gram_is_cheaper(128, 768, 768)
+    assert gram_is_cheaper(192 - 1, 768, 768) and not gram_is_cheaper(192, 768, 768)
+    assert gram_is_cheaper(300, 768, 3072) and not gram_is_cheaper(512, 768, 3072)
+    assert not gram_is_cheaper(1, 768, 2)
+
+
+@pytest.mark.parametrize("gram", [True, False])
+def test_blocks_bound_the_workspace(gram, monkeypatch):
+    """The products are made for as many examples at a time as fit in BLOCK_NUMBERS, at least one."""
+    x, g = inputs((5, 3, 16, 8))
+    per_example = 3 * (3 + 16 + 8) if gram else 16 * 8
+    monkeypatch.setattr(squared_gradient, "gram_is_cheaper", lambda *_: gram)
+    monkeypatch.setattr(squared_gradient, "BLOCK_NUMBERS", 2 * per_example)
+    sizes = []
+    product = torch.Tensor.__matmul__
+    monkeypatch.setattr(
+        torch.Tensor, "__matmul__", lambda a, b: sizes.append(a.shape[0]) or product(a, b), raising=True
+    )
+    squared_gradient_sums(x, g)
+    assert sizes == [2] * (8 if gram else 2) + [1] * (4 if gram else 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SHAPES, st.integers(0, 99), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_cancelling_sums_are_never_negative(shape, seed, gram, dtype):
+    """Pairs of tokens with the same input and opposite gradients: every true sum is zero."""
+    x, g = inputs(shape, seed)
+    x, g = torch.cat([x, x], 1).to(dtype), torch.cat([g, -g], 1).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(squared_gradient, "gram_is_cheaper", lambda *_: gram)
+        found = squared_gradient_sums(x, g)
+    scale = (x.float().square().sum() * g.float().square().sum()).item()
+    for sums in found:
+        assert sums.dtype == torch.float32
+        assert sums.min() >= 0
+        assert sums.max() <= 1e-5 * scale
+
+
+@pytest.mark.parametrize("gram", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_precision_inputs_are_summed_in_float32(dtype, gram, monkeypatch):
+    monkeypatch.setattr(squared_gradient, "gram_is_cheaper", lambda *_: gram)
+    x, g = inputs((4, 8, 48, 40), dtype=dtype)
+    # Nearly cancelling: sums made in bfloat16, or with 8 bits somewhere between, would be far off.
+    g[:, 1::2] = -g[:, ::2]
+    x[:, 1::2] = (x[:, ::2].float() * 1.25).to(dtype)
+    wanted = by_definition(x.double(), g.double())
+    assert_close(squared_gradient_sums(x, g), wanted, 1e-4)
