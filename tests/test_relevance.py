@@ -4,6 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
 from oracles.per_example_gradients import gradient_sums
 from relevance_cases import (
     MODELS,
@@ -18,11 +23,6 @@ from relevance_cases import (
     tiny_bert,
     tiny_sequential,
 )
-from torch import nn
-from torch.nn import functional as F
-from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
 from reltune.ops import squared_gradient
 
 BOTH = ["fisher", "gradient"]

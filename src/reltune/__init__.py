@@ -29,7 +29,16 @@ _HOME = {
     "ReltuneConfig": "reltune.tuner.config",
     "InputError": "reltune.records",
 }
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+__all__ = [
+    "AnalysisError",
+    "InputError",
+    "Plan",
+    "RelevanceScores",
+    "ReltuneConfig",
+    "__version__",
+    "analyze",
+    "select",
+]
 
 if TYPE_CHECKING:
     from reltune.plan.plan import Plan

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from reltune import __version__
-from reltune.records import CRITERIA, GRANULARITIES, InputError, RunConfig, nearest
+from reltune.records import CRITERIA, GRANULARITIES, InputError, RunConfig
 
 if TYPE_CHECKING:
     from reltune.records import RunRecord
@@ -72,7 +72,6 @@ Excludes = Annotated[list[str] | None, typer.Option("--exclude_modules", help="L
 Seed = Annotated[int, typer.Option("--seed")]
 Overwrite = Annotated[bool, typer.Option("--overwrite_output_dir", help="Replace what is there.")]
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # Typer may bring its own Click, so Click's class is found through Typer
-DEFAULT = {field.name: field.default for field in dataclasses.fields(RunConfig)}
 
 
 @app.callback(invoke_without_command=True)
@@ -91,16 +90,16 @@ def run(
     dataset_name: DatasetName = None,
     validation_file: ValidationFile = None,
     test_file: TestFile = None,
-    text_column: TextColumn = DEFAULT["text_column"],
-    label_column: LabelColumn = DEFAULT["label_column"],
-    encoding: Encoding = DEFAULT["encoding"],
-    max_length: MaxLength = DEFAULT["max_length"],
+    text_column: TextColumn = RunConfig.text_column,
+    label_column: LabelColumn = RunConfig.label_column,
+    encoding: Encoding = RunConfig.encoding,
+    max_length: MaxLength = RunConfig.max_length,
     criteria: Criteria = None,
-    budget: Budget = DEFAULT["budget"],
+    budget: Budget = RunConfig.budget,
     granularity: Granularity = None,
     target_modules: Targets = None,
     exclude_modules: Excludes = None,
-    seed: Seed = DEFAULT["seed"],
+    seed: Seed = RunConfig.seed,
     overwrite_output_dir: Overwrite = False,
 ) -> None:
     """All four steps: analyze, select, tune, evaluate; and a report."""
@@ -117,14 +116,14 @@ def analyze(
     dataset_name: DatasetName = None,
     validation_file: ValidationFile = None,
     test_file: TestFile = None,
-    text_column: TextColumn = DEFAULT["text_column"],
-    label_column: LabelColumn = DEFAULT["label_column"],
-    encoding: Encoding = DEFAULT["encoding"],
-    max_length: MaxLength = DEFAULT["max_length"],
+    text_column: TextColumn = RunConfig.text_column,
+    label_column: LabelColumn = RunConfig.label_column,
+    encoding: Encoding = RunConfig.encoding,
+    max_length: MaxLength = RunConfig.max_length,
     criteria: Criteria = None,
     target_modules: Targets = None,
     exclude_modules: Excludes = None,
-    seed: Seed = DEFAULT["seed"],
+    seed: Seed = RunConfig.seed,
     overwrite_output_dir: Overwrite = False,
 ) -> None:
     """Measure how much every unit matters; writes OUTPUT_DIR/relevance."""
@@ -142,7 +141,7 @@ def select(
     context: typer.Context,
     run: Run,
     criteria: Criteria = None,
-    budget: Budget = DEFAULT["budget"],
+    budget: Budget = RunConfig.budget,
     granularity: Granularity = None,
     target_modules: Targets = None,
     exclude_modules: Excludes = None,
@@ -221,10 +220,10 @@ def export(
 def demo(
     context: typer.Context,
     output_dir: Annotated[str, typer.Option("--output_dir", help="Directory of the run.")] = "demo-run",
-    budget: Budget = DEFAULT["budget"],
+    budget: Budget = RunConfig.budget,
     criteria: Criteria = None,
     granularity: Granularity = None,
-    seed: Seed = DEFAULT["seed"],
+    seed: Seed = RunConfig.seed,
     overwrite_output_dir: Overwrite = False,
 ) -> None:
     """A real encoder on BBC news from installed packages: the four steps beside three baselines."""

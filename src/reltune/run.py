@@ -279,7 +279,7 @@ def select(config: RunConfig, run: RunDirectory) -> Plan:
 def tune(materials: Materials, run: RunDirectory, resume_from_checkpoint: str | bool | None = None) -> PeftModel:
     """Train what the plan names and save the adapter, with the tokenizer beside it."""
     plan = Plan.load(run.plan)
-    model = get_peft_model(model_with_heads(materials, run), ReltuneConfig(plan=plan))  # type: ignore[arg-type]
+    model = get_peft_model(model_with_heads(materials, run), ReltuneConfig(plan=plan))
     args = materials.arguments("selection")
     trainer, cost = training.train(
         model,

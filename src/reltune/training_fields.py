@@ -33,7 +33,7 @@ def parse_training_fields(words: Sequence[str], own_flags: Sequence[str]) -> dic
             normal.extend([f"--{name}", *([value] if equals else [])])
         else:
             normal.append(word)
-    parser = _Parser(TrainingArguments, allow_abbrev=False)
+    parser = _Parser([TrainingArguments], allow_abbrev=False)  # type: ignore[list-item]
     values, rest = parser.parse_known_args(normal)
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; put values that belong together in quotes.")

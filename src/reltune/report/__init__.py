@@ -1,11 +1,11 @@
-"""What a run is shown as: ``terminal`` for the console, ``html`` for one page. Here: their numbers and labels."""
+"""What a run is shown as, on the terminal and as a page; here, the numbers and labels of both."""
 
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from reltune.records import Heatmap
@@ -74,12 +74,12 @@ def share(value: float | None) -> str:
 def layer_labels(rows: Sequence[str], width: int = 20) -> tuple[list[str], str]:
     """Short row labels, and what a bare number among them stands for (``encoder.layer.N``, or nothing).
 
-    A numbered layer keeps only what sets it apart: ``11``, or ``decoder.11`` beside ``encoder.11``. Labels are for
-    reading: clipped to ``width``, they need not differ from each other.
+    A numbered layer keeps only what sets it apart: ``11``, or ``decoder.11`` beside ``encoder.11``. Labels
+    are for reading: clipped to ``width``, they need not differ from each other.
     """
     numbered = {tuple(name.split(".")[:-1]) for name in rows if name.rpartition(".")[2].isdigit()}
-    lead = len(os.path.commonprefix(list(numbered)))
-    tail = len(os.path.commonprefix([parts[lead:][::-1] for parts in numbered]))
+    lead = _shared(numbered)
+    tail = _shared({parts[lead:][::-1] for parts in numbered})
     labels = []
     for name in rows:
         *parts, last = name.split(".")
@@ -88,4 +88,10 @@ def layer_labels(rows: Sequence[str], width: int = 20) -> tuple[list[str], str]:
         else:
             label = ".".join([*parts[-1:], last])
         labels.append(label if len(label) <= width else "…" + label[1 - width :])
-    return labels, ".".join([*numbered.pop(), "N"]) if len(numbered) == 1 else ""
+    prefix = ".".join(numbered.pop()) if len(numbered) == 1 else ""
+    return labels, f"{prefix}.N" if prefix else ""
+
+
+def _shared(paths: set[tuple[str, ...]]) -> int:
+    """How many leading parts all paths have in common."""
+    return sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))

@@ -50,9 +50,7 @@ def write_report(path: str | os.PathLike, record: RunRecord) -> None:
         figures["layers"] = layers_figure(list(record.selected_by_layer), None, record.selected_by_layer)
     figures.update(curve_figures(record.history))
 
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(count=report.count, percent=report.percent, metric=report.metric)
     page = environment.from_string(PAGE).render(
         record=record,

@@ -31,7 +31,8 @@ def heatmap(h: Heatmap) -> RenderableType:
     Never wider than 80 columns: more modules than fit continue in a table below.
     """
     cells = report.shares(h)
-    labels, numbered = report.layer_labels(h.rows)
+    spare = WIDTH - CELL * (len(h.columns) + 1)  # for labels, with every module and the layer's sum beside them
+    labels, numbered = report.layer_labels(h.rows, width=min(max(spare, 10), 20))
     heads = _abbreviate(h.columns)
     label_width = max([len("layer"), *map(len, labels)])
     across = max(1, (WIDTH - label_width - CELL) // CELL)

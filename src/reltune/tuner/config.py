@@ -35,7 +35,7 @@ class ReltuneConfig(PeftConfig):
         fingerprint, always_trained: the base model that the plan is for, and its new heads.
     """
 
-    plan: Plan | dict[str, Any] | str | os.PathLike | None = None
+    plan: Plan | str | os.PathLike | None = None
     r: int = 8
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -55,7 +55,7 @@ class ReltuneConfig(PeftConfig):
         # Indices come from the plan or, on loading, from the adapter's file; JSON never holds them.
         self._chosen: dict[str, ModulePlan] = {}
         if self.plan is not None:
-            self._take(self.plan if isinstance(self.plan, Plan) else Plan.load(self.plan))  # type: ignore[arg-type]
+            self._take(self.plan if isinstance(self.plan, Plan) else Plan.load(self.plan))
             self.plan = None
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
@@ -86,4 +86,7 @@ class ReltuneConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         values.pop("plan")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(values[name], set):
+                values[name] = sorted(values[name])  # a set's order differs from process to process
         return values

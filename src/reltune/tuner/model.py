@@ -67,6 +67,16 @@ class ReltuneModel(BaseTuner):
                 f"{current_key} is a {type(base).__name__}, which reltune cannot train; supported are nn.Linear, "
                 "nn.LayerNorm and the RMSNorm family."
             )
+        owners = [
+            name
+            for name, p in self.model.named_parameters(remove_duplicate=False)
+            if p is base.weight and name != f"{current_key}.weight"
+        ]
+        if owners and not isinstance(target, BaseTunerLayer):
+            raise InputError(
+                f"{current_key} shares its weight with {owners[0]}, which would change with it; choose other modules or "
+                "untie the two."
+            )
         units = self._units(peft_config, current_key, base)
         if isinstance(target, ReltuneLayer):
             layer = target
@@ -109,6 +119,29 @@ class ReltuneModel(BaseTuner):
         norms = base.weight.detach().float().norm(dim=0)  # type: ignore[union-attr,operator]
         largest = torch.topk(norms, min(r, shape[1])).indices.sort().values
         return ModulePlan(shape, largest.tolist())
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            self._end_backward_at_lowest_unit()
+        return super().forward(*args, **kwargs)
+
+    def _end_backward_at_lowest_unit(self) -> None:
+        """Undo that checkpointing differentiates every layer, down to the embeddings.
+
+        Transformers and PEFT make the embeddings' output require a gradient when activations are checkpointed. Only
+        checkpoints that re-enter autograd need that.
+        """
+        functions = [
+            getattr(module, "_gradient_checkpointing_func", None)
+            for module in self.model.modules()
+            if getattr(module, "gradient_checkpointing", False)
+        ]
+        if not functions or any(getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions):
+            return
+        for module in self.model.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
+                    del module._forward_hooks[key]
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         for module in self.model.modules():
