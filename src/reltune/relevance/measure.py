@@ -289,6 +289,7 @@ class _Collector:
             x = (args[0] if args else next(iter(kwargs.values()))).detach()
             use = _Use(x, x._version)
             self.uses.setdefault(name, []).append(use)
+
             def arrived(g: Tensor) -> None:
                 use.g = g
                 if len(self.uses[name]) == 1:

@@ -143,6 +143,13 @@ class ReltuneModel(BaseTuner):
                 if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
                     del module._forward_hooks[key]
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, ReltuneLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            # Unloading. PEFT would look for a weight of the module, which a new head of several layers does not have.
+            setattr(parent, child_name, new_module)
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         for module in self.model.modules():
             if isinstance(module, ReltuneLayer):
