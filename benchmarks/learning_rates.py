@@ -90,7 +90,7 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
             with open(job["log"], "a", encoding="utf-8") as log:
                 log.write(json.dumps(records[-1]) + "\n")
 
-        for baseline in BASELINES:
+        for baseline in () if job["only"] else BASELINES:
             rates = {"head": HEAD_RATES, "layer": LAYER_RATES, "full": FULL_RATES}[baseline.rates]
             for rate in rates[: job["rates"]]:
                 model = stages.model_with_heads(materials, directory)
@@ -99,7 +99,7 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
                     parameter.requires_grad_(name.startswith(prefixes))
                 trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
                 record(baseline.name, rate, trainable - relevance.inventory.head_parameters, model)
-        for rank in (3,):  # the size nearest to the budget of 0.5%
+        for rank in () if job["only"] else (3,):  # the size nearest to the budget of 0.5%
             for rate in SMALL_RATES[: job["rates"]]:
                 model = get_peft_model(
                     stages.model_with_heads(materials, directory),
@@ -110,12 +110,38 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
                 )
                 trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
                 record(f"LoRA r={rank}, all-linear", rate, trainable - relevance.inventory.head_parameters, model)
-        for name, (criterion, granularity) in SELECTIONS.items():
-            plan = select(relevance, config.budget, granularity, criterion=criterion, task_type="SEQ_CLS")
+        plans = {
+            name: select(relevance, config.budget, granularity, criterion=criterion, task_type="SEQ_CLS")
+            for name, (criterion, granularity) in SELECTIONS.items()
+        }
+        for criterion in ("fisher", "gradient", "random"):
+            plans[f"{criterion} column, without pooler"] = select(
+                relevance, config.budget, criterion=criterion, exclude_modules=["pooler"], task_type="SEQ_CLS"
+            )
+            plans[f"{criterion} column, even over modules"] = _even(relevance, config.budget, criterion)
+        for name, plan in plans.items():
+            if job["only"] and job["only"] not in name:
+                continue
             for rate in SMALL_RATES[: job["rates"]]:
                 model = get_peft_model(stages.model_with_heads(materials, directory), ReltuneConfig(plan=plan))
                 record(name, rate, plan.parameters, model)
     return records
+
+
+def _even(relevance: Any, budget: str, criterion: str) -> Any:
+    """The same share of every linear map's columns, the most relevant ones inside each."""
+    from reltune.plan.budget import parse_budget
+    from reltune.plan.selection import select
+
+    plan = select(relevance, budget, criterion=criterion, task_type="SEQ_CLS")
+    limit, shapes = plan.budget_parameters, {i.name: i.shape for i in relevance.inventory.modules if i.kind == "linear"}
+    total = sum(out * columns for out, columns in shapes.values())
+    plan.modules = {}
+    for name, (out, columns) in shapes.items():
+        count = int(limit / total * columns)
+        plan.modules.update(select(relevance, out * count, criterion=criterion, target_modules=[name]).modules)
+    assert parse_budget(budget, plan.base_parameters) >= plan.parameters
+    return plan
 
 
 def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -149,6 +175,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", type=int, default=4, help="how many of each method's rates to try")
     parser.add_argument("--budget", default="0.5%")
+    parser.add_argument("--only", default="", help="only the selections whose name contains this")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--max_steps", type=int, default=-1)
     parser.add_argument("--commit", default="")
@@ -162,7 +189,7 @@ def main() -> None:
     jobs = [
         {
             "model": options.model, "data": item.split("=")[0], "file": item.split("=")[1], "seed": seed,
-            "budget": options.budget, "rates": options.rates, "training": {"max_steps": options.max_steps},
+            "budget": options.budget, "rates": options.rates, "only": options.only, "training": {"max_steps": options.max_steps},
             "log": str(Path(options.output_dir) / "learning_rates.jsonl"),
         }
         for item in options.data
