@@ -74,9 +74,7 @@ def test_every_unit_agrees_with_the_oracle(case, size, gram, monkeypatch):
 def test_the_branch_is_chosen_by_length(monkeypatch):
     taken = []
     rule = squared_gradient.gram_is_cheaper
-    monkeypatch.setattr(
-        squared_gradient, "gram_is_cheaper", lambda *shape: taken.append(rule(*shape)) or taken[-1]
-    )
+    monkeypatch.setattr(squared_gradient, "gram_is_cheaper", lambda *shape: taken.append(rule(*shape)) or taken[-1])
     assert_agrees(tiny_bert(), [text_batch([2, 3]), text_batch([20, 17])], always_trained=["classifier"])
     assert set(taken) == {True, False}
 
@@ -119,9 +117,7 @@ def test_random_depends_on_seed_and_name_alone():
     first, second = (everything[f"bert.encoder.layer.{i}.output.dense"] for i in (0, 1))
     assert not torch.equal(first["column"], second["column"])
     # Uniform per weight: between 0 and 1 for each of a unit's weights, and spread over that range.
-    per_weight = torch.cat(
-        [parts["column"] / len(parts["row"]) for parts in everything.values() if "row" in parts]
-    )
+    per_weight = torch.cat([parts["column"] / len(parts["row"]) for parts in everything.values() if "row" in parts])
     assert 0 <= per_weight.min() < 0.1 and 0.9 < per_weight.max() <= 1
     assert abs(per_weight.mean() - 0.5) < 0.1
 
@@ -317,6 +313,4 @@ def test_ignored_labels_are_no_part_of_an_examples_mean():
     batch["labels"] = torch.where(batch["attention_mask"] == 1, batch["input_ids"] % 3, -100)
     loss = nn.CrossEntropyLoss()
     found = assert_agrees(model, [batch], loss, lambda outputs, example: loss(outputs, example["labels"]))
-    assert_parts_equal(
-        measure(model, split(batch, 1), loss).parts["fisher"], found.parts["fisher"], relative=1e-9
-    )
+    assert_parts_equal(measure(model, split(batch, 1), loss).parts["fisher"], found.parts["fisher"], relative=1e-9)

@@ -163,9 +163,10 @@ def _block(model: nn.Module, name: str) -> str:
 
 
 def matching(names: Iterable[str], pattern: str) -> list[str]:
-    """Names that a pattern means: the whole name, its end or its beginning at a dot, or a regular expression."""
+    """Names that a pattern means: those that have it as a run of whole dotted parts (``pooler``, ``layer.5``,
+    ``attention.self.query``), or else those that it matches in full as a regular expression."""
     names = list(names)
-    plain = [n for n in names if n == pattern or n.endswith("." + pattern) or n.startswith(pattern + ".")]
+    plain = [name for name in names if f".{pattern}." in f".{name}."]
     if plain:
         return plain
     try:
