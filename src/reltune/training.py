@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import gc
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -19,9 +21,12 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
+from reltune.progress import show_progress
+from reltune.records import InputError
+
 # Learning rates measured per method (docs/learning_rates.md): the best one differs by more than an order of magnitude
 # between methods, so one default for all would decide every comparison.
-LEARNING_RATES = {"head": 5e-3, "full": 1e-4, "layer": 3e-4, "selection": 2e-3}
+LEARNING_RATES = {"head": 3e-2, "full": 2e-4, "layer": 1e-3, "selection": 2e-3}
 
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 3.0,
@@ -48,9 +53,35 @@ class TrainingCost:
 
 
 def arguments(output_dir: str, method: str, seed: int, given: dict[str, Any], **forced: Any) -> TrainingArguments:
-    """TrainingArguments for a method: its defaults, over them what the user gave, over that what must be so."""
+    """TrainingArguments for a method: its defaults, over them what the user gave, over that what must be so.
+
+    Raises InputError for values that contradict each other or leave nothing to train.
+    """
     values = {**DEFAULTS, "learning_rate": LEARNING_RATES[method], **given, **forced}
-    return TrainingArguments(output_dir=output_dir, seed=seed, **values)
+    try:
+        args = TrainingArguments(output_dir=output_dir, seed=seed, **values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"training fields: {error}") from error
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+        field = "max_steps" if args.max_steps == 0 else "num_train_epochs"
+        raise InputError(f"{field} is {getattr(args, field):g}, so that nothing would be trained; write more.")
+    return args
+
+
+def check_arguments(model: nn.Module, args: TrainingArguments, dataset: Any, collator: Any) -> None:
+    """Raise InputError for training fields that cannot work here (packages, devices, ranges), before hours are spent."""
+    with tempfile.TemporaryDirectory() as scratch:
+        args = copy.copy(args)
+        args.output_dir = scratch  # Trainer makes this directory at once
+        try:
+            trainer = Trainer(model=model, args=args, train_dataset=dataset, eval_dataset=dataset, data_collator=collator)
+            trainer.get_train_dataloader()
+            trainer.get_eval_dataloader()
+            trainer.create_optimizer()
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            raise InputError(f"training fields: {error}") from error
 
 
 def train(
@@ -60,9 +91,10 @@ def train(
     eval_dataset: Any,
     collator: Any,
     compute_metrics: Callable[[Any], dict[str, float]],
-    resume_from_checkpoint: str | bool | None = None,
+    resume_from_checkpoint: str | None = None,
+    description: str = "train",
 ) -> tuple[Trainer, TrainingCost]:
-    """Train whatever of ``model`` requires a gradient."""
+    """Train whatever of ``model`` requires a gradient. ``description`` names the progress bar."""
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("nothing in the model requires a gradient, so there is nothing to train.")
     set_seed(args.seed)
@@ -76,6 +108,7 @@ def train(
         compute_metrics=compute_metrics,
         callbacks=[clock],
     )
+    show_progress(trainer, description)
     with PeakMemory() as memory:
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     # The first steps pay for warming up, once.
