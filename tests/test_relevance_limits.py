@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
 from oracles.per_example_gradients import gradient_sums
 from relevance_cases import (
     assert_parts_equal,
@@ -16,9 +19,6 @@ from relevance_cases import (
     tiny_llama,
     tiny_sequential,
 )
-from torch import nn
-from torch.nn import functional as F
-
 from reltune.layers import linear
 from reltune.ops.squared_gradient import squared_gradient_sums_reference
 from reltune.records import InputError

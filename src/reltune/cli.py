@@ -5,11 +5,15 @@ Exit codes: 0 done, 1 failed at run time, 2 bad input or configuration, 130 inte
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import re
 import signal
 import sys
+import textwrap
 import traceback
+import warnings
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -18,67 +22,74 @@ from reltune import __version__
 from reltune.records import CRITERIA, GRANULARITIES, InputError, RunConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from reltune.records import RunRecord
     from reltune.run import Materials, RunDirectory
 
 app = typer.Typer(
     help="Measure which parameters matter for a task, choose them under a budget, train only those, evaluate.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"token_normalize_func": lambda name: name.replace("-", "_")},  # --text-column is --text_column
 )
 TRAINING = {"allow_extra_args": True, "ignore_unknown_options": True}
 TRAINING_HELP = "Any field of transformers.TrainingArguments is a flag too: --num_train_epochs 5 --learning_rate 1e-3."
 
-Run = Annotated[str, typer.Argument(help="Directory of a run.", show_default=False)]
-Model = Annotated[
-    str, typer.Option("--model_name_or_path", help="Model directory or hub id.", show_default=False)
-]
-OutputDir = Annotated[str, typer.Option("--output_dir", help="Directory of the run; new or empty.", show_default=False)]
+SPLIT_OFF = "Split off the training data when not given."
+CRITERIA_HELP = f"One or several of {', '.join(CRITERIA)}; the first selects."
+BUDGET_HELP = "Trainable parameters: a share of the base model (0.5%) or a count (100k)."
+GRANULARITY_HELP = f"One or several of {', '.join(GRANULARITIES)}."
+TARGETS_HELP = "Parts of module names (query, layer.5) or a regex."
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run.", show_default=False)]
+Model = Annotated[str, typer.Option("--model_name_or_path", metavar="MODEL", help="Model directory or hub id.")]
+OutputDir = Annotated[str, typer.Option("--output_dir", metavar="DIR", help="Directory of the run; new or empty.")]
 TrainFile = Annotated[
-    str | None, typer.Option("--train_file", help="CSV, TSV or JSONL with a text and a label column.", show_default=False)
+    str | None,
+    typer.Option("--train_file", metavar="FILE", help="CSV, TSV or JSONL with a text and a label column."),
 ]
 DatasetName = Annotated[
-    str | None, typer.Option("--dataset_name", help="A data set that comes with reltune[demo]: bbc_news.", show_default=False)
-]
-ValidationFile = Annotated[
     str | None,
-    typer.Option("--validation_file", help="Split off the training data when not given.", show_default=False),
+    typer.Option("--dataset_name", metavar="NAME", help="A data set that comes with reltune[demo]: bbc_news."),
 ]
-TestFile = Annotated[
-    str | None, typer.Option("--test_file", help="Split off the training data when not given.", show_default=False)
+ValidationFile = Annotated[str | None, typer.Option("--validation_file", metavar="FILE", help=SPLIT_OFF)]
+TestFile = Annotated[str | None, typer.Option("--test_file", metavar="FILE", help=SPLIT_OFF)]
+TextColumn = Annotated[str, typer.Option("--text_column", metavar="NAME")]
+LabelColumn = Annotated[str, typer.Option("--label_column", metavar="NAME")]
+Encoding = Annotated[
+    str, typer.Option("--encoding", metavar="NAME", help="Of CSV and JSONL files; a BOM is understood.")
 ]
-TextColumn = Annotated[str, typer.Option("--text_column")]
-LabelColumn = Annotated[str, typer.Option("--label_column")]
-Encoding = Annotated[str, typer.Option("--encoding", help="Of CSV and JSONL files; a BOM is understood.")]
-MaxLength = Annotated[int, typer.Option("--max_length", help="Tokens per text; longer texts are cut.")]
+MaxLength = Annotated[int, typer.Option("--max_length", metavar="N", help="Tokens per text; longer texts are cut.")]
 Criteria = Annotated[
-    list[str] | None,
-    typer.Option("--criteria", help=f"One or several of {', '.join(CRITERIA)}; the first selects.  [default: fisher]"),
+    list[str] | None, typer.Option("--criteria", metavar="NAMES", help=f"{CRITERIA_HELP}  [default: fisher]")
 ]
-Budget = Annotated[
-    str, typer.Option("--budget", help="Trainable parameters: a share of the base model (0.5%) or a count (100k).")
-]
+Budget = Annotated[str, typer.Option("--budget", metavar="BUDGET", help=BUDGET_HELP)]
 Granularity = Annotated[
-    list[str] | None,
-    typer.Option("--granularity", help=f"One or several of {', '.join(GRANULARITIES)}.  [default: column]"),
+    list[str] | None, typer.Option("--granularity", metavar="NAMES", help=f"{GRANULARITY_HELP}  [default: column]")
 ]
-Targets = Annotated[
-    list[str] | None,
-    typer.Option("--target_modules", help="Names, ends or beginnings of names, or a regex.", show_default=False),
+Targets = Annotated[list[str] | None, typer.Option("--target_modules", metavar="NAMES", help=TARGETS_HELP)]
+Excludes = Annotated[
+    list[str] | None, typer.Option("--exclude_modules", metavar="NAMES", help="Likewise, to leave out.")
 ]
-Excludes = Annotated[list[str] | None, typer.Option("--exclude_modules", help="Likewise, to leave out.", show_default=False)]
-Seed = Annotated[int, typer.Option("--seed")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32 - 1)]
 Overwrite = Annotated[bool, typer.Option("--overwrite_output_dir", help="Replace what is there.")]
-USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # Typer may bring its own Click, so Click's class is found through Typer
+# Click's class, found through Typer, which may bring its own Click.
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 
 
 @app.callback(invoke_without_command=True)
-def options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
+) -> None:
     if version:
         print(__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
@@ -126,61 +137,60 @@ def analyze(
     seed: Seed = RunConfig.seed,
     overwrite_output_dir: Overwrite = False,
 ) -> None:
-    """Measure how much every unit matters; writes OUTPUT_DIR/relevance."""
+    """Measure how much each unit matters: DIR/relevance."""
     from reltune import run as stages
 
     config = _config(context)
-    materials, directory = _begin(config, overwrite_output_dir)
+    materials, directory = _begin(config, overwrite_output_dir, select=False)
     stages.analyze(materials, directory)
     _show_relevance(config, directory)
     _say(f"Next: reltune select {config.output_dir} --budget 0.5%")
 
 
-@app.command()
+@app.command(epilog="What is not given stays as config.yaml in RUN has it.")
 def select(
     context: typer.Context,
     run: Run,
-    criteria: Criteria = None,
-    budget: Budget = RunConfig.budget,
-    granularity: Granularity = None,
+    criteria: Annotated[list[str] | None, typer.Option("--criteria", metavar="NAMES", help=CRITERIA_HELP)] = None,
+    budget: Annotated[str | None, typer.Option("--budget", metavar="BUDGET", help=BUDGET_HELP)] = None,
+    granularity: Annotated[
+        list[str] | None, typer.Option("--granularity", metavar="NAMES", help=GRANULARITY_HELP)
+    ] = None,
     target_modules: Targets = None,
     exclude_modules: Excludes = None,
     overwrite_output_dir: Overwrite = False,
 ) -> None:
-    """Choose the most relevant units that a budget allows; writes RUN/plan/plan.yaml."""
+    """Choose units under a budget: RUN/plan/plan.yaml."""
     from reltune import run as stages
 
     directory, config = stages.RunDirectory.open(run)
     directory.check_stage("select", overwrite_output_dir)
     config = _changed(config, context)
     plan = stages.select(config, directory)
-    directory.clear("tune")
     config.save(directory.config_file)
     _say(*plan.describe(), f"Next: look at {directory.plan / 'plan.yaml'}, then: reltune tune {run}")
 
 
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
 def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = False) -> None:
-    """Train what the plan names; writes RUN/adapter."""
+    """Train what the plan names: RUN/adapter."""
     from reltune import run as stages
     from reltune.plan.plan import Plan
 
+    if run.startswith("--"):  # the training flags came first, so that Click took one of them for RUN
+        *context.args, run = run, *context.args
     directory, config = stages.RunDirectory.open(run)
     config = _changed(config, context)
     resume = config.training.pop("resume_from_checkpoint", None)
     directory.check_stage("tune", overwrite_output_dir)
     Plan.load(directory.plan)
-    materials = stages.prepare(config)
-    if not resume:
-        directory.clear("tune")
-    config.save(directory.config_file)
-    stages.tune(materials, directory, resume)
+    stages.tune(stages.prepare(config), directory, resume)
     _say(f"Adapter: {directory.adapter}", f"Next: reltune evaluate {run}")
 
 
 @app.command()
 def evaluate(run: Run) -> None:
-    """Measure the saved adapter on validation and test data; writes RUN/all_results.json."""
+    """Measure the adapter on held-out data: RUN/all_results.json."""
     from reltune import run as stages
 
     directory, config = stages.RunDirectory.open(run)
@@ -191,7 +201,7 @@ def evaluate(run: Run) -> None:
 
 @app.command()
 def report(run: Run) -> None:
-    """Draw the relevance map, the table and the training curve; writes RUN/report.html."""
+    """Draw relevance, results and training: RUN/report.html."""
     from reltune import run as stages
 
     directory, config = stages.RunDirectory.open(run)
@@ -201,12 +211,12 @@ def report(run: Run) -> None:
 @app.command()
 def export(
     run: Run,
-    output_dir: OutputDir,
+    output_dir: Annotated[str, typer.Option("--output_dir", metavar="DIR", help="Directory to write; new or empty.")],
     to: Annotated[
-        str, typer.Option("--to", help="lora: a standard PEFT adapter; merged: a plain model.", show_default=False)
+        str, typer.Option("--to", metavar="FORM", help="lora: a standard PEFT adapter; merged: a plain model.")
     ],
 ) -> None:
-    """Hand the tuned model to programs that do not know reltune."""
+    """Hand the tuned model to programs without reltune."""
     from reltune import run as stages
 
     if to not in ("lora", "merged"):
@@ -219,14 +229,14 @@ def export(
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
 def demo(
     context: typer.Context,
-    output_dir: Annotated[str, typer.Option("--output_dir", help="Directory of the run.")] = "demo-run",
+    output_dir: OutputDir = "demo-run",
     budget: Budget = RunConfig.budget,
     criteria: Criteria = None,
     granularity: Granularity = None,
     seed: Seed = RunConfig.seed,
     overwrite_output_dir: Overwrite = False,
 ) -> None:
-    """A real encoder on BBC news from installed packages: the four steps beside three baselines."""
+    """The four steps and three baselines on BBC news."""
     from reltune.demo import demo_config
 
     _all_stages(_changed(demo_config(output_dir, seed), context), overwrite_output_dir, baselines=True)
@@ -237,35 +247,37 @@ def demo(
 
 def _config(context: typer.Context) -> RunConfig:
     """The run's config from the flags of a command, training fields among them."""
-    known = {field.name for field in dataclasses.fields(RunConfig)}
-    given = {name: value for name, value in context.params.items() if name in known and value not in (None, [], ())}
-    config = RunConfig(**{name: _listed(value) for name, value in given.items()}, training=_training_fields(context))
+    config = RunConfig(**_given(context), training=_training_fields(context))
+    if "resume_from_checkpoint" in config.training:
+        raise InputError("a new run has no checkpoint to resume from; resume with `reltune tune RUN` instead.")
     config.check()
     return config
 
 
 def _changed(config: RunConfig, context: typer.Context) -> RunConfig:
     """The config with what was given on this command line."""
-    given = {
-        name: _listed(context.params[name])
-        for name in context.params
-        if hasattr(config, name) and _was_given(context, name)
-    }
-    config = dataclasses.replace(config, **given, training={**config.training, **_training_fields(context)})
+    config = dataclasses.replace(config, **_given(context), training={**config.training, **_training_fields(context)})
     config.check()
     return config
 
 
-def _was_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+def _given(context: typer.Context) -> dict[str, Any]:
+    """The fields of RunConfig that were given on this command line."""
+    fields = {field.name for field in dataclasses.fields(RunConfig)}
+    given = {}
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)
+        if name in fields and source is not None and source.name == "COMMANDLINE":
+            given[name] = _parts(value) if isinstance(value, list | tuple) else value
+            if given[name] in ("", []):
+                raise InputError(f"--{name} is empty; give it a value or leave it out.")
+    return given
 
 
-def _listed(value: Any) -> Any:
-    """Several values may come as repeated flags or with commas between."""
-    if isinstance(value, list | tuple):
-        return [part for item in value for part in str(item).split(",") if part]
-    return value
+def _parts(values: Sequence[str]) -> list[str]:
+    """Several values may come as repeated flags or with commas between; a comma in brackets belongs to a regex."""
+    parts = [part.strip() for value in values for part in re.split(r",(?![^\[({]*[\])}])", value)]
+    return [part for part in parts if part]
 
 
 def _training_fields(context: typer.Context) -> dict[str, Any]:
@@ -281,14 +293,15 @@ def _training_fields(context: typer.Context) -> dict[str, Any]:
     return parse_training_fields(words, own)
 
 
-def _begin(config: RunConfig, overwrite: bool) -> tuple[Materials, RunDirectory]:
+def _begin(config: RunConfig, overwrite: bool, select: bool = True) -> tuple[Materials, RunDirectory]:
     """Check everything that can be checked, and only then make the run's directory."""
     from reltune import run as stages
 
     directory = stages.RunDirectory(config.output_dir)
     directory.check_new(overwrite)
     materials = stages.prepare(config)
-    stages.check_choice(materials)
+    stages.check_choice(materials, select)
+    materials.check_training()
     directory.create(config)
     _say(
         f"{len(materials.train):,} training, {len(materials.validation):,} validation and {len(materials.test):,} test texts, "
@@ -361,10 +374,14 @@ def _terminated(*_: object) -> NoReturn:
 
 def main() -> None:
     """Entry point of the ``reltune`` command."""
-    words = sys.argv[1:]
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    words = [word for word in sys.argv[1:] if word != "--debug"]
+    debug = "--debug" in sys.argv
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another one
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    # PEFT asks transformers for it; nothing that a user could mend.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(args=words, prog_name="reltune", standalone_mode=False)
@@ -378,9 +395,9 @@ def main() -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+        _fail(f"{type(error).__name__}: {textwrap.shorten(str(error), 500)} (--debug shows where)", 1)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"reltune: error: {message}", file=sys.stderr)
+    print(f"reltune: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)

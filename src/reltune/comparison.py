@@ -16,7 +16,7 @@ from reltune.evaluation import evaluate, inference_ms_per_text
 from reltune.layers.inventory import take_inventory
 from reltune.plan.plan import Plan
 from reltune.records import MethodResult, write_json
-from reltune.run import Materials, RunDirectory, disk_bytes, load_tuned, model_with_heads
+from reltune.run import Materials, RunDirectory, disk_bytes, load_tuned, model_with_heads, placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +83,12 @@ def compare(materials: Materials, run: RunDirectory, results: dict[str, Any]) ->
     notes = [
         f"Inference per text: base {milliseconds['base']:.2f} ms, adapter {milliseconds['adapter']:.2f} ms, "
         f"merged {milliseconds['merged']:.2f} ms.",
-        "Every method starts from the head that was trained before the analysis, and has the learning rate that was best "
-        "for it in docs/learning_rates.md.",
+        "Every method starts from the head that was trained before the analysis, and "
+        + (
+            "all have the learning rate that was given."
+            if "learning_rate" in materials.config.training
+            else "has the learning rate that was best for it in docs/learning_rates.md."
+        ),
     ]
     write_json(run.path / "comparison.json", {"methods": [dataclasses.asdict(row) for row in rows], "notes": notes})
     return rows
@@ -99,9 +103,25 @@ def _train(materials: Materials, run: RunDirectory, baseline: Baseline, scratch:
         parameter.requires_grad_(name.startswith((*heads, *prefixes)))
         if parameter.requires_grad:
             chosen[name] = parameter
-    args = materials.arguments(baseline.rates, save_strategy="no", eval_strategy="no")
-    _, cost = training.train(model, args, materials.train, None, materials.collator, materials.task.compute_metrics)
-    metrics = evaluate(model, {"test": materials.test}, materials.collator, materials.task.compute_metrics)
+    args = materials.arguments(
+        baseline.rates, save_strategy="no", eval_strategy="no", eval_on_start=False, load_best_model_at_end=False
+    )
+    _, cost = training.train(
+        model,
+        args,
+        materials.train,
+        None,
+        materials.collator,
+        materials.task.compute_metrics,
+        description=baseline.name,
+    )
+    metrics = evaluate(
+        model,
+        {"test": materials.test},
+        materials.collator,
+        materials.task.compute_metrics,
+        **placement(materials.config),
+    )
     save_model(model, str(scratch / f"{baseline.name}.safetensors"))
     save_file({k: v.detach().cpu().contiguous() for k, v in chosen.items()}, scratch / "trained.safetensors")
     head = sum(p.numel() for name, p in chosen.items() if name.startswith(heads))

@@ -14,29 +14,29 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 
+from reltune.progress import show_progress
+
 
 def evaluate(
     model: nn.Module,
     datasets: Mapping[str, Any],
     collator: Any,
     compute_metrics: Callable[[Any], dict[str, float]],
-    batch_size: int = 64,
     **arguments: Any,
 ) -> dict[str, float]:
     """Loss and metrics on each data set, keyed as transformers does: ``eval_loss``, ``test_accuracy``, ``test_f1_macro``.
 
-    ``datasets`` maps the prefix ("eval", "test") to the data. Run times are left out: they are no property of the model.
+    ``datasets`` maps the prefix ("eval", "test") to the data, ``arguments`` are fields of TrainingArguments. Run times
+    are left out: they are no property of the model.
     """
     results: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         args = TrainingArguments(
             output_dir=scratch,
-            per_device_eval_batch_size=batch_size,
-            report_to="none",
-            dataloader_pin_memory=False,
-            **arguments,
+            **{"per_device_eval_batch_size": 64, "report_to": "none", "dataloader_pin_memory": False, **arguments},
         )
         trainer = Trainer(model=model, args=args, data_collator=collator, compute_metrics=compute_metrics)
+        show_progress(trainer, "evaluate")
         for prefix, dataset in datasets.items():
             metrics = trainer.predict(dataset, metric_key_prefix=prefix).metrics or {}
             results.update({k: v for k, v in metrics.items() if not k.endswith(("_runtime", "_per_second", "_time"))})
@@ -46,7 +46,12 @@ def evaluate(
 
 @torch.no_grad()
 def inference_ms_per_text(
-    models: Mapping[str, nn.Module], dataset: Any, collator: Any, texts: int = 128, batch_size: int = 32, rounds: int = 5
+    models: Mapping[str, nn.Module],
+    dataset: Any,
+    collator: Any,
+    texts: int = 128,
+    batch_size: int = 32,
+    rounds: int = 5,
 ) -> dict[str, float]:
     """Milliseconds per text of each model's forward pass: median over rounds in which the models take turns.
 

@@ -20,10 +20,39 @@ from reltune.records import InputError
 from reltune.tuner.layer import ReltuneLayer
 
 
+def check_writable(path: Path) -> None:
+    """Raise InputError if the directory cannot be made or written, as far as that shows without trying."""
+    try:
+        if path.exists() and not path.is_dir():
+            raise InputError(f"output_dir {path} is a file; name a directory.")
+        place = path
+        while not place.exists():
+            place = place.parent
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    if not place.is_dir():
+        raise InputError(f"output_dir {path} cannot be made, because {place} is a file; name another directory.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"output_dir {path} cannot be written, because {place} does not allow it; name another one.")
+
+
+def make_directory(path: Path) -> None:
+    """Make the directory and what leads to it. Raises InputError when the file system refuses."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"output_dir {path} cannot be written ({error.strerror}); name another one.")
+
+
 def check_destination(output_dir: str | os.PathLike) -> Path:
     """The export directory; it must be new or empty."""
     path = Path(output_dir)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    check_writable(path)
+    if path.is_dir() and any(path.iterdir()):
         raise InputError(f"output_dir {path} already holds files; choose a new or empty directory.")
     return path
 
@@ -40,7 +69,9 @@ def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str =
         for name, layer in model.named_modules()
         if isinstance(layer, ReltuneLayer) and adapter_name in layer._all_available_adapter_names()
     }
-    cannot = [n for n, layer in layers.items() if adapter_name in layer.reltune_weight or adapter_name in layer.reltune_bias]
+    cannot = [
+        n for n, layer in layers.items() if adapter_name in layer.reltune_weight or adapter_name in layer.reltune_bias
+    ]
     if cannot:
         raise InputError(
             f"the adapter trains whole weights, biases or norms ({cannot[0]} and {len(cannot) - 1} more), which a LoRA adapter "
@@ -69,7 +100,7 @@ def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str =
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
     )
-    path.mkdir(parents=True, exist_ok=True)
+    make_directory(path)
     lora.save_pretrained(str(path))
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path / "adapter_model.safetensors")
     return path
@@ -108,7 +139,7 @@ def to_merged(model: PeftModel, tokenizer: Any, output_dir: str | os.PathLike) -
     """Write a plain Transformers model with the adapter's values in its weights: inference costs what the base costs."""
     path = check_destination(output_dir)
     merged = model.merge_and_unload(safe_merge=True)
-    path.mkdir(parents=True, exist_ok=True)
+    make_directory(path)
     merged.save_pretrained(str(path))
     tokenizer.save_pretrained(str(path))
     return path

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,7 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     close = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(repr(word) for word in close) + "?"
-    shown = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
-    return f"known: {shown}."
+    return f"known: {textwrap.shorten(', '.join(known), 200, placeholder=' …')}."
 
 
 @dataclasses.dataclass
@@ -81,6 +81,8 @@ class RunConfig:
         for name in ("max_length", "analysis_examples", "analysis_batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not isinstance(self.training, dict):
+            raise InputError("training holds no mapping of fields of transformers.TrainingArguments.")
         if self.head_epochs < 0:
             raise InputError(f"head_epochs is {self.head_epochs}; it must be 0 or more.")
 
@@ -101,9 +103,9 @@ class RunConfig:
                 raise InputError(f"{path} has an unknown field {key!r}; {nearest(str(key), known)}")
         try:
             config = cls(**values)
+            config.check()
         except TypeError as error:
-            raise InputError(f"{path} lacks a field: {error}") from error
-        config.check()
+            raise InputError(f"{path} lacks a field or has one of the wrong kind: {error}") from error
         return config
 
 

@@ -1,6 +1,6 @@
 """A run: its directory and the stages that read one artefact and write the next.
 
-    config.yaml ─analyze▶ relevance/ ─select▶ plan/ ─tune▶ adapter/ ─evaluate▶ all_results.json ─report▶ report.html
+config.yaml ─analyze▶ relevance/ ─select▶ plan/ ─tune▶ adapter/ ─evaluate▶ all_results.json ─report▶ report.html
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainingArguments
-from transformers.trainer_utils import set_seed
+from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from reltune import export as exporting
 from reltune import training
 from reltune.evaluation import evaluate as measure_metrics
-from reltune.layers.inventory import head_modules
+from reltune.layers.fingerprint import fingerprint
+from reltune.layers.inventory import head_modules, take_inventory
 from reltune.plan.plan import Plan
 from reltune.plan.selection import select as choose_units
 from reltune.records import InputError, MethodResult, RunConfig, RunRecord, write_json
@@ -72,20 +73,19 @@ class RunDirectory:
 
     def check_new(self, overwrite: bool) -> None:
         """Raise InputError unless a new run may be written here. Creates nothing."""
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"output_dir {self.path} is a file; name a directory.")
-        if self.path.is_dir() and any(self.path.iterdir()):
-            if not self.config_file.is_file():
-                raise InputError(f"output_dir {self.path} is not empty and holds no run; name a new directory.")
-            if not overwrite:
-                raise InputError(
-                    f"output_dir {self.path} already holds a run; name another directory or pass --overwrite_output_dir."
-                )
-        place = self.path
-        while not place.exists():
-            place = place.parent
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            raise InputError(f"output_dir {self.path} cannot be written ({place} does not allow it); name another one.")
+        exporting.check_writable(self.path)
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        try:  # others call their files config.yaml too, and have checkpoints beside it
+            RunConfig.load(self.config_file)
+        except InputError as error:
+            raise InputError(
+                f"output_dir {self.path} is not empty and holds no run of reltune; name a new directory."
+            ) from error
+        if not overwrite:
+            raise InputError(
+                f"output_dir {self.path} already holds a run; name another directory or pass --overwrite_output_dir."
+            )
 
     def check_stage(self, stage: str, overwrite: bool) -> None:
         """Raise InputError if the stage was done already and may not be done again."""
@@ -97,23 +97,32 @@ class RunDirectory:
 
     def create(self, config: RunConfig) -> None:
         """Make the directory and save the config, over an earlier run's if there is one."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.clear("analyze")
-            config.save(self.config_file)
-        except OSError as error:
-            raise InputError(f"output_dir {self.path} cannot be written ({error.strerror}); name another one.") from error
+        exporting.make_directory(self.path)
+        self.clear("analyze")
+        config.save(self.config_file)
 
-    def clear(self, stage: str) -> None:
-        """Remove the artefacts of the stage and of those after it."""
+    def clear(self, stage: str, checkpoints: bool = True) -> None:
+        """Remove the artefacts of the stage and of those after it; of training's checkpoints too, unless told otherwise."""
         stages = list(ARTEFACTS)
         for later in stages[stages.index(stage) :]:
             for name in ARTEFACTS[later]:
                 target = self.path / name
                 shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-        if stages.index(stage) <= stages.index("tune"):
+        if checkpoints and stages.index(stage) <= stages.index("tune"):
             for checkpoint in self.path.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
+
+    def checkpoint(self, wanted: str) -> str:
+        """A checkpoint of this run by its path, by its name (checkpoint-30), or the newest (true)."""
+        if wanted.lower() == "true":
+            found = get_last_checkpoint(str(self.path)) or ""
+        else:
+            found = next((str(place) for place in (Path(wanted), self.path / wanted) if place.is_dir()), "")
+        if not (Path(found) / "trainer_state.json").is_file():
+            raise InputError(
+                f"resume_from_checkpoint {wanted!r} names no checkpoint of {self.path}; look there for checkpoint-N."
+            )
+        return found
 
 
 @dataclasses.dataclass
@@ -123,7 +132,7 @@ class Materials:
     config: RunConfig
     task: SequenceClassification
     tokenizer: Any
-    model: nn.Module
+    model: nn.Module | None  # until fresh_model has handed it out
     new_heads: list[str]
     train: Any
     validation: Any
@@ -143,9 +152,17 @@ class Materials:
         return training.arguments(self.config.output_dir, method, self.config.seed, self.config.training, **forced)
 
     def fresh_model(self) -> nn.Module:
-        """The base model, loaded anew; its head starts from the same seed every time."""
-        set_seed(self.config.seed)
-        return self.task.load_model(self.config.model_name_or_path)[0]
+        """The base model for the caller to change; its head starts from the same seed every time."""
+        if self.model is None:
+            set_seed(self.config.seed)
+            return self.task.load_model(self.config.model_name_or_path)[0]
+        model, self.model = self.model, None  # no second copy in memory while this one is trained
+        return model
+
+    def check_training(self, model: nn.Module | None = None) -> None:
+        """Raise InputError for training fields that cannot work with the model (the base model if none is given)."""
+        model = model or self.model or self.fresh_model()
+        training.check_arguments(model, self.arguments("selection"), self.train, self.collator)
 
 
 def prepare(config: RunConfig) -> Materials:
@@ -161,12 +178,14 @@ def prepare(config: RunConfig) -> Materials:
     return Materials(config, task, tokenizer, model, head_modules(model, missing), train, validation, test)
 
 
-def check_choice(materials: Materials) -> None:
+def check_choice(materials: Materials, select: bool = True) -> None:
     """Raise InputError for patterns that match no module and budgets that no unit fits, before hours are spent.
 
-    Select on relevance that looks at no data: whatever fails here would fail after the analysis.
+    Select on relevance that looks at no data: whatever fails here would fail after the analysis. Without ``select``
+    the patterns alone are checked.
     """
     config = materials.config
+    assert materials.model is not None, "checked before it is changed"
     relevance = measure_relevance(
         materials.model,
         criteria=["depth"],
@@ -175,7 +194,8 @@ def check_choice(materials: Materials) -> None:
         always_trained=materials.new_heads,
         progress=False,
     )
-    choose_units(relevance, config.budget, config.granularity)
+    if select:
+        choose_units(relevance, config.budget, config.granularity)
 
 
 def _read_splits(config: RunConfig) -> tuple[list[reading.Row], list[reading.Row], list[reading.Row]]:
@@ -198,7 +218,7 @@ def _read_splits(config: RunConfig) -> tuple[list[reading.Row], list[reading.Row
 
 def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
     """Train the new heads briefly, then measure relevance: before the head means something, no gradient does."""
-    config, model = materials.config, materials.model
+    config, model = materials.config, materials.fresh_model()
     if materials.new_heads:
         train_heads(materials, model, config.head_epochs)
         run.relevance.mkdir(parents=True, exist_ok=True)
@@ -234,19 +254,35 @@ def train_heads(materials: Materials, model: nn.Module, epochs: float) -> traini
         materials.config.output_dir,
         "head",
         materials.config.seed,
-        {key: materials.config.training[key] for key in ("per_device_train_batch_size", "use_cpu") if key in materials.config.training},
+        {
+            key: materials.config.training[key]
+            for key in ("per_device_train_batch_size", "use_cpu")
+            if key in materials.config.training
+        },
         num_train_epochs=epochs,
         save_strategy="no",
         eval_strategy="no",
     )
-    _, cost = training.train(model, args, materials.train, None, materials.collator, materials.task.compute_metrics)
+    _, cost = training.train(
+        model,
+        args,
+        materials.train,
+        None,
+        materials.collator,
+        materials.task.compute_metrics,
+        description="train the head",
+    )
     model.requires_grad_(True)
     return cost
 
 
 def head_state(model: nn.Module, heads: Sequence[str]) -> dict[str, torch.Tensor]:
     """The heads' tensors under their names in the model."""
-    return {k: v.detach().cpu().clone() for k, v in model.state_dict().items() if k.startswith(tuple(f"{h}." for h in heads))}
+    return {
+        k: v.detach().cpu().clone()
+        for k, v in model.state_dict().items()
+        if k.startswith(tuple(f"{h}." for h in heads))
+    }
 
 
 def model_with_heads(materials: Materials, run: RunDirectory) -> nn.Module:
@@ -272,15 +308,29 @@ def select(config: RunConfig, run: RunDirectory) -> Plan:
         model_name_or_path=config.model_name_or_path,
         task_type=SequenceClassification.peft_task_type if relevance.always_trained else None,
     )
+    run.clear("tune")
     plan.save(run.plan)
     return plan
 
 
-def tune(materials: Materials, run: RunDirectory, resume_from_checkpoint: str | bool | None = None) -> PeftModel:
-    """Train what the plan names and save the adapter, with the tokenizer beside it."""
+def tune(materials: Materials, run: RunDirectory, resume_from_checkpoint: str | None = None) -> PeftModel:
+    """Train what the plan names and save the adapter, with the tokenizer beside it.
+
+    Whatever can be wrong with the plan, the training fields or the checkpoint is found before anything of an earlier
+    adapter is removed.
+    """
+    checkpoint = run.checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
     plan = Plan.load(run.plan)
-    model = get_peft_model(model_with_heads(materials, run), ReltuneConfig(plan=plan))
+    if sorted(plan.always_trained) != sorted(materials.new_heads):
+        heads = ", ".join(materials.new_heads) or "nothing"
+        raise InputError(f"plan: always_trained must name this model's new heads ({heads}); they cannot be left out.")
+    model = model_with_heads(materials, run)
+    plan.check_model(take_inventory(model, materials.new_heads), fingerprint(model, materials.new_heads))
+    model = get_peft_model(model, ReltuneConfig(plan=plan))
+    materials.check_training(model)
     args = materials.arguments("selection")
+    run.clear("tune", checkpoints=checkpoint is None)
+    materials.config.save(run.config_file)
     trainer, cost = training.train(
         model,
         args,
@@ -288,7 +338,8 @@ def tune(materials: Materials, run: RunDirectory, resume_from_checkpoint: str | 
         materials.validation,
         materials.collator,
         materials.task.compute_metrics,
-        resume_from_checkpoint,
+        checkpoint,
+        "tune",
     )
     trainer.save_state()
     write_json(run.path / "training_cost.json", {**dataclasses.asdict(cost), "learning_rate": args.learning_rate})
@@ -307,11 +358,11 @@ def load_tuned(materials: Materials, run: RunDirectory) -> PeftModel:
 def evaluate(materials: Materials, run: RunDirectory) -> dict[str, float]:
     """Metrics of the saved adapter on validation and test data, written to ``all_results.json``."""
     model = load_tuned(materials, run)
-    metrics = measure_metrics(
-        model, materials.held_out, materials.collator, materials.task.compute_metrics, **_placement(materials)
-    )
     plan = Plan.load(run.plan)
-    cost = json.loads((run.path / "training_cost.json").read_text(encoding="utf-8"))
+    cost = _read_json(run.path / "training_cost.json")
+    metrics = measure_metrics(
+        model, materials.held_out, materials.collator, materials.task.compute_metrics, **placement(materials.config)
+    )
     results = {
         **metrics,
         "trainable_parameters": plan.parameters,
@@ -326,8 +377,16 @@ def evaluate(materials: Materials, run: RunDirectory) -> dict[str, float]:
     return results
 
 
-def _placement(materials: Materials) -> dict[str, Any]:
-    return {key: materials.config.training[key] for key in ("use_cpu",) if key in materials.config.training}
+def placement(config: RunConfig) -> dict[str, Any]:
+    """The training fields that evaluation follows too."""
+    return {key: config.training[key] for key in ("use_cpu", "per_device_eval_batch_size") if key in config.training}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); run the stage that writes it again.") from error
 
 
 def disk_bytes(directory: Path, names: Sequence[str]) -> int:
@@ -358,7 +417,7 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
 
     def read(name: str, default: Any) -> Any:
         path = run.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
+        return _read_json(path) if path.is_file() else default
 
     comparison = read("comparison.json", {"methods": [], "notes": []})
     notes = [*comparison["notes"], hardware()]

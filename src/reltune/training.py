@@ -74,7 +74,9 @@ def check_arguments(model: nn.Module, args: TrainingArguments, dataset: Any, col
         args = copy.copy(args)
         args.output_dir = scratch  # Trainer makes this directory at once
         try:
-            trainer = Trainer(model=model, args=args, train_dataset=dataset, eval_dataset=dataset, data_collator=collator)
+            trainer = Trainer(
+                model=model, args=args, train_dataset=dataset, eval_dataset=dataset, data_collator=collator
+            )
             trainer.get_train_dataloader()
             trainer.get_eval_dataloader()
             trainer.create_optimizer()

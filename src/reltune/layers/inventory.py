@@ -181,7 +181,8 @@ def choose(
 ) -> list[str]:
     """Names of the modules that may be used. A pattern that matches nothing is an InputError."""
     everything = [info.name for info in inventory.modules]
-    known = sorted({part for name in everything for part in (name, name.rsplit(".", 1)[-1])})
+    parts = {part for name in everything for part in (name, name.rsplit(".", 1)[-1])}
+    known = sorted(parts, key=lambda part: (part.count("."), part))  # the short ones first
 
     def expand(patterns: str | Sequence[str], field: str) -> set[str]:
         found: set[str] = set()

@@ -173,7 +173,7 @@ def _json_records(
 
 
 def _check_columns(path: Path, line: int, found: list[str], columns: tuple[str, str]) -> None:
-    for name, option in zip(columns, ("--text-column", "--label-column"), strict=True):
+    for name, option in zip(columns, ("--text_column", "--label_column"), strict=True):
         if name not in found:
             columns_found = ", ".join(map(repr, found[:12])) + (", …" if len(found) > 12 else "")
             other = next((mark for mark in ";\t" if len(found) == 1 and mark in found[0]), None)

@@ -100,6 +100,9 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
     def _shape(self) -> tuple[int, ...]:
         return tuple(self.get_base_layer().weight.shape)
 
+    def _base_bias(self) -> Tensor | None:
+        return getattr(self.get_base_layer(), "bias", None)  # the RMSNorm classes have none, not even as None
+
     def _base_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The base layer's output with other tensors in place of its own."""
         raise NotImplementedError
@@ -119,8 +122,6 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
         With ``indices_follow`` only the sizes are known, and the layer refuses to run before a file was loaded.
         """
         base = self.get_base_layer()
-        if units.bias and base.bias is None:
-            raise ValueError("this module has no bias to train.")
         with torch.no_grad():
             pristine = self._pristine_weight()
             for field, dim in (("columns", 1), ("rows", 0)):
@@ -257,7 +258,8 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
         self._refresh()
         if self.merged:
             return
-        wanted = None if self.disable_adapters else next(iter(self._active(("reltune_columns", "reltune_rows"))), None)
+        names = [] if self.disable_adapters else self._active(("reltune_columns", "reltune_rows"))
+        wanted = self._written if self._written in names else next(iter(names), None)
         values = [] if wanted is None else [t for t in self._values_of(wanted) if t is not None]
         if any(t.device.type == "meta" for t in (self.get_base_layer().weight, *values)):
             return
@@ -295,7 +297,8 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         if whole or biased:
             weight = _combined(self._pristine_weight() if whole else base.weight, self.reltune_weight, whole)
-            bias = None if base.bias is None else _combined(base.bias, self.reltune_bias, biased)
+            bias = self._base_bias()
+            bias = None if bias is None else _combined(bias, self.reltune_bias, biased)
             y = self._base_forward(x, weight, bias)
         else:
             y = self.base_layer(x, *args, **kwargs)
@@ -378,7 +381,7 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
         with torch.no_grad():
             for name in names:
                 alone = not self.merged_adapters
-                for kind, tensor in (("weight", base.weight), ("bias", base.bias)):
+                for kind, tensor in (("weight", base.weight), ("bias", self._base_bias())):
                     trained = self._get(getattr(self, f"reltune_{kind}"), name)
                     if trained is not None:
                         self._backup.setdefault(kind, self._pristine_weight().clone() if kind == "weight" else tensor.clone())

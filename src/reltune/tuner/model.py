@@ -78,6 +78,8 @@ class ReltuneModel(BaseTuner):
                 "untie the two."
             )
         units = self._units(peft_config, current_key, base)
+        if units.bias and getattr(base, "bias", None) is None:
+            raise InputError(f"the plan trains the bias of {current_key}, which has no bias; set bias: false.")
         if isinstance(target, ReltuneLayer):
             layer = target
         else:

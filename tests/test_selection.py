@@ -1,0 +1,354 @@
+"""Selection under a budget, against exhaustive and slow independent implementations."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relevance_cases import data_for, measure, tiny_bert, tiny_sequential
+from reltune.layers.inventory import Inventory, ModuleInfo
+from reltune.plan.plan import ModulePlan, Plan
+from reltune.plan.selection import select
+from reltune.records import GRANULARITIES, InputError
+from reltune.relevance.scores import RelevanceScores
+
+EVERYWHERE = {"target_modules": ".*"}  # modules outside the layers compete only when they are named
+
+
+def linear(name, out, in_features, bias=True, layer=None):
+    return ModuleInfo(name, "linear", layer or name, 0, (out, in_features), bias)
+
+
+def norm(name, features, bias=True, layer=None):
+    return ModuleInfo(name, "norm", layer or name, 0, (features,), bias)
+
+
+def scores_of(modules, parts, more_parameters=0):
+    """An artefact made by hand: ``parts[module][part]`` as lists or numbers, on a model of these modules."""
+    total = sum(info.weight_parameters + info.bias_parameters for info in modules) + more_parameters
+    tensors = {
+        name: {part: torch.tensor(values, dtype=torch.float32) for part, values in found.items()}
+        for name, found in parts.items()
+    }
+    return RelevanceScores({"fisher": tensors}, Inventory(modules, {}, total, 0), [], "f", {"model": "m"})
+
+
+def chosen(plan):
+    return {name: (m.columns, m.rows, m.weight, m.bias) for name, m in plan.modules.items()}
+
+
+def random_scores(seed):
+    """One to five small modules in and outside of two blocks; small whole scores, so that ties are common."""
+    rng = random.Random(seed)
+    modules, parts = [], {}
+    for i in range(rng.randint(1, 5)):
+        layer = rng.choice(["b.0", "b.1", None])
+        name = f"{layer}.m{i}" if layer else f"m{i}"
+        bias = rng.random() < 0.7
+        if rng.random() < 0.3:
+            info = norm(name, rng.randint(1, 4), bias, layer)
+            parts[name] = {"norm": rng.randint(0, 9)}
+        else:
+            out, in_features = rng.randint(1, 4), rng.randint(1, 4)
+            info = linear(name, out, in_features, bias, layer)
+            parts[name] = {
+                "column": [rng.randint(0, 9) for _ in range(in_features)],
+                "row": [rng.randint(0, 9) for _ in range(out)],
+                "weight": rng.randint(0, 9 * in_features),
+            }
+            if bias:
+                parts[name]["bias"] = rng.randint(0, 9)
+        modules.append(info)
+    return scores_of(modules, parts, more_parameters=rng.randint(0, 10))
+
+
+def slow_greedy(scores, limit, kinds, everywhere):
+    """The rule of the docstring on plain sets, everything counted anew at every step.
+
+    None where there is no candidate or none that fits.
+    """
+    infos = {info.name: info for info in scores.inventory.modules}
+    if not everywhere and any(info.layer != info.name for info in infos.values()):
+        infos = {name: info for name, info in infos.items() if info.layer != name}
+    relevance = scores.parts["fisher"]
+
+    def size(name):
+        shape = infos[name].shape
+        return shape[0] * (shape[1] if len(shape) == 2 else 1)
+
+    def count(state):
+        """Parameters of what is held: 'w' whole weight, 'b' bias, ('c', i) a column, ('r', i) a row."""
+        total = 0
+        for name, held in state.items():
+            out, in_features = infos[name].shape[0], infos[name].shape[-1]
+            prices = {"w": size(name), "b": out, "c": out, "r": in_features}
+            total += sum(prices[unit[0]] for unit in held)
+        return total
+
+    def with_unit(state, units):
+        """The state with the units added: a whole weight swallows its columns and rows, and takes no more."""
+        state = {name: set(held) for name, held in state.items()}
+        for name, added in units:
+            held = state.setdefault(name, set())
+            held |= {unit for unit in added if not ("w" in held and unit[0] in "cr")}
+            if "w" in held:
+                held -= {unit for unit in held if unit[0] in "cr"}
+            if not held:
+                del state[name]
+        return state
+
+    everything = {name: {"w", "b"} if info.bias else {"w"} for name, info in infos.items()}
+    candidates = []  # (relevance, units)
+    for kind in kinds:
+        if kind == "layer":
+            for layer in dict.fromkeys(info.layer for info in infos.values() if info.layer != info.name):
+                names = [name for name, info in infos.items() if info.layer == layer]
+                total = sum(
+                    float(v) for n in names for part, v in relevance[n].items() if part in ("weight", "bias", "norm")
+                )
+                candidates.append((total, [(name, everything[name]) for name in names]))
+        for name in infos:
+            found = relevance[name]
+            if kind == "module":
+                total = sum(float(v) for part, v in found.items() if part in ("weight", "bias", "norm"))
+                candidates.append((total, [(name, everything[name])]))
+            elif kind == "norm" and "norm" in found:
+                candidates.append((float(found["norm"]), [(name, everything[name])]))
+            elif kind == "bias" and "bias" in found:
+                candidates.append((float(found["bias"]), [(name, {"b"})]))
+            elif kind in ("column", "row") and kind in found:
+                for i, value in enumerate(found[kind].tolist()):
+                    candidates.append((value, [(name, {(kind[0], i)})]))
+
+    if not candidates or min(count(with_unit({}, units)) for _, units in candidates) > limit:
+        return None
+    state = {}
+    for _, units in sorted(candidates, key=lambda c: -(c[0] / count(with_unit({}, c[1])))):  # stable
+        following = with_unit(state, units)
+        if following != state and count(following) <= limit:
+            state = following
+    plan = {}
+    for name in infos:
+        if name in state:
+            held = state[name]
+            indices = {side: sorted(unit[1] for unit in held if unit[0] == side) for side in "cr"}
+            plan[name] = (indices["c"], indices["r"], "w" in held, "b" in held)
+    return plan
+
+
+KINDS = st.permutations(GRANULARITIES).flatmap(lambda p: st.integers(1, 6).map(lambda n: p[:n]))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.integers(0, 10**9), st.integers(1, 100), KINDS, st.booleans())
+def test_the_plan_is_that_of_the_slow_rule(seed, percent, kinds, everywhere):
+    scores = random_scores(seed)
+    limit = max(1, scores.inventory.base_parameters * percent // 100)
+    wanted = slow_greedy(scores, limit, kinds, everywhere)
+    targets = EVERYWHERE if everywhere else {}
+    if wanted is None:
+        with pytest.raises(InputError, match=r"has a unit of granularity|raise the budget"):
+            select(scores, limit, kinds, **targets)
+        return
+    plan = select(scores, limit, kinds, **targets)
+    assert chosen(plan) == wanted
+    assert 0 < plan.parameters <= limit == plan.budget_parameters
+    assert chosen(select(scores, limit, kinds, **targets)) == wanted
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**9), st.integers(1, 16), st.sampled_from(["column", "row", "bias", "module"]))
+def test_units_of_one_price_are_the_exact_best(seed, count, kind):
+    """Four square maps of one size: the k that fit are the k with the highest scores."""
+    rng = random.Random(seed)
+    modules = [linear(f"m{i}", 4, 4) for i in range(4)]
+    parts = {
+        info.name: {
+            "column": [rng.random() for _ in range(4)],
+            "row": [rng.random() for _ in range(4)],
+            "weight": rng.random(),
+            "bias": rng.random(),
+        }
+        for info in modules
+    }
+    scores = scores_of(modules, parts)
+    price = 20 if kind == "module" else 4
+    budget = min(count * price + rng.randint(0, price - 1), 80)
+    plan = select(scores, budget, kind)
+    values = torch.cat([v.reshape(-1) for v in scores.by(kind).values()]).tolist()
+    best = sorted(values, reverse=True)[: budget // price]
+    taken = []
+    for name, module in plan.modules.items():
+        found = scores.by(kind)[name].reshape(-1).tolist()
+        indices = {"column": module.columns, "row": module.rows}.get(kind, [0])
+        taken += [found[i] for i in indices]
+    assert sorted(taken, reverse=True) == best
+    assert plan.parameters == len(best) * price
+
+
+def test_price_counts_relevance_per_parameter_decides():
+    """A column of 8 weights and relevance 8 comes after a column of 2 weights and relevance 3."""
+    modules = [linear("wide", 8, 1, bias=False), linear("small", 2, 2, bias=False)]
+    parts = {
+        "wide": {"column": [8.0], "row": [1.0] * 8, "weight": 8.0},
+        "small": {"column": [3.0, 1.0], "row": [2.0, 2.0], "weight": 4.0},
+    }
+    scores = scores_of(modules, parts)
+    assert chosen(select(scores, 8)) == {"small": ([0, 1], [], False, False)}  # passed over: 8 > 8 - 2
+    assert chosen(select(scores, 10)) == {"wide": ([0], [], False, False), "small": ([0], [], False, False)}
+
+
+def test_ties_go_to_the_earlier_kind_module_and_index():
+    modules = [linear("a", 2, 3, bias=False), linear("b", 2, 3, bias=False)]
+    parts = {name: {"column": [1.0] * 3, "row": [1.5] * 2, "weight": 3.0} for name in "ab"}
+    scores = scores_of(modules, parts)
+    assert chosen(select(scores, 4)) == {"a": ([0, 1], [], False, False)}
+    assert chosen(select(scores, 8)) == {"a": ([0, 1, 2], [], False, False), "b": ([0], [], False, False)}
+    assert chosen(select(scores, 3, ["column", "row"])) == {"a": ([0], [], False, False)}
+    assert chosen(select(scores, 3, ["row", "column"])) == {"a": ([], [0], False, False)}
+
+
+BLOCK = [linear("h.0.a", 2, 2, layer="h.0"), norm("h.0.n", 2, layer="h.0"), linear("last", 2, 2)]
+
+
+def block_scores(a, n=0.0, last=0.0):
+    zeros = {"column": [0.0, 0.0], "row": [0.0, 0.0], "weight": 0.0, "bias": 0.0}
+    return scores_of(BLOCK, {"h.0.a": {**zeros, **a}, "h.0.n": {"norm": n}, "last": {**zeros, "weight": last}})
+
+
+def test_a_whole_module_takes_the_place_of_its_parts_at_no_double_price():
+    # Column 0 (8 per weight), then the bias (6), then the module (5), which costs 6 in all.
+    scores = block_scores({"column": [16.0, 0.0], "bias": 12.0, "weight": 18.0}, last=12.0)
+    kinds = ["column", "bias", "module"]
+    assert chosen(select(scores, 2, kinds)) == {"h.0.a": ([0], [], False, False)}
+    assert chosen(select(scores, 4, kinds)) == {"h.0.a": ([0], [], False, True)}
+    plan = select(scores, 6, kinds)
+    assert chosen(plan) == {"h.0.a": ([], [], True, True)} and plan.parameters == 6
+    # What the module gave back pays for the next: the second whole module fits in 12.
+    assert chosen(select(scores, 12, kinds, **EVERYWHERE)) == {
+        "h.0.a": ([], [], True, True),
+        "last": ([], [], True, True),
+    }
+
+
+def test_a_layer_takes_the_place_of_columns_rows_and_norms():
+    scores = block_scores({"column": [16.0, 15.0], "row": [14.0, 0.0], "weight": 20.0}, n=20.0)
+    kinds = ["column", "row", "norm", "layer"]
+    # After both columns and a row 1 parameter of 7 is left: neither norm nor layer fit.
+    assert chosen(select(scores, 7, kinds)) == {"h.0.a": ([0, 1], [0], False, False)}
+    plan = select(scores, 10, kinds)
+    assert chosen(plan) == {"h.0.a": ([], [], True, True), "h.0.n": ([], [], True, True)}
+    assert plan.parameters == 10
+
+
+def test_double_held_cells_give_way_to_the_whole_weight_at_the_same_price():
+    """One column and one row of a 2 × 2 map without bias cost as much as the map: the map covers more."""
+    modules = [linear("a", 2, 2, bias=False)]
+    scores = scores_of(modules, {"a": {"column": [9.0, 0.0], "row": [9.0, 0.0], "weight": 9.0}})
+    plan = select(scores, 4, ["column", "row", "module"])
+    assert chosen(plan) == {"a": ([], [], True, False)} and plan.parameters == 4
+
+
+def test_a_bias_in_a_chosen_module_costs_nothing_more():
+    scores = block_scores({"weight": 60.0, "bias": 1.0}, last=6.0)
+    plan = select(scores, 8, ["module", "bias"], **EVERYWHERE)
+    # The module for 6 holds its bias; the 2 that are left go to the other module's bias.
+    assert chosen(plan) == {"h.0.a": ([], [], True, True), "last": ([], [], False, True)}
+
+
+@pytest.mark.parametrize("kinds", [["module"], ["layer", "module"], ["column", "bias", "norm"], GRANULARITIES])
+def test_all_of_the_budget_trains_all_units(kinds):
+    scores = measure(tiny_sequential(), [data_for(tiny_sequential())])
+    assert select(scores, "100%", [*kinds, "module"]).parameters == scores.inventory.base_parameters
+    scores = measure(tiny_bert(), [data_for(tiny_bert())])
+    plan = select(scores, "100%", kinds, **EVERYWHERE)
+    units = sum(info.weight_parameters + info.bias_parameters for info in scores.inventory.modules)
+    assert plan.parameters == units < scores.inventory.base_parameters  # embeddings have no units
+    assert list(plan.modules) == [info.name for info in scores.inventory.modules]
+
+
+def test_too_small_a_budget_names_the_smallest_unit():
+    scores = block_scores({})
+    with pytest.raises(InputError, match=r"allows 1 parameters.*smallest column has 2"):
+        select(scores, 1)
+    with pytest.raises(InputError, match=r"smallest layer or module has 4"):
+        select(scores, 3, ["layer", "module"])
+
+
+def test_unknown_and_absent_granularities_and_criteria():
+    scores = block_scores({})
+    with pytest.raises(InputError, match=r"'columns' is unknown; did you mean 'column'"):
+        select(scores, 4, "columns")
+    with pytest.raises(InputError, match="no granularity"):
+        select(scores, 4, [])
+    with pytest.raises(InputError, match="'gradient' was not measured"):
+        select(scores, 4, criterion="gradient")
+    with pytest.raises(InputError, match="has a unit of granularity norm"):
+        select(scores, 4, "norm", exclude_modules=["h.0.n"])
+    with pytest.raises(InputError, match="'abc' is no number"):
+        select(scores, "abc")
+
+
+def test_targets_and_exclusions():
+    scores = measure(tiny_bert(), [data_for(tiny_bert())])
+    plan = select(scores, "50%", target_modules=["query", "intermediate"], exclude_modules=["layer.0"])
+    assert list(plan.modules) == [
+        f"bert.encoder.layer.1.{place}" for place in ("attention.self.query", "intermediate.dense")
+    ]
+    # A layer is chosen whole or not at all.
+    plan = select(scores, "100%", ["layer"], exclude_modules=[r".*layer\.1\..*key"])
+    assert all(name.startswith("bert.encoder.layer.0.") for name in plan.modules)
+    with pytest.raises(InputError, match=r"'quary' matches no module.*'query'"):
+        select(scores, "50%", target_modules=["quary"])
+    assert select(scores, "5%", target_modules="query").parameters > 0
+
+
+def test_the_criterion_decides():
+    model = tiny_bert()
+    scores = measure(model, [data_for(model)], None, ["depth", "fisher"])
+    by_default = select(scores, "5%", **EVERYWHERE)
+    by_fisher = select(scores, "5%", criterion="fisher", **EVERYWHERE)
+    assert (by_default.criterion, by_fisher.criterion) == ("depth", "fisher")
+    # The deepest modules go first, and Fisher's order is another.
+    assert list(by_default.modules) == ["bert.pooler.dense", "classifier"]
+    assert list(by_fisher.modules) != list(by_default.modules)
+
+
+def test_modules_outside_the_layers_compete_only_when_named():
+    scores = measure(tiny_bert(), [data_for(tiny_bert())], criteria=["depth"])
+    outside = ["bert.embeddings.LayerNorm", "bert.pooler.dense", "classifier"]
+    kinds = ["column", "norm"]
+    assert not set(outside) & set(select(scores, "100%", kinds).modules)
+    assert not set(outside) & set(select(scores, "100%", kinds, exclude_modules=["query"]).modules)
+    assert list(select(scores, "100%", kinds, target_modules=["pooler", "query"]).modules)[-1] == outside[1]
+    # Where nothing else may be chosen, they may.
+    assert list(select(scores, "100%", kinds, exclude_modules=["encoder"]).modules) == outside
+
+
+def test_what_a_plan_says_of_itself():
+    scores = measure(tiny_bert(), [data_for(tiny_bert())], always_trained=["classifier"])
+    plan = select(scores, "1%", ["column", "bias", "norm"], task_type="SEQ_CLS")
+    assert isinstance(plan, Plan) and all(isinstance(m, ModulePlan) for m in plan.modules.values())
+    assert (plan.budget, plan.granularity) == ("1%", ["column", "bias", "norm"])
+    assert plan.budget_parameters == scores.inventory.base_parameters // 100
+    assert plan.fingerprint == scores.fingerprint and plan.always_trained == ["classifier"]
+    assert plan.head_parameters == 3 * 16 + 3
+    assert (plan.model_name_or_path, plan.task_type) == ("BertForSequenceClassification", "SEQ_CLS")
+    by_layer = plan.by_layer(scores.inventory)
+    assert sum(by_layer.values()) == plan.parameters
+    assert list(by_layer) == list(dict.fromkeys(info.layer for info in scores.inventory.modules))
+    lines = " ".join(plan.describe())
+    assert f"{plan.parameters:,} trainable parameters" in lines
+    assert f"the backward pass ends at {next(iter(plan.modules))}" in lines
+    assert plan.adapter_bytes() == 4 * (plan.parameters + 51) + 8 * plan.indices
+
+
+def test_a_saved_artefact_selects_the_same(tmp_path):
+    scores = measure(tiny_bert(), [data_for(tiny_bert())])
+    scores.save(tmp_path)
+    kinds = ["row", "module", "column"]
+    first = select(scores, "20%", kinds)
+    assert dataclasses.asdict(first) == dataclasses.asdict(select(RelevanceScores.load(tmp_path), "20%", kinds))
