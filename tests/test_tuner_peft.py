@@ -840,6 +840,68 @@ def test_config_can_be_copied_with_its_choice() -> None:
         assert torch.equal(one(X), two(X))
 
 
+# -- state_dict of the whole model ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("active_then", ["default", "other", "both"])
+@pytest.mark.parametrize("active_now", ["default", "other", "none"])
+def test_whole_state_is_loaded_whatever_was_active(active_then: str, active_now: str) -> None:
+    """The saved base weight holds the values of whichever adapter was active; the loaded one must not keep them."""
+    model = _model(FIRST, other=SECOND)
+    model.base_model.set_adapter(["other", "default"] if active_then == "both" else [active_then])
+    model(X)
+    state = copy.deepcopy(model.state_dict())
+    torch.manual_seed(9)
+    fresh = get_peft_model(_net(), _config(_net(), FIRST))
+    fresh.add_adapter("other", _config(_net(), SECOND))
+    fresh.base_model.set_adapter([] if active_now == "none" else [active_now])
+    fresh(X)
+    fresh.load_state_dict(state)
+    for name in ("default", "other"):
+        fresh.set_adapter(name)
+        _check_output(fresh, name)
+        with torch.no_grad():
+            model.set_adapter(name)
+            torch.testing.assert_close(fresh(X), model(X), rtol=0, atol=1e-12)
+    _check_base_is(_base_state(fresh), _net())
+
+
+def test_whole_state_is_loaded_over_other_indices() -> None:
+    model = _model({"first": {"columns": [3, 1], "rows": [7]}})
+    fresh = _model({"first": {"columns": [5, 3], "rows": [2]}})
+    fresh(X)
+    fresh.load_state_dict(copy.deepcopy(model.state_dict()))
+    with torch.no_grad():
+        assert torch.equal(fresh(X), model(X))
+    _check_base_is(_base_state(fresh), _net())
+
+
+def test_another_base_is_loaded_beneath_the_adapter() -> None:
+    model, other = _model(FIRST), _net(seed=3)
+    layers = _layers(model)
+    state = {
+        (f"base_model.model.{n}.base_layer.{k}" if n in layers else f"base_model.model.{n}.{k}"): t.clone()
+        for n, m in other.named_children()
+        for k, t in m.state_dict().items()
+    }
+    result = model.load_state_dict(state, strict=False)
+    assert not result.unexpected_keys
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), _dense(model, "default", base=other)(X), rtol=0, atol=1e-12)
+    _check_base_is(_base_state(model), other)
+
+
+def test_state_saved_after_a_write_through_data_is_whole() -> None:
+    model, fresh = _model(FIRST), _model(FIRST)
+    model(X)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(0.2)
+    fresh.load_state_dict(copy.deepcopy(model.state_dict()))
+    _check_output(fresh, "default")
+    _check_base_is(_base_state(fresh), _net())
+
+
 # -- all together ------------------------------------------------------------------------------------------------------
 
 

@@ -344,7 +344,10 @@ def _show_record(record: RunRecord, directory: RunDirectory) -> None:
     from reltune.report.terminal import comparison_table, heatmap
 
     _print(heatmap(record.heatmaps[0]))
-    _print(comparison_table(record.comparison) if record.comparison else _metrics_table(record.metrics))
+    if record.comparison:
+        _print(comparison_table(record.comparison), width=100)  # its lines would break in the wrong places
+    else:
+        _print(_metrics_table(record.metrics))
     _say(record.depth_sentence, *record.notes, f"Report: {directory.report}")
 
 
@@ -354,10 +357,13 @@ def _metrics_table(metrics: dict[str, float]) -> Any:
     return metrics_table(metrics)
 
 
-def _print(renderable: Any) -> None:
+def _print(renderable: Any, width: int = 0) -> None:
+    """Print as wide as the terminal is, and at least ``width``."""
     from rich.console import Console
 
-    Console().print(renderable)
+    console = Console()
+    console.width = max(console.width, width)
+    console.print(renderable)
 
 
 def _say(*lines: str) -> None:
@@ -385,6 +391,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(args=words, prog_name="reltune", standalone_mode=False)
+        if code == 130:  # what newer Typers make of KeyboardInterrupt
+            raise KeyboardInterrupt
         raise SystemExit(code if isinstance(code, int) else 0)
     except (InputError, USAGE_ERROR) as error:
         if debug:
@@ -399,5 +407,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
+    if "tqdm" in sys.modules:  # end the lines of progress bars that the error has left open
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
     print(f"reltune: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)

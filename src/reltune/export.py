@@ -74,8 +74,8 @@ def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str =
     ]
     if cannot:
         raise InputError(
-            f"the adapter trains whole weights, biases or norms ({cannot[0]} and {len(cannot) - 1} more), which a LoRA adapter "
-            "cannot carry; use --to merged."
+            f"the adapter trains whole weights, biases or norms (in {len(cannot)} modules, {cannot[0]} the first), which a "
+            "LoRA adapter cannot carry; use --to merged."
         )
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -85,9 +85,11 @@ def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str =
         tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b
         ranks[name] = lora_a.shape[0]
     config = model.peft_config[adapter_name]
-    saved: list[str] = list(getattr(config, "modules_to_save", None) or [])
-    for key, value in _modules_to_save(model, adapter_name).items():
-        tensors[key] = value
+    heads = _modules_to_save(model, adapter_name)
+    tensors |= heads
+    # PEFT enters the usual names of classifiers too, whether the model has them or not, and anew with every load.
+    named = dict.fromkeys(config.modules_to_save or [])
+    saved = [name for name in named if any(f".{name}." in key for key in heads)]
     lora = LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),

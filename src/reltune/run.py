@@ -195,7 +195,8 @@ def check_choice(materials: Materials, select: bool = True) -> None:
         progress=False,
     )
     if select:
-        choose_units(relevance, config.budget, config.granularity)
+        relevance.provenance |= restrictions(config)
+        choose(config, relevance)
 
 
 def _read_splits(config: RunConfig) -> tuple[list[reading.Row], list[reading.Row], list[reading.Row]]:
@@ -239,8 +240,14 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
         always_trained=materials.new_heads,
         seed=config.seed,
     )
+    relevance.provenance |= restrictions(config)
     relevance.save(run.relevance)
     return relevance
+
+
+def restrictions(config: RunConfig) -> dict[str, Any]:
+    """What keeps modules out of the analysis and, later, out of the choice."""
+    return {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
 
 
 def train_heads(materials: Materials, model: nn.Module, epochs: float) -> training.TrainingCost | None:
@@ -298,19 +305,29 @@ def model_with_heads(materials: Materials, run: RunDirectory) -> nn.Module:
 def select(config: RunConfig, run: RunDirectory) -> Plan:
     """Choose units under the budget from the saved relevance."""
     relevance = RelevanceScores.load(run.relevance)
-    plan = choose_units(
-        relevance,
-        config.budget,
-        config.granularity,
-        criterion=config.criteria[0],
-        target_modules=config.target_modules,
-        exclude_modules=config.exclude_modules,
-        model_name_or_path=config.model_name_or_path,
-        task_type=SequenceClassification.peft_task_type if relevance.always_trained else None,
-    )
+    plan = choose(config, relevance, config.criteria[0])
     run.clear("tune")
     plan.save(run.plan)
     return plan
+
+
+def choose(config: RunConfig, relevance: RelevanceScores, criterion: str | None = None) -> Plan:
+    """The plan for a config. Patterns that the analysis has followed already are not matched again: it kept only what
+    they allow, so that nothing is left for ``exclude_modules`` to match."""
+    wanted = restrictions(config)
+    for name, patterns in wanted.items():
+        if patterns and patterns == relevance.provenance.get(name):
+            measured = [info.name for info in relevance.inventory.modules]
+            wanted[name] = measured if name == "target_modules" else []
+    return choose_units(
+        relevance,
+        config.budget,
+        config.granularity,
+        criterion=criterion,
+        model_name_or_path=config.model_name_or_path,
+        task_type=SequenceClassification.peft_task_type if relevance.always_trained else None,
+        **wanted,
+    )
 
 
 def tune(materials: Materials, run: RunDirectory, resume_from_checkpoint: str | None = None) -> PeftModel:

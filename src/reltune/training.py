@@ -96,7 +96,10 @@ def train(
     resume_from_checkpoint: str | None = None,
     description: str = "train",
 ) -> tuple[Trainer, TrainingCost]:
-    """Train whatever of ``model`` requires a gradient. ``description`` names the progress bar."""
+    """Train whatever of ``model`` requires a gradient. ``description`` names the progress bar.
+
+    Raises ArithmeticError when a trained weight ends up infinite or not a number.
+    """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("nothing in the model requires a gradient, so there is nothing to train.")
     set_seed(args.seed)
@@ -113,6 +116,8 @@ def train(
     show_progress(trainer, description)
     with PeakMemory() as memory:
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
+        raise ArithmeticError("training diverged, some weights are not finite any more; try a lower --learning_rate.")
     # The first steps pay for warming up, once.
     times = clock.seconds[2:] or clock.seconds
     return trainer, TrainingCost(len(clock.seconds), statistics.median(times) if times else None, memory.peak)

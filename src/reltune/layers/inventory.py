@@ -99,7 +99,9 @@ def head_modules(model: nn.Module, names: str | Iterable[str]) -> list[str]:
     for name in [names] if isinstance(names, str) else names:
         owner = name if name in modules else name.rpartition(".")[0]
         if not owner or (name not in modules and name not in parameters):
-            raise InputError(f"always_trained names {name!r}, which is no part of the model; {nearest(name, parameters)}")
+            raise InputError(
+                f"always_trained names {name!r}, which is no part of the model; {nearest(name, parameters)}"
+            )
         owners.add(owner)
 
     def inside(name: str, places: Iterable[str]) -> bool:
@@ -191,9 +193,7 @@ def choose(
             if not matched:
                 reasons = matching(inventory.left_out, pattern)
                 why = f" ({reasons[0]}: {inventory.left_out[reasons[0]]})" if reasons else ""
-                raise InputError(
-                    f"{field} {pattern!r} matches no module with units{why}; {nearest(pattern, known)}"
-                )
+                raise InputError(f"{field} {pattern!r} matches no module with units{why}; {nearest(pattern, known)}")
             found.update(matched)
         return found
 

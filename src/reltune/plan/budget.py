@@ -36,5 +36,7 @@ def parse_budget(budget: str | int | float, base_parameters: int) -> int:
     if count > base_parameters:
         raise InputError(f"budget {budget!r} is more than the {base_parameters:,} parameters of the base model.")
     if count < 1:
-        raise InputError(f"budget {budget!r} is less than one of the model's {base_parameters:,} parameters; write more.")
+        raise InputError(
+            f"budget {budget!r} is less than one of the model's {base_parameters:,} parameters; write more."
+        )
     return count

@@ -76,7 +76,9 @@ def select(
             cost.append(np.full(len(values), sum(_cost(info, kind) for info in infos)))
             relevant.append(values)
     if not places:
-        raise InputError(f"no module that may be chosen has a unit of granularity {', '.join(kinds)}; name another one.")
+        raise InputError(
+            f"no module that may be chosen has a unit of granularity {', '.join(kinds)}; name another one."
+        )
     at, of, price, worth = (np.concatenate(part) for part in (place, index, cost, relevant))
     if price.min() > limit:
         raise InputError(

@@ -13,9 +13,7 @@ from reltune.layers.inventory import ModuleInfo
 NEEDS = None
 
 
-def scores(
-    info: ModuleInfo, module: nn.Module, sums: dict[str, Tensor], examples: int, seed: int
-) -> dict[str, Tensor]:
+def scores(info: ModuleInfo, module: nn.Module, sums: dict[str, Tensor], examples: int, seed: int) -> dict[str, Tensor]:
     per_weight = float(info.depth + 1)
     if info.kind == "norm":
         return {"norm": torch.tensor(per_weight * (info.weight_parameters + info.bias_parameters))}

@@ -15,9 +15,7 @@ from reltune.layers.inventory import ModuleInfo
 NEEDS = "squared_gradients"
 
 
-def scores(
-    info: ModuleInfo, module: nn.Module, sums: dict[str, Tensor], examples: int, seed: int
-) -> dict[str, Tensor]:
+def scores(info: ModuleInfo, module: nn.Module, sums: dict[str, Tensor], examples: int, seed: int) -> dict[str, Tensor]:
     means = {part: total / examples for part, total in sums.items()}
     if info.kind == "norm":
         return {"norm": sum((mean.sum() for mean in means.values()), start=means["weight"].new_zeros(()))}

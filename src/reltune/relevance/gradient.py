@@ -15,9 +15,7 @@ from reltune.layers.inventory import ModuleInfo
 NEEDS = "summed_gradients"
 
 
-def scores(
-    info: ModuleInfo, module: nn.Module, sums: dict[str, Tensor], examples: int, seed: int
-) -> dict[str, Tensor]:
+def scores(info: ModuleInfo, module: nn.Module, sums: dict[str, Tensor], examples: int, seed: int) -> dict[str, Tensor]:
     return by_unit(info, {part: (total / examples).abs() for part, total in sums.items()})
 
 

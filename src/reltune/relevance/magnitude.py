@@ -15,9 +15,7 @@ from reltune.relevance.gradient import by_unit
 NEEDS = None
 
 
-def scores(
-    info: ModuleInfo, module: nn.Module, sums: dict[str, Tensor], examples: int, seed: int
-) -> dict[str, Tensor]:
+def scores(info: ModuleInfo, module: nn.Module, sums: dict[str, Tensor], examples: int, seed: int) -> dict[str, Tensor]:
     squares = {}
     for name, parameter in module.named_parameters(recurse=False):
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32

@@ -93,7 +93,11 @@ def analyze(
             info.name: {
                 part: value.detach().cpu()
                 for part, value in criterion.scores(
-                    info, modules[info.name], sums[criterion.NEEDS][info.name] if criterion.NEEDS else {}, examples, seed
+                    info,
+                    modules[info.name],
+                    sums[criterion.NEEDS][info.name] if criterion.NEEDS else {},
+                    examples,
+                    seed,
                 ).items()
             }
             for info in measured

@@ -16,9 +16,7 @@ from reltune.layers.inventory import ModuleInfo
 NEEDS = None
 
 
-def scores(
-    info: ModuleInfo, module: nn.Module, sums: dict[str, Tensor], examples: int, seed: int
-) -> dict[str, Tensor]:
+def scores(info: ModuleInfo, module: nn.Module, sums: dict[str, Tensor], examples: int, seed: int) -> dict[str, Tensor]:
     digest = hashlib.sha256(f"{seed}/{info.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

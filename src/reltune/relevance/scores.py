@@ -152,9 +152,7 @@ class RelevanceScores:
                         parts[criterion][info.name][part] = tensor
             counts = values["base_parameters"], values["head_parameters"]
             inventory = Inventory(modules, values["left_out"], *counts)
-            return cls(
-                parts, inventory, values["always_trained"], values["fingerprint"], values["provenance"]
-            )
+            return cls(parts, inventory, values["always_trained"], values["fingerprint"], values["provenance"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{directory} holds relevance scores that do not fit together ({error}); analyze again."

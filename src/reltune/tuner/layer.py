@@ -38,7 +38,7 @@ class _Seen:
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        self._states = [(tensor, self._state(tensor)) for tensor in tensors]
+        self._states: list[tuple[Tensor, tuple[int, int] | None]] = [(t, self._state(t)) for t in tensors]
 
     def still(self, tensors: list[Tensor]) -> bool:
         return len(tensors) == len(self._states) and all(
@@ -49,6 +49,14 @@ class _Seen:
     @staticmethod
     def _state(tensor: Tensor) -> tuple[int, int]:
         return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+
+    # A copy, in this process or another, counts from the tensors that were copied along.
+
+    def __getstate__(self) -> list[tuple[Tensor, bool]]:
+        return [(tensor, self._state(tensor) == state) for tensor, state in self._states]
+
+    def __setstate__(self, tensors: list[tuple[Tensor, bool]]) -> None:
+        self._states = [(tensor, self._state(tensor) if same else None) for tensor, same in tensors]
 
 
 @dataclasses.dataclass
@@ -93,7 +101,10 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
         self._backup: dict[str, Tensor] = {}  # whole tensors replaced by merge
         shape = self._shape()
         self.in_features, self.out_features = shape[-1], shape[0]
+        self._beneath: Tensor | None = None  # the base's own weight while another one is being loaded
+        self.register_load_state_dict_pre_hook(_before_load)
         self.register_load_state_dict_post_hook(_after_load)
+        self.register_state_dict_pre_hook(_before_save)
 
     # -- what a subclass knows of its base layer --------------------------------------------------------------
 
@@ -178,6 +189,22 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
                 self._remember(name, pristine)
                 self._awaited.discard(name)
 
+    def _base_loaded(self, beneath: Tensor) -> None:
+        """The base weight came with the file. It may hold the values of an adapter, which are not the base's."""
+        weight = self.get_base_layer().weight
+        self._written = None
+        with torch.no_grad():
+            for name in self.originals:
+                self._remember(name, beneath)
+                held = weight.detach().clone()
+                _put(held, self.originals[name], *self._values_of(name))
+                if torch.equal(held, weight):
+                    _put(weight, self.originals[name], self.originals[name].columns, self.originals[name].rows)
+                    break
+            for name in self.originals:
+                self._remember(name, weight)
+                self._awaited.discard(name)
+
     def _check_loaded(self, names: list[str]) -> None:
         missing = [name for name in names if name in self._awaited]
         if missing:
@@ -223,12 +250,15 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
     def _values_of(self, adapter_name: str) -> tuple[Tensor | None, Tensor | None]:
         return self._get(self.reltune_columns, adapter_name), self._get(self.reltune_rows, adapter_name)
 
+    def _trained(self, adapter_name: str) -> list[Tensor]:
+        return [t for t in self._values_of(adapter_name) if t is not None]
+
     def _write(self, adapter_name: str) -> None:
         columns, rows = self._values_of(adapter_name)
         with torch.no_grad():
             _put(self.get_base_layer().weight, self.originals[adapter_name], columns, rows)
         self._written = adapter_name
-        self._values = _Seen([t for t in (columns, rows) if t is not None])
+        self._values = _Seen(self._trained(adapter_name))
 
     def _rewrite(self) -> None:
         """Write the written adapter again, past autograd's count of versions.
@@ -259,21 +289,20 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
         if self.merged:
             return
         names = [] if self.disable_adapters else self._active(("reltune_columns", "reltune_rows"))
-        wanted = self._written if self._written in names else next(iter(names), None)
-        values = [] if wanted is None else [t for t in self._values_of(wanted) if t is not None]
-        if any(t.device.type == "meta" for t in (self.get_base_layer().weight, *values)):
-            return
-        if wanted == self._written:
-            if wanted is not None and not self._values.still(values):
-                self._write(wanted)  # replaced, or changed by hand
-            elif torch.is_grad_enabled() and any(t.requires_grad for t in values):
-                self._rewrite()
+        wanted = names[0] if names else None
+        if wanted is not None and "meta" in {t.device.type for t in (self.weight, *self._trained(wanted))}:
             return
         self._graphs = prune(self._graphs)
-        if not self._graphs:
+        if wanted != self._written and not self._graphs:
             self._restore()
             if wanted is not None:
                 self._write(wanted)
+        elif self._written in names:
+            values = self._trained(self._written)
+            if not self._values.still(values):
+                self._write(self._written)  # replaced, or changed by hand
+            elif torch.is_grad_enabled() and any(t.requires_grad for t in values):
+                self._rewrite()
 
     # -- forward -----------------------------------------------------------------------------------------------
 
@@ -474,9 +503,20 @@ def _combined(base: Tensor, trained: nn.ParameterDict, names: list[str]) -> Tens
     return base + sum(trained[name].to(base.dtype) - base for name in names)
 
 
+def _before_save(module: Any, *_: Any) -> None:
+    module._rewrite()
+
+
+def _before_load(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    if f"{prefix}base_layer.weight" in state_dict and module.originals and not module.merged:
+        module._beneath = module._pristine_weight().clone()
+
+
 def _after_load(module: Any, _: Any) -> None:
+    if module._beneath is not None:
+        module._base_loaded(module._beneath)
+        module._beneath = None
     module._settle()
-    module._rewrite()  # the file may have held the base weight as well
 
 
 def _write_back_after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
