@@ -32,12 +32,12 @@ class Answer:
     err: str
 
 
-def reltune(*words: object) -> Answer:
+def reltune(*words: object, threads: int = 1) -> Answer:
     """Call ``reltune`` in this process, on one thread: tiny models only lose time to more."""
     out, err = io.StringIO(), io.StringIO()
     code: object = None
-    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
-    torch.set_num_threads(1)
+    handler, threads_before = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         with (
             mock.patch.object(sys, "argv", ["reltune", *map(str, words)]),
@@ -50,7 +50,7 @@ def reltune(*words: object) -> Answer:
         code = end.code
     finally:
         signal.signal(signal.SIGTERM, handler)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads_before)
     return Answer(code, out.getvalue(), err.getvalue())
 
 

@@ -245,6 +245,7 @@ def test_flags(place: Place, words: list[str], named: str) -> None:
         (["--max_steps", "0"], "max_steps is 0"),
         (["--per_device_train_batch_size", "0"], "batch_size=0"),
         (["--learning_rate", "nan"], "learning rate: nan"),
+        (["--lr_scheduler_kwargs", '{"warmth": 1}'], "'warmth'"),
         (["--report_to", "a_friend"], "a_friend is not supported"),
         (["--save_strategy", "steps", "--load_best_model_at_end", "true"], "load_best_model_at_end"),
     ],

@@ -124,7 +124,7 @@ def foreign_logits(place: Path) -> dict[str, torch.Tensor]:
         for form in ("lora", "merged") if name in LORA else ("merged",):
             path = place / f"{name}_{form}"
             answer = reltune("export", place / name, "--to", form, "--output_dir", path)
-            assert answer.code == 0 and answer.out == f"Exported to {path}\n", answer
+            assert answer.code == 0 and answer.out.startswith(f"Exported to {path}"), answer
             exports[path.name] = (form, str(path))
     arguments = json.dumps([str(place / "model"), exports, TEXTS, str(place / "logits.safetensors")])
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -172,9 +172,9 @@ def test_lora_adapters_hold_what_peft_expects(
         assert tensors[f"base_model.model.{module}.lora_A.weight"].shape == (rank, in_features)
         assert tensors[f"base_model.model.{module}.lora_B.weight"].shape == (out_features, rank)
     assert len(tensors) == 2 * len(ranks) + 2
-    assert lora_summary(place / f"{name}_lora") == (
-        f"{len(ranks)} modules, ranks {min(ranks.values())} to {max(ranks.values())} (rank_pattern)"
-    )
+    lowest, highest = min(ranks.values()), max(ranks.values())
+    summary = f"{len(ranks)} modules, ranks {lowest} to {highest} (rank_pattern)"
+    assert lora_summary(place / f"{name}_lora") == summary
 
 
 def test_merged_models_are_complete(place: Path, foreign_logits: dict[str, torch.Tensor]) -> None:

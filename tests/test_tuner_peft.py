@@ -603,6 +603,35 @@ def test_adding_and_loading_an_adapter_while_a_graph_is_alive(tmp_path: Path) ->
     _check_output(model, "other")
 
 
+def test_deleting_another_adapter_while_a_graph_is_alive() -> None:
+    model = _model(FIRST, other=SECOND)
+    dense = _dense(model, "default")
+    expected = dense_update.gradients(dense, _all(dense), lambda m: m(X).square().sum())
+    loss = model(X).square().sum()
+    model.delete_adapter("other")
+    loss.backward()
+    _check_gradients(model, expected, "default")
+
+
+def test_training_after_a_first_pass_in_inference_mode() -> None:
+    """Tensors that are made in inference mode can enter no graph; the layers must not keep any."""
+    model = _model(FIRST)
+    layer = _layers(model)["second"]
+    layer.reltune_column_indices["default"] = torch.tensor([3, 1])  # as Transformers loads, past every hook
+    with torch.inference_mode():
+        model(X)
+        with model.disable_adapter():
+            model(X)
+    dense = _dense(model, "default")
+    expected = dense_update.gradients(dense, _all(dense), lambda m: (m(X).sigmoid() * _net()(X).detach()).sum())
+    policy = model(X)
+    with model.disable_adapter():
+        other = model(X)
+    (policy.sigmoid() * other).sum().backward()
+    _check_gradients(model, expected, "default")
+    _check_base_is(_base_state(model), _net())
+
+
 # -- merging -------------------------------------------------------------------------------------------------------
 
 
@@ -1225,16 +1254,8 @@ def test_shared_weights_are_refused(what: str) -> None:
 
 
 def test_tied_output_embedding_is_refused() -> None:
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        tie_word_embeddings=True,
-    )
     with pytest.raises(InputError, match="lm_head shares its weight with"):
-        get_peft_model(LlamaForCausalLM(config), ReltuneConfig(r=2, target_modules=["lm_head"]))
+        get_peft_model(_llama(), ReltuneConfig(r=2, target_modules=["lm_head"]))
 
 
 class Unsupported(nn.Module):
@@ -1295,6 +1316,24 @@ def test_change_of_dtype(dtype: torch.dtype) -> None:
     _check_base_is(_base_state(model), _net(dtype=dtype))
 
 
+def test_moving_to_another_device_in_between() -> None:
+    """Every tensor is replaced by another one, as a move does."""
+    model, other = _model(FIRST, other=SECOND), _model(FIRST, other=SECOND)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.05) for m in (model, other)]
+    for step in range(4):
+        for m, optimizer in zip((model, other), optimizers, strict=True):
+            optimizer.zero_grad()
+            m(X).square().mean().backward()
+            optimizer.step()
+        if step % 2:
+            model._apply(lambda t: t.clone())
+    with torch.no_grad():
+        assert torch.equal(model(X), other(X))
+    model.set_adapter("other")
+    _check_output(model, "other")
+    _check_base_is(_base_state(model), _net())
+
+
 def test_change_of_dtype_while_merged() -> None:
     model = _model(THIRD, other=FIRST)
     model.merge_adapter(adapter_names=["default", "other"])
@@ -1349,7 +1388,7 @@ class _CountCompilations:
         return graph.forward
 
 
-def test_decoder_generates_the_same_merged_and_not() -> None:
+def _llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=30,
@@ -1360,10 +1399,33 @@ def test_decoder_generates_the_same_merged_and_not() -> None:
         intermediate_size=24,
         tie_word_embeddings=True,
     )
-    base = LlamaForCausalLM(config).double().eval()
-    with torch.no_grad():
-        for p in base.parameters():
+    model = LlamaForCausalLM(config).double().eval()
+    with torch.no_grad():  # larger, or greedy decoding would say the same whatever is changed
+        for p in model.parameters():
             p.mul_(8)
+    return model
+
+
+def test_new_tokens_are_trained_and_saved_along(tmp_path: Path) -> None:
+    config = ReltuneConfig(r=2, target_modules=["down_proj"], trainable_token_indices=[3, 7], task_type="CAUSAL_LM")
+    model = get_peft_model(_llama(), config)
+    ids = torch.tensor([[3, 7, 5, 3]])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        assert not torch.allclose(logits, _llama()(input_ids=ids).logits, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(_llama(), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, logits, rtol=0, atol=1e-12)
+        merged = again.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=ids).logits, logits, rtol=0, atol=1e-10)
+
+
+def test_decoder_generates_the_same_merged_and_not() -> None:
+    base = _llama()
     selection: Selection = {
         "model.layers.0.self_attn.k_proj": {"rows": [1, 5]},
         "model.layers.1.mlp.down_proj": {"columns": [0, 20]},

@@ -372,6 +372,23 @@ def test_long_training_keeps_no_trace_of_past_graphs() -> None:
     assert all(len(m._graphs) <= 2 for m in model.modules() if isinstance(m, ReltuneLayer))
 
 
+def test_a_layer_with_columns_keeps_no_input() -> None:
+    """Neither the frozen product nor the columns' gradient needs all of x."""
+    model = _tuned(nn.Sequential(nn.Linear(64, 64)), {"0": {"columns": [1, 5, 9, 63], "bias": True}})
+    x = torch.randn(10, 7, 64, requires_grad=True)
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    kept = sorted(tuple(t.shape) for t in saved if t.is_floating_point())
+    assert kept == [(10, 7, 4), (64, 64)]
+    assert all(t.untyped_storage().nbytes() < x.nbytes for t in saved)
+
+
 # -- dtypes ----------------------------------------------------------------------------------------------------------
 
 

@@ -218,12 +218,14 @@ def export(
 ) -> None:
     """Hand the tuned model to programs without reltune."""
     from reltune import run as stages
+    from reltune.export import lora_summary
 
     if to not in ("lora", "merged"):
         raise InputError(f"--to {to!r} is unknown; write lora or merged.")
     directory, config = stages.RunDirectory.open(run)
     _adapter_exists(directory)
-    _say(f"Exported to {stages.export(stages.prepare(config), directory, to, output_dir)}")
+    path = stages.export(stages.prepare(config), directory, to, output_dir)
+    _say(f"Exported to {path}" + (f": {lora_summary(path)}" if to == "lora" else ""))
 
 
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)

@@ -79,7 +79,7 @@ def check_arguments(model: nn.Module, args: TrainingArguments, dataset: Any, col
             )
             trainer.get_train_dataloader()
             trainer.get_eval_dataloader()
-            trainer.create_optimizer()
+            trainer.create_optimizer_and_scheduler(num_training_steps=1)
         except torch.OutOfMemoryError:
             raise
         except (ValueError, TypeError, ImportError, RuntimeError) as error:

@@ -161,6 +161,8 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
         kinds = (self.reltune_column_indices, self.reltune_row_indices)
         return [kind[adapter_name] for kind in kinds if adapter_name in kind]
 
+    @torch.inference_mode(False)  # what is kept may have to enter a graph later
+    @torch.no_grad()
     def _remember(self, adapter_name: str, pristine: Tensor) -> None:
         kept = _Originals(_Seen(self._indices(adapter_name)))
         if adapter_name in self.reltune_columns:
