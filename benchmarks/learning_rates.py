@@ -104,7 +104,10 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
                 model = get_peft_model(
                     stages.model_with_heads(materials, directory),
                     LoraConfig(
-                        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="SEQ_CLS",
+                        r=rank,
+                        lora_alpha=2 * rank,
+                        target_modules="all-linear",
+                        task_type="SEQ_CLS",
                         modules_to_save=materials.new_heads,
                     ),
                 )
@@ -188,8 +191,14 @@ def main() -> None:
     Path(options.output_dir).mkdir(parents=True, exist_ok=True)
     jobs = [
         {
-            "model": options.model, "data": item.split("=")[0], "file": item.split("=")[1], "seed": seed,
-            "budget": options.budget, "rates": options.rates, "only": options.only, "training": {"max_steps": options.max_steps},
+            "model": options.model,
+            "data": item.split("=")[0],
+            "file": item.split("=")[1],
+            "seed": seed,
+            "budget": options.budget,
+            "rates": options.rates,
+            "only": options.only,
+            "training": {"max_steps": options.max_steps},
             "log": str(Path(options.output_dir) / "learning_rates.jsonl"),
         }
         for item in options.data
@@ -200,16 +209,23 @@ def main() -> None:
     rows = summarise(records)
     for row in rows:
         test = " ".join(f"{100 * value:.1f}" for value in row["test_accuracy"])
-        print(f"{row['data']:8} {row['method']:28} {row['trainable_parameters']:>10,} lr {row['learning_rate']:g}  {test}  {row['by_rate']}")
-    commit = options.commit or subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+        print(
+            f"{row['data']:8} {row['method']:28} {row['trainable_parameters']:>10,} lr {row['learning_rate']:g}  {test}  {row['by_rate']}"
+        )
+    commit = (
+        options.commit
+        or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    )
     result = {
         "benchmark": "learning_rates",
         "commit": commit,
         "arguments": {k: v for k, v in vars(options).items() if k in ("seeds", "rates", "budget", "max_steps")},
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "summary": rows,
         "runs": records,
     }

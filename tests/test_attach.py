@@ -22,9 +22,7 @@ def _case(shape: tuple[int, ...] = (2, 3, 5), seed: int = 0) -> tuple[Tensor, ..
     return tuple(torch.randn(size, generator=g, dtype=torch.float64) for size in sizes)
 
 
-def _attached(
-    x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None, rows: Tensor | None
-) -> Tensor:
+def _attached(x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor | None, rows: Tensor | None) -> Tensor:
     """One product with the written weight, with the operators on top: what a layer does."""
     idx, row_idx = torch.tensor(COLUMNS), torch.tensor(ROWS)
     written = weight.clone()
@@ -43,9 +41,7 @@ def _attached(
 @pytest.mark.parametrize("parts", ["columns", "rows", "both"])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (0, 5)])
-def test_values_and_gradients_are_those_of_plain_autograd(
-    parts: str, with_bias: bool, shape: tuple[int, ...]
-) -> None:
+def test_values_and_gradients_are_those_of_plain_autograd(parts: str, with_bias: bool, shape: tuple[int, ...]) -> None:
     x, weight, bias, columns, rows = _case(shape)
     leaves = [x, columns if parts != "rows" else None, rows if parts != "columns" else None]
     results = []

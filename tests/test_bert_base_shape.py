@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import contents, reltune, review_rows, write_csv
-from tiny_models import tiny_tokenizer
 from transformers import BertConfig, BertModel
 
+from command_line import contents, reltune, review_rows, write_csv
 from reltune.plan.plan import Plan
+from tiny_models import tiny_tokenizer
 
 
 @pytest.mark.slow
 def test_one_full_pass(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    BertModel(BertConfig()).save_pretrained(tmp_path / "model")  # BERT-base is the default: 12 layers, 768, 30,522 words
+    BertModel(BertConfig()).save_pretrained(
+        tmp_path / "model"
+    )  # BERT-base is the default: 12 layers, 768, 30,522 words
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     write_csv(tmp_path / "train.csv", review_rows(48))
     words = ["--model_name_or_path", tmp_path / "model", "--train_file", tmp_path / "train.csv", "--max_steps", 2]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from command_line import Answer, contents, reltune, review_rows, write_csv
 from tiny_models import save_tiny_bert
 
@@ -103,9 +104,7 @@ def test_missing_columns(place: Place) -> None:
         ("text,label\n好,pos\n坏,neg\n".encode("utf-16"), "utf-16"),
     ],
 )
-def test_files_that_hold_no_labelled_texts(
-    place: Place, tmp_path: Path, content: bytes, named: str
-) -> None:
+def test_files_that_hold_no_labelled_texts(place: Place, tmp_path: Path, content: bytes, named: str) -> None:
     path = tmp_path / "data.csv"
     path.write_bytes(content)
     refuse(place, "data.csv", named, train_file=path)
@@ -382,9 +381,7 @@ def test_stages_on_what_is_no_run(place: Place, tmp_path: Path, stage: str) -> N
         ("report", "plan", "reltune select"),
     ],
 )
-def test_stages_without_the_artefact_before(
-    place: Place, tmp_path: Path, stage: str, missing: str, named: str
-) -> None:
+def test_stages_without_the_artefact_before(place: Place, tmp_path: Path, stage: str, missing: str, named: str) -> None:
     run = tmp_path / "run"
     shutil.copytree(place / "done", run)
     shutil.rmtree(run / missing) if (run / missing).is_dir() else (run / missing).unlink()

@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import contents, reltune, review_rows, write_csv
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import save_tiny_bert
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from command_line import contents, reltune, review_rows, write_csv
 from reltune import run as stages
 from reltune.export import lora_summary, to_lora, to_merged
 from reltune.plan.plan import ModulePlan, Plan
 from reltune.records import InputError, RunConfig
 from reltune.tuner import ReltuneConfig
+from tiny_models import save_tiny_bert
 
 TEXTS = ["good film", "bad book very dull", "not great 电影", "fine"]
 QUERY, VALUE = "bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.attention.self.value"
@@ -155,9 +155,7 @@ def test_exports_give_the_logits_that_were_tuned(
 
 
 @pytest.mark.parametrize("name", LORA)
-def test_lora_adapters_hold_what_peft_expects(
-    place: Path, foreign_logits: dict[str, torch.Tensor], name: str
-) -> None:
+def test_lora_adapters_hold_what_peft_expects(place: Path, foreign_logits: dict[str, torch.Tensor], name: str) -> None:
     config = json.loads((place / f"{name}_lora" / "adapter_config.json").read_text())
     ranks = {module: plan.indices for module, plan in PLANS[name].items()}
     assert (config["peft_type"], config["task_type"]) == ("LORA", "SEQ_CLS")

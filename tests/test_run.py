@@ -16,18 +16,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command_line import Answer, contents, reltune, review_rows, write_csv
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_models import save_tiny_bert
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from reltune import cli
+from command_line import Answer, contents, reltune, review_rows, write_csv
+from reltune import cli, training
 from reltune import run as stages
-from reltune import training
 from reltune.plan.plan import Plan
 from reltune.records import RunConfig
 from reltune.relevance.scores import RelevanceScores
+from tiny_models import save_tiny_bert
 
 LEARNS = ["--granularity", "module", "--budget", "20%", "--num_train_epochs", 8, "--learning_rate", 1e-2]
 QUICK = ["--budget", "5%", "--max_steps", 4]
@@ -247,7 +246,9 @@ def test_jsonl_and_tsv_hold_the_same_as_csv(place: Path, quick: Path) -> None:
 
 @pytest.mark.parametrize(("name", "encoding"), [("gbk", "gbk"), ("bom", "utf-8-sig"), ("utf16", "utf-16")])
 def test_chinese_texts_and_labels_in_other_encodings(place: Path, name: str, encoding: str) -> None:
-    rows = [(f"{'坏' if label == '差评' else '好'} 电影 {text}", label) for text, label in review_rows(60, ("差评", "好评"))]
+    rows = [
+        (f"{'坏' if label == '差评' else '好'} 电影 {text}", label) for text, label in review_rows(60, ("差评", "好评"))
+    ]
     write_csv(place / f"{name}.csv", rows, ("文本", "标签"), encoding)
     words = ["--text_column", "文本", "--label_column", "标签", *QUICK]
     given = [] if name == "bom" else ["--encoding", encoding]
@@ -290,7 +291,12 @@ def test_several_granularities(place: Path) -> None:
 
 
 def test_names_and_regular_expressions(place: Path) -> None:
-    words = ["--target_modules", r"query,pooler,.*\.layer\.[01]{1,2}\.intermediate\.dense", "--exclude_modules", "layer.0"]
+    words = [
+        "--target_modules",
+        r"query,pooler,.*\.layer\.[01]{1,2}\.intermediate\.dense",
+        "--exclude_modules",
+        "layer.0",
+    ]
     answer = new_run(place, "named", *words, "--budget", "30%", "--max_steps", 1)
     assert answer.code == 0, answer
     assert set(Plan.load(place / "named" / "plan").modules) == {
@@ -393,7 +399,9 @@ def test_max_steps_and_a_schedule(place: Path) -> None:
     state = read(place / "steps" / "trainer_state.json")
     assert state["global_step"] == 5
     rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
-    expected = [training.LEARNING_RATES["selection"] * (1 + torch.cos(torch.tensor(torch.pi * i / 5))) / 2 for i in range(5)]
+    expected = [
+        training.LEARNING_RATES["selection"] * (1 + torch.cos(torch.tensor(torch.pi * i / 5))) / 2 for i in range(5)
+    ]
     assert rates == pytest.approx([float(rate) for rate in expected], rel=1e-5)
 
 
@@ -450,9 +458,7 @@ def test_interrupted_runs_go_on_from_the_finished_stages(
     assert metrics(run) == metrics(quick)
 
 
-def test_a_failure_is_one_line_and_debug_tells_where(
-    place: Path, quick: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_is_one_line_and_debug_tells_where(place: Path, quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("the disk\nis full")
 
@@ -476,9 +482,7 @@ def test_diverged_training_saves_no_adapter(place: Path) -> None:
     assert not (place / "diverged" / "adapter").exists()
 
 
-def test_resuming_gives_the_adapter_of_an_uninterrupted_run(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resuming_gives_the_adapter_of_an_uninterrupted_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--granularity", "column,row,bias", "--budget", "5%", "--max_steps", 7]
     saves = ["--save_strategy", "steps", "--save_steps", 2, "--eval_strategy", "no"]
     assert new_run(place, "whole", *words, *saves).code == 0

@@ -153,9 +153,7 @@ def test_head_that_contradicts_its_config_must_be_learned(models, tmp_path):
 
 def test_dtype(models):
     assert TASK.load_model(models / "bert")[0].dtype == torch.float32
-    assert {p.dtype for p in TASK.load_model(models / "bert", torch.bfloat16)[0].parameters()} == {
-        torch.bfloat16
-    }
+    assert {p.dtype for p in TASK.load_model(models / "bert", torch.bfloat16)[0].parameters()} == {torch.bfloat16}
 
 
 def test_decoder_without_padding_token_classifies_padded_batches_as_single_texts(models):

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import dense_update
 from peft import (
     AutoPeftModelForSequenceClassification,
     PeftConfig,
@@ -34,6 +33,7 @@ from transformers import (
 )
 
 import reltune
+from oracles import dense_update
 from reltune.layers.fingerprint import fingerprint
 from reltune.plan.plan import ModulePlan, Plan
 from reltune.records import InputError
@@ -170,12 +170,16 @@ def _check_gradients(model: nn.Module, expected: dict[str, Tensor], adapter: str
         for kind, part in parts.items():
             if adapter in getattr(layer, kind):
                 grad = getattr(layer, kind)[adapter].grad
-                torch.testing.assert_close(grad, part, rtol=0, atol=1e-12, msg=lambda m, k=kind, n=name: f"{n} {k}: {m}")
+                torch.testing.assert_close(
+                    grad, part, rtol=0, atol=1e-12, msg=lambda m, k=kind, n=name: f"{n} {k}: {m}"
+                )
 
 
 def _all(base: nn.Module) -> Selection:
     """Every weight: the oracle then gives the whole dense gradient."""
-    return {name.removesuffix(".weight"): {"weight": True, "bias": True} for name in base.state_dict() if "weight" in name}
+    return {
+        name.removesuffix(".weight"): {"weight": True, "bias": True} for name in base.state_dict() if "weight" in name
+    }
 
 
 # -- registration ----------------------------------------------------------------------------------------------------
@@ -486,7 +490,8 @@ def test_one_optimizer_over_all_adapters_while_switching() -> None:
     model = _model(FIRST, other=SECOND)
     dense = {"default": _dense(model, "default"), "other": _dense(model, "other")}
     optimizers = {
-        name: torch.optim.SGD([p for n, p in model.named_parameters() if n.endswith("." + name)], lr=0.1) for name in dense
+        name: torch.optim.SGD([p for n, p in model.named_parameters() if n.endswith("." + name)], lr=0.1)
+        for name in dense
     }
     for name in ("default", "other", "other", "default", "other", "default"):
         model.set_adapter(name)
@@ -520,7 +525,9 @@ def test_disabled_adapters_leave_exactly_the_base() -> None:
 @pytest.mark.parametrize("reference_has_graph", [False, True])
 @pytest.mark.parametrize("first", ["policy", "reference"])
 @pytest.mark.parametrize("selection", [FIRST, SECOND, THIRD], ids=["first", "other", "third"])
-def test_reference_model_by_disabling_inside_a_step(selection: Selection, first: str, reference_has_graph: bool) -> None:
+def test_reference_model_by_disabling_inside_a_step(
+    selection: Selection, first: str, reference_has_graph: bool
+) -> None:
     """As DPO does it: both outputs enter one loss, and the backward pass comes after both."""
     model = _model(selection)
     dense, base = _dense(model, "default"), _net()
@@ -615,20 +622,16 @@ def test_deleting_another_adapter_while_a_graph_is_alive() -> None:
 
 def test_training_after_a_first_pass_in_inference_mode() -> None:
     """Tensors that are made in inference mode can enter no graph; the layers must not keep any."""
-    model = _model(FIRST)
-    layer = _layers(model)["second"]
-    layer.reltune_column_indices["default"] = torch.tensor([3, 1])  # as Transformers loads, past every hook
+    model = _model(FIRST, third=THIRD)
+    model.base_model.set_adapter(["default", "third"])
+    _layers(model)["second"].reltune_column_indices["third"] = torch.tensor([3])  # as Transformers loads, past any hook
     with torch.inference_mode():
         model(X)
-        with model.disable_adapter():
-            model(X)
-    dense = _dense(model, "default")
-    expected = dense_update.gradients(dense, _all(dense), lambda m: (m(X).sigmoid() * _net()(X).detach()).sum())
-    policy = model(X)
-    with model.disable_adapter():
-        other = model(X)
-    (policy.sigmoid() * other).sum().backward()
-    _check_gradients(model, expected, "default")
+    dense = _dense(model, "default", "third")
+    expected = dense_update.gradients(dense, _all(dense), lambda m: m(X).square().sum())
+    model(X).square().sum().backward()
+    for name in ("default", "third"):
+        _check_gradients(model, expected, name)
     _check_base_is(_base_state(model), _net())
 
 
@@ -691,7 +694,9 @@ def test_merge_and_unload(names: list[str] | None) -> None:
     assert type(plain) is Net and not _layers(plain)
     assert plain.state_dict().keys() == expected.state_dict().keys()
     for name, tensor in plain.state_dict().items():
-        torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            tensor, expected.state_dict()[name], rtol=0, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("kind", ["columns", "rows", "weight", "bias"])
@@ -1024,7 +1029,7 @@ class Random:
 
     def change_by_hand(self) -> None:
         with torch.no_grad():
-            for name, p in self.model.named_parameters():
+            for p in self.model.parameters():
                 if p.requires_grad:
                     p.add_(0.01)
         for name in self.active:
@@ -1075,10 +1080,24 @@ def test_config_without_a_plan_takes_the_columns_of_the_largest_weights() -> Non
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 3 * 8 + 3 * 8
 
 
+def test_second_adapter_without_a_plan_chooses_by_the_base_weights() -> None:
+    """Not by what the first adapter has written over them."""
+    model = _model({"first": {"columns": [0, 3]}})
+    with torch.no_grad():
+        _layers(model)["first"].reltune_columns["default"].mul_(100)
+    model(X)
+    config = ReltuneConfig(r=2, target_modules=["first"])
+    model.add_adapter("other", config)
+    alone = get_peft_model(_net(), copy.deepcopy(config))
+    expected = _layers(alone)["first"].reltune_column_indices["default"]
+    assert torch.equal(_layers(model)["first"].reltune_column_indices["other"], expected)
+
+
 def test_config_without_a_plan_is_saved_and_loaded(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = get_peft_model(
-        _net(), ReltuneConfig(r=2, target_modules=["first", "norm", "head"], rank_pattern={"head": 5}, init_weights=False)
+        _net(),
+        ReltuneConfig(r=2, target_modules=["first", "norm", "head"], rank_pattern={"head": 5}, init_weights=False),
     )
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(_net(), tmp_path)
@@ -1095,7 +1114,9 @@ def _chosen(config: ReltuneConfig) -> dict[str, int]:
 
 
 def test_rank_pattern_and_more_columns_than_there_are() -> None:
-    config = ReltuneConfig(r=4, target_modules=["query", "key"], rank_pattern={"layer.1.attention.self.key": 100, "query": 2})
+    config = ReltuneConfig(
+        r=4, target_modules=["query", "key"], rank_pattern={"layer.1.attention.self.key": 100, "query": 2}
+    )
     assert _chosen(config) == {
         "bert.encoder.layer.0.attention.self.query": 2,
         "bert.encoder.layer.0.attention.self.key": 4,
@@ -1115,13 +1136,17 @@ def test_all_linear_leaves_out_the_head_and_twice_is_the_same() -> None:
 
 
 def test_layers_to_transform_exclude_modules_and_patterns() -> None:
-    found = _chosen(ReltuneConfig(r=2, target_modules=["query", "value"], layers_to_transform=[1], layers_pattern="layer"))
+    found = _chosen(
+        ReltuneConfig(r=2, target_modules=["query", "value"], layers_to_transform=[1], layers_pattern="layer")
+    )
     assert set(found) == {f"bert.encoder.layer.1.attention.self.{part}" for part in ("query", "value")}
     found = _chosen(ReltuneConfig(r=2, target_modules=r".*layer\.\d\.output\.(dense|LayerNorm)"))
     assert found == {
         f"bert.encoder.layer.{i}.output.{part}": r for i in (0, 1) for part, r in (("dense", 2), ("LayerNorm", 0))
     }
-    found = _chosen(ReltuneConfig(r=2, target_modules=["query", "value"], exclude_modules=["layer.0.attention.self.query"]))
+    found = _chosen(
+        ReltuneConfig(r=2, target_modules=["query", "value"], exclude_modules=["layer.0.attention.self.query"])
+    )
     assert len(found) == 3 and "bert.encoder.layer.0.attention.self.query" not in found
 
 

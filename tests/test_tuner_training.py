@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import dense_update
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
+from oracles import dense_update
 from reltune.plan.plan import ModulePlan, Plan
 from reltune.tuner import ReltuneConfig
 from reltune.tuner.layer import ReltuneLayer
@@ -536,10 +536,10 @@ def test_nothing_below_the_lowest_unit_is_differentiated() -> None:
 def test_checkpointing_does_not_differentiate_below_the_lowest_unit(when: str) -> None:
     base = _bert()
     if when == "before wrapping":
-        base.activation_checkpointing_enable()
+        base.gradient_checkpointing_enable()
     model = _tuned(base, BERT_SELECTION, always_trained=HEADS, task_type="SEQ_CLS").train()
     if when == "after wrapping":
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     assert base.is_activation_checkpointing
     assert _differentiated(model, lambda: model(**_batch()).loss.backward()) == ONLY_THE_TOP
 
@@ -553,7 +553,7 @@ def test_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
     }
     expected = dense_update.gradients(dense, selection, lambda m: m(**_batch()).loss)
     base = _bert().double()
-    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    base.gradient_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
     model = _tuned(base, selection, task_type="SEQ_CLS").train()
     for _ in range(2):  # the second pass meets what the first has left
         model.zero_grad()
@@ -622,4 +622,3 @@ def test_trainer_resumes_from_a_checkpoint(tmp_path: Path) -> None:
     assert trainer.state.global_step == 8
     torch.testing.assert_close(_merged(resumed), _merged(straight), rtol=0, atol=1e-6)
     _check_base_is(resumed, _bert(), HEADS)
-

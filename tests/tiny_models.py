@@ -39,9 +39,7 @@ def tiny_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
 def tiny_decoder_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
     """One token per word between spaces and nothing else: no padding token, as GPT-2 has none."""
     backend = _word_level(["<|endoftext|>", *words], unknown="<|endoftext|>")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|endoftext|>", unk_token="<|endoftext|>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", unk_token="<|endoftext|>")
 
 
 def save_tiny_bert(

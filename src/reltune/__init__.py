@@ -62,19 +62,27 @@ class _RegisterWithPeft(importlib.abc.MetaPathFinder):
     ``PeftModel.from_pretrained`` fail on a reltune adapter after ``import reltune``.
     """
 
+    looking = False
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != "peft":
+        # Stays in place until PEFT is imported: others only look whether it could be, Transformers among them.
+        if fullname != "peft" or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("peft")
+        self.looking = True
+        try:
+            spec = importlib.util.find_spec("peft")
+        finally:
+            self.looking = False
         if spec is None or spec.loader is None:
             return spec
         loader, execute = spec.loader, spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             importlib.import_module("reltune.tuner")
 
         loader.exec_module = exec_module  # type: ignore[method-assign]

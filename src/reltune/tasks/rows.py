@@ -110,9 +110,7 @@ def _decode(path: Path, encoding: str) -> str:
             f"(byte offset {start}). Pass the file's own encoding, for example --encoding gbk or latin-1."
         ) from error
     except (LookupError, ValueError) as error:
-        raise InputError(
-            f"The encoding {encoding!r} is unknown; {nearest(encoding, COMMON_ENCODINGS)}"
-        ) from error
+        raise InputError(f"The encoding {encoding!r} is unknown; {nearest(encoding, COMMON_ENCODINGS)}") from error
     if "\0" in content:
         raise InputError(no_text)
     return content
@@ -181,12 +179,8 @@ def _check_columns(path: Path, line: int, found: list[str], columns: tuple[str, 
                 mend = f"Its separator seems to be {other!r}: save it with commas (.csv) or tabs (.tsv)."
             else:
                 close = nearest(name, found)
-                mend = f"Name the right one with {option}" + (
-                    f"; {close}" if close.startswith("did") else "."
-                )
-            raise InputError(
-                f"{path} line {line} has no column {name!r}, only {columns_found or 'none'}. {mend}"
-            )
+                mend = f"Name the right one with {option}" + (f"; {close}" if close.startswith("did") else ".")
+            raise InputError(f"{path} line {line} has no column {name!r}, only {columns_found or 'none'}. {mend}")
         if found.count(name) > 1:
             raise InputError(f"{path} line {line} names the column {name!r} twice; rename one of the two.")
 
@@ -234,9 +228,7 @@ def split_off(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row
         )
     classes = [labels[text] for text in texts]
     enough = min(size, len(texts) - size) >= len(set(classes))
-    _, chosen = train_test_split(
-        texts, test_size=size, random_state=seed, stratify=classes if enough else None
-    )
+    _, chosen = train_test_split(texts, test_size=size, random_state=seed, stratify=classes if enough else None)
     part = set(chosen)
     sides: tuple[list[Row], list[Row]] = ([], [])
     for row in rows:

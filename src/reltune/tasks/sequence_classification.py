@@ -180,9 +180,7 @@ class SequenceClassification:
         for position, row in enumerate(rows):
             item = {key: values[position] for key, values in encoded.items()}
             if not item["input_ids"]:
-                raise InputError(
-                    f"The text on line {row.line} gives no tokens; delete it or use another model."
-                )
+                raise InputError(f"The text on line {row.line} gives no tokens; delete it or use another model.")
             items.append({**item, "labels": index[row.label]})
         if encoded.encodings is not None:
             n_truncated = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
@@ -210,9 +208,7 @@ class SequenceClassification:
         if isinstance(logits, tuple):  # models that also return hidden states
             logits = logits[0]
         predicted = logits.argmax(-1)
-        f1 = f1_score(
-            prediction.label_ids, predicted, labels=range(logits.shape[-1]), average="macro", zero_division=0
-        )
+        f1 = f1_score(prediction.label_ids, predicted, labels=range(logits.shape[-1]), average="macro", zero_division=0)
         return {"accuracy": float(accuracy_score(prediction.label_ids, predicted)), "f1_macro": float(f1)}
 
 

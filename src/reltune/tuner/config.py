@@ -81,7 +81,7 @@ class ReltuneConfig(PeftConfig):
         saved = [*(self.modules_to_save or []), *plan.always_trained]
         self.modules_to_save = list(dict.fromkeys(saved)) or None
         if self.task_type is None and plan.task_type:
-            self.task_type = plan.task_type  # type: ignore[assignment]
+            self.task_type = plan.task_type
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()

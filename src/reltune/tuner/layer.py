@@ -42,8 +42,7 @@ class _Seen:
 
     def still(self, tensors: list[Tensor]) -> bool:
         return len(tensors) == len(self._states) and all(
-            now is then and self._state(now) == state
-            for now, (then, state) in zip(tensors, self._states, strict=True)
+            now is then and self._state(now) == state for now, (then, state) in zip(tensors, self._states, strict=True)
         )
 
     @staticmethod
@@ -64,10 +63,10 @@ class _Originals:
     """What the base weight held at an adapter's columns and rows, and where: enough to undo the adapter exactly."""
 
     indices: _Seen  # the adapter's index buffers that the copies below were made from
-    column_idx: Tensor | None = None
-    columns: Tensor | None = None
-    row_idx: Tensor | None = None
-    rows: Tensor | None = None
+    column_idx: Any = None  # these four: Tensor, or None where the adapter has no columns or rows
+    columns: Any = None
+    row_idx: Any = None
+    rows: Any = None
 
     def apply(self, function: Any) -> _Originals:
         tensors = (self.column_idx, self.columns, self.row_idx, self.rows)
@@ -83,6 +82,10 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("reltune_columns", "reltune_rows", "reltune_weight", "reltune_bias")
     other_param_names = ("reltune_column_indices", "reltune_row_indices", "originals")
+    reltune_columns: nn.ParameterDict
+    reltune_rows: nn.ParameterDict
+    reltune_weight: nn.ParameterDict
+    reltune_bias: nn.ParameterDict
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -109,7 +112,7 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
     # -- what a subclass knows of its base layer --------------------------------------------------------------
 
     def _shape(self) -> tuple[int, ...]:
-        return tuple(self.get_base_layer().weight.shape)
+        return tuple(self.weight.shape)
 
     def _base_bias(self) -> Tensor | None:
         return getattr(self.get_base_layer(), "bias", None)  # the RMSNorm classes have none, not even as None
@@ -132,7 +135,6 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
 
         With ``indices_follow`` only the sizes are known, and the layer refuses to run before a file was loaded.
         """
-        base = self.get_base_layer()
         with torch.no_grad():
             pristine = self._pristine_weight()
             for field, dim in (("columns", 1), ("rows", 0)):
@@ -143,7 +145,7 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
             if units.weight:
                 self._parameter("reltune_weight", adapter_name, pristine, init_weights)
             if units.bias:
-                self._parameter("reltune_bias", adapter_name, base.bias, init_weights)
+                self._parameter("reltune_bias", adapter_name, self.bias, init_weights)
             if self._indices(adapter_name):
                 self._remember(adapter_name, pristine)
                 if indices_follow:
@@ -166,10 +168,10 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
     def _remember(self, adapter_name: str, pristine: Tensor) -> None:
         kept = _Originals(_Seen(self._indices(adapter_name)))
         if adapter_name in self.reltune_columns:
-            kept.column_idx = self.reltune_column_indices[adapter_name].clone()
+            kept.column_idx = self.reltune_column_indices[adapter_name].to(pristine.device, copy=True)
             kept.columns = pristine.index_select(1, kept.column_idx)
         if adapter_name in self.reltune_rows:
-            kept.row_idx = self.reltune_row_indices[adapter_name].clone()
+            kept.row_idx = self.reltune_row_indices[adapter_name].to(pristine.device, copy=True)
             kept.rows = pristine.index_select(0, kept.row_idx)
         self.originals[adapter_name] = kept
 
@@ -193,7 +195,7 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
 
     def _base_loaded(self, beneath: Tensor) -> None:
         """The base weight came with the file. It may hold the values of an adapter, which are not the base's."""
-        weight = self.get_base_layer().weight
+        weight = self.weight
         self._written = None
         with torch.no_grad():
             for name in self.originals:
@@ -226,6 +228,10 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
         self._awaited.discard(adapter_name)
         self._settle()
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        self._settle()
+
     def train(self, mode: bool = True) -> ReltuneLayer:
         super().train(mode)
         self._rewrite()
@@ -238,7 +244,7 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
 
     def _pristine_weight(self) -> Tensor:
         """The base's own weight; a copy when an adapter is written into it."""
-        weight = self.get_base_layer().weight.detach()
+        weight = self.weight.detach()
         if "weight" in self._backup:
             return self._backup["weight"]
         if self._written is None and not self.merged:
@@ -258,7 +264,7 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
     def _write(self, adapter_name: str) -> None:
         columns, rows = self._values_of(adapter_name)
         with torch.no_grad():
-            _put(self.get_base_layer().weight, self.originals[adapter_name], columns, rows)
+            _put(self.weight, self.originals[adapter_name], columns, rows)
         self._written = adapter_name
         self._values = _Seen(self._trained(adapter_name))
 
@@ -269,13 +275,13 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
         When they have not, this changes nothing, and graphs that hold the weight remain valid.
         """
         if self._written is not None:
-            _put(self.get_base_layer().weight.data, self.originals[self._written], *self._values_of(self._written))
+            _put(self.weight.data, self.originals[self._written], *self._values_of(self._written))
 
     def _restore(self) -> None:
         if self._written is not None:
             kept = self.originals[self._written]
             with torch.no_grad():
-                _put(self.get_base_layer().weight, kept, kept.columns, kept.rows)
+                _put(self.weight, kept, kept.columns, kept.rows)
             self._written = None
 
     def write_back(self) -> None:
@@ -292,8 +298,11 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
             return
         names = [] if self.disable_adapters else self._active(("reltune_columns", "reltune_rows"))
         wanted = names[0] if names else None
-        if wanted is not None and "meta" in {t.device.type for t in (self.weight, *self._trained(wanted))}:
-            return
+        if wanted is not None:
+            # PEFT loads a file onto the accelerator, if there is one, and moves it to the base's device afterwards.
+            devices = {t.device for t in (self.weight, *self._trained(wanted))}
+            if len(devices) > 1 or self.weight.device.type == "meta":
+                return
         self._graphs = prune(self._graphs)
         if wanted != self._written and not self._graphs:
             self._restore()
@@ -325,9 +334,8 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
         biased = [name for name in names if name in self.reltune_bias]
         partial = [name for name in names if name in self.originals]
         self._check_loaded(partial)
-        base = self.get_base_layer()
         if whole or biased:
-            weight = _combined(self._pristine_weight() if whole else base.weight, self.reltune_weight, whole)
+            weight = _combined(self._pristine_weight() if whole else self.weight, self.reltune_weight, whole)
             bias = self._base_bias()
             bias = None if bias is None else _combined(bias, self.reltune_bias, biased)
             y = self._base_forward(x, weight, bias)
@@ -361,7 +369,7 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
 
     def _written_values(self, name: str) -> tuple[Tensor | None, Tensor | None]:
         """The adapter's columns and rows as the product has used them; the parameters may have changed since."""
-        kept, weight = self.originals[name], self.get_base_layer().weight.detach()
+        kept, weight = self.originals[name], self.weight.detach()
         return (
             None if kept.column_idx is None else weight.index_select(1, kept.column_idx),
             None if kept.row_idx is None else weight.index_select(0, kept.row_idx),
@@ -370,7 +378,7 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
     def _correction(self, x: Tensor, name: str, values: tuple[Tensor | None, Tensor | None]) -> Tensor:
         """x ΔWᵀ for the adapter's change of the weight, at the cost of its columns and rows."""
         kept, (columns, rows) = self.originals[name], values
-        dtype = self.get_base_layer().weight.dtype
+        dtype = self.weight.dtype
         total: Tensor | None = None
         if columns is not None:
             delta = (columns - kept.columns).to(dtype)
@@ -387,7 +395,7 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
 
     @staticmethod
     def _get(entries: Any, name: str) -> Any:
-        return entries[name] if name in entries else None
+        return entries[name] if name in entries else None  # noqa: SIM401 - a BufferDict has no get
 
     # -- merging -----------------------------------------------------------------------------------------------
 
@@ -399,41 +407,43 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
             return
         self._refresh()
         self._check_loaded(names)
-        base = self.get_base_layer()
         if safe_merge:
             for name in names:
                 for kind in self.adapter_layer_names:
                     trained = self._get(getattr(self, kind), name)
-                    if trained is not None and not torch.isfinite(trained.to(base.weight.dtype)).all():
-                        raise ValueError(
-                            f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
-                        )
+                    if trained is not None and not torch.isfinite(trained.to(self.weight.dtype)).all():
+                        raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         self._restore()
         with torch.no_grad():
             for name in names:
                 alone = not self.merged_adapters
-                for kind, tensor in (("weight", base.weight), ("bias", self._base_bias())):
+                for kind in ("weight", "bias"):
                     trained = self._get(getattr(self, f"reltune_{kind}"), name)
-                    if trained is not None:
-                        self._backup.setdefault(kind, self._pristine_weight().clone() if kind == "weight" else tensor.clone())
-                        tensor.add_(trained.to(tensor.dtype) - self._backup[kind]) if not alone else tensor.copy_(trained)
+                    if trained is None:
+                        continue
+                    tensor: Tensor = getattr(self, kind)
+                    if kind not in self._backup:
+                        self._backup[kind] = (self._pristine_weight() if kind == "weight" else tensor).clone()
+                    if alone:
+                        tensor.copy_(trained)
+                    else:
+                        tensor.add_(trained.to(tensor.dtype) - self._backup[kind])
                 if name in self.originals:
                     if alone:
-                        _put(base.weight, self.originals[name], *self._values_of(name))
+                        _put(self.weight, self.originals[name], *self._values_of(name))
                     else:
-                        base.weight.add_(self.get_delta_weight(name))
+                        self.weight.add_(self.get_delta_weight(name))
                 self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Undo every merge: the base layer is bit for bit what it was."""
-        base = self.get_base_layer()
         with torch.no_grad():
             for name in self.merged_adapters:
                 if name in self.originals:
                     kept = self.originals[name]
-                    _put(base.weight, kept, kept.columns, kept.rows)
+                    _put(self.weight, kept, kept.columns, kept.rows)
             for kind, tensor in self._backup.items():
-                getattr(base, kind).copy_(tensor)
+                getattr(self, kind).copy_(tensor)
         self._backup.clear()
         self.merged_adapters = []
         self._settle()
@@ -459,7 +469,7 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
         result = super()._apply(fn, recurse)
         self.originals = {name: kept.apply(fn) for name, kept in self.originals.items()}
         self._backup = {kind: fn(tensor) for kind, tensor in self._backup.items()}
-        if self.get_base_layer().weight.device.type != "meta":
+        if self.weight.device.type != "meta":
             self._rewrite()  # a wider dtype holds the trained values more exactly
         return result
 

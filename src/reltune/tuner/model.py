@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.inventory import layer_type
@@ -23,7 +23,7 @@ class ReltuneModel(BaseTuner):
 
     prefix: str = "reltune_"
     tuner_layer_cls = ReltuneLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -43,7 +43,9 @@ class ReltuneModel(BaseTuner):
             names = [name for name, _ in model.named_modules()]
             missing = [name for name in peft_config.units if name not in names]
             if missing:
-                raise InputError(f"the plan names {missing[0]!r}, which this model does not have; {nearest(missing[0], names)}")
+                raise InputError(
+                    f"the plan names {missing[0]!r}, which this model does not have; {nearest(missing[0], names)}"
+                )
         if found and peft_config.fingerprint and found != peft_config.fingerprint:
             raise InputError(
                 f"the plan or adapter was made for another base model (fingerprint {peft_config.fingerprint[:8]}…, this one "
@@ -77,8 +79,10 @@ class ReltuneModel(BaseTuner):
                 f"{current_key} shares its weight with {owners[0]}, which would change with it; choose other modules or "
                 "untie the two."
             )
-        units = self._units(peft_config, current_key, base)
-        if units.bias and getattr(base, "bias", None) is None:
+        weight: Any = target._pristine_weight() if isinstance(target, ReltuneLayer) else base.weight
+        bias = getattr(base, "bias", None) is not None
+        units = self._units(peft_config, current_key, weight, bias)
+        if units.bias and not bias:
             raise InputError(f"the plan trains the bias of {current_key}, which has no bias; set bias: false.")
         if isinstance(target, ReltuneLayer):
             layer = target
@@ -97,8 +101,8 @@ class ReltuneModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     @staticmethod
-    def _units(config: ReltuneConfig, key: str, base: nn.Module) -> ModulePlan:
-        shape = tuple(base.weight.shape)  # type: ignore[union-attr,arg-type]
+    def _units(config: ReltuneConfig, key: str, weight: Tensor, bias: bool) -> ModulePlan:
+        shape = tuple(weight.shape)
         if key in config._chosen:
             units = config._chosen[key]
             if tuple(units.shape) != shape:
@@ -114,11 +118,11 @@ class ReltuneModel(BaseTuner):
                 shape, list(range(sizes["columns"])), list(range(sizes["rows"])), sizes["weight"], sizes["bias"]
             )
         if len(shape) == 1:
-            return ModulePlan(shape, weight=True, bias=getattr(base, "bias", None) is not None)
-        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), key), config.r)
-        if base.weight.device.type == "meta":  # type: ignore[union-attr]
+            return ModulePlan(shape, weight=True, bias=bias)
+        r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
+        if weight.device.type == "meta":
             return ModulePlan(shape, list(range(min(r, shape[1]))))
-        norms = base.weight.detach().float().norm(dim=0)  # type: ignore[union-attr,operator]
+        norms = weight.detach().float().norm(dim=0)
         largest = torch.topk(norms, min(r, shape[1])).indices.sort().values
         return ModulePlan(shape, largest.tolist())
 
@@ -152,8 +156,8 @@ class ReltuneModel(BaseTuner):
             # Unloading. PEFT would look for a weight of the module, which a new head of several layers does not have.
             setattr(parent, child_name, new_module)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         for module in self.model.modules():
             if isinstance(module, ReltuneLayer):
                 module._restore()  # not every layer has the adapters that are merged
-        return super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[return-value]
+        return super()._unload_and_optionally_merge(*args, **kwargs)
