@@ -88,7 +88,7 @@ def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str =
     heads = _modules_to_save(model, adapter_name)
     tensors |= heads
     # PEFT enters the usual names of classifiers too, whether the model has them or not, and anew with every load.
-    named = dict.fromkeys(config.modules_to_save or [])
+    named = dict.fromkeys(getattr(config, "modules_to_save", None) or [])
     saved = [name for name in named if any(f".{name}." in key for key in heads)]
     lora = LoraConfig(
         r=max(ranks.values()),
