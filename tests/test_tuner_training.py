@@ -540,7 +540,7 @@ def test_checkpointing_does_not_differentiate_below_the_lowest_unit(when: str) -
     model = _tuned(base, BERT_SELECTION, always_trained=HEADS, task_type="SEQ_CLS").train()
     if when == "after wrapping":
         model.gradient_checkpointing_enable()
-    assert base.is_activation_checkpointing
+    assert base.is_gradient_checkpointing
     assert _differentiated(model, lambda: model(**_batch()).loss.backward()) == ONLY_THE_TOP
 
 
@@ -553,7 +553,7 @@ def test_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
     }
     expected = dense_update.gradients(dense, selection, lambda m: m(**_batch()).loss)
     base = _bert().double()
-    base.gradient_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model = _tuned(base, selection, task_type="SEQ_CLS").train()
     for _ in range(2):  # the second pass meets what the first has left
         model.zero_grad()
