@@ -21,7 +21,7 @@ help:
 	@echo "make clean    remove .venv and everything else that make wrote"
 
 demo: .venv/.installed-demo
-	$(BIN)/reltune demo --output_dir demo-run
+	$(BIN)/reltune demo --output_dir demo-run --overwrite_output_dir
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
