@@ -49,9 +49,9 @@ def inference_ms_per_text(
     models: Mapping[str, nn.Module],
     dataset: Any,
     collator: Any,
-    texts: int = 128,
+    texts: int = 96,
     batch_size: int = 32,
-    rounds: int = 5,
+    rounds: int = 3,
 ) -> dict[str, float]:
     """Milliseconds per text of each model's forward pass: median over rounds in which the models take turns.
 
