@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from peft import (
-    LoraConfig,
     AutoPeftModelForSequenceClassification,
+    LoraConfig,
     PeftConfig,
     PeftModel,
     PeftType,

@@ -446,7 +446,7 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
         reasons = sorted(set(relevance.inventory.left_out.values()))
         notes.append(f"Not measured: {len(relevance.inventory.left_out)} parameter tensors ({'; '.join(reasons)}).")
     return RunRecord(
-        title=f"reltune: {Path(config.model_name_or_path).name or config.model_name_or_path}",
+        title=f"reltune: {relevance.provenance['architecture']} on {config.dataset_name or Path(str(config.train_file)).name}",
         config=dataclasses.asdict(config),
         heatmaps=[relevance.heatmap(criterion) for criterion in relevance.criteria],
         depth_sentence=relevance.depth_sentence(),

@@ -101,6 +101,14 @@ def key_figures(record: RunRecord) -> list[tuple[str, str, str]]:
     return found
 
 
+def _square_root_scale() -> list[list[Any]]:
+    """Viridis by the square root of the value: one module that holds most of it leaves the others apart still."""
+    from plotly.colors import sample_colorscale
+
+    roots = [i / 20 for i in range(21)]
+    return [[root**2, color] for root, color in zip(roots, sample_colorscale("Viridis", roots), strict=True)]
+
+
 def heatmap_figure(h: Heatmap) -> dict[str, Any]:
     """Layer × module, coloured by the share of all relevance in percent."""
     parts = report.shares(h)
@@ -129,7 +137,7 @@ def heatmap_figure(h: Heatmap) -> dict[str, Any]:
                 "hoverongaps": False,
                 "xgap": 1,
                 "ygap": 1,
-                "colorscale": "Viridis",
+                "colorscale": _square_root_scale(),
                 "colorbar": {
                     "orientation": "h",
                     "title": {"text": "share of all relevance, %", "side": "top"},
