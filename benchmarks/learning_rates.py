@@ -113,8 +113,16 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
                 )
                 trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
                 record(f"LoRA r={rank}, all-linear", rate, trainable - relevance.inventory.head_parameters, model)
+        everything = [info.name for info in relevance.inventory.modules]  # the pooler too: it competes only when named
         plans = {
-            name: select(relevance, config.budget, granularity, criterion=criterion, task_type="SEQ_CLS")
+            name: select(
+                relevance,
+                config.budget,
+                granularity,
+                criterion=criterion,
+                target_modules=everything,
+                task_type="SEQ_CLS",
+            )
             for name, (criterion, granularity) in SELECTIONS.items()
         }
         for criterion in ("fisher", "gradient", "random"):
@@ -178,6 +186,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", type=int, default=4, help="how many of each method's rates to try")
     parser.add_argument("--budget", default="0.5%")
+    parser.add_argument("--name", default="learning_rates", help="of the result file")
     parser.add_argument("--only", default="", help="only the selections whose name contains this")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--max_steps", type=int, default=-1)
@@ -219,7 +228,7 @@ def main() -> None:
     result = {
         "benchmark": "learning_rates",
         "commit": commit,
-        "arguments": {k: v for k, v in vars(options).items() if k in ("seeds", "rates", "budget", "max_steps")},
+        "arguments": {k: v for k, v in vars(options).items() if k in ("seeds", "rates", "budget", "max_steps", "only")},
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
         "versions": {
             "python": sys.version.split()[0],
@@ -229,7 +238,7 @@ def main() -> None:
         "summary": rows,
         "runs": records,
     }
-    (Path(options.output_dir) / "learning_rates.json").write_text(json.dumps(result, indent=1) + "\n")
+    (Path(options.output_dir) / f"{options.name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

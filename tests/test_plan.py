@@ -151,7 +151,7 @@ def test_edits_that_make_sense_are_taken(by_hand, tmp_path):
         (set_in("budget", "parameters", value=float("inf")), "wrong kind"),
         (set_in("budget", value=440), "budget must be a mapping"),
         (set_in("model", value=None), "model must be a mapping"),
-        (set_in("predicted", value="none"), "wrong kind"),
+        (set_in("model", "head_parameters", value="none"), "wrong kind"),
         (set_in("modules", value={}), "chooses no module"),
         (set_in("modules", value=None), "modules must map"),
         (set_in("modules", value=[KEY]), "modules must map"),

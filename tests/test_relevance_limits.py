@@ -297,6 +297,30 @@ def test_bfloat16_activations_are_summed_exactly(autocast, monkeypatch):
     assert compared == 28
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_stands_near_a_float32_loop(autocast):
+    """The whole bfloat16 path, forward pass and hooks included, against one example at a time in float32.
+
+    What is left is the rounding of bfloat16 activations and gradients (8 bits), not of the sums.
+    """
+    model, batch = tiny_bert().float(), text_batch([9, 30, 17, 24, 12, 28, 5, 20])
+    loop, _, count = gradient_sums(model, [batch], cross_entropy_of_one)
+    if not autocast:
+        model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = measure(model, split(batch, 4)).parts["fisher"]
+    compared = 0
+    for name, parts in found.items():
+        if "column" not in parts or not loop[f"{name}.weight"].any():
+            continue
+        for part, axis in (("column", 0), ("row", 1)):
+            wanted = loop[f"{name}.weight"].sum(axis) / count
+            assert (parts[part] - wanted).abs().max() <= 0.1 * wanted.max(), name
+            assert rank_correlation(parts[part], wanted) >= 0.95, name
+            compared += 1
+    assert compared == 28
+
+
 def test_bfloat16_losses_are_computed_in_float32():
     """Logits of a bfloat16 model are widened before the loss, as in training."""
     model = tiny_sequential().bfloat16()

@@ -341,7 +341,7 @@ def test_missing_library_says_what_to_install(tmp_path, monkeypatch, missing):
     for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(InputError, match=re.escape('pip install "reltune[report]"')) as caught:
+    with pytest.raises(InputError, match="run: pip install") as caught:
         write_report(tmp_path / "report.html", FULL)
     assert missing in str(caught.value)
     assert not list(tmp_path.iterdir())

@@ -78,6 +78,7 @@ def compare(materials: Materials, run: RunDirectory, results: dict[str, Any]) ->
             inference_ms_per_text=milliseconds["adapter"],
             inference_ms_per_text_merged=milliseconds["merged"],
             learning_rate=results["learning_rate"],
+            note="trained with an evaluation and a checkpoint every epoch, which the others were spared",
         ),
     )
     notes = [
@@ -87,9 +88,11 @@ def compare(materials: Materials, run: RunDirectory, results: dict[str, Any]) ->
         + (
             "all have the learning rate that was given."
             if "learning_rate" in materials.config.training
-            else "has the learning rate that was best for it in docs/learning_rates.md."
+            else "has its method's default learning rate (docs/learning_rates.md)."
         ),
     ]
+    if device.type == "cpu":
+        notes.append("Peak memory is the resident memory of the whole process, libraries and data included.")
     write_json(run.path / "comparison.json", {"methods": [dataclasses.asdict(row) for row in rows], "notes": notes})
     return rows
 

@@ -31,7 +31,7 @@ from reltune.layers.fingerprint import fingerprint
 from reltune.layers.inventory import head_modules, take_inventory
 from reltune.plan.plan import Plan
 from reltune.plan.selection import select as choose_units
-from reltune.records import InputError, MethodResult, RunConfig, RunRecord, write_json
+from reltune.records import InputError, MethodResult, RunConfig, RunRecord, write_json, write_text
 from reltune.relevance.measure import analyze as measure_relevance
 from reltune.relevance.scores import RelevanceScores
 from reltune.tasks import rows as reading
@@ -345,7 +345,9 @@ def tune(materials: Materials, run: RunDirectory, resume_from_checkpoint: str | 
     plan.check_model(take_inventory(model, materials.new_heads), fingerprint(model, materials.new_heads))
     model = get_peft_model(model, ReltuneConfig(plan=plan))
     materials.check_training(model)
-    args = materials.arguments("selection")
+    # Whole matrices want a lower rate than columns and rows do.
+    whole = any(module.weight and len(module.shape) == 2 for module in plan.modules.values())
+    args = materials.arguments("layer" if whole else "selection")
     run.clear("tune", checkpoints=checkpoint is None)
     materials.config.save(run.config_file)
     trainer, cost = training.train(
@@ -362,7 +364,36 @@ def tune(materials: Materials, run: RunDirectory, resume_from_checkpoint: str | 
     write_json(run.path / "training_cost.json", {**dataclasses.asdict(cost), "learning_rate": args.learning_rate})
     model.save_pretrained(str(run.adapter))
     materials.tokenizer.save_pretrained(str(run.adapter))
+    write_text(run.adapter / "README.md", model_card(plan))
     return model
+
+
+def model_card(plan: Plan) -> str:
+    """What a reader of the adapter's directory must know, in place of PEFT's empty form."""
+    facts = "\n".join(f"- {line}" for line in plan.describe())
+    return f"""---
+base_model: {plan.model_name_or_path}
+library_name: peft
+tags:
+- reltune
+---
+
+# Adapter for {plan.model_name_or_path}
+
+{facts}
+
+PEFT loads it once reltune is imported (without, it says `KeyError: 'RELTUNE'`):
+
+```python
+import reltune
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this directory")
+```
+
+An adapter of columns and rows becomes a standard LoRA adapter, which needs no reltune, by `reltune export RUN --to lora`; any
+adapter becomes a plain model by `--to merged`.
+"""
 
 
 def load_tuned(materials: Materials, run: RunDirectory) -> PeftModel:

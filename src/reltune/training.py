@@ -120,7 +120,7 @@ def train(
         raise ArithmeticError("training diverged, some weights are not finite any more; try a lower --learning_rate.")
     # The first steps pay for warming up, once.
     times = clock.seconds[2:] or clock.seconds
-    return trainer, TrainingCost(len(clock.seconds), statistics.median(times) if times else None, memory.peak)
+    return trainer, TrainingCost(trainer.state.global_step, statistics.median(times) if times else None, memory.peak)
 
 
 class _StepClock(TrainerCallback):

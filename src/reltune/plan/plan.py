@@ -204,6 +204,7 @@ class Plan:
                 "name_or_path": self.model_name_or_path,
                 "fingerprint": self.fingerprint,
                 "parameters": self.base_parameters,
+                "head_parameters": self.head_parameters,
                 "task_type": self.task_type,
             },
             "criterion": self.criterion,
@@ -211,7 +212,6 @@ class Plan:
             "budget": {"asked": self.budget, "parameters": self.budget_parameters},
             "predicted": {  # for the reader; worked out anew on load
                 "trainable_parameters": self.parameters,
-                "head_parameters": self.head_parameters,
                 "adapter_bytes": self.adapter_bytes(),
                 "backward_ends_at": next(iter(self.modules)),
             },
@@ -238,8 +238,10 @@ class Plan:
         known = ("format", "model", "criterion", "granularity", "budget", "predicted", "always_trained", "modules")
         _known_keys(values, known, str(path))
         try:
-            model, budget, predicted = values["model"], values["budget"], values.get("predicted", {})
-            _known_keys(model, ("name_or_path", "fingerprint", "parameters", "task_type"), f"{path}: model")
+            model, budget = values["model"], values["budget"]
+            _known_keys(
+                model, ("name_or_path", "fingerprint", "parameters", "head_parameters", "task_type"), f"{path}: model"
+            )
             _known_keys(budget, ("asked", "parameters"), f"{path}: budget")
             plan = cls(
                 modules=_read_modules(values["modules"], path),
@@ -252,7 +254,7 @@ class Plan:
                 model_name_or_path=str(model.get("name_or_path", "")),
                 task_type=model.get("task_type"),
                 always_trained=_names(values.get("always_trained"), f"{path}: always_trained"),
-                head_parameters=int(predicted.get("head_parameters", 0)),
+                head_parameters=int(model["head_parameters"]),
             )
         except KeyError as error:
             raise InputError(f"{path} lacks the field {error}; run `reltune select` again.") from error

@@ -33,7 +33,7 @@ def select(
     lower index, so equal scores give equal plans.
 
     Modules outside the layers (BERT's pooler, a final norm) compete only when ``target_modules`` names them. They stand
-    next to the new head and get the largest gradients while it is still learning: left in, the pooler took 94% of a
+    next to the new head and get the largest gradients while it is still learning: left in, the pooler took most of a
     0.5% budget and cost 2.5 points of accuracy on movie reviews (docs/learning_rates.md).
 
     Args:

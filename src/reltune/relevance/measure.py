@@ -54,7 +54,7 @@ def analyze(
         loss_fn: ``loss_fn(outputs, batch)`` gives one loss per example, shape (B,); a torch loss module is applied
             to logits and labels without reduction; None means cross entropy.
         criteria: names from ``reltune.relevance.CRITERIA``; the first is what ``select`` uses by default.
-        target_modules, exclude_modules: names, ends or beginnings of names, or regular expressions.
+        target_modules, exclude_modules: runs of whole name parts (``layer.5``, ``query``), or regular expressions.
         always_trained: modules or parameters of new heads, never scored; None takes those that ``from_pretrained``
             did not find in the checkpoint.
         progress: show a progress bar on stderr.

@@ -84,7 +84,7 @@ class RelevanceScores:
         return Heatmap(criterion, rows, columns, values, [row / total for row in by_row])
 
     def depth_sentence(self, criterion: str | None = None) -> str:
-        """One line: where relevance lies by depth, per layer and per weight of it."""
+        """One line: where relevance lies by depth."""
         criterion = self.criterion(criterion)
         layers = {name: float(value) for name, value in self.by("layer", criterion).items()}
         if len(layers) < 2:

@@ -28,7 +28,7 @@ def write_report(path: str | os.PathLike, record: RunRecord) -> None:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise InputError(
-            f'the report needs {error.name}, which is not installed; run: pip install "reltune[report]"'
+            f"the report needs {error.name}, which is not installed; run: pip install {str(error.name).partition('.')[0]}"
         ) from error
     figures: dict[str, dict[str, Any]] = {}
     panels = []

@@ -104,7 +104,7 @@ class SequenceClassification:
         if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             raise InputError(
                 f"{name} is a {config.model_type!r} model, for which transformers has no sequence "
-                "classification head; name a text model such as BERT, RoBERTa, GPT-2 or Llama."
+                "classification head; name a text model such as BERT, RoBERTa or Llama."
             )
         label2id = {label: index for index, label in enumerate(self.labels)}
         same_labels = config.label2id == label2id
