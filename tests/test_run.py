@@ -497,7 +497,8 @@ def test_resuming_gives_the_adapter_of_an_uninterrupted_run(place: Path, monkeyp
         assert answer.code == 0, answer
         assert same_tensors(adapter(run), adapter(place / "whole"))
         assert read(run / "trainer_state.json")["global_step"] == 7
-        assert read(run / "training_cost.json")["steps"] == 3
+        assert read(run / "training_cost.json")["steps"] == 7
+        assert read(run / "training_cost.json")["timed_steps"] == 3  # it went on, it did not begin again
         assert "resume_from_checkpoint" not in RunConfig.load(run / "config.yaml").training
 
 

@@ -48,6 +48,7 @@ class TrainingCost:
     """What training took. Seconds per step is the median; peak memory is the accelerator's, or the process's on a CPU."""
 
     steps: int
+    timed_steps: int  # those that this process ran, which are fewer after a resumption
     seconds_per_step: float | None
     peak_memory_bytes: int | None
 
@@ -120,7 +121,9 @@ def train(
         raise ArithmeticError("training diverged, some weights are not finite any more; try a lower --learning_rate.")
     # The first steps pay for warming up, once.
     times = clock.seconds[2:] or clock.seconds
-    return trainer, TrainingCost(trainer.state.global_step, statistics.median(times) if times else None, memory.peak)
+    return trainer, TrainingCost(
+        trainer.state.global_step, len(clock.seconds), statistics.median(times) if times else None, memory.peak
+    )
 
 
 class _StepClock(TrainerCallback):
