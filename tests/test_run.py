@@ -183,7 +183,7 @@ def test_the_saved_adapter_gives_the_logits_that_were_trained(place: Path, quick
     run = stages.RunDirectory(config.output_dir)
     shutil.copytree(quick, run.path)
     materials = stages.prepare(config)
-    trained = stages.tune(materials, run).eval()
+    trained = stages.tune(materials, run).cpu().eval()
     loaded = stages.load_tuned(stages.prepare(config), run).eval()
     batch = materials.collator([materials.test[i] for i in range(8)])
     with torch.no_grad():

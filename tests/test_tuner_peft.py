@@ -322,7 +322,9 @@ def test_config_comes_back_as_it_was(saved: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_loading_with_peft(saved: dict[str, Any], low_cpu_mem_usage: bool) -> None:
-    model = PeftModel.from_pretrained(_load_base(saved), saved["adapter"], low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    model = PeftModel.from_pretrained(
+        _load_base(saved), saved["adapter"], low_cpu_mem_usage=low_cpu_mem_usage, torch_device="cpu"
+    ).eval()
     assert not any(p.requires_grad for p in model.parameters())
     assert torch.equal(_logits(model), saved["logits"])
     with model.disable_adapter():
@@ -332,7 +334,7 @@ def test_loading_with_peft(saved: dict[str, Any], low_cpu_mem_usage: bool) -> No
 def test_loading_a_second_time_under_another_name(saved: dict[str, Any]) -> None:
     model = PeftModel.from_pretrained(_load_base(saved), saved["adapter"]).eval()
     for low in (False, True):
-        model.load_adapter(saved["adapter"], f"again {low}", low_cpu_mem_usage=low)
+        model.load_adapter(saved["adapter"], f"again {low}", low_cpu_mem_usage=low, torch_device="cpu")
         assert torch.equal(_logits(model), saved["logits"])
         model.set_adapter(f"again {low}")
         assert torch.equal(_logits(model), saved["logits"])

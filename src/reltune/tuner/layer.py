@@ -229,7 +229,11 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
         self._settle()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        kinds = [getattr(self, kind) for kind in self.adapter_layer_names if adapter_name in getattr(self, kind)]
+        trained = [kind[adapter_name].requires_grad for kind in kinds]
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        for kind, requires_grad in zip(kinds, trained, strict=True):
+            kind[adapter_name].requires_grad_(requires_grad)  # a tensor that was really moved comes back trainable
         self._settle()
 
     def train(self, mode: bool = True) -> ReltuneLayer:
