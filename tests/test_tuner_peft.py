@@ -623,6 +623,19 @@ def test_a_hand_written_update_of_an_adapter_that_is_switched_away() -> None:
     _check_output(model, "default")
 
 
+def test_a_hand_written_update_of_an_adapter_that_cannot_be_switched_away() -> None:
+    """Others come before it, but a graph keeps it in the base weight, where it must be up to date."""
+    model = _model(FIRST, other=SECOND)
+    held = model(X).square().sum()
+    model.base_model.set_adapter(["other", "default"])
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.5)
+    _check_output(model, "other", "default")
+    assert held.requires_grad
+
+
 def test_adding_and_loading_an_adapter_while_a_graph_is_alive(tmp_path: Path) -> None:
     _model(SECOND).save_pretrained(tmp_path)
     model = _model(FIRST)
