@@ -43,26 +43,26 @@ KIND_OF_PARTS = ("column", "row", "weight", "bias", "norm")
 
 
 def tiny_bert(**changes: Any) -> BertForSequenceClassification:
-    return _made(BertForSequenceClassification, BertConfig(**{**TEXT, **changes}))
+    return made(BertForSequenceClassification, BertConfig(**{**TEXT, **changes}))
 
 
 def tiny_roberta() -> RobertaForSequenceClassification:
-    return _made(RobertaForSequenceClassification, RobertaConfig(**TEXT))
+    return made(RobertaForSequenceClassification, RobertaConfig(**TEXT))
 
 
 def tiny_llama() -> LlamaForSequenceClassification:
-    return _made(LlamaForSequenceClassification, LlamaConfig(**TEXT, num_key_value_heads=1))
+    return made(LlamaForSequenceClassification, LlamaConfig(**TEXT, num_key_value_heads=1))
 
 
 def tiny_qwen2() -> Qwen2ForSequenceClassification:
-    return _made(Qwen2ForSequenceClassification, Qwen2Config(**TEXT, num_key_value_heads=1))
+    return made(Qwen2ForSequenceClassification, Qwen2Config(**TEXT, num_key_value_heads=1))
 
 
 def tiny_vit() -> ViTForImageClassification:
     sizes = {key: value for key, value in TEXT.items() if key.endswith(("size", "layers", "heads", "labels"))}
     sizes.pop("vocab_size")
     config = ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=1, initializer_range=0.2)
-    return _made(ViTForImageClassification, config)
+    return made(ViTForImageClassification, config)
 
 
 def tiny_sequential() -> nn.Sequential:
@@ -82,7 +82,7 @@ MODELS = {
 }
 
 
-def _made(kind: type, config: PretrainedConfig) -> Any:
+def made(kind: type, config: PretrainedConfig) -> Any:
     torch.manual_seed(0)
     return _stirred(kind(config).double())
 
@@ -156,7 +156,7 @@ def parts_by_formula(weights: dict[str, dict[str, Tensor]]) -> dict[str, dict[st
         if of["weight"].ndim == 1:
             parts[name] = {"norm": sum(vector.sum() for vector in of.values())}
             continue
-        matrix = of["weight"]
+        matrix = of["weight"].flatten(2).sum(2) if of["weight"].ndim == 4 else of["weight"]
         parts[name] = {"column": matrix.sum(0), "row": matrix.sum(1), "weight": matrix.sum()}
         if "bias" in of:
             parts[name]["bias"] = of["bias"].sum()

@@ -49,13 +49,13 @@ def assert_agrees(model, batches, loss_fn=None, loss_of=cross_entropy_of_one, re
 
 @pytest.fixture(scope="module", params=MODELS)
 def case(request):
-    """A model, a batch of unequal lengths, and the oracle's relevance of every linear map and norm in it."""
+    """A model, a batch of unequal lengths, and the oracle's relevance of every layer with units in it."""
     model = MODELS[request.param]()
     batch = data_for(model)
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or "Norm" in type(module).__name__
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d) or "Norm" in type(module).__name__
     ]
     return model, batch, wanted_parts(model, [batch], names)
 

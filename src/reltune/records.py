@@ -13,7 +13,18 @@ from typing import Any
 
 import yaml
 
-CRITERIA = ("fisher", "gradient", "magnitude", "random", "depth")
+CRITERIA = (
+    "fisher",
+    "fisher_true",
+    "gradient",
+    "taylor",
+    "relative_gradient",
+    "gradient_snr",
+    "activation",
+    "magnitude",
+    "random",
+    "depth",
+)
 GRANULARITIES = ("layer", "module", "column", "row", "bias", "norm")
 
 

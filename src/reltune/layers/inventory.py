@@ -7,47 +7,20 @@ import re
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 
-from torch import nn
+from torch import Tensor, nn
 
-from reltune.layers import linear, norm
+from reltune.layers import conv1d, conv2d, embedding, linear, norm
+from reltune.layers.units import ModuleInfo
 from reltune.records import InputError, nearest
 
 # Kind of module -> the file that knows it. The first whose `matches` says yes is taken.
-LAYER_TYPES: dict[str, ModuleType] = {"linear": linear, "norm": norm}
-
-
-@dataclasses.dataclass(frozen=True)
-class ModuleInfo:
-    """One module that owns units.
-
-    ``shape`` is (out, in) for linear maps and (features,) for norms. ``layer`` is the block it belongs to
-    (``encoder.layer.5``) or its own name when it stands outside the blocks; ``depth`` counts blocks and such
-    modules from the input on.
-    """
-
-    name: str
-    kind: str
-    layer: str
-    depth: int
-    shape: tuple[int, ...]
-    bias: bool
-
-    @property
-    def weight_parameters(self) -> int:
-        return self.shape[0] * self.shape[1] if self.kind == "linear" else self.shape[0]
-
-    @property
-    def bias_parameters(self) -> int:
-        return self.shape[0] if self.bias else 0
-
-    @property
-    def in_block(self) -> bool:
-        return self.layer != self.name
-
-    @property
-    def place(self) -> str:
-        """The name inside its block: attention.self.query."""
-        return self.name[len(self.layer) + 1 :] if self.in_block else self.name
+LAYER_TYPES: dict[str, ModuleType] = {
+    "linear": linear,
+    "conv1d": conv1d,
+    "conv2d": conv2d,
+    "embedding": embedding,
+    "norm": norm,
+}
 
 
 @dataclasses.dataclass
@@ -74,6 +47,14 @@ def layer_type(module: nn.Module) -> tuple[str, ModuleType] | None:
         if handler.matches(module):
             return kind, handler
     return None
+
+
+def canonical_weights(info: ModuleInfo, module: nn.Module) -> dict[str, Tensor]:
+    """The module's weight in its canonical shape, and its bias: views, no copies."""
+    weights = {name: p.detach() for name, p in module.named_parameters(recurse=False) if name in ("weight", "bias")}
+    if info.kind == "conv1d":
+        weights["weight"] = weights["weight"].mT
+    return weights
 
 
 def new_parameters(model: nn.Module) -> list[str]:
@@ -142,9 +123,9 @@ def take_inventory(model: nn.Module, always_trained: Iterable[str] = ()) -> Inve
             reason = f"shares its weight with {tied[0]}"
         else:
             kind, _ = found
-            shape = tuple(module.weight.shape)
+            shape = tuple(module.weight.shape[::-1] if kind == "conv1d" else module.weight.shape)
             bias = getattr(module, "bias", None) is not None
-            modules.append(ModuleInfo(name, kind, layer, depth, shape, bias))
+            modules.append(ModuleInfo(name, kind, layer, depth, shape, bias, getattr(module, "groups", 1)))
             continue
         left_out.update(dict.fromkeys(own, reason))
 

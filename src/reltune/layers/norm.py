@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from reltune.layers import per_example
+from reltune.layers.linear import by_example, input_weighted
+from reltune.layers.units import ModuleInfo
 from reltune.ops.squared_gradient import accumulator_dtype
+
+__all__ = ["by_example", "input_weighted", "matches", "squared_inputs", "statistics"]
 
 
 def matches(module: nn.Module) -> bool:
@@ -22,28 +29,34 @@ def matches(module: nn.Module) -> bool:
     return by_name and list(parameters) == ["weight"] and parameters["weight"].ndim == 1
 
 
-def _per_example(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Per-example gradients (B, features) of the gain and of the bias.
-
-    The output is normalised(x) · gain + bias (Gemma: · (1 + gain)), so the derivative with respect to the gain is
-    the output at gain 1 less the output at gain 0, whatever the class computes inside.
-    """
-    dtype = accumulator_dtype(x)
+def _normalised(module: nn.Module, x: Tensor) -> Tensor:
+    """The output is normalised(x) · gain + bias (Gemma: · (1 + gain)), so the derivative with respect to the gain is
+    the output at gain 1 less the output at gain 0, whatever the class computes inside."""
     zero = {name: torch.zeros_like(p) for name, p in module.named_parameters(recurse=False)}
     one = {**zero, "weight": torch.ones_like(zero["weight"])}
+    dtype = accumulator_dtype(x)
     with torch.no_grad():
-        normalised = functional_call(module, one, (x,)).to(dtype) - functional_call(module, zero, (x,)).to(dtype)
-    gradients = {"weight": (g.to(dtype) * normalised).sum(1)}
-    if "bias" in zero:
-        gradients["bias"] = g.to(dtype).sum(1)
-    return gradients
+        return functional_call(module, one, (x,)).to(dtype) - functional_call(module, zero, (x,)).to(dtype)
 
 
-def squared_gradients(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Sums over the examples of squared per-example gradients: weight (features,), bias (features,)."""
-    return {name: gradient.square().sum(0) for name, gradient in _per_example(module, x, g).items()}
+def statistics(
+    info: ModuleInfo,
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    x: Tensor,
+    g: Tensor,
+    wanted: Collection[str],
+) -> per_example.Statistics:
+    """Sums over the examples (layers/per_example.py) for inputs x and output gradients g, both (B, T, features)."""
+    g = g.to(accumulator_dtype(x))
+    gradients = {"weight": (g * _normalised(module, x)).sum(1)}
+    if info.bias:
+        gradients["bias"] = g.sum(1)
+    return per_example.statistics(info, weights, gradients, wanted)
 
 
-def summed_gradients(module: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Sums over the examples of the gradients: weight (features,), bias (features,)."""
-    return {name: gradient.sum(0) for name, gradient in _per_example(module, x, g).items()}
+def squared_inputs(module: nn.Module, x: Tensor, real: Tensor | None) -> dict[str, Tensor]:
+    """Σ of the squared normalised input over all tokens: weight (features,), and the number of tokens: bias ()."""
+    squares = _normalised(module, x).square()
+    kept = squares.new_ones(x.shape[:-1]) if real is None else real.to(squares.dtype)
+    return {"weight": (squares * kept[..., None]).flatten(0, -2).sum(0), "bias": kept.sum()}

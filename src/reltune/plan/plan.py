@@ -17,6 +17,7 @@ from reltune.layers.inventory import Inventory
 from reltune.records import InputError, nearest, write_text
 
 FORMAT = "reltune-plan-1"
+TRAINABLE = ("linear", "norm")  # kinds of module that the tuner can train; others are measured only
 INLINE_INDICES = 20_000  # more indices than this in all go to a file beside the plan
 INDEX_FILE = "indices.safetensors"
 HEADER = """\
@@ -161,6 +162,10 @@ class Plan:
                     raise InputError(f"plan: {name} cannot be trained by this plan: {reason}.")
                 raise InputError(f"plan: this model has no module {name!r}; {nearest(name, known)}")
             info = inventory[name]
+            if info.kind not in TRAINABLE:
+                raise InputError(
+                    f"plan: {name} cannot be trained by this plan: it is of kind {info.kind}, measured only."
+                )
             if info.shape != module.shape:
                 raise InputError(
                     f"plan: {name} has shape {list(info.shape)} in this model and {list(module.shape)} in the plan; "

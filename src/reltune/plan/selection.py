@@ -8,7 +8,7 @@ import numpy as np
 
 from reltune.layers.inventory import ModuleInfo, choose
 from reltune.plan.budget import parse_budget
-from reltune.plan.plan import ModulePlan, Plan
+from reltune.plan.plan import TRAINABLE, ModulePlan, Plan
 from reltune.records import GRANULARITIES, InputError, nearest
 from reltune.relevance.scores import RelevanceScores
 
@@ -53,7 +53,8 @@ def select(
     criterion = relevance.criterion(criterion)
     inventory = relevance.inventory
     limit = parse_budget(budget, inventory.base_parameters)
-    allowed = set(choose(inventory, target_modules, exclude_modules))
+    named = choose(inventory, target_modules, exclude_modules)
+    allowed = {name for name in named if inventory[name].kind in TRAINABLE}
     if not target_modules and any(inventory[name].in_block for name in allowed):
         allowed = {name for name in allowed if inventory[name].in_block}
 
@@ -62,12 +63,12 @@ def select(
     place, index, cost, relevant = [], [], [], []
     members: dict[str, list[ModuleInfo]] = {}
     for info in inventory.modules:
-        if info.in_block:
+        if info.in_block and info.kind in TRAINABLE:
             members.setdefault(info.layer, []).append(info)
     for kind in kinds:
         for name, scores in relevance.by(kind, criterion).items():
-            infos = members[name] if kind == "layer" else [inventory[name]]
-            if not all(info.name in allowed for info in infos):
+            infos = members.get(name, []) if kind == "layer" else [inventory[name]]
+            if not infos or not all(info.name in allowed for info in infos):
                 continue
             values = scores.reshape(-1).double().numpy()
             places.append((kind, name))
@@ -76,8 +77,11 @@ def select(
             cost.append(np.full(len(values), sum(_cost(info, kind) for info in infos)))
             relevant.append(values)
     if not places:
+        measured_only = [f"{name} ({inventory[name].kind})" for name in named if name not in allowed]
+        why = f" ({measured_only[0]} can be measured and not trained)" if measured_only and not allowed else ""
         raise InputError(
-            f"no module that may be chosen has a unit of granularity {', '.join(kinds)}; name another one."
+            f"no module that may be chosen has a unit of granularity {', '.join(kinds)} scored by {criterion}{why}; name "
+            "another one."
         )
     at, of, price, worth = (np.concatenate(part) for part in (place, index, cost, relevant))
     if price.min() > limit:

@@ -2,15 +2,33 @@
 
 from types import ModuleType
 
-from reltune.relevance import depth, fisher, gradient, magnitude, random
+from reltune.relevance import (
+    activation,
+    depth,
+    fisher,
+    fisher_true,
+    gradient,
+    gradient_snr,
+    magnitude,
+    random,
+    relative_gradient,
+    taylor,
+)
 
-# Criterion -> its file. Each has NEEDS (which statistics of the data pass it uses: "squared_gradients",
-# "summed_gradients" or None) and scores(info, module, sums, examples, seed), which gives one module's relevance:
-# column (in,), row (out,), weight () and bias () of a linear map, norm () of a norm; all in the model's parameters,
-# so that a module's relevance is the sum of its parts and a layer's the sum of its modules.
+# Criterion -> its file. Each has
+# - NEEDS: statistics of the data pass (layers/per_example.py, "inputs", or sampled: with labels drawn from the model);
+# - quantities(info, weights, sums, context): one or several numbers per unit of a module (layers/units.py), each of
+#   which adds up over units: columns to matrices, modules to layers;
+# - combine(*quantities), only where the relevance is no plain sum: applied after adding up;
+# - ELEMENT_NEEDS and elements(info, weights, sums, context): one number per weight.
 CRITERIA: dict[str, ModuleType] = {
     "fisher": fisher,
+    "fisher_true": fisher_true,
     "gradient": gradient,
+    "taylor": taylor,
+    "relative_gradient": relative_gradient,
+    "gradient_snr": gradient_snr,
+    "activation": activation,
     "magnitude": magnitude,
     "random": random,
     "depth": depth,

@@ -5,24 +5,25 @@ Looks at no data and no weights.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from reltune.layers.inventory import ModuleInfo
+from reltune.layers.units import ModuleInfo, Parts, counts
+from reltune.relevance.context import Context
 
-NEEDS = None
+NEEDS = ()
+ELEMENT_NEEDS = ()
 
 
-def scores(info: ModuleInfo, module: nn.Module, sums: dict[str, Tensor], examples: int, seed: int) -> dict[str, Tensor]:
-    per_weight = float(info.depth + 1)
-    if info.kind == "norm":
-        return {"norm": torch.tensor(per_weight * (info.weight_parameters + info.bias_parameters))}
-    rows, columns = info.shape
-    result = {
-        "column": torch.full((columns,), per_weight * rows),
-        "row": torch.full((rows,), per_weight * columns),
-        "weight": torch.tensor(per_weight * info.weight_parameters),
-    }
-    if info.bias:
-        result["bias"] = torch.tensor(per_weight * info.bias_parameters)
-    return result
+def quantities(
+    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
+) -> tuple[Parts]:
+    return ({part: (info.depth + 1) * count for part, count in counts(info).items()},)
+
+
+def elements(
+    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
+) -> Parts:
+    return {name: torch.full(weight.shape, float(info.depth + 1)) for name, weight in weights.items()}

@@ -2,24 +2,30 @@
 
 F(u) = 1/N Σ_s Σ_{w ∈ u} (∂ℓ_s/∂w)². Squared per example, then averaged; never negative. The diagonal of the
 empirical Fisher matrix as in FISH Mask (Sung, Nair, Raffel, NeurIPS 2021, eq. 3, with the observed labels).
-Scales with the square of the loss. Memory: O(in + out) numbers per linear map; cost: one forward and one
-input-gradient backward pass, and the sums of ops/squared_gradient.py.
+Scales with the square of the loss. Memory: O(in + out) numbers per linear map, with elements one float32 number per
+weight on the host; cost: one forward and one input-gradient backward pass, and the sums of ops/squared_gradient.py.
 """
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Mapping
 
-from reltune.layers.inventory import ModuleInfo
+from torch import Tensor
 
-NEEDS = "squared_gradients"
+from reltune.layers.units import ModuleInfo, Parts
+from reltune.relevance.context import Context
+
+NEEDS = ("squares",)
+ELEMENT_NEEDS = ("square_elements",)
 
 
-def scores(info: ModuleInfo, module: nn.Module, sums: dict[str, Tensor], examples: int, seed: int) -> dict[str, Tensor]:
-    means = {part: total / examples for part, total in sums.items()}
-    if info.kind == "norm":
-        return {"norm": sum((mean.sum() for mean in means.values()), start=means["weight"].new_zeros(()))}
-    result = {"column": means["column"], "row": means["row"], "weight": means["row"].sum()}
-    if "bias" in means:
-        result["bias"] = means["bias"].sum()
-    return result
+def quantities(
+    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
+) -> tuple[Parts]:
+    return ({part: total / context.examples for part, total in sums["squares"].items()},)
+
+
+def elements(
+    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
+) -> Parts:
+    return {name: total / context.examples for name, total in sums["square_elements"].items()}

@@ -6,18 +6,25 @@ float32 copy; cost: one pass over the weights.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Mapping
 
-from reltune.layers.inventory import ModuleInfo
-from reltune.relevance.gradient import by_unit
+from torch import Tensor
 
-NEEDS = None
+from reltune.layers.units import ModuleInfo, Parts, by_unit
+from reltune.ops.squared_gradient import accumulator_dtype
+from reltune.relevance.context import Context
+
+NEEDS = ()
+ELEMENT_NEEDS = ()
 
 
-def scores(info: ModuleInfo, module: nn.Module, sums: dict[str, Tensor], examples: int, seed: int) -> dict[str, Tensor]:
-    squares = {}
-    for name, parameter in module.named_parameters(recurse=False):
-        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        squares[name] = parameter.detach().to(dtype).square()
-    return by_unit(info, squares)
+def quantities(
+    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
+) -> tuple[Parts]:
+    return (by_unit(info, elements(info, weights, sums, context)),)
+
+
+def elements(
+    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
+) -> Parts:
+    return {name: weight.to(accumulator_dtype(weight)).square() for name, weight in weights.items()}

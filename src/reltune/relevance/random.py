@@ -7,26 +7,32 @@ are measured.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from reltune.layers.inventory import ModuleInfo
+from reltune.layers.units import ModuleInfo, Parts, counts
+from reltune.relevance.context import Context
 
-NEEDS = None
+NEEDS = ()
+ELEMENT_NEEDS = ()
 
 
-def scores(info: ModuleInfo, module: nn.Module, sums: dict[str, Tensor], examples: int, seed: int) -> dict[str, Tensor]:
-    digest = hashlib.sha256(f"{seed}/{info.name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+def quantities(
+    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
+) -> tuple[Parts]:
+    generator = _generator(info, context)
+    return ({part: torch.rand(count.shape, generator=generator) * count for part, count in counts(info).items()},)
 
-    def draw(*size: int) -> Tensor:
-        return torch.rand(size, generator=generator)
 
-    if info.kind == "norm":
-        return {"norm": draw() * (info.weight_parameters + info.bias_parameters)}
-    rows, columns = info.shape
-    result = {"column": draw(columns) * rows, "row": draw(rows) * columns, "weight": draw() * info.weight_parameters}
-    if info.bias:
-        result["bias"] = draw() * info.bias_parameters
-    return result
+def elements(
+    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
+) -> Parts:
+    generator = _generator(info, context, "elements")
+    return {name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()}
+
+
+def _generator(info: ModuleInfo, context: Context, of: str = "units") -> torch.Generator:
+    digest = hashlib.sha256(f"{context.seed}/{of}/{info.name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

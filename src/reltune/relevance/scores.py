@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reltune.layers.inventory import Inventory, ModuleInfo
-from reltune.records import GRANULARITIES, Heatmap, InputError, nearest, write_json
+from reltune.layers.inventory import Inventory
+from reltune.layers.units import ModuleInfo, Parts, part_shapes
+from reltune.records import Heatmap, InputError, nearest, write_json
+from reltune.relevance.context import Context
 
-FORMAT = "reltune-relevance-1"
+FORMAT = "reltune-relevance-2"
+KINDS = ("layer", "module", "column", "row", "element", "bias", "norm")
 
 
 @dataclasses.dataclass
 class RelevanceScores:
-    """``parts[criterion][module][part]``: column (in,), row (out,), weight (), bias () of a linear map; norm () of a norm.
+    """``parts[criterion][module][part]``: column (in,), row (out,), weight (), bias () or norm (), as layers/units.py has
+    them; element and element_bias where single weights were scored. Relevance that does not add up has parts of its own
+    for larger units: module () of a module, layer () under a layer's name.
 
     ``provenance`` says on which model, data and versions the scores were measured.
     """
@@ -52,19 +61,57 @@ class RelevanceScores:
         ``layer``, ``module``, ``bias`` and ``norm`` give one number () per name; ``column`` (in,) and ``row`` (out,)
         give one number per feature.
         """
-        parts = self.parts[self.criterion(criterion)]
-        if kind in ("column", "row", "bias", "norm"):
-            return {name: found[kind] for name, found in parts.items() if kind in found}
-        if kind not in ("module", "layer"):
-            raise InputError(f"granularity {kind!r} is unknown; {nearest(kind, GRANULARITIES)}")
+        criterion = self.criterion(criterion)
+        parts = self.parts[criterion]
+        if kind not in KINDS:
+            raise InputError(f"granularity {kind!r} is unknown; {nearest(kind, KINDS)}")
+        own = {name: found[kind] for name, found in parts.items() if kind in found}
+        if own or kind not in ("module", "layer"):
+            return own
         total: dict[str, Tensor] = {}
         for name, found in parts.items():
             key = name if kind == "module" else self.inventory[name].layer
-            if kind == "layer" and not self.inventory[name].in_block:
+            if not found or (kind == "layer" and not self.inventory[name].in_block):
                 continue
             relevance = sum(found[part] for part in ("weight", "bias", "norm") if part in found)
             total[key] = total[key] + relevance if key in total else relevance  # type: ignore[assignment]
         return total
+
+    def compare(
+        self, other: RelevanceScores | None = None, kind: str = "module", top: float = 0.1
+    ) -> list[dict[str, Any]]:
+        """How far criteria agree on the units of a kind: every pair of criteria here, or each criterion here with the
+        same one in ``other`` (other data, another seed).
+
+        Gives ``first``, ``second``, ``units``, ``spearman`` (rank correlation, −1 to 1, ties at their mean rank; nan when
+        one side is constant) and ``overlap`` (0 to 1: the part of the ``top`` share of units, at least one, that both
+        have in common; ties go to the earlier unit). Units that only one side has are left out.
+        """
+        if not 0 < top <= 1:
+            raise InputError(f"top is {top}; it is the share of units to compare, more than 0 and at most 1.")
+        if other is None:
+            pairs = [(a, b, self, self) for a, b in itertools.combinations(self.criteria, 2)]
+        else:
+            pairs = [(name, name, self, other) for name in self.criteria if name in other.parts]
+        found = []
+        for first, second, left, right in pairs:
+            a, b = left.by(kind, first), right.by(kind, second)
+            names = [name for name in a if name in b and a[name].shape == b[name].shape]
+            if not names:
+                continue
+            x, y = (torch.cat([of[name].reshape(-1).double() for name in names]) for of in (a, b))
+            count = max(1, round(top * len(x)))
+            best = [set(torch.argsort(-v, stable=True)[:count].tolist()) for v in (x, y)]
+            found.append(
+                {
+                    "first": first,
+                    "second": second,
+                    "units": len(x),
+                    "spearman": _spearman(x, y),
+                    "overlap": len(best[0] & best[1]) / count,
+                }
+            )
+        return found
 
     def heatmap(self, criterion: str | None = None) -> Heatmap:
         """Layer × module; modules outside the blocks have a row of their own."""
@@ -118,6 +165,7 @@ class RelevanceScores:
             {
                 "format": FORMAT,
                 "criteria": self.criteria,
+                "tensors": len(tensors),
                 "fingerprint": self.fingerprint,
                 "always_trained": self.always_trained,
                 "provenance": self.provenance,
@@ -141,15 +189,26 @@ class RelevanceScores:
             raise InputError(f"{directory}/scores.json has format {form!r}, not {FORMAT!r}; analyze again.")
         try:
             modules = [ModuleInfo(**{**info, "shape": tuple(info["shape"])}) for info in values["modules"]]
-            parts: dict[str, dict[str, dict[str, Tensor]]] = {}
-            for criterion in values["criteria"]:
-                parts[criterion] = {info.name: {} for info in modules}
-                for info in modules:
-                    for part, shape in _part_shapes(info).items():
-                        tensor = tensors.pop(f"{criterion}/{part}/{info.name}")
-                        if tensor.shape != shape:
-                            raise ValueError(f"{criterion}/{part}/{info.name} has shape {tuple(tensor.shape)}")
-                        parts[criterion][info.name][part] = tensor
+            if len(tensors) != values["tensors"]:
+                raise ValueError(f"scores.safetensors has {len(tensors)} tensors and not {values['tensors']}")
+            shapes = {info.name: part_shapes(info) for info in modules}
+            shapes |= {info.layer: {"layer": ()} for info in modules if info.in_block}
+            parts: dict[str, dict[str, dict[str, Tensor]]] = {
+                criterion: {info.name: {} for info in modules} for criterion in values["criteria"]
+            }
+            for criterion, name in itertools.product(values["criteria"], shapes):
+                for part, shape in shapes[name].items():
+                    tensor = tensors.pop(f"{criterion}/{part}/{name}", None)
+                    if tensor is None:
+                        continue
+                    if tensor.shape != shape:
+                        raise ValueError(f"{criterion}/{part}/{name} has shape {tuple(tensor.shape)}")
+                    parts[criterion].setdefault(name, {})[part] = tensor
+            empty = [criterion for criterion, of in parts.items() if not any(of.values())]
+            if empty:
+                raise ValueError(f"scores.safetensors has nothing of {empty[0]}")
+            if tensors:
+                raise ValueError(f"scores.json does not know {next(iter(tensors))}")
             counts = values["base_parameters"], values["head_parameters"]
             inventory = Inventory(modules, values["left_out"], *counts)
             return cls(parts, inventory, values["always_trained"], values["fingerprint"], values["provenance"])
@@ -159,10 +218,58 @@ class RelevanceScores:
             ) from error
 
 
-def _part_shapes(info: ModuleInfo) -> dict[str, tuple[int, ...]]:
-    """The parts that a module is scored by, and their shapes."""
-    if info.kind == "norm":
-        return {"norm": ()}
-    out_features, in_features = info.shape
-    bias: dict[str, tuple[int, ...]] = {"bias": ()} if info.bias else {}
-    return {"column": (in_features,), "row": (out_features,), "weight": (), **bias}
+def assemble(
+    criterion: ModuleType,
+    modules: Sequence[tuple[ModuleInfo, Mapping[str, Tensor], Mapping[str, Mapping[str, Tensor]]]],
+    context: Context,
+    elements: bool = False,
+) -> dict[str, dict[str, Tensor]]:
+    """One criterion's ``parts`` from each module's weights and statistics (relevance/__init__.py says what it has)."""
+    combine = getattr(criterion, "combine", None)
+    parts: dict[str, dict[str, Tensor]] = {}
+    layers: dict[str, tuple[Parts, ...]] = {}
+    for info, weights, sums in modules:
+        quantities = tuple(
+            {part: value.detach().cpu() for part, value in of.items()}
+            for of in criterion.quantities(info, weights, sums, context)
+        )
+        found = quantities[0]
+        if combine is not None and found:
+            quantities = tuple({**of, "module": _whole(of)} for of in quantities)
+            found = {part: combine(*(of[part] for of in quantities)) for part in quantities[0]}
+            if info.in_block:
+                whole = tuple({"layer": of["module"]} for of in quantities)
+                held = layers.get(info.layer)
+                layers[info.layer] = (
+                    whole
+                    if held is None
+                    else tuple({"layer": a["layer"] + b["layer"]} for a, b in zip(held, whole, strict=True))
+                )
+        parts[info.name] = dict(found)
+        if elements and (single := criterion.elements(info, weights, sums, context)):
+            parts[info.name]["element"] = single["weight"].detach().cpu()
+            if "bias" in single:
+                parts[info.name]["element_bias"] = single["bias"].detach().cpu()
+    if combine is not None:
+        for layer, of in layers.items():
+            parts[layer] = {"layer": combine(*(quantity["layer"] for quantity in of))}
+    return parts
+
+
+def _whole(parts: Parts) -> Tensor:
+    """All of a module's parameters."""
+    values = [parts[part] for part in ("weight", "bias", "norm") if part in parts]
+    return torch.stack(values).sum(0)
+
+
+def _spearman(x: Tensor, y: Tensor) -> float:
+    ranks = torch.stack([_ranks(x), _ranks(y)])
+    ranks = ranks - ranks.mean(1, keepdim=True)
+    return float((ranks[0] @ ranks[1]) / (ranks[0].norm() * ranks[1].norm()))
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks from 0 on, equal values at the mean of theirs."""
+    _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double()
+    return (last - (count + 1) / 2)[place]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.inventory import layer_type
-from reltune.plan.plan import ModulePlan
+from reltune.plan.plan import TRAINABLE, ModulePlan
 from reltune.records import InputError, nearest
 from reltune.tuner.config import ReltuneConfig
 from reltune.tuner.layer import LAYER_CLASSES, ReltuneLayer
@@ -64,7 +64,7 @@ class ReltuneModel(BaseTuner):
     ) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         found = layer_type(base)
-        if found is None:
+        if found is None or found[0] not in TRAINABLE:
             raise TypeError(
                 f"{current_key} is a {type(base).__name__}, which reltune cannot train; supported are nn.Linear, "
                 "nn.LayerNorm and the RMSNorm family."

@@ -1,0 +1,236 @@
+"""Hooks that see every measured module's input and output gradient, and add up what the criteria need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reltune.layers.inventory import LAYER_TYPES, ModuleInfo, canonical_weights
+from reltune.layers.per_example import WEIGHT_SIZED, Statistics, add
+
+Sums = dict[str, Statistics]  # module -> statistic -> part -> sum over examples
+
+
+class AnalysisError(RuntimeError):
+    """The measurement itself failed: a loss or a gradient is not finite, or a module mixes examples."""
+
+
+class _Watch(torch.autograd.Function):
+    """Hand y on unchanged, and on the way back its gradient, with the input x of the module, to ``arrived``.
+
+    A tensor hook would be lost where y is a view (as nn.Linear's output is for inputs with positions) and the next
+    operation changes it in place. Returning y.detach(), and not y, makes it no view and lets that operation happen.
+    ``anchor`` requires a gradient, so the first measured module starts the graph: nothing below it needs a backward
+    pass. x is saved as autograd saves things, so that gradient checkpointing drops and recomputes it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, arrived: Callable[..., None], name: str) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.arrived, ctx.name = arrived, name
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
+        try:
+            (x,) = ctx.saved_tensors
+        except RuntimeError as error:
+            if "inplace" not in str(error):
+                raise
+            raise AnalysisError(
+                f"the input of {ctx.name} was changed in place after use; leave it out by exclude_modules."
+            ) from error
+        with torch.no_grad():
+            ctx.arrived(x, g)
+        return g, None, None, None, None
+
+
+class Collector:
+    """Adds up, per module, the statistics asked for.
+
+    A module called once per pass is done as soon as its gradient comes; one called several times waits for all of its
+    calls, because its gradient is the sum over them.
+    """
+
+    def __init__(self, model: nn.Module, measured: list[ModuleInfo]) -> None:
+        self.infos = {info.name: info for info in measured}
+        self.modules = {info.name: model.get_submodule(info.name) for info in measured}
+        self.sums: Sums = {info.name: {} for info in measured}
+        self.mixing: dict[str, str] = {}  # modules that cannot be measured, and why
+        self.anchor = torch.zeros((), requires_grad=True)
+        self.batch = -1
+        self.seen: set[str] = set()  # statistics that any pass asked for
+        self._clear()
+
+    def _clear(self) -> None:
+        self.calls: dict[str, int] = {}
+        self.pending: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.inputs: Statistics = {}  # module -> Σ x² of this pass
+        self.in_backward = False
+        self.looking = False  # inside a statistic, which may call the module itself
+
+    def __enter__(self) -> Collector:
+        self.handles = []
+        for name, module in self.modules.items():
+            # First of the module's hooks: what others make of the output is no part of the linear map.
+            self.handles.append(module.register_forward_hook(self._forward_hook(name), prepend=True, with_kwargs=True))
+            if self.infos[name].kind == "embedding":
+                self.handles.append(module.register_forward_pre_hook(self._expand(name), with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self._clear()
+        if not any(_):
+            for name in self.infos:
+                for prefix_and_need in sorted(self.seen - set(self.sums[name])):
+                    self.sums[name][prefix_and_need] = self._zeros(name, prefix_and_need)
+
+    # -- one batch --------------------------------------------------------------------------------------------------
+
+    def start(self, batch: int, skip: frozenset[tuple[str, str]] = frozenset()) -> None:
+        """Begin a batch. ``skip`` names what an earlier try at these examples has added: (kind of pass, module)."""
+        self.batch, self.done = batch, set(skip)
+
+    def expect(self, examples: int, wanted: set[str], prefix: str, batch: Any, probe: bool = False) -> None:
+        """Get ready for a forward pass of so many examples."""
+        self._clear()
+        self.examples, self.wanted, self.prefix, self.probe = examples, wanted, prefix, probe
+        self.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if not probe:
+            self.seen |= {prefix + need for need in wanted}
+
+    def forward_done(self) -> None:
+        """Add what the forward pass alone gave."""
+        for name, found in self.inputs.items():
+            if ("inputs", name) not in self.done:
+                self._keep(name, {"inputs": found})
+                self.done.add(("inputs", name))
+
+    def backward(self, losses: Tensor) -> None:
+        """Differentiate the summed losses and add the batch's statistics."""
+        self.in_backward = True
+        losses.sum().backward()
+        with torch.no_grad():
+            for name in list(self.pending):
+                self._add(name, self.pending.pop(name))
+        self._clear()
+
+    def abandon(self) -> frozenset[tuple[str, str]]:
+        """Forget a pass that failed half-way. Gives what it has added, which must not be added again."""
+        self._clear()
+        return frozenset(self.done)
+
+    def finish(self) -> None:
+        """Check once per batch, not once per module, that all sums are finite: each check waits for the device."""
+        named = [
+            (name, need, part, torch.isfinite(value).all())
+            for name, statistics in self.sums.items()
+            for need, parts in statistics.items()
+            for part, value in parts.items()
+        ]
+        if not named or bool(torch.stack([finite.to("cpu") for *_, finite in named]).all()):
+            return
+        bad = [(name, part) for name, _, part, finite in named if not finite]
+        name, part = bad[-1]  # nearest to the loss, where it began
+        raise AnalysisError(f"the gradient of {name} ({part}) is not finite in batch {self.batch}.")
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+
+    def _expand(self, name: str) -> Callable[..., Any]:
+        """Positions are looked up once and broadcast over the batch; looked up per example, they have a gradient each."""
+        last = name.rsplit(".", 1)[-1]
+        shared = "position" in last or "token_type" in last or last == "wpe"
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+            ids = args[0] if args else next(iter(kwargs.values()))
+            if not shared or ids.ndim != 2 or len(ids) != 1 or self.examples == 1:
+                return None
+            ids = ids.expand(self.examples, -1)
+            return ((ids, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): ids})
+
+        return hook
+
+    def _forward_hook(self, name: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+            if self.looking:
+                return None
+            x = (args[0] if args else next(iter(kwargs.values()))).detach()
+            if not self.in_backward:  # else gradient checkpointing recomputes what was counted already
+                self.calls[name] = self.calls.get(name, 0) + 1
+                if "inputs" in self.wanted and not self.probe:
+                    add(self.inputs, {name: self._inputs_of(name, x)})
+            if not torch.is_grad_enabled():
+                return None
+
+            def arrived(x: Tensor, g: Tensor) -> None:
+                self.pending.setdefault(name, []).append((x, g))
+                if len(self.pending[name]) >= self.calls.get(name, 0):
+                    self._add(name, self.pending.pop(name))
+
+            return _Watch.apply(output, x, self.anchor, arrived, name)
+
+        return hook
+
+    def _inputs_of(self, name: str, x: Tensor) -> dict[str, Tensor]:
+        info, real, mask = self.infos[name], None, self.mask
+        if mask is not None:
+            leading = x.shape if info.kind == "embedding" else x.shape[:-1]
+            if leading == mask.shape:
+                real = mask
+            elif leading == mask.flatten().shape:
+                real = mask.flatten()
+        self.looking = True
+        try:
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                return LAYER_TYPES[info.kind].squared_inputs(self.modules[name], x, real)
+        finally:
+            self.looking = False
+
+    def _add(self, name: str, uses: list[tuple[Tensor, Tensor]]) -> None:
+        if name in self.mixing or (not self.probe and (self.prefix, name) in self.done):
+            return
+        info, module = self.infos[name], self.modules[name]
+        handler = LAYER_TYPES[info.kind]
+        try:
+            pairs = [handler.by_example(module, x, g, self.examples) for x, g in uses]
+        except ValueError as error:
+            self.mixing[name] = f"{error} for {self.examples} examples"
+            return
+        if self.probe:
+            if any(g[1:].any() for _, g in pairs):
+                self.mixing[name] = "an example's loss depends on rows that belong to another"
+            return
+        x, g = pairs[0] if len(pairs) == 1 else (torch.cat(together, 1) for together in zip(*pairs, strict=True))
+        # The caller's autocast would do these sums in bfloat16, where they cancel.
+        with torch.autocast(x.device.type, enabled=False):
+            found = handler.statistics(info, module, canonical_weights(info, module), x, g, self.wanted)
+        self._keep(name, {self.prefix + need: parts for need, parts in found.items()})
+        self.done.add((self.prefix, name))
+
+    def _keep(self, name: str, found: Statistics) -> None:
+        for need in found:
+            if need.removeprefix("sampled_") in WEIGHT_SIZED:
+                found[need] = {part: value.cpu() for part, value in found[need].items()}
+        add(self.sums[name], found)
+
+    def _zeros(self, name: str, need: str) -> dict[str, Tensor]:
+        """The statistics of an input and a gradient of zeros: what a module that the loss never sees ends with."""
+        info, module = self.infos[name], self.modules[name]
+        weights = canonical_weights(info, module)
+        weight, handler = weights["weight"], LAYER_TYPES[info.kind]
+        features = weight[0].numel() * info.groups if info.kind != "norm" else info.shape[0]
+        with torch.no_grad():
+            x = weight.new_zeros(1, 1, features)
+            if info.kind == "embedding":
+                x = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
+            g = weight.new_zeros(1, 1, info.shape[-1] if info.kind == "embedding" else info.shape[0])
+            base = need.removeprefix("sampled_")
+            if base == "inputs":
+                shape = info.shape[:1] if info.kind == "embedding" else (features,)
+                return {"weight": weight.new_zeros(shape), "bias": weight.new_zeros(())}
+            return handler.statistics(info, module, weights, x, g, {base})[base]
