@@ -1,8 +1,6 @@
 import json
 import logging
-import math
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from reltune.records import InputError
+from reltune.tasks.losses import LOSSES
 from reltune.tasks.rows import Row
 from reltune.tasks.sequence_classification import SequenceClassification
 from tiny_models import save_tiny_bert, save_tiny_gpt2, tiny_decoder_tokenizer, tiny_tokenizer
@@ -222,17 +221,6 @@ def test_encode_refuses(models):
     assert "line 5" in message and "no tokens" in message
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_loss_per_example(dtype):
-    logits = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 0.5]], dtype=dtype, requires_grad=True)
-    loss = TASK.loss_per_example(SimpleNamespace(logits=logits), {"labels": torch.tensor([1, 2])})
-    expected = [math.log(math.exp(2) + 1 + math.exp(-1)), math.log(3)]
-    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert loss.tolist() == pytest.approx(expected, abs=1e-6)
-    loss.sum().backward()
-    assert logits.grad is not None
-
-
 def test_loss_is_the_models_own(bert):
     change_config(bert, problem_type="multi_label_classification")  # what an earlier training may have left
     model, _ = TASK.load_model(bert)
@@ -240,7 +228,7 @@ def test_loss_is_the_models_own(bert):
     data = TASK.encode(ROWS, tokenizer, 16)
     batch = TASK.collator(tokenizer)([data[i] for i in range(3)])
     outputs = model(**batch)
-    assert TASK.loss_per_example(outputs, batch).mean().item() == pytest.approx(outputs.loss.item())
+    assert LOSSES[TASK.name].per_example(outputs, batch).mean().item() == pytest.approx(outputs.loss.item())
 
 
 def test_metrics():

@@ -233,7 +233,7 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
     relevance = measure_relevance(
         model,
         loader,
-        materials.task.loss_per_example,
+        materials.task.name,
         config.criteria,
         target_modules=config.target_modules,
         exclude_modules=config.exclude_modules,

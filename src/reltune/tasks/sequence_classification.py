@@ -7,15 +7,13 @@ import logging
 import os
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from sklearn.metrics import accuracy_score, f1_score
-from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -192,14 +190,6 @@ class SequenceClassification:
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
         """Pads a batch to its longest text."""
         return DataCollatorWithPadding(tokenizer)
-
-    @staticmethod
-    def loss_per_example(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """Cross entropy in nats of each example, shape (B,), from logits (B, classes); at least float32."""
-        logits = outputs.logits
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
-        return F.cross_entropy(logits, batch["labels"], reduction="none")
 
     @staticmethod
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
