@@ -300,14 +300,18 @@ def _begin(config: RunConfig, overwrite: bool, select: bool = True) -> tuple[Mat
     from reltune import run as stages
 
     directory = stages.RunDirectory(config.output_dir)
-    directory.check_new(overwrite)
+    resumed = not overwrite and directory.continues(config)
+    if not resumed:
+        directory.check_new(overwrite)
     materials = stages.prepare(config)
     stages.check_choice(materials, select)
     materials.check_training()
-    directory.create(config)
+    if not resumed:
+        directory.create(config)
     _say(
         f"{len(materials.train):,} training, {len(materials.validation):,} validation and {len(materials.test):,} test texts, "
         f"{len(materials.task.labels)} classes; {materials.train.n_truncated:,} training texts cut to {config.max_length} tokens."
+        + (" Going on with the interrupted analysis." if resumed else "")
     )
     return materials, directory
 
@@ -401,7 +405,10 @@ def main() -> None:
             traceback.print_exc()
         _fail(error.format_message() if isinstance(error, USAGE_ERROR) else str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; stages that were finished are kept.", 130)
+        _fail(
+            "interrupted; what was finished is kept, and the same command goes on with an analysis that was cut short.",
+            130,
+        )
     except Exception as error:
         if debug:
             traceback.print_exc()

@@ -33,6 +33,7 @@ from reltune.plan.plan import Plan
 from reltune.plan.selection import select as choose_units
 from reltune.records import InputError, MethodResult, RunConfig, RunRecord, write_json, write_text
 from reltune.relevance.measure import analyze as measure_relevance
+from reltune.relevance.partial import FILE as PARTIAL
 from reltune.relevance.scores import RelevanceScores
 from reltune.tasks import rows as reading
 from reltune.tasks.sequence_classification import SequenceClassification
@@ -86,6 +87,15 @@ class RunDirectory:
             raise InputError(
                 f"output_dir {self.path} already holds a run; name another directory or pass --overwrite_output_dir."
             )
+
+    def continues(self, config: RunConfig) -> bool:
+        """Whether an analysis with this config was interrupted here and can go on."""
+        if not (self.relevance / PARTIAL).is_file():
+            return False
+        try:
+            return RunConfig.load(self.config_file) == config
+        except InputError:
+            return False
 
     def check_stage(self, stage: str, overwrite: bool) -> None:
         """Raise InputError if the stage was done already and may not be done again."""
@@ -220,7 +230,9 @@ def _read_splits(config: RunConfig) -> tuple[list[reading.Row], list[reading.Row
 def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
     """Train the new heads briefly, then measure relevance: before the head means something, no gradient does."""
     config, model = materials.config, materials.fresh_model()
-    if materials.new_heads:
+    if materials.new_heads and (run.relevance / PARTIAL).is_file() and run.head.is_file():
+        model = model_with_heads(materials, run)  # the interrupted analysis was of this head
+    elif materials.new_heads:
         train_heads(materials, model, config.head_epochs)
         run.relevance.mkdir(parents=True, exist_ok=True)
         save_file(head_state(model, materials.new_heads), run.head)
@@ -239,6 +251,7 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
         exclude_modules=config.exclude_modules,
         always_trained=materials.new_heads,
         seed=config.seed,
+        resume_directory=run.relevance,
     )
     relevance.provenance |= restrictions(config)
     relevance.save(run.relevance)

@@ -9,9 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
+import os
 import platform
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +32,12 @@ from reltune.layers.inventory import (
     new_parameters,
     take_inventory,
 )
+from reltune.layers.per_example import WEIGHT_SIZED
 from reltune.records import InputError, nearest
 from reltune.relevance import CRITERIA
 from reltune.relevance.collector import AnalysisError, Collector, Sums
 from reltune.relevance.context import Context
+from reltune.relevance.partial import Partial, deferred_signals, flat, nested
 from reltune.relevance.scores import RelevanceScores, assemble
 from reltune.tasks.losses import Loss, as_loss
 
@@ -54,6 +60,7 @@ def analyze(
     always_trained: str | Sequence[str] | None = None,
     seed: int = 42,
     progress: bool = True,
+    resume_directory: str | os.PathLike | None = None,
 ) -> RelevanceScores:
     """Measure how much each unit of ``model`` matters for the task that ``loader`` and ``loss_fn`` define.
 
@@ -71,6 +78,8 @@ def analyze(
             did not find in the checkpoint.
         seed: of the criteria that draw something.
         progress: show a progress bar on stderr.
+        resume_directory: where the sums so far are kept every few minutes and when the analysis is interrupted; called
+            again with the same model, data and arguments, it goes on from there, with the same result. Removed at the end.
 
     The model is analysed in evaluation mode (no dropout) on the device where it is, and handed back as it was. A batch
     that does not fit in memory is halved, with a warning.
@@ -100,7 +109,12 @@ def analyze(
             wanting = [name for name in criteria if CRITERIA[name].NEEDS]
             raise InputError(f"criterion {wanting[0]!r} needs data; pass a loader.")
         data = _Pass(model, as_loss(loss_fn), measured, needs, seed)
-        examples, data_hash = data.over(loader, progress)
+        partial = None
+        if resume_directory is not None:
+            identity = [fingerprint(model), sorted(needs), [info.name for info in measured], seed]
+            key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+            partial = Partial(Path(resume_directory), key)
+        examples, data_hash = data.over(loader, progress, partial)
         sums, mixing = data.collector.sums, data.collector.mixing
         if mixing:
             _leave_out(mixing, bool(target_modules) or len(mixing) == len(measured))
@@ -159,23 +173,45 @@ class _Pass:
         self.device = next(model.parameters()).device
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
-    def over(self, loader: Iterable[Any], progress: bool) -> tuple[int, str]:
+    def over(self, loader: Iterable[Any], progress: bool, partial: Partial | None = None) -> tuple[int, str]:
         """The number of examples and a hash of all tensors in the batches."""
-        digest = hashlib.sha256()
-        examples, probed = 0, False
-        with _frozen(self.model), torch.enable_grad(), self.collector:
+        found = partial.load() if partial else None
+        state: dict[str, Any] = {"batches": 0, "examples": 0, "data": "", "mixing": {}}
+        if found is not None:
+            state, tensors = found
+            self.generator.set_state(tensors.pop("generator"))
+            on_host = {prefix + need for prefix in ("", SAMPLED) for need in WEIGHT_SIZED}
+            self.collector.sums |= nested(tensors, self.device, on_host)
+            self.collector.mixing |= state["mixing"]
+            self.collector.seen |= self.observed | self.sampled
+
+        data, probed = "", False
+        with _frozen(self.model), torch.enable_grad(), self.collector, deferred_signals(partial is not None) as waiting:
             for index, batch in enumerate(tqdm(loader, desc="analyze", unit="batch", disable=not progress)):
-                for tensor in _values(batch):
-                    if isinstance(tensor, Tensor):
-                        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+                data = _chained(data, batch)
+                if index < state["batches"]:
+                    if index == state["batches"] - 1 and data != state["data"]:
+                        raise InputError(
+                            f"the data is not what the interrupted analysis in {partial and partial.path.parent} has seen; "
+                            "give it the same data, or remove that directory."
+                        )
+                    continue
                 batch = _to(batch, self.device)
-                examples += self._add(batch, index)
+                examples = self._add(batch, index)
                 if not probed and _size(batch) > 1 and self.backward_needs:
                     self._probe(_part(batch, 0, 2))
                     probed = True
-        if examples == 0:
+                state.update(batches=index + 1, examples=state["examples"] + examples, data=data)
+                if partial and (waiting or partial.due()):
+                    now = {**state, "mixing": self.collector.mixing}
+                    partial.save(now, {**flat(self.collector.sums), "generator": self.generator.get_state()})
+                if waiting:
+                    signal.raise_signal(waiting.pop())
+        if state["examples"] == 0:
             raise InputError("the loader gave no batch; relevance needs at least one example.")
-        return examples, digest.hexdigest()[:32]
+        if partial:
+            partial.remove()
+        return state["examples"], data
 
     @property
     def backward_needs(self) -> set[str]:
@@ -246,6 +282,15 @@ class _Pass:
         self.collector.expect(2, self.backward_needs, "", pair, probe=True)
         outputs = self.model(**_inputs(pair)) if isinstance(pair, Mapping) else self.model(pair[0])
         self.collector.backward(self.loss.per_example(outputs, pair)[:1])
+
+
+def _chained(before: str, batch: Any) -> str:
+    """Hash of the hash so far and of all tensors in the batch."""
+    digest = hashlib.sha256(before.encode())
+    for tensor in _values(batch):
+        if isinstance(tensor, Tensor):
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _values(batch: Any) -> Iterable[Any]:

@@ -1,0 +1,102 @@
+"""What a data pass has added up so far, kept on disk, so that an interrupted analysis goes on where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FILE = "partial.safetensors"
+EVERY = 300.0  # seconds between two saves; a kill that leaves no time to save costs no more than this
+
+
+class Partial:
+    """``key`` says what is measured on which model: sums of anything else are not continued."""
+
+    def __init__(self, directory: Path, key: str) -> None:
+        self.path, self.key, self.saved = directory / FILE, key, time.monotonic()
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """The state and the tensors that were saved, or None where there are none for this key."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                state = json.loads((file.metadata() or {})["state"])
+                if state["key"] != self.key:
+                    return None
+                return state, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, KeyError, ValueError, SafetensorError):
+            return None
+
+    def due(self) -> bool:
+        return time.monotonic() - self.saved >= EVERY
+
+    def save(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """State and sums in one file, whole or not at all: one without the other would count batches twice."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        written = self.path.with_name(FILE + ".writing")
+        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(held, written, metadata={"state": json.dumps({**state, "key": self.key})})
+        written.replace(self.path)
+        self.saved = time.monotonic()
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def flat(sums: dict[str, dict[str, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    return {
+        f"{need}/{part}/{module}": value
+        for module, needs in sums.items()
+        for need, parts in needs.items()
+        for part, value in parts.items()
+    }
+
+
+def nested(
+    tensors: dict[str, Tensor], device: torch.device, on_host: set[str]
+) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """``flat`` undone; statistics named in ``on_host`` stay there."""
+    sums: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for key, value in tensors.items():
+        need, part, module = key.split("/", 2)
+        place = value if need in on_host else value.to(device)
+        sums.setdefault(module, {}).setdefault(need, {})[part] = place
+    return sums
+
+
+@contextlib.contextmanager
+def deferred_signals(wanted: bool) -> Iterator[list[int]]:
+    """The list where Ctrl-C and termination wait until the batch is whole; raising them is the caller's part.
+
+    A second one takes effect at once. Only the main thread may set handlers; elsewhere signals stay as they are.
+    """
+    waiting: list[int] = []
+    if not wanted or threading.current_thread() is not threading.main_thread():
+        yield waiting
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: Any) -> None:
+        waiting.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield waiting
+    finally:
+        restore()
