@@ -449,7 +449,9 @@ def test_interrupted_runs_go_on_from_the_finished_stages(
         stop_at_step(patch, 2, KeyboardInterrupt())
         answer = new_run(place, "interrupted", *QUICK)
     assert answer.code == 130
-    assert answer.err.endswith("\nreltune: error: interrupted; what was finished is kept, and the same command goes on with an analysis that was cut short.\n")
+    assert answer.err.endswith(
+        "\nreltune: error: interrupted; what was finished is kept, and the same command goes on with an analysis that was cut short.\n"
+    )
     assert "Traceback" not in answer.err
     run = place / "interrupted"
     assert [name for name in STAGES if (run / name).exists()] == ["relevance", "plan"]
