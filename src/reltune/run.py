@@ -90,11 +90,9 @@ class RunDirectory:
 
     def continues(self, config: RunConfig) -> bool:
         """Whether an analysis with this config was interrupted here and can go on."""
-        if not (self.relevance / PARTIAL).is_file():
-            return False
         try:
-            return RunConfig.load(self.config_file) == config
-        except InputError:
+            return (self.relevance / PARTIAL).is_file() and RunConfig.load(self.config_file) == config
+        except (InputError, OSError):  # a name that is too long, say: check_new has the words for it
             return False
 
     def check_stage(self, stage: str, overwrite: bool) -> None:
