@@ -7,9 +7,13 @@ from hypothesis import strategies as st
 
 from reltune.ops import squared_gradient
 from reltune.ops.squared_gradient import (
+    full_precision,
     gram_is_cheaper,
+    grouped_squared_gradient_sums,
+    input_gram,
     squared_gradient_sums,
     squared_gradient_sums_reference,
+    wants_gram,
 )
 
 SHAPES = st.tuples(*[st.integers(1, high) for high in (6, 7, 24, 24)])  # examples, tokens, in, out
@@ -50,12 +54,92 @@ def test_sums_equal_the_definition(shape, seed, block_numbers, gram):
     assert_close(squared_gradient_sums_reference(x, g), wanted, 1e-9)
 
 
+@settings(max_examples=60, deadline=None)
+@given(SHAPES, st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.sampled_from([1, 300, 1 << 26]))
+def test_one_sum_alone_and_a_given_gram_change_nothing(shape, columns, rows, given_gram, gram, block_numbers):
+    x, g = inputs(shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(squared_gradient, "BLOCK_NUMBERS", block_numbers)
+        patch.setattr(squared_gradient, "gram_is_cheaper", lambda *_: gram)
+        found = squared_gradient_sums(x, g, input_gram(x) if given_gram else None, columns=columns, rows=rows)
+    for sums, wanted, asked in zip(found, by_definition(x, g), (columns, rows), strict=True):
+        assert (sums is not None) == asked
+        if sums is not None:
+            assert_close([sums], [wanted], 1e-9)
+
+
+@settings(max_examples=80, deadline=None)
+@given(SHAPES, st.integers(0, 99), st.sampled_from([1, 60, 400, 1 << 26]))
+def test_grouped_rows_are_summed_by_example(shape, seed, block_numbers):
+    """Rows of several examples in any order, examples of unequal length, some without a row."""
+    examples, _, in_features, out_features = shape
+    x, g = (rows.flatten(0, 1) for rows in inputs(shape, seed))
+    example = torch.randint(examples, (len(x),), generator=torch.Generator().manual_seed(seed))
+    gradients = torch.zeros(examples, out_features, in_features, dtype=torch.float64)
+    for s, a, b in zip(example, x, g, strict=True):
+        gradients[s] += b[:, None] * a
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(squared_gradient, "BLOCK_NUMBERS", block_numbers)
+        found = grouped_squared_gradient_sums(x, g, example)
+    squares = gradients.square().sum(0)
+    assert_close(found, (squares.sum(0), squares.sum(1)), 1e-9)
+
+
+def test_no_rows_and_zeros_give_zeros():
+    x, g = inputs((2, 3, 5, 4))
+    for found in (
+        grouped_squared_gradient_sums(x[0, :0], g[0, :0], torch.zeros(0, dtype=torch.int64)),
+        squared_gradient_sums(x * 0, g),
+        squared_gradient_sums(x, g * 0),
+    ):
+        assert [len(sums) for sums in found] == [5, 4]
+        assert not any(sums.any() for sums in found)
+
+
+def test_autocast_and_faster_products_are_kept_out():
+    x, g = inputs((4, 8, 48, 40), dtype=torch.float32)
+    wanted = squared_gradient_sums(x, g)
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = squared_gradient_sums(x, g)
+        assert settings.fp32_precision == "bf16"
+        with pytest.raises(KeyError), full_precision(x.device):
+            assert settings.fp32_precision == "ieee"
+            raise KeyError
+        assert settings.fp32_precision == "bf16"
+    finally:
+        settings.fp32_precision = before
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def test_gram_is_taken_where_it_counts_fewer_operations():
     # BERT-base's square maps at 128 tokens, its feed-forward maps at 512, and where the balance tips: 2·T·2n = n·n.
     assert gram_is_cheaper(128, 768, 768)
     assert gram_is_cheaper(192 - 1, 768, 768) and not gram_is_cheaper(192, 768, 768)
     assert gram_is_cheaper(300, 768, 3072) and not gram_is_cheaper(512, 768, 3072)
     assert not gram_is_cheaper(1, 768, 2)
+    # One sum alone costs half, and K_x that is there already saves its part.
+    assert gram_is_cheaper(383, 768, 768, True, False) and not gram_is_cheaper(384, 768, 768, True, False)
+    assert gram_is_cheaper(200, 768, 768, has_gram=True) and not gram_is_cheaper(256, 768, 768, has_gram=True)
+    assert wants_gram(200, 768, 768) and not wants_gram(200, 768, 768, rows=False)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "out_features", "gram"),
+    [
+        (512, 1024, True),
+        (1024, 1024, False),
+        (1024, 4096, True),
+        (2048, 4096, False),
+        (2048, 14336, True),
+        (4096, 14336, False),
+    ],
+)
+def test_the_rule_for_the_fused_kernel_is_the_measured_one(tokens, out_features, gram):
+    assert gram_is_cheaper(tokens, 4096, out_features, fused=True) == gram
 
 
 @pytest.mark.parametrize("gram", [True, False])

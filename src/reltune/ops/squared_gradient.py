@@ -4,20 +4,29 @@ For y = x Wᵀ the gradient of example s is G_s = g_sᵀ x_s, with x_s (T × in)
 Wanted are Σ_s Σ_o G_s[o, i]² (columns) and Σ_s Σ_i G_s[o, i]² (rows). Two exact ways:
 
 - Gram: with K_g = g gᵀ and K_x = x xᵀ (T × T), column i is Σ_t x[t, i] (K_g x)[t, i] and row o is
-  Σ_t g[t, o] (K_x g)[t, o]; about 4·B·T²·(in + out) operations, O(T²) workspace per example.
+  Σ_t g[t, o] (K_x g)[t, o]; about 4·B·T²·(in + out) operations, O(T²) workspace per example. Maps that share their
+  input share K_x.
 - direct: G_s itself, a few examples at a time; about 2·B·T·in·out operations.
 
 The Gram form is the identity behind "ghost norms" (Goodfellow, arXiv:1510.01799; Li et al., arXiv:2110.05679),
-kept apart by column and by row.
+kept apart by column and by row. Nothing here waits for the device.
 """
 
 from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import overload
 
 import torch
 from torch import Tensor
 
 # Workspace of one block of examples, in numbers (not bytes): 64 Mi float32 numbers are 256 MiB.
 BLOCK_NUMBERS = 1 << 26
+# The same on a CPU, where a block should stay in the cache: at 32 examples × 64 tokens and 384 → 1536 features one
+# block of 32 examples took 2.5 times as long as eight of 4 (direct form; 2 cores).
+CACHED_NUMBERS = 1 << 21
 
 
 def accumulator_dtype(x: Tensor) -> torch.dtype:
@@ -25,35 +34,177 @@ def accumulator_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def gram_is_cheaper(tokens: int, in_features: int, out_features: int) -> bool:
-    """Whether T × T Gram matrices need fewer operations than the gradients themselves (both sums wanted)."""
-    return 2 * tokens * (in_features + out_features) < in_features * out_features
+# The fused kernel (ops/quadratic_form.py) against gradients from bfloat16 products, counted operation for operation,
+# and the passes over each gradient that squaring and adding up take, as tokens' worth of products. Fitted to one H200,
+# 4096 → 1024, 4096 and 14336 features at 512 to 4096 tokens: the rule then picks the faster way in all twelve.
+FUSED_COST, PASSES_COST = 1.2, 2000
 
 
-def squared_gradient_sums(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def is_fused(x: Tensor) -> bool:
+    """Whether the Gram form of inputs like x runs in the fused kernel: bfloat16 on CUDA, with Triton."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and importlib.util.find_spec("triton") is not None
+
+
+def gram_is_cheaper(
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    columns: bool = True,
+    rows: bool = True,
+    has_gram: bool = False,
+    fused: bool = False,
+) -> bool:
+    """Whether T × T Gram matrices cost less than the gradients themselves.
+
+    ``has_gram``: K_x is there already; ``fused``: see `is_fused`. Without the kernel the operations decide. With both
+    sums wanted their count picks the faster way for all of MiniLM's maps at 64, 128 and 256 tokens (measured: 32
+    examples, float32, 2 CPU cores).
+    """
+    gram: float = tokens * (in_features + out_features) * (columns + rows)
+    if rows and has_gram:
+        gram -= tokens * in_features
+    direct: float = in_features * out_features
+    if fused:
+        gram *= FUSED_COST
+        direct *= 1 + PASSES_COST / tokens
+    return gram < direct
+
+
+def wants_gram(
+    tokens: int, in_features: int, out_features: int, columns: bool = True, rows: bool = True, fused: bool = False
+) -> bool:
+    """Whether `squared_gradient_sums` would use K_x if it were given."""
+    return rows and gram_is_cheaper(tokens, in_features, out_features, columns, rows, True, fused)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """float32 products as float32, whatever autocast and the settings for TF32 and bfloat16 products say."""
+    settings = {
+        "cuda": torch.backends.cuda.matmul,
+        "cpu": torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    }.get(device.type)
+    with torch.autocast(device.type, enabled=False):
+        if settings is None:
+            yield
+            return
+        before = settings.fp32_precision
+        settings.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            settings.fp32_precision = before
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for batches of matrices, in the accumulator's dtype."""
+    with full_precision(a.device):
+        if a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16):
+            # Products of two such numbers are exact in float32: nothing need be copied to float32 first.
+            return torch.bmm(a, b, out_dtype=torch.float32)
+        dtype = accumulator_dtype(a)
+        return a.to(dtype) @ b.to(dtype)
+
+
+def input_gram(x: Tensor) -> Tensor:
+    """K_x = x xᵀ (B, T, T) in the accumulator's dtype, for inputs x (B, T, in)."""
+    return _product(x, x.mT)
+
+
+@overload
+def squared_gradient_sums(x: Tensor, g: Tensor, gram: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def squared_gradient_sums(
+    x: Tensor, g: Tensor, gram: Tensor | None = None, *, columns: bool, rows: bool
+) -> tuple[Tensor | None, Tensor | None]: ...
+
+
+def squared_gradient_sums(
+    x: Tensor, g: Tensor, gram: Tensor | None = None, *, columns: bool = True, rows: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
     """Column sums (in,) and row sums (out,) of Σ_s G_s², for inputs x (B, T, in) and output gradients g (B, T, out).
 
-    Computed in float32, or float64 when the inputs are: sums of squares through Gram matrices cancel, and in
-    bfloat16 they cancel badly. Never negative.
+    ``gram`` is `input_gram(x)`, if the caller has it. None for what is not wanted. Computed in float32, or float64
+    when the inputs are: sums of squares through Gram matrices cancel, and in bfloat16 they cancel badly. Never
+    negative.
+    """
+    tokens, in_features, out_features = x.shape[1], x.shape[2], g.shape[2]
+    found_columns = x.new_zeros(in_features, dtype=accumulator_dtype(x)) if columns else None
+    found_rows = x.new_zeros(out_features, dtype=accumulator_dtype(x)) if rows else None
+    if gram_is_cheaper(tokens, in_features, out_features, columns, rows, gram is not None, is_fused(x)):
+        _add_by_gram(x, g, gram, found_columns, found_rows)
+    else:
+        _add_directly(x, g, found_columns, found_rows)
+    return found_columns, found_rows
+
+
+def _examples_per_block(x: Tensor, numbers: int) -> int:
+    """How many examples of so many numbers of workspace each make a block."""
+    return max(1, (BLOCK_NUMBERS if x.is_cuda else min(BLOCK_NUMBERS, CACHED_NUMBERS)) // numbers)
+
+
+def _add_by_gram(x: Tensor, g: Tensor, gram: Tensor | None, columns: Tensor | None, rows: Tensor | None) -> None:
+    fused = is_fused(x) and g.dtype == x.dtype
+    if fused:
+        # Imported where it is used: Triton is no part of torch for CPUs, and takes a while to import.
+        from reltune.ops.quadratic_form import quadratic_forms as forms
+    else:
+        forms = _forms
+    tokens = x.shape[1]
+    step = _examples_per_block(x, 3 * tokens**2 if fused else tokens * (tokens + x.shape[2] + g.shape[2]))
+    for start in range(0, len(x), step):
+        xs, gs = x[start : start + step], g[start : start + step]
+        if columns is not None:
+            columns += forms(input_gram(gs), xs)
+        if rows is not None:
+            rows += forms(input_gram(xs) if gram is None else gram[start : start + step], gs)
+
+
+def _forms(k: Tensor, x: Tensor) -> Tensor:
+    return _product(k, x.to(k.dtype)).mul_(x).sum((0, 1)).clamp_min_(0)
+
+
+def _add_directly(x: Tensor, g: Tensor, columns: Tensor | None, rows: Tensor | None) -> None:
+    in_features, out_features = x.shape[2], g.shape[2]
+    step = _examples_per_block(x, in_features * out_features)
+    outputs = min(out_features, max(1, BLOCK_NUMBERS // in_features))
+    for start in range(0, len(x), step):
+        for first in range(0, out_features, outputs):
+            some = slice(first, first + outputs)
+            squares = _product(g[start : start + step, :, some].mT, x[start : start + step]).square_()
+            if columns is not None:
+                columns += squares.sum((0, 1))
+            if rows is not None:
+                rows[some] += squares.sum((0, 2))
+
+
+def grouped_squared_gradient_sums(x: Tensor, g: Tensor, example: Tensor) -> tuple[Tensor, Tensor]:
+    """Column sums (in,) and row sums (out,) for rows x (n, in), g (n, out) that belong to the examples ``example`` (n,).
+
+    The gradient of example s is the sum of g[j]ᵀ x[j] over the rows j of s, wherever they stand (the tokens that a
+    router sends to one expert; packed rows). Gram form, masked to pairs of rows of one example, block by block:
+    about 2·n²·(in + out) operations.
     """
     dtype = accumulator_dtype(x)
-    batch, tokens, in_features = x.shape
-    out_features = g.shape[2]
-    columns = torch.zeros(in_features, dtype=dtype, device=x.device)
-    rows = torch.zeros(out_features, dtype=dtype, device=x.device)
-    gram = gram_is_cheaper(tokens, in_features, out_features)
-    per_example = tokens * (tokens + in_features + out_features) if gram else in_features * out_features
-    step = max(1, BLOCK_NUMBERS // per_example)
-    for start in range(0, batch, step):
-        xs = x[start : start + step].to(dtype)
-        gs = g[start : start + step].to(dtype)
-        if gram:
-            columns += (xs * ((gs @ gs.mT) @ xs)).sum((0, 1))
-            rows += (gs * ((xs @ xs.mT) @ gs)).sum((0, 1))
-        else:
-            squared = (gs.mT @ xs).square_()
-            columns += squared.sum((0, 1))
-            rows += squared.sum((0, 2))
+    columns = x.new_zeros(x.shape[1], dtype=dtype)
+    rows = g.new_zeros(g.shape[1], dtype=dtype)
+    # A block takes size² numbers for a Gram matrix, and size · features for each of the factors.
+    numbers = BLOCK_NUMBERS if x.is_cuda else min(BLOCK_NUMBERS, CACHED_NUMBERS)
+    size = max(1, min(int(numbers**0.5), numbers // (x.shape[1] + g.shape[1])))
+    starts = range(0, len(x), size)
+    for i in starts:
+        xi, gi, si = x[i : i + size].to(dtype), g[i : i + size].to(dtype), example[i : i + size]
+        for j in starts:
+            if j > i:
+                break
+            xj, gj, sj = x[j : j + size].to(dtype), g[j : j + size].to(dtype), example[j : j + size]
+            same = (si[:, None] == sj[None, :]).to(dtype)
+            if j < i:
+                same *= 2  # the pair (j, i) too
+            columns += _product(_product(gi, gj.mT).mul_(same), xj).mul_(xi).sum(0)
+            rows += _product(_product(xi, xj.mT).mul_(same), gj).mul_(gi).sum(0)
     return columns.clamp_min_(0), rows.clamp_min_(0)
 
 
