@@ -1,4 +1,4 @@
-"""The Triton kernel for quadratic forms, against its PyTorch reference: on the GPU, or else in Triton's interpreter."""
+"""The Triton kernels for sums of squared gradients, against their PyTorch references: on the GPU, or else in Triton's interpreter."""
 
 import os
 
@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="Triton comes with torch for CUDA only")
 from reltune.ops import squared_gradient
 from reltune.ops.quadratic_form import quadratic_forms, quadratic_forms_reference, triangle
 from reltune.ops.squared_gradient import input_gram, squared_gradient_sums, squared_gradient_sums_reference
+from reltune.ops.squared_product import squared_product_sums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Blocks are 128 tokens by 128 features: sizes around them, and far below.
@@ -72,8 +73,22 @@ def test_a_number_that_is_not_finite_is_not_hidden():
     assert quadratic_forms(triangle(g), x).isnan().nonzero().flatten().tolist() == [4]
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 3), TOKENS, FEATURES, FEATURES, st.sampled_from([torch.float32, torch.float16]), st.integers(0, 99)
+)
+def test_squared_products_equal_the_definition(batch, tokens, features, others, dtype, seed):
+    g, x = rows(batch, tokens, others, seed, dtype), rows(batch, tokens, features, seed + 1, dtype)
+    for found, wanted in zip(
+        squared_product_sums(x, g), squared_gradient_sums_reference(x.double(), g.double()), strict=True
+    ):
+        assert found.shape == wanted.shape and found.dtype == torch.float32
+        assert (found - wanted).abs().max() <= 2e-6 * wanted.max()
+
+
+@pytest.mark.parametrize("gram", [True, False])
 @pytest.mark.parametrize("cancels", [False, True])
-def test_sums_of_the_narrowest_type_are_those_of_float64(cancels, monkeypatch):
+def test_sums_of_the_narrowest_type_are_those_of_float64(cancels, gram, monkeypatch):
     """bfloat16 on a GPU; the interpreter has no bfloat16 products, so float16 goes through the same code there."""
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
     monkeypatch.setattr(squared_gradient, "is_fused", lambda x: True)
@@ -82,7 +97,7 @@ def test_sums_of_the_narrowest_type_are_those_of_float64(cancels, monkeypatch):
         x, g = x + 10, g - g.mean(1, keepdim=True)
     x, g = x.to(dtype), g.to(dtype)
     wanted = squared_gradient_sums_reference(x.double(), g.double())
-    monkeypatch.setattr(squared_gradient, "gram_is_cheaper", lambda *_: True)
+    monkeypatch.setattr(squared_gradient, "gram_is_cheaper", lambda *_: gram)
     for given_gram in (None, input_gram(x)):
         for a, b in zip(squared_gradient_sums(x, g, given_gram), wanted, strict=True):
             assert (a - b).abs().max() <= (2e-3 if cancels else 1e-4) * b.max()
