@@ -6,7 +6,6 @@ gradient that belong to an example carry that example's gradient alone. No weigh
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,7 +13,7 @@ import os
 import platform
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from reltune.layers.inventory import (
 from reltune.layers.per_example import WEIGHT_SIZED
 from reltune.records import InputError, nearest
 from reltune.relevance import CRITERIA
+from reltune.relevance.batches import batch_size, chained, forward, frozen, moved, part_of, with_labels
 from reltune.relevance.collector import AnalysisError, Collector, Sums
 from reltune.relevance.context import Context
 from reltune.relevance.partial import Partial, deferred_signals, flat, nested
@@ -186,9 +186,9 @@ class _Pass:
             self.collector.seen |= self.observed | self.sampled
 
         data, probed = "", False
-        with _frozen(self.model), torch.enable_grad(), self.collector, deferred_signals(partial is not None) as waiting:
+        with frozen(self.model), torch.enable_grad(), self.collector, deferred_signals(partial is not None) as waiting:
             for index, batch in enumerate(tqdm(loader, desc="analyze", unit="batch", disable=not progress)):
-                data = _chained(data, batch)
+                data = chained(data, batch)
                 if index < state["batches"]:
                     if index == state["batches"] - 1 and data != state["data"]:
                         raise InputError(
@@ -196,10 +196,10 @@ class _Pass:
                             "give it the same data, or remove that directory."
                         )
                     continue
-                batch = _to(batch, self.device)
+                batch = moved(batch, self.device)
                 examples = self._add(batch, index)
-                if not probed and _size(batch) > 1 and self.backward_needs:
-                    self._probe(_part(batch, 0, 2))
+                if not probed and batch_size(batch) > 1 and self.backward_needs:
+                    self._probe(part_of(batch, 0, 2))
                     probed = True
                 state.update(batches=index + 1, examples=state["examples"] + examples, data=data)
                 if partial and (waiting or partial.due()):
@@ -227,30 +227,30 @@ class _Pass:
             if self.sampled:
                 examples = self._run(batch, {need.removeprefix(SAMPLED) for need in self.sampled}, SAMPLED)
         except (torch.OutOfMemoryError, MemoryError):
-            if _size(batch) < 2:
+            if batch_size(batch) < 2:
                 raise
         else:
             self.collector.finish()
             return examples
         # Outside the handler, which keeps the failed pass's tensors alive.
-        size = _size(batch)
+        size = batch_size(batch)
         skip = self.collector.abandon()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         warnings.warn(f"out of memory with {size} examples; going on with {size // 2} at a time.", stacklevel=4)
-        halves = _part(batch, 0, size // 2), _part(batch, size // 2, size)
+        halves = part_of(batch, 0, size // 2), part_of(batch, size // 2, size)
         return sum(self._add(half, index, skip) for half in halves)
 
     def _run(self, batch: Any, wanted: set[str], prefix: str) -> int:
         with torch.set_grad_enabled(wanted != {INPUTS}):
-            self.collector.expect(_size(batch), wanted, prefix, batch)
-            outputs = self.model(**_inputs(batch)) if isinstance(batch, Mapping) else self.model(batch[0])
+            self.collector.expect(batch_size(batch), wanted, prefix, batch)
+            outputs = forward(self.model, batch)
             self.collector.forward_done()
             if wanted == {INPUTS}:
-                return _size(batch)
+                return batch_size(batch)
             if prefix:
                 with torch.no_grad():
-                    batch = _with_labels(batch, self.loss.sample_labels(outputs, batch, self.generator))
+                    batch = with_labels(batch, self.loss.sample_labels(outputs, batch, self.generator))
             losses = self._losses(outputs, batch)
             self.collector.backward(losses)
         return len(losses)
@@ -262,9 +262,9 @@ class _Pass:
                 f"loss_fn gave a tensor of shape {tuple(losses.shape)}; it must give one loss per example, shape "
                 "(batch,): leave out the reduction."
             )
-        if len(losses) != _size(batch):
+        if len(losses) != batch_size(batch):
             raise InputError(
-                f"loss_fn gave {len(losses)} losses for {_size(batch)} examples; it must give one loss per example: leave "
+                f"loss_fn gave {len(losses)} losses for {batch_size(batch)} examples; it must give one loss per example: leave "
                 "out the reduction."
             )
         if not torch.isfinite(losses).all():
@@ -280,72 +280,5 @@ class _Pass:
         """Differentiate the loss of the first of two examples: where the second's rows get a gradient too, the module
         mixes examples, or its input's first axis is not the examples."""
         self.collector.expect(2, self.backward_needs, "", pair, probe=True)
-        outputs = self.model(**_inputs(pair)) if isinstance(pair, Mapping) else self.model(pair[0])
+        outputs = forward(self.model, pair)
         self.collector.backward(self.loss.per_example(outputs, pair)[:1])
-
-
-def _chained(before: str, batch: Any) -> str:
-    """Hash of the hash so far and of all tensors in the batch."""
-    digest = hashlib.sha256(before.encode())
-    for tensor in _values(batch):
-        if isinstance(tensor, Tensor):
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _values(batch: Any) -> Iterable[Any]:
-    if isinstance(batch, Mapping):
-        return batch.values()
-    if not isinstance(batch, list | tuple):
-        raise InputError(
-            f"the loader gave a batch of type {type(batch).__name__}; "
-            "give mappings of tensors or (inputs, labels) pairs."
-        )
-    return batch
-
-
-def _like(batch: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(batch, Mapping):
-        return {key: change(value) for key, value in batch.items()}
-    return tuple(change(value) for value in batch)
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    return _like(batch, lambda value: value.to(device) if isinstance(value, Tensor) else value)
-
-
-def _size(batch: Any) -> int:
-    """The number of examples, which is the labels' where there are any."""
-    values = list(_values(batch))
-    labels = batch.get("labels") if isinstance(batch, Mapping) else values[-1]
-    tensors = [value for value in (labels, *values) if isinstance(value, Tensor) and value.ndim]
-    return len(tensors[0]) if tensors else 1
-
-
-def _part(batch: Any, start: int, stop: int) -> Any:
-    size = _size(batch)
-    return _like(batch, lambda v: v[start:stop] if isinstance(v, Tensor) and v.ndim and len(v) == size else v)
-
-
-def _with_labels(batch: Any, labels: Tensor) -> Any:
-    return {**batch, "labels": labels} if isinstance(batch, Mapping) else (*batch[:-1], labels)
-
-
-def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in batch.items() if key != "labels"}
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no weight gradients, for as long as the context lasts."""
-    required = {name: p.requires_grad for name, p in model.named_parameters()}
-    modes = {name: module.training for name, module in model.named_modules()}
-    try:
-        model.eval()
-        model.requires_grad_(False)
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(required[name])
-        for name, module in model.named_modules():
-            module.training = modes[name]
