@@ -22,6 +22,9 @@ CRITERIA = (
     "gradient_snr",
     "activation",
     "magnitude",
+    "ablation",
+    "correlation",
+    "movement",
     "random",
     "depth",
 )
@@ -159,7 +162,9 @@ def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
 class Heatmap:
     """Relevance by place: ``values[i][j]`` belongs to layer ``rows[i]`` and module ``columns[j]``.
 
-    ``None`` where a layer has no such module. ``share_by_layer[i]`` is the layer's share of all relevance (0..1).
+    ``None`` where a layer has no such module. ``share_by_layer[i]`` is the layer's share of all relevance (0..1). Where
+    relevance does not add up (``adds_up``), shares are of the sum of absolute values, with the sign of the value, and a
+    layer's is that of its own score, 0 for modules outside the layers.
     """
 
     criterion: str
@@ -167,6 +172,7 @@ class Heatmap:
     columns: list[str]
     values: list[list[float | None]]
     share_by_layer: list[float]
+    adds_up: bool = True
 
 
 @dataclasses.dataclass

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from reltune.layers.fingerprint import fingerprint
+from reltune.layers.heads import heads_of
 from reltune.layers.inventory import (
     ModuleInfo,
     canonical_weights,
@@ -37,6 +38,7 @@ from reltune.relevance import CRITERIA
 from reltune.relevance.batches import batch_size, chained, forward, frozen, moved, part_of, with_labels
 from reltune.relevance.collector import AnalysisError, Collector, Sums
 from reltune.relevance.context import Context
+from reltune.relevance.experiment import Experiment, Parts, checked_options, random_state_kept
 from reltune.relevance.partial import Partial, deferred_signals, flat, nested
 from reltune.relevance.scores import RelevanceScores, assemble
 from reltune.tasks.losses import Loss, as_loss
@@ -45,6 +47,7 @@ __all__ = ["AnalysisError", "analyze"]
 
 LossFunction = Callable[[Any, Any], Tensor]  # loss_fn(outputs, batch) -> (B,)
 SAMPLED = "sampled_"  # statistics of the pass whose labels are drawn from the model
+NO_DATA = "the loader gave no batch; relevance needs at least one example."
 INPUTS = "inputs"  # the statistic that needs no backward pass
 
 
@@ -61,6 +64,7 @@ def analyze(
     seed: int = 42,
     progress: bool = True,
     resume_directory: str | os.PathLike | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> RelevanceScores:
     """Measure how much each unit of ``model`` matters for the task that ``loader`` and ``loss_fn`` define.
 
@@ -81,6 +85,11 @@ def analyze(
         resume_directory: where the sums so far are kept every few minutes and when the analysis is interrupted; called
             again with the same model, data and arguments, it goes on from there, with the same result. Removed at the end.
 
+        options: of criteria that have some, as ``{"correlation": {"max_trials": 400}}``; their files say which.
+
+    Criteria measured from behaviour (ablation, correlation, movement) pass over the data many times, so that all batches
+    are then held in host memory.
+
     The model is analysed in evaluation mode (no dropout) on the device where it is, and handed back as it was. A batch
     that does not fit in memory is halved, with a warning.
 
@@ -99,39 +108,83 @@ def analyze(
     chosen = set(choose(inventory, target_modules, exclude_modules))
     measured = [info for info in inventory.modules if info.name in chosen]
 
+    behaviour = [name for name in criteria if hasattr(CRITERIA[name], "measure")]
+    statistical = [name for name in criteria if name not in behaviour]
+    asked = checked_options({name: CRITERIA[name] for name in behaviour}, options)
     needs: set[str] = set()
-    for name in criteria:
+    for name in statistical:
         needs |= {*CRITERIA[name].NEEDS, *(CRITERIA[name].ELEMENT_NEEDS if elements else ())}
     examples, data_hash = 0, ""
     sums: Sums = {}
+    parts: dict[str, Parts] = {}
+    facts: dict[str, Any] = {}
+    kept: list[Partial] = []
+    if behaviour:
+        if loader is None:
+            raise InputError(f"criterion {behaviour[0]!r} needs data; pass a loader.")
+        loader = list(loader)
+        examples = sum(map(batch_size, loader))
+        if examples == 0:
+            raise InputError(NO_DATA)
+        for batch in loader:
+            data_hash = chained(data_hash, batch)
+        of_measured = dataclasses.replace(inventory, modules=measured)
+        groups, loss = heads_of(model, of_measured), as_loss(loss_fn)
+        for name in behaviour:
+            partial = None
+            if resume_directory is not None:
+                what = [name, dataclasses.asdict(asked[name])]
+                partial = Partial(Path(resume_directory), _key(model, measured, seed, what), name)
+                kept.append(partial)  # until all criteria are done: the next one may be interrupted too
+            experiment = Experiment(
+                criterion=name,
+                model=model,
+                loss=loss,
+                inventory=of_measured,
+                heads=groups,
+                batches=loader,
+                options=asked[name],
+                seed=seed,
+                progress=progress,
+                partial=partial,
+                data=data_hash,
+                elements=elements,
+            )
+            with frozen(model), random_state_kept(experiment.device):
+                parts[name], found = CRITERIA[name].measure(experiment)
+            facts[name] = {**dataclasses.asdict(asked[name]), **found}
     if needs:
         if loader is None:
-            wanting = [name for name in criteria if CRITERIA[name].NEEDS]
+            wanting = [name for name in statistical if CRITERIA[name].NEEDS]
             raise InputError(f"criterion {wanting[0]!r} needs data; pass a loader.")
         data = _Pass(model, as_loss(loss_fn), measured, needs, seed)
         partial = None
         if resume_directory is not None:
-            identity = [fingerprint(model), sorted(needs), [info.name for info in measured], seed]
-            key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-            partial = Partial(Path(resume_directory), key)
+            partial = Partial(Path(resume_directory), _key(model, measured, seed, sorted(needs)))
         examples, data_hash = data.over(loader, progress, partial)
         sums, mixing = data.collector.sums, data.collector.mixing
         if mixing:
             _leave_out(mixing, bool(target_modules) or len(mixing) == len(measured))
             measured = [info for info in measured if info.name not in mixing]
             inventory.left_out |= {f"{name}.weight": reason for name, reason in mixing.items()}
+            for of in parts.values():
+                for name in mixing:
+                    of.pop(name, None)
+    for partial in kept:
+        partial.remove()
 
     context = Context(examples, seed)
     modules = dict(model.named_modules())
-    parts = {
+    parts |= {
         name: assemble(
             CRITERIA[name],
             [(info, canonical_weights(info, modules[info.name]), sums.get(info.name, {})) for info in measured],
             context,
             elements,
         )
-        for name in criteria
+        for name in statistical
     }
+    parts = {name: parts[name] for name in criteria}
     provenance = {
         "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
         "architecture": type(model).__name__,
@@ -139,6 +192,7 @@ def analyze(
         "examples": examples,
         "data": data_hash,
         "seed": seed,
+        **facts,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -147,6 +201,12 @@ def analyze(
     }
     inventory = dataclasses.replace(inventory, modules=measured)
     return RelevanceScores(parts, inventory, heads, fingerprint(model, heads), provenance)
+
+
+def _key(model: nn.Module, measured: Sequence[ModuleInfo], seed: int, what: Any) -> str:
+    """Names what is measured on which model, for a partial result."""
+    identity = [fingerprint(model), what, [info.name for info in measured], seed]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 def _leave_out(mixing: Mapping[str, str], named: bool) -> None:
@@ -208,7 +268,7 @@ class _Pass:
                 if waiting:
                     signal.raise_signal(waiting.pop())
         if state["examples"] == 0:
-            raise InputError("the loader gave no batch; relevance needs at least one example.")
+            raise InputError(NO_DATA)
         if partial:
             partial.remove()
         return state["examples"], data

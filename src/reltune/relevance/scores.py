@@ -23,14 +23,15 @@ from reltune.records import Heatmap, InputError, nearest, write_json
 from reltune.relevance.context import Context
 
 FORMAT = "reltune-relevance-2"
-KINDS = ("layer", "module", "column", "row", "element", "bias", "norm")
+KINDS = ("layer", "module", "head", "column", "row", "element", "bias", "norm")
 
 
 @dataclasses.dataclass
 class RelevanceScores:
     """``parts[criterion][module][part]``: column (in,), row (out,), weight (), bias () or norm (), as layers/units.py has
     them; element and element_bias where single weights were scored. Relevance that does not add up has parts of its own
-    for larger units: module () of a module, layer () under a layer's name.
+    for larger units: module () of a module, layer () under a layer's name, head (heads,) under an attention module's. The
+    ends of a score's 95% interval, where it has one, are in parts named after its own: module_low, module_high.
 
     ``provenance`` says on which model, data and versions the scores were measured.
     """
@@ -59,7 +60,7 @@ class RelevanceScores:
         """Relevance of every unit of a kind, by layer or module name.
 
         ``layer``, ``module``, ``bias`` and ``norm`` give one number () per name; ``column`` (in,) and ``row`` (out,)
-        give one number per feature.
+        give one number per feature, ``head`` (heads,) one per head. Empty for a kind that the criterion does not score.
         """
         criterion = self.criterion(criterion)
         parts = self.parts[criterion]
@@ -70,12 +71,32 @@ class RelevanceScores:
             return own
         total: dict[str, Tensor] = {}
         for name, found in parts.items():
-            key = name if kind == "module" else self.inventory[name].layer
-            if not found or (kind == "layer" and not self.inventory[name].in_block):
+            summands = [found[part] for part in ("weight", "bias", "norm") if part in found]
+            if not summands or (kind == "layer" and not self.inventory[name].in_block):
                 continue
-            relevance = sum(found[part] for part in ("weight", "bias", "norm") if part in found)
-            total[key] = total[key] + relevance if key in total else relevance  # type: ignore[assignment]
+            key = name if kind == "module" else self.inventory[name].layer
+            relevance = torch.stack(summands).sum(0)
+            total[key] = total[key] + relevance if key in total else relevance
         return total
+
+    def interval(self, kind: str, criterion: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """The ends of the 95% interval of every unit of a kind, in the shapes of ``by``."""
+        criterion = self.criterion(criterion)
+        ends = (f"{kind}_low", f"{kind}_high")
+        found = {
+            name: (parts[ends[0]], parts[ends[1]]) for name, parts in self.parts[criterion].items() if ends[0] in parts
+        }
+        if not found:
+            raise InputError(
+                f"{criterion} gives no intervals for granularity {kind!r}; correlation does for those it scores."
+            )
+        return found
+
+    def adds_up(self, criterion: str | None = None) -> bool:
+        """Whether a layer's relevance is the sum of its modules'."""
+        return not any(
+            "layer" in found or "module" in found for found in self.parts[self.criterion(criterion)].values()
+        )
 
     def compare(
         self, other: RelevanceScores | None = None, kind: str = "module", top: float = 0.1
@@ -107,7 +128,7 @@ class RelevanceScores:
                     "first": first,
                     "second": second,
                     "units": len(x),
-                    "spearman": _spearman(x, y),
+                    "spearman": spearman(x, y),
                     "overlap": len(best[0] & best[1]) / count,
                 }
             )
@@ -126,24 +147,38 @@ class RelevanceScores:
             info = self.inventory[name]
             column = info.place if info.in_block else "(outside the layers)"
             values[rows.index(info.layer)][columns.index(column)] = float(relevance)
-        by_row = [math.fsum(v for v in row if v is not None) for row in values]
-        total = math.fsum(by_row) or 1.0
-        return Heatmap(criterion, rows, columns, values, [row / total for row in by_row])
+        layers = {} if self.adds_up(criterion) else self.by("layer", criterion)
+        if layers:  # of the layers alone: a module's own score is none of a layer's kind
+            by_row = [float(layers[row]) if row in layers else 0.0 for row in rows]
+        else:
+            by_row = [math.fsum(v for v in row if v is not None) for row in values]
+        total = math.fsum(map(abs, by_row)) or 1.0
+        return Heatmap(criterion, rows, columns, values, [row / total for row in by_row], self.adds_up(criterion))
 
     def depth_sentence(self, criterion: str | None = None) -> str:
         """One line: where relevance lies by depth."""
         criterion = self.criterion(criterion)
         layers = {name: float(value) for name, value in self.by("layer", criterion).items()}
         if len(layers) < 2:
+            known = {info.layer for info in self.inventory.modules if info.in_block}
+            if len(known) >= 2:
+                return f"{criterion} does not score layers here, so it says nothing about depth."
             return f"The model has fewer than two layers, so {criterion} relevance has no depth to lie in."
-        total = math.fsum(layers.values()) or 1.0
-        shares = [value / total for value in layers.values()]
-        top = max(range(len(shares)), key=shares.__getitem__)
-        half = len(shares) // 2
-        upper = math.fsum(shares[len(shares) - half :])
+        scores = list(layers.values())
+        top = max(range(len(scores)), key=scores.__getitem__)
+        half = len(scores) // 2
+        if not self.adds_up(criterion):  # shares would be of a sum that means nothing, and that may be negative
+            upper, lower = (math.fsum(some) / len(some) for some in (scores[len(scores) - half :], scores[:-half]))
+            return (
+                f"By {criterion}, layer {top} of 0–{len(scores) - 1} matters most ({scores[top]:.3g}); the top layer has "
+                f"{scores[-1]:.3g}, the upper {half} of {len(scores)} layers {upper:.3g} on average and those below {lower:.3g}."
+            )
+        total = math.fsum(scores) or 1.0
+        shares = [value / total for value in scores]
         return (
             f"By {criterion}, layer {top} of 0–{len(shares) - 1} matters most ({shares[top]:.0%} of the layers' relevance); "
-            f"the top layer holds {shares[-1]:.0%}, the upper {half} of {len(shares)} layers together {upper:.0%}."
+            f"the top layer holds {shares[-1]:.0%}, the upper {half} of {len(shares)} layers together "
+            f"{math.fsum(shares[len(shares) - half :]):.0%}."
         )
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -168,10 +203,16 @@ class RelevanceScores:
                 "tensors": len(tensors),
                 "fingerprint": self.fingerprint,
                 "always_trained": self.always_trained,
+                "heads": self._heads(),
                 "provenance": self.provenance,
                 **inventory,
             },
         )
+
+    def _heads(self) -> dict[str, int]:
+        """How many heads each attention module has that is scored by head."""
+        found = ((name, parts["head"]) for of in self.parts.values() for name, parts in of.items() if "head" in parts)
+        return {name: len(scores) for name, scores in found}
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> RelevanceScores:
@@ -193,6 +234,10 @@ class RelevanceScores:
                 raise ValueError(f"scores.safetensors has {len(tensors)} tensors and not {values['tensors']}")
             shapes = {info.name: part_shapes(info) for info in modules}
             shapes |= {info.layer: {"layer": ()} for info in modules if info.in_block}
+            for name, count in values.get("heads", {}).items():
+                shapes[name] = {**shapes.get(name, {}), "head": (count,)}
+            for of in shapes.values():
+                of |= {f"{part}_{end}": of[part] for part in KINDS if part in of for end in ("low", "high")}
             parts: dict[str, dict[str, dict[str, Tensor]]] = {
                 criterion: {info.name: {} for info in modules} for criterion in values["criteria"]
             }
@@ -262,7 +307,7 @@ def _whole(parts: Parts) -> Tensor:
     return torch.stack(values).sum(0)
 
 
-def _spearman(x: Tensor, y: Tensor) -> float:
+def spearman(x: Tensor, y: Tensor) -> float:
     ranks = torch.stack([_ranks(x), _ranks(y)])
     ranks = ranks - ranks.mean(1, keepdim=True)
     return float((ranks[0] @ ranks[1]) / (ranks[0].norm() * ranks[1].norm()))
