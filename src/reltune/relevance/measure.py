@@ -7,7 +7,6 @@ gradient that belong to an example carry that example's gradient alone. No weigh
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -121,6 +120,7 @@ def analyze(
             measured = [info for info in measured if info.name not in mixing]
             inventory.left_out |= {f"{name}.weight": reason for name, reason in mixing.items()}
 
+    inventory = inventory.only({info.name for info in measured})
     context = Context(examples, seed)
     modules = dict(model.named_modules())
     parts = {
@@ -129,6 +129,7 @@ def analyze(
             [(info, canonical_weights(info, modules[info.name]), sums.get(info.name, {})) for info in measured],
             context,
             elements,
+            inventory.heads,
         )
         for name in criteria
     }
@@ -145,7 +146,6 @@ def analyze(
             "transformers": transformers.__version__,
         },
     }
-    inventory = dataclasses.replace(inventory, modules=measured)
     return RelevanceScores(parts, inventory, heads, fingerprint(model, heads), provenance)
 
 

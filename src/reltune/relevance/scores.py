@@ -17,20 +17,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from reltune.layers.heads import HeadGroup
 from reltune.layers.inventory import Inventory
 from reltune.layers.units import ModuleInfo, Parts, part_shapes
 from reltune.records import Heatmap, InputError, nearest, write_json
 from reltune.relevance.context import Context
 
-FORMAT = "reltune-relevance-2"
-KINDS = ("layer", "module", "column", "row", "element", "bias", "norm")
+FORMAT = "reltune-relevance-3"
+KINDS = ("layer", "module", "head", "column", "row", "element", "bias", "norm")
 
 
 @dataclasses.dataclass
 class RelevanceScores:
     """``parts[criterion][module][part]``: column (in,), row (out,), weight (), bias () or norm (), as layers/units.py has
     them; element and element_bias where single weights were scored. Relevance that does not add up has parts of its own
-    for larger units: module () of a module, layer () under a layer's name.
+    for larger units: module () of a module, layer () under a layer's name, head (heads,) under an attention module's.
 
     ``provenance`` says on which model, data and versions the scores were measured.
     """
@@ -59,20 +60,23 @@ class RelevanceScores:
         """Relevance of every unit of a kind, by layer or module name.
 
         ``layer``, ``module``, ``bias`` and ``norm`` give one number () per name; ``column`` (in,) and ``row`` (out,)
-        give one number per feature.
+        give one number per feature; ``head`` (heads,) gives one number per head of each attention module (layers/heads.py).
         """
         criterion = self.criterion(criterion)
         parts = self.parts[criterion]
         if kind not in KINDS:
             raise InputError(f"granularity {kind!r} is unknown; {nearest(kind, KINDS)}")
         own = {name: found[kind] for name, found in parts.items() if kind in found}
+        if kind == "head" and not own:
+            sums = {group.name: group.add_up(parts) for group in self.inventory.heads}
+            return {name: total for name, total in sums.items() if total is not None}
         if own or kind not in ("module", "layer"):
             return own
         total: dict[str, Tensor] = {}
         for name, found in parts.items():
-            key = name if kind == "module" else self.inventory[name].layer
-            if not found or (kind == "layer" and not self.inventory[name].in_block):
+            if not found or name not in self.inventory or (kind == "layer" and not self.inventory[name].in_block):
                 continue
+            key = name if kind == "module" else self.inventory[name].layer
             relevance = sum(found[part] for part in ("weight", "bias", "norm") if part in found)
             total[key] = total[key] + relevance if key in total else relevance  # type: ignore[assignment]
         return total
@@ -192,7 +196,10 @@ class RelevanceScores:
             if len(tensors) != values["tensors"]:
                 raise ValueError(f"scores.safetensors has {len(tensors)} tensors and not {values['tensors']}")
             shapes = {info.name: part_shapes(info) for info in modules}
+            heads = [HeadGroup(**group) for group in values["heads"]]
             shapes |= {info.layer: {"layer": ()} for info in modules if info.in_block}
+            for group in heads:
+                shapes[group.name] = {**shapes.get(group.name, {}), "head": (group.heads,)}
             parts: dict[str, dict[str, dict[str, Tensor]]] = {
                 criterion: {info.name: {} for info in modules} for criterion in values["criteria"]
             }
@@ -210,7 +217,9 @@ class RelevanceScores:
             if tensors:
                 raise ValueError(f"scores.json does not know {next(iter(tensors))}")
             counts = values["base_parameters"], values["head_parameters"]
-            inventory = Inventory(modules, values["left_out"], *counts)
+            inventory = Inventory(modules, values["left_out"], *counts, heads, values["without_heads"])
+            for group in heads:
+                group.check(inventory)
             return cls(parts, inventory, values["always_trained"], values["fingerprint"], values["provenance"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -223,11 +232,14 @@ def assemble(
     modules: Sequence[tuple[ModuleInfo, Mapping[str, Tensor], Mapping[str, Mapping[str, Tensor]]]],
     context: Context,
     elements: bool = False,
+    heads: Sequence[HeadGroup] = (),
 ) -> dict[str, dict[str, Tensor]]:
     """One criterion's ``parts`` from each module's weights and statistics (relevance/__init__.py says what it has)."""
     combine = getattr(criterion, "combine", None)
     parts: dict[str, dict[str, Tensor]] = {}
     layers: dict[str, tuple[Parts, ...]] = {}
+    held_by_heads = {name for group in heads for name in group.modules} if combine is not None else set()
+    inside_heads: dict[str, tuple[Parts, ...]] = {}
     for info, weights, sums in modules:
         quantities = tuple(
             {part: value.detach().cpu() for part, value in of.items()}
@@ -235,6 +247,8 @@ def assemble(
         )
         found = quantities[0]
         if combine is not None and found:
+            if info.name in held_by_heads:
+                inside_heads[info.name] = quantities
             quantities = tuple({**of, "module": _whole(of)} for of in quantities)
             found = {part: combine(*(of[part] for of in quantities)) for part in quantities[0]}
             if info.in_block:
@@ -253,6 +267,12 @@ def assemble(
     if combine is not None:
         for layer, of in layers.items():
             parts[layer] = {"layer": combine(*(quantity["layer"] for quantity in of))}
+        for group in heads:
+            if all(name in inside_heads for name in group.modules):
+                by_quantity = zip(*(inside_heads[name] for name in group.modules), strict=True)
+                sums = [group.add_up(dict(zip(group.modules, of, strict=True))) for of in by_quantity]
+                if all(total is not None for total in sums):
+                    parts.setdefault(group.name, {})["head"] = combine(*sums)
     return parts
 
 
