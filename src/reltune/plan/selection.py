@@ -109,10 +109,10 @@ def select(
         if not pieces or used + sum(added) > limit:
             continue
         for piece, more in zip(pieces, added, strict=True):
-            module = piece.info.name
-            _take(chosen.setdefault(module, ModulePlan(piece.info.shape)), piece)
-            held[module] = held.get(module, 0) + more
-            taken.setdefault((module, piece.kind), set()).update(piece.indices)
+            of_module = piece.info.name
+            _take(chosen.setdefault(of_module, ModulePlan(piece.info.shape)), piece)
+            held[of_module] = held.get(of_module, 0) + more
+            taken.setdefault((of_module, piece.kind), set()).update(piece.indices)
         used += sum(added)
 
     for module in chosen.values():

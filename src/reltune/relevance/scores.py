@@ -270,9 +270,9 @@ def assemble(
         for group in heads:
             if all(name in inside_heads for name in group.modules):
                 by_quantity = zip(*(inside_heads[name] for name in group.modules), strict=True)
-                sums = [group.add_up(dict(zip(group.modules, of, strict=True))) for of in by_quantity]
-                if all(total is not None for total in sums):
-                    parts.setdefault(group.name, {})["head"] = combine(*sums)
+                totals = [group.add_up(dict(zip(group.modules, of, strict=True))) for of in by_quantity]
+                if all(total is not None for total in totals):
+                    parts.setdefault(group.name, {})["head"] = combine(*totals)
     return parts
 
 
