@@ -28,7 +28,7 @@ CRITERIA = (
     "random",
     "depth",
 )
-GRANULARITIES = ("layer", "module", "column", "row", "bias", "norm")
+GRANULARITIES = ("layer", "module", "head", "column", "row", "bias", "norm")
 
 
 DATASETS = ("bbc_news",)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from reltune.layers.heads import HeadGroup
 from reltune.layers.inventory import Inventory
 from reltune.records import InputError, nearest
 from reltune.relevance.batches import batch_size, forward, moved, part_of
@@ -69,13 +68,12 @@ def known_words(name: str, values: Sequence[str], known: Sequence[str]) -> None:
 
 @dataclasses.dataclass
 class Experiment:
-    """``options`` are the criterion's own; ``measured`` modules are the inventory's, ``layers`` their blocks."""
+    """``options`` are the criterion's own; ``inventory`` holds the modules and heads that may be measured."""
 
     criterion: str
     model: nn.Module
     loss: Loss
     inventory: Inventory
-    heads: list[HeadGroup]
     batches: list[Any]
     options: Any
     seed: int

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from reltune.layers.fingerprint import fingerprint
-from reltune.layers.heads import heads_of
 from reltune.layers.inventory import (
     ModuleInfo,
     canonical_weights,
@@ -128,8 +127,7 @@ def analyze(
             raise InputError(NO_DATA)
         for batch in loader:
             data_hash = chained(data_hash, batch)
-        of_measured = dataclasses.replace(inventory, modules=measured)
-        groups, loss = heads_of(model, of_measured), as_loss(loss_fn)
+        of_measured, loss = inventory.only(chosen), as_loss(loss_fn)
         for name in behaviour:
             partial = None
             if resume_directory is not None:
@@ -141,7 +139,6 @@ def analyze(
                 model=model,
                 loss=loss,
                 inventory=of_measured,
-                heads=groups,
                 batches=loader,
                 options=asked[name],
                 seed=seed,
@@ -173,6 +170,7 @@ def analyze(
     for partial in kept:
         partial.remove()
 
+    inventory = inventory.only({info.name for info in measured})
     context = Context(examples, seed)
     modules = dict(model.named_modules())
     parts |= {
@@ -181,6 +179,7 @@ def analyze(
             [(info, canonical_weights(info, modules[info.name]), sums.get(info.name, {})) for info in measured],
             context,
             elements,
+            inventory.heads,
         )
         for name in statistical
     }
@@ -199,7 +198,6 @@ def analyze(
             "transformers": transformers.__version__,
         },
     }
-    inventory = dataclasses.replace(inventory, modules=measured)
     return RelevanceScores(parts, inventory, heads, fingerprint(model, heads), provenance)
 
 

@@ -54,14 +54,14 @@ class Neutral:
         self.model = experiment.model
         self.by_mean = replace_by == "mean"
         self.kind_of = {info.name: info.kind for info in experiment.inventory.modules}
-        self.groups: dict[str, HeadGroup] = {group.name: group for group in experiment.heads}
+        self.groups: dict[str, HeadGroup] = {group.name: group for group in experiment.inventory.heads}
         self.means: dict[tuple[str, str], Tensor] = {}  # (kind, name) -> what stands for the unit
         self.left_out: dict[Unit, str] = {}
         self.mask: Tensor | None = None
         candidates = {
             "layer": [Unit("layer", name) for name in experiment.layers],
             "module": [Unit("module", name) for name in self.kind_of],
-            "head": [Unit("head", group.name, head) for group in experiment.heads for head in range(group.heads)],
+            "head": [Unit("head", group.name, head) for group in experiment.inventory.heads for head in range(group.heads)],
         }
         wanted = [unit for kind in kinds for unit in candidates[kind]]
         self.baseline = self._look(experiment, wanted)

@@ -17,12 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from reltune.layers.heads import HeadGroup
 from reltune.layers.inventory import Inventory
 from reltune.layers.units import ModuleInfo, Parts, part_shapes
 from reltune.records import Heatmap, InputError, nearest, write_json
 from reltune.relevance.context import Context
 
-FORMAT = "reltune-relevance-2"
+FORMAT = "reltune-relevance-3"
 KINDS = ("layer", "module", "head", "column", "row", "element", "bias", "norm")
 
 
@@ -60,13 +61,17 @@ class RelevanceScores:
         """Relevance of every unit of a kind, by layer or module name.
 
         ``layer``, ``module``, ``bias`` and ``norm`` give one number () per name; ``column`` (in,) and ``row`` (out,)
-        give one number per feature, ``head`` (heads,) one per head. Empty for a kind that the criterion does not score.
+        give one number per feature; ``head`` (heads,) gives one number per head of each attention module (layers/heads.py).
+        Empty for a kind that the criterion does not score.
         """
         criterion = self.criterion(criterion)
         parts = self.parts[criterion]
         if kind not in KINDS:
             raise InputError(f"granularity {kind!r} is unknown; {nearest(kind, KINDS)}")
         own = {name: found[kind] for name, found in parts.items() if kind in found}
+        if kind == "head" and not own:
+            sums = {group.name: group.add_up(parts) for group in self.inventory.heads}
+            return {name: total for name, total in sums.items() if total is not None}
         if own or kind not in ("module", "layer"):
             return own
         total: dict[str, Tensor] = {}
@@ -203,16 +208,10 @@ class RelevanceScores:
                 "tensors": len(tensors),
                 "fingerprint": self.fingerprint,
                 "always_trained": self.always_trained,
-                "heads": self._heads(),
                 "provenance": self.provenance,
                 **inventory,
             },
         )
-
-    def _heads(self) -> dict[str, int]:
-        """How many heads each attention module has that is scored by head."""
-        found = ((name, parts["head"]) for of in self.parts.values() for name, parts in of.items() if "head" in parts)
-        return {name: len(scores) for name, scores in found}
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> RelevanceScores:
@@ -233,9 +232,10 @@ class RelevanceScores:
             if len(tensors) != values["tensors"]:
                 raise ValueError(f"scores.safetensors has {len(tensors)} tensors and not {values['tensors']}")
             shapes = {info.name: part_shapes(info) for info in modules}
+            heads = [HeadGroup(**group) for group in values["heads"]]
             shapes |= {info.layer: {"layer": ()} for info in modules if info.in_block}
-            for name, count in values.get("heads", {}).items():
-                shapes[name] = {**shapes.get(name, {}), "head": (count,)}
+            for group in heads:
+                shapes[group.name] = {**shapes.get(group.name, {}), "head": (group.heads,)}
             for of in shapes.values():
                 of |= {f"{part}_{end}": of[part] for part in KINDS if part in of for end in ("low", "high")}
             parts: dict[str, dict[str, dict[str, Tensor]]] = {
@@ -255,7 +255,9 @@ class RelevanceScores:
             if tensors:
                 raise ValueError(f"scores.json does not know {next(iter(tensors))}")
             counts = values["base_parameters"], values["head_parameters"]
-            inventory = Inventory(modules, values["left_out"], *counts)
+            inventory = Inventory(modules, values["left_out"], *counts, heads, values["without_heads"])
+            for group in heads:
+                group.check(inventory)
             return cls(parts, inventory, values["always_trained"], values["fingerprint"], values["provenance"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -268,11 +270,14 @@ def assemble(
     modules: Sequence[tuple[ModuleInfo, Mapping[str, Tensor], Mapping[str, Mapping[str, Tensor]]]],
     context: Context,
     elements: bool = False,
+    heads: Sequence[HeadGroup] = (),
 ) -> dict[str, dict[str, Tensor]]:
     """One criterion's ``parts`` from each module's weights and statistics (relevance/__init__.py says what it has)."""
     combine = getattr(criterion, "combine", None)
     parts: dict[str, dict[str, Tensor]] = {}
     layers: dict[str, tuple[Parts, ...]] = {}
+    held_by_heads = {name for group in heads for name in group.modules} if combine is not None else set()
+    inside_heads: dict[str, tuple[Parts, ...]] = {}
     for info, weights, sums in modules:
         quantities = tuple(
             {part: value.detach().cpu() for part, value in of.items()}
@@ -280,6 +285,8 @@ def assemble(
         )
         found = quantities[0]
         if combine is not None and found:
+            if info.name in held_by_heads:
+                inside_heads[info.name] = quantities
             quantities = tuple({**of, "module": _whole(of)} for of in quantities)
             found = {part: combine(*(of[part] for of in quantities)) for part in quantities[0]}
             if info.in_block:
@@ -298,6 +305,12 @@ def assemble(
     if combine is not None:
         for layer, of in layers.items():
             parts[layer] = {"layer": combine(*(quantity["layer"] for quantity in of))}
+        for group in heads:
+            if all(name in inside_heads for name in group.modules):
+                by_quantity = zip(*(inside_heads[name] for name in group.modules), strict=True)
+                totals = [group.add_up(dict(zip(group.modules, of, strict=True))) for of in by_quantity]
+                if all(total is not None for total in totals):
+                    parts.setdefault(group.name, {})["head"] = combine(*totals)
     return parts
 
 
