@@ -22,6 +22,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+Gram = Tensor | tuple[Tensor, Tensor]  # see `input_gram`
 # Workspace of one block of examples, in numbers (not bytes): 64 Mi float32 numbers are 256 MiB.
 BLOCK_NUMBERS = 1 << 26
 # The same on a CPU, where a block should stay in the cache: at 32 examples × 64 tokens and 384 → 1536 features one
@@ -106,23 +107,28 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
         return a.to(dtype) @ b.to(dtype)
 
 
-def input_gram(x: Tensor) -> Tensor:
-    """K_x = x xᵀ (B, T, T) in the accumulator's dtype, for inputs x (B, T, in)."""
+def input_gram(x: Tensor) -> Gram:
+    """K_x = x xᵀ for inputs x (B, T, in): (B, T, T) in the accumulator's dtype, or as the fused kernel takes it."""
+    if is_fused(x):
+        # Imported where it is used: Triton is no part of torch for CPUs, and takes a while to import.
+        from reltune.ops.quadratic_form import triangle
+
+        return triangle(x)
     return _product(x, x.mT)
 
 
 @overload
-def squared_gradient_sums(x: Tensor, g: Tensor, gram: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+def squared_gradient_sums(x: Tensor, g: Tensor, gram: Gram | None = None) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
 def squared_gradient_sums(
-    x: Tensor, g: Tensor, gram: Tensor | None = None, *, columns: bool, rows: bool
+    x: Tensor, g: Tensor, gram: Gram | None = None, *, columns: bool, rows: bool
 ) -> tuple[Tensor | None, Tensor | None]: ...
 
 
 def squared_gradient_sums(
-    x: Tensor, g: Tensor, gram: Tensor | None = None, *, columns: bool = True, rows: bool = True
+    x: Tensor, g: Tensor, gram: Gram | None = None, *, columns: bool = True, rows: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
     """Column sums (in,) and row sums (out,) of Σ_s G_s², for inputs x (B, T, in) and output gradients g (B, T, out).
 
@@ -130,6 +136,8 @@ def squared_gradient_sums(
     when the inputs are: sums of squares through Gram matrices cancel, and in bfloat16 they cancel badly. Never
     negative.
     """
+    if x.dtype != g.dtype:
+        x, g, gram = x.to(accumulator_dtype(x)), g.to(accumulator_dtype(g)), None
     tokens, in_features, out_features = x.shape[1], x.shape[2], g.shape[2]
     found_columns = x.new_zeros(in_features, dtype=accumulator_dtype(x)) if columns else None
     found_rows = x.new_zeros(out_features, dtype=accumulator_dtype(x)) if rows else None
@@ -145,24 +153,28 @@ def _examples_per_block(x: Tensor, numbers: int) -> int:
     return max(1, (BLOCK_NUMBERS if x.is_cuda else min(BLOCK_NUMBERS, CACHED_NUMBERS)) // numbers)
 
 
-def _add_by_gram(x: Tensor, g: Tensor, gram: Tensor | None, columns: Tensor | None, rows: Tensor | None) -> None:
-    fused = is_fused(x) and g.dtype == x.dtype
-    if fused:
-        # Imported where it is used: Triton is no part of torch for CPUs, and takes a while to import.
-        from reltune.ops.quadratic_form import quadratic_forms as forms
-    else:
-        forms = _forms
+def _add_by_gram(x: Tensor, g: Tensor, gram: Gram | None, columns: Tensor | None, rows: Tensor | None) -> None:
     tokens = x.shape[1]
-    step = _examples_per_block(x, 3 * tokens**2 if fused else tokens * (tokens + x.shape[2] + g.shape[2]))
+    step = _examples_per_block(x, 3 * tokens**2 if is_fused(x) else tokens * (tokens + x.shape[2] + g.shape[2]))
     for start in range(0, len(x), step):
-        xs, gs = x[start : start + step], g[start : start + step]
+        some = slice(start, start + step)
+        xs, gs = x[some], g[some]
         if columns is not None:
-            columns += forms(input_gram(gs), xs)
+            columns += _forms(input_gram(gs), xs)
         if rows is not None:
-            rows += forms(input_gram(xs) if gram is None else gram[start : start + step], gs)
+            rows += _forms(input_gram(xs) if gram is None else _examples_of(gram, some), gs)
 
 
-def _forms(k: Tensor, x: Tensor) -> Tensor:
+def _examples_of(gram: Gram, some: slice) -> Gram:
+    return gram[some] if isinstance(gram, Tensor) else (gram[0][some], gram[1][some])
+
+
+def _forms(k: Gram, x: Tensor) -> Tensor:
+    """Σ_b Σ_t x[b, t, d] (K_b x_b)[t, d] for every feature d."""
+    if isinstance(k, tuple):
+        from reltune.ops.quadratic_form import quadratic_forms
+
+        return quadratic_forms(k, x)
     return _product(k, x.to(k.dtype)).mul_(x).sum((0, 1)).clamp_min_(0)
 
 
