@@ -76,6 +76,8 @@ class RunConfig:
     head_epochs: float = 1.0
     analysis_examples: int = 1024
     analysis_batch_size: int = 32
+    max_trials: int = 400  # of criterion correlation, per kind of unit
+    probe_steps: int = 50  # of criterion movement
     seed: int = 42
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -92,9 +94,10 @@ class RunConfig:
             raise InputError("exactly one of train_file and dataset_name says what to train on; give one of them.")
         if self.dataset_name is not None and self.dataset_name not in DATASETS:
             raise InputError(f"dataset_name {self.dataset_name!r} is unknown; {nearest(self.dataset_name, DATASETS)}")
-        for name in ("max_length", "analysis_examples", "analysis_batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        least = {"max_length": 1, "analysis_examples": 1, "analysis_batch_size": 1, "max_trials": 4, "probe_steps": 1}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {smallest}.")
         if not isinstance(self.training, dict):
             raise InputError("training holds no mapping of fields of transformers.TrainingArguments.")
         if self.head_epochs < 0:

@@ -30,6 +30,7 @@ from reltune.evaluation import evaluate as measure_metrics
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.inventory import head_modules, take_inventory
 from reltune.plan.plan import Plan
+from reltune.plan.selection import check_scored
 from reltune.plan.selection import select as choose_units
 from reltune.records import InputError, MethodResult, RunConfig, RunRecord, write_json, write_text
 from reltune.relevance.measure import analyze as measure_relevance
@@ -194,6 +195,8 @@ def check_choice(materials: Materials, select: bool = True) -> None:
     """
     config = materials.config
     assert materials.model is not None, "checked before it is changed"
+    if select:
+        check_scored(config.granularity, config.criteria[0])
     relevance = measure_relevance(
         materials.model,
         criteria=["depth"],
@@ -250,10 +253,16 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
         always_trained=materials.new_heads,
         seed=config.seed,
         resume_directory=run.relevance,
+        options={name: given for name, given in options_of(config).items() if name in config.criteria},
     )
     relevance.provenance |= restrictions(config)
     relevance.save(run.relevance)
     return relevance
+
+
+def options_of(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """What the config says about single criteria."""
+    return {"correlation": {"max_trials": config.max_trials}, "movement": {"steps": config.probe_steps}}
 
 
 def restrictions(config: RunConfig) -> dict[str, Any]:

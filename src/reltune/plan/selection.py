@@ -11,6 +11,7 @@ from reltune.layers.inventory import Inventory, ModuleInfo, choose
 from reltune.plan.budget import parse_budget
 from reltune.plan.plan import TRAINABLE, ModulePlan, Plan
 from reltune.records import GRANULARITIES, InputError, nearest
+from reltune.relevance import CRITERIA
 from reltune.relevance.scores import RelevanceScores
 
 WHOLE = ("layer", "module", "norm")  # kinds that take everything a module has, in the place of its parts
@@ -53,6 +54,7 @@ def select(
     if not kinds:
         raise InputError(f"no granularity was named; choose from {', '.join(GRANULARITIES)}.")
     criterion = relevance.criterion(criterion)
+    check_scored(kinds, criterion)
     inventory = relevance.inventory
     limit = parse_budget(budget, inventory.base_parameters)
     named = choose(inventory, target_modules, exclude_modules)
@@ -134,6 +136,17 @@ def select(
     )
     plan.check()
     return plan
+
+
+def check_scored(kinds: Sequence[str], criterion: str) -> None:
+    """Raise InputError for granularities that the criterion never scores."""
+    scored = getattr(CRITERIA.get(criterion), "SCORES", GRANULARITIES)
+    missing = [kind for kind in kinds if kind not in scored]
+    if missing:
+        raise InputError(
+            f"{criterion} scores no {' or '.join(missing)}, only {', '.join(scored)}; choose that granularity, or select by "
+            "another criterion."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Options:
         known_words("kinds", self.kinds, KINDS)
         known_words("replace_by", [self.replace_by], REPLACEMENTS)
         whole_number("min_trials", self.min_trials, 4)
-        whole_number("max_trials", self.max_trials, self.min_trials)
+        whole_number("max_trials", self.max_trials, 4)
         if not 0.1 <= self.share <= 0.9:
             raise InputError(f"share is {self.share}; it must be from 0.1 to 0.9, or the intervals would not hold.")
         if self.strength != "auto" and (isinstance(self.strength, str) or not 0 < self.strength <= 1):

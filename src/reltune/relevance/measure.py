@@ -164,9 +164,6 @@ def analyze(
             _leave_out(mixing, bool(target_modules) or len(mixing) == len(measured))
             measured = [info for info in measured if info.name not in mixing]
             inventory.left_out |= {f"{name}.weight": reason for name, reason in mixing.items()}
-            for of in parts.values():
-                for name in mixing:
-                    of.pop(name, None)
     for partial in kept:
         partial.remove()
 
@@ -183,7 +180,9 @@ def analyze(
         )
         for name in statistical
     }
-    parts = {name: parts[name] for name in criteria}
+    known = {name for info in inventory.modules for name in (info.name, info.layer)}
+    known |= {group.name for group in inventory.heads}  # behaviour was measured of modules that mix examples too
+    parts = {name: {place: of for place, of in parts[name].items() if place in known} for name in criteria}
     provenance = {
         "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
         "architecture": type(model).__name__,

@@ -36,7 +36,7 @@ from reltune.relevance.batches import batch_size, forward, moved
 from reltune.relevance.collector import AnalysisError
 from reltune.relevance.experiment import Experiment, Parts, seeded, whole_number
 
-SCORES = ("layer", "module", "column", "row", "element", "bias", "norm")
+SCORES = ("layer", "module", "head", "column", "row", "element", "bias", "norm")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,7 +61,9 @@ class Neutral:
         candidates = {
             "layer": [Unit("layer", name) for name in experiment.layers],
             "module": [Unit("module", name) for name in self.kind_of],
-            "head": [Unit("head", group.name, head) for group in experiment.inventory.heads for head in range(group.heads)],
+            "head": [
+                Unit("head", group.name, head) for group in experiment.inventory.heads for head in range(group.heads)
+            ],
         }
         wanted = [unit for kind in kinds for unit in candidates[kind]]
         self.baseline = self._look(experiment, wanted)
