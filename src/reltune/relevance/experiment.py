@@ -182,8 +182,8 @@ class Experiment:
         return values
 
     def _save(self) -> None:
-        if self.partial:
-            tensors = {k: torch.tensor(values, dtype=torch.float64) for k, values in self.passes_done.items() if values}
+        tensors = {k: torch.tensor(values, dtype=torch.float64) for k, values in self.passes_done.items() if values}
+        if self.partial and tensors:
             self.partial.save({"data": self.data}, tensors)
 
 

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from reltune.layers.heads import HeadGroup
 from reltune.layers.norm import normalised
+from reltune.relevance.batches import batch_size
 from reltune.relevance.experiment import Experiment, Parts
 
 KINDS = ("layer", "module", "head")
@@ -58,6 +59,7 @@ class Neutral:
         self.means: dict[tuple[str, str], Tensor] = {}  # (kind, name) -> what stands for the unit
         self.left_out: dict[Unit, str] = {}
         self.mask: Tensor | None = None
+        self.examples = 0
         candidates = {
             "layer": [Unit("layer", name) for name in experiment.layers],
             "module": [Unit("module", name) for name in self.kind_of],
@@ -188,6 +190,7 @@ class Neutral:
             return hook
 
         def before(batch: Any) -> None:
+            self.examples = batch_size(batch)
             self.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
         keys = list(dict.fromkeys((unit.kind, unit.name) for unit in units))
@@ -215,6 +218,8 @@ class Neutral:
     def _real(self, values: Tensor) -> Tensor:
         """Rows (…, features) in float64 that are no padding, where their positions are the mask's."""
         wide = values.detach().to(torch.float32 if values.device.type == "mps" else torch.float64)
+        if wide.ndim > 2 and len(wide) == 1:  # positions are looked up once for all examples
+            wide = wide.expand(self.examples, *wide.shape[1:])
         for mask in () if self.mask is None else (self.mask, self.mask.flatten()):
             if wide.shape[:-1] == mask.shape:
                 return wide[mask.bool()]

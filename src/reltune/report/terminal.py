@@ -55,9 +55,9 @@ def heatmap(h: Heatmap) -> RenderableType:
     scale = Text(f"{report.share(least)} " if least else "0 ").append_text(_scale()).append(f" {report.share(most)} %")
     if any(value is None for row in cells for value in row):
         scale.append("   blank: no such module")
-    if not h.adds_up:
-        scale.append("   all: the layer's own score")
     legend = [f"{head} {name}" for head, name in zip(heads, h.columns, strict=True) if head != name]
+    if not h.adds_up:
+        legend.append("all: the layer's own score")
     if numbered:
         legend.append(f"N {numbered}")
     return Group(
