@@ -22,9 +22,12 @@ CRITERIA = (
     "gradient_snr",
     "activation",
     "magnitude",
+    "spectral_snr",
+    "principal",
     "random",
     "depth",
 )
+WITHOUT_DATA = ("magnitude", "spectral_snr", "principal", "random", "depth")  # criteria that look at no data
 GRANULARITIES = ("layer", "module", "column", "row", "bias", "norm")
 
 

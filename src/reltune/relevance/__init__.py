@@ -10,8 +10,10 @@ from reltune.relevance import (
     gradient,
     gradient_snr,
     magnitude,
+    principal,
     random,
     relative_gradient,
+    spectral_snr,
     taylor,
 )
 
@@ -20,7 +22,8 @@ from reltune.relevance import (
 # - quantities(info, weights, sums, context): one or several numbers per unit of a module (layers/units.py), each of
 #   which adds up over units: columns to matrices, modules to layers;
 # - combine(*quantities), only where the relevance is no plain sum: applied after adding up;
-# - ELEMENT_NEEDS and elements(info, weights, sums, context): one number per weight.
+# - ELEMENT_NEEDS and elements(info, weights, sums, context): one number per weight; without `elements` single weights
+#   cannot be scored.
 CRITERIA: dict[str, ModuleType] = {
     "fisher": fisher,
     "fisher_true": fisher_true,
@@ -30,6 +33,8 @@ CRITERIA: dict[str, ModuleType] = {
     "gradient_snr": gradient_snr,
     "activation": activation,
     "magnitude": magnitude,
+    "spectral_snr": spectral_snr,
+    "principal": principal,
     "random": random,
     "depth": depth,
 }

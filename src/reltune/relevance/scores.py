@@ -225,13 +225,26 @@ def assemble(
     elements: bool = False,
 ) -> dict[str, dict[str, Tensor]]:
     """One criterion's ``parts`` from each module's weights and statistics (relevance/__init__.py says what it has)."""
-    combine = getattr(criterion, "combine", None)
-    parts: dict[str, dict[str, Tensor]] = {}
-    layers: dict[str, tuple[Parts, ...]] = {}
+    assembly = Assembly(criterion, context, elements)
     for info, weights, sums in modules:
+        assembly.add(info, weights, sums)
+    return assembly.finished()
+
+
+class Assembly:
+    """``assemble`` for weights that come one module at a time; keeps none of them."""
+
+    def __init__(self, criterion: ModuleType, context: Context, elements: bool = False) -> None:
+        self.criterion, self.context, self.elements = criterion, context, elements
+        self.combine = getattr(criterion, "combine", None)
+        self.parts: dict[str, dict[str, Tensor]] = {}
+        self.layers: dict[str, tuple[Parts, ...]] = {}
+
+    def add(self, info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]]) -> None:
+        combine = self.combine
         quantities = tuple(
             {part: value.detach().cpu() for part, value in of.items()}
-            for of in criterion.quantities(info, weights, sums, context)
+            for of in self.criterion.quantities(info, weights, sums, self.context)
         )
         found = quantities[0]
         if combine is not None and found:
@@ -239,21 +252,23 @@ def assemble(
             found = {part: combine(*(of[part] for of in quantities)) for part in quantities[0]}
             if info.in_block:
                 whole = tuple({"layer": of["module"]} for of in quantities)
-                held = layers.get(info.layer)
-                layers[info.layer] = (
+                held = self.layers.get(info.layer)
+                self.layers[info.layer] = (
                     whole
                     if held is None
                     else tuple({"layer": a["layer"] + b["layer"]} for a, b in zip(held, whole, strict=True))
                 )
-        parts[info.name] = dict(found)
-        if elements and (single := criterion.elements(info, weights, sums, context)):
-            parts[info.name]["element"] = single["weight"].detach().cpu()
+        self.parts[info.name] = dict(found)
+        if self.elements and (single := self.criterion.elements(info, weights, sums, self.context)):
+            self.parts[info.name]["element"] = single["weight"].detach().cpu()
             if "bias" in single:
-                parts[info.name]["element_bias"] = single["bias"].detach().cpu()
-    if combine is not None:
-        for layer, of in layers.items():
-            parts[layer] = {"layer": combine(*(quantity["layer"] for quantity in of))}
-    return parts
+                self.parts[info.name]["element_bias"] = single["bias"].detach().cpu()
+
+    def finished(self) -> dict[str, dict[str, Tensor]]:
+        if self.combine is not None:
+            for layer, of in self.layers.items():
+                self.parts[layer] = {"layer": self.combine(*(quantity["layer"] for quantity in of))}
+        return self.parts
 
 
 def _whole(parts: Parts) -> Tensor:
