@@ -76,8 +76,19 @@ class RunConfig:
     head_epochs: float = 1.0
     analysis_examples: int = 1024
     analysis_batch_size: int = 32
+    elements: bool = False
     seed: int = 42
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def has_data(self) -> bool:
+        """Whether it names data to train on; without, only criteria that look at the weights alone can be measured."""
+        return self.train_file is not None or self.dataset_name is not None
+
+    def check_data(self) -> None:
+        """Raise InputError unless the config says what to train on."""
+        if (self.train_file is None) == (self.dataset_name is None):
+            raise InputError("exactly one of train_file and dataset_name says what to train on; give one of them.")
 
     def check(self) -> None:
         """Raise InputError for values that no later stage could use. Reads no files."""
@@ -88,8 +99,9 @@ class RunConfig:
             for value in values:
                 if value not in known:
                     raise InputError(f"{name} {value!r} is unknown; {nearest(value, known)}")
-        if (self.train_file is None) == (self.dataset_name is None):
-            raise InputError("exactly one of train_file and dataset_name says what to train on; give one of them.")
+        held_out = self.validation_file is not None or self.test_file is not None
+        if self.has_data or held_out or not set(self.criteria) <= set(WITHOUT_DATA):
+            self.check_data()
         if self.dataset_name is not None and self.dataset_name not in DATASETS:
             raise InputError(f"dataset_name {self.dataset_name!r} is unknown; {nearest(self.dataset_name, DATASETS)}")
         for name in ("max_length", "analysis_examples", "analysis_batch_size"):
