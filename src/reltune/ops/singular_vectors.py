@@ -17,6 +17,8 @@ from torch import Tensor
 
 from reltune.ops.row_blocks import row_blocks
 
+PRODUCT_NUMBERS = 1 << 22  # of A per product, so that the Gram matrix is not read and written too often
+
 
 def tall(matrix: Tensor) -> Tensor:
     """The matrix with its long side first: a view."""
@@ -26,7 +28,7 @@ def tall(matrix: Tensor) -> Tensor:
 def singular_vectors(a: Tensor) -> tuple[Tensor, Tensor]:
     """Singular values (short,), largest first, and the vectors v_k as columns (short, short), of ``a`` (long, short)."""
     gram = torch.zeros(a.shape[1], a.shape[1], dtype=torch.float64, device=a.device)
-    for _, block in row_blocks(a, torch.float64):
+    for _, block in row_blocks(a, torch.float64, PRODUCT_NUMBERS):
         gram.addmm_(block.mT, block)
     squares, vectors = torch.linalg.eigh(gram)
     return squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)

@@ -50,8 +50,9 @@ class Stored:
     dtype: torch.dtype | None  # None: no floating-point numbers
 
     def read(self) -> Tensor:
-        # Not memory-mapped: pages of a map count as this process's memory for as long as the file is open.
-        with safe_open(self.file, "pt", backend="pread") as file:
+        # A map of its own, which goes with the tensor: of a map that stayed, all pages ever read would count as memory, and
+        # tensors read into the heap leave holes that later ones do not fit into.
+        with safe_open(self.file, "pt") as file:
             return file.get_tensor(self.key)
 
 
@@ -189,7 +190,7 @@ class Checkpoint:
 
 def _parts(stored: Stored) -> Iterator[Tensor]:
     """The tensor's rows, a few at a time."""
-    with safe_open(stored.file, "pt", backend="pread") as file:
+    with safe_open(stored.file, "pt") as file:
         rows = file.get_slice(stored.key)
         empty = torch.empty(stored.shape, device="meta")
         for at, _ in row_blocks(empty.flatten(1), torch.float32):
@@ -249,7 +250,7 @@ def _stored(name: str) -> dict[str, Stored]:
                 f"{name} has no {file}; streaming reads safetensors files, which save_pretrained writes, and needs all of them."
             )
         try:
-            with safe_open(path, "pt", backend="pread") as opened:
+            with safe_open(path, "pt") as opened:
                 held = set(opened.keys())
                 if keys is not None and (absent := sorted(keys - held)):
                     raise InputError(f"{path} lacks {absent[0]}, which the index says it has; copy the model again.")
