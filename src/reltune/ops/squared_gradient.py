@@ -61,8 +61,10 @@ def gram_is_cheaper(
     sums wanted their count picks the faster way for all of MiniLM's maps at 64, 128 and 256 tokens (measured: 32
     examples, float32, 2 CPU cores).
     """
-    forms = (in_features + out_features if columns and rows else in_features if columns else out_features) * tokens
-    grams = (columns * out_features + (rows and not has_gram) * in_features) * tokens
+    forms: float = (
+        in_features + out_features if columns and rows else in_features if columns else out_features
+    ) * tokens
+    grams: float = (columns * out_features + (rows and not has_gram) * in_features) * tokens
     if fused:
         forms, grams = FORMS_COST * (forms + OVERHEAD * tokens), GRAM_COST * grams
     return forms + grams < in_features * out_features
