@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 Parts = dict[str, Tensor]  # column, row, weight, bias, norm -> one number per unit of that kind
-DIMENSIONS = {"linear": 2, "conv1d": 2, "conv2d": 4, "embedding": 2, "norm": 1}
+DIMENSIONS = {"linear": 2, "conv1d": 2, "conv2d": 4, "embedding": 2, "router": 2, "experts": 2, "norm": 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModuleInfo:
-    """One module that owns units.
+    """One module that owns units, or one expert's matrix in a module that holds many.
 
     ``kind`` is a key of inventory.LAYER_TYPES and ``shape`` the weight's canonical shape: (out, in) for linear maps,
     also where the module stores (in, out). ``layer`` is the block it belongs to (``encoder.layer.5``) or its own name
@@ -34,6 +34,11 @@ class ModuleInfo:
     shape: tuple[int, ...]
     bias: bool
     groups: int = 1  # of a convolution
+
+    @property
+    def owner(self) -> str:
+        """The module that holds the parameters: itself, or the module whose experts this is one of (layers/experts.py)."""
+        return ".".join(self.name.split(".")[:-2]) if self.kind == "experts" else self.name
 
     @property
     def weight_parameters(self) -> int:

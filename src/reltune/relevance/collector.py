@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from reltune.layers import experts, router
 from reltune.layers.inventory import LAYER_TYPES, ModuleInfo, canonical_weights
 from reltune.layers.per_example import WEIGHT_SIZED, Statistics, add
 
@@ -57,7 +59,7 @@ class Collector:
 
     def __init__(self, model: nn.Module, measured: list[ModuleInfo]) -> None:
         self.infos = {info.name: info for info in measured}
-        self.modules = {info.name: model.get_submodule(info.name) for info in measured}
+        self.modules = {info.name: model.get_submodule(info.owner) for info in measured}
         self.sums: Sums = {info.name: {} for info in measured}
         self.mixing: dict[str, str] = {}  # modules that cannot be measured, and why
         self.anchor = torch.zeros((), requires_grad=True)
@@ -73,12 +75,22 @@ class Collector:
         self.looking = False  # inside a statistic, which may call the module itself
 
     def __enter__(self) -> Collector:
-        self.handles = []
+        self.handles: list[Any] = []
         for name, module in self.modules.items():
+            kind = self.infos[name].kind
+            if kind == "experts":
+                continue
+            if kind == "router":
+                see, refuse = functools.partial(self._see, name), functools.partial(self.mixing.__setitem__, name)
+                self.handles.append(router.instrument(module, see, refuse))
+                continue
             # First of the module's hooks: what others make of the output is no part of the linear map.
             self.handles.append(module.register_forward_hook(self._forward_hook(name), prepend=True, with_kwargs=True))
-            if self.infos[name].kind == "embedding":
+            if kind == "embedding":
                 self.handles.append(module.register_forward_pre_hook(self._expand(name), with_kwargs=True))
+        owners = {info.owner: self.modules[name] for name, info in self.infos.items() if info.kind == "experts"}
+        for owner, module in owners.items():
+            self.handles.append(experts.instrument(module, functools.partial(self._see_experts, owner)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -159,26 +171,59 @@ class Collector:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
             if self.looking:
                 return None
-            x = (args[0] if args else next(iter(kwargs.values()))).detach()
-            if not self.in_backward:  # else gradient checkpointing recomputes what was counted already
-                self.calls[name] = self.calls.get(name, 0) + 1
-                if "inputs" in self.wanted and not self.probe:
-                    add(self.inputs, {name: self._inputs_of(name, x)})
-            if not torch.is_grad_enabled():
-                return None
-
-            def arrived(x: Tensor, g: Tensor) -> None:
-                self.pending.setdefault(name, []).append((x, g))
-                if len(self.pending[name]) >= self.calls.get(name, 0):
-                    self._add(name, self.pending.pop(name))
-
-            return _Watch.apply(output, x, self.anchor, arrived, name)
+            return self._see(name, args[0] if args else next(iter(kwargs.values())), output)
 
         return hook
 
-    def _inputs_of(self, name: str, x: Tensor) -> dict[str, Tensor]:
-        info, real, mask = self.infos[name], None, self.mask
-        if mask is not None:
+    def _see(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """Note one use of a module. Gives y, watched for its gradient."""
+        x = x.detach()
+        self._count(name, x)
+        if not torch.is_grad_enabled():
+            return y
+        return _Watch.apply(y, x, self.anchor, functools.partial(self._arrived, name), name)
+
+    def _see_experts(self, owner: str, projection: str, x: Tensor, y: Tensor, route: experts.Route) -> Tensor:
+        """The same for one projection of all experts of a module."""
+        x = x.detach()
+        names = [f"{owner}.{projection}.{expert}".lstrip(".") for expert in range(len(route.counts))]
+        real = [None] * len(names)
+        if self.mask is not None and self.mask.numel() == route.total:
+            real = self.mask.flatten()[route.tokens].split(route.counts)
+        for name, rows, kept in zip(names, x.split(route.counts), real, strict=True):
+            if name in self.infos:
+                self._count(name, rows, kept)
+        if not torch.is_grad_enabled():
+            return y
+
+        def arrived(x: Tensor, g: Tensor) -> None:
+            try:
+                for expert, xs, gs in experts.by_expert(x, g, route, self.examples):
+                    if names[expert] in self.infos:
+                        self._arrived(names[expert], xs, gs)
+            except ValueError as error:
+                self.mixing.update(
+                    {name: f"{error} for {self.examples} examples" for name in names if name in self.infos}
+                )
+
+        return _Watch.apply(y, x, self.anchor, arrived, f"{owner}.{projection}")
+
+    def _count(self, name: str, x: Tensor, real: Tensor | None = None) -> None:
+        """Count the use, and add up the squared inputs if they are wanted."""
+        if self.in_backward:  # gradient checkpointing recomputes what was counted already
+            return
+        self.calls[name] = self.calls.get(name, 0) + 1
+        if "inputs" in self.wanted and not self.probe:
+            add(self.inputs, {name: self._inputs_of(name, x, real)})
+
+    def _arrived(self, name: str, x: Tensor, g: Tensor) -> None:
+        self.pending.setdefault(name, []).append((x, g))
+        if len(self.pending[name]) >= self.calls.get(name, 0):
+            self._add(name, self.pending.pop(name))
+
+    def _inputs_of(self, name: str, x: Tensor, real: Tensor | None) -> dict[str, Tensor]:
+        info, mask = self.infos[name], self.mask
+        if mask is not None and info.kind != "experts":
             leading = x.shape if info.kind == "embedding" else x.shape[:-1]
             if leading == mask.shape:
                 real = mask
@@ -204,6 +249,8 @@ class Collector:
         if self.probe:
             if any(g[1:].any() for _, g in pairs):
                 self.mixing[name] = "an example's loss depends on rows that belong to another"
+            return
+        if not any(x.shape[1] for x, _ in pairs):  # an expert that got no token
             return
         x, g = pairs[0] if len(pairs) == 1 else (torch.cat(together, 1) for together in zip(*pairs, strict=True))
         # The caller's autocast would do these sums in bfloat16, where they cancel.
