@@ -294,6 +294,20 @@ def test_scores_are_saved_and_loaded_and_experts_are_not_trained_yet(tmp_path):
             select(found, "20%", "column", target_modules=[target])
 
 
+def test_experts_of_a_projection_share_a_cell_of_the_heatmap():
+    found = measure(tiny_mixtral(), [lm_batch()], "causal_lm", ["fisher", "relative_gradient"])
+    for criterion in found.criteria:
+        heatmap = found.heatmap(criterion)
+        assert len(heatmap.columns) == 4 + 1 + 2 + 2 + 1  # attention, router, experts, norms, outside
+        own = [found.by("module", criterion)[f"model.layers.1.mlp.experts.down_proj.{expert}"] for expert in range(4)]
+        value = heatmap.values[heatmap.rows.index("model.layers.1")][heatmap.columns.index("mlp.experts.down_proj")]
+        wanted = sum(own) if criterion == "fisher" else sum(own) / 4
+        assert value == pytest.approx(float(wanted), rel=1e-12)
+    layer = tiny_mixtral().model.layers[0].mlp
+    infos = experts.infos("experts", layer.experts, "experts", 0)
+    assert not any(info.in_block for info in infos) and {info.owner for info in infos} == {"experts"}
+
+
 def test_some_experts_alone():
     model, batch = tiny_mixtral(), lm_batch()
     everything = measure(model, [batch], "causal_lm")

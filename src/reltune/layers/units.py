@@ -68,12 +68,13 @@ class ModuleInfo:
 
     @property
     def in_block(self) -> bool:
-        return self.layer != self.name
+        return self.layer != self.owner
 
     @property
     def place(self) -> str:
-        """The name inside its block: attention.self.query."""
-        return self.name[len(self.layer) + 1 :] if self.in_block else self.name
+        """The name inside its block: attention.self.query. All experts of one projection stand in one place."""
+        name = self.name.rpartition(".")[0] if self.kind == "experts" else self.name
+        return name[len(self.layer) + 1 :] if self.in_block else name
 
 
 def by_unit(info: ModuleInfo, values: Mapping[str, Tensor]) -> Parts:
