@@ -13,6 +13,7 @@ from reltune.ops.squared_gradient import (
     input_gram,
     squared_gradient_sums,
     squared_gradient_sums_reference,
+    stacked_squared_gradient_sums,
     wants_gram,
 )
 
@@ -83,6 +84,16 @@ def test_grouped_rows_are_summed_by_example(shape, seed, block_numbers):
         found = grouped_squared_gradient_sums(x, g, example)
     squares = gradients.square().sum(0)
     assert_close(found, (squares.sum(0), squares.sum(1)), 1e-9)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+def test_many_maps_at_once_are_those_one_by_one(tokens):
+    x, g = inputs((6, tokens, 12, 9))
+    columns, rows = stacked_squared_gradient_sums(x.unflatten(0, (3, 2)), g.unflatten(0, (3, 2)))
+    assert columns.shape == (3, 12) and rows.shape == (3, 9)
+    for m in range(3):
+        own = slice(2 * m, 2 * m + 2)
+        assert_close((columns[m], rows[m]), squared_gradient_sums_reference(x[own], g[own]), 1e-9)
 
 
 def test_no_rows_and_zeros_give_zeros():

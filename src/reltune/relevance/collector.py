@@ -58,9 +58,18 @@ class Collector:
     """
 
     def __init__(self, model: nn.Module, measured: list[ModuleInfo]) -> None:
-        self.infos = {info.name: info for info in measured}
-        self.modules = {info.name: model.get_submodule(info.owner) for info in measured}
-        self.sums: Sums = {info.name: {} for info in measured}
+        # All experts of a projection are measured together, under the projection's name, until they are told apart at the
+        # end; their statistics have one dimension more.
+        self.experts: dict[str, list[ModuleInfo]] = {}
+        self.infos: dict[str, ModuleInfo] = {}
+        for info in measured:
+            name = info.name
+            if info.kind == "experts":
+                name = name.rpartition(".")[0]
+                self.experts.setdefault(name, []).append(info)
+            self.infos.setdefault(name, info)
+        self.modules = {name: model.get_submodule(info.owner) for name, info in self.infos.items()}
+        self.sums: Sums = {name: {} for name in self.infos}
         self.mixing: dict[str, str] = {}  # modules that cannot be measured, and why
         self.anchor = torch.zeros((), requires_grad=True)
         self.batch = -1
@@ -69,7 +78,9 @@ class Collector:
 
     def _clear(self) -> None:
         self.calls: dict[str, int] = {}
-        self.pending: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.pending: dict[
+            str, list[tuple]
+        ] = {}  # module -> (input, output gradient), with the route of experts, per use
         self.inputs: Statistics = {}  # module -> Σ x² of this pass
         self.in_backward = False
         self.looking = False  # inside a statistic, which may call the module itself
@@ -88,8 +99,7 @@ class Collector:
             self.handles.append(module.register_forward_hook(self._forward_hook(name), prepend=True, with_kwargs=True))
             if kind == "embedding":
                 self.handles.append(module.register_forward_pre_hook(self._expand(name), with_kwargs=True))
-        owners = {info.owner: self.modules[name] for name, info in self.infos.items() if info.kind == "experts"}
-        for owner, module in owners.items():
+        for owner, module in {self.infos[name].owner: self.modules[name] for name in self.experts}.items():
             self.handles.append(experts.instrument(module, functools.partial(self._see_experts, owner)))
         return self
 
@@ -101,6 +111,7 @@ class Collector:
             for name in self.infos:
                 for prefix_and_need in sorted(self.seen - set(self.sums[name])):
                     self.sums[name][prefix_and_need] = self._zeros(name, prefix_and_need)
+            self._tell_experts_apart()
 
     # -- one batch --------------------------------------------------------------------------------------------------
 
@@ -175,55 +186,42 @@ class Collector:
 
         return hook
 
-    def _see(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+    def _see(self, name: str, x: Tensor, y: Tensor, *route: experts.Route) -> Tensor:
         """Note one use of a module. Gives y, watched for its gradient."""
         x = x.detach()
-        self._count(name, x)
-        if not torch.is_grad_enabled():
-            return y
-        return _Watch.apply(y, x, self.anchor, functools.partial(self._arrived, name), name)
-
-    def _see_experts(self, owner: str, projection: str, x: Tensor, y: Tensor, route: experts.Route) -> Tensor:
-        """The same for one projection of all experts of a module."""
-        x = x.detach()
-        names = [f"{owner}.{projection}.{expert}".lstrip(".") for expert in range(len(route.counts))]
-        real = [None] * len(names)
-        if self.mask is not None and self.mask.numel() == route.total:
-            real = self.mask.flatten()[route.tokens].split(route.counts)
-        for name, rows, kept in zip(names, x.split(route.counts), real, strict=True):
-            if name in self.infos:
-                self._count(name, rows, kept)
+        if not self.in_backward:  # else gradient checkpointing recomputes what was counted already
+            self.calls[name] = self.calls.get(name, 0) + 1
+            if "inputs" in self.wanted and not self.probe:
+                add(self.inputs, {name: self._inputs_of(name, x, *route)})
         if not torch.is_grad_enabled():
             return y
 
         def arrived(x: Tensor, g: Tensor) -> None:
-            try:
-                for expert, xs, gs in experts.by_expert(x, g, route, self.examples):
-                    if names[expert] in self.infos:
-                        self._arrived(names[expert], xs, gs)
-            except ValueError as error:
-                self.mixing.update(
-                    {name: f"{error} for {self.examples} examples" for name in names if name in self.infos}
-                )
+            self.pending.setdefault(name, []).append((x, g, *route))
+            if len(self.pending[name]) >= self.calls.get(name, 0):
+                self._add(name, self.pending.pop(name))
 
-        return _Watch.apply(y, x, self.anchor, arrived, f"{owner}.{projection}")
+        return _Watch.apply(y, x, self.anchor, arrived, name)
 
-    def _count(self, name: str, x: Tensor, real: Tensor | None = None) -> None:
-        """Count the use, and add up the squared inputs if they are wanted."""
-        if self.in_backward:  # gradient checkpointing recomputes what was counted already
-            return
-        self.calls[name] = self.calls.get(name, 0) + 1
-        if "inputs" in self.wanted and not self.probe:
-            add(self.inputs, {name: self._inputs_of(name, x, real)})
+    def _see_experts(self, owner: str, projection: str, x: Tensor, y: Tensor, route: experts.Route) -> Tensor:
+        name = f"{owner}.{projection}" if owner else projection
+        return self._see(name, x, y, route) if name in self.infos else y
 
-    def _arrived(self, name: str, x: Tensor, g: Tensor) -> None:
-        self.pending.setdefault(name, []).append((x, g))
-        if len(self.pending[name]) >= self.calls.get(name, 0):
-            self._add(name, self.pending.pop(name))
+    def _tell_experts_apart(self) -> None:
+        for projection, infos in self.experts.items():
+            stacked, reason = self.sums.pop(projection), self.mixing.pop(projection, None)
+            for info in infos:
+                expert = int(info.name.rpartition(".")[2])
+                self.sums[info.name] = {need: experts.of_expert(parts, expert) for need, parts in stacked.items()}
+                if reason is not None:
+                    self.mixing[info.name] = reason
 
-    def _inputs_of(self, name: str, x: Tensor, real: Tensor | None) -> dict[str, Tensor]:
-        info, mask = self.infos[name], self.mask
-        if mask is not None and info.kind != "experts":
+    def _inputs_of(self, name: str, x: Tensor, route: experts.Route | None = None) -> dict[str, Tensor]:
+        info, real, mask = self.infos[name], None, self.mask
+        if route is not None:
+            real = mask.flatten() if mask is not None and mask.numel() == route.total else None
+            return experts.squared_inputs(x, route, real)
+        if mask is not None:
             leading = x.shape if info.kind == "embedding" else x.shape[:-1]
             if leading == mask.shape:
                 real = mask
@@ -236,11 +234,14 @@ class Collector:
         finally:
             self.looking = False
 
-    def _add(self, name: str, uses: list[tuple[Tensor, Tensor]]) -> None:
+    def _add(self, name: str, uses: list[tuple]) -> None:
         if name in self.mixing or (not self.probe and (self.prefix, name) in self.done):
             return
         info, module = self.infos[name], self.modules[name]
         handler = LAYER_TYPES[info.kind]
+        if info.kind == "experts":
+            self._add_experts(name, uses)
+            return
         try:
             pairs = [handler.by_example(module, x, g, self.examples) for x, g in uses]
         except ValueError as error:
@@ -250,12 +251,27 @@ class Collector:
             if any(g[1:].any() for _, g in pairs):
                 self.mixing[name] = "an example's loss depends on rows that belong to another"
             return
-        if not any(x.shape[1] for x, _ in pairs):  # an expert that got no token
-            return
         x, g = pairs[0] if len(pairs) == 1 else (torch.cat(together, 1) for together in zip(*pairs, strict=True))
         # The caller's autocast would do these sums in bfloat16, where they cancel.
         with torch.autocast(x.device.type, enabled=False):
             found = handler.statistics(info, module, canonical_weights(info, module), x, g, self.wanted)
+        self._keep(name, {self.prefix + need: parts for need, parts in found.items()})
+        self.done.add((self.prefix, name))
+
+    def _add_experts(self, name: str, uses: list[tuple]) -> None:
+        info, module = self.infos[name], self.modules[name]
+        try:
+            x, g = experts.gathered(uses, self.examples)
+        except ValueError as error:
+            self.mixing[name] = f"{error} for {self.examples} examples"
+            return
+        if self.probe:
+            if g[x.example > 0].any():
+                self.mixing[name] = "an example's loss depends on rows that belong to another"
+            return
+        weights = experts.stacked_weights(module, name.rpartition(".")[2])
+        with torch.autocast(g.device.type, enabled=False):
+            found = experts.statistics(info, module, weights, x, g, self.wanted)
         self._keep(name, {self.prefix + need: parts for need, parts in found.items()})
         self.done.add((self.prefix, name))
 
@@ -268,6 +284,8 @@ class Collector:
     def _zeros(self, name: str, need: str) -> dict[str, Tensor]:
         """The statistics of an input and a gradient of zeros: what a module that the loss never sees ends with."""
         info, module = self.infos[name], self.modules[name]
+        if info.kind == "experts":
+            return self._zeros_of_experts(name, need)
         weights = canonical_weights(info, module)
         weight, handler = weights["weight"], LAYER_TYPES[info.kind]
         features = weight[0].numel() * info.groups if info.kind != "norm" else info.shape[0]
@@ -281,3 +299,13 @@ class Collector:
                 shape = info.shape[:1] if info.kind == "embedding" else (features,)
                 return {"weight": weight.new_zeros(shape), "bias": weight.new_zeros(())}
             return handler.statistics(info, module, weights, x, g, {base})[base]
+
+    def _zeros_of_experts(self, name: str, need: str) -> dict[str, Tensor]:
+        info, base = self.infos[name], need.removeprefix("sampled_")
+        weights = experts.stacked_weights(self.modules[name], name.rpartition(".")[2])
+        count, out, features = weights["weight"].shape
+        if base == "inputs":
+            return {"weight": weights["weight"].new_zeros(count, features), "bias": weights["weight"].new_zeros(count)}
+        none = torch.zeros(0, dtype=torch.long, device=weights["weight"].device)
+        x, g = weights["weight"].new_zeros(0, features), weights["weight"].new_zeros(0, out)
+        return experts.statistics(info, self.modules[name], weights, experts.Rows(x, none, none, 1), g, {base})[base]
