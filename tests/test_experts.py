@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 import types
 
 import pytest
@@ -318,6 +319,83 @@ def test_some_experts_alone():
     for name, parts in some.parts["fisher"].items():
         for part, value in parts.items():
             torch.testing.assert_close(value, everything.parts["fisher"][name][part], rtol=1e-12, atol=0)
+
+
+def test_an_interrupted_analysis_goes_on(tmp_path):
+    model, batches = tiny_gpt_oss(), split(lm_batch(), 2)
+    criteria = ["fisher", "fisher_true", "gradient", "activation"]
+    wanted = measure(model, batches, "causal_lm", criteria)
+
+    def interrupted():
+        yield batches[0]
+        signal.raise_signal(signal.SIGINT)  # in the middle of the analysis: this batch is still counted
+        yield batches[1]
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(model, interrupted(), "causal_lm", criteria, resume_directory=tmp_path)
+    found = measure(model, batches, "causal_lm", criteria, resume_directory=tmp_path)
+    for criterion in criteria:
+        assert_parts_equal(found.parts[criterion], wanted.parts[criterion], relative=0)
+
+
+def test_a_batch_that_does_not_fit_is_halved():
+    model, batch = tiny_mixtral(), lm_batch()
+    wanted = measure(model, [batch], "causal_lm", ["fisher", "gradient"])
+    full = [2]  # so many gradients of a batch with more than two examples arrive before memory is full
+
+    def count(gradient):
+        if len(gradient) > 2:
+            full[0] -= 1
+            if not full[0]:
+                raise torch.OutOfMemoryError
+
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, output: output.register_hook(count) and None)
+    with pytest.warns(UserWarning, match="out of memory with 5 examples"):
+        found = measure(model, [batch], "causal_lm", ["fisher", "gradient"])
+    for criterion in ("fisher", "gradient"):
+        assert_parts_equal(found.parts[criterion], wanted.parts[criterion])
+
+
+class AcrossExamples(nn.Module):
+    """Hands the tokens on position by position, so that rows do not follow each other by example."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.first, self.block, self.last = nn.Linear(5, 16), block, nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.block(self.first(x).transpose(0, 1).contiguous()).transpose(0, 1)
+        return self.last(x.mean(1))
+
+
+def test_tokens_in_another_order_are_found_out():
+    torch.manual_seed(0)
+    model = AcrossExamples(tiny_mixtral().model.layers[0].mlp).double()
+    batch = torch.randn(4, 6, 5).double(), torch.randint(3, (4,))
+    with pytest.warns(RuntimeWarning, match="not measured: an example's loss depends on rows that belong to another"):
+        found = measure(model, [batch], None, ["fisher"])
+    assert set(found.parts["fisher"]) == {"first", "last"}
+    one = measure(model, split(batch, 1), None, ["fisher"])
+    assert len(one.parts["fisher"]) == 2 + 1 + 2 * 4
+    with pytest.raises(
+        AnalysisError, match=r"gradients of block\.experts\.gate_up_proj\.0 and 3 more cannot be told apart"
+    ):
+        measure(model, [batch], None, ["fisher"], target_modules=["gate_up_proj"])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_is_near_float64(autocast):
+    model, batch = tiny_qwen3_moe(), lm_batch()
+    wanted = measure(model, [batch], "causal_lm")
+    model = model.float() if autocast else model.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found = measure(model, [batch], "causal_lm")
+    names = [name for name in wanted.parts["fisher"] if "experts" in name]
+    a, b = (torch.cat([of.parts["fisher"][name]["column"].double() for name in names]) for of in (found, wanted))
+    assert all(found.parts["fisher"][name]["column"].dtype == torch.float32 for name in names)
+    # A token near the border between two experts may go to another one.
+    assert (a >= 0).all() and torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.98
 
 
 def test_an_expert_without_tokens_has_no_relevance():
