@@ -384,6 +384,16 @@ def test_tokens_in_another_order_are_found_out():
         measure(model, [batch], None, ["fisher"], target_modules=["gate_up_proj"])
 
 
+def test_experts_that_other_code_replaces_are_left_out_by_name():
+    model, batch = tiny_mixtral(), lm_batch()
+    block = model.model.layers[0].mlp
+    block.forward = lambda x: x @ block.experts.down_proj[0, :, :16]
+    for criterion in ("fisher", "activation"):
+        with pytest.warns(RuntimeWarning, match=r"layers\.0\.mlp\.experts\.gate_up_proj\.0 and 7 more not measured"):
+            found = measure(model, [batch], "causal_lm", [criterion])
+        assert sum(info.kind == "experts" for info in found.inventory.modules) == 8
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_is_near_float64(autocast):
     model, batch = tiny_qwen3_moe(), lm_batch()
@@ -396,6 +406,30 @@ def test_bfloat16_is_near_float64(autocast):
     assert all(found.parts["fisher"][name]["column"].dtype == torch.float32 for name in names)
     # A token near the border between two experts may go to another one.
     assert (a >= 0).all() and torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.98
+
+
+@pytest.mark.parametrize("limit", [1, 600, 1 << 26])
+def test_blocks_hold_every_row_once_and_bound_the_workspace(limit, monkeypatch):
+    monkeypatch.setattr(squared_gradient, "BLOCK_NUMBERS", limit)
+    generator = torch.Generator().manual_seed(0)
+    expert = torch.randint(7, (60,), generator=generator).square() // 6  # some without rows, unequal loads
+    example = torch.randint(3, (60,), generator=generator)
+    x, g = torch.randn(60, 4, generator=generator), torch.randn(60, 2, generator=generator)
+    wanted = {(e, s): x[(expert == e) & (example == s)] for e in range(7) for s in range(3)}
+    seen, blocks = [], 0
+    for numbers, xs, gs in experts._blocks(experts.Rows(x, expert, example, 3), g, 7):
+        blocks += 1
+        n, examples, load, _ = xs.shape
+        assert (n, examples) == (len(numbers), 3) and gs.shape == (n, 3, load, 2)
+        assert n == 1 or n * 3 * load * (load + 6) <= limit
+        for at, e in enumerate(numbers):
+            seen.append(e)
+            for s in range(3):
+                own = wanted[e, s]
+                assert torch.equal(xs[at, s, : len(own)], own) and not xs[at, s, len(own) :].any()
+                assert torch.equal(gs[at, s, : len(own)], g[(expert == e) & (example == s)])
+    assert sorted(seen) == expert.unique().tolist()
+    assert blocks == len(seen) if limit == 1 else blocks < len(seen)
 
 
 def test_an_expert_without_tokens_has_no_relevance():

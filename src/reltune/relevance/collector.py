@@ -78,9 +78,8 @@ class Collector:
 
     def _clear(self) -> None:
         self.calls: dict[str, int] = {}
-        self.pending: dict[
-            str, list[tuple]
-        ] = {}  # module -> (input, output gradient), with the route of experts, per use
+        # Module -> input and output gradient, of experts with their route too, of each use.
+        self.pending: dict[str, list[tuple]] = {}
         self.inputs: Statistics = {}  # module -> Σ x² of this pass
         self.in_backward = False
         self.looking = False  # inside a statistic, which may call the module itself
@@ -89,7 +88,7 @@ class Collector:
         self.handles: list[Any] = []
         for name, module in self.modules.items():
             kind = self.infos[name].kind
-            if kind == "experts":
+            if kind == "experts":  # together, below
                 continue
             if kind == "router":
                 see, refuse = functools.partial(self._see, name), functools.partial(self.mixing.__setitem__, name)
@@ -109,7 +108,12 @@ class Collector:
         self._clear()
         if not any(_):
             for name in self.infos:
-                for prefix_and_need in sorted(self.seen - set(self.sums[name])):
+                missing = sorted(self.seen - set(self.sums[name]))
+                if missing and name in self.experts:
+                    # A fused kernel in the place of the whole layer would hide them.
+                    self.mixing.setdefault(name, "the loss does not reach it, or other code runs in its place")
+                    continue
+                for prefix_and_need in missing:
                     self.sums[name][prefix_and_need] = self._zeros(name, prefix_and_need)
             self._tell_experts_apart()
 
@@ -237,11 +241,11 @@ class Collector:
     def _add(self, name: str, uses: list[tuple]) -> None:
         if name in self.mixing or (not self.probe and (self.prefix, name) in self.done):
             return
-        info, module = self.infos[name], self.modules[name]
-        handler = LAYER_TYPES[info.kind]
-        if info.kind == "experts":
+        if name in self.experts:
             self._add_experts(name, uses)
             return
+        info, module = self.infos[name], self.modules[name]
+        handler = LAYER_TYPES[info.kind]
         try:
             pairs = [handler.by_example(module, x, g, self.examples) for x, g in uses]
         except ValueError as error:
@@ -284,8 +288,6 @@ class Collector:
     def _zeros(self, name: str, need: str) -> dict[str, Tensor]:
         """The statistics of an input and a gradient of zeros: what a module that the loss never sees ends with."""
         info, module = self.infos[name], self.modules[name]
-        if info.kind == "experts":
-            return self._zeros_of_experts(name, need)
         weights = canonical_weights(info, module)
         weight, handler = weights["weight"], LAYER_TYPES[info.kind]
         features = weight[0].numel() * info.groups if info.kind != "norm" else info.shape[0]
@@ -299,13 +301,3 @@ class Collector:
                 shape = info.shape[:1] if info.kind == "embedding" else (features,)
                 return {"weight": weight.new_zeros(shape), "bias": weight.new_zeros(())}
             return handler.statistics(info, module, weights, x, g, {base})[base]
-
-    def _zeros_of_experts(self, name: str, need: str) -> dict[str, Tensor]:
-        info, base = self.infos[name], need.removeprefix("sampled_")
-        weights = experts.stacked_weights(self.modules[name], name.rpartition(".")[2])
-        count, out, features = weights["weight"].shape
-        if base == "inputs":
-            return {"weight": weights["weight"].new_zeros(count, features), "bias": weights["weight"].new_zeros(count)}
-        none = torch.zeros(0, dtype=torch.long, device=weights["weight"].device)
-        x, g = weights["weight"].new_zeros(0, features), weights["weight"].new_zeros(0, out)
-        return experts.statistics(info, self.modules[name], weights, experts.Rows(x, none, none, 1), g, {base})[base]
