@@ -191,7 +191,7 @@ def analyze(
     parts |= {
         name: assemble(
             CRITERIA[name],
-            [(info, canonical_weights(info, modules[info.name]), sums.get(info.name, {})) for info in measured],
+            [(info, canonical_weights(info, modules[info.owner]), sums.get(info.name, {})) for info in measured],
             context,
             elements,
             inventory.heads,
@@ -354,6 +354,8 @@ class _Pass:
                 f"the loss of batch {self.collector.batch} is not finite at examples {bad[:8]} of the batch."
             )
         if not losses.requires_grad:
+            if self.collector.mixing:
+                _leave_out(self.collector.mixing, named=True)
             raise InputError("the loss does not depend on any measured module; widen target_modules.")
         return losses
 

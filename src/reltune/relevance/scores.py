@@ -140,25 +140,32 @@ class RelevanceScores:
         return found
 
     def heatmap(self, criterion: str | None = None) -> Heatmap:
-        """Layer × module; modules outside the blocks have a row of their own."""
+        """Layer × module; modules outside the blocks have a row of their own.
+
+        The experts of a projection share a cell: their sum, or their mean where relevance does not add up.
+        """
         criterion = self.criterion(criterion)
         modules = self.by("module", criterion)
         rows = list(dict.fromkeys(self.inventory[name].layer for name in modules))
         columns = list(dict.fromkeys(self.inventory[n].place for n in modules if self.inventory[n].in_block))
         if any(not self.inventory[name].in_block for name in modules):
             columns.append("(outside the layers)")
-        values: list[list[float | None]] = [[None] * len(columns) for _ in rows]
+        cells: dict[tuple[int, int], list[float]] = {}
         for name, relevance in modules.items():
             info = self.inventory[name]
             column = info.place if info.in_block else "(outside the layers)"
-            values[rows.index(info.layer)][columns.index(column)] = float(relevance)
-        layers = {} if self.adds_up(criterion) else self.by("layer", criterion)
+            cells.setdefault((rows.index(info.layer), columns.index(column)), []).append(float(relevance))
+        adds_up = self.adds_up(criterion)
+        values: list[list[float | None]] = [[None] * len(columns) for _ in rows]
+        for (i, j), held in cells.items():
+            values[i][j] = math.fsum(held) / (1 if adds_up else len(held))
+        layers = {} if adds_up else self.by("layer", criterion)
         if layers:  # of the layers alone: a module's own score is none of a layer's kind
             by_row = [float(layers[row]) if row in layers else 0.0 for row in rows]
         else:
             by_row = [math.fsum(v for v in row if v is not None) for row in values]
         total = math.fsum(map(abs, by_row)) or 1.0
-        return Heatmap(criterion, rows, columns, values, [row / total for row in by_row], self.adds_up(criterion))
+        return Heatmap(criterion, rows, columns, values, [row / total for row in by_row], adds_up)
 
     def depth_sentence(self, criterion: str | None = None) -> str:
         """One line: where relevance lies by depth."""
