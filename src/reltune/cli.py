@@ -38,7 +38,7 @@ TRAINING = {"allow_extra_args": True, "ignore_unknown_options": True}
 TRAINING_HELP = "Any field of transformers.TrainingArguments is a flag too: --num_train_epochs 5 --learning_rate 1e-3."
 
 SPLIT_OFF = "Split off the training data when not given."
-CRITERIA_HELP = f"One or several of {', '.join(CRITERIA)}; the first selects."
+CRITERIA_HELP = f"One or several of {', '.join(CRITERIA)}, or an installed package's; the first selects."
 BUDGET_HELP = "Trainable parameters: a share of the base model (0.5%) or a count (100k)."
 GRANULARITY_HELP = f"One or several of {', '.join(GRANULARITIES)}."
 TARGETS_HELP = "Parts of module names (query, layer.5) or a regex."

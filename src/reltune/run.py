@@ -34,6 +34,7 @@ from reltune.plan.selection import select as choose_units
 from reltune.records import InputError, MethodResult, RunConfig, RunRecord, write_json, write_text
 from reltune.relevance.measure import analyze as measure_relevance
 from reltune.relevance.partial import FILE as PARTIAL
+from reltune.relevance.plugins import find_criteria
 from reltune.relevance.scores import RelevanceScores
 from reltune.tasks import rows as reading
 from reltune.tasks.sequence_classification import SequenceClassification
@@ -193,6 +194,7 @@ def check_choice(materials: Materials, select: bool = True) -> None:
     the patterns alone are checked.
     """
     config = materials.config
+    find_criteria(config.criteria)
     assert materials.model is not None, "checked before it is changed"
     relevance = measure_relevance(
         materials.model,

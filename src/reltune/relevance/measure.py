@@ -33,11 +33,11 @@ from reltune.layers.inventory import (
     take_inventory,
 )
 from reltune.layers.per_example import WEIGHT_SIZED
-from reltune.records import InputError, nearest
-from reltune.relevance import CRITERIA
+from reltune.records import InputError
 from reltune.relevance.collector import AnalysisError, Collector, Sums
 from reltune.relevance.context import Context
 from reltune.relevance.partial import Partial, deferred_signals, flat, nested
+from reltune.relevance.plugins import Criterion, check_parts, find_criteria
 from reltune.relevance.scores import RelevanceScores, assemble
 from reltune.tasks.losses import Loss, as_loss
 
@@ -52,7 +52,7 @@ def analyze(
     model: nn.Module,
     loader: Iterable[Any] | None = None,
     loss_fn: str | Loss | LossFunction | nn.Module | None = None,
-    criteria: str | Sequence[str] = ("fisher",),
+    criteria: str | Criterion | Sequence[str | Criterion] = ("fisher",),
     *,
     elements: bool = False,
     target_modules: str | Sequence[str] = (),
@@ -70,8 +70,9 @@ def analyze(
         loss_fn: a name from ``reltune.tasks.losses.LOSSES`` (``"causal_lm"``); or ``loss_fn(outputs, batch)``, which
             gives one loss per example, shape (B,); or a torch loss module, which is applied to logits and labels
             without reduction; None means cross entropy.
-        criteria: names from ``reltune.relevance.CRITERIA``; the first is what ``select`` uses by default. Several share
-            one pass over the data (``fisher_true`` has its own).
+        criteria: names from ``reltune.relevance.CRITERIA`` or of an installed package's criterion, or criteria
+            themselves (``relevance/plugins.py`` says what one has); the first is what ``select`` uses by default. Several
+            share one pass over the data (``fisher_true`` has its own).
         elements: score every single weight too, which takes one number per weight and criterion.
         target_modules, exclude_modules: runs of whole name parts (``layer.5``, ``query``), or regular expressions.
         always_trained: modules or parameters of new heads, never scored; None takes those that ``from_pretrained``
@@ -88,25 +89,20 @@ def analyze(
         InputError: unknown criterion, pattern without a match, no data, a loss that is not one number per example.
         AnalysisError: a loss or gradient that is not finite, a module whose rows cannot be told apart by example.
     """
-    criteria = [criteria] if isinstance(criteria, str) else list(dict.fromkeys(criteria))
-    for name in criteria:
-        if name not in CRITERIA:
-            raise InputError(f"criterion {name!r} is unknown; {nearest(name, CRITERIA)}")
-    if not criteria:
-        raise InputError(f"no criterion was named; choose from {', '.join(CRITERIA)}.")
+    found = find_criteria(criteria, elements)
     heads = head_modules(model, new_parameters(model) if always_trained is None else always_trained)
     inventory = take_inventory(model, heads)
     chosen = set(choose(inventory, target_modules, exclude_modules))
     measured = [info for info in inventory.modules if info.name in chosen]
 
     needs: set[str] = set()
-    for name in criteria:
-        needs |= {*CRITERIA[name].NEEDS, *(CRITERIA[name].ELEMENT_NEEDS if elements else ())}
+    for criterion in found.values():
+        needs |= {*criterion.NEEDS, *(criterion.ELEMENT_NEEDS if elements else ())}
     examples, data_hash = 0, ""
     sums: Sums = {}
     if needs:
         if loader is None:
-            wanting = [name for name in criteria if CRITERIA[name].NEEDS]
+            wanting = [name for name, criterion in found.items() if criterion.NEEDS] or list(found)
             raise InputError(f"criterion {wanting[0]!r} needs data; pass a loader.")
         data = _Pass(model, as_loss(loss_fn), measured, needs, seed)
         partial = None
@@ -125,13 +121,14 @@ def analyze(
     modules = dict(model.named_modules())
     parts = {
         name: assemble(
-            CRITERIA[name],
+            criterion,
             [(info, canonical_weights(info, modules[info.name]), sums.get(info.name, {})) for info in measured],
             context,
             elements,
         )
-        for name in criteria
+        for name, criterion in found.items()
     }
+    check_parts(parts, measured)
     provenance = {
         "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
         "architecture": type(model).__name__,
