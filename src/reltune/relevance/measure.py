@@ -34,6 +34,7 @@ from reltune.layers.inventory import (
 )
 from reltune.layers.per_example import WEIGHT_SIZED
 from reltune.records import InputError
+from reltune.relevance.checkpointing import checkpointing_in_evaluation
 from reltune.relevance.collector import AnalysisError, Collector, Sums
 from reltune.relevance.context import Context
 from reltune.relevance.partial import Partial, deferred_signals, flat, nested
@@ -82,8 +83,8 @@ def analyze(
         resume_directory: where the sums so far are kept every few minutes and when the analysis is interrupted; called
             again with the same model, data and arguments, it goes on from there, with the same result. Removed at the end.
 
-    The model is analysed in evaluation mode (no dropout) on the device where it is, and handed back as it was. A batch
-    that does not fit in memory is halved, with a warning.
+    The model is analysed in evaluation mode (no dropout) on the device where it is, and handed back as it was. Gradient
+    checkpointing that was enabled on it takes effect. A batch that does not fit in memory is halved, with a warning.
 
     Raises:
         InputError: unknown criterion, pattern without a match, no data, a loss that is not one number per example.
@@ -183,7 +184,7 @@ class _Pass:
             self.collector.seen |= self.observed | self.sampled
 
         data, probed = "", False
-        with _frozen(self.model), torch.enable_grad(), self.collector, deferred_signals(partial is not None) as waiting:
+        with _evaluated(self.model), self.collector, deferred_signals(partial is not None) as waiting:
             for index, batch in enumerate(tqdm(loader, desc="analyze", unit="batch", disable=not progress)):
                 data = _chained(data, batch)
                 if index < state["batches"]:
@@ -330,6 +331,12 @@ def _with_labels(batch: Any, labels: Tensor) -> Any:
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in batch.items() if key != "labels"}
+
+
+@contextlib.contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    with _frozen(model), checkpointing_in_evaluation(model), torch.enable_grad():
+        yield
 
 
 @contextlib.contextmanager
