@@ -37,6 +37,7 @@ from reltune.records import InputError
 from reltune.relevance.checkpointing import checkpointing_in_evaluation
 from reltune.relevance.collector import AnalysisError, Collector, Sums
 from reltune.relevance.context import Context
+from reltune.relevance.parallel import Processes, unwrapped
 from reltune.relevance.partial import Partial, deferred_signals, flat, nested
 from reltune.relevance.plugins import Criterion, check_parts, find_criteria
 from reltune.relevance.scores import RelevanceScores, assemble
@@ -62,6 +63,7 @@ def analyze(
     seed: int = 42,
     progress: bool = True,
     resume_directory: str | os.PathLike | None = None,
+    parallel: str = "auto",
 ) -> RelevanceScores:
     """Measure how much each unit of ``model`` matters for the task that ``loader`` and ``loss_fn`` define.
 
@@ -82,6 +84,12 @@ def analyze(
         progress: show a progress bar on stderr.
         resume_directory: where the sums so far are kept every few minutes and when the analysis is interrupted; called
             again with the same model, data and arguments, it goes on from there, with the same result. Removed at the end.
+            Of one process only.
+        parallel: under ``torchrun`` or ``accelerate launch``, how the processes share the data. ``"auto"``: each takes
+            every count-th batch of the same loader, unless a ``DistributedSampler`` or accelerate's ``prepare`` has
+            dealt the data out already; examples that the sampler repeats count once. ``"split"``: the former in any case;
+            ``"sharded"``: each process's loader gives its own part, by whatever means; ``"off"``: this process measures
+            by itself. All processes get the scores of all the data.
 
     The model is analysed in evaluation mode (no dropout) on the device where it is, and handed back as it was. Gradient
     checkpointing that was enabled on it takes effect. A batch that does not fit in memory is halved, with a warning.
@@ -91,6 +99,8 @@ def analyze(
         AnalysisError: a loss or gradient that is not finite, a module whose rows cannot be told apart by example.
     """
     found = find_criteria(criteria, elements)
+    model = unwrapped(model)
+    processes = Processes() if parallel == "off" else Processes.joined()
     heads = head_modules(model, new_parameters(model) if always_trained is None else always_trained)
     inventory = take_inventory(model, heads)
     chosen = set(choose(inventory, target_modules, exclude_modules))
@@ -105,16 +115,22 @@ def analyze(
         if loader is None:
             wanting = [name for name, criterion in found.items() if criterion.NEEDS] or list(found)
             raise InputError(f"criterion {wanting[0]!r} needs data; pass a loader.")
-        data = _Pass(model, as_loss(loss_fn), measured, needs, seed)
+        data = _Pass(model, as_loss(loss_fn), measured, needs, seed, processes)
+        processes.agree_on(
+            [fingerprint(model), sorted(needs), [info.name for info in measured], seed],
+            "the processes have different models or arguments; load the same weights and ask for the same in each.",
+        )
         partial = None
+        if resume_directory is not None and processes.count > 1:
+            raise InputError(f"resume_directory is for one process, and these are {processes.count}; leave it out.")
         if resume_directory is not None:
             identity = [fingerprint(model), sorted(needs), [info.name for info in measured], seed]
             key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
             partial = Partial(Path(resume_directory), key)
-        examples, data_hash = data.over(loader, progress, partial)
+        examples, data_hash = data.over(loader, progress and processes.first, partial, parallel)
         sums, mixing = data.collector.sums, data.collector.mixing
         if mixing:
-            _leave_out(mixing, bool(target_modules) or len(mixing) == len(measured))
+            _leave_out(mixing, bool(target_modules) or len(mixing) == len(measured), processes.first)
             measured = [info for info in measured if info.name not in mixing]
             inventory.left_out |= {f"{name}.weight": reason for name, reason in mixing.items()}
 
@@ -147,7 +163,7 @@ def analyze(
     return RelevanceScores(parts, inventory, heads, fingerprint(model, heads), provenance)
 
 
-def _leave_out(mixing: Mapping[str, str], named: bool) -> None:
+def _leave_out(mixing: Mapping[str, str], named: bool, warn: bool) -> None:
     name, reason = next(iter(mixing.items()))
     others = f" and {len(mixing) - 1} more" if len(mixing) > 1 else ""
     if named:
@@ -155,38 +171,56 @@ def _leave_out(mixing: Mapping[str, str], named: bool) -> None:
             f"the gradients of {name}{others} cannot be told apart by example: {reason}; leave it out by exclude_modules, or "
             "give batches of one example."
         )
-    warnings.warn(
-        f"{name}{others} not measured: {reason}. Batches of one example can measure it.", RuntimeWarning, stacklevel=3
-    )
+    if warn:
+        message = f"{name}{others} not measured: {reason}. Batches of one example can measure it."
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 class _Pass:
     """One pass over the data: every batch forward and, unless only inputs are wanted, backward, into the collector."""
 
-    def __init__(self, model: nn.Module, loss: Loss, measured: list[ModuleInfo], needs: set[str], seed: int) -> None:
-        self.model, self.loss = model, loss
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        measured: list[ModuleInfo],
+        needs: set[str],
+        seed: int,
+        processes: Processes,
+    ) -> None:
+        self.model, self.loss, self.seed, self.processes = model, loss, seed, processes
         self.sampled = {need for need in needs if need.startswith(SAMPLED)}
         self.observed = needs - self.sampled
         self.collector = Collector(model, measured)
         self.device = next(model.parameters()).device
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.generator = torch.Generator(self.device)
 
-    def over(self, loader: Iterable[Any], progress: bool, partial: Partial | None = None) -> tuple[int, str]:
-        """The number of examples and a hash of all tensors in the batches."""
+    def over(
+        self, loader: Iterable[Any], progress: bool, partial: Partial | None = None, parallel: str = "auto"
+    ) -> tuple[int, str]:
+        """The number of examples, and a fingerprint of them that no batching, order or number of processes changes."""
         found = partial.load() if partial else None
-        state: dict[str, Any] = {"batches": 0, "examples": 0, "data": "", "mixing": {}}
+        state: dict[str, Any] = {"batches": 0, "examples": 0, "data": "", "contents": 0, "mixing": {}}
         if found is not None:
             state, tensors = found
-            self.generator.set_state(tensors.pop("generator"))
             on_host = {prefix + need for prefix in ("", SAMPLED) for need in WEIGHT_SIZED}
             self.collector.sums |= nested(tensors, self.device, on_host)
             self.collector.mixing |= state["mixing"]
             self.collector.seen |= self.observed | self.sampled
 
         data, probed = "", False
-        with _evaluated(self.model), self.collector, deferred_signals(partial is not None) as waiting:
+        with (
+            self.processes.together() as still_at_work,
+            _evaluated(self.model),
+            self.collector,
+            deferred_signals(partial is not None) as waiting,
+        ):
+            share = self.processes.share(loader, parallel)
             for index, batch in enumerate(tqdm(loader, desc="analyze", unit="batch", disable=not progress)):
                 data = _chained(data, batch)
+                if index == 0 and share.every > 1:
+                    still_at_work()
+                    self._same_stream(data)
                 if index < state["batches"]:
                     if index == state["batches"] - 1 and data != state["data"]:
                         raise InputError(
@@ -194,22 +228,50 @@ class _Pass:
                             "give it the same data, or remove that directory."
                         )
                     continue
+                number = share.number(index)
+                if share.examples is not None:
+                    batch = _part(batch, 0, min(_size(batch), share.examples - state["examples"]))
+                if number is None or _size(batch) == 0:
+                    continue
+                contents = _contents(batch)
                 batch = _to(batch, self.device)
-                examples = self._add(batch, index)
+                self.generator.manual_seed(_seed(self.seed, number))
+                examples = self._add(batch, number)
                 if not probed and _size(batch) > 1 and self.backward_needs:
                     self._probe(_part(batch, 0, 2))
                     probed = True
                 state.update(batches=index + 1, examples=state["examples"] + examples, data=data)
+                state["contents"] = (state["contents"] + contents) % (1 << 128)
                 if partial and (waiting or partial.due()):
-                    now = {**state, "mixing": self.collector.mixing}
-                    partial.save(now, {**flat(self.collector.sums), "generator": self.generator.get_state()})
+                    partial.save({**state, "mixing": self.collector.mixing}, flat(self.collector.sums))
                 if waiting:
                     signal.raise_signal(waiting.pop())
-        if state["examples"] == 0:
+                still_at_work()
+            if share.every > 1:
+                self.collector.seen |= self.observed | self.sampled  # of processes that got no batch, too
+                if data == "":
+                    still_at_work()
+                    self._same_stream(data)
+        if share.every > 1:
+            self._same_stream(data)
+        counted = self.processes.gather([state["examples"], f"{state['contents']:x}", self.collector.mixing])
+        examples = sum(of[0] for of in counted)
+        if examples == 0:
             raise InputError("the loader gave no batch; relevance needs at least one example.")
+        for *_, mixing in counted:
+            self.collector.mixing |= mixing
+        self.processes.add_up(self.collector.sums)
         if partial:
             partial.remove()
-        return state["examples"], data
+        return examples, f"{sum(int(of[1], 16) for of in counted) % (1 << 128):032x}"
+
+    def _same_stream(self, data: str) -> None:
+        """Where every process takes its batches from the same stream, it must be the same indeed."""
+        self.processes.agree_on(
+            data,
+            "the processes' loaders give different batches, so that some would be measured twice and others never; shuffle "
+            'with a generator of the same seed, or pass parallel="sharded" if each loader gives its own part.',
+        )
 
     @property
     def backward_needs(self) -> set[str]:
@@ -289,6 +351,31 @@ def _chained(before: str, batch: Any) -> str:
         if isinstance(tensor, Tensor):
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _contents(batch: Any) -> int:
+    """A number for the batch's examples: the sum of each one's hash, padding by ``attention_mask`` left out."""
+    size = _size(batch)
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    names = list(batch) if isinstance(batch, Mapping) else range(len(batch))
+    tensors = {n: v.detach().cpu() for n, v in zip(names, _values(batch), strict=True) if isinstance(v, Tensor)}
+    kept = tensors["attention_mask"].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    total = 0
+    for s in range(size):
+        digest = hashlib.sha256()
+        for name, value in tensors.items():
+            one = value[s] if value.ndim and len(value) == size else value
+            if kept is not None and one is not value and value.shape[:2] == kept.shape:
+                one = one[kept[s]]
+            digest.update(f"{name} {one.dtype} {tuple(one.shape)} ".encode())
+            digest.update(one.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        total += int.from_bytes(digest.digest()[:16], "big")
+    return total % (1 << 128)
+
+
+def _seed(seed: int, batch: int) -> int:
+    """Of the labels drawn for a batch, whichever process measures it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{batch}".encode()).digest()[:8], "big") >> 1
 
 
 def _values(batch: Any) -> Iterable[Any]:
