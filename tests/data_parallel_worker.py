@@ -143,7 +143,7 @@ def out_of_memory(directory: Path) -> None:
     model = MODELS["bert"]()
 
     def too_small(module, args, kwargs):
-        if dist.get_rank() == 1 and len(kwargs["input_ids"]) > 1:
+        if dist.get_rank() == 1 and len(kwargs["input_ids"]) > 2:
             raise torch.OutOfMemoryError("no memory")
 
     model.register_forward_pre_hook(too_small, with_kwargs=True)
@@ -168,5 +168,8 @@ def expect(sentence: str, loader, kind=ValueError, elsewhere: int | None = None,
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    globals()[sys.argv[1]](Path(sys.argv[2]))
+    for function in sys.argv[2:]:
+        place = Path(sys.argv[1], function)
+        globals()[function](place)
+        place.mkdir(exist_ok=True)
     dist.destroy_process_group()

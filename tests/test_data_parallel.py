@@ -11,22 +11,17 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from data_parallel_worker import CRITERIA, Examples, batches_of, scores
+from data_parallel_worker import Examples, batches_of, scores
 from relevance_cases import MODELS, data_for, measure
 from reltune.relevance.scores import RelevanceScores
 
 TESTS = Path(__file__).parent
 
 
-def torchrun(*words: object, processes: int = 2) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def torchrun(*words: object) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.run([*launcher, *map(str, words)], env=environment, capture_output=True, text=True, timeout=300)
-
-
-def together(function: str, directory: Path, processes: int = 2) -> None:
-    done = torchrun(TESTS / "data_parallel_worker.py", function, directory, processes=processes)
-    assert done.returncode == 0, done.stderr
 
 
 def assert_same(found: RelevanceScores, wanted: RelevanceScores, relative: float = 1e-12, skip: tuple = ()) -> None:
@@ -50,68 +45,77 @@ def assert_same(found: RelevanceScores, wanted: RelevanceScores, relative: float
             assert (a - b).abs().max() <= bound * b.abs().max(), (criterion, part)
 
 
+FUNCTIONS = (
+    "same_loader",
+    "fewer_batches_than_processes",
+    "distributed_sampler",
+    "prepared_by_accelerate",
+    "own_parts",
+    "refusals",
+    "errors",
+    "out_of_memory",
+)
+
+
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory):
+    """What the functions of data_parallel_worker.py saved, all in one go, since importing takes processes longest."""
     directory = tmp_path_factory.mktemp("by_two")
-    together("same_loader", directory)
+    done = torchrun(TESTS / "data_parallel_worker.py", directory, *FUNCTIONS)
+    assert done.returncode == 0, done.stderr
     return directory
+
+
+def loaded(directory: Path) -> list[RelevanceScores]:
+    """The scores that each process ended with."""
+    return [RelevanceScores.load(directory / str(rank)) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "sequential"])
 def test_the_same_loader_is_split(name, by_two):
     wanted = scores(name, batches_of(name))
-    for rank in (0, 1):
-        assert_same(RelevanceScores.load(by_two / name / str(rank)), wanted)
+    for found in loaded(by_two / "same_loader" / name):
+        assert_same(found, wanted)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_fewer_batches_than_processes(processes, tmp_path):
-    together("fewer_batches_than_processes", tmp_path, processes)
+def test_fewer_batches_than_processes(by_two):
     wanted = scores("llama", [data_for(MODELS["llama"]())])
-    for rank in range(processes):
-        assert_same(RelevanceScores.load(tmp_path / "llama" / str(rank)), wanted)
+    for found in loaded(by_two / "fewer_batches_than_processes" / "llama"):
+        assert_same(found, wanted)
 
 
-def test_examples_that_a_sampler_repeats_count_once(tmp_path):
-    together("distributed_sampler", tmp_path)
-    for count in (11, 12):
-        wanted = scores("sequential", DataLoader(Examples(count), 4))
-        assert wanted.provenance["examples"] == count
-        for rank in (0, 1):  # labels are drawn batch by batch, and these are others
-            found = RelevanceScores.load(tmp_path / str(count) / str(rank))
-            assert_same(found, wanted, skip=("fisher_true",))
+@pytest.mark.parametrize("count", [11, 12])
+def test_examples_that_a_sampler_repeats_count_once(count, by_two):
+    wanted = scores("sequential", DataLoader(Examples(count), 4))
+    assert wanted.provenance["examples"] == count
+    for found in loaded(by_two / "distributed_sampler" / str(count)):
+        assert_same(found, wanted, skip=("fisher_true",))  # labels are drawn batch by batch, and these are others
 
 
-def test_accelerate_prepares_model_and_loader(tmp_path):
-    together("prepared_by_accelerate", tmp_path)
-    for place, count in (("prepared", 12), ("uneven", 11)):
-        wanted = scores("sequential", DataLoader(Examples(count), 2))
-        for rank in (0, 1):
-            assert_same(RelevanceScores.load(tmp_path / place / str(rank)), wanted)
+@pytest.mark.parametrize(("place", "count"), [("prepared", 12), ("uneven", 11)])
+def test_accelerate_prepares_model_and_loader(place, count, by_two):
+    wanted = scores("sequential", DataLoader(Examples(count), 2))
+    for found in loaded(by_two / "prepared_by_accelerate" / place):
+        assert_same(found, wanted)
 
 
-def test_own_parts_and_alone(tmp_path):
-    together("own_parts", tmp_path)
+def test_own_parts_and_alone(by_two):
     wanted = scores("bert", batches_of("bert"))
-    for rank in (0, 1):
-        assert_same(RelevanceScores.load(tmp_path / "bert" / str(rank)), wanted)
-        alone = scores("sequential", [data_for(MODELS["sequential"](), seed=rank)])
-        assert_same(RelevanceScores.load(tmp_path / "alone" / str(rank)), alone)
+    for found in loaded(by_two / "own_parts" / "bert"):
+        assert_same(found, wanted)
+    for rank, found in enumerate(loaded(by_two / "own_parts" / "alone")):
+        assert_same(found, scores("sequential", [data_for(MODELS["sequential"](), seed=rank)]))
 
 
-def test_what_could_be_silently_wrong_is_refused(tmp_path):
-    together("refusals", tmp_path)
+@pytest.mark.parametrize("function", ["refusals", "errors"])
+def test_what_cannot_be_ends_both_with_a_sentence(function, by_two):
+    assert (by_two / function).is_dir()  # the assertions stand in the function
 
 
-def test_an_error_on_one_ends_both(tmp_path):
-    together("errors", tmp_path)
-
-
-def test_memory_is_short_on_one(tmp_path):
-    together("out_of_memory", tmp_path)
+def test_memory_is_short_on_one(by_two):
     wanted = measure(MODELS["bert"](), batches_of("bert"), None, ["fisher", "activation"])
-    for rank in (0, 1):
-        assert_same(RelevanceScores.load(tmp_path / "bert" / str(rank)), wanted)
+    for found in loaded(by_two / "out_of_memory" / "bert"):
+        assert_same(found, wanted)
 
 
 def test_the_fingerprint_of_the_data_is_that_of_its_examples():
@@ -125,4 +129,3 @@ def test_the_fingerprint_of_the_data_is_that_of_its_examples():
     assert (
         len({one, *(measure(model, batches_of("bert", n), None, ["fisher"]).provenance["data"] for n in (2, 3))}) == 3
     )
-    assert CRITERIA[0] == "fisher"
