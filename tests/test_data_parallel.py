@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from command_line import contents, review_rows, write_csv
+from command_line import reltune as command
 from data_parallel_worker import Examples, batches_of, scores
 from relevance_cases import MODELS, data_for, measure
 from reltune.relevance.scores import RelevanceScores
+from tiny_models import save_tiny_bert
 
 TESTS = Path(__file__).parent
 
@@ -129,3 +134,70 @@ def test_the_fingerprint_of_the_data_is_that_of_its_examples():
     assert (
         len({one, *(measure(model, batches_of("bert", n), None, ["fisher"]).provenance["data"] for n in (2, 3))}) == 3
     )
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+COMMAND = "from reltune.cli import main; main()"
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[object]:
+    """Of an analysis of a tiny BERT without a head, with 70 training texts: three batches."""
+    place = tmp_path_factory.mktemp("inputs")
+    save_tiny_bert(place / "model")
+    write_csv(place / "train.csv", review_rows(100))
+    words = ["--model_name_or_path", place / "model", "--train_file", place / "train.csv", "--max_length", "16"]
+    return [*words, "--criteria", "fisher,fisher_true,gradient,activation"]
+
+
+def test_reltune_analyze_under_torchrun(words, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    done = torchrun("--no-python", sys.executable, "-c", COMMAND, "analyze", *words, "--output_dir", run)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("By fisher, layer") == done.stdout.count("Next: reltune select") == 1
+    assert done.stderr.count("analyze: 100%") == 1
+
+    def same_heads(materials, model, epochs):
+        model.load_state_dict(load_file(run / "relevance" / "head.safetensors"), strict=False)
+
+    monkeypatch.setattr("reltune.run.train_heads", same_heads)
+    alone = tmp_path / "alone"
+    answer = command("analyze", *words, "--output_dir", alone)
+    assert answer.code == 0, answer.err
+    assert contents(run).keys() == contents(alone).keys()
+    wanted = RelevanceScores.load(alone / "relevance")
+    assert wanted.provenance["examples"] == 70
+    assert_same(RelevanceScores.load(run / "relevance"), wanted, relative=1e-5)
+    assert command("select", run, "--budget", "1%").code == 0  # in one process, as ever
+
+
+@pytest.mark.slow
+def test_an_error_on_one_ends_both_with_one_code(words, tmp_path):
+    """The second process cannot read its file."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ended = []
+    for rank in (0, 1):
+        own = [tmp_path / "gone.csv" if rank and word == words[3] else word for word in words]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        line = [sys.executable, "-c", COMMAND, "analyze", *map(str, own), "--output_dir", str(tmp_path / "run")]
+        ended.append(subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True))
+    errors = [process.communicate(timeout=300)[1] for process in ended]
+    assert [process.returncode for process in ended] == [2, 2], errors
+    assert "reltune: error: process 1: " in errors[0] and "gone.csv" in errors[0]
+    assert "reltune: error" not in errors[1]  # said once
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("verb", ["run", "select", "tune", "evaluate", "report", "export", "demo"])
+def test_other_commands_are_for_one_process(verb, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    answer = command(verb, *(words if verb == "run" else []), *([] if verb == "demo" else [tmp_path]))
+    assert answer.code == 2 and f"`reltune {verb}` is for one process" in answer.err
+    monkeypatch.setenv("RANK", "1")
+    assert command(verb).err == ""
