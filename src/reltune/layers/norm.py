@@ -46,6 +46,7 @@ def statistics(
     x: Tensor,
     g: Tensor,
     wanted: Collection[str],
+    shared: per_example.Shared | None = None,
 ) -> per_example.Statistics:
     """Sums over the examples (layers/per_example.py) for inputs x and output gradients g, both (B, T, features)."""
     g = g.to(accumulator_dtype(x))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from reltune.layers.fingerprint import fingerprint
+from reltune.layers.fused_norms import fused_norms
 from reltune.layers.inventory import (
     ModuleInfo,
     canonical_weights,
@@ -422,7 +423,7 @@ def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _evaluated(model: nn.Module) -> Iterator[None]:
-    with _frozen(model), checkpointing_in_evaluation(model), torch.enable_grad():
+    with _frozen(model), fused_norms(model), checkpointing_in_evaluation(model), torch.enable_grad():
         yield
 
 
