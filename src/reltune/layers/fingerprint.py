@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from reltune.layers.quantised import is_quantised
+
 SAMPLES = 256  # numbers read per parameter
 
 
@@ -24,7 +26,7 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
     for name, parameter in sorted(model.named_parameters()):
         if skip and name.startswith(skip):
             continue
-        if parameter.device.type == "meta" or not parameter.is_floating_point():
+        if parameter.device.type == "meta" or is_quantised(parameter):
             return ""
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         flat = parameter.detach().reshape(-1)

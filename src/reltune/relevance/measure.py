@@ -34,6 +34,7 @@ from reltune.layers.inventory import (
     take_inventory,
 )
 from reltune.layers.per_example import WEIGHT_SIZED
+from reltune.layers.quantised import rounds_its_input
 from reltune.records import InputError
 from reltune.relevance.checkpointing import checkpointing_in_evaluation
 from reltune.relevance.collector import AnalysisError, Collector, Sums
@@ -116,6 +117,7 @@ def analyze(
         if loader is None:
             wanting = [name for name, criterion in found.items() if criterion.NEEDS] or list(found)
             raise InputError(f"criterion {wanting[0]!r} needs data; pass a loader.")
+        _check_gradients(model)
         data = _Pass(model, as_loss(loss_fn), measured, needs, seed, processes)
         processes.agree_on(
             [fingerprint(model), sorted(needs), [info.name for info in measured], seed],
@@ -162,6 +164,16 @@ def analyze(
     }
     inventory = dataclasses.replace(inventory, modules=measured)
     return RelevanceScores(parts, inventory, heads, fingerprint(model, heads), provenance)
+
+
+def _check_gradients(model: nn.Module) -> None:
+    """Below a layer that gives its input no gradient everything would look irrelevant."""
+    for name, module in model.named_modules():
+        if rounds_its_input(module):
+            raise InputError(
+                f"{name} rounds its inputs as well as its weight ({type(module.weight).__name__}), which stops the gradient; "
+                "quantise the weights only."
+            )
 
 
 def _leave_out(mixing: Mapping[str, str], named: bool, warn: bool) -> None:
