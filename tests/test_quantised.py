@@ -94,7 +94,6 @@ def pair(make, way, heads=("classifier", "score")):
         if type(module) is nn.Linear and name not in heads:
             quantised.set_submodule(name, quantise(module))
     plain = make().float()
-    plain.load_state_dict(quantised.state_dict(), strict=False) if way.startswith("torchao") else None
     with torch.no_grad():
         for name, module in plain.named_modules():
             if type(module) is nn.Linear and name not in heads:
@@ -207,12 +206,34 @@ def test_what_stops_the_gradient_is_refused_by_name():
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
     quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda module, name: name == "2")
     batch = [(torch.randn(4, 16), torch.tensor([0, 1, 2, 0]))]
-    with pytest.raises(InputError, match="2 rounds its inputs as well as its weight .Int8Tensor."):
+    with pytest.raises(InputError, match=r"2 .Linear. lets no gradient through, because it rounds its inputs"):
         measure(model, batch)
     assert "is a Int8Tensor, which is not covered" in take_inventory(model).left_out["2.weight"]
+
+
+def test_weights_packed_for_inference_are_refused_by_name():
+    quantised, _ = pair(tiny_bert, "nf4")
+    name = "bert.encoder.layer.0.attention.self.key"
+    quantised.get_submodule(name).weight.quant_state.packing_format_for_cpu = True  # as some processors have it
+    with pytest.raises(InputError, match=f"{name} .Linear4bit. lets no gradient through, because it was packed"):
+        measure(quantised, batches())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_modes_and_weights_are_left_as_they_were(way):
+    quantised, _ = pair(tiny_bert, way)
+    quantised.eval()
+    before = {
+        name: canonical_weights(info, quantised.get_submodule(name))["weight"].clone()
+        for name, info in ((i.name, i) for i in take_inventory(quantised).modules)
+    }
+    measure(quantised, batches(), None, CRITERIA)
+    assert not any(module.training for module in quantised.modules())
+    for info in take_inventory(quantised).modules:
+        assert torch.equal(canonical_weights(info, quantised.get_submodule(info.name))["weight"], before[info.name])
 
 
 def test_a_layer_that_is_not_quantised_yet_is_left_out_by_name():
     layer = bitsandbytes.nn.Linear4bit(16, 16)
     inventory = take_inventory(nn.Sequential(layer, nn.Linear(16, 3)))
-    assert inventory.left_out["0.weight"] == "layer type Linear4bit has no units yet"
+    assert inventory.left_out["0.weight"] == "the weight of Linear4bit is a Params4bit, which is not covered"

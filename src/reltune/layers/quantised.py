@@ -3,8 +3,9 @@
 Such a layer computes y = x Ŵᵀ + b with Ŵ the dequantised weight, and hands g Ŵ back to its input, so input and output
 gradient are those of a plain linear map and the statistics are linear.py's. Ŵ itself, in its logical shape (out, in)
 whatever the packed one is, is made for one module at a time, where a criterion asks for it. Units are columns and rows
-of Ŵ. On a GPU bitsandbytes' 8-bit product rounds its input to 8 bits too: the gradient is then the one that passes
-straight through that rounding, which is what training such a model uses.
+of Ŵ. bitsandbytes computes in another way in evaluation on a CPU: 4-bit weights are packed anew for a product without a
+gradient, and 8-bit products round their input too. ``compute_as_in_training`` keeps to the form above. On a GPU the
+8-bit product rounds its input in both; the gradient then passes straight through that rounding, as in training.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ FOUR_BIT = ("Linear4bit", "LinearFP4", "LinearNF4")
 
 def matches(module: nn.Module) -> bool:
     """A quantised weight that the input's gradient passes through."""
-    return _is_4bit(module) or _is_8bit(module) or (_is_torchao(module) and not rounds_its_input(module))
+    return (_is_4bit(module) or _is_8bit(module) or _is_torchao(module)) and not stops_the_gradient(module)
+
+
+def compute_as_in_training(model: nn.Module) -> None:
+    """Set the quantised layers' own ``training`` flags; the caller puts them back."""
+    for module in model.modules():
+        if matches(module):
+            module.training = True
 
 
 def shape(module: nn.Module) -> tuple[int, int]:
@@ -45,12 +53,15 @@ def is_quantised(parameter: Tensor) -> bool:
     return not parameter.is_floating_point() or type(parameter) not in (nn.Parameter, Tensor)
 
 
-def rounds_its_input(module: nn.Module) -> bool:
-    """Whether the layer computes on rounded inputs in a way that gives its input no gradient (torchao's dynamic ones)."""
-    if not _is_torchao(module):
-        return False
-    weight: Any = module._parameters["weight"]
-    return getattr(weight, "act_quant_kwargs", None) is not None or "Activation" in type(weight).__name__
+def stops_the_gradient(module: nn.Module) -> str:
+    """Why the layer gives its input no gradient; empty where it gives one."""
+    weight: Any = module._parameters.get("weight")
+    if _is_torchao(module):
+        dynamic = getattr(weight, "act_quant_kwargs", None) is not None or "Activation" in type(weight).__name__
+        return "rounds its inputs and not only its weight; quantise the weights only" if dynamic else ""
+    if _is_4bit(module) and getattr(weight.quant_state, "packing_format_for_cpu", False):
+        return "was packed for inference by running in evaluation mode on this CPU; load the model again"
+    return ""
 
 
 class Weights(Mapping[str, Tensor]):

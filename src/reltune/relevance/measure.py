@@ -34,7 +34,7 @@ from reltune.layers.inventory import (
     take_inventory,
 )
 from reltune.layers.per_example import WEIGHT_SIZED
-from reltune.layers.quantised import rounds_its_input
+from reltune.layers.quantised import compute_as_in_training, stops_the_gradient
 from reltune.records import InputError
 from reltune.relevance.checkpointing import checkpointing_in_evaluation
 from reltune.relevance.collector import AnalysisError, Collector, Sums
@@ -169,11 +169,8 @@ def analyze(
 def _check_gradients(model: nn.Module) -> None:
     """Below a layer that gives its input no gradient everything would look irrelevant."""
     for name, module in model.named_modules():
-        if rounds_its_input(module):
-            raise InputError(
-                f"{name} rounds its inputs as well as its weight ({type(module.weight).__name__}), which stops the gradient; "
-                "quantise the weights only."
-            )
+        if why := stops_the_gradient(module):
+            raise InputError(f"{name} ({type(module).__name__}) lets no gradient through, because it {why}.")
 
 
 def _leave_out(mixing: Mapping[str, str], named: bool, warn: bool) -> None:
@@ -446,6 +443,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     modes = {name: module.training for name, module in model.named_modules()}
     try:
         model.eval()
+        compute_as_in_training(model)
         model.requires_grad_(False)
         yield
     finally:
