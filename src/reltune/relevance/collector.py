@@ -13,6 +13,7 @@ from reltune.layers.inventory import LAYER_TYPES, ModuleInfo, canonical_weights
 from reltune.layers.per_example import WEIGHT_SIZED, Shared, Statistics, add
 from reltune.relevance.recompute import Recipe, is_exact, recipe, saved_tensors_are_hooked
 
+INPUT = "input"  # in place of a part, of what the forward pass gave
 Sums = dict[str, Statistics]  # module -> statistic -> part -> sum over examples
 
 
@@ -172,11 +173,10 @@ class Collector:
             return
         device = self.witnesses[0][-1].device
         finite = torch.stack([value.to(device, torch.float32) for *_, value in self.witnesses]).isfinite()
-        bad = {(name, part) for (name, part, _), good in zip(self.witnesses, finite.tolist(), strict=True) if not good}
-        if bad:
-            # The last one in the model's order is nearest to the loss, where it began.
-            name, part = max(bad, key=lambda of: (list(self.infos).index(of[0]), of[1]))
-            raise AnalysisError(f"the gradient of {name} ({part}) is not finite in batch {self.batch}.")
+        for (name, part, _), good in zip(self.witnesses, finite.tolist(), strict=True):
+            if not good:  # the first to come, whatever the model's order: nearest to where it began
+                what = f"the gradient of {name} ({part})" if part != INPUT else f"the input of {name}"
+                raise AnalysisError(f"{what} is not finite in batch {self.batch}.")
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
@@ -274,7 +274,9 @@ class Collector:
             # Columns and rows add up the same numbers as the whole does; single weights have no whole.
             whole = {part: value for part, value in parts.items() if value.ndim == 0}
             for part, value in (whole if "squares" in need or "products" in need else parts).items():
-                self.witnesses.append((name, part, value if value.ndim == 0 else value.sum()))
+                self.witnesses.append(
+                    (name, INPUT if need == "inputs" else part, value if value.ndim == 0 else value.sum())
+                )
             if need.removeprefix("sampled_") in WEIGHT_SIZED:
                 found[need] = {part: value.cpu() for part, value in parts.items()}
         add(self.sums[name], found)

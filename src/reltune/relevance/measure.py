@@ -39,6 +39,7 @@ from reltune.records import InputError
 from reltune.relevance.checkpointing import checkpointing_in_evaluation
 from reltune.relevance.collector import AnalysisError, Collector, Sums
 from reltune.relevance.context import Context
+from reltune.relevance.not_finite import where_not_finite
 from reltune.relevance.parallel import Processes, unwrapped
 from reltune.relevance.partial import Partial, deferred_signals, flat, nested
 from reltune.relevance.plugins import Criterion, check_parts, find_criteria
@@ -314,7 +315,7 @@ class _Pass:
     def _run(self, batch: Any, wanted: set[str], prefix: str) -> int:
         with torch.set_grad_enabled(wanted != {INPUTS}):
             self.collector.expect(_size(batch), wanted, prefix, batch)
-            outputs = self.model(**_inputs(batch)) if isinstance(batch, Mapping) else self.model(batch[0])
+            outputs = self._forward(batch)
             self.collector.forward_done()
             if wanted == {INPUTS}:
                 return _size(batch)
@@ -324,6 +325,9 @@ class _Pass:
             losses = self._losses(outputs, batch)
             self.collector.backward(losses)
         return len(losses)
+
+    def _forward(self, batch: Any) -> Any:
+        return self.model(**_inputs(batch)) if isinstance(batch, Mapping) else self.model(batch[0])
 
     def _losses(self, outputs: Any, batch: Any) -> Tensor:
         losses = self.loss.per_example(outputs, batch)
@@ -340,7 +344,8 @@ class _Pass:
         if not torch.isfinite(losses).all():
             bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
             raise AnalysisError(
-                f"the loss of batch {self.collector.batch} is not finite at examples {bad[:8]} of the batch."
+                f"the loss of batch {self.collector.batch} is not finite at examples {bad[:8]} of the batch: "
+                f"{where_not_finite(self.model, batch, lambda: self._forward(batch))}."
             )
         if not losses.requires_grad:
             raise InputError("the loss does not depend on any measured module; widen target_modules.")
@@ -350,8 +355,7 @@ class _Pass:
         """Differentiate the loss of the first of two examples: where the second's rows get a gradient too, the module
         mixes examples, or its input's first axis is not the examples."""
         self.collector.expect(2, self.backward_needs, "", pair, probe=True)
-        outputs = self.model(**_inputs(pair)) if isinstance(pair, Mapping) else self.model(pair[0])
-        self.collector.backward(self.loss.per_example(outputs, pair)[:1])
+        self.collector.backward(self.loss.per_example(self._forward(pair), pair)[:1])
 
 
 def _chained(before: str, batch: Any) -> str:
