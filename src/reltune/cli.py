@@ -38,7 +38,7 @@ TRAINING = {"allow_extra_args": True, "ignore_unknown_options": True}
 TRAINING_HELP = "Any field of transformers.TrainingArguments is a flag too: --num_train_epochs 5 --learning_rate 1e-3."
 
 SPLIT_OFF = "Split off the training data when not given."
-CRITERIA_HELP = f"One or several of {', '.join(CRITERIA)}; the first selects."
+CRITERIA_HELP = f"One or several of {', '.join(CRITERIA)}, or an installed package's; the first selects."
 BUDGET_HELP = "Trainable parameters: a share of the base model (0.5%) or a count (100k)."
 GRANULARITY_HELP = f"One or several of {', '.join(GRANULARITIES)}."
 TARGETS_HELP = "Parts of module names (query, layer.5) or a regex."
@@ -111,6 +111,11 @@ def options(
         raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())
+    elif _several() and context.invoked_subcommand != "analyze":
+        raise InputError(
+            f"`reltune {context.invoked_subcommand}` is for one process, and a launcher started several; of reltune's "
+            "commands only `analyze` runs on several."
+        )
 
 
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
@@ -175,6 +180,8 @@ def analyze(
     else:
         directory = stages.RunDirectory(config.output_dir)
         stages.analyze_weights(config, directory, overwrite_output_dir)
+    if not _first():
+        return
     _show_relevance(config, directory)
     _say(f"Next: reltune select {config.output_dir} --budget 0.5%")
 
@@ -332,16 +339,25 @@ def _training_fields(context: typer.Context) -> dict[str, Any]:
 def _begin(config: RunConfig, overwrite: bool, select: bool = True) -> tuple[Materials, RunDirectory]:
     """Check everything that can be checked, and only then make the run's directory."""
     from reltune import run as stages
+    from reltune.relevance.parallel import Processes
 
     directory = stages.RunDirectory(config.output_dir)
-    resumed = not overwrite and directory.continues(config)
-    if not resumed:
-        directory.check_new(overwrite)
-    materials = stages.prepare(config)
-    stages.check_choice(materials, select)
-    materials.check_training()
-    if not resumed:
-        directory.create(config)
+    processes = Processes.joined()
+    with processes.together():
+        resumed = not overwrite and directory.continues(config)
+        if not resumed:
+            directory.check_new(overwrite)
+        elif processes.count > 1:
+            raise InputError(
+                f"output_dir {directory.path} holds an interrupted analysis, which goes on in one process only; start it "
+                "without a launcher, or pass --overwrite_output_dir."
+            )
+        materials = stages.prepare(config)
+        stages.check_choice(materials, select)
+        materials.check_training()
+    with processes.together():
+        if not resumed and processes.first:
+            directory.create(config)
     _say(
         f"{len(materials.train):,} training, {len(materials.validation):,} validation and {len(materials.test):,} test texts, "
         f"{len(materials.task.labels)} classes; {materials.train.n_truncated:,} training texts cut to {config.max_length} tokens."
@@ -414,8 +430,18 @@ def _print(renderable: Any, width: int = 0) -> None:
 
 
 def _say(*lines: str) -> None:
-    for line in lines:
+    for line in lines if _first() else ():
         print(line, flush=True)
+
+
+def _several() -> bool:
+    """Whether torchrun or accelerate launch started several of this process."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
+def _first() -> bool:
+    """Whether this process is the only one or the one that speaks."""
+    return not _several() or os.environ.get("RANK", "0") == "0"
 
 
 # -- errors and exit codes ------------------------------------------------------------------------------------------
@@ -444,19 +470,24 @@ def main() -> None:
     except (InputError, USAGE_ERROR) as error:
         if debug:
             traceback.print_exc()
-        _fail(error.format_message() if isinstance(error, USAGE_ERROR) else str(error), 2)
+        _fail(error.format_message() if isinstance(error, USAGE_ERROR) else str(error), 2, common=True)
     except (KeyboardInterrupt, typer.Abort):
         _fail(
             "interrupted; what was finished is kept, and the same command goes on with an analysis that was cut short.",
             130,
+            common=True,
         )
     except Exception as error:
         if debug:
             traceback.print_exc()
-        _fail(f"{type(error).__name__}: {textwrap.shorten(str(error), 500)} (--debug shows where)", 1)
+        message = f"{type(error).__name__}: {textwrap.shorten(str(error), 500)} (--debug shows where)"
+        _fail(message, 1, common=getattr(error, "agreed", False))
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _fail(message: str, code: int, common: bool = False) -> NoReturn:
+    """End with a message; one that all processes end with is the first one's to say."""
+    if common and not _first():
+        raise SystemExit(code)
     if "tqdm" in sys.modules:  # end the lines of progress bars that the error has left open
         for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
             bar.close()

@@ -8,6 +8,7 @@ import json
 import os
 import textwrap
 from collections.abc import Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ CRITERIA = (
     "random",
     "depth",
 )
+CRITERIA_GROUP = "reltune.criteria"  # entry points of installed packages with criteria of their own
 WITHOUT_DATA = ("magnitude", "spectral_snr", "principal", "random", "depth")  # criteria that look at no data
 GRANULARITIES = ("layer", "module", "head", "column", "row", "bias", "norm")
 
@@ -51,6 +53,30 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     if close:
         return "did you mean " + " or ".join(repr(word) for word in close) + "?"
     return f"known: {textwrap.shorten(', '.join(known), 200, placeholder=' …')}."
+
+
+def criterion_of_package(name: str) -> metadata.EntryPoint | None:
+    """The entry point of an installed package's criterion, not imported; None for reltune's own and unknown names.
+
+    A name that two have is an InputError: whoever asks for it should know which one measures.
+    """
+    found = list(dict.fromkeys(metadata.entry_points(group=CRITERIA_GROUP, name=name)))
+    owners = (["reltune itself"] if name in CRITERIA else []) + sorted(map(owner_of, found))
+    if len(owners) > 1:
+        raise InputError(
+            f"criterion {name!r} comes from {' and from '.join(owners)}; uninstall one, or have it renamed in its package."
+        )
+    return found[0] if found else None
+
+
+def owner_of(point: metadata.EntryPoint) -> str:
+    """A phrase for the package and the place that an entry point names."""
+    return f"the package {point.dist.name} ({point.value})" if point.dist else point.value
+
+
+def known_criteria() -> list[str]:
+    """reltune's own criteria, then those of installed packages, none of which is imported."""
+    return list(dict.fromkeys([*CRITERIA, *sorted(metadata.entry_points(group=CRITERIA_GROUP).names)]))
 
 
 @dataclasses.dataclass
@@ -98,12 +124,14 @@ class RunConfig:
     def check(self) -> None:
         """Raise InputError for values that no later stage could use. Reads no files."""
         for name, known in (("criteria", CRITERIA), ("granularity", GRANULARITIES)):
-            values = getattr(self, name)
-            if not values:
+            if not getattr(self, name):
                 raise InputError(f"{name} is empty; name at least one of {', '.join(known)}.")
-            for value in values:
-                if value not in known:
-                    raise InputError(f"{name} {value!r} is unknown; {nearest(value, known)}")
+        for value in self.granularity:
+            if value not in GRANULARITIES:
+                raise InputError(f"granularity {value!r} is unknown; {nearest(value, GRANULARITIES)}")
+        for value in self.criteria:
+            if criterion_of_package(value) is None and value not in CRITERIA and value not in self._measured():
+                raise InputError(f"criteria {value!r} is unknown; {nearest(value, known_criteria())}")
         held_out = self.validation_file is not None or self.test_file is not None
         if self.has_data or held_out or not set(self.criteria) <= set(WITHOUT_DATA):
             self.check_data()
@@ -117,6 +145,14 @@ class RunConfig:
             raise InputError("training holds no mapping of fields of transformers.TrainingArguments.")
         if self.head_epochs < 0:
             raise InputError(f"head_epochs is {self.head_epochs}; it must be 0 or more.")
+
+    def _measured(self) -> list[str]:
+        """Criteria of the run's saved scores, which need no package of theirs any more."""
+        try:
+            scores = json.loads((Path(self.output_dir) / "relevance" / "scores.json").read_text(encoding="utf-8"))
+            return [str(name) for name in scores["criteria"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
 
     def save(self, path: str | os.PathLike) -> None:
         write_text(path, yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True))

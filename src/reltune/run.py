@@ -34,7 +34,9 @@ from reltune.plan.selection import check_scored
 from reltune.plan.selection import select as choose_units
 from reltune.records import InputError, MethodResult, RunConfig, RunRecord, write_json, write_text
 from reltune.relevance.measure import analyze as measure_relevance
+from reltune.relevance.parallel import Processes
 from reltune.relevance.partial import interrupted_in
+from reltune.relevance.plugins import find_criteria
 from reltune.relevance.scores import RelevanceScores
 from reltune.relevance.streaming import analyze_checkpoint
 from reltune.tasks import rows as reading
@@ -196,6 +198,7 @@ def check_choice(materials: Materials, select: bool = True) -> None:
     the patterns alone are checked.
     """
     config = materials.config
+    find_criteria(config.criteria)
     assert materials.model is not None, "checked before it is changed"
     if select:
         check_scored(config.granularity, config.criteria[0])
@@ -231,14 +234,20 @@ def _read_splits(config: RunConfig) -> tuple[list[reading.Row], list[reading.Row
 
 
 def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
-    """Train the new heads briefly, then measure relevance: before the head means something, no gradient does."""
-    config, model = materials.config, materials.fresh_model()
+    """Train the new heads briefly, then measure relevance: before the head means something, no gradient does.
+
+    Of several processes the first one's heads count, and the first one writes.
+    """
+    config, model, processes = materials.config, materials.fresh_model(), Processes.joined()
     if materials.new_heads and interrupted_in(run.relevance) and run.head.is_file():
         model = model_with_heads(materials, run)  # the interrupted analysis was of this head
     elif materials.new_heads:
         train_heads(materials, model, config.head_epochs)
-        run.relevance.mkdir(parents=True, exist_ok=True)
-        save_file(head_state(model, materials.new_heads), run.head)
+        processes.take_from_first(model.get_submodule(name) for name in materials.new_heads)
+        with processes.together():
+            if processes.first:
+                run.relevance.mkdir(parents=True, exist_ok=True)
+                save_file(head_state(model, materials.new_heads), run.head)
     examples = min(config.analysis_examples, len(materials.train))
     chosen = torch.randperm(len(materials.train), generator=torch.Generator().manual_seed(config.seed))[:examples]
     loader = DataLoader(
@@ -255,11 +264,13 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
         exclude_modules=config.exclude_modules,
         always_trained=materials.new_heads,
         seed=config.seed,
-        resume_directory=run.relevance,
+        resume_directory=run.relevance if processes.count == 1 else None,
         options={name: given for name, given in options_of(config).items() if name in config.criteria},
     )
     relevance.provenance |= restrictions(config)
-    relevance.save(run.relevance)
+    with processes.together():
+        if processes.first:
+            relevance.save(run.relevance)
     return relevance
 
 

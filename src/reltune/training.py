@@ -7,6 +7,7 @@ import copy
 import ctypes
 import dataclasses
 import gc
+import os
 import statistics
 import sys
 import tempfile
@@ -59,6 +60,8 @@ def arguments(output_dir: str, method: str, seed: int, given: dict[str, Any], **
     Raises InputError for values that contradict each other or leave nothing to train.
     """
     values = {**DEFAULTS, "learning_rate": LEARNING_RATES[method], **given, **forced}
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not torch.accelerator.is_available():
+        values["use_cpu"] = True  # else each of the processes would train by itself
     try:
         args = TrainingArguments(output_dir=output_dir, seed=seed, **values)
     except (ValueError, TypeError, ImportError) as error:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from reltune.layers.quantised import is_quantised
+
 SAMPLES = 256  # numbers read per parameter
 
 
@@ -21,7 +23,7 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
     """
     parameters = dict(model.named_parameters())
     kept = outside(parameters, without)
-    if any(parameters[name].device.type == "meta" or not parameters[name].is_floating_point() for name in kept):
+    if any(parameters[name].device.type == "meta" or is_quantised(parameters[name]) for name in kept):
         return ""
     return fingerprint_of({name: (tuple(parameters[name].shape), samples(parameters[name])) for name in kept})
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import ModuleType
 
 from torch import Tensor, nn
 
-from reltune.layers import conv1d, conv2d, embedding, experts, linear, norm, router
+from reltune.layers import conv1d, conv2d, embedding, experts, linear, norm, quantised, router
 from reltune.layers.heads import HeadGroup, heads_and_reasons
 from reltune.layers.units import ModuleInfo
 from reltune.records import InputError, nearest
 
 # Kind of module -> the file that knows it. The first whose `matches` says yes is taken.
 LAYER_TYPES: dict[str, ModuleType] = {
+    "quantised": quantised,
     "linear": linear,
     "conv1d": conv1d,
     "conv2d": conv2d,
@@ -60,10 +61,13 @@ def layer_type(module: nn.Module) -> tuple[str, ModuleType] | None:
     return None
 
 
-def canonical_weights(info: ModuleInfo, module: nn.Module) -> dict[str, Tensor]:
-    """The weight in its canonical shape, and the bias, from the module that owns them: views, no copies."""
+def canonical_weights(info: ModuleInfo, module: nn.Module) -> Mapping[str, Tensor]:
+    """The weight in its canonical shape, and the bias, from the module that owns them: views, no copies, save for a
+    quantised weight."""
     if info.kind == "experts":
         return experts.weights(info, module)
+    if info.kind == "quantised":
+        return quantised.Weights(module)
     weights = {name: p.detach() for name, p in module.named_parameters(recurse=False) if name in ("weight", "bias")}
     if info.kind == "conv1d":
         weights["weight"] = weights["weight"].mT
@@ -129,9 +133,12 @@ def take_inventory(model: nn.Module, always_trained: Iterable[str] = ()) -> Inve
         layer = _block(model, name)
         depth = depths.setdefault(layer, len(depths))
         found = layer_type(module)
+        packed = [p for p in own.values() if quantised.is_quantised(p)]
         tied = [other for key, p in own.items() for other in owners[id(p)] if other not in own]
         if any(key in heads for key in own):
             reason = "new head, always trained"
+        elif packed and (found is None or found[0] != "quantised"):
+            reason = f"the weight of {type(module).__name__} is a {type(packed[0]).__name__}, which is not covered"
         elif found is None:
             reason = f"layer type {type(module).__name__} has no units yet"
         elif tied:
@@ -142,13 +149,15 @@ def take_inventory(model: nn.Module, always_trained: Iterable[str] = ()) -> Inve
                 modules += experts.infos(name, module, layer, depth)
                 continue
             shape = tuple(module.weight.shape[::-1] if kind == "conv1d" else module.weight.shape)
+            if kind == "quantised":
+                shape = quantised.shape(module)
             bias = getattr(module, "bias", None) is not None
             modules.append(ModuleInfo(name, kind, layer, depth, shape, bias, getattr(module, "groups", 1)))
             continue
         left_out.update(dict.fromkeys(own, reason))
 
-    counted = {id(p): p.numel() for name, p in names.items() if name not in heads}
-    head = {id(p): p.numel() for name, p in names.items() if name in heads}
+    counted = {id(p): quantised.numel(p) for name, p in names.items() if name not in heads}
+    head = {id(p): quantised.numel(p) for name, p in names.items() if name in heads}
     inventory = Inventory(modules, left_out, sum(counted.values()), sum(head.values()))
     inventory.heads, inventory.without_heads = heads_and_reasons(model, inventory)
     return inventory

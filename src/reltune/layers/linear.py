@@ -19,8 +19,8 @@ from reltune.ops.squared_gradient import (
 
 
 def matches(module: nn.Module) -> bool:
-    """Exactly nn.Linear with a weight of its own: a subclass or reparametrisation may compute otherwise."""
-    return type(module) is nn.Linear and "weight" in module._parameters
+    """Exactly nn.Linear with a plain weight of its own: a subclass or reparametrisation may compute otherwise."""
+    return type(module) is nn.Linear and type(module._parameters.get("weight")) in (nn.Parameter, Tensor)
 
 
 def by_example(module: nn.Module, x: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:

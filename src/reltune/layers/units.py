@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 Parts = dict[str, Tensor]  # column, row, weight, bias, norm -> one number per unit of that kind
-DIMENSIONS = {"linear": 2, "conv1d": 2, "conv2d": 4, "embedding": 2, "router": 2, "experts": 2, "norm": 1}
+DIMENSIONS = {
+    "linear": 2,
+    "quantised": 2,
+    "conv1d": 2,
+    "conv2d": 4,
+    "embedding": 2,
+    "router": 2,
+    "experts": 2,
+    "norm": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,6 +58,12 @@ def select(
     inventory = relevance.inventory
     limit = parse_budget(budget, inventory.base_parameters)
     named = choose(inventory, target_modules, exclude_modules)
+    packed = [name for name in named if inventory[name].kind == "quantised"]
+    if packed and set(kinds) != {"norm"}:
+        raise InputError(
+            f"{packed[0]} is quantised, and units of quantised modules can be measured but not trained yet; select for the "
+            "model before quantisation, or leave such modules out by exclude_modules."
+        )
     allowed = {name for name in named if inventory[name].kind in TRAINABLE}
     if not target_modules and any(inventory[name].in_block for name in allowed):
         allowed = {name for name in allowed if inventory[name].in_block}

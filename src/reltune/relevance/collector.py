@@ -15,11 +15,21 @@ from reltune.layers.inventory import LAYER_TYPES, ModuleInfo, canonical_weights
 from reltune.layers.per_example import WEIGHT_SIZED, Shared, Statistics, add
 from reltune.relevance.recompute import Recipe, is_exact, recipe, saved_tensors_are_hooked
 
+INPUT = "input"  # in place of a part, of what the forward pass gave
 Sums = dict[str, Statistics]  # module -> statistic -> part -> sum over examples
 
 
 class AnalysisError(RuntimeError):
     """The measurement itself failed: a loss or a gradient is not finite, or a module mixes examples."""
+
+
+def mixing_sentence(mixing: Mapping[str, str]) -> str:
+    name, reason = next(iter(mixing.items()))
+    others = f" and {len(mixing) - 1} more" if len(mixing) > 1 else ""
+    return (
+        f"the gradients of {name}{others} cannot be told apart by example: {reason}; leave it out by exclude_modules, or give "
+        "batches of one example."
+    )
 
 
 class _Input:
@@ -199,11 +209,10 @@ class Collector:
             return
         device = self.witnesses[0][-1].device
         finite = torch.stack([value.to(device, torch.float32) for *_, value in self.witnesses]).isfinite()
-        bad = {(name, part) for (name, part, _), good in zip(self.witnesses, finite.tolist(), strict=True) if not good}
-        if bad:
-            # The last one in the model's order is nearest to the loss, where it began.
-            name, part = max(bad, key=lambda of: (list(self.infos).index(of[0]), of[1]))
-            raise AnalysisError(f"the gradient of {name} ({part}) is not finite in batch {self.batch}.")
+        for (name, part, _), good in zip(self.witnesses, finite.tolist(), strict=True):
+            if not good:  # the first to come, whatever the model's order: nearest to where it began
+                what = f"the gradient of {name} ({part})" if part != INPUT else f"the input of {name}"
+                raise AnalysisError(f"{what} is not finite in batch {self.batch}.")
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
@@ -339,7 +348,8 @@ class Collector:
         for need, parts in found.items():
             for part, value in parts.items():
                 if part not in ("column", "row"):  # they add up the same numbers as the whole does
-                    self.witnesses.append((name, part, value.sum() if value.ndim else value))
+                    total = value.sum() if value.ndim else value
+                    self.witnesses.append((name, INPUT if need == "inputs" else part, total))
             if need.removeprefix("sampled_") in WEIGHT_SIZED:
                 found[need] = {part: value.cpu() for part, value in parts.items()}
         add(self.sums[name], found)

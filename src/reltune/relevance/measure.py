@@ -1,8 +1,4 @@
-"""The only loop over data that measures relevance: one forward and one input-gradient backward pass per batch.
-
-The loss that is differentiated is the sum over examples of each example's own loss, so that the rows of an output
-gradient that belong to an example carry that example's gradient alone. No weight ever requires a gradient here.
-"""
+"""Relevance of a model's units for a task, by criteria that share what they need."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ import hashlib
 import json
 import os
 import platform
-import signal
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,43 +15,40 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from reltune.layers.fingerprint import fingerprint
-from reltune.layers.fused_norms import fused_norms
 from reltune.layers.inventory import (
-    ModuleInfo,
+    Inventory,
     canonical_weights,
     choose,
     head_modules,
     new_parameters,
     take_inventory,
 )
-from reltune.layers.per_example import WEIGHT_SIZED
-from reltune.records import InputError, nearest
-from reltune.relevance import CRITERIA
-from reltune.relevance.batches import batch_size, chained, forward, frozen, moved, part_of, with_labels
-from reltune.relevance.collector import AnalysisError, Collector, Sums
+from reltune.layers.quantised import stops_the_gradient
+from reltune.records import InputError
+from reltune.relevance.batches import batch_size, chained, contents, frozen
+from reltune.relevance.collector import AnalysisError, Sums, mixing_sentence
 from reltune.relevance.context import Context
+from reltune.relevance.data_pass import NO_DATA, DataPass
 from reltune.relevance.experiment import Experiment, Parts, checked_options, random_state_kept
-from reltune.relevance.partial import Partial, deferred_signals, flat, nested
+from reltune.relevance.parallel import Processes, unwrapped
+from reltune.relevance.partial import Partial
+from reltune.relevance.plugins import Criterion, check_parts, find_criteria
 from reltune.relevance.scores import RelevanceScores, assemble
-from reltune.relevance.streaming import analyze_checkpoint, check_elements
+from reltune.relevance.streaming import analyze_checkpoint
 from reltune.tasks.losses import Loss, as_loss
 
 __all__ = ["AnalysisError", "analyze"]
 
 LossFunction = Callable[[Any, Any], Tensor]  # loss_fn(outputs, batch) -> (B,)
-SAMPLED = "sampled_"  # statistics of the pass whose labels are drawn from the model
-NO_DATA = "the loader gave no batch; relevance needs at least one example."
-INPUTS = "inputs"  # the statistic that needs no backward pass
 
 
 def analyze(
     model: nn.Module | str | os.PathLike,
     loader: Iterable[Any] | None = None,
     loss_fn: str | Loss | LossFunction | nn.Module | None = None,
-    criteria: str | Sequence[str] = ("fisher",),
+    criteria: str | Criterion | Sequence[str | Criterion] = ("fisher",),
     *,
     elements: bool = False,
     target_modules: str | Sequence[str] = (),
@@ -65,6 +57,7 @@ def analyze(
     seed: int = 42,
     progress: bool = True,
     resume_directory: str | os.PathLike | None = None,
+    parallel: str = "auto",
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> RelevanceScores:
     """Measure how much each unit of ``model`` matters for the task that ``loader`` and ``loss_fn`` define.
@@ -77,8 +70,9 @@ def analyze(
         loss_fn: a name from ``reltune.tasks.losses.LOSSES`` (``"causal_lm"``); or ``loss_fn(outputs, batch)``, which
             gives one loss per example, shape (B,); or a torch loss module, which is applied to logits and labels
             without reduction; None means cross entropy.
-        criteria: names from ``reltune.relevance.CRITERIA``; the first is what ``select`` uses by default. Several share
-            one pass over the data (``fisher_true`` has its own).
+        criteria: names from ``reltune.relevance.CRITERIA`` or of an installed package's criterion, or criteria
+            themselves (``relevance/plugins.py`` says what one has); the first is what ``select`` uses by default. Several
+            share one pass over the data (``fisher_true`` has its own).
         elements: score every single weight too, which takes one number per weight and criterion.
         target_modules, exclude_modules: runs of whole name parts (``layer.5``, ``query``), or regular expressions.
         always_trained: modules or parameters of new heads, never scored; None takes those that ``from_pretrained``
@@ -87,14 +81,19 @@ def analyze(
         progress: show a progress bar on stderr.
         resume_directory: where the sums so far are kept every few minutes and when the analysis is interrupted; called
             again with the same model, data and arguments, it goes on from there, with the same result. Removed at the end.
-
+            Of one process only.
+        parallel: under ``torchrun`` or ``accelerate launch``, how the processes share the data. ``"auto"``: each takes
+            every count-th batch of the same loader, unless a ``DistributedSampler`` or accelerate's ``prepare`` has
+            dealt the data out already; examples that the sampler repeats count once. ``"split"``: the former in any case;
+            ``"sharded"``: each process's loader gives its own part, by whatever means; ``"off"``: this process measures
+            by itself. All processes get the scores of all the data.
         options: of criteria that have some, as ``{"correlation": {"max_trials": 400}}``; their files say which.
 
     Criteria measured from behaviour (ablation, correlation, movement) pass over the data many times, so that all batches
-    are then held in host memory.
+    are then held in host memory; they run in one process.
 
-    The model is analysed in evaluation mode (no dropout) on the device where it is, and handed back as it was. A batch
-    that does not fit in memory is halved, with a warning.
+    The model is analysed in evaluation mode (no dropout) on the device where it is, and handed back as it was. Gradient
+    checkpointing that was enabled on it takes effect. A batch that does not fit in memory is halved, with a warning.
 
     Raises:
         InputError: unknown criterion, pattern without a match, no data, a loss that is not one number per example.
@@ -113,100 +112,104 @@ def analyze(
             seed=seed,
             progress=progress,
         )
-    criteria = [criteria] if isinstance(criteria, str) else list(dict.fromkeys(criteria))
-    for name in criteria:
-        if name not in CRITERIA:
-            raise InputError(f"criterion {name!r} is unknown; {nearest(name, CRITERIA)}")
-        check_elements(name, elements)
-    if not criteria:
-        raise InputError(f"no criterion was named; choose from {', '.join(CRITERIA)}.")
+    found = find_criteria(criteria, elements)
+    behaviour = {name: criterion for name, criterion in found.items() if hasattr(criterion, "measure")}
+    statistical = {name: criterion for name, criterion in found.items() if name not in behaviour}
+    asked = checked_options(behaviour, options)
+    needs: set[str] = set()
+    for criterion in statistical.values():
+        needs |= {*criterion.NEEDS, *(criterion.ELEMENT_NEEDS if elements else ())}
+    if loader is None and (needs or behaviour):
+        wanting = next(name for name in found if name in behaviour or found[name].NEEDS or elements)
+        raise InputError(f"criterion {wanting!r} needs data; pass a loader.")
+    processes = Processes() if parallel == "off" else Processes.joined()
+    if processes.count > 1 and behaviour:
+        raise InputError(f"criterion {next(iter(behaviour))!r} is for one process, and these are {processes.count}.")
+    if processes.count > 1 and resume_directory is not None and needs:
+        raise InputError(f"resume_directory is for one process, and these are {processes.count}; leave it out.")
+
+    model = unwrapped(model)
     heads = head_modules(model, new_parameters(model) if always_trained is None else always_trained)
     inventory = take_inventory(model, heads)
-    chosen = set(choose(inventory, target_modules, exclude_modules))
-    measured = [info for info in inventory.modules if info.name in chosen]
-
-    behaviour = [name for name in criteria if hasattr(CRITERIA[name], "measure")]
-    statistical = [name for name in criteria if name not in behaviour]
-    asked = checked_options({name: CRITERIA[name] for name in behaviour}, options)
-    needs: set[str] = set()
-    for name in statistical:
-        needs |= {*CRITERIA[name].NEEDS, *(CRITERIA[name].ELEMENT_NEEDS if elements else ())}
-    examples, data_hash = 0, ""
+    inventory = inventory.only(set(choose(inventory, target_modules, exclude_modules)))
+    examples, data = 0, ""
     sums: Sums = {}
     parts: dict[str, Parts] = {}
     facts: dict[str, Any] = {}
-    kept: list[Partial] = []
+    kept: list[Partial] = []  # until all criteria are done: the next one may be interrupted too
+
+    def partial(what: Any, name: str = "") -> Partial | None:
+        if resume_directory is None:
+            return None
+        identity = [fingerprint(model), what, [info.name for info in inventory.modules], seed]
+        key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        return Partial(Path(resume_directory), key, name) if name else Partial(Path(resume_directory), key)
+
     if behaviour:
-        if loader is None:
-            raise InputError(f"criterion {behaviour[0]!r} needs data; pass a loader.")
+        assert loader is not None
         loader = list(loader)
-        examples = sum(map(batch_size, loader))
+        examples, data = sum(map(batch_size, loader)), f"{sum(map(contents, loader)) % (1 << 128):032x}"
         if examples == 0:
             raise InputError(NO_DATA)
-        for batch in loader:
-            data_hash = chained(data_hash, batch)
-        of_measured, loss = inventory.only(chosen), as_loss(loss_fn)
-        for name in behaviour:
-            partial = None
-            if resume_directory is not None:
-                what = [name, dataclasses.asdict(asked[name])]
-                partial = Partial(Path(resume_directory), _key(model, measured, seed, what), name)
-                kept.append(partial)  # until all criteria are done: the next one may be interrupted too
-            experiment = Experiment(
-                criterion=name,
-                model=model,
-                loss=loss,
-                inventory=of_measured,
-                batches=loader,
-                options=asked[name],
-                seed=seed,
-                progress=progress,
-                partial=partial,
-                data=data_hash,
-                elements=elements,
-            )
+        experiment = Experiment(
+            criterion="",
+            model=model,
+            loss=as_loss(loss_fn),
+            inventory=inventory,
+            batches=loader,
+            options=None,
+            seed=seed,
+            progress=progress,
+            partial=None,
+            data=_stream(loader),
+            elements=elements,
+        )
+        for name, criterion in behaviour.items():
+            of_options = dataclasses.asdict(asked[name]) if name in asked else {}
+            place = partial([name, of_options], name)
+            own = dataclasses.replace(experiment, criterion=name, options=asked.get(name), partial=place)
+            kept += [place] if place else []
             with frozen(model), random_state_kept(experiment.device):
-                parts[name], found = CRITERIA[name].measure(experiment)
-            facts[name] = {**dataclasses.asdict(asked[name]), **found}
+                parts[name], of_criterion = criterion.measure(own)
+            facts[name] = {**of_options, **of_criterion}
     if needs:
-        if loader is None:
-            wanting = [name for name in statistical if CRITERIA[name].NEEDS]
-            raise InputError(f"criterion {wanting[0]!r} needs data; pass a loader.")
-        data = _Pass(model, as_loss(loss_fn), measured, needs, seed)
-        partial = None
-        if resume_directory is not None:
-            partial = Partial(Path(resume_directory), _key(model, measured, seed, sorted(needs)))
-        examples, data_hash = data.over(loader, progress, partial)
-        sums, mixing = data.collector.sums, data.collector.mixing
-        if mixing:
-            _leave_out(mixing, bool(target_modules) or len(mixing) == len(measured))
-            measured = [info for info in measured if info.name not in mixing]
-            inventory.left_out |= {f"{name}.weight": reason for name, reason in mixing.items()}
-    for partial in kept:
-        partial.remove()
+        assert loader is not None
+        _check_gradients(model)
+        processes.agree_on(
+            [fingerprint(model), sorted(needs), [info.name for info in inventory.modules], seed],
+            "the processes have different models or arguments; load the same weights and ask for the same in each.",
+        )
+        data_pass = DataPass(model, as_loss(loss_fn), inventory.modules, needs, seed, processes)
+        examples, data = data_pass.over(loader, progress and processes.first, partial(sorted(needs)), parallel)
+        sums = data_pass.collector.sums
+        inventory = _without(inventory, data_pass.collector.mixing, bool(target_modules), processes.first)
+    for place in kept:
+        place.remove()
 
-    inventory = inventory.only({info.name for info in measured})
-    context = Context(examples, seed)
     modules = dict(model.named_modules())
     parts |= {
         name: assemble(
-            CRITERIA[name],
-            [(info, canonical_weights(info, modules[info.owner]), sums.get(info.name, {})) for info in measured],
-            context,
+            criterion,
+            [
+                (info, canonical_weights(info, modules[info.owner]), sums.get(info.name, {}))
+                for info in inventory.modules
+            ],
+            Context(examples, seed),
             elements,
             inventory.heads,
         )
-        for name in statistical
+        for name, criterion in statistical.items()
     }
+    check_parts({name: parts[name] for name in statistical}, inventory.modules)
     known = {name for info in inventory.modules for name in (info.name, info.layer)}
     known |= {group.name for group in inventory.heads}  # behaviour was measured of modules that mix examples too
-    parts = {name: {place: of for place, of in parts[name].items() if place in known} for name in criteria}
+    parts = {name: {place: of for place, of in parts[name].items() if place in known} for name in found}
     provenance = {
         "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
         "architecture": type(model).__name__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "examples": examples,
-        "data": data_hash,
+        "data": data,
         "seed": seed,
         **facts,
         "versions": {
@@ -218,150 +221,31 @@ def analyze(
     return RelevanceScores(parts, inventory, heads, fingerprint(model, heads), provenance)
 
 
-def _key(model: nn.Module, measured: Sequence[ModuleInfo], seed: int, what: Any) -> str:
-    """Names what is measured on which model, for a partial result."""
-    identity = [fingerprint(model), what, [info.name for info in measured], seed]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+def _stream(batches: Iterable[Any]) -> str:
+    data = ""
+    for batch in batches:
+        data = chained(data, batch)
+    return data
 
 
-def _leave_out(mixing: Mapping[str, str], named: bool) -> None:
-    name, reason = next(iter(mixing.items()))
-    others = f" and {len(mixing) - 1} more" if len(mixing) > 1 else ""
-    if named:
-        raise AnalysisError(
-            f"the gradients of {name}{others} cannot be told apart by example: {reason}; leave it out by exclude_modules, or "
-            "give batches of one example."
-        )
-    warnings.warn(
-        f"{name}{others} not measured: {reason}. Batches of one example can measure it.", RuntimeWarning, stacklevel=3
-    )
+def _check_gradients(model: nn.Module) -> None:
+    """Below a layer that gives its input no gradient everything would look irrelevant."""
+    for name, module in model.named_modules():
+        if why := stops_the_gradient(module):
+            raise InputError(f"{name} ({type(module).__name__}) lets no gradient through, because it {why}.")
 
 
-class _Pass:
-    """One pass over the data: every batch forward and, unless only inputs are wanted, backward, into the collector."""
-
-    def __init__(self, model: nn.Module, loss: Loss, measured: list[ModuleInfo], needs: set[str], seed: int) -> None:
-        self.model, self.loss = model, loss
-        self.sampled = {need for need in needs if need.startswith(SAMPLED)}
-        self.observed = needs - self.sampled
-        self.collector = Collector(model, measured)
-        self.device = next(model.parameters()).device
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-
-    def over(self, loader: Iterable[Any], progress: bool, partial: Partial | None = None) -> tuple[int, str]:
-        """The number of examples and a hash of all tensors in the batches."""
-        found = partial.load() if partial else None
-        state: dict[str, Any] = {"batches": 0, "examples": 0, "data": "", "mixing": {}}
-        if found is not None:
-            state, tensors = found
-            self.generator.set_state(tensors.pop("generator"))
-            on_host = {prefix + need for prefix in ("", SAMPLED) for need in WEIGHT_SIZED}
-            self.collector.sums |= nested(tensors, self.device, on_host)
-            self.collector.mixing |= state["mixing"]
-            self.collector.seen |= self.observed | self.sampled
-
-        data, probed = "", False
-        with (
-            frozen(self.model),
-            fused_norms(self.model),
-            torch.enable_grad(),
-            self.collector,
-            deferred_signals(partial is not None) as waiting,
-        ):
-            for index, batch in enumerate(tqdm(loader, desc="analyze", unit="batch", disable=not progress)):
-                data = chained(data, batch)
-                if index < state["batches"]:
-                    if index == state["batches"] - 1 and data != state["data"]:
-                        raise InputError(
-                            f"the data is not what the interrupted analysis in {partial and partial.path.parent} has seen; "
-                            "give it the same data, or remove that directory."
-                        )
-                    continue
-                batch = moved(batch, self.device)
-                examples = self._add(batch, index)
-                if not probed and batch_size(batch) > 1 and self.backward_needs:
-                    self._probe(part_of(batch, 0, 2))
-                    probed = True
-                state.update(batches=index + 1, examples=state["examples"] + examples, data=data)
-                if partial and (waiting or partial.due()):
-                    now = {**state, "mixing": self.collector.mixing}
-                    partial.save(now, {**flat(self.collector.sums), "generator": self.generator.get_state()})
-                if waiting:
-                    signal.raise_signal(waiting.pop())
-        if state["examples"] == 0:
-            raise InputError(NO_DATA)
-        if partial:
-            partial.remove()
-        return state["examples"], data
-
-    @property
-    def backward_needs(self) -> set[str]:
-        return (self.observed - {INPUTS}) | {need.removeprefix(SAMPLED) for need in self.sampled}
-
-    def _add(self, batch: Any, index: int, skip: frozenset[tuple[str, str]] = frozenset()) -> int:
-        """Add the batch's statistics; in two halves where it does not fit in memory. Gives its number of examples."""
-        self.collector.start(index, skip)
-        try:
-            examples = 0
-            if self.observed:
-                examples = self._run(batch, self.observed, "")
-            if self.sampled:
-                examples = self._run(batch, {need.removeprefix(SAMPLED) for need in self.sampled}, SAMPLED)
-        except (torch.OutOfMemoryError, MemoryError):
-            if batch_size(batch) < 2:
-                raise
-        else:
-            self.collector.finish()
-            return examples
-        # Outside the handler, which keeps the failed pass's tensors alive.
-        size = batch_size(batch)
-        skip = self.collector.abandon()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        warnings.warn(f"out of memory with {size} examples; going on with {size // 2} at a time.", stacklevel=4)
-        halves = part_of(batch, 0, size // 2), part_of(batch, size // 2, size)
-        return sum(self._add(half, index, skip) for half in halves)
-
-    def _run(self, batch: Any, wanted: set[str], prefix: str) -> int:
-        with torch.set_grad_enabled(wanted != {INPUTS}):
-            self.collector.expect(batch_size(batch), wanted, prefix, batch)
-            outputs = forward(self.model, batch)
-            self.collector.forward_done()
-            if wanted == {INPUTS}:
-                return batch_size(batch)
-            if prefix:
-                with torch.no_grad():
-                    batch = with_labels(batch, self.loss.sample_labels(outputs, batch, self.generator))
-            losses = self._losses(outputs, batch)
-            self.collector.backward(losses)
-        return len(losses)
-
-    def _losses(self, outputs: Any, batch: Any) -> Tensor:
-        losses = self.loss.per_example(outputs, batch)
-        if losses.ndim != 1:
-            raise InputError(
-                f"loss_fn gave a tensor of shape {tuple(losses.shape)}; it must give one loss per example, shape "
-                "(batch,): leave out the reduction."
-            )
-        if len(losses) != batch_size(batch):
-            raise InputError(
-                f"loss_fn gave {len(losses)} losses for {batch_size(batch)} examples; it must give one loss per example: leave "
-                "out the reduction."
-            )
-        if not torch.isfinite(losses).all():
-            bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-            raise AnalysisError(
-                f"the loss of batch {self.collector.batch} is not finite at examples {bad[:8]} of the batch."
-            )
-        if not losses.requires_grad:
-            if self.collector.mixing:
-                _leave_out(self.collector.mixing, named=True)
-            raise InputError("the loss does not depend on any measured module; widen target_modules.")
-        return losses
-
-    def _probe(self, pair: Any) -> None:
-        """Differentiate the loss of the first of two examples: where the second's rows get a gradient too, the module
-        mixes examples, or its input's first axis is not the examples."""
-        self.collector.expect(2, self.backward_needs, "", pair, probe=True)
-        outputs = forward(self.model, pair)
-        self.collector.backward(self.loss.per_example(outputs, pair)[:1])
+def _without(inventory: Inventory, mixing: Mapping[str, str], named: bool, warn: bool) -> Inventory:
+    """The inventory without the modules that mix examples; an error where they were asked for, or are all there are."""
+    if not mixing:
+        return inventory
+    if named or len(mixing) == len(inventory.modules):
+        raise AnalysisError(mixing_sentence(mixing))
+    if warn:
+        name, reason = next(iter(mixing.items()))
+        others = f" and {len(mixing) - 1} more" if len(mixing) > 1 else ""
+        message = f"{name}{others} not measured: {reason}. Batches of one example can measure it."
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    kept = inventory.only({info.name for info in inventory.modules} - set(mixing))
+    kept.left_out |= {f"{name}.weight": reason for name, reason in mixing.items()}
+    return kept

@@ -9,25 +9,27 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import transformers
 from tqdm.auto import tqdm
 
+from reltune.layers import experts
 from reltune.layers.fingerprint import fingerprint_of, outside, samples
 from reltune.layers.inventory import choose, head_modules, take_inventory
-from reltune.records import InputError, nearest
-from reltune.relevance import CRITERIA
+from reltune.layers.units import ModuleInfo
+from reltune.records import InputError
 from reltune.relevance.checkpoint import Checkpoint
 from reltune.relevance.context import Context
+from reltune.relevance.plugins import Criterion, find_criteria, needs_data
 from reltune.relevance.scores import Assembly, RelevanceScores
 
 
 def analyze_checkpoint(
     model_name_or_path: str | os.PathLike,
-    criteria: str | Sequence[str] = ("magnitude",),
+    criteria: str | Criterion | Sequence[str | Criterion] = ("magnitude",),
     *,
     model_class: Any = None,
     elements: bool = False,
@@ -51,15 +53,10 @@ def analyze_checkpoint(
     Raises:
         InputError: a criterion that needs data, files that are missing or do not fit the config, quantised weights.
     """
-    criteria = [criteria] if isinstance(criteria, str) else list(dict.fromkeys(criteria))
-    if not criteria:
-        raise InputError(f"no criterion was named; choose from {', '.join(CRITERIA)}.")
-    for name in criteria:
-        if name not in CRITERIA:
-            raise InputError(f"criterion {name!r} is unknown; {nearest(name, CRITERIA)}")
-        if hasattr(CRITERIA[name], "measure") or CRITERIA[name].NEEDS:
+    found = find_criteria(criteria, elements)
+    for name, criterion in found.items():
+        if needs_data(criterion):
             raise InputError(f"criterion {name!r} needs data and so a loaded model; pass the model and a loader.")
-        check_elements(name, elements)
     checkpoint = Checkpoint(model_name_or_path, model_class)
     model = checkpoint.model
     heads = checkpoint.heads if always_trained is None else head_modules(model, always_trained)
@@ -76,16 +73,26 @@ def analyze_checkpoint(
         read[name] = tuple(tensor.shape), samples(tensor)
         return tensor.to(device)
 
-    assemblies = {name: Assembly(CRITERIA[name], Context(0, seed), elements, inventory.heads) for name in criteria}
+    assemblies = {
+        name: Assembly(criterion, Context(0, seed), elements, inventory.heads) for name, criterion in found.items()
+    }
+    stacked: dict[str, dict[str, torch.Tensor]] = {}  # projection -> all its experts' tensors, of one at a time
     for info in tqdm(inventory.modules, desc="analyze", unit="module", disable=not progress):
-        own = [key for key, _ in model.get_submodule(info.name).named_parameters(recurse=False)]
-        names = {key: f"{info.name}.{key}" if info.name else key for key in own}
-        weights = {key: take(name) for key, name in names.items() if key in ("weight", "bias")}
+        if info.kind == "experts":
+            projection, _, expert = info.name.rpartition(".")
+            if projection not in stacked:
+                stacked = {projection: _stacked(info, model.get_submodule(info.owner), take)}
+            weights = experts.of_expert(stacked[projection], int(expert))
+        else:
+            own = [key for key, _ in model.get_submodule(info.name).named_parameters(recurse=False)]
+            names = {key: f"{info.name}.{key}" if info.name else key for key in own}
+            weights = {key: take(name) for key, name in names.items() if key in ("weight", "bias")}
         if info.kind == "conv1d":
             weights["weight"] = weights["weight"].mT
         for assembly in assemblies.values():
             assembly.add(info, weights, {})
         del weights
+    stacked.clear()
     for name in stored:
         if name not in read:
             take(name)
@@ -107,11 +114,11 @@ def analyze_checkpoint(
     return RelevanceScores(parts, inventory, heads, fingerprint_of(read), provenance)
 
 
-def check_elements(criterion: str, elements: bool) -> None:
-    """Raise InputError where single weights are wanted of a criterion that has no number for them."""
-    of = CRITERIA[criterion]
-    has_elements = "element" in of.SCORES if hasattr(of, "measure") else hasattr(of, "elements")
-    if elements and not has_elements:
-        raise InputError(
-            f"criterion {criterion!r} has no number for single weights; leave out elements or the criterion."
-        )
+def _stacked(info: ModuleInfo, owner: Any, take: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """All experts' matrices and biases of a projection, as layers/experts.py has them."""
+    name = info.name.rpartition(".")[0]
+    weight = take(name)
+    found = {"weight": weight.mT if owner.is_transposed else weight}
+    if info.bias:
+        found["bias"] = take(f"{name}_bias")
+    return found

@@ -1,0 +1,50 @@
+"""Where a number that is not finite began, looked for once the loss has shown that there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def where_not_finite(model: nn.Module, batch: Any, forward: Callable[[], Any]) -> str:
+    """A phrase for the place. Runs ``forward``, which calls the model, once more, and looks at every module's output."""
+    named = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
+    for key, value in named:
+        if not _finite(value):
+            return f"its {key if isinstance(key, str) else ('inputs', 'labels')[min(key, 1)]} are not"
+    found: list[str] = []
+
+    def look_at(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            if not found and not all(map(_finite, _tensors(output))):
+                found.append(name)  # a module inside another ends first
+
+        return hook
+
+    handles = [module.register_forward_hook(look_at(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return (
+        f"the output of {found[0]} is the first that is not" if found else "all modules' outputs are, the loss is not"
+    )
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, Tensor) or not value.is_floating_point() or bool(torch.isfinite(value).all())
+
+
+def _tensors(output: Any) -> Iterator[Any]:
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if not isinstance(output, list | tuple):
+        yield output
+        return
+    for value in output:
+        yield from _tensors(value)

@@ -1,0 +1,239 @@
+"""Quantised bases: relevance equals that of the same model with the dequantised weights in plain linear layers.
+
+In float32: |a − b| ≤ 1e-5 · max|b| per kind of unit, since neither library computes in float64 on a CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import bitsandbytes
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft import get_peft_model
+from torch import nn
+from torch.nn import functional as F
+from torchao.quantization import (
+    Float8WeightOnlyConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    quantize_,
+)
+from transformers import BertForSequenceClassification, BitsAndBytesConfig
+
+import reltune
+from oracles.per_example_gradients import examples, gradient_sums
+from relevance_cases import (
+    assert_parts_equal,
+    by_module,
+    cross_entropy_of_one,
+    measure,
+    parts_by_formula,
+    split,
+    text_batch,
+    tiny_bert,
+    tiny_llama,
+)
+from reltune.layers.inventory import canonical_weights, take_inventory
+from reltune.records import InputError
+from reltune.relevance.scores import RelevanceScores
+
+TOLERANCE = 1e-5
+CRITERIA = ["fisher", "fisher_true", "gradient", "taylor", "activation", "magnitude"]
+
+
+def in_4_bits(linear, kind="nf4", double=False):
+    layer = bitsandbytes.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=torch.float32,
+        quant_type=kind,
+        compress_statistics=double,
+    )
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")  # moving it is what quantises it
+
+
+def in_8_bits(linear):
+    layer = bitsandbytes.nn.Linear8bitLt(
+        linear.in_features, linear.out_features, bias=linear.bias is not None, has_fp16_weights=False
+    )
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")
+
+
+def by_torchao(config):
+    def quantise(linear):
+        layer = nn.Sequential(copy.deepcopy(linear))
+        quantize_(layer, config)
+        return layer[0]
+
+    return quantise
+
+
+# How a layer is quantised, and its weight again by the library's own words or by definition.
+WAYS = {
+    "nf4": (in_4_bits, lambda layer: dequantize_4bit(layer.weight.data, layer.weight.quant_state)),
+    "fp4 twice": (
+        lambda linear: in_4_bits(linear, "fp4", double=True),
+        lambda layer: dequantize_4bit(layer.weight.data, layer.weight.quant_state),
+    ),
+    "8 bits": (in_8_bits, lambda layer: layer.weight.data.float() * layer.weight.SCB[:, None] / 127),
+    "torchao int8": (by_torchao(Int8WeightOnlyConfig()), lambda layer: layer.weight.dequantize()),
+    "torchao fp8": (by_torchao(Float8WeightOnlyConfig()), lambda layer: layer.weight.dequantize()),
+}
+
+
+def pair(make, way, heads=("classifier", "score")):
+    """A quantised model and the plain one that has the same weights."""
+    quantise, weight_of = WAYS[way]
+    quantised = make().float()
+    for name, module in list(quantised.named_modules()):
+        if type(module) is nn.Linear and name not in heads:
+            quantised.set_submodule(name, quantise(module))
+    plain = make().float()
+    with torch.no_grad():
+        for name, module in plain.named_modules():
+            if type(module) is nn.Linear and name not in heads:
+                module.weight = nn.Parameter(weight_of(quantised.get_submodule(name)).float().clone())
+    return quantised, plain
+
+
+def batches():
+    return split(text_batch((3, 11, 6, 1, 9, 4, 2)), 4)
+
+
+def quantised_modules(scores):
+    return [info.name for info in scores.inventory.modules if info.kind == "quantised"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("make", [tiny_bert, tiny_llama])
+def test_as_with_the_dequantised_weights(make, way):
+    quantised, plain = pair(make, way)
+    found = measure(quantised, batches(), None, CRITERIA)
+    assert len(quantised_modules(found)) == (13 if make is tiny_bert else 14)
+    squares, sums, count = gradient_sums(plain, batches(), cross_entropy_of_one)
+    names = [info.name for info in found.inventory.modules]
+    weights = {name: p.detach().double() for name, p in plain.named_parameters()}
+    wanted = {
+        "fisher": {name: of / count for name, of in squares.items()},
+        "gradient": {name: (of / count).abs() for name, of in sums.items()},
+        "magnitude": {name: of.square() for name, of in weights.items()},
+    }
+    for criterion, of in wanted.items():
+        assert_parts_equal(found.parts[criterion], parts_by_formula(by_module(of, names)), TOLERANCE)
+    for name in quantised_modules(found):
+        weight = plain.get_submodule(name).weight
+        assert found.inventory[name].shape == weight.shape
+        assert found.parts["fisher"][name]["column"].shape == weight.shape[1:]
+        assert found.parts["fisher"][name]["row"].shape == weight.shape[:1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_products_with_the_weights(way):
+    """Taylor and activation scores of one quantised layer, by their definitions, one example at a time."""
+    quantised, plain = pair(tiny_bert, way)
+    name = "bert.encoder.layer.1.intermediate.dense"
+    found = measure(quantised, batches(), None, ["taylor", "activation"], target_modules=name)
+    module = plain.eval().get_submodule(name)
+    seen = []
+    module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    column, whole = 0, 0
+    every = [one for batch in batches() for one in examples(batch)]
+    for one in every:
+        outputs = plain(**{key: value for key, value in one.items() if key != "labels"})
+        (gradient,) = torch.autograd.grad(F.cross_entropy(outputs.logits, one["labels"]), module.weight)
+        product = gradient.double() * module.weight.detach()
+        column, whole = column + product.sum(0).abs() / len(every), whole + product.sum().abs() / len(every)
+    norms = sum(x.double().square().sum((0, 1)) for x in seen).sqrt()
+    parts = {"column": column, "weight": whole}
+    weighted = {"column": (module.weight.detach().double().abs() * norms).sum(0)}
+    for criterion, wanted in (("taylor", parts), ("activation", weighted)):
+        for part, value in wanted.items():
+            got = found.parts[criterion][name][part]
+            assert (got - value).abs().max() <= TOLERANCE * value.abs().max(), (criterion, part)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_single_weights_and_counts_have_the_logical_shape(way, tmp_path):
+    quantised, plain = pair(tiny_bert, way)
+    packed, logical = take_inventory(quantised, ["classifier"]), take_inventory(plain, ["classifier"])
+    assert packed.base_parameters == logical.base_parameters and packed.head_parameters == logical.head_parameters
+    assert packed.left_out == logical.left_out
+    found = measure(quantised, batches(), None, ["fisher", "taylor"], elements=True, always_trained="classifier")
+    for name in quantised_modules(found):
+        assert found.parts["fisher"][name]["element"].shape == plain.get_submodule(name).weight.shape
+    found.save(tmp_path)
+    assert RelevanceScores.load(tmp_path).inventory == found.inventory
+
+
+def test_the_weight_is_made_only_when_asked_for(monkeypatch):
+    quantised, _ = pair(tiny_bert, "nf4")
+    made = []
+    monkeypatch.setattr("reltune.layers.quantised.dequantised", lambda module: made.append(module) or 1 / 0)
+    measure(quantised, batches(), None, ["fisher", "random"])
+    assert not made
+    info = next(info for info in take_inventory(quantised).modules if info.kind == "quantised")
+    weights = canonical_weights(info, quantised.get_submodule(info.name))
+    assert list(weights) == ["weight", "bias"] and not made
+
+
+def test_a_base_that_transformers_quantised(tmp_path):
+    tiny_bert().float().save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = BertForSequenceClassification.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
+    found = measure(model, batches(), None, ["fisher"])
+    assert len(quantised_modules(found)) >= 12 and found.fingerprint == ""
+    assert all(float(found.by("module")[name]) > 0 for name in quantised_modules(found))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_selection_and_tuning_refuse_it_by_name(way):
+    quantised, plain = pair(tiny_bert, way)
+    found = measure(quantised, batches(), None, ["fisher"], always_trained="classifier")
+    for granularity in ("column", "layer"):
+        with pytest.raises(InputError, match=r"attention\.self\.query is quantised, and units .* not trained yet"):
+            reltune.select(found, "5%", granularity)
+    plan = reltune.select(measure(plain, batches(), None, ["fisher"], always_trained="classifier"), "5%", "column")
+    with pytest.raises((InputError, TypeError), match=r"quantised|cannot train|does not fit"):
+        get_peft_model(quantised, reltune.ReltuneConfig(plan=plan))
+
+
+def test_what_stops_the_gradient_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda module, name: name == "2")
+    batch = [(torch.randn(4, 16), torch.tensor([0, 1, 2, 0]))]
+    with pytest.raises(InputError, match=r"2 .Linear. lets no gradient through, because it rounds its inputs"):
+        measure(model, batch)
+    assert "is a Int8Tensor, which is not covered" in take_inventory(model).left_out["2.weight"]
+
+
+def test_weights_packed_for_inference_are_refused_by_name():
+    quantised, _ = pair(tiny_bert, "nf4")
+    name = "bert.encoder.layer.0.attention.self.key"
+    quantised.get_submodule(name).weight.quant_state.packing_format_for_cpu = True  # as some processors have it
+    with pytest.raises(InputError, match=f"{name} .Linear4bit. lets no gradient through, because it was packed"):
+        measure(quantised, batches())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_modes_and_weights_are_left_as_they_were(way):
+    quantised, _ = pair(tiny_bert, way)
+    quantised.eval()
+    before = {
+        name: canonical_weights(info, quantised.get_submodule(name))["weight"].clone()
+        for name, info in ((i.name, i) for i in take_inventory(quantised).modules)
+    }
+    measure(quantised, batches(), None, CRITERIA)
+    assert not any(module.training for module in quantised.modules())
+    for info in take_inventory(quantised).modules:
+        assert torch.equal(canonical_weights(info, quantised.get_submodule(info.name))["weight"], before[info.name])
+
+
+def test_a_layer_that_is_not_quantised_yet_is_left_out_by_name():
+    layer = bitsandbytes.nn.Linear4bit(16, 16)
+    inventory = take_inventory(nn.Sequential(layer, nn.Linear(16, 3)))
+    assert inventory.left_out["0.weight"] == "the weight of Linear4bit is a Params4bit, which is not covered"
