@@ -453,10 +453,12 @@ class OddRouter(nn.Module):
             return F.linear(x.type(torch.float64), weight=self.weight.type(torch.float64)).to(x.dtype)
         if self.how == "also":
             return F.linear(x, self.weight) + self.weight.sum()
+        if self.how == "joined":
+            return F.linear(x, self.weight) + torch.cat([self.weight, self.weight], 1).sum()
         return F.linear(x, self.weight)
 
 
-@pytest.mark.parametrize("how", ["product", "normalised", "also", "cast", "plain"])
+@pytest.mark.parametrize("how", ["product", "normalised", "also", "joined", "cast", "plain"])
 def test_a_router_is_measured_if_it_is_a_linear_map_and_else_refused_by_name(how):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), OddRouter(how))

@@ -41,14 +41,15 @@ class _Maps(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func is F.linear:
-            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-            x, weight, bias = (given.get(key) for key in ("input", "weight", "bias"))
+            named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+            x, weight, bias = (named.get(key) for key in ("input", "weight", "bias"))
             if _among(weight, self.weights) and _among(bias, self.biases) and not _among(x, self.weights):
                 self.found = True
                 return self.see(x, result)
         if isinstance(result, Tensor):  # neither a shape nor a dtype
+            given = [one for of in (*args, *kwargs.values()) for one in (of if isinstance(of, list | tuple) else [of])]
             for held in (self.weights, self.biases):
-                if any(argument is not None and _among(argument, held) for argument in (*args, *kwargs.values())):
+                if any(one is not None and _among(one, held) for one in given):
                     if func in CASTS:
                         held.append(result)
                     else:
