@@ -52,7 +52,8 @@ def test_the_whole_flow(place: Path, answer: Answer) -> None:
     assert plan.criterion == "ablation" and len({name.split(".")[2] for name in plan.modules}) == 1
     page = (run / "report.html").read_text()
     assert all(f">{name}</h3>" in page or name in page for name in BEHAVIOUR)
-    assert "the sum of absolute values" in page
+    assert "the sum of absolute values" in page and "ablation is measured by the accuracy, " in page
+    assert "12 trials of heads, ranking not yet stable" in page
 
 
 def test_selecting_by_each_of_them(place: Path, answer: Answer) -> None:

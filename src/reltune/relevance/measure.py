@@ -1,4 +1,5 @@
-"""The only loop over data that measures relevance: one forward and one input-gradient backward pass per batch.
+"""The loop over data that measures relevance, one forward and one input-gradient backward pass per batch, and the call
+of criteria that have passes of their own (experiment.py).
 
 The loss that is differentiated is the sum over examples of each example's own loss, so that the rows of an output
 gradient that belong to an example carry that example's gradient alone. No weight ever requires a gradient here.
@@ -129,10 +130,10 @@ def analyze(
             data_hash = chained(data_hash, batch)
         of_measured, loss = inventory.only(chosen), as_loss(loss_fn)
         for name in behaviour:
+            given = dataclasses.asdict(asked[name]) if name in asked else {}
             partial = None
             if resume_directory is not None:
-                what = [name, dataclasses.asdict(asked[name])]
-                partial = Partial(Path(resume_directory), _key(model, measured, seed, what), name)
+                partial = Partial(Path(resume_directory), _key(model, measured, seed, [name, given]), name)
                 kept.append(partial)  # until all criteria are done: the next one may be interrupted too
             experiment = Experiment(
                 criterion=name,
@@ -140,7 +141,7 @@ def analyze(
                 loss=loss,
                 inventory=of_measured,
                 batches=loader,
-                options=asked[name],
+                options=asked.get(name),
                 seed=seed,
                 progress=progress,
                 partial=partial,
@@ -149,7 +150,7 @@ def analyze(
             )
             with frozen(model), random_state_kept(experiment.device):
                 parts[name], found = CRITERIA[name].measure(experiment)
-            facts[name] = {**dataclasses.asdict(asked[name]), **found}
+            facts[name] = {**given, **found}
     if needs:
         if loader is None:
             wanting = [name for name in statistical if CRITERIA[name].NEEDS]
@@ -184,13 +185,13 @@ def analyze(
     known |= {group.name for group in inventory.heads}  # behaviour was measured of modules that mix examples too
     parts = {name: {place: of for place, of in parts[name].items() if place in known} for name in criteria}
     provenance = {
+        **facts,  # first: no criterion's name takes the place of what follows
         "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
         "architecture": type(model).__name__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "examples": examples,
         "data": data_hash,
         "seed": seed,
-        **facts,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
