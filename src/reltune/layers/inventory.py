@@ -93,6 +93,8 @@ def head_modules(model: nn.Module, names: str | Iterable[str]) -> list[str]:
                 f"always_trained names {name!r}, which is no part of the model; {nearest(name, parameters)}"
             )
         owners.add(owner)
+    if not owners:
+        return []
 
     def inside(name: str, places: Iterable[str]) -> bool:
         return any(name.startswith(place + ".") for place in places)

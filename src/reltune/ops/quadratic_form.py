@@ -28,7 +28,7 @@ from torch import Tensor
 TOKENS, INNER_TOKENS, FEATURES = 128, 32, 128
 WARPS, STAGES = 4, 3
 # The same for K itself: rows and columns of a block (rows = TOKENS), features at a time, warps, stages.
-TRIANGLE = 128, 64, 64, 4, 4
+TRIANGLE = 128, 64, 64, 4, 3
 
 Triangle = tuple[Tensor, Tensor]
 

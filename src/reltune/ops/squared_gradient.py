@@ -35,14 +35,14 @@ def accumulator_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-# The fused kernel (ops/quadratic_form.py) against gradients from bfloat16 products, counted operation for operation,
-# and the passes over each gradient that squaring and adding up take, as tokens' worth of products. Fitted to one H200,
-# 4096 → 1024, 4096 and 14336 features at 512 to 4096 tokens: the rule then picks the faster way in all twelve.
-FUSED_COST, PASSES_COST = 1.2, 2000
+# Of the fused kernels, where an operation of the direct form costs 1: one of a Gram matrix, and one of the quadratic forms,
+# which run as if there were OVERHEAD more features. One H200, 4096 → 1024, 4096 and 14336 features at 512 to 4096 tokens,
+# 8,192 in all: the rule picks the faster way in ten of these twelve, and one that takes a tenth longer in the others.
+GRAM_COST, FORMS_COST, OVERHEAD = 0.55, 1.0, 4096
 
 
 def is_fused(x: Tensor) -> bool:
-    """Whether the Gram form of inputs like x runs in the fused kernel: bfloat16 on CUDA, with Triton."""
+    """Whether inputs like x go through the fused kernels: bfloat16 on CUDA, with Triton."""
     return x.is_cuda and x.dtype == torch.bfloat16 and importlib.util.find_spec("triton") is not None
 
 
@@ -57,18 +57,15 @@ def gram_is_cheaper(
 ) -> bool:
     """Whether T × T Gram matrices cost less than the gradients themselves.
 
-    ``has_gram``: K_x is there already; ``fused``: see `is_fused`. Without the kernel the operations decide. With both
+    ``has_gram``: K_x is there already; ``fused``: see `is_fused`. Without the kernels the operations decide. With both
     sums wanted their count picks the faster way for all of MiniLM's maps at 64, 128 and 256 tokens (measured: 32
     examples, float32, 2 CPU cores).
     """
-    gram: float = tokens * (in_features + out_features) * (columns + rows)
-    if rows and has_gram:
-        gram -= tokens * in_features
-    direct: float = in_features * out_features
+    forms = (in_features + out_features if columns and rows else in_features if columns else out_features) * tokens
+    grams = (columns * out_features + (rows and not has_gram) * in_features) * tokens
     if fused:
-        gram *= FUSED_COST
-        direct *= 1 + PASSES_COST / tokens
-    return gram < direct
+        forms, grams = FORMS_COST * (forms + OVERHEAD * tokens), GRAM_COST * grams
+    return forms + grams < in_features * out_features
 
 
 def wants_gram(
@@ -179,6 +176,13 @@ def _forms(k: Gram, x: Tensor) -> Tensor:
 
 
 def _add_directly(x: Tensor, g: Tensor, columns: Tensor | None, rows: Tensor | None) -> None:
+    if is_fused(x):
+        from reltune.ops.squared_product import squared_product_sums
+
+        for total, found in zip((columns, rows), squared_product_sums(x, g), strict=True):
+            if total is not None:
+                total += found
+        return
     in_features, out_features = x.shape[2], g.shape[2]
     step = _examples_per_block(x, in_features * out_features)
     outputs = min(out_features, max(1, BLOCK_NUMBERS // in_features))

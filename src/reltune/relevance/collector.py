@@ -135,6 +135,7 @@ class Collector:
     def start(self, batch: int, skip: frozenset[tuple[str, str]] = frozenset()) -> None:
         """Begin a batch. ``skip`` names what an earlier try at these examples has added: (kind of pass, module)."""
         self.batch, self.done = batch, set(skip)
+        self.witnesses: list[tuple[str, str, Tensor]] = []  # module, part, a number that is finite if all are
 
     def expect(self, examples: int, wanted: set[str], prefix: str, batch: Any, probe: bool = False) -> None:
         """Get ready for a forward pass of so many examples."""
@@ -166,18 +167,16 @@ class Collector:
         return frozenset(self.done)
 
     def finish(self) -> None:
-        """Check once per batch, not once per module, that all sums are finite: each check waits for the device."""
-        named = [
-            (name, need, part, torch.isfinite(value).all())
-            for name, statistics in self.sums.items()
-            for need, parts in statistics.items()
-            for part, value in parts.items()
-        ]
-        if not named or bool(torch.stack([finite.to("cpu") for *_, finite in named]).all()):
+        """Check once per batch, not once per module, that all that was added is finite: each check waits for the device."""
+        if not self.witnesses:
             return
-        bad = [(name, part) for name, _, part, finite in named if not finite]
-        name, part = bad[-1]  # nearest to the loss, where it began
-        raise AnalysisError(f"the gradient of {name} ({part}) is not finite in batch {self.batch}.")
+        device = self.witnesses[0][-1].device
+        finite = torch.stack([value.to(device, torch.float32) for *_, value in self.witnesses]).isfinite()
+        bad = {(name, part) for (name, part, _), good in zip(self.witnesses, finite.tolist(), strict=True) if not good}
+        if bad:
+            # The last one in the model's order is nearest to the loss, where it began.
+            name, part = max(bad, key=lambda of: (list(self.infos).index(of[0]), of[1]))
+            raise AnalysisError(f"the gradient of {name} ({part}) is not finite in batch {self.batch}.")
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
@@ -271,9 +270,13 @@ class Collector:
         self.done.add((self.prefix, name))
 
     def _keep(self, name: str, found: Statistics) -> None:
-        for need in found:
+        for need, parts in found.items():
+            # Columns and rows add up the same numbers as the whole does; single weights have no whole.
+            whole = {part: value for part, value in parts.items() if value.ndim == 0}
+            for part, value in (whole if "squares" in need or "products" in need else parts).items():
+                self.witnesses.append((name, part, value if value.ndim == 0 else value.sum()))
             if need.removeprefix("sampled_") in WEIGHT_SIZED:
-                found[need] = {part: value.cpu() for part, value in found[need].items()}
+                found[need] = {part: value.cpu() for part, value in parts.items()}
         add(self.sums[name], found)
 
     def _zeros(self, name: str, need: str) -> dict[str, Tensor]:

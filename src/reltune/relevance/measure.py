@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from reltune.layers.fingerprint import fingerprint
+from reltune.layers.fused_norms import fused_norms
 from reltune.layers.inventory import (
     ModuleInfo,
     canonical_weights,
@@ -244,7 +245,13 @@ class _Pass:
             self.collector.seen |= self.observed | self.sampled
 
         data, probed = "", False
-        with frozen(self.model), torch.enable_grad(), self.collector, deferred_signals(partial is not None) as waiting:
+        with (
+            frozen(self.model),
+            fused_norms(self.model),
+            torch.enable_grad(),
+            self.collector,
+            deferred_signals(partial is not None) as waiting,
+        ):
             for index, batch in enumerate(tqdm(loader, desc="analyze", unit="batch", disable=not progress)):
                 data = chained(data, batch)
                 if index < state["batches"]:

@@ -75,6 +75,16 @@ def _layer_norm(node: Any, epsilon: float, longest: int) -> Recipe | None:
     return make
 
 
+def _rms_norm(node: Any, epsilon: float, longest: int) -> Recipe | None:
+    def make() -> Tensor:
+        from reltune.ops.rms_norm import rms_norm
+
+        x, gain = node.saved_tensors
+        return rms_norm(x, gain, node.epsilon)
+
+    return make
+
+
 def _handed_on(node: Node, epsilon: float, longest: int) -> Recipe | None:
     return recipe(node.next_functions[0][0], epsilon, longest)
 
@@ -87,6 +97,7 @@ RULES: dict[str, Callable[[Node, float, int], Recipe | None]] = {
     "UnsafeViewBackward0": _view,
     "_WatchBackward": _handed_on,  # collector.py
     "NativeLayerNormBackward0": _layer_norm,
+    "RMSNormBackward": _rms_norm,  # ops/rms_norm.py
     "SiluBackward0": lambda node, *_: lambda: F.silu(node._saved_self),
     "GeluBackward0": lambda node, *_: lambda: F.gelu(node._saved_self, approximate=node._saved_approximate),
 }
