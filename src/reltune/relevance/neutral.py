@@ -193,11 +193,17 @@ class Neutral:
             self.examples = batch_size(batch)
             self.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
+        modules = dict(self.model.named_modules())
         keys = list(dict.fromkeys((unit.kind, unit.name) for unit in units))
+        for kind, name in keys:
+            if kind == "module" and name not in modules:
+                refused[kind, name] = "it is one of several in a module, which cannot be taken out by itself"
         handles = []
         try:
             for kind, name in keys:
-                module = self.model.get_submodule(self.groups[name].output if kind == "head" else name)
+                if (kind, name) in refused:
+                    continue
+                module = modules[self.groups[name].output if kind == "head" else name]
                 handles.append(module.register_forward_hook(see(kind, name), with_kwargs=True))
             metrics = torch.cat([metrics for _, metrics in experiment.forward(before)])
         finally:
