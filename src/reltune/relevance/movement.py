@@ -62,7 +62,7 @@ def measure(experiment: Experiment) -> tuple[Parts, dict[str, Any]]:
                 p.data = (master - before[name].to(master)).abs()
                 del master
         for info in experiment.inventory.modules:
-            owner = model.get_submodule(getattr(info, "owner", info.name))
+            owner = model.get_submodule(info.owner)
             moves = canonical_weights(info, owner)
             parts[info.name] = {part: value.cpu() for part, value in by_unit(info, moves).items()}
             if experiment.elements:

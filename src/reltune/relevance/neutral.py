@@ -251,9 +251,9 @@ def _first(output: Any) -> Tensor | None:
 
 def warn_of(neutral: Neutral, criterion: str) -> None:
     """Say what is not scored: a score of 0 would be a lie."""
-    for kind in dict.fromkeys(unit.kind for unit in neutral.left_out):
-        units = [unit for unit in neutral.left_out if unit.kind == kind]
+    by_reason: dict[tuple[str, str], list[Unit]] = {}
+    for unit, reason in neutral.left_out.items():
+        by_reason.setdefault((unit.kind, reason), []).append(unit)
+    for (_, reason), units in by_reason.items():
         others = f" and {len(units) - 1} more" if len(units) > 1 else ""
-        warnings.warn(
-            f"{units[0]}{others} not scored by {criterion}: {neutral.left_out[units[0]]}.", RuntimeWarning, stacklevel=4
-        )
+        warnings.warn(f"{units[0]}{others} not scored by {criterion}: {reason}.", RuntimeWarning, stacklevel=4)
