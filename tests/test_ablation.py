@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -16,7 +17,7 @@ from reltune.records import InputError, RunRecord
 from reltune.relevance.collector import AnalysisError
 from reltune.relevance.partial import FILE
 from reltune.relevance.scores import RelevanceScores
-from test_criteria import causal_of_one, lm_batch, tiny_gpt2
+from test_criteria import causal_of_one, lm_batch, tiny_gpt2, tiny_mixtral
 
 MINE = ["ablation"]
 
@@ -74,6 +75,35 @@ def test_is_the_drop_of_the_metric_in_a_model_changed_by_hand(name):
         assert max(abs(a - b) for a, b in zip(got, wanted, strict=True)) <= 1e-9 * most, kind
         if kind != "head":
             assert most > 1e-3
+
+
+def test_experts_and_routers():
+    """One expert's projection, and one router's weight, overwritten with zeros in a copy."""
+    model, batch = tiny_mixtral(), lm_batch()
+    found = measure(model, split(batch, 3), causal_loss, MINE, options={"ablation": {"kinds": ["module"]}})
+    whole = mean_metric(model, examples(batch), lambda *of: -causal_of_one(*of))
+    scores, seen = found.by("module"), 0
+    for info in found.inventory.modules:
+        if info.kind not in ("experts", "router"):
+            continue
+        changed_model = copy.deepcopy(model)
+        owner = changed_model.get_submodule(info.owner)
+        with torch.no_grad():
+            if info.kind == "router":
+                owner.weight.zero_()
+            else:
+                projection, expert = info.name.split(".")[-2:]
+                owner.get_parameter(projection)[int(expert)] = 0
+        wanted = whole - mean_metric(changed_model, examples(batch), lambda *of: -causal_of_one(*of))
+        assert float(scores[info.name]) == pytest.approx(wanted, rel=1e-8, abs=1e-11), info.name
+        seen += 1
+    assert seen == 2 * (1 + 2 * 3)
+    means = measure(
+        model, [batch], causal_loss, MINE, options={"ablation": {"kinds": ["module"], "replace_by": "mean"}}
+    )
+    assert set(means.by("module")) == set(scores)
+    for module in model.modules():
+        assert "forward" not in vars(module) and not module._forward_hooks
 
 
 def test_with_the_mean_in_place_of_zero():

@@ -527,6 +527,7 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
         notes.append(
             "Data: BBC news (D. Greene and P. Cunningham, ICML 2006), licensed by its source for non-commercial research only."
         )
+    notes += behaviour_notes(relevance)
     if relevance.inventory.left_out:
         reasons = sorted(set(relevance.inventory.left_out.values()))
         notes.append(f"Not measured: {len(relevance.inventory.left_out)} parameter tensors ({'; '.join(reasons)}).")
@@ -543,6 +544,24 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
         comparison=[MethodResult(**method) for method in comparison["methods"]],
         notes=notes,
     )
+
+
+def behaviour_notes(relevance: RelevanceScores) -> list[str]:
+    """What scores measured from behaviour are changes of, and how many trials stand behind them."""
+    notes = []
+    for criterion in relevance.criteria:
+        facts = relevance.provenance.get(criterion, {})
+        if "metric" in facts:
+            note = (
+                f"{criterion} is measured by the {facts['metric']}, {facts['of_the_model']:.4g} for the untouched model"
+            )
+            trials = [
+                f"{of['trials']} trials of {kind}s, ranking {'stable' if of['stable'] else 'not yet stable'}"
+                for kind, of in facts.items()
+                if isinstance(of, dict)
+            ]
+            notes.append("; ".join([note, *trials]) + ".")
+    return notes
 
 
 def hardware() -> str:

@@ -29,8 +29,8 @@ from reltune.relevance import (
 #   cannot be scored.
 #
 # A criterion that watches or moves the model, in place of statistics of one pass, has instead of all these
-# - SCORES: the kinds of unit that it scores;
-# - Options: a frozen dataclass with a default for each, which raises InputError for values that cannot be;
+# - SCORES: the kinds of unit that it scores, if not all of them;
+# - Options, if it has any: a frozen dataclass with a default for each, which raises InputError for values that cannot be;
 # - measure(experiment): passes of its own over experiment.batches (experiment.py), with the model in evaluation mode and
 #   frozen; gives the scores, name -> part -> tensor as in RelevanceScores.parts, and facts to keep in the provenance. A score
 #   may have an interval, in the parts named after its own with _low and _high. Whatever it does to the model is undone when

@@ -205,13 +205,13 @@ def analyze(
     known |= {group.name for group in inventory.heads}  # behaviour was measured of modules that mix examples too
     parts = {name: {place: of for place, of in parts[name].items() if place in known} for name in found}
     provenance = {
+        **facts,  # first: no criterion's name takes the place of what follows
         "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
         "architecture": type(model).__name__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "examples": examples,
         "data": data,
         "seed": seed,
-        **facts,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -56,17 +56,18 @@ def measure(experiment: Experiment) -> tuple[Parts, dict[str, Any]]:
     parts: Parts = {}
     with _rewound(model) as before, torch.enable_grad():
         masters = _tune(experiment, options)
+        with torch.no_grad():  # the moves in the place of the weights: read out as each layer type lays its weights out
+            for name, p in model.named_parameters():
+                master = masters.pop(name)
+                p.data = (master - before[name].to(master)).abs()
+                del master
         for info in experiment.inventory.modules:
-            moves = {}
-            for key in canonical_weights(info, model.get_submodule(info.name)):
-                name = f"{info.name}.{key}" if info.name else key
-                master = masters[name].detach()
-                move = (master - before[name].to(master)).abs()
-                moves[key] = move.mT if info.kind == "conv1d" and key == "weight" else move
+            owner = model.get_submodule(info.owner)
+            moves = canonical_weights(info, owner)
             parts[info.name] = {part: value.cpu() for part, value in by_unit(info, moves).items()}
             if experiment.elements:
                 names = {"weight": "element", "bias": "element_bias"}
-                parts[info.name] |= {names[key]: move.cpu() for key, move in moves.items()}
+                parts[info.name] |= {names[key]: move.cpu().contiguous() for key, move in moves.items()}
     return parts, {}
 
 
@@ -112,6 +113,7 @@ def _rewound(model: nn.Module) -> Iterator[dict[str, Tensor]]:
                 f"movement trains every weight, and {name} is quantised ({p.dtype}); use another criterion."
             )
     before = {name: p.detach().to("cpu", copy=True) for name, p in own.items()}
+    places = {name: p.data for name, p in own.items()}
     gradients = {name: p.grad for name, p in own.items()}
     required = {name: p.requires_grad for name, p in own.items()}
     try:
@@ -122,6 +124,7 @@ def _rewound(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     finally:
         with torch.no_grad():
             for name, p in own.items():
+                p.data = places[name]
                 p.copy_(before[name])
                 p.grad = gradients[name]
                 p.requires_grad_(required[name])

@@ -3,6 +3,8 @@
 - A linear map, convolution or embedding gives zero at every position: its weights and its bias contribute nothing. With
   ``replace_by="mean"`` it gives its mean output over the data, without padding: the positions and examples no longer
   differ, and what follows sees values of the usual size (mean ablation, Wang et al., ICLR 2023).
+- An expert's projection gives zero, or its mean, for the tokens that are sent to it; a router gives zero logits, by which all
+  experts are alike and ties decide, or its mean logits, by which all tokens go the same way.
 - A norm normalises without gain and bias, whatever ``replace_by`` says: a zero would take the stream it stands in away.
 - A head gives zero, or its mean, to the output projection: the same as that projection's columns of the head set to zero
   (Michel, Levy and Neubig, NeurIPS 2019, section 2.3, the mask ξ_h = 0).
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from reltune.layers import experts, router
 from reltune.layers.heads import HeadGroup
 from reltune.layers.norm import normalised
 from reltune.relevance.batches import batch_size
@@ -55,6 +59,7 @@ class Neutral:
         self.model = experiment.model
         self.by_mean = replace_by == "mean"
         self.kind_of = {info.name: info.kind for info in experiment.inventory.modules}
+        self.owner_of = {info.name: info.owner for info in experiment.inventory.modules}
         self.groups: dict[str, HeadGroup] = {group.name: group for group in experiment.inventory.heads}
         self.means: dict[tuple[str, str], Tensor] = {}  # (kind, name) -> what stands for the unit
         self.left_out: dict[Unit, str] = {}
@@ -80,11 +85,20 @@ class Neutral:
         With a ``strength`` below 1 they are moved only so far from what they give towards what stands for them.
         """
         heads: dict[str, list[int]] = {}
-        handles: list[RemovableHandle] = []
+        of_experts: dict[str, list[str]] = {}  # module that holds experts -> those taken out, by their names
+        handles: list[RemovableHandle | experts.Instrumented | router.Instrumented] = []
         try:
             for unit in units:
                 if unit.kind == "head":
                     heads.setdefault(unit.name, []).append(unit.head)
+                    continue
+                kind = self.kind_of.get(unit.name) if unit.kind == "module" else None
+                if kind == "experts":
+                    of_experts.setdefault(self.owner_of[unit.name], []).append(unit.name)
+                    continue
+                if kind == "router":
+                    see = self._turn_down(unit.name, strength)
+                    handles.append(router.instrument(self.model.get_submodule(unit.name), see, lambda reason: None))
                     continue
                 hook = self._skip(unit, strength) if unit.kind == "layer" else self._silence(unit, strength)
                 # After the module's own hooks: what others make of the output goes too.
@@ -93,6 +107,8 @@ class Neutral:
             for name, which in heads.items():
                 output = self.model.get_submodule(self.groups[name].output)
                 handles.append(output.register_forward_pre_hook(self._cut(name, which, strength)))
+            for owner, names in of_experts.items():
+                handles.append(experts.instrument(self.model.get_submodule(owner), self._dismiss(names, strength)))
             yield
         finally:
             for handle in handles:
@@ -140,6 +156,27 @@ class Neutral:
             return (x, *args[1:])
 
         return hook
+
+    def _turn_down(self, name: str, strength: float) -> Callable[[Tensor, Tensor], Tensor]:
+        def see(x: Tensor, y: Tensor) -> Tensor:
+            mean = self.means.get(("module", name))
+            return _towards(y, torch.zeros_like(y) if mean is None else mean.expand_as(y), strength)
+
+        return see
+
+    def _dismiss(self, names: Sequence[str], strength: float) -> experts.See:
+        """Experts by their names, ….experts.down_proj.3, all of one module."""
+
+        def see(projection: str, x: Tensor, y: Tensor, route: experts.Route) -> Tensor:
+            for name in names:
+                own_projection, expert = name.split(".")[-2:]
+                if own_projection == projection:
+                    mean = self.means.get(("module", name))
+                    neutral = _towards(y, torch.zeros_like(y) if mean is None else mean.expand_as(y), strength)
+                    y = torch.where((route.experts == int(expert))[:, None], neutral, y)
+            return y
+
+        return see
 
     def enter(self, parts: Parts, kind: str, part: str, scores: Tensor) -> None:
         """Put one score per unit of a kind into ``parts``: () per layer and module, (heads,) per attention module."""
@@ -193,12 +230,49 @@ class Neutral:
             self.examples = batch_size(batch)
             self.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
+        def see_experts(owner: str) -> experts.See:
+            def see(projection: str, x: Tensor, y: Tensor, route: experts.Route) -> Tensor:
+                real = torch.ones_like(route.tokens, dtype=torch.bool)
+                if self.mask is not None and self.mask.numel() == route.total:
+                    real = self.mask.flatten().bool()[route.tokens]
+                for name in held[owner]:
+                    own_projection, expert = name.split(".")[-2:]
+                    rows = route.experts == int(expert)
+                    if own_projection == projection and bool(rows.any()):
+                        called.add(("module", name))
+                        if bool((rows & real).any()):
+                            add(("module", name), y[rows & real])
+                return y
+
+            return see
+
+        def see_router(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+            def see(x: Tensor, y: Tensor) -> Tensor:
+                called.add(("module", name))
+                add(("module", name), y)
+                return y
+
+            return see
+
         keys = list(dict.fromkeys((unit.kind, unit.name) for unit in units))
-        handles = []
+        held: dict[str, list[str]] = {}
+        for kind, name in keys:
+            if kind == "module" and self.kind_of[name] == "experts":
+                held.setdefault(self.owner_of[name], []).append(name)
+        handles: list[RemovableHandle | experts.Instrumented | router.Instrumented] = []
         try:
             for kind, name in keys:
+                of = self.kind_of[name] if kind == "module" else kind
+                if of == "experts":
+                    continue
                 module = self.model.get_submodule(self.groups[name].output if kind == "head" else name)
-                handles.append(module.register_forward_hook(see(kind, name), with_kwargs=True))
+                if of == "router":
+                    refuse = functools.partial(refused.__setitem__, (kind, name))
+                    handles.append(router.instrument(module, see_router(name), refuse))
+                else:
+                    handles.append(module.register_forward_hook(see(kind, name), with_kwargs=True))
+            for owner in held:
+                handles.append(experts.instrument(self.model.get_submodule(owner), see_experts(owner)))
             metrics = torch.cat([metrics for _, metrics in experiment.forward(before)])
         finally:
             for handle in handles:
