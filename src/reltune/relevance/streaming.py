@@ -57,7 +57,7 @@ def analyze_checkpoint(
     for name in criteria:
         if name not in CRITERIA:
             raise InputError(f"criterion {name!r} is unknown; {nearest(name, CRITERIA)}")
-        if CRITERIA[name].NEEDS:
+        if hasattr(CRITERIA[name], "measure") or CRITERIA[name].NEEDS:
             raise InputError(f"criterion {name!r} needs data and so a loaded model; pass the model and a loader.")
         check_elements(name, elements)
     checkpoint = Checkpoint(model_name_or_path, model_class)
@@ -65,7 +65,7 @@ def analyze_checkpoint(
     heads = checkpoint.heads if always_trained is None else head_modules(model, always_trained)
     inventory = take_inventory(model, heads)
     chosen = set(choose(inventory, target_modules, exclude_modules))
-    inventory.modules = [info for info in inventory.modules if info.name in chosen]
+    inventory = inventory.only(chosen)
 
     parameters = dict(model.named_parameters())  # of tied ones the first name, as in the fingerprint
     stored = [name for name in outside(parameters, heads) if name not in checkpoint.missing]
@@ -76,7 +76,7 @@ def analyze_checkpoint(
         read[name] = tuple(tensor.shape), samples(tensor)
         return tensor.to(device)
 
-    assemblies = {name: Assembly(CRITERIA[name], Context(0, seed), elements) for name in criteria}
+    assemblies = {name: Assembly(CRITERIA[name], Context(0, seed), elements, inventory.heads) for name in criteria}
     for info in tqdm(inventory.modules, desc="analyze", unit="module", disable=not progress):
         own = [key for key, _ in model.get_submodule(info.name).named_parameters(recurse=False)]
         names = {key: f"{info.name}.{key}" if info.name else key for key in own}
@@ -109,7 +109,9 @@ def analyze_checkpoint(
 
 def check_elements(criterion: str, elements: bool) -> None:
     """Raise InputError where single weights are wanted of a criterion that has no number for them."""
-    if elements and not hasattr(CRITERIA[criterion], "elements"):
+    of = CRITERIA[criterion]
+    has_elements = "element" in of.SCORES if hasattr(of, "measure") else hasattr(of, "elements")
+    if elements and not has_elements:
         raise InputError(
             f"criterion {criterion!r} has no number for single weights; leave out elements or the criterion."
         )
