@@ -16,7 +16,7 @@ It departs from the published code in two things.
 - No division by the largest singular value, which would make a matrix less relevant by being scaled up.
 
 Columns and rows: the norm of the column's (row's) part in the signal's singular directions over that of its rest; the same
-dimension and no adding up to the matrix's ratio. Biases, norms and single weights have no spectrum and get nothing. A 2-D
+dimension and no adding up to the matrix's ratio; an attention head's the sums of its rows' and columns' norms. Biases, norms and single weights have no spectrum and get nothing. A 2-D
 convolution is taken as (out, in · height · width), each group for itself; an embedding as it is. Where there is no noise
 (more than half of the singular values are 0) the ratio stops at 1 over the rounding of its type.
 Memory and cost: ops/singular_vectors.py, per matrix.

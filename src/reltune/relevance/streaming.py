@@ -2,23 +2,26 @@
 
 Memory beside the scores: the largest tensor in its own type, and what the criterion takes for it (``magnitude``: one block
 of its rows in float32; ``spectral_snr``, ``principal``: ops/singular_vectors.py; ``elements``: one number per weight of
-the whole model, for they are the result). The scores and the fingerprint are those of the loaded model, number for number.
+the whole model, for they are the result). Parameters that loading makes of several tensors (the experts of a mixture) count
+as the tensor that they become, twice while they are made. The scores and the fingerprint are those of the loaded model, number for number.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from tqdm.auto import tqdm
 
-from reltune.layers import experts
 from reltune.layers.fingerprint import fingerprint_of, outside, samples
-from reltune.layers.inventory import choose, head_modules, take_inventory
+from reltune.layers.inventory import canonical_weights, choose, head_modules, take_inventory
 from reltune.layers.units import ModuleInfo
 from reltune.records import InputError
 from reltune.relevance.checkpoint import Checkpoint
@@ -73,26 +76,20 @@ def analyze_checkpoint(
         read[name] = tuple(tensor.shape), samples(tensor)
         return tensor.to(device)
 
-    assemblies = {
-        name: Assembly(criterion, Context(0, seed), elements, inventory.heads) for name, criterion in found.items()
-    }
-    stacked: dict[str, dict[str, torch.Tensor]] = {}  # projection -> all its experts' tensors, of one at a time
-    for info in tqdm(inventory.modules, desc="analyze", unit="module", disable=not progress):
-        if info.kind == "experts":
-            projection, _, expert = info.name.rpartition(".")
-            if projection not in stacked:
-                stacked = {projection: _stacked(info, model.get_submodule(info.owner), take)}
-            weights = experts.of_expert(stacked[projection], int(expert))
-        else:
-            own = [key for key, _ in model.get_submodule(info.name).named_parameters(recurse=False)]
-            names = {key: f"{info.name}.{key}" if info.name else key for key in own}
-            weights = {key: take(name) for key, name in names.items() if key in ("weight", "bias")}
-        if info.kind == "conv1d":
-            weights["weight"] = weights["weight"].mT
-        for assembly in assemblies.values():
-            assembly.add(info, weights, {})
-        del weights
-    stacked.clear()
+    context = Context(0, seed)
+    assemblies = {name: Assembly(of, context, elements, inventory.heads) for name, of in found.items()}
+    bar = tqdm(inventory.modules, desc="analyze", unit="module", disable=not progress)
+    for (owner, keys), infos in itertools.groupby(bar, lambda info: (info.owner, _parameters(model, info))):
+        module = copy.copy(model.get_submodule(owner))  # a stand-in, so that the model itself never holds a weight
+        module._parameters = {
+            **module._parameters,
+            **{key: nn.Parameter(take(f"{owner}.{key}" if owner else key), requires_grad=False) for key in keys},
+        }
+        for info in infos:
+            weights = canonical_weights(info, module)
+            for assembly in assemblies.values():
+                assembly.add(info, weights, {})
+        del module, weights
     for name in stored:
         if name not in read:
             take(name)
@@ -114,11 +111,10 @@ def analyze_checkpoint(
     return RelevanceScores(parts, inventory, heads, fingerprint_of(read), provenance)
 
 
-def _stacked(info: ModuleInfo, owner: Any, take: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """All experts' matrices and biases of a projection, as layers/experts.py has them."""
-    name = info.name.rpartition(".")[0]
-    weight = take(name)
-    found = {"weight": weight.mT if owner.is_transposed else weight}
-    if info.bias:
-        found["bias"] = take(f"{name}_bias")
-    return found
+def _parameters(model: nn.Module, info: ModuleInfo) -> tuple[str, ...]:
+    """The parameters of the module's owner that hold its weights; of experts, those of one projection."""
+    if info.kind == "experts":
+        projection = info.name.split(".")[-2]
+        return (projection, f"{projection}_bias") if info.bias else (projection,)
+    own = dict(model.get_submodule(info.owner).named_parameters(recurse=False))
+    return tuple(key for key in ("weight", "bias") if key in own)
