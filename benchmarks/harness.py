@@ -266,7 +266,7 @@ class Benchmark:
             lines.append(f"  {name}: {value:.4g}" if isinstance(value, float) else f"  {name}: {value}")
         for check in self.result["checks"]:
             sign = "≥" if check["sense"] == "at least" else "≤"
-            verdict = "ok  " if check["passed"] else "FAIL"
+            verdict = "ok  " if check["passed"] else "FAIL" if check["required"] else "miss"
             value = f"{check['value']:.4g}" if isinstance(check["value"], float) else check["value"]
             lines.append(f"  {verdict} {check['check']}: {value} {sign} {check['limit']:g}")
         return "\n".join(lines)

@@ -1,9 +1,10 @@
 """Row, column and module Fisher information of all linear maps: reltune and its peers, side by side.
 
-All methods have the same model, the same batch, the same loss and give the same numbers, which is checked in this run
-before anything is timed: Σ over examples of squared per-example gradients, added up by column and by row of every
-linear map's weight (benchmarks/peers.py). Peers may take the batch in parts; each part size is tried once, and the
-fastest that runs is timed. A peer that cannot run, or that gives other numbers, is on record with its error.
+All methods have the same model, the same batch, the same loss and give the same numbers: Σ over examples of squared
+per-example gradients, added up by column and by row of every linear map's weight (benchmarks/peers.py). In this run,
+before anything is timed, each is held against reltune's in float32: on the CPU in the very case that is timed, on a GPU
+on two layers of the same shapes. Peers may take the batch in parts; each part size is tried once, and the fastest that
+runs is timed. A peer that cannot run, or that gives other numbers, is on record with its error.
 
 CPU, MiniLM-L6 (22.7M parameters), 32 examples × 64, 128 and 256 tokens, float32; 5 minutes on 2 quiet cores:
 
@@ -44,6 +45,10 @@ from reltune.tasks.losses import LOSSES
 
 PACKAGES = ("backpack-for-pytorch", "opacus")
 SHARES = {"cpu": (1.0, 0.25), "cuda": (1.0, 0.5, 0.25, 0.125, 0.0)}  # of the batch at a time, to try; 0: one example
+# Largest difference of two methods' numbers, of a map's largest: in float32; and, only to catch blunders, between
+# bfloat16 passes that take other parts of the batch at a time and so round otherwise in every layer.
+LIMITS = {"cpu": 1e-4, "cuda": 1e-3}
+BFLOAT16_LIMIT = 0.25
 OURS, WHOLE = "reltune, one batch", "reltune.analyze, whole call"
 
 
@@ -75,8 +80,8 @@ def minilm_case(tokens: int, examples: int, tiny: bool) -> Case:
     return Case(model, maps, batch, LOSSES["sequence_classification"].per_example, mean_cross_entropy)
 
 
-def llama_case(shape: Shape, tokens: int, examples: int, device: str) -> Case:
-    model = llama(shape, device)
+def llama_case(shape: Shape, tokens: int, examples: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Case:
+    model = llama(shape, device, dtype)
     batch = {key: value.to(device) for key, value in texts(shape, examples, tokens).items()}
     maps = {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in PROJECTIONS}
     return Case(model, maps, batch, LOSSES["causal_lm"].per_example, mean_next_token_cross_entropy)
@@ -107,60 +112,66 @@ def difference(a: Sums, b: Sums) -> float:
     return max(float((x - y).abs().max() / y.abs().max()) for x, y in pairs)
 
 
-def best_size(bench: Benchmark, case: Case, peer: Peer, ours: Sums, limit: float) -> tuple[int | None, dict[str, Any]]:
-    """The part size at which the peer is fastest, and what each size took; None where none gives our numbers."""
-    machine = bench.machine
-    tried: dict[str, Any] = {}
-    best: tuple[float, int] | None = None
-    with peer.ready(case):
-        whole, case.batch = case.batch, next(case.parts(1))
-        peer.run(case, 1)  # to warm up
-        case.batch = whole
-        shares = peer.sizes or SHARES[machine.device.type]
-        for size in dict.fromkeys(max(1, int(share * case.examples)) for share in shares):
+def tried(bench: Benchmark, case: Case, peer: Peer, size: int, ours: Sums) -> dict[str, Any]:
+    """One go at so many examples at a time: its seconds and how far its numbers are from ours, or its error.
+
+    Hooks are put up anew for each: what a library has left on modules when it failed holds memory.
+    """
+    outcome: dict[str, Any] = {"seconds": math.nan, "difference": 0.0}
+    try:
+        with peer.ready(case):
             case.start()
-            outcome: dict[str, Any] = {}
-            try:
-                started = machine.now()
-                peer.run(case, size)
-                outcome["seconds"] = machine.now() - started
-                if peer is not FLOOR:
-                    outcome["difference"] = difference(case.found, ours)
-                    if not outcome["difference"] <= limit:
-                        raise ArithmeticError(f"its numbers differ by {outcome['difference']:.2g} of the largest")
-            except Exception as error:
-                outcome = {"error": described(error)}
-            else:
-                best = min(best or (math.inf, 0), (outcome["seconds"], size))
-            tried[str(size)] = outcome
-            case.start()
-            machine.free()
-    return (None if best is None else best[1]), tried
+            started = bench.machine.now()
+            peer.run(case, size)
+            outcome["seconds"] = bench.machine.now() - started
+            if peer is not FLOOR:
+                outcome["difference"] = difference(case.found, ours)
+    except Exception as error:
+        outcome = {"error": described(error)}
+    case.start()
+    bench.machine.free()
+    return outcome
 
 
-def compare(bench: Benchmark, name: str, config: dict[str, Any], case: Case, options: argparse.Namespace) -> None:
-    ours = our_sums(case)
-    limit = 1e-4 if next(case.model.parameters()).dtype == torch.float32 else 5e-2
+def fastest_size(bench: Benchmark, case: Case, peer: Peer, ours: Sums, limit: float) -> tuple[int, dict[str, Any]]:
+    """How many examples at a time the peer should have, and what it took to find out."""
+    every: dict[str, Any] = {}
+    for share in peer.sizes or SHARES[bench.machine.device.type]:
+        size = max(1, int(share * case.examples))
+        if str(size) not in every:
+            every[str(size)] = tried(bench, case, peer, size, ours)
+    good = {size: of["seconds"] for size, of in every.items() if of.get("difference", math.inf) <= limit}
+    if not good:
+        raise RuntimeError("; ".join(f"{size} at a time: {of.get('error') or of}" for size, of in every.items()))
+    return int(min(good, key=lambda size: good[size])), every
+
+
+def compare(
+    bench: Benchmark, name: str, config: dict[str, Any], case: Case, check: Case, options: argparse.Namespace
+) -> None:
+    """Time all methods on ``case``, those that give our numbers on ``check``, which is in float32."""
+    limit, ours_checked, ours = LIMITS[options.device], our_sums(check), our_sums(case)
+    loose = limit if case is check else BFLOAT16_LIMIT
     methods = []
-    required = options.device == "cpu"
     for peer in (FLOOR, *PEERS):
-        must = required or peer in (FLOOR, PEERS[0])
+        must = options.device == "cpu" or peer in (FLOOR, PEERS[0])
         try:
-            size, tried = best_size(bench, case, peer, ours, limit)
+            # The smallest parts: they warm up, too.
+            found = tried(bench, check, peer, max(1, check.examples // 8), ours_checked)
+            if "error" in found:
+                raise RuntimeError(found["error"] + (f" ({PIP})" if "ModuleNotFound" in found["error"] else ""))
+            if not found["difference"] <= limit:
+                raise ArithmeticError(f"its numbers differ by {found['difference']:.2g} of the largest")
+            size, every = fastest_size(bench, case, peer, ours, loose)
         except Exception as error:
-            hint = f" ({PIP})" if isinstance(error, ImportError) else ""
-            bench.failed(name, config, peer.name, type(error)(f"{error}{hint}"), must)
-            continue
-        if size is None:
-            why = "; ".join(f"{size} at a time: {of['error']}" for size, of in tried.items())
-            bench.failed(name, config, peer.name, RuntimeError(why), must)
+            bench.failed(name, config, peer.name, error, must)
             continue
 
         def run(peer: Peer = peer, size: int = size) -> None:
             case.start()
             peer.run(case, size)
 
-        about = {"examples_at_a_time": size, "tried": tried, "limit_of_difference": limit}
+        about = {"examples_at_a_time": size, "tried": every, "difference_in_float32": found["difference"]}
         methods.append(Method(peer.name, run, functools.partial(peer.ready, case), must, about))
     methods.insert(1, Method(OURS, functools.partial(one_batch, bench, case)))
     methods.insert(2, Method(WHOLE, functools.partial(analyze, case, [case.batch])))
@@ -195,16 +206,19 @@ def main() -> int:
         config: dict[str, Any] = {"model": options.model, "examples": options.examples, "tokens": tokens}
         try:
             if options.model == "minilm":
-                case = minilm_case(tokens, options.examples, options.tiny)
+                case = check = minilm_case(tokens, options.examples, options.tiny)
             else:
                 shape = TINY if options.tiny else dataclasses.replace(Shape(), layers=options.layers)
                 config |= dataclasses.asdict(shape)
                 case = llama_case(shape, tokens, options.examples, options.device)
+                fewer = dataclasses.replace(shape, layers=2)
+                check = llama_case(fewer, tokens, 2, options.device, torch.float32)
+                config |= {"checked_on_layers": 2, "checked_on_examples": 2}
             config |= {"dtype": str(next(case.model.parameters()).dtype), "linear_maps": len(case.maps)}
-            compare(bench, name, config, case, options)
+            compare(bench, name, config, case, check, options)
         except Exception as error:  # the other lengths go on
             bench.failed(name, config, "comparison", error)
-        case = None
+        case = check = None
         bench.machine.free()
         bench.save(options.output_dir, options.name)
     return bench.finish(options.output_dir, options.name)
