@@ -324,7 +324,7 @@ def test_bfloat16_activations_are_summed_exactly(autocast, monkeypatch):
     exact = {}
     measured = linear.statistics
 
-    def also_exactly(info, module, weights, x, g, wanted):
+    def also_exactly(info, module, weights, x, g, wanted, shared):
         columns, rows = squared_gradient_sums_reference(x.double(), g.double())
         before = exact.get(module, (0, 0))
         exact[module] = before[0] + columns, before[1] + rows

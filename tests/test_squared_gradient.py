@@ -130,15 +130,19 @@ def test_gram_is_taken_where_it_counts_fewer_operations():
 @pytest.mark.parametrize(
     ("tokens", "out_features", "gram"),
     [
-        (512, 1024, True),
+        (512, 1024, False),
+        (512, 4096, True),
+        (512, 14336, True),
         (1024, 1024, False),
-        (1024, 4096, True),
+        (1024, 14336, True),
+        (2048, 1024, False),
         (2048, 4096, False),
-        (2048, 14336, True),
+        (4096, 1024, False),
+        (4096, 4096, False),
         (4096, 14336, False),
     ],
 )
-def test_the_rule_for_the_fused_kernel_is_the_measured_one(tokens, out_features, gram):
+def test_the_rule_for_the_fused_kernels_is_the_measured_one(tokens, out_features, gram):
     assert gram_is_cheaper(tokens, 4096, out_features, fused=True) == gram
 
 

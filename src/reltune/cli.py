@@ -65,6 +65,15 @@ MaxLength = Annotated[int, typer.Option("--max_length", metavar="N", help="Token
 Criteria = Annotated[
     list[str] | None, typer.Option("--criteria", metavar="NAMES", help=f"{CRITERIA_HELP}  [default: fisher]")
 ]
+AnalysisExamples = Annotated[
+    int, typer.Option("--analysis_examples", metavar="N", help="Texts that relevance is measured on, at most.")
+]
+MaxTrials = Annotated[
+    int, typer.Option("--max_trials", metavar="N", help="Of criterion correlation: passes over them, at most.")
+]
+ProbeSteps = Annotated[
+    int, typer.Option("--probe_steps", metavar="N", help="Of criterion movement: steps of full tuning, rewound.")
+]
 Budget = Annotated[str, typer.Option("--budget", metavar="BUDGET", help=BUDGET_HELP)]
 Granularity = Annotated[
     list[str] | None, typer.Option("--granularity", metavar="NAMES", help=f"{GRANULARITY_HELP}  [default: column]")
@@ -110,6 +119,9 @@ def run(
     granularity: Granularity = None,
     target_modules: Targets = None,
     exclude_modules: Excludes = None,
+    analysis_examples: AnalysisExamples = RunConfig.analysis_examples,
+    max_trials: MaxTrials = RunConfig.max_trials,
+    probe_steps: ProbeSteps = RunConfig.probe_steps,
     seed: Seed = RunConfig.seed,
     overwrite_output_dir: Overwrite = False,
 ) -> None:
@@ -134,6 +146,9 @@ def analyze(
     criteria: Criteria = None,
     target_modules: Targets = None,
     exclude_modules: Excludes = None,
+    analysis_examples: AnalysisExamples = RunConfig.analysis_examples,
+    max_trials: MaxTrials = RunConfig.max_trials,
+    probe_steps: ProbeSteps = RunConfig.probe_steps,
     seed: Seed = RunConfig.seed,
     overwrite_output_dir: Overwrite = False,
 ) -> None:

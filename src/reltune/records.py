@@ -22,10 +22,13 @@ CRITERIA = (
     "gradient_snr",
     "activation",
     "magnitude",
+    "ablation",
+    "correlation",
+    "movement",
     "random",
     "depth",
 )
-GRANULARITIES = ("layer", "module", "column", "row", "bias", "norm")
+GRANULARITIES = ("layer", "module", "head", "column", "row", "bias", "norm")
 
 
 DATASETS = ("bbc_news",)
@@ -73,6 +76,8 @@ class RunConfig:
     head_epochs: float = 1.0
     analysis_examples: int = 1024
     analysis_batch_size: int = 32
+    max_trials: int = 400  # of criterion correlation, per kind of unit
+    probe_steps: int = 50  # of criterion movement
     seed: int = 42
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -89,9 +94,10 @@ class RunConfig:
             raise InputError("exactly one of train_file and dataset_name says what to train on; give one of them.")
         if self.dataset_name is not None and self.dataset_name not in DATASETS:
             raise InputError(f"dataset_name {self.dataset_name!r} is unknown; {nearest(self.dataset_name, DATASETS)}")
-        for name in ("max_length", "analysis_examples", "analysis_batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        least = {"max_length": 1, "analysis_examples": 1, "analysis_batch_size": 1, "max_trials": 4, "probe_steps": 1}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {smallest}.")
         if not isinstance(self.training, dict):
             raise InputError("training holds no mapping of fields of transformers.TrainingArguments.")
         if self.head_epochs < 0:
@@ -159,7 +165,9 @@ def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
 class Heatmap:
     """Relevance by place: ``values[i][j]`` belongs to layer ``rows[i]`` and module ``columns[j]``.
 
-    ``None`` where a layer has no such module. ``share_by_layer[i]`` is the layer's share of all relevance (0..1).
+    ``None`` where a layer has no such module. ``share_by_layer[i]`` is the layer's share of all relevance (0..1). Where
+    relevance does not add up (``adds_up``), shares are of the sum of absolute values, with the sign of the value, and a
+    layer's is that of its own score, 0 for modules outside the layers.
     """
 
     criterion: str
@@ -167,6 +175,7 @@ class Heatmap:
     columns: list[str]
     values: list[list[float | None]]
     share_by_layer: list[float]
+    adds_up: bool = True
 
 
 @dataclasses.dataclass

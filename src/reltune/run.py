@@ -30,10 +30,11 @@ from reltune.evaluation import evaluate as measure_metrics
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.inventory import head_modules, take_inventory
 from reltune.plan.plan import Plan
+from reltune.plan.selection import check_scored
 from reltune.plan.selection import select as choose_units
 from reltune.records import InputError, MethodResult, RunConfig, RunRecord, write_json, write_text
 from reltune.relevance.measure import analyze as measure_relevance
-from reltune.relevance.partial import FILE as PARTIAL
+from reltune.relevance.partial import interrupted_in
 from reltune.relevance.scores import RelevanceScores
 from reltune.tasks import rows as reading
 from reltune.tasks.sequence_classification import SequenceClassification
@@ -91,7 +92,7 @@ class RunDirectory:
     def continues(self, config: RunConfig) -> bool:
         """Whether an analysis with this config was interrupted here and can go on."""
         try:
-            return (self.relevance / PARTIAL).is_file() and RunConfig.load(self.config_file) == config
+            return interrupted_in(self.relevance) and RunConfig.load(self.config_file) == config
         except (InputError, OSError):  # a name that is too long, say: check_new has the words for it
             return False
 
@@ -194,6 +195,8 @@ def check_choice(materials: Materials, select: bool = True) -> None:
     """
     config = materials.config
     assert materials.model is not None, "checked before it is changed"
+    if select:
+        check_scored(config.granularity, config.criteria[0])
     relevance = measure_relevance(
         materials.model,
         criteria=["depth"],
@@ -228,7 +231,7 @@ def _read_splits(config: RunConfig) -> tuple[list[reading.Row], list[reading.Row
 def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
     """Train the new heads briefly, then measure relevance: before the head means something, no gradient does."""
     config, model = materials.config, materials.fresh_model()
-    if materials.new_heads and (run.relevance / PARTIAL).is_file() and run.head.is_file():
+    if materials.new_heads and interrupted_in(run.relevance) and run.head.is_file():
         model = model_with_heads(materials, run)  # the interrupted analysis was of this head
     elif materials.new_heads:
         train_heads(materials, model, config.head_epochs)
@@ -250,10 +253,16 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
         always_trained=materials.new_heads,
         seed=config.seed,
         resume_directory=run.relevance,
+        options={name: given for name, given in options_of(config).items() if name in config.criteria},
     )
     relevance.provenance |= restrictions(config)
     relevance.save(run.relevance)
     return relevance
+
+
+def options_of(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """What the config says about single criteria."""
+    return {"correlation": {"max_trials": config.max_trials}, "movement": {"steps": config.probe_steps}}
 
 
 def restrictions(config: RunConfig) -> dict[str, Any]:

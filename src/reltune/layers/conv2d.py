@@ -39,6 +39,7 @@ def statistics(
     x: Tensor,
     g: Tensor,
     wanted: Collection[str],
+    shared: per_example.Shared | None = None,
 ) -> per_example.Statistics:
     """Sums over the examples (layers/per_example.py) for patches x (B, T, in·h·w) and output gradients g (B, T, out)."""
     dtype = accumulator_dtype(x)

@@ -40,6 +40,7 @@ def statistics(
     x: Tensor,
     g: Tensor,
     wanted: Collection[str],
+    shared: per_example.Shared | None = None,
 ) -> per_example.Statistics:
     """Sums over the examples (layers/per_example.py) for tokens x (B, T) and output gradients g (B, T, features).
 

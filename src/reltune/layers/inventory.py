@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from types import ModuleType
 
 from torch import Tensor, nn
 
 from reltune.layers import conv1d, conv2d, embedding, linear, norm
+from reltune.layers.heads import HeadGroup, heads_and_reasons
 from reltune.layers.units import ModuleInfo
 from reltune.records import InputError, nearest
 
@@ -31,6 +32,8 @@ class Inventory:
     left_out: dict[str, str]  # parameter name -> reason
     base_parameters: int  # all parameters of the base model, new heads not counted
     head_parameters: int
+    heads: list[HeadGroup] = dataclasses.field(default_factory=list)  # of attention
+    without_heads: dict[str, str] = dataclasses.field(default_factory=dict)  # attention module -> reason
 
     def __getitem__(self, name: str) -> ModuleInfo:
         return self._by_name[name]
@@ -40,6 +43,12 @@ class Inventory:
 
     def __post_init__(self) -> None:
         self._by_name = {info.name: info for info in self.modules}
+
+    def only(self, names: Collection[str]) -> Inventory:
+        """The named modules, and the heads that lie in them altogether."""
+        modules = [info for info in self.modules if info.name in names]
+        heads = [group for group in self.heads if all(name in names for name in group.modules)]
+        return dataclasses.replace(self, modules=modules, heads=heads)
 
 
 def layer_type(module: nn.Module) -> tuple[str, ModuleType] | None:
@@ -84,6 +93,8 @@ def head_modules(model: nn.Module, names: str | Iterable[str]) -> list[str]:
                 f"always_trained names {name!r}, which is no part of the model; {nearest(name, parameters)}"
             )
         owners.add(owner)
+    if not owners:
+        return []
 
     def inside(name: str, places: Iterable[str]) -> bool:
         return any(name.startswith(place + ".") for place in places)
@@ -131,7 +142,9 @@ def take_inventory(model: nn.Module, always_trained: Iterable[str] = ()) -> Inve
 
     counted = {id(p): p.numel() for name, p in names.items() if name not in heads}
     head = {id(p): p.numel() for name, p in names.items() if name in heads}
-    return Inventory(modules, left_out, sum(counted.values()), sum(head.values()))
+    inventory = Inventory(modules, left_out, sum(counted.values()), sum(head.values()))
+    inventory.heads, inventory.without_heads = heads_and_reasons(model, inventory)
+    return inventory
 
 
 def _block(model: nn.Module, name: str) -> str:

@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from reltune.layers import per_example
 from reltune.layers.units import ModuleInfo
-from reltune.ops.squared_gradient import accumulator_dtype, squared_gradient_sums
+from reltune.ops.squared_gradient import (
+    Gram,
+    accumulator_dtype,
+    input_gram,
+    is_fused,
+    squared_gradient_sums,
+    wants_gram,
+)
 
 
 def matches(module: nn.Module) -> bool:
@@ -30,6 +37,7 @@ def statistics(
     x: Tensor,
     g: Tensor,
     wanted: Collection[str],
+    shared: per_example.Shared | None = None,
 ) -> per_example.Statistics:
     """Sums over the examples (layers/per_example.py) for inputs x (B, T, in) and output gradients g (B, T, out).
 
@@ -39,7 +47,7 @@ def statistics(
     found: per_example.Statistics = {}
     bias = g.sum(1, dtype=dtype) if info.bias else None
     if "squares" in wanted:
-        columns, rows = squared_gradient_sums(x, g)
+        columns, rows = squared_gradient_sums(x, g, _shared_gram(shared, x, g))
         found["squares"] = {"column": columns, "row": rows, "weight": rows.sum()}
         if bias is not None:
             found["squares"]["bias"] = bias.square().sum()
@@ -67,6 +75,15 @@ def statistics(
                 gradients["bias"] = bias[s][None]
             per_example.add(found, per_example.statistics(info, weights, gradients, elements))
     return found
+
+
+def _shared_gram(shared: per_example.Shared | None, x: Tensor, g: Tensor) -> Gram | None:
+    """K_x, where several maps with this input have a use for it."""
+    if shared is None or not wants_gram(x.shape[1], x.shape[2], g.shape[2], fused=is_fused(x)):
+        return None
+    if shared.gram is None and shared.others:
+        shared.gram = input_gram(x)
+    return shared.gram
 
 
 def squared_inputs(module: nn.Module, x: Tensor, real: Tensor | None) -> dict[str, Tensor]:

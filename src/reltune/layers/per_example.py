@@ -10,15 +10,25 @@ What layer types compute, each as sums over the examples s of a batch, with G_s 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
 from reltune.layers.units import ModuleInfo, by_unit
+from reltune.ops.squared_gradient import Gram
 
 STATISTICS = ("squares", "products", "sums", "square_elements", "absolute_elements")
 WEIGHT_SIZED = ("sums", "square_elements", "absolute_elements")
 Statistics = dict[str, dict[str, Tensor]]
+
+
+@dataclasses.dataclass
+class Shared:
+    """What the statistics of several modules with one input share: its Gram matrix, kept while others are to come."""
+
+    others: bool
+    gram: Gram | None = None
 
 
 def statistics(

@@ -27,23 +27,53 @@ from torch import Tensor
 # cache: more tokens and features per program read less from it, more programs per multiprocessor hide its latency.
 TOKENS, INNER_TOKENS, FEATURES = 128, 32, 128
 WARPS, STAGES = 4, 3
+# The same for K itself: rows and columns of a block (rows = TOKENS), features at a time, warps, stages.
+TRIANGLE = 128, 64, 64, 4, 3
+
+Triangle = tuple[Tensor, Tensor]
 
 
 @triton.jit
-def split_kernel(k, high, low, tokens, padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """K (B, T, T) -> high + low (B, padded, padded): its lower triangle, what lies below the diagonal doubled."""
+def triangle_kernel(  # type: ignore[no-untyped-def]
+    x,
+    high,
+    low,
+    tokens,
+    padded,
+    features,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """high + low (B, padded, padded): the lower triangle of K = x xᵀ, what lies below the diagonal doubled."""
     b = tl.program_id(1).to(tl.int64)
-    k += b * tokens * tokens
-    high += b * padded * padded
-    low += b * padded * padded
-    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    for start in range(0, padded, COLUMNS):
-        u = start + tl.arange(0, COLUMNS)[None, :]
-        value = tl.load(k + t * tokens + u, mask=(u <= t) & (t < tokens), other=0.0)
-        value = tl.where(u < t, 2 * value, value)
-        rounded = value.to(high.dtype.element_ty)
-        tl.store(high + t * padded + u, rounded)
-        tl.store(low + t * padded + u, (value - rounded.to(tl.float32)).to(low.dtype.element_ty))
+    # Block number -> its row i and column j in the triangle of blocks, i·(i + 1)/2·(ROWS/COLUMNS) of which lie above row i.
+    per_row: tl.constexpr = ROWS // COLUMNS
+    block = tl.program_id(0) // per_row
+    i = ((tl.sqrt(8.0 * block + 1.0) - 1.0) / 2.0).to(tl.int32)
+    i = tl.where(i * (i + 1) // 2 > block, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= block, i + 1, i)
+    j = (block - i * (i + 1) // 2) * per_row + tl.program_id(0) % per_row
+    x += b * tokens * features
+    t = i * ROWS + tl.arange(0, ROWS)
+    u = j * COLUMNS + tl.arange(0, COLUMNS)
+    product = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in tl.range(0, features, FEATURES, num_stages=STAGES):
+        d = start + tl.arange(0, FEATURES)
+        left = tl.load(
+            x + t[:, None] * features + d[None, :], mask=(t[:, None] < tokens) & (d[None, :] < features), other=0.0
+        )
+        right = tl.load(
+            x + u[None, :] * features + d[:, None], mask=(u[None, :] < tokens) & (d[:, None] < features), other=0.0
+        )
+        product = tl.dot(left, right, product, input_precision="ieee")
+    value = tl.where(u[None, :] < t[:, None], 2 * product, product)
+    value = tl.where(u[None, :] > t[:, None], 0.0, value)
+    rounded = value.to(high.dtype.element_ty)
+    at = b * padded * padded + t[:, None] * padded + u[None, :]
+    tl.store(high + at, rounded)
+    tl.store(low + at, (value - rounded.to(tl.float32)).to(low.dtype.element_ty))
 
 
 @triton.jit
@@ -83,19 +113,46 @@ def forms_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + (b * blocks + i) * features + d, total, mask=d < features)
 
 
-def quadratic_forms(k: Tensor, x: Tensor) -> Tensor:
-    """Forms (D,) float32 of symmetric K (B, T, T) float32 with x (B, T, D); workspace of the size of K.
+def triangle(x: Tensor) -> Triangle:
+    """K = x xᵀ of x (B, T, D) bfloat16, as `quadratic_forms` takes it: two (B, T', T') with T' the next multiple of TOKENS.
+
+    What lies above the diagonal blocks is not set.
+    """
+    batch, tokens, features = x.shape
+    x = x.contiguous()
+    blocks = triton.cdiv(tokens, TOKENS)
+    padded = blocks * TOKENS
+    high, low = torch.empty(2, batch, padded, padded, dtype=x.dtype, device=x.device)
+    rows, columns, depth, warps, stages = TRIANGLE
+    with torch.cuda.device_of(x):
+        triangle_kernel[(blocks * (blocks + 1) // 2 * (rows // columns), batch)](
+            x,
+            high,
+            low,
+            tokens,
+            padded,
+            features,
+            ROWS=rows,
+            COLUMNS=columns,
+            FEATURES=depth,
+            STAGES=stages,
+            num_warps=warps,
+        )
+    return high, low
+
+
+def quadratic_forms(k: Triangle, x: Tensor) -> Tensor:
+    """Forms (D,) float32 of the symmetric K that `triangle` gave with x (B, T, D).
 
     x is bfloat16. (float32 and, where K is within its range, float16 give the same by the same code.)
     """
     batch, tokens, features = x.shape
-    k, x = k.contiguous(), x.contiguous()
-    blocks = triton.cdiv(tokens, TOKENS)
-    padded = blocks * TOKENS
-    high, low = torch.empty(2, batch, padded, padded, dtype=x.dtype, device=x.device)
+    x = x.contiguous()
+    high, low = k
+    padded = high.shape[1]
+    blocks = padded // TOKENS
     parts = torch.empty(batch, blocks, features, device=x.device)
     with torch.cuda.device_of(x):
-        split_kernel[(padded // 16, batch)](k, high, low, tokens, padded, ROWS=16, COLUMNS=TOKENS)
         forms_kernel[(triton.cdiv(features, FEATURES), blocks, batch)](
             high,
             low,
@@ -114,6 +171,6 @@ def quadratic_forms(k: Tensor, x: Tensor) -> Tensor:
 
 
 def quadratic_forms_reference(k: Tensor, x: Tensor) -> Tensor:
-    """The same with K x written out, in K's precision."""
+    """The same with K (B, T, T) and K x written out, in K's precision."""
     x = x.to(k.dtype)
     return (x * (k @ x)).sum((0, 1)).clamp_min(0)

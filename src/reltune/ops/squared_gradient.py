@@ -22,6 +22,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+Gram = Tensor | tuple[Tensor, Tensor]  # see `input_gram`
 # Workspace of one block of examples, in numbers (not bytes): 64 Mi float32 numbers are 256 MiB.
 BLOCK_NUMBERS = 1 << 26
 # The same on a CPU, where a block should stay in the cache: at 32 examples × 64 tokens and 384 → 1536 features one
@@ -34,14 +35,14 @@ def accumulator_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-# The fused kernel (ops/quadratic_form.py) against gradients from bfloat16 products, counted operation for operation,
-# and the passes over each gradient that squaring and adding up take, as tokens' worth of products. Fitted to one H200,
-# 4096 → 1024, 4096 and 14336 features at 512 to 4096 tokens: the rule then picks the faster way in all twelve.
-FUSED_COST, PASSES_COST = 1.2, 2000
+# Of the fused kernels, where an operation of the direct form costs 1: one of a Gram matrix, and one of the quadratic forms,
+# which run as if there were OVERHEAD more features. One H200, 4096 → 1024, 4096 and 14336 features at 512 to 4096 tokens,
+# 8,192 in all: the rule picks the faster way in ten of these twelve, and one that takes a tenth longer in the others.
+GRAM_COST, FORMS_COST, OVERHEAD = 0.55, 1.0, 4096
 
 
 def is_fused(x: Tensor) -> bool:
-    """Whether the Gram form of inputs like x runs in the fused kernel: bfloat16 on CUDA, with Triton."""
+    """Whether inputs like x go through the fused kernels: bfloat16 on CUDA, with Triton."""
     return x.is_cuda and x.dtype == torch.bfloat16 and importlib.util.find_spec("triton") is not None
 
 
@@ -56,18 +57,15 @@ def gram_is_cheaper(
 ) -> bool:
     """Whether T × T Gram matrices cost less than the gradients themselves.
 
-    ``has_gram``: K_x is there already; ``fused``: see `is_fused`. Without the kernel the operations decide. With both
+    ``has_gram``: K_x is there already; ``fused``: see `is_fused`. Without the kernels the operations decide. With both
     sums wanted their count picks the faster way for all of MiniLM's maps at 64, 128 and 256 tokens (measured: 32
     examples, float32, 2 CPU cores).
     """
-    gram: float = tokens * (in_features + out_features) * (columns + rows)
-    if rows and has_gram:
-        gram -= tokens * in_features
-    direct: float = in_features * out_features
+    forms = (in_features + out_features if columns and rows else in_features if columns else out_features) * tokens
+    grams = (columns * out_features + (rows and not has_gram) * in_features) * tokens
     if fused:
-        gram *= FUSED_COST
-        direct *= 1 + PASSES_COST / tokens
-    return gram < direct
+        forms, grams = FORMS_COST * (forms + OVERHEAD * tokens), GRAM_COST * grams
+    return forms + grams < in_features * out_features
 
 
 def wants_gram(
@@ -106,23 +104,28 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
         return a.to(dtype) @ b.to(dtype)
 
 
-def input_gram(x: Tensor) -> Tensor:
-    """K_x = x xᵀ (B, T, T) in the accumulator's dtype, for inputs x (B, T, in)."""
+def input_gram(x: Tensor) -> Gram:
+    """K_x = x xᵀ for inputs x (B, T, in): (B, T, T) in the accumulator's dtype, or as the fused kernel takes it."""
+    if is_fused(x):
+        # Imported where it is used: Triton is no part of torch for CPUs, and takes a while to import.
+        from reltune.ops.quadratic_form import triangle
+
+        return triangle(x)
     return _product(x, x.mT)
 
 
 @overload
-def squared_gradient_sums(x: Tensor, g: Tensor, gram: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+def squared_gradient_sums(x: Tensor, g: Tensor, gram: Gram | None = None) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
 def squared_gradient_sums(
-    x: Tensor, g: Tensor, gram: Tensor | None = None, *, columns: bool, rows: bool
+    x: Tensor, g: Tensor, gram: Gram | None = None, *, columns: bool, rows: bool
 ) -> tuple[Tensor | None, Tensor | None]: ...
 
 
 def squared_gradient_sums(
-    x: Tensor, g: Tensor, gram: Tensor | None = None, *, columns: bool = True, rows: bool = True
+    x: Tensor, g: Tensor, gram: Gram | None = None, *, columns: bool = True, rows: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
     """Column sums (in,) and row sums (out,) of Σ_s G_s², for inputs x (B, T, in) and output gradients g (B, T, out).
 
@@ -130,6 +133,8 @@ def squared_gradient_sums(
     when the inputs are: sums of squares through Gram matrices cancel, and in bfloat16 they cancel badly. Never
     negative.
     """
+    if x.dtype != g.dtype:
+        x, g, gram = x.to(accumulator_dtype(x)), g.to(accumulator_dtype(g)), None
     tokens, in_features, out_features = x.shape[1], x.shape[2], g.shape[2]
     found_columns = x.new_zeros(in_features, dtype=accumulator_dtype(x)) if columns else None
     found_rows = x.new_zeros(out_features, dtype=accumulator_dtype(x)) if rows else None
@@ -145,28 +150,39 @@ def _examples_per_block(x: Tensor, numbers: int) -> int:
     return max(1, (BLOCK_NUMBERS if x.is_cuda else min(BLOCK_NUMBERS, CACHED_NUMBERS)) // numbers)
 
 
-def _add_by_gram(x: Tensor, g: Tensor, gram: Tensor | None, columns: Tensor | None, rows: Tensor | None) -> None:
-    fused = is_fused(x) and g.dtype == x.dtype
-    if fused:
-        # Imported where it is used: Triton is no part of torch for CPUs, and takes a while to import.
-        from reltune.ops.quadratic_form import quadratic_forms as forms
-    else:
-        forms = _forms
+def _add_by_gram(x: Tensor, g: Tensor, gram: Gram | None, columns: Tensor | None, rows: Tensor | None) -> None:
     tokens = x.shape[1]
-    step = _examples_per_block(x, 3 * tokens**2 if fused else tokens * (tokens + x.shape[2] + g.shape[2]))
+    step = _examples_per_block(x, 3 * tokens**2 if is_fused(x) else tokens * (tokens + x.shape[2] + g.shape[2]))
     for start in range(0, len(x), step):
-        xs, gs = x[start : start + step], g[start : start + step]
+        some = slice(start, start + step)
+        xs, gs = x[some], g[some]
         if columns is not None:
-            columns += forms(input_gram(gs), xs)
+            columns += _forms(input_gram(gs), xs)
         if rows is not None:
-            rows += forms(input_gram(xs) if gram is None else gram[start : start + step], gs)
+            rows += _forms(input_gram(xs) if gram is None else _examples_of(gram, some), gs)
 
 
-def _forms(k: Tensor, x: Tensor) -> Tensor:
+def _examples_of(gram: Gram, some: slice) -> Gram:
+    return gram[some] if isinstance(gram, Tensor) else (gram[0][some], gram[1][some])
+
+
+def _forms(k: Gram, x: Tensor) -> Tensor:
+    """Σ_b Σ_t x[b, t, d] (K_b x_b)[t, d] for every feature d."""
+    if isinstance(k, tuple):
+        from reltune.ops.quadratic_form import quadratic_forms
+
+        return quadratic_forms(k, x)
     return _product(k, x.to(k.dtype)).mul_(x).sum((0, 1)).clamp_min_(0)
 
 
 def _add_directly(x: Tensor, g: Tensor, columns: Tensor | None, rows: Tensor | None) -> None:
+    if is_fused(x):
+        from reltune.ops.squared_product import squared_product_sums
+
+        for total, found in zip((columns, rows), squared_product_sums(x, g), strict=True):
+            if total is not None:
+                total += found
+        return
     in_features, out_features = x.shape[2], g.shape[2]
     step = _examples_per_block(x, in_features * out_features)
     outputs = min(out_features, max(1, BLOCK_NUMBERS // in_features))

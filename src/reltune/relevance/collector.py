@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from reltune.layers.inventory import LAYER_TYPES, ModuleInfo, canonical_weights
-from reltune.layers.per_example import WEIGHT_SIZED, Statistics, add
+from reltune.layers.per_example import WEIGHT_SIZED, Shared, Statistics, add
+from reltune.relevance.recompute import Recipe, is_exact, recipe, saved_tensors_are_hooked
 
 Sums = dict[str, Statistics]  # module -> statistic -> part -> sum over examples
 
@@ -18,44 +20,76 @@ class AnalysisError(RuntimeError):
     """The measurement itself failed: a loss or a gradient is not finite, or a module mixes examples."""
 
 
+class _Input:
+    """One tensor that one or several modules read: how to have it again in the backward pass, and what they share."""
+
+    def __init__(self, x: Tensor, recipe: Recipe | None) -> None:
+        self.tensor, self.version = weakref.ref(x), x._version
+        self.recipe, self.again = recipe, None  # type: tuple[Recipe | None, Tensor | None]
+        self.readers = 0  # modules whose gradient is still to come
+        self.shared = Shared(others=False)
+
+    def is_of(self, x: Tensor) -> bool:
+        return self.tensor() is x and self.version == x._version
+
+    def make(self) -> Tensor:
+        assert self.recipe is not None
+        if self.again is None:
+            self.again = self.recipe()
+        return self.again
+
+    def read(self) -> None:
+        """One of the readers is done; the last one takes with it what was kept for all."""
+        self.readers -= 1
+        if self.readers <= 0:
+            self.again, self.shared.gram = None, None
+
+
 class _Watch(torch.autograd.Function):
     """Hand y on unchanged, and on the way back its gradient, with the input x of the module, to ``arrived``.
 
     A tensor hook would be lost where y is a view (as nn.Linear's output is for inputs with positions) and the next
     operation changes it in place. Returning y.detach(), and not y, makes it no view and lets that operation happen.
     ``anchor`` requires a gradient, so the first measured module starts the graph: nothing below it needs a backward
-    pass. x is saved as autograd saves things, so that gradient checkpointing drops and recomputes it.
+    pass. Without a recipe x is saved as autograd saves things, so that gradient checkpointing drops and recomputes it.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, arrived: Callable[..., None], name: str) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.arrived, ctx.name = arrived, name
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, held: _Input, arrived: Callable[..., None], name: str
+    ) -> Tensor:
+        if held.recipe is None:
+            ctx.save_for_backward(x)
+        ctx.held, ctx.arrived, ctx.name = held, arrived, name
         return y.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
-        try:
-            (x,) = ctx.saved_tensors
-        except RuntimeError as error:
-            if "inplace" not in str(error):
-                raise
-            raise AnalysisError(
-                f"the input of {ctx.name} was changed in place after use; leave it out by exclude_modules."
-            ) from error
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        held: _Input = ctx.held
         with torch.no_grad():
-            ctx.arrived(x, g)
-        return g, None, None, None, None
+            try:
+                x = held.make() if held.recipe is not None else ctx.saved_tensors[0]
+            except RuntimeError as error:
+                if "inplace" not in str(error):
+                    raise
+                raise AnalysisError(
+                    f"the input of {ctx.name} was changed in place after use; leave it out by exclude_modules."
+                ) from error
+            held.shared.others = held.readers > 1
+            ctx.arrived(x, g, held.shared)
+        held.read()
+        return g, *(None,) * 5
 
 
 class Collector:
     """Adds up, per module, the statistics asked for.
 
     A module called once per pass is done as soon as its gradient comes; one called several times waits for all of its
-    calls, because its gradient is the sum over them.
+    calls, because its gradient is the sum over them. With ``recompute``, inputs that autograd can make again are not
+    kept: on an accelerator memory is dearer than the few operations, on a CPU it is not.
     """
 
-    def __init__(self, model: nn.Module, measured: list[ModuleInfo]) -> None:
+    def __init__(self, model: nn.Module, measured: list[ModuleInfo], recompute: bool | None = None) -> None:
         self.infos = {info.name: info for info in measured}
         self.modules = {info.name: model.get_submodule(info.name) for info in measured}
         self.sums: Sums = {info.name: {} for info in measured}
@@ -63,11 +97,17 @@ class Collector:
         self.anchor = torch.zeros((), requires_grad=True)
         self.batch = -1
         self.seen: set[str] = set()  # statistics that any pass asked for
+        parameter = next(model.parameters(), None)
+        self.recompute = (parameter is not None and parameter.is_cuda) if recompute is None else recompute
+        epsilons = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
+        self.epsilons = sorted(epsilons) or [0.0]
+        self.rules: dict[str, float | None] = {}  # module -> with which epsilon its input can be made again
         self._clear()
 
     def _clear(self) -> None:
         self.calls: dict[str, int] = {}
         self.pending: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.held: dict[int, _Input] = {}
         self.inputs: Statistics = {}  # module -> Σ x² of this pass
         self.in_backward = False
         self.looking = False  # inside a statistic, which may call the module itself
@@ -95,6 +135,7 @@ class Collector:
     def start(self, batch: int, skip: frozenset[tuple[str, str]] = frozenset()) -> None:
         """Begin a batch. ``skip`` names what an earlier try at these examples has added: (kind of pass, module)."""
         self.batch, self.done = batch, set(skip)
+        self.witnesses: list[tuple[str, str, Tensor]] = []  # module, part, a number that is finite if all are
 
     def expect(self, examples: int, wanted: set[str], prefix: str, batch: Any, probe: bool = False) -> None:
         """Get ready for a forward pass of so many examples."""
@@ -126,18 +167,16 @@ class Collector:
         return frozenset(self.done)
 
     def finish(self) -> None:
-        """Check once per batch, not once per module, that all sums are finite: each check waits for the device."""
-        named = [
-            (name, need, part, torch.isfinite(value).all())
-            for name, statistics in self.sums.items()
-            for need, parts in statistics.items()
-            for part, value in parts.items()
-        ]
-        if not named or bool(torch.stack([finite.to("cpu") for *_, finite in named]).all()):
+        """Check once per batch, not once per module, that all that was added is finite: each check waits for the device."""
+        if not self.witnesses:
             return
-        bad = [(name, part) for name, _, part, finite in named if not finite]
-        name, part = bad[-1]  # nearest to the loss, where it began
-        raise AnalysisError(f"the gradient of {name} ({part}) is not finite in batch {self.batch}.")
+        device = self.witnesses[0][-1].device
+        finite = torch.stack([value.to(device, torch.float32) for *_, value in self.witnesses]).isfinite()
+        bad = {(name, part) for (name, part, _), good in zip(self.witnesses, finite.tolist(), strict=True) if not good}
+        if bad:
+            # The last one in the model's order is nearest to the loss, where it began.
+            name, part = max(bad, key=lambda of: (list(self.infos).index(of[0]), of[1]))
+            raise AnalysisError(f"the gradient of {name} ({part}) is not finite in batch {self.batch}.")
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
@@ -159,7 +198,7 @@ class Collector:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
             if self.looking:
                 return None
-            x = (args[0] if args else next(iter(kwargs.values()))).detach()
+            x = args[0] if args else next(iter(kwargs.values()))
             if not self.in_backward:  # else gradient checkpointing recomputes what was counted already
                 self.calls[name] = self.calls.get(name, 0) + 1
                 if "inputs" in self.wanted and not self.probe:
@@ -167,14 +206,31 @@ class Collector:
             if not torch.is_grad_enabled():
                 return None
 
-            def arrived(x: Tensor, g: Tensor) -> None:
+            def arrived(x: Tensor, g: Tensor, shared: Shared) -> None:
                 self.pending.setdefault(name, []).append((x, g))
                 if len(self.pending[name]) >= self.calls.get(name, 0):
-                    self._add(name, self.pending.pop(name))
+                    self._add(name, self.pending.pop(name), shared)
 
-            return _Watch.apply(output, x, self.anchor, arrived, name)
+            return _Watch.apply(output, x.detach(), self.anchor, self._hold(name, x), arrived, name)
 
         return hook
+
+    def _hold(self, name: str, x: Tensor) -> _Input:
+        held = self.held.get(id(x))
+        if held is None or not held.is_of(x):
+            held = self.held[id(x)] = _Input(x, self._recipe(name, x))
+        held.readers += 1
+        return held
+
+    def _recipe(self, name: str, x: Tensor) -> Recipe | None:
+        if not self.recompute or self.in_backward or x.grad_fn is None or saved_tensors_are_hooked():
+            return None
+        if name not in self.rules:  # tried out once: comparing waits for the device
+            recipes = ((epsilon, recipe(x.grad_fn, epsilon)) for epsilon in self.epsilons)
+            exact = (epsilon for epsilon, how in recipes if how is not None and is_exact(how, x))
+            self.rules[name] = next(exact, None)
+        epsilon = self.rules[name]
+        return None if epsilon is None else recipe(x.grad_fn, epsilon)
 
     def _inputs_of(self, name: str, x: Tensor) -> dict[str, Tensor]:
         info, real, mask = self.infos[name], None, self.mask
@@ -191,7 +247,7 @@ class Collector:
         finally:
             self.looking = False
 
-    def _add(self, name: str, uses: list[tuple[Tensor, Tensor]]) -> None:
+    def _add(self, name: str, uses: list[tuple[Tensor, Tensor]], shared: Shared | None = None) -> None:
         if name in self.mixing or (not self.probe and (self.prefix, name) in self.done):
             return
         info, module = self.infos[name], self.modules[name]
@@ -206,16 +262,21 @@ class Collector:
                 self.mixing[name] = "an example's loss depends on rows that belong to another"
             return
         x, g = pairs[0] if len(pairs) == 1 else (torch.cat(together, 1) for together in zip(*pairs, strict=True))
+        shared = shared if len(pairs) == 1 else None
         # The caller's autocast would do these sums in bfloat16, where they cancel.
         with torch.autocast(x.device.type, enabled=False):
-            found = handler.statistics(info, module, canonical_weights(info, module), x, g, self.wanted)
+            found = handler.statistics(info, module, canonical_weights(info, module), x, g, self.wanted, shared)
         self._keep(name, {self.prefix + need: parts for need, parts in found.items()})
         self.done.add((self.prefix, name))
 
     def _keep(self, name: str, found: Statistics) -> None:
-        for need in found:
+        for need, parts in found.items():
+            # Columns and rows add up the same numbers as the whole does; single weights have no whole.
+            whole = {part: value for part, value in parts.items() if value.ndim == 0}
+            for part, value in (whole if "squares" in need or "products" in need else parts).items():
+                self.witnesses.append((name, part, value if value.ndim == 0 else value.sum()))
             if need.removeprefix("sampled_") in WEIGHT_SIZED:
-                found[need] = {part: value.cpu() for part, value in found[need].items()}
+                found[need] = {part: value.cpu() for part, value in parts.items()}
         add(self.sums[name], found)
 
     def _zeros(self, name: str, need: str) -> dict[str, Tensor]:

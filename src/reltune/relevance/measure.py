@@ -6,7 +6,6 @@ gradient that belong to an example carry that example's gradient alone. No weigh
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,7 +13,7 @@ import os
 import platform
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from reltune.layers.fingerprint import fingerprint
+from reltune.layers.fused_norms import fused_norms
 from reltune.layers.inventory import (
     ModuleInfo,
     canonical_weights,
@@ -35,8 +35,10 @@ from reltune.layers.inventory import (
 from reltune.layers.per_example import WEIGHT_SIZED
 from reltune.records import InputError, nearest
 from reltune.relevance import CRITERIA
+from reltune.relevance.batches import batch_size, chained, forward, frozen, moved, part_of, with_labels
 from reltune.relevance.collector import AnalysisError, Collector, Sums
 from reltune.relevance.context import Context
+from reltune.relevance.experiment import Experiment, Parts, checked_options, random_state_kept
 from reltune.relevance.partial import Partial, deferred_signals, flat, nested
 from reltune.relevance.scores import RelevanceScores, assemble
 from reltune.tasks.losses import Loss, as_loss
@@ -45,6 +47,7 @@ __all__ = ["AnalysisError", "analyze"]
 
 LossFunction = Callable[[Any, Any], Tensor]  # loss_fn(outputs, batch) -> (B,)
 SAMPLED = "sampled_"  # statistics of the pass whose labels are drawn from the model
+NO_DATA = "the loader gave no batch; relevance needs at least one example."
 INPUTS = "inputs"  # the statistic that needs no backward pass
 
 
@@ -61,6 +64,7 @@ def analyze(
     seed: int = 42,
     progress: bool = True,
     resume_directory: str | os.PathLike | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> RelevanceScores:
     """Measure how much each unit of ``model`` matters for the task that ``loader`` and ``loss_fn`` define.
 
@@ -81,6 +85,11 @@ def analyze(
         resume_directory: where the sums so far are kept every few minutes and when the analysis is interrupted; called
             again with the same model, data and arguments, it goes on from there, with the same result. Removed at the end.
 
+        options: of criteria that have some, as ``{"correlation": {"max_trials": 400}}``; their files say which.
+
+    Criteria measured from behaviour (ablation, correlation, movement) pass over the data many times, so that all batches
+    are then held in host memory.
+
     The model is analysed in evaluation mode (no dropout) on the device where it is, and handed back as it was. A batch
     that does not fit in memory is halved, with a warning.
 
@@ -99,39 +108,82 @@ def analyze(
     chosen = set(choose(inventory, target_modules, exclude_modules))
     measured = [info for info in inventory.modules if info.name in chosen]
 
+    behaviour = [name for name in criteria if hasattr(CRITERIA[name], "measure")]
+    statistical = [name for name in criteria if name not in behaviour]
+    asked = checked_options({name: CRITERIA[name] for name in behaviour}, options)
     needs: set[str] = set()
-    for name in criteria:
+    for name in statistical:
         needs |= {*CRITERIA[name].NEEDS, *(CRITERIA[name].ELEMENT_NEEDS if elements else ())}
     examples, data_hash = 0, ""
     sums: Sums = {}
+    parts: dict[str, Parts] = {}
+    facts: dict[str, Any] = {}
+    kept: list[Partial] = []
+    if behaviour:
+        if loader is None:
+            raise InputError(f"criterion {behaviour[0]!r} needs data; pass a loader.")
+        loader = list(loader)
+        examples = sum(map(batch_size, loader))
+        if examples == 0:
+            raise InputError(NO_DATA)
+        for batch in loader:
+            data_hash = chained(data_hash, batch)
+        of_measured, loss = inventory.only(chosen), as_loss(loss_fn)
+        for name in behaviour:
+            partial = None
+            if resume_directory is not None:
+                what = [name, dataclasses.asdict(asked[name])]
+                partial = Partial(Path(resume_directory), _key(model, measured, seed, what), name)
+                kept.append(partial)  # until all criteria are done: the next one may be interrupted too
+            experiment = Experiment(
+                criterion=name,
+                model=model,
+                loss=loss,
+                inventory=of_measured,
+                batches=loader,
+                options=asked[name],
+                seed=seed,
+                progress=progress,
+                partial=partial,
+                data=data_hash,
+                elements=elements,
+            )
+            with frozen(model), random_state_kept(experiment.device):
+                parts[name], found = CRITERIA[name].measure(experiment)
+            facts[name] = {**dataclasses.asdict(asked[name]), **found}
     if needs:
         if loader is None:
-            wanting = [name for name in criteria if CRITERIA[name].NEEDS]
+            wanting = [name for name in statistical if CRITERIA[name].NEEDS]
             raise InputError(f"criterion {wanting[0]!r} needs data; pass a loader.")
         data = _Pass(model, as_loss(loss_fn), measured, needs, seed)
         partial = None
         if resume_directory is not None:
-            identity = [fingerprint(model), sorted(needs), [info.name for info in measured], seed]
-            key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-            partial = Partial(Path(resume_directory), key)
+            partial = Partial(Path(resume_directory), _key(model, measured, seed, sorted(needs)))
         examples, data_hash = data.over(loader, progress, partial)
         sums, mixing = data.collector.sums, data.collector.mixing
         if mixing:
             _leave_out(mixing, bool(target_modules) or len(mixing) == len(measured))
             measured = [info for info in measured if info.name not in mixing]
             inventory.left_out |= {f"{name}.weight": reason for name, reason in mixing.items()}
+    for partial in kept:
+        partial.remove()
 
+    inventory = inventory.only({info.name for info in measured})
     context = Context(examples, seed)
     modules = dict(model.named_modules())
-    parts = {
+    parts |= {
         name: assemble(
             CRITERIA[name],
             [(info, canonical_weights(info, modules[info.name]), sums.get(info.name, {})) for info in measured],
             context,
             elements,
+            inventory.heads,
         )
-        for name in criteria
+        for name in statistical
     }
+    known = {name for info in inventory.modules for name in (info.name, info.layer)}
+    known |= {group.name for group in inventory.heads}  # behaviour was measured of modules that mix examples too
+    parts = {name: {place: of for place, of in parts[name].items() if place in known} for name in criteria}
     provenance = {
         "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
         "architecture": type(model).__name__,
@@ -139,14 +191,20 @@ def analyze(
         "examples": examples,
         "data": data_hash,
         "seed": seed,
+        **facts,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
     }
-    inventory = dataclasses.replace(inventory, modules=measured)
     return RelevanceScores(parts, inventory, heads, fingerprint(model, heads), provenance)
+
+
+def _key(model: nn.Module, measured: Sequence[ModuleInfo], seed: int, what: Any) -> str:
+    """Names what is measured on which model, for a partial result."""
+    identity = [fingerprint(model), what, [info.name for info in measured], seed]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 def _leave_out(mixing: Mapping[str, str], named: bool) -> None:
@@ -186,9 +244,15 @@ class _Pass:
             self.collector.seen |= self.observed | self.sampled
 
         data, probed = "", False
-        with _frozen(self.model), torch.enable_grad(), self.collector, deferred_signals(partial is not None) as waiting:
+        with (
+            frozen(self.model),
+            fused_norms(self.model),
+            torch.enable_grad(),
+            self.collector,
+            deferred_signals(partial is not None) as waiting,
+        ):
             for index, batch in enumerate(tqdm(loader, desc="analyze", unit="batch", disable=not progress)):
-                data = _chained(data, batch)
+                data = chained(data, batch)
                 if index < state["batches"]:
                     if index == state["batches"] - 1 and data != state["data"]:
                         raise InputError(
@@ -196,10 +260,10 @@ class _Pass:
                             "give it the same data, or remove that directory."
                         )
                     continue
-                batch = _to(batch, self.device)
+                batch = moved(batch, self.device)
                 examples = self._add(batch, index)
-                if not probed and _size(batch) > 1 and self.backward_needs:
-                    self._probe(_part(batch, 0, 2))
+                if not probed and batch_size(batch) > 1 and self.backward_needs:
+                    self._probe(part_of(batch, 0, 2))
                     probed = True
                 state.update(batches=index + 1, examples=state["examples"] + examples, data=data)
                 if partial and (waiting or partial.due()):
@@ -208,7 +272,7 @@ class _Pass:
                 if waiting:
                     signal.raise_signal(waiting.pop())
         if state["examples"] == 0:
-            raise InputError("the loader gave no batch; relevance needs at least one example.")
+            raise InputError(NO_DATA)
         if partial:
             partial.remove()
         return state["examples"], data
@@ -227,30 +291,30 @@ class _Pass:
             if self.sampled:
                 examples = self._run(batch, {need.removeprefix(SAMPLED) for need in self.sampled}, SAMPLED)
         except (torch.OutOfMemoryError, MemoryError):
-            if _size(batch) < 2:
+            if batch_size(batch) < 2:
                 raise
         else:
             self.collector.finish()
             return examples
         # Outside the handler, which keeps the failed pass's tensors alive.
-        size = _size(batch)
+        size = batch_size(batch)
         skip = self.collector.abandon()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         warnings.warn(f"out of memory with {size} examples; going on with {size // 2} at a time.", stacklevel=4)
-        halves = _part(batch, 0, size // 2), _part(batch, size // 2, size)
+        halves = part_of(batch, 0, size // 2), part_of(batch, size // 2, size)
         return sum(self._add(half, index, skip) for half in halves)
 
     def _run(self, batch: Any, wanted: set[str], prefix: str) -> int:
         with torch.set_grad_enabled(wanted != {INPUTS}):
-            self.collector.expect(_size(batch), wanted, prefix, batch)
-            outputs = self.model(**_inputs(batch)) if isinstance(batch, Mapping) else self.model(batch[0])
+            self.collector.expect(batch_size(batch), wanted, prefix, batch)
+            outputs = forward(self.model, batch)
             self.collector.forward_done()
             if wanted == {INPUTS}:
-                return _size(batch)
+                return batch_size(batch)
             if prefix:
                 with torch.no_grad():
-                    batch = _with_labels(batch, self.loss.sample_labels(outputs, batch, self.generator))
+                    batch = with_labels(batch, self.loss.sample_labels(outputs, batch, self.generator))
             losses = self._losses(outputs, batch)
             self.collector.backward(losses)
         return len(losses)
@@ -262,9 +326,9 @@ class _Pass:
                 f"loss_fn gave a tensor of shape {tuple(losses.shape)}; it must give one loss per example, shape "
                 "(batch,): leave out the reduction."
             )
-        if len(losses) != _size(batch):
+        if len(losses) != batch_size(batch):
             raise InputError(
-                f"loss_fn gave {len(losses)} losses for {_size(batch)} examples; it must give one loss per example: leave "
+                f"loss_fn gave {len(losses)} losses for {batch_size(batch)} examples; it must give one loss per example: leave "
                 "out the reduction."
             )
         if not torch.isfinite(losses).all():
@@ -280,72 +344,5 @@ class _Pass:
         """Differentiate the loss of the first of two examples: where the second's rows get a gradient too, the module
         mixes examples, or its input's first axis is not the examples."""
         self.collector.expect(2, self.backward_needs, "", pair, probe=True)
-        outputs = self.model(**_inputs(pair)) if isinstance(pair, Mapping) else self.model(pair[0])
+        outputs = forward(self.model, pair)
         self.collector.backward(self.loss.per_example(outputs, pair)[:1])
-
-
-def _chained(before: str, batch: Any) -> str:
-    """Hash of the hash so far and of all tensors in the batch."""
-    digest = hashlib.sha256(before.encode())
-    for tensor in _values(batch):
-        if isinstance(tensor, Tensor):
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _values(batch: Any) -> Iterable[Any]:
-    if isinstance(batch, Mapping):
-        return batch.values()
-    if not isinstance(batch, list | tuple):
-        raise InputError(
-            f"the loader gave a batch of type {type(batch).__name__}; "
-            "give mappings of tensors or (inputs, labels) pairs."
-        )
-    return batch
-
-
-def _like(batch: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(batch, Mapping):
-        return {key: change(value) for key, value in batch.items()}
-    return tuple(change(value) for value in batch)
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    return _like(batch, lambda value: value.to(device) if isinstance(value, Tensor) else value)
-
-
-def _size(batch: Any) -> int:
-    """The number of examples, which is the labels' where there are any."""
-    values = list(_values(batch))
-    labels = batch.get("labels") if isinstance(batch, Mapping) else values[-1]
-    tensors = [value for value in (labels, *values) if isinstance(value, Tensor) and value.ndim]
-    return len(tensors[0]) if tensors else 1
-
-
-def _part(batch: Any, start: int, stop: int) -> Any:
-    size = _size(batch)
-    return _like(batch, lambda v: v[start:stop] if isinstance(v, Tensor) and v.ndim and len(v) == size else v)
-
-
-def _with_labels(batch: Any, labels: Tensor) -> Any:
-    return {**batch, "labels": labels} if isinstance(batch, Mapping) else (*batch[:-1], labels)
-
-
-def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in batch.items() if key != "labels"}
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no weight gradients, for as long as the context lasts."""
-    required = {name: p.requires_grad for name, p in model.named_parameters()}
-    modes = {name: module.training for name, module in model.named_modules()}
-    try:
-        model.eval()
-        model.requires_grad_(False)
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(required[name])
-        for name, module in model.named_modules():
-            module.training = modes[name]

@@ -1,0 +1,80 @@
+"""The norms of a frozen model by the fused kernel, for as long as a context lasts."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reltune.layers import norm
+
+
+@contextlib.contextmanager
+def fused_norms(model: nn.Module) -> Iterator[None]:
+    """Compute every bfloat16 RMSNorm on an accelerator, whose class computes what Llama's does, in ops/rms_norm.py.
+
+    Whether a class does is tried out, on numbers of many sizes: Gemma's gain is 1 + weight, and others cast at another
+    place. What has hooks or a forward of its own stays as it is.
+    """
+    patched: list[nn.Module] = []
+    alike: dict[type, bool] = {}
+    try:
+        if importlib.util.find_spec("triton") is not None:
+            for module in model.modules():
+                if not _may_be(module):
+                    continue
+                kind = type(module)
+                if kind not in alike:
+                    alike[kind] = _computes_the_same(module)
+                if alike[kind]:
+                    module.forward = functools.partial(_forward, module)
+                    patched.append(module)
+        yield
+    finally:
+        for module in patched:
+            del module.forward
+
+
+def _may_be(module: nn.Module) -> bool:
+    return (
+        norm.matches(module)
+        and type(module) is not nn.LayerNorm
+        and isinstance(_epsilon(module), float)
+        and "forward" not in module.__dict__
+        and _has_kernel(module.weight)
+    )
+
+
+def _has_kernel(x: Any) -> bool:
+    from reltune.ops.rms_norm import LARGEST
+
+    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] <= LARGEST
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    return getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+
+
+def _forward(module: nn.Module, x: Tensor) -> Tensor:
+    from reltune.ops.rms_norm import RMSNorm
+
+    if not _has_kernel(x):
+        return type(module).forward(module, x)
+    return RMSNorm.apply(x, module.weight, _epsilon(module))
+
+
+def _computes_the_same(module: nn.Module) -> bool:
+    """Equal but for a rounding in the last place, which the order of additions decides."""
+    weight: Tensor = module.weight.data  # type: ignore[assignment]
+    generator = torch.Generator(weight.device).manual_seed(0)
+    x = torch.randn(16, weight.numel(), generator=generator, device=weight.device)
+    x = (x * torch.logspace(-4, 3, 16, device=weight.device)[:, None]).to(weight.dtype)
+    with torch.no_grad():
+        found, wanted = _forward(module, x).float(), type(module).forward(module, x).float()
+    close = (found - wanted).abs() <= 2**-7 * wanted.abs()
+    return bool(close.all()) and float((found == wanted).float().mean()) > 0.99
