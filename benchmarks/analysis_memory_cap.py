@@ -33,7 +33,8 @@ def quantised_llama(shape: Shape, device: str, bits: int) -> LlamaForCausalLM:
     """Made map by map: the weights never stand there in bfloat16 all together."""
     with torch.device("meta"):
         model = LlamaForCausalLM._from_config(configuration(shape), dtype=torch.bfloat16)
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config, device=device)
+    with torch.device(device):  # its frequencies are computed and no weights
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     torch.manual_seed(0)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
