@@ -22,12 +22,15 @@ CRITERIA = (
     "gradient_snr",
     "activation",
     "magnitude",
+    "spectral_snr",
+    "principal",
     "ablation",
     "correlation",
     "movement",
     "random",
     "depth",
 )
+WITHOUT_DATA = ("magnitude", "spectral_snr", "principal", "random", "depth")  # criteria that look at no data
 GRANULARITIES = ("layer", "module", "head", "column", "row", "bias", "norm")
 
 
@@ -78,8 +81,19 @@ class RunConfig:
     analysis_batch_size: int = 32
     max_trials: int = 400  # of criterion correlation, per kind of unit
     probe_steps: int = 50  # of criterion movement
+    elements: bool = False
     seed: int = 42
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def has_data(self) -> bool:
+        """Whether it names data to train on; without, only criteria that look at the weights alone can be measured."""
+        return self.train_file is not None or self.dataset_name is not None
+
+    def check_data(self) -> None:
+        """Raise InputError unless the config says what to train on."""
+        if (self.train_file is None) == (self.dataset_name is None):
+            raise InputError("exactly one of train_file and dataset_name says what to train on; give one of them.")
 
     def check(self) -> None:
         """Raise InputError for values that no later stage could use. Reads no files."""
@@ -90,8 +104,9 @@ class RunConfig:
             for value in values:
                 if value not in known:
                     raise InputError(f"{name} {value!r} is unknown; {nearest(value, known)}")
-        if (self.train_file is None) == (self.dataset_name is None):
-            raise InputError("exactly one of train_file and dataset_name says what to train on; give one of them.")
+        held_out = self.validation_file is not None or self.test_file is not None
+        if self.has_data or held_out or not set(self.criteria) <= set(WITHOUT_DATA):
+            self.check_data()
         if self.dataset_name is not None and self.dataset_name not in DATASETS:
             raise InputError(f"dataset_name {self.dataset_name!r} is unknown; {nearest(self.dataset_name, DATASETS)}")
         least = {"max_length": 1, "analysis_examples": 1, "analysis_batch_size": 1, "max_trials": 4, "probe_steps": 1}

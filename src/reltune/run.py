@@ -36,6 +36,7 @@ from reltune.records import InputError, MethodResult, RunConfig, RunRecord, writ
 from reltune.relevance.measure import analyze as measure_relevance
 from reltune.relevance.partial import interrupted_in
 from reltune.relevance.scores import RelevanceScores
+from reltune.relevance.streaming import analyze_checkpoint
 from reltune.tasks import rows as reading
 from reltune.tasks.sequence_classification import SequenceClassification
 from reltune.tuner.config import ReltuneConfig
@@ -177,6 +178,7 @@ class Materials:
 def prepare(config: RunConfig) -> Materials:
     """Read the data and load the model. Raises InputError for whatever is wrong with either; writes nothing."""
     config.check()
+    config.check_data()
     splits = _read_splits(config)
     reading.check_splits(*splits)
     task = SequenceClassification.from_rows(splits[0])
@@ -248,6 +250,7 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
         loader,
         materials.task.name,
         config.criteria,
+        elements=config.elements,
         target_modules=config.target_modules,
         exclude_modules=config.exclude_modules,
         always_trained=materials.new_heads,
@@ -263,6 +266,26 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
 def options_of(config: RunConfig) -> dict[str, dict[str, Any]]:
     """What the config says about single criteria."""
     return {"correlation": {"max_trials": config.max_trials}, "movement": {"steps": config.probe_steps}}
+
+
+def analyze_weights(config: RunConfig, run: RunDirectory, overwrite: bool = False) -> RelevanceScores:
+    """Measure relevance by criteria that look at no data, tensor by tensor, with no model in memory.
+
+    The run's directory is made when everything is measured.
+    """
+    run.check_new(overwrite)
+    relevance = analyze_checkpoint(
+        config.model_name_or_path,
+        config.criteria,
+        elements=config.elements,
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        seed=config.seed,
+    )
+    relevance.provenance |= restrictions(config)
+    run.create(config)
+    relevance.save(run.relevance)
+    return relevance
 
 
 def restrictions(config: RunConfig) -> dict[str, Any]:
@@ -345,7 +368,7 @@ def choose(config: RunConfig, relevance: RelevanceScores, criterion: str | None 
         config.granularity,
         criterion=criterion,
         model_name_or_path=config.model_name_or_path,
-        task_type=SequenceClassification.peft_task_type if relevance.always_trained else None,
+        task_type=SequenceClassification.peft_task_type if relevance.always_trained and config.has_data else None,
         **wanted,
     )
 
@@ -496,8 +519,9 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
     if relevance.inventory.left_out:
         reasons = sorted(set(relevance.inventory.left_out.values()))
         notes.append(f"Not measured: {len(relevance.inventory.left_out)} parameter tensors ({'; '.join(reasons)}).")
+    data = f" on {config.dataset_name or Path(str(config.train_file)).name}" if config.has_data else ", weights alone"
     return RunRecord(
-        title=f"reltune: {relevance.provenance['architecture']} on {config.dataset_name or Path(str(config.train_file)).name}",
+        title=f"reltune: {relevance.provenance['architecture']}{data}",
         config=dataclasses.asdict(config),
         heatmaps=[relevance.heatmap(criterion) for criterion in relevance.criteria],
         depth_sentence=relevance.depth_sentence(),

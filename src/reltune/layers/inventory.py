@@ -9,7 +9,7 @@ from types import ModuleType
 
 from torch import Tensor, nn
 
-from reltune.layers import conv1d, conv2d, embedding, linear, norm
+from reltune.layers import conv1d, conv2d, embedding, experts, linear, norm, router
 from reltune.layers.heads import HeadGroup, heads_and_reasons
 from reltune.layers.units import ModuleInfo
 from reltune.records import InputError, nearest
@@ -21,6 +21,8 @@ LAYER_TYPES: dict[str, ModuleType] = {
     "conv2d": conv2d,
     "embedding": embedding,
     "norm": norm,
+    "router": router,
+    "experts": experts,
 }
 
 
@@ -59,7 +61,9 @@ def layer_type(module: nn.Module) -> tuple[str, ModuleType] | None:
 
 
 def canonical_weights(info: ModuleInfo, module: nn.Module) -> dict[str, Tensor]:
-    """The module's weight in its canonical shape, and its bias: views, no copies."""
+    """The weight in its canonical shape, and the bias, from the module that owns them: views, no copies."""
+    if info.kind == "experts":
+        return experts.weights(info, module)
     weights = {name: p.detach() for name, p in module.named_parameters(recurse=False) if name in ("weight", "bias")}
     if info.kind == "conv1d":
         weights["weight"] = weights["weight"].mT
@@ -134,6 +138,9 @@ def take_inventory(model: nn.Module, always_trained: Iterable[str] = ()) -> Inve
             reason = f"shares its weight with {tied[0]}"
         else:
             kind, _ = found
+            if kind == "experts":
+                modules += experts.infos(name, module, layer, depth)
+                continue
             shape = tuple(module.weight.shape[::-1] if kind == "conv1d" else module.weight.shape)
             bias = getattr(module, "bias", None) is not None
             modules.append(ModuleInfo(name, kind, layer, depth, shape, bias, getattr(module, "groups", 1)))

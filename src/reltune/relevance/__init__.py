@@ -13,8 +13,10 @@ from reltune.relevance import (
     gradient_snr,
     magnitude,
     movement,
+    principal,
     random,
     relative_gradient,
+    spectral_snr,
     taylor,
 )
 
@@ -23,7 +25,8 @@ from reltune.relevance import (
 # - quantities(info, weights, sums, context): one or several numbers per unit of a module (layers/units.py), each of
 #   which adds up over units: columns to matrices, modules to layers;
 # - combine(*quantities), only where the relevance is no plain sum: applied after adding up;
-# - ELEMENT_NEEDS and elements(info, weights, sums, context): one number per weight.
+# - ELEMENT_NEEDS and elements(info, weights, sums, context): one number per weight; without `elements` single weights
+#   cannot be scored.
 #
 # A criterion that watches or moves the model, in place of statistics of one pass, has instead of all these
 # - SCORES: the kinds of unit that it scores;
@@ -41,6 +44,8 @@ CRITERIA: dict[str, ModuleType] = {
     "gradient_snr": gradient_snr,
     "activation": activation,
     "magnitude": magnitude,
+    "spectral_snr": spectral_snr,
+    "principal": principal,
     "ablation": ablation,
     "correlation": correlation,
     "movement": movement,

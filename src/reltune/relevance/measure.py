@@ -41,6 +41,7 @@ from reltune.relevance.context import Context
 from reltune.relevance.experiment import Experiment, Parts, checked_options, random_state_kept
 from reltune.relevance.partial import Partial, deferred_signals, flat, nested
 from reltune.relevance.scores import RelevanceScores, assemble
+from reltune.relevance.streaming import analyze_checkpoint, check_elements
 from reltune.tasks.losses import Loss, as_loss
 
 __all__ = ["AnalysisError", "analyze"]
@@ -52,7 +53,7 @@ INPUTS = "inputs"  # the statistic that needs no backward pass
 
 
 def analyze(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike,
     loader: Iterable[Any] | None = None,
     loss_fn: str | Loss | LossFunction | nn.Module | None = None,
     criteria: str | Sequence[str] = ("fisher",),
@@ -69,6 +70,8 @@ def analyze(
     """Measure how much each unit of ``model`` matters for the task that ``loader`` and ``loss_fn`` define.
 
     Args:
+        model: the model; or the directory or hub id of a checkpoint, which is then scored without loading it, for criteria
+            that look at no data (``analyze_checkpoint``, which takes the model's class too).
         loader: batches, either mappings of tensors (``labels`` among them) or ``(inputs, labels)`` pairs; may be
             None when no criterion looks at data.
         loss_fn: a name from ``reltune.tasks.losses.LOSSES`` (``"causal_lm"``); or ``loss_fn(outputs, batch)``, which
@@ -97,10 +100,24 @@ def analyze(
         InputError: unknown criterion, pattern without a match, no data, a loss that is not one number per example.
         AnalysisError: a loss or gradient that is not finite, a module whose rows cannot be told apart by example.
     """
+    if not isinstance(model, nn.Module):
+        if loader is not None or resume_directory is not None:
+            raise InputError("a checkpoint's path is analyzed without data; pass the loaded model with a loader.")
+        return analyze_checkpoint(
+            model,
+            criteria,
+            elements=elements,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            always_trained=always_trained,
+            seed=seed,
+            progress=progress,
+        )
     criteria = [criteria] if isinstance(criteria, str) else list(dict.fromkeys(criteria))
     for name in criteria:
         if name not in CRITERIA:
             raise InputError(f"criterion {name!r} is unknown; {nearest(name, CRITERIA)}")
+        check_elements(name, elements)
     if not criteria:
         raise InputError(f"no criterion was named; choose from {', '.join(CRITERIA)}.")
     heads = head_modules(model, new_parameters(model) if always_trained is None else always_trained)
@@ -174,7 +191,7 @@ def analyze(
     parts |= {
         name: assemble(
             CRITERIA[name],
-            [(info, canonical_weights(info, modules[info.name]), sums.get(info.name, {})) for info in measured],
+            [(info, canonical_weights(info, modules[info.owner]), sums.get(info.name, {})) for info in measured],
             context,
             elements,
             inventory.heads,
@@ -337,6 +354,8 @@ class _Pass:
                 f"the loss of batch {self.collector.batch} is not finite at examples {bad[:8]} of the batch."
             )
         if not losses.requires_grad:
+            if self.collector.mixing:
+                _leave_out(self.collector.mixing, named=True)
             raise InputError("the loss does not depend on any measured module; widen target_modules.")
         return losses
 

@@ -140,25 +140,32 @@ class RelevanceScores:
         return found
 
     def heatmap(self, criterion: str | None = None) -> Heatmap:
-        """Layer × module; modules outside the blocks have a row of their own."""
+        """Layer × module; modules outside the blocks have a row of their own.
+
+        The experts of a projection share a cell: their sum, or their mean where relevance does not add up.
+        """
         criterion = self.criterion(criterion)
         modules = self.by("module", criterion)
         rows = list(dict.fromkeys(self.inventory[name].layer for name in modules))
         columns = list(dict.fromkeys(self.inventory[n].place for n in modules if self.inventory[n].in_block))
         if any(not self.inventory[name].in_block for name in modules):
             columns.append("(outside the layers)")
-        values: list[list[float | None]] = [[None] * len(columns) for _ in rows]
+        cells: dict[tuple[int, int], list[float]] = {}
         for name, relevance in modules.items():
             info = self.inventory[name]
             column = info.place if info.in_block else "(outside the layers)"
-            values[rows.index(info.layer)][columns.index(column)] = float(relevance)
-        layers = {} if self.adds_up(criterion) else self.by("layer", criterion)
+            cells.setdefault((rows.index(info.layer), columns.index(column)), []).append(float(relevance))
+        adds_up = self.adds_up(criterion)
+        values: list[list[float | None]] = [[None] * len(columns) for _ in rows]
+        for (i, j), held in cells.items():
+            values[i][j] = math.fsum(held) / (1 if adds_up else len(held))
+        layers = {} if adds_up else self.by("layer", criterion)
         if layers:  # of the layers alone: a module's own score is none of a layer's kind
             by_row = [float(layers[row]) if row in layers else 0.0 for row in rows]
         else:
             by_row = [math.fsum(v for v in row if v is not None) for row in values]
         total = math.fsum(map(abs, by_row)) or 1.0
-        return Heatmap(criterion, rows, columns, values, [row / total for row in by_row], self.adds_up(criterion))
+        return Heatmap(criterion, rows, columns, values, [row / total for row in by_row], adds_up)
 
     def depth_sentence(self, criterion: str | None = None) -> str:
         """One line: where relevance lies by depth."""
@@ -273,45 +280,63 @@ def assemble(
     heads: Sequence[HeadGroup] = (),
 ) -> dict[str, dict[str, Tensor]]:
     """One criterion's ``parts`` from each module's weights and statistics (relevance/__init__.py says what it has)."""
-    combine = getattr(criterion, "combine", None)
-    parts: dict[str, dict[str, Tensor]] = {}
-    layers: dict[str, tuple[Parts, ...]] = {}
-    held_by_heads = {name for group in heads for name in group.modules} if combine is not None else set()
-    inside_heads: dict[str, tuple[Parts, ...]] = {}
+    assembly = Assembly(criterion, context, elements, heads)
     for info, weights, sums in modules:
+        assembly.add(info, weights, sums)
+    return assembly.finished()
+
+
+class Assembly:
+    """``assemble`` for weights that come one module at a time; keeps none of them."""
+
+    def __init__(
+        self, criterion: ModuleType, context: Context, elements: bool = False, heads: Sequence[HeadGroup] = ()
+    ) -> None:
+        self.criterion, self.context, self.elements = criterion, context, elements
+        self.combine = getattr(criterion, "combine", None)
+        self.parts: dict[str, dict[str, Tensor]] = {}
+        self.layers: dict[str, tuple[Parts, ...]] = {}
+        self.heads = heads if self.combine is not None else ()
+        self.held_by_heads = {name for group in self.heads for name in group.modules}
+        self.inside_heads: dict[str, tuple[Parts, ...]] = {}
+
+    def add(self, info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]]) -> None:
+        combine = self.combine
         quantities = tuple(
             {part: value.detach().cpu() for part, value in of.items()}
-            for of in criterion.quantities(info, weights, sums, context)
+            for of in self.criterion.quantities(info, weights, sums, self.context)
         )
         found = quantities[0]
         if combine is not None and found:
-            if info.name in held_by_heads:
-                inside_heads[info.name] = quantities
+            if info.name in self.held_by_heads:
+                self.inside_heads[info.name] = quantities
             quantities = tuple({**of, "module": _whole(of)} for of in quantities)
             found = {part: combine(*(of[part] for of in quantities)) for part in quantities[0]}
             if info.in_block:
                 whole = tuple({"layer": of["module"]} for of in quantities)
-                held = layers.get(info.layer)
-                layers[info.layer] = (
+                held = self.layers.get(info.layer)
+                self.layers[info.layer] = (
                     whole
                     if held is None
                     else tuple({"layer": a["layer"] + b["layer"]} for a, b in zip(held, whole, strict=True))
                 )
-        parts[info.name] = dict(found)
-        if elements and (single := criterion.elements(info, weights, sums, context)):
-            parts[info.name]["element"] = single["weight"].detach().cpu()
+        self.parts[info.name] = dict(found)
+        if self.elements and (single := self.criterion.elements(info, weights, sums, self.context)):
+            self.parts[info.name]["element"] = single["weight"].detach().cpu()
             if "bias" in single:
-                parts[info.name]["element_bias"] = single["bias"].detach().cpu()
-    if combine is not None:
-        for layer, of in layers.items():
-            parts[layer] = {"layer": combine(*(quantity["layer"] for quantity in of))}
-        for group in heads:
-            if all(name in inside_heads for name in group.modules):
-                by_quantity = zip(*(inside_heads[name] for name in group.modules), strict=True)
-                totals = [group.add_up(dict(zip(group.modules, of, strict=True))) for of in by_quantity]
-                if all(total is not None for total in totals):
-                    parts.setdefault(group.name, {})["head"] = combine(*totals)
-    return parts
+                self.parts[info.name]["element_bias"] = single["bias"].detach().cpu()
+
+    def finished(self) -> dict[str, dict[str, Tensor]]:
+        if self.combine is not None:
+            for layer, of in self.layers.items():
+                self.parts[layer] = {"layer": self.combine(*(quantity["layer"] for quantity in of))}
+            for group in self.heads:
+                if all(name in self.inside_heads for name in group.modules):
+                    by_quantity = zip(*(self.inside_heads[name] for name in group.modules), strict=True)
+                    totals = [group.add_up(dict(zip(group.modules, of, strict=True))) for of in by_quantity]
+                    if all(total is not None for total in totals):
+                        self.parts.setdefault(group.name, {})["head"] = self.combine(*totals)
+        return self.parts
 
 
 def _whole(parts: Parts) -> Tensor:
