@@ -28,8 +28,8 @@ class Shape:
 TINY = Shape(hidden=64, intermediate=160, layers=2, heads=4, kv_heads=2, vocabulary=300)
 
 
-def llama(shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> LlamaForCausalLM:
-    config = LlamaConfig(
+def configuration(shape: Shape) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -43,9 +43,12 @@ def llama(shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16, seed: 
         use_cache=False,
         attn_implementation="sdpa",
     )
+
+
+def llama(shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     with torch.device(device):
-        model = LlamaForCausalLM._from_config(config, dtype=dtype)
+        model = LlamaForCausalLM._from_config(configuration(shape), dtype=dtype)
     return model.eval().requires_grad_(False)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import harness
-from harness import Benchmark, Machine, Method
+from harness import Benchmark, Machine, Method, Timed, TimedLoader
 
 
 class Gauges(Machine):
@@ -86,6 +86,23 @@ def test_what_is_around_a_method_is_neither_timed_nor_left_open(bench, gauges):
     records = bench.measure("case", {}, [Method("A", lambda: gauges.spend(2), around=hooks)], repeats=2)
     assert records["A"]["seconds"] == [2, 2]
     assert states == ["open", "closed"] * 3
+
+
+def test_a_method_may_time_a_part_of_itself(bench, gauges):
+    def run():
+        gauges.spend(1000)
+        return Timed(2.0)
+
+    assert bench.measure("case", {}, [Method("A", run)], repeats=2)["A"]["seconds"] == [2.0, 2.0]
+
+
+def test_a_timed_loader_gives_the_time_per_batch_after_the_first(gauges):
+    loader = TimedLoader(gauges, ["a", "b", "c"])
+    for batch, seconds in zip(loader, [100, 3, 5], strict=True):
+        assert batch in "abc"
+        gauges.spend(seconds)
+    gauges.spend(1000)
+    assert loader.seconds() == 4.0 and loader.seconds(skip=0) == 36.0
 
 
 def test_a_method_that_raises_is_recorded_and_the_others_go_on(bench, gauges, tmp_path, capsys):
