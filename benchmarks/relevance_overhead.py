@@ -38,6 +38,7 @@ from torch.utils.checkpoint import checkpoint
 import reltune
 from harness import Benchmark, Method, arguments, benchmark
 from llama import PROJECTIONS, TINY, Shape, described, llama, texts, weights_bytes
+from reltune.layers.fused_norms import fused_norms
 from reltune.tasks.losses import LOSSES
 
 LOSS = LOSSES["causal_lm"].per_example
@@ -160,7 +161,7 @@ def by_loop(model: nn.Module, batch: dict[str, Tensor]) -> Sums:
 
 
 def by_hooks(model: nn.Module, batch: dict[str, Tensor]) -> Sums:
-    """The batched pass's inputs and output gradients, multiplied in float32, example by example."""
+    """The batched pass's inputs and output gradients, multiplied in float32, example by example; norms as in the analysis."""
     device = next(model.parameters()).device
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -174,7 +175,8 @@ def by_hooks(model: nn.Module, batch: dict[str, Tensor]) -> Sums:
     try:
         batch = {key: value.to(device) for key, value in batch.items()}
         embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
-        loss = LOSS(model(inputs_embeds=embedded), batch).sum()
+        with fused_norms(model):
+            loss = LOSS(model(inputs_embeds=embedded), batch).sum()
     finally:
         for handle in handles:
             handle.remove()

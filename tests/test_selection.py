@@ -1,6 +1,7 @@
 """Selection under a budget, against exhaustive and slow independent implementations."""
 
 import dataclasses
+import itertools
 import random
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relevance_cases import data_for, measure, tiny_bert, tiny_sequential
+from reltune.layers.heads import HeadGroup
 from reltune.layers.inventory import Inventory, ModuleInfo
 from reltune.plan.plan import ModulePlan, Plan
 from reltune.plan.selection import select
@@ -62,7 +64,23 @@ def random_scores(seed):
             if bias:
                 parts[name]["bias"] = rng.randint(0, 9)
         modules.append(info)
-    return scores_of(modules, parts, more_parameters=rng.randint(0, 10))
+    heads = []
+    if rng.random() < 0.5:
+        heads.append(HeadGroup("b.0.attn", "b.0", 2, rng.randint(1, 2), "b.0.attn.o", {"b.0.attn.q": [0]}))
+        if rng.random() < 0.5:
+            heads[0].projections["b.0.attn.kv"] = [0, 2 * heads[0].head_size]
+        wide = 2 * heads[0].head_size
+        for name, out, in_features in [("q", wide, 2), ("kv", 2 * wide, 2), ("o", 3, wide)]:
+            modules.append(linear(f"b.0.attn.{name}", out, in_features, rng.random() < 0.5, "b.0"))
+            parts[modules[-1].name] = {
+                "column": [rng.randint(0, 9) for _ in range(in_features)],
+                "row": [rng.randint(0, 9) for _ in range(out)],
+                "weight": rng.randint(0, 9 * in_features),
+                **({"bias": rng.randint(0, 9)} if modules[-1].bias else {}),
+            }
+    scores = scores_of(modules, parts, more_parameters=rng.randint(0, 10))
+    scores.inventory.heads = heads
+    return scores
 
 
 def slow_greedy(scores, limit, kinds, everywhere):
@@ -122,6 +140,14 @@ def slow_greedy(scores, limit, kinds, everywhere):
             elif kind in ("column", "row") and kind in found:
                 for i, value in enumerate(found[kind].tolist()):
                     candidates.append((value, [(name, {(kind[0], i)})]))
+
+        for group, head in itertools.product(scores.inventory.heads if kind == "head" else (), range(2)):
+            own = range(head * group.head_size, (head + 1) * group.head_size)
+            units = {name: {("r", s + i) for s in starts for i in own} for name, starts in group.projections.items()}
+            total = sum(float(relevance[n]["row"][i]) for n, of in units.items() for _, i in of)
+            units[group.output] = {("c", i) for i in own}
+            total += sum(float(relevance[group.output]["column"][i]) for i in own)
+            candidates.append((total, list(units.items())))
 
     if not candidates or min(count(with_unit({}, units)) for _, units in candidates) > limit:
         return None

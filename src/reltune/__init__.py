@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "analyze": "reltune.relevance.measure",
+    "analyze_checkpoint": "reltune.relevance.streaming",
     "AnalysisError": "reltune.relevance.measure",
     "RelevanceScores": "reltune.relevance.scores",
     "select": "reltune.plan.selection",
@@ -37,6 +38,7 @@ __all__ = [
     "ReltuneConfig",
     "__version__",
     "analyze",
+    "analyze_checkpoint",
     "select",
 ]
 
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from reltune.records import InputError
     from reltune.relevance.measure import AnalysisError, analyze
     from reltune.relevance.scores import RelevanceScores
+    from reltune.relevance.streaming import analyze_checkpoint
     from reltune.tuner.config import ReltuneConfig
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from reltune import __version__
-from reltune.records import CRITERIA, GRANULARITIES, InputError, RunConfig
+from reltune.records import CRITERIA, GRANULARITIES, WITHOUT_DATA, InputError, RunConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,6 +50,18 @@ TrainFile = Annotated[
     str | None,
     typer.Option("--train_file", metavar="FILE", help="CSV, TSV or JSONL with a text and a label column."),
 ]
+AnalysisFile = Annotated[
+    str | None,
+    typer.Option(
+        "--train_file",
+        metavar="FILE",
+        help="CSV, TSV or JSONL with a text and a label column. Not needed where all criteria are of "
+        f"{', '.join(WITHOUT_DATA)}: these are measured from the model's files, which are never loaded whole.",
+    ),
+]
+Elements = Annotated[
+    bool, typer.Option("--elements", help="Score every single weight too: one number per weight and criterion.")
+]
 DatasetName = Annotated[
     str | None,
     typer.Option("--dataset_name", metavar="NAME", help="A data set that comes with reltune[demo]: bbc_news."),
@@ -64,6 +76,15 @@ Encoding = Annotated[
 MaxLength = Annotated[int, typer.Option("--max_length", metavar="N", help="Tokens per text; longer texts are cut.")]
 Criteria = Annotated[
     list[str] | None, typer.Option("--criteria", metavar="NAMES", help=f"{CRITERIA_HELP}  [default: fisher]")
+]
+AnalysisExamples = Annotated[
+    int, typer.Option("--analysis_examples", metavar="N", help="Texts that relevance is measured on, at most.")
+]
+MaxTrials = Annotated[
+    int, typer.Option("--max_trials", metavar="N", help="Of criterion correlation: passes over them, at most.")
+]
+ProbeSteps = Annotated[
+    int, typer.Option("--probe_steps", metavar="N", help="Of criterion movement: steps of full tuning, rewound.")
 ]
 Budget = Annotated[str, typer.Option("--budget", metavar="BUDGET", help=BUDGET_HELP)]
 Granularity = Annotated[
@@ -115,6 +136,9 @@ def run(
     granularity: Granularity = None,
     target_modules: Targets = None,
     exclude_modules: Excludes = None,
+    analysis_examples: AnalysisExamples = RunConfig.analysis_examples,
+    max_trials: MaxTrials = RunConfig.max_trials,
+    probe_steps: ProbeSteps = RunConfig.probe_steps,
     seed: Seed = RunConfig.seed,
     overwrite_output_dir: Overwrite = False,
 ) -> None:
@@ -128,7 +152,7 @@ def analyze(
     context: typer.Context,
     model_name_or_path: Model,
     output_dir: OutputDir,
-    train_file: TrainFile = None,
+    train_file: AnalysisFile = None,
     dataset_name: DatasetName = None,
     validation_file: ValidationFile = None,
     test_file: TestFile = None,
@@ -137,8 +161,12 @@ def analyze(
     encoding: Encoding = RunConfig.encoding,
     max_length: MaxLength = RunConfig.max_length,
     criteria: Criteria = None,
+    elements: Elements = False,
     target_modules: Targets = None,
     exclude_modules: Excludes = None,
+    analysis_examples: AnalysisExamples = RunConfig.analysis_examples,
+    max_trials: MaxTrials = RunConfig.max_trials,
+    probe_steps: ProbeSteps = RunConfig.probe_steps,
     seed: Seed = RunConfig.seed,
     overwrite_output_dir: Overwrite = False,
 ) -> None:
@@ -146,10 +174,16 @@ def analyze(
     from reltune import run as stages
 
     config = _config(context)
-    materials, directory = _begin(config, overwrite_output_dir, select=False)
-    stages.analyze(materials, directory)
-    if not _first():
-        return
+    if config.has_data:
+        materials, directory = _begin(config, overwrite_output_dir, select=False)
+        stages.analyze(materials, directory)
+        if not _first():
+            return
+    elif _several():
+        raise InputError("an analysis of the weights alone is for one process; start it without a launcher.")
+    else:
+        directory = stages.RunDirectory(config.output_dir)
+        stages.analyze_weights(config, directory, overwrite_output_dir)
     _show_relevance(config, directory)
     _say(f"Next: reltune select {config.output_dir} --budget 0.5%")
 
@@ -175,7 +209,8 @@ def select(
     config = _changed(config, context)
     plan = stages.select(config, directory)
     config.save(directory.config_file)
-    _say(*plan.describe(), f"Next: look at {directory.plan / 'plan.yaml'}, then: reltune tune {run}")
+    after = f"then: reltune tune {run}" if config.has_data else "then train by it: reltune.ReltuneConfig(plan=...)"
+    _say(*plan.describe(), f"Next: look at {directory.plan / 'plan.yaml'}, {after}")
 
 
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
@@ -189,6 +224,7 @@ def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = Fal
     directory, config = stages.RunDirectory.open(run)
     config = _changed(config, context)
     resume = config.training.pop("resume_from_checkpoint", None)
+    _check_data(config, run)
     directory.check_stage("tune", overwrite_output_dir)
     Plan.load(directory.plan)
     stages.tune(stages.prepare(config), directory, resume)
@@ -346,6 +382,13 @@ def _all_stages(config: RunConfig, overwrite: bool, baselines: bool = False) -> 
 
         compare(materials, directory, results)
     _show_record(stages.report(config, directory), directory)
+
+
+def _check_data(config: RunConfig, run: str) -> None:
+    if not config.has_data:
+        raise InputError(
+            f"{run} was analyzed without data, so there is nothing to train on; analyze again with --train_file or --dataset_name."
+        )
 
 
 def _adapter_exists(directory: RunDirectory) -> None:

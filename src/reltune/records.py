@@ -23,11 +23,17 @@ CRITERIA = (
     "gradient_snr",
     "activation",
     "magnitude",
+    "spectral_snr",
+    "principal",
+    "ablation",
+    "correlation",
+    "movement",
     "random",
     "depth",
 )
 CRITERIA_GROUP = "reltune.criteria"  # entry points of installed packages with criteria of their own
-GRANULARITIES = ("layer", "module", "column", "row", "bias", "norm")
+WITHOUT_DATA = ("magnitude", "spectral_snr", "principal", "random", "depth")  # criteria that look at no data
+GRANULARITIES = ("layer", "module", "head", "column", "row", "bias", "norm")
 
 
 DATASETS = ("bbc_news",)
@@ -99,11 +105,24 @@ class RunConfig:
     head_epochs: float = 1.0
     analysis_examples: int = 1024
     analysis_batch_size: int = 32
+    max_trials: int = 400  # of criterion correlation, per kind of unit
+    probe_steps: int = 50  # of criterion movement
+    elements: bool = False
     seed: int = 42
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def has_data(self) -> bool:
+        """Whether it names data to train on; without, only criteria that look at the weights alone can be measured."""
+        return self.train_file is not None or self.dataset_name is not None
+
+    def check_data(self) -> None:
+        """Raise InputError unless the config says what to train on."""
+        if (self.train_file is None) == (self.dataset_name is None):
+            raise InputError("exactly one of train_file and dataset_name says what to train on; give one of them.")
+
     def check(self) -> None:
-        """Raise InputError for values that no later stage could use. Reads no files."""
+        """Raise InputError for values that no later stage could use. Of files it reads the run's own scores at most."""
         for name, known in (("criteria", CRITERIA), ("granularity", GRANULARITIES)):
             if not getattr(self, name):
                 raise InputError(f"{name} is empty; name at least one of {', '.join(known)}.")
@@ -113,13 +132,15 @@ class RunConfig:
         for value in self.criteria:
             if criterion_of_package(value) is None and value not in CRITERIA and value not in self._measured():
                 raise InputError(f"criteria {value!r} is unknown; {nearest(value, known_criteria())}")
-        if (self.train_file is None) == (self.dataset_name is None):
-            raise InputError("exactly one of train_file and dataset_name says what to train on; give one of them.")
+        held_out = self.validation_file is not None or self.test_file is not None
+        if self.has_data or held_out or not set(self.criteria) <= set(WITHOUT_DATA):
+            self.check_data()
         if self.dataset_name is not None and self.dataset_name not in DATASETS:
             raise InputError(f"dataset_name {self.dataset_name!r} is unknown; {nearest(self.dataset_name, DATASETS)}")
-        for name in ("max_length", "analysis_examples", "analysis_batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        least = {"max_length": 1, "analysis_examples": 1, "analysis_batch_size": 1, "max_trials": 4, "probe_steps": 1}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {smallest}.")
         if not isinstance(self.training, dict):
             raise InputError("training holds no mapping of fields of transformers.TrainingArguments.")
         if self.head_epochs < 0:
@@ -195,7 +216,9 @@ def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
 class Heatmap:
     """Relevance by place: ``values[i][j]`` belongs to layer ``rows[i]`` and module ``columns[j]``.
 
-    ``None`` where a layer has no such module. ``share_by_layer[i]`` is the layer's share of all relevance (0..1).
+    ``None`` where a layer has no such module. ``share_by_layer[i]`` is the layer's share of all relevance (0..1). Where
+    relevance does not add up (``adds_up``), shares are of the sum of absolute values, with the sign of the value, and a
+    layer's is that of its own score, 0 for modules outside the layers.
     """
 
     criterion: str
@@ -203,6 +226,7 @@ class Heatmap:
     columns: list[str]
     values: list[list[float | None]]
     share_by_layer: list[float]
+    adds_up: bool = True
 
 
 @dataclasses.dataclass

@@ -30,13 +30,15 @@ from reltune.evaluation import evaluate as measure_metrics
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.inventory import head_modules, take_inventory
 from reltune.plan.plan import Plan
+from reltune.plan.selection import check_scored
 from reltune.plan.selection import select as choose_units
 from reltune.records import InputError, MethodResult, RunConfig, RunRecord, write_json, write_text
 from reltune.relevance.measure import analyze as measure_relevance
 from reltune.relevance.parallel import Processes
-from reltune.relevance.partial import FILE as PARTIAL
+from reltune.relevance.partial import interrupted_in
 from reltune.relevance.plugins import find_criteria
 from reltune.relevance.scores import RelevanceScores
+from reltune.relevance.streaming import analyze_checkpoint
 from reltune.tasks import rows as reading
 from reltune.tasks.sequence_classification import SequenceClassification
 from reltune.tuner.config import ReltuneConfig
@@ -93,7 +95,7 @@ class RunDirectory:
     def continues(self, config: RunConfig) -> bool:
         """Whether an analysis with this config was interrupted here and can go on."""
         try:
-            return (self.relevance / PARTIAL).is_file() and RunConfig.load(self.config_file) == config
+            return interrupted_in(self.relevance) and RunConfig.load(self.config_file) == config
         except (InputError, OSError):  # a name that is too long, say: check_new has the words for it
             return False
 
@@ -178,6 +180,7 @@ class Materials:
 def prepare(config: RunConfig) -> Materials:
     """Read the data and load the model. Raises InputError for whatever is wrong with either; writes nothing."""
     config.check()
+    config.check_data()
     splits = _read_splits(config)
     reading.check_splits(*splits)
     task = SequenceClassification.from_rows(splits[0])
@@ -197,6 +200,8 @@ def check_choice(materials: Materials, select: bool = True) -> None:
     config = materials.config
     find_criteria(config.criteria)
     assert materials.model is not None, "checked before it is changed"
+    if select:
+        check_scored(config.granularity, config.criteria[0])
     relevance = measure_relevance(
         materials.model,
         criteria=["depth"],
@@ -234,7 +239,7 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
     Of several processes the first one's heads count, and the first one writes.
     """
     config, model, processes = materials.config, materials.fresh_model(), Processes.joined()
-    if materials.new_heads and (run.relevance / PARTIAL).is_file() and run.head.is_file():
+    if materials.new_heads and interrupted_in(run.relevance) and run.head.is_file():
         model = model_with_heads(materials, run)  # the interrupted analysis was of this head
     elif materials.new_heads:
         train_heads(materials, model, config.head_epochs)
@@ -254,16 +259,43 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
         loader,
         materials.task.name,
         config.criteria,
+        elements=config.elements,
         target_modules=config.target_modules,
         exclude_modules=config.exclude_modules,
         always_trained=materials.new_heads,
         seed=config.seed,
         resume_directory=run.relevance if processes.count == 1 else None,
+        options={name: given for name, given in options_of(config).items() if name in config.criteria},
     )
     relevance.provenance |= restrictions(config)
     with processes.together():
         if processes.first:
             relevance.save(run.relevance)
+    return relevance
+
+
+def options_of(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """What the config says about single criteria."""
+    return {"correlation": {"max_trials": config.max_trials}, "movement": {"steps": config.probe_steps}}
+
+
+def analyze_weights(config: RunConfig, run: RunDirectory, overwrite: bool = False) -> RelevanceScores:
+    """Measure relevance by criteria that look at no data, tensor by tensor, with no model in memory.
+
+    The run's directory is made when everything is measured.
+    """
+    run.check_new(overwrite)
+    relevance = analyze_checkpoint(
+        config.model_name_or_path,
+        config.criteria,
+        elements=config.elements,
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        seed=config.seed,
+    )
+    relevance.provenance |= restrictions(config)
+    run.create(config)
+    relevance.save(run.relevance)
     return relevance
 
 
@@ -347,7 +379,7 @@ def choose(config: RunConfig, relevance: RelevanceScores, criterion: str | None 
         config.granularity,
         criterion=criterion,
         model_name_or_path=config.model_name_or_path,
-        task_type=SequenceClassification.peft_task_type if relevance.always_trained else None,
+        task_type=SequenceClassification.peft_task_type if relevance.always_trained and config.has_data else None,
         **wanted,
     )
 
@@ -498,8 +530,9 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
     if relevance.inventory.left_out:
         reasons = sorted(set(relevance.inventory.left_out.values()))
         notes.append(f"Not measured: {len(relevance.inventory.left_out)} parameter tensors ({'; '.join(reasons)}).")
+    data = f" on {config.dataset_name or Path(str(config.train_file)).name}" if config.has_data else ", weights alone"
     return RunRecord(
-        title=f"reltune: {relevance.provenance['architecture']} on {config.dataset_name or Path(str(config.train_file)).name}",
+        title=f"reltune: {relevance.provenance['architecture']}{data}",
         config=dataclasses.asdict(config),
         heatmaps=[relevance.heatmap(criterion) for criterion in relevance.criteria],
         depth_sentence=relevance.depth_sentence(),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from reltune.layers.quantised import is_quantised
 
@@ -21,16 +21,30 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
     between the samples goes unseen. ``without`` names modules. Empty when the weights are not there to be read (meta
     device) or quantised.
     """
-    skip = tuple(f"{module}." for module in without)
+    parameters = dict(model.named_parameters())
+    kept = outside(parameters, without)
+    if any(parameters[name].device.type == "meta" or is_quantised(parameters[name]) for name in kept):
+        return ""
+    return fingerprint_of({name: (tuple(parameters[name].shape), samples(parameters[name])) for name in kept})
+
+
+def fingerprint_of(read: Mapping[str, tuple[tuple[int, ...], bytes]]) -> str:
+    """``fingerprint`` from each parameter's shape and ``samples``."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if skip and name.startswith(skip):
-            continue
-        if parameter.device.type == "meta" or is_quantised(parameter):
-            return ""
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
-        at = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
-        values = flat[at.to(flat.device)].to(torch.bfloat16).view(torch.int16)
-        digest.update(values.cpu().numpy().tobytes())
+    for name, (shape, values) in sorted(read.items()):
+        digest.update(f"{name}{shape}".encode())
+        digest.update(values)
     return digest.hexdigest()[:32]
+
+
+def samples(parameter: Tensor) -> bytes:
+    """Up to ``SAMPLES`` evenly spaced values in bfloat16."""
+    flat = parameter.detach().reshape(-1)
+    at = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
+    return flat[at.to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
+
+
+def outside(names: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """The parameters that lie in none of the modules."""
+    inside = tuple(f"{module}." for module in modules)
+    return [name for name in names if not (inside and name.startswith(inside))]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import ModuleType
 
 from torch import Tensor, nn
 
-from reltune.layers import conv1d, conv2d, embedding, linear, norm, quantised
+from reltune.layers import conv1d, conv2d, embedding, experts, linear, norm, quantised, router
+from reltune.layers.heads import HeadGroup, heads_and_reasons
 from reltune.layers.units import ModuleInfo
 from reltune.records import InputError, nearest
 
@@ -21,6 +22,8 @@ LAYER_TYPES: dict[str, ModuleType] = {
     "conv2d": conv2d,
     "embedding": embedding,
     "norm": norm,
+    "router": router,
+    "experts": experts,
 }
 
 
@@ -32,6 +35,8 @@ class Inventory:
     left_out: dict[str, str]  # parameter name -> reason
     base_parameters: int  # all parameters of the base model, new heads not counted
     head_parameters: int
+    heads: list[HeadGroup] = dataclasses.field(default_factory=list)  # of attention
+    without_heads: dict[str, str] = dataclasses.field(default_factory=dict)  # attention module -> reason
 
     def __getitem__(self, name: str) -> ModuleInfo:
         return self._by_name[name]
@@ -42,6 +47,12 @@ class Inventory:
     def __post_init__(self) -> None:
         self._by_name = {info.name: info for info in self.modules}
 
+    def only(self, names: Collection[str]) -> Inventory:
+        """The named modules, and the heads that lie in them altogether."""
+        modules = [info for info in self.modules if info.name in names]
+        heads = [group for group in self.heads if all(name in names for name in group.modules)]
+        return dataclasses.replace(self, modules=modules, heads=heads)
+
 
 def layer_type(module: nn.Module) -> tuple[str, ModuleType] | None:
     for kind, handler in LAYER_TYPES.items():
@@ -51,7 +62,10 @@ def layer_type(module: nn.Module) -> tuple[str, ModuleType] | None:
 
 
 def canonical_weights(info: ModuleInfo, module: nn.Module) -> Mapping[str, Tensor]:
-    """The module's weight in its canonical shape, and its bias: views, no copies, save for a quantised weight."""
+    """The weight in its canonical shape, and the bias, from the module that owns them: views, no copies, save for a
+    quantised weight."""
+    if info.kind == "experts":
+        return experts.weights(info, module)
     if info.kind == "quantised":
         return quantised.Weights(module)
     weights = {name: p.detach() for name, p in module.named_parameters(recurse=False) if name in ("weight", "bias")}
@@ -87,6 +101,8 @@ def head_modules(model: nn.Module, names: str | Iterable[str]) -> list[str]:
                 f"always_trained names {name!r}, which is no part of the model; {nearest(name, parameters)}"
             )
         owners.add(owner)
+    if not owners:
+        return []
 
     def inside(name: str, places: Iterable[str]) -> bool:
         return any(name.startswith(place + ".") for place in places)
@@ -129,6 +145,9 @@ def take_inventory(model: nn.Module, always_trained: Iterable[str] = ()) -> Inve
             reason = f"shares its weight with {tied[0]}"
         else:
             kind, _ = found
+            if kind == "experts":
+                modules += experts.infos(name, module, layer, depth)
+                continue
             shape = tuple(module.weight.shape[::-1] if kind == "conv1d" else module.weight.shape)
             if kind == "quantised":
                 shape = quantised.shape(module)
@@ -139,7 +158,9 @@ def take_inventory(model: nn.Module, always_trained: Iterable[str] = ()) -> Inve
 
     counted = {id(p): quantised.numel(p) for name, p in names.items() if name not in heads}
     head = {id(p): quantised.numel(p) for name, p in names.items() if name in heads}
-    return Inventory(modules, left_out, sum(counted.values()), sum(head.values()))
+    inventory = Inventory(modules, left_out, sum(counted.values()), sum(head.values()))
+    inventory.heads, inventory.without_heads = heads_and_reasons(model, inventory)
+    return inventory
 
 
 def _block(model: nn.Module, name: str) -> str:

@@ -29,7 +29,7 @@ def matches(module: nn.Module) -> bool:
     return by_name and list(parameters) == ["weight"] and parameters["weight"].ndim == 1
 
 
-def _normalised(module: nn.Module, x: Tensor) -> Tensor:
+def normalised(module: nn.Module, x: Tensor) -> Tensor:
     """The output is normalised(x) · gain + bias (Gemma: · (1 + gain)), so the derivative with respect to the gain is
     the output at gain 1 less the output at gain 0, whatever the class computes inside."""
     zero = {name: torch.zeros_like(p) for name, p in module.named_parameters(recurse=False)}
@@ -50,7 +50,7 @@ def statistics(
 ) -> per_example.Statistics:
     """Sums over the examples (layers/per_example.py) for inputs x and output gradients g, both (B, T, features)."""
     g = g.to(accumulator_dtype(x))
-    gradients = {"weight": (g * _normalised(module, x)).sum(1)}
+    gradients = {"weight": (g * normalised(module, x)).sum(1)}
     if info.bias:
         gradients["bias"] = g.sum(1)
     return per_example.statistics(info, weights, gradients, wanted)
@@ -58,6 +58,6 @@ def statistics(
 
 def squared_inputs(module: nn.Module, x: Tensor, real: Tensor | None) -> dict[str, Tensor]:
     """Σ of the squared normalised input over all tokens: weight (features,), and the number of tokens: bias ()."""
-    squares = _normalised(module, x).square()
+    squares = normalised(module, x).square()
     kept = squares.new_ones(x.shape[:-1]) if real is None else real.to(squares.dtype)
     return {"weight": (squares * kept[..., None]).flatten(0, -2).sum(0), "bias": kept.sum()}

@@ -15,12 +15,21 @@ import torch
 from torch import Tensor
 
 Parts = dict[str, Tensor]  # column, row, weight, bias, norm -> one number per unit of that kind
-DIMENSIONS = {"linear": 2, "quantised": 2, "conv1d": 2, "conv2d": 4, "embedding": 2, "norm": 1}
+DIMENSIONS = {
+    "linear": 2,
+    "quantised": 2,
+    "conv1d": 2,
+    "conv2d": 4,
+    "embedding": 2,
+    "router": 2,
+    "experts": 2,
+    "norm": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModuleInfo:
-    """One module that owns units.
+    """One module that owns units, or one expert's matrix in a module that holds many.
 
     ``kind`` is a key of inventory.LAYER_TYPES and ``shape`` the weight's canonical shape: (out, in) for linear maps,
     also where the module stores (in, out). ``layer`` is the block it belongs to (``encoder.layer.5``) or its own name
@@ -34,6 +43,11 @@ class ModuleInfo:
     shape: tuple[int, ...]
     bias: bool
     groups: int = 1  # of a convolution
+
+    @property
+    def owner(self) -> str:
+        """The module that holds the parameters: itself, or the module whose experts this is one of (layers/experts.py)."""
+        return ".".join(self.name.split(".")[:-2]) if self.kind == "experts" else self.name
 
     @property
     def weight_parameters(self) -> int:
@@ -63,12 +77,13 @@ class ModuleInfo:
 
     @property
     def in_block(self) -> bool:
-        return self.layer != self.name
+        return self.layer != self.owner
 
     @property
     def place(self) -> str:
-        """The name inside its block: attention.self.query."""
-        return self.name[len(self.layer) + 1 :] if self.in_block else self.name
+        """The name inside its block: attention.self.query. All experts of one projection stand in one place."""
+        name = self.name.rpartition(".")[0] if self.kind == "experts" else self.name
+        return name[len(self.layer) + 1 :] if self.in_block else name
 
 
 def by_unit(info: ModuleInfo, values: Mapping[str, Tensor]) -> Parts:

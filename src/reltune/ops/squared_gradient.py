@@ -30,14 +30,20 @@ BLOCK_NUMBERS = 1 << 26
 CACHED_NUMBERS = 1 << 21
 
 
+def block_numbers(x: Tensor) -> int:
+    """Workspace of one block, in numbers, on the device of x."""
+    return BLOCK_NUMBERS if x.is_cuda else min(BLOCK_NUMBERS, CACHED_NUMBERS)
+
+
 def accumulator_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64 inputs, float32 for all others."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-# Of the fused kernels: what an operation of the quadratic forms costs, and one of a Gram matrix, where one of the direct
-# form costs 1. One H200, 4096 → 1024, 4096 and 14336 features, 16 × 512 tokens.
-FORMS_COST, GRAM_COST = 1.8, 1.0
+# Of the fused kernels, where an operation of the direct form costs 1: one of a Gram matrix, and one of the quadratic forms,
+# which run as if there were OVERHEAD more features. One H200, 4096 → 1024, 4096 and 14336 features at 512 to 4096 tokens,
+# 8,192 in all: the rule picks the faster way in ten of these twelve, and one that takes a tenth longer in the others.
+GRAM_COST, FORMS_COST, OVERHEAD = 0.55, 1.0, 4096
 
 
 def is_fused(x: Tensor) -> bool:
@@ -60,14 +66,13 @@ def gram_is_cheaper(
     sums wanted their count picks the faster way for all of MiniLM's maps at 64, 128 and 256 tokens (measured: 32
     examples, float32, 2 CPU cores).
     """
-    forms = (
-        tokens * (in_features + out_features)
-        if columns and rows
-        else tokens * (in_features if columns else out_features)
-    )
-    grams = tokens * (columns * out_features + (rows and not has_gram) * in_features)
-    costs = (FORMS_COST, GRAM_COST) if fused else (1.0, 1.0)
-    return costs[0] * forms + costs[1] * grams < in_features * out_features
+    forms: float = (
+        in_features + out_features if columns and rows else in_features if columns else out_features
+    ) * tokens
+    grams: float = (columns * out_features + (rows and not has_gram) * in_features) * tokens
+    if fused:
+        forms, grams = FORMS_COST * (forms + OVERHEAD * tokens), GRAM_COST * grams
+    return forms + grams < in_features * out_features
 
 
 def wants_gram(
@@ -149,7 +154,7 @@ def squared_gradient_sums(
 
 def _examples_per_block(x: Tensor, numbers: int) -> int:
     """How many examples of so many numbers of workspace each make a block."""
-    return max(1, (BLOCK_NUMBERS if x.is_cuda else min(BLOCK_NUMBERS, CACHED_NUMBERS)) // numbers)
+    return max(1, block_numbers(x) // numbers)
 
 
 def _add_by_gram(x: Tensor, g: Tensor, gram: Gram | None, columns: Tensor | None, rows: Tensor | None) -> None:
@@ -198,32 +203,23 @@ def _add_directly(x: Tensor, g: Tensor, columns: Tensor | None, rows: Tensor | N
                 rows[some] += squares.sum((0, 2))
 
 
-def grouped_squared_gradient_sums(x: Tensor, g: Tensor, example: Tensor) -> tuple[Tensor, Tensor]:
-    """Column sums (in,) and row sums (out,) for rows x (n, in), g (n, out) that belong to the examples ``example`` (n,).
+def stacked_squared_gradient_sums(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Column sums (n, in) and row sums (n, out) of n maps at once, for x (n, B, T, in) and g (n, B, T, out).
 
-    The gradient of example s is the sum of g[j]ᵀ x[j] over the rows j of s, wherever they stand (the tokens that a
-    router sends to one expert; packed rows). Gram form, masked to pairs of rows of one example, block by block:
-    about 2·n²·(in + out) operations.
+    Many small maps, as the experts of a layer: one product for all where the Gram form is cheaper. The caller sees to it
+    that n · B · T · (T + in + out) numbers of workspace are a block.
     """
-    dtype = accumulator_dtype(x)
-    columns = x.new_zeros(x.shape[1], dtype=dtype)
-    rows = g.new_zeros(g.shape[1], dtype=dtype)
-    # A block takes size² numbers for a Gram matrix, and size · features for each of the factors.
-    numbers = BLOCK_NUMBERS if x.is_cuda else min(BLOCK_NUMBERS, CACHED_NUMBERS)
-    size = max(1, min(int(numbers**0.5), numbers // (x.shape[1] + g.shape[1])))
-    starts = range(0, len(x), size)
-    for i in starts:
-        xi, gi, si = x[i : i + size].to(dtype), g[i : i + size].to(dtype), example[i : i + size]
-        for j in starts:
-            if j > i:
-                break
-            xj, gj, sj = x[j : j + size].to(dtype), g[j : j + size].to(dtype), example[j : j + size]
-            same = (si[:, None] == sj[None, :]).to(dtype)
-            if j < i:
-                same *= 2  # the pair (j, i) too
-            columns += _product(_product(gi, gj.mT).mul_(same), xj).mul_(xi).sum(0)
-            rows += _product(_product(xi, xj.mT).mul_(same), gj).mul_(gi).sum(0)
-    return columns.clamp_min_(0), rows.clamp_min_(0)
+    if not gram_is_cheaper(x.shape[2], x.shape[3], g.shape[3]):
+        pairs = [squared_gradient_sums(xs, gs) for xs, gs in zip(x, g, strict=True)]
+        return torch.stack([columns for columns, _ in pairs]), torch.stack([rows for _, rows in pairs])
+    maps, examples = x.shape[:2]
+    xs, gs = x.flatten(0, 1), g.flatten(0, 1)
+
+    def forms(gram: Tensor, of: Tensor) -> Tensor:
+        values = _product(gram, of.to(gram.dtype)).mul_(of)
+        return values.unflatten(0, (maps, examples)).sum((1, 2)).clamp_min_(0)
+
+    return forms(_product(gs, gs.mT), xs), forms(_product(xs, xs.mT), gs)
 
 
 def squared_gradient_sums_reference(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from reltune.layers.inventory import ModuleInfo, choose
+from reltune.layers.inventory import Inventory, ModuleInfo, choose
 from reltune.plan.budget import parse_budget
 from reltune.plan.plan import TRAINABLE, ModulePlan, Plan
 from reltune.records import GRANULARITIES, InputError, nearest
+from reltune.relevance import CRITERIA
 from reltune.relevance.scores import RelevanceScores
 
 WHOLE = ("layer", "module", "norm")  # kinds that take everything a module has, in the place of its parts
@@ -38,7 +40,8 @@ def select(
 
     Args:
         budget: "0.5%" of the base model's parameters, or a count of trainable parameters.
-        granularity: one or several of layer, module, column, row, bias, norm.
+        granularity: one or several of layer, module, head, column, row, bias, norm. A head (layers/heads.py) becomes rows
+            of the query, key and value projections and columns of the output projection.
         criterion: which of the measured criteria decides; the first by default.
 
     Raises InputError for a budget that is no number or too small for the smallest unit, an unknown granularity or
@@ -51,6 +54,7 @@ def select(
     if not kinds:
         raise InputError(f"no granularity was named; choose from {', '.join(GRANULARITIES)}.")
     criterion = relevance.criterion(criterion)
+    check_scored(kinds, criterion)
     inventory = relevance.inventory
     limit = parse_budget(budget, inventory.base_parameters)
     named = choose(inventory, target_modules, exclude_modules)
@@ -67,24 +71,22 @@ def select(
     # Candidates as parallel arrays: a large model has millions of columns.
     places: list[tuple[str, str]] = []  # (kind, layer or module name)
     place, index, cost, relevant = [], [], [], []
-    members: dict[str, list[ModuleInfo]] = {}
-    for info in inventory.modules:
-        if info.in_block and info.kind in TRAINABLE:
-            members.setdefault(info.layer, []).append(info)
     for kind in kinds:
         for name, scores in relevance.by(kind, criterion).items():
-            infos = members.get(name, []) if kind == "layer" else [inventory[name]]
-            if not infos or not all(info.name in allowed for info in infos):
+            pieces = _pieces(inventory, kind, name, 0)
+            if not pieces or not all(piece.info.name in allowed for piece in pieces):
                 continue
             values = scores.reshape(-1).double().numpy()
             places.append((kind, name))
             place.append(np.full(len(values), len(places) - 1))
             index.append(np.arange(len(values)))
-            cost.append(np.full(len(values), sum(_cost(info, kind) for info in infos)))
+            cost.append(np.full(len(values), sum(piece.cost for piece in pieces)))
             relevant.append(values)
     if not places:
         measured_only = [f"{name} ({inventory[name].kind})" for name in named if name not in allowed]
         why = f" ({measured_only[0]} can be measured and not trained)" if measured_only and not allowed else ""
+        if "head" in kinds and not why:
+            why = _why_no_heads(inventory)
         raise InputError(
             f"no module that may be chosen has a unit of granularity {', '.join(kinds)} scored by {criterion}{why}; name "
             "another one."
@@ -98,21 +100,28 @@ def select(
 
     chosen: dict[str, ModulePlan] = {}
     held: dict[str, int] = {}  # trainable parameters of each chosen module, kept up to date
+    taken: dict[tuple[str, str], set[int]] = {}  # columns and rows of each chosen module
     used = 0
     smallest = int(price.min())
     for candidate in np.argsort(-(worth / price), kind="stable"):
         if limit - used < smallest and len(kinds) == 1:
             break
         kind, name = places[at[candidate]]
-        infos = members[name] if kind == "layer" else [inventory[name]]
-        infos = [info for info in infos if not _covered(chosen.get(info.name), kind)]
-        added = {info.name: _cost(info, kind) - (held.get(info.name, 0) if kind in WHOLE else 0) for info in infos}
-        if not infos or used + sum(added.values()) > limit:
+        pieces = [
+            piece.without(taken.get((piece.info.name, piece.kind), ()))
+            for piece in _pieces(inventory, kind, name, int(of[candidate]))
+            if not _covered(chosen.get(piece.info.name), piece.kind)
+        ]
+        pieces = [piece for piece in pieces if piece.indices]
+        added = [p.cost - (held.get(p.info.name, 0) if p.kind in WHOLE else 0) for p in pieces]
+        if not pieces or used + sum(added) > limit:
             continue
-        for info in infos:
-            _take(chosen.setdefault(info.name, ModulePlan(info.shape)), info, kind, int(of[candidate]))
-            held[info.name] = held.get(info.name, 0) + added[info.name]
-        used += sum(added.values())
+        for piece, more in zip(pieces, added, strict=True):
+            of_module = piece.info.name
+            _take(chosen.setdefault(of_module, ModulePlan(piece.info.shape)), piece)
+            held[of_module] = held.get(of_module, 0) + more
+            taken.setdefault((of_module, piece.kind), set()).update(piece.indices)
+        used += sum(added)
 
     for module in chosen.values():
         module.columns.sort()
@@ -135,14 +144,49 @@ def select(
     return plan
 
 
-def _cost(info: ModuleInfo, kind: str) -> int:
-    if kind == "column":
-        return info.shape[0]
-    if kind == "row":
-        return info.shape[1]
-    if kind == "bias":
-        return info.bias_parameters
-    return info.weight_parameters + info.bias_parameters
+def check_scored(kinds: Sequence[str], criterion: str) -> None:
+    """Raise InputError for granularities that the criterion never scores."""
+    scored = getattr(CRITERIA.get(criterion), "SCORES", GRANULARITIES)
+    missing = [kind for kind in kinds if kind not in scored]
+    if missing:
+        raise InputError(
+            f"{criterion} scores no {' or '.join(missing)}, only {', '.join(scored)}; choose that granularity, or select by "
+            "another criterion."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """What a unit takes of one module: columns or rows, the bias, or (the kinds of WHOLE) everything."""
+
+    info: ModuleInfo
+    kind: str
+    indices: Sequence[int]
+
+    @property
+    def cost(self) -> int:
+        if self.kind == "column":
+            return len(self.indices) * self.info.shape[0]
+        if self.kind == "row":
+            return len(self.indices) * self.info.shape[1]
+        return self.info.bias_parameters + (self.info.weight_parameters if self.kind in WHOLE else 0)
+
+    def without(self, taken: Collection[int]) -> _Piece:
+        if not taken or self.kind not in ("column", "row"):
+            return self
+        return dataclasses.replace(self, indices=[index for index in self.indices if index not in taken])
+
+
+def _pieces(inventory: Inventory, kind: str, name: str, index: int) -> list[_Piece]:
+    """What the unit ``index`` of a kind under ``name`` takes of each module."""
+    if kind == "layer":
+        inside = [info for info in inventory.modules if info.layer == name and info.in_block]
+        return [_Piece(info, kind, [0]) for info in inside if info.kind in TRAINABLE]
+    if kind == "head":
+        group = next(group for group in inventory.heads if group.name == name)
+        rows = [_Piece(inventory[module], "row", own) for module, own in group.rows(index).items()]
+        return [*rows, _Piece(inventory[group.output], "column", group.output_columns(index))]
+    return [_Piece(inventory[name], kind, [index])]
 
 
 def _covered(module: ModulePlan | None, kind: str) -> bool:
@@ -150,11 +194,20 @@ def _covered(module: ModulePlan | None, kind: str) -> bool:
     return module is not None and (module.bias if kind == "bias" else module.weight)
 
 
-def _take(module: ModulePlan, info: ModuleInfo, kind: str, index: int) -> None:
-    """Add the unit; a whole weight takes the place of its columns and rows."""
-    if kind in WHOLE:
-        module.columns, module.rows, module.weight, module.bias = [], [], True, info.bias
-    elif kind == "bias":
+def _take(module: ModulePlan, piece: _Piece) -> None:
+    """Add what the unit takes; a whole weight takes the place of its columns and rows."""
+    if piece.kind in WHOLE:
+        module.columns, module.rows, module.weight, module.bias = [], [], True, piece.info.bias
+    elif piece.kind == "bias":
         module.bias = True
     else:
-        (module.columns if kind == "column" else module.rows).append(index)
+        (module.columns if piece.kind == "column" else module.rows).extend(piece.indices)
+
+
+def _why_no_heads(inventory: Inventory) -> str:
+    """A remark in brackets, or nothing, on why no head can be chosen."""
+    for group in inventory.heads:
+        for name in group.modules:
+            if inventory[name].kind not in TRAINABLE:
+                return f" ({name} ({inventory[name].kind}) can be measured and not trained)"
+    return next((f" ({name}: {reason})" for name, reason in inventory.without_heads.items()), "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reltune.layers import experts, router
 from reltune.layers.inventory import LAYER_TYPES, ModuleInfo, canonical_weights
 from reltune.layers.per_example import WEIGHT_SIZED, Shared, Statistics, add
 from reltune.relevance.recompute import Recipe, is_exact, recipe, saved_tensors_are_hooked
@@ -91,9 +93,18 @@ class Collector:
     """
 
     def __init__(self, model: nn.Module, measured: list[ModuleInfo], recompute: bool | None = None) -> None:
-        self.infos = {info.name: info for info in measured}
-        self.modules = {info.name: model.get_submodule(info.name) for info in measured}
-        self.sums: Sums = {info.name: {} for info in measured}
+        # All experts of a projection are measured together, under the projection's name, until they are told apart at the
+        # end; their statistics have one dimension more.
+        self.experts: dict[str, list[ModuleInfo]] = {}
+        self.infos: dict[str, ModuleInfo] = {}
+        for info in measured:
+            name = info.name
+            if info.kind == "experts":
+                name = name.rpartition(".")[0]
+                self.experts.setdefault(name, []).append(info)
+            self.infos.setdefault(name, info)
+        self.modules = {name: model.get_submodule(info.owner) for name, info in self.infos.items()}
+        self.sums: Sums = {name: {} for name in self.infos}
         self.mixing: dict[str, str] = {}  # modules that cannot be measured, and why
         self.anchor = torch.zeros((), requires_grad=True)
         self.batch = -1
@@ -107,19 +118,29 @@ class Collector:
 
     def _clear(self) -> None:
         self.calls: dict[str, int] = {}
-        self.pending: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        # Module -> input and output gradient, of experts with their route too, of each use.
+        self.pending: dict[str, list[tuple]] = {}
         self.held: dict[int, _Input] = {}
         self.inputs: Statistics = {}  # module -> Σ x² of this pass
         self.in_backward = False
         self.looking = False  # inside a statistic, which may call the module itself
 
     def __enter__(self) -> Collector:
-        self.handles = []
+        self.handles: list[Any] = []
         for name, module in self.modules.items():
+            kind = self.infos[name].kind
+            if kind == "experts":  # together, below
+                continue
+            if kind == "router":
+                see, refuse = functools.partial(self._see, name), functools.partial(self.mixing.__setitem__, name)
+                self.handles.append(router.instrument(module, see, refuse))
+                continue
             # First of the module's hooks: what others make of the output is no part of the linear map.
             self.handles.append(module.register_forward_hook(self._forward_hook(name), prepend=True, with_kwargs=True))
-            if self.infos[name].kind == "embedding":
+            if kind == "embedding":
                 self.handles.append(module.register_forward_pre_hook(self._expand(name), with_kwargs=True))
+        for owner, module in {self.infos[name].owner: self.modules[name] for name in self.experts}.items():
+            self.handles.append(experts.instrument(module, functools.partial(self._see_experts, owner)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -128,8 +149,14 @@ class Collector:
         self._clear()
         if not any(_):
             for name in self.infos:
-                for prefix_and_need in sorted(self.seen - set(self.sums[name])):
+                missing = sorted(self.seen - set(self.sums[name]))
+                if missing and name in self.experts:
+                    # A fused kernel in the place of the whole layer would hide them.
+                    self.mixing.setdefault(name, "the loss does not reach it, or other code runs in its place")
+                    continue
+                for prefix_and_need in missing:
                     self.sums[name][prefix_and_need] = self._zeros(name, prefix_and_need)
+            self._tell_experts_apart()
 
     # -- one batch --------------------------------------------------------------------------------------------------
 
@@ -198,22 +225,25 @@ class Collector:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
             if self.looking:
                 return None
-            x = args[0] if args else next(iter(kwargs.values()))
-            if not self.in_backward:  # else gradient checkpointing recomputes what was counted already
-                self.calls[name] = self.calls.get(name, 0) + 1
-                if "inputs" in self.wanted and not self.probe:
-                    add(self.inputs, {name: self._inputs_of(name, x)})
-            if not torch.is_grad_enabled():
-                return None
-
-            def arrived(x: Tensor, g: Tensor, shared: Shared) -> None:
-                self.pending.setdefault(name, []).append((x, g))
-                if len(self.pending[name]) >= self.calls.get(name, 0):
-                    self._add(name, self.pending.pop(name), shared)
-
-            return _Watch.apply(output, x.detach(), self.anchor, self._hold(name, x), arrived, name)
+            return self._see(name, args[0] if args else next(iter(kwargs.values())), output)
 
         return hook
+
+    def _see(self, name: str, x: Tensor, y: Tensor, *route: experts.Route) -> Tensor:
+        """Note one use of a module. Gives y, watched for its gradient."""
+        if not self.in_backward:  # else gradient checkpointing recomputes what was counted already
+            self.calls[name] = self.calls.get(name, 0) + 1
+            if "inputs" in self.wanted and not self.probe:
+                add(self.inputs, {name: self._inputs_of(name, x, *route)})
+        if not torch.is_grad_enabled():
+            return y
+
+        def arrived(x: Tensor, g: Tensor, shared: Shared) -> None:
+            self.pending.setdefault(name, []).append((x, g, *route))
+            if len(self.pending[name]) >= self.calls.get(name, 0):
+                self._add(name, self.pending.pop(name), shared)
+
+        return _Watch.apply(y, x.detach(), self.anchor, self._hold(name, x), arrived, name)
 
     def _hold(self, name: str, x: Tensor) -> _Input:
         held = self.held.get(id(x))
@@ -232,8 +262,24 @@ class Collector:
         epsilon = self.rules[name]
         return None if epsilon is None else recipe(x.grad_fn, epsilon)
 
-    def _inputs_of(self, name: str, x: Tensor) -> dict[str, Tensor]:
+    def _see_experts(self, owner: str, projection: str, x: Tensor, y: Tensor, route: experts.Route) -> Tensor:
+        name = f"{owner}.{projection}" if owner else projection
+        return self._see(name, x, y, route) if name in self.infos else y
+
+    def _tell_experts_apart(self) -> None:
+        for projection, infos in self.experts.items():
+            stacked, reason = self.sums.pop(projection), self.mixing.pop(projection, None)
+            for info in infos:
+                expert = int(info.name.rpartition(".")[2])
+                self.sums[info.name] = {need: experts.of_expert(parts, expert) for need, parts in stacked.items()}
+                if reason is not None:
+                    self.mixing[info.name] = reason
+
+    def _inputs_of(self, name: str, x: Tensor, route: experts.Route | None = None) -> dict[str, Tensor]:
         info, real, mask = self.infos[name], None, self.mask
+        if route is not None:
+            real = mask.flatten() if mask is not None and mask.numel() == route.total else None
+            return experts.squared_inputs(x, route, real)
         if mask is not None:
             leading = x.shape if info.kind == "embedding" else x.shape[:-1]
             if leading == mask.shape:
@@ -247,8 +293,11 @@ class Collector:
         finally:
             self.looking = False
 
-    def _add(self, name: str, uses: list[tuple[Tensor, Tensor]], shared: Shared | None = None) -> None:
+    def _add(self, name: str, uses: list[tuple], shared: Shared | None = None) -> None:
         if name in self.mixing or (not self.probe and (self.prefix, name) in self.done):
+            return
+        if name in self.experts:
+            self._add_experts(name, uses)
             return
         info, module = self.infos[name], self.modules[name]
         handler = LAYER_TYPES[info.kind]
@@ -269,14 +318,29 @@ class Collector:
         self._keep(name, {self.prefix + need: parts for need, parts in found.items()})
         self.done.add((self.prefix, name))
 
+    def _add_experts(self, name: str, uses: list[tuple]) -> None:
+        info, module = self.infos[name], self.modules[name]
+        try:
+            x, g = experts.gathered(uses, self.examples)
+        except ValueError as error:
+            self.mixing[name] = f"{error} for {self.examples} examples"
+            return
+        if self.probe:
+            if g[x.example > 0].any():
+                self.mixing[name] = "an example's loss depends on rows that belong to another"
+            return
+        weights = experts.stacked_weights(module, name.rpartition(".")[2])
+        with torch.autocast(g.device.type, enabled=False):
+            found = experts.statistics(info, module, weights, x, g, self.wanted)
+        self._keep(name, {self.prefix + need: parts for need, parts in found.items()})
+        self.done.add((self.prefix, name))
+
     def _keep(self, name: str, found: Statistics) -> None:
         for need, parts in found.items():
-            # Columns and rows add up the same numbers as the whole does; single weights have no whole.
-            whole = {part: value for part, value in parts.items() if value.ndim == 0}
-            for part, value in (whole if "squares" in need or "products" in need else parts).items():
-                self.witnesses.append(
-                    (name, INPUT if need == "inputs" else part, value if value.ndim == 0 else value.sum())
-                )
+            for part, value in parts.items():
+                if part not in ("column", "row"):  # they add up the same numbers as the whole does
+                    what = INPUT if need == "inputs" else part
+                    self.witnesses.append((name, what, value.sum() if value.ndim else value))
             if need.removeprefix("sampled_") in WEIGHT_SIZED:
                 found[need] = {part: value.cpu() for part, value in parts.items()}
         add(self.sums[name], found)

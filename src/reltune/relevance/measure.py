@@ -34,27 +34,31 @@ from reltune.layers.inventory import (
     take_inventory,
 )
 from reltune.layers.per_example import WEIGHT_SIZED
-from reltune.layers.quantised import compute_as_in_training, stops_the_gradient
+from reltune.layers.quantised import stops_the_gradient
 from reltune.records import InputError
+from reltune.relevance.batches import batch_size, chained, contents, forward, frozen, moved, part_of, with_labels
 from reltune.relevance.checkpointing import checkpointing_in_evaluation
 from reltune.relevance.collector import AnalysisError, Collector, Sums
 from reltune.relevance.context import Context
+from reltune.relevance.experiment import Experiment, Parts, checked_options, random_state_kept
 from reltune.relevance.not_finite import where_not_finite
 from reltune.relevance.parallel import Processes, unwrapped
 from reltune.relevance.partial import Partial, deferred_signals, flat, nested
 from reltune.relevance.plugins import Criterion, check_parts, find_criteria
 from reltune.relevance.scores import RelevanceScores, assemble
+from reltune.relevance.streaming import analyze_checkpoint
 from reltune.tasks.losses import Loss, as_loss
 
 __all__ = ["AnalysisError", "analyze"]
 
 LossFunction = Callable[[Any, Any], Tensor]  # loss_fn(outputs, batch) -> (B,)
 SAMPLED = "sampled_"  # statistics of the pass whose labels are drawn from the model
+NO_DATA = "the loader gave no batch; relevance needs at least one example."
 INPUTS = "inputs"  # the statistic that needs no backward pass
 
 
 def analyze(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike,
     loader: Iterable[Any] | None = None,
     loss_fn: str | Loss | LossFunction | nn.Module | None = None,
     criteria: str | Criterion | Sequence[str | Criterion] = ("fisher",),
@@ -66,11 +70,14 @@ def analyze(
     seed: int = 42,
     progress: bool = True,
     resume_directory: str | os.PathLike | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     parallel: str = "auto",
 ) -> RelevanceScores:
     """Measure how much each unit of ``model`` matters for the task that ``loader`` and ``loss_fn`` define.
 
     Args:
+        model: the model; or the directory or hub id of a checkpoint, which is then scored without loading it, for criteria
+            that look at no data (``analyze_checkpoint``, which takes the model's class too).
         loader: batches, either mappings of tensors (``labels`` among them) or ``(inputs, labels)`` pairs; may be
             None when no criterion looks at data.
         loss_fn: a name from ``reltune.tasks.losses.LOSSES`` (``"causal_lm"``); or ``loss_fn(outputs, batch)``, which
@@ -88,11 +95,15 @@ def analyze(
         resume_directory: where the sums so far are kept every few minutes and when the analysis is interrupted; called
             again with the same model, data and arguments, it goes on from there, with the same result. Removed at the end.
             Of one process only.
+        options: of criteria that have some, as ``{"correlation": {"max_trials": 400}}``; their files say which.
         parallel: under ``torchrun`` or ``accelerate launch``, how the processes share the data. ``"auto"``: each takes
             every count-th batch of the same loader, unless a ``DistributedSampler`` or accelerate's ``prepare`` has
             dealt the data out already; examples that the sampler repeats count once. ``"split"``: the former in any case;
             ``"sharded"``: each process's loader gives its own part, by whatever means; ``"off"``: this process measures
             by itself. All processes get the scores of all the data.
+
+    Criteria measured from behaviour (ablation, correlation, movement) pass over the data many times, so that all batches
+    are then held in host memory, and run in one process.
 
     The model is analysed in evaluation mode (no dropout) on the device where it is, and handed back as it was. Gradient
     checkpointing that was enabled on it takes effect. A batch that does not fit in memory is halved, with a warning.
@@ -101,7 +112,20 @@ def analyze(
         InputError: unknown criterion, pattern without a match, no data, a loss that is not one number per example.
         AnalysisError: a loss or gradient that is not finite, a module whose rows cannot be told apart by example.
     """
-    found = find_criteria(criteria, elements)
+    if not isinstance(model, nn.Module):
+        if loader is not None or resume_directory is not None:
+            raise InputError("a checkpoint's path is analyzed without data; pass the loaded model with a loader.")
+        return analyze_checkpoint(
+            model,
+            criteria,
+            elements=elements,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            always_trained=always_trained,
+            seed=seed,
+            progress=progress,
+        )
+    wanted = find_criteria(criteria, elements)
     model = unwrapped(model)
     processes = Processes() if parallel == "off" else Processes.joined()
     heads = head_modules(model, new_parameters(model) if always_trained is None else always_trained)
@@ -109,14 +133,59 @@ def analyze(
     chosen = set(choose(inventory, target_modules, exclude_modules))
     measured = [info for info in inventory.modules if info.name in chosen]
 
+    behaviour = [name for name, criterion in wanted.items() if hasattr(criterion, "measure")]
+    statistical = [name for name in wanted if name not in behaviour]
+    asked = checked_options({name: wanted[name] for name in behaviour}, options)
     needs: set[str] = set()
-    for criterion in found.values():
-        needs |= {*criterion.NEEDS, *(criterion.ELEMENT_NEEDS if elements else ())}
+    for name in statistical:
+        needs |= {*wanted[name].NEEDS, *(wanted[name].ELEMENT_NEEDS if elements else ())}
     examples, data_hash = 0, ""
     sums: Sums = {}
+    parts: dict[str, Parts] = {}
+    facts: dict[str, Any] = {}
+    kept: list[Partial] = []
+    if behaviour:
+        if processes.count > 1:
+            raise InputError(
+                f"criterion {behaviour[0]!r} runs in one process, and these are {processes.count}; start it without a "
+                'launcher, or pass parallel="off".'
+            )
+        if loader is None:
+            raise InputError(f"criterion {behaviour[0]!r} needs data; pass a loader.")
+        loader = list(loader)
+        examples = sum(map(batch_size, loader))
+        if examples == 0:
+            raise InputError(NO_DATA)
+        stream = ""
+        for batch in loader:
+            stream = chained(stream, batch)
+        data_hash = _fingerprint(map(contents, loader))
+        of_measured, loss = inventory.only(chosen), as_loss(loss_fn)
+        for name in behaviour:
+            partial = None
+            if resume_directory is not None:
+                what = [name, dataclasses.asdict(asked[name])]
+                partial = Partial(Path(resume_directory), _key(model, measured, seed, what), name)
+                kept.append(partial)  # until all criteria are done: the next one may be interrupted too
+            experiment = Experiment(
+                criterion=name,
+                model=model,
+                loss=loss,
+                inventory=of_measured,
+                batches=loader,
+                options=asked[name],
+                seed=seed,
+                progress=progress,
+                partial=partial,
+                data=stream,
+                elements=elements,
+            )
+            with frozen(model), random_state_kept(experiment.device):
+                parts[name], found = wanted[name].measure(experiment)
+            facts[name] = {**dataclasses.asdict(asked[name]), **found}
     if needs:
         if loader is None:
-            wanting = [name for name, criterion in found.items() if criterion.NEEDS] or list(found)
+            wanting = [name for name in statistical if wanted[name].NEEDS] or statistical
             raise InputError(f"criterion {wanting[0]!r} needs data; pass a loader.")
         _check_gradients(model)
         data = _Pass(model, as_loss(loss_fn), measured, needs, seed, processes)
@@ -128,28 +197,33 @@ def analyze(
         if resume_directory is not None and processes.count > 1:
             raise InputError(f"resume_directory is for one process, and these are {processes.count}; leave it out.")
         if resume_directory is not None:
-            identity = [fingerprint(model), sorted(needs), [info.name for info in measured], seed]
-            key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-            partial = Partial(Path(resume_directory), key)
+            partial = Partial(Path(resume_directory), _key(model, measured, seed, sorted(needs)))
         examples, data_hash = data.over(loader, progress and processes.first, partial, parallel)
         sums, mixing = data.collector.sums, data.collector.mixing
         if mixing:
             _leave_out(mixing, bool(target_modules) or len(mixing) == len(measured), processes.first)
             measured = [info for info in measured if info.name not in mixing]
             inventory.left_out |= {f"{name}.weight": reason for name, reason in mixing.items()}
+    for partial in kept:
+        partial.remove()
 
+    inventory = inventory.only({info.name for info in measured})
     context = Context(examples, seed)
     modules = dict(model.named_modules())
-    parts = {
+    parts |= {
         name: assemble(
-            criterion,
-            [(info, canonical_weights(info, modules[info.name]), sums.get(info.name, {})) for info in measured],
+            wanted[name],
+            [(info, canonical_weights(info, modules[info.owner]), sums.get(info.name, {})) for info in measured],
             context,
             elements,
+            inventory.heads,
         )
-        for name, criterion in found.items()
+        for name in statistical
     }
-    check_parts(parts, measured)
+    check_parts({name: parts[name] for name in statistical}, measured)
+    known = {name for info in inventory.modules for name in (info.name, info.layer)}
+    known |= {group.name for group in inventory.heads}  # behaviour was measured of modules that mix examples too
+    parts = {name: {place: of for place, of in parts[name].items() if place in known} for name in wanted}
     provenance = {
         "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
         "architecture": type(model).__name__,
@@ -157,14 +231,20 @@ def analyze(
         "examples": examples,
         "data": data_hash,
         "seed": seed,
+        **facts,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
     }
-    inventory = dataclasses.replace(inventory, modules=measured)
     return RelevanceScores(parts, inventory, heads, fingerprint(model, heads), provenance)
+
+
+def _key(model: nn.Module, measured: Sequence[ModuleInfo], seed: int, what: Any) -> str:
+    """Names what is measured on which model, for a partial result."""
+    identity = [fingerprint(model), what, [info.name for info in measured], seed]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 def _check_gradients(model: nn.Module) -> None:
@@ -172,6 +252,16 @@ def _check_gradients(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if why := stops_the_gradient(module):
             raise InputError(f"{name} ({type(module).__name__}) lets no gradient through, because it {why}.")
+
+
+def _fingerprint(contents: Iterable[int]) -> str:
+    """Of data, from its batches' contents: no batching, order or number of processes changes it."""
+    return f"{sum(contents) % (1 << 128):032x}"
+
+
+def _seed(seed: int, batch: int) -> int:
+    """Of the labels drawn for a batch, whichever process measures it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{batch}".encode()).digest()[:8], "big") >> 1
 
 
 def _leave_out(mixing: Mapping[str, str], named: bool, warn: bool) -> None:
@@ -228,7 +318,7 @@ class _Pass:
         ):
             share = self.processes.share(loader, parallel)
             for index, batch in enumerate(tqdm(loader, desc="analyze", unit="batch", disable=not progress)):
-                data = _chained(data, batch)
+                data = chained(data, batch)
                 if index == 0 and share.every > 1:
                     still_at_work()
                     self._same_stream(data)
@@ -241,18 +331,18 @@ class _Pass:
                     continue
                 number = share.number(index)
                 if share.examples is not None:
-                    batch = _part(batch, 0, min(_size(batch), share.examples - state["examples"]))
-                if number is None or _size(batch) == 0:
+                    batch = part_of(batch, 0, min(batch_size(batch), share.examples - state["examples"]))
+                if number is None or batch_size(batch) == 0:
                     continue
-                contents = _contents(batch)
-                batch = _to(batch, self.device)
+                content = contents(batch)
+                batch = moved(batch, self.device)
                 self.generator.manual_seed(_seed(self.seed, number))
                 examples = self._add(batch, number)
-                if not probed and _size(batch) > 1 and self.backward_needs:
-                    self._probe(_part(batch, 0, 2))
+                if not probed and batch_size(batch) > 1 and self.backward_needs:
+                    self._probe(part_of(batch, 0, 2))
                     probed = True
                 state.update(batches=index + 1, examples=state["examples"] + examples, data=data)
-                state["contents"] = (state["contents"] + contents) % (1 << 128)
+                state["contents"] = (state["contents"] + content) % (1 << 128)
                 if partial and (waiting or partial.due()):
                     partial.save({**state, "mixing": self.collector.mixing}, flat(self.collector.sums))
                 if waiting:
@@ -268,13 +358,13 @@ class _Pass:
         counted = self.processes.gather([state["examples"], f"{state['contents']:x}", self.collector.mixing])
         examples = sum(of[0] for of in counted)
         if examples == 0:
-            raise InputError("the loader gave no batch; relevance needs at least one example.")
+            raise InputError(NO_DATA)
         for *_, mixing in counted:
             self.collector.mixing |= mixing
         self.processes.add_up(self.collector.sums)
         if partial:
             partial.remove()
-        return examples, f"{sum(int(of[1], 16) for of in counted) % (1 << 128):032x}"
+        return examples, _fingerprint(int(of[1], 16) for of in counted)
 
     def _same_stream(self, data: str) -> None:
         """Where every process takes its batches from the same stream, it must be the same indeed."""
@@ -298,36 +388,33 @@ class _Pass:
             if self.sampled:
                 examples = self._run(batch, {need.removeprefix(SAMPLED) for need in self.sampled}, SAMPLED)
         except (torch.OutOfMemoryError, MemoryError):
-            if _size(batch) < 2:
+            if batch_size(batch) < 2:
                 raise
         else:
             self.collector.finish()
             return examples
         # Outside the handler, which keeps the failed pass's tensors alive.
-        size = _size(batch)
+        size = batch_size(batch)
         skip = self.collector.abandon()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         warnings.warn(f"out of memory with {size} examples; going on with {size // 2} at a time.", stacklevel=4)
-        halves = _part(batch, 0, size // 2), _part(batch, size // 2, size)
+        halves = part_of(batch, 0, size // 2), part_of(batch, size // 2, size)
         return sum(self._add(half, index, skip) for half in halves)
 
     def _run(self, batch: Any, wanted: set[str], prefix: str) -> int:
         with torch.set_grad_enabled(wanted != {INPUTS}):
-            self.collector.expect(_size(batch), wanted, prefix, batch)
-            outputs = self._forward(batch)
+            self.collector.expect(batch_size(batch), wanted, prefix, batch)
+            outputs = forward(self.model, batch)
             self.collector.forward_done()
             if wanted == {INPUTS}:
-                return _size(batch)
+                return batch_size(batch)
             if prefix:
                 with torch.no_grad():
-                    batch = _with_labels(batch, self.loss.sample_labels(outputs, batch, self.generator))
+                    batch = with_labels(batch, self.loss.sample_labels(outputs, batch, self.generator))
             losses = self._losses(outputs, batch)
             self.collector.backward(losses)
         return len(losses)
-
-    def _forward(self, batch: Any) -> Any:
-        return self.model(**_inputs(batch)) if isinstance(batch, Mapping) else self.model(batch[0])
 
     def _losses(self, outputs: Any, batch: Any) -> Tensor:
         losses = self.loss.per_example(outputs, batch)
@@ -336,18 +423,20 @@ class _Pass:
                 f"loss_fn gave a tensor of shape {tuple(losses.shape)}; it must give one loss per example, shape "
                 "(batch,): leave out the reduction."
             )
-        if len(losses) != _size(batch):
+        if len(losses) != batch_size(batch):
             raise InputError(
-                f"loss_fn gave {len(losses)} losses for {_size(batch)} examples; it must give one loss per example: leave "
+                f"loss_fn gave {len(losses)} losses for {batch_size(batch)} examples; it must give one loss per example: leave "
                 "out the reduction."
             )
         if not torch.isfinite(losses).all():
             bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
             raise AnalysisError(
                 f"the loss of batch {self.collector.batch} is not finite at examples {bad[:8]} of the batch: "
-                f"{where_not_finite(self.model, batch, lambda: self._forward(batch))}."
+                f"{where_not_finite(self.model, batch)}."
             )
         if not losses.requires_grad:
+            if self.collector.mixing:
+                _leave_out(self.collector.mixing, named=True, warn=False)
             raise InputError("the loss does not depend on any measured module; widen target_modules.")
         return losses
 
@@ -355,103 +444,11 @@ class _Pass:
         """Differentiate the loss of the first of two examples: where the second's rows get a gradient too, the module
         mixes examples, or its input's first axis is not the examples."""
         self.collector.expect(2, self.backward_needs, "", pair, probe=True)
-        self.collector.backward(self.loss.per_example(self._forward(pair), pair)[:1])
-
-
-def _chained(before: str, batch: Any) -> str:
-    """Hash of the hash so far and of all tensors in the batch."""
-    digest = hashlib.sha256(before.encode())
-    for tensor in _values(batch):
-        if isinstance(tensor, Tensor):
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _contents(batch: Any) -> int:
-    """A number for the batch's examples: the sum of each one's hash, padding by ``attention_mask`` left out."""
-    size = _size(batch)
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    names = list(batch) if isinstance(batch, Mapping) else range(len(batch))
-    tensors = {n: v.detach().cpu() for n, v in zip(names, _values(batch), strict=True) if isinstance(v, Tensor)}
-    kept = tensors["attention_mask"].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    total = 0
-    for s in range(size):
-        digest = hashlib.sha256()
-        for name, value in tensors.items():
-            one = value[s] if value.ndim and len(value) == size else value
-            if kept is not None and one is not value and value.shape[:2] == kept.shape:
-                one = one[kept[s]]
-            digest.update(f"{name} {one.dtype} {tuple(one.shape)} ".encode())
-            digest.update(one.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        total += int.from_bytes(digest.digest()[:16], "big")
-    return total % (1 << 128)
-
-
-def _seed(seed: int, batch: int) -> int:
-    """Of the labels drawn for a batch, whichever process measures it."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{batch}".encode()).digest()[:8], "big") >> 1
-
-
-def _values(batch: Any) -> Iterable[Any]:
-    if isinstance(batch, Mapping):
-        return batch.values()
-    if not isinstance(batch, list | tuple):
-        raise InputError(
-            f"the loader gave a batch of type {type(batch).__name__}; "
-            "give mappings of tensors or (inputs, labels) pairs."
-        )
-    return batch
-
-
-def _like(batch: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(batch, Mapping):
-        return {key: change(value) for key, value in batch.items()}
-    return tuple(change(value) for value in batch)
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    return _like(batch, lambda value: value.to(device) if isinstance(value, Tensor) else value)
-
-
-def _size(batch: Any) -> int:
-    """The number of examples, which is the labels' where there are any."""
-    values = list(_values(batch))
-    labels = batch.get("labels") if isinstance(batch, Mapping) else values[-1]
-    tensors = [value for value in (labels, *values) if isinstance(value, Tensor) and value.ndim]
-    return len(tensors[0]) if tensors else 1
-
-
-def _part(batch: Any, start: int, stop: int) -> Any:
-    size = _size(batch)
-    return _like(batch, lambda v: v[start:stop] if isinstance(v, Tensor) and v.ndim and len(v) == size else v)
-
-
-def _with_labels(batch: Any, labels: Tensor) -> Any:
-    return {**batch, "labels": labels} if isinstance(batch, Mapping) else (*batch[:-1], labels)
-
-
-def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in batch.items() if key != "labels"}
+        outputs = forward(self.model, pair)
+        self.collector.backward(self.loss.per_example(outputs, pair)[:1])
 
 
 @contextlib.contextmanager
 def _evaluated(model: nn.Module) -> Iterator[None]:
-    with _frozen(model), fused_norms(model), checkpointing_in_evaluation(model), torch.enable_grad():
+    with frozen(model), fused_norms(model), checkpointing_in_evaluation(model), torch.enable_grad():
         yield
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no weight gradients, for as long as the context lasts."""
-    required = {name: p.requires_grad for name, p in model.named_parameters()}
-    modes = {name: module.training for name, module in model.named_modules()}
-    try:
-        model.eval()
-        compute_as_in_training(model)
-        model.requires_grad_(False)
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(required[name])
-        for name, module in model.named_modules():
-            module.training = modes[name]

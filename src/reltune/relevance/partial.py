@@ -23,8 +23,10 @@ EVERY = 300.0  # seconds between two saves; a kill that leaves no time to save c
 class Partial:
     """``key`` says what is measured on which model: sums of anything else are not continued."""
 
-    def __init__(self, directory: Path, key: str) -> None:
-        self.path, self.key, self.saved = directory / FILE, key, time.monotonic()
+    def __init__(self, directory: Path, key: str, criterion: str = "") -> None:
+        """``criterion``: with passes of its own, whose results are kept in a file of their own."""
+        self.path = directory / (f"{criterion}.{FILE}" if criterion else FILE)
+        self.key, self.saved = key, time.monotonic()
 
     def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """The state and the tensors that were saved, or None where there are none for this key."""
@@ -43,7 +45,7 @@ class Partial:
     def save(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """State and sums in one file, whole or not at all: one without the other would count batches twice."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        written = self.path.with_name(FILE + ".writing")
+        written = self.path.with_name(self.path.name + ".writing")
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(held, written, metadata={"state": json.dumps({**state, "key": self.key})})
         written.replace(self.path)
@@ -51,6 +53,11 @@ class Partial:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def interrupted_in(directory: Path) -> bool:
+    """Whether an analysis was interrupted here and can go on."""
+    return (directory / FILE).is_file() or any(directory.glob(f"*.{FILE}"))
 
 
 def flat(sums: dict[str, dict[str, dict[str, Tensor]]]) -> dict[str, Tensor]:

@@ -17,20 +17,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from reltune.layers.heads import HeadGroup
 from reltune.layers.inventory import Inventory
 from reltune.layers.units import ModuleInfo, Parts, part_shapes
 from reltune.records import Heatmap, InputError, nearest, write_json
 from reltune.relevance.context import Context
 
-FORMAT = "reltune-relevance-2"
-KINDS = ("layer", "module", "column", "row", "element", "bias", "norm")
+FORMAT = "reltune-relevance-3"
+KINDS = ("layer", "module", "head", "column", "row", "element", "bias", "norm")
 
 
 @dataclasses.dataclass
 class RelevanceScores:
     """``parts[criterion][module][part]``: column (in,), row (out,), weight (), bias () or norm (), as layers/units.py has
     them; element and element_bias where single weights were scored. Relevance that does not add up has parts of its own
-    for larger units: module () of a module, layer () under a layer's name.
+    for larger units: module () of a module, layer () under a layer's name, head (heads,) under an attention module's. The
+    ends of a score's 95% interval, where it has one, are in parts named after its own: module_low, module_high.
 
     ``provenance`` says on which model, data and versions the scores were measured.
     """
@@ -59,23 +61,47 @@ class RelevanceScores:
         """Relevance of every unit of a kind, by layer or module name.
 
         ``layer``, ``module``, ``bias`` and ``norm`` give one number () per name; ``column`` (in,) and ``row`` (out,)
-        give one number per feature.
+        give one number per feature; ``head`` (heads,) gives one number per head of each attention module (layers/heads.py).
+        Empty for a kind that the criterion does not score.
         """
         criterion = self.criterion(criterion)
         parts = self.parts[criterion]
         if kind not in KINDS:
             raise InputError(f"granularity {kind!r} is unknown; {nearest(kind, KINDS)}")
         own = {name: found[kind] for name, found in parts.items() if kind in found}
+        if kind == "head" and not own:
+            sums = {group.name: group.add_up(parts) for group in self.inventory.heads}
+            return {name: total for name, total in sums.items() if total is not None}
         if own or kind not in ("module", "layer"):
             return own
         total: dict[str, Tensor] = {}
         for name, found in parts.items():
-            key = name if kind == "module" else self.inventory[name].layer
-            if not found or (kind == "layer" and not self.inventory[name].in_block):
+            summands = [found[part] for part in ("weight", "bias", "norm") if part in found]
+            if not summands or (kind == "layer" and not self.inventory[name].in_block):
                 continue
-            relevance = sum(found[part] for part in ("weight", "bias", "norm") if part in found)
-            total[key] = total[key] + relevance if key in total else relevance  # type: ignore[assignment]
+            key = name if kind == "module" else self.inventory[name].layer
+            relevance = torch.stack(summands).sum(0)
+            total[key] = total[key] + relevance if key in total else relevance
         return total
+
+    def interval(self, kind: str, criterion: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """The ends of the 95% interval of every unit of a kind, in the shapes of ``by``."""
+        criterion = self.criterion(criterion)
+        ends = (f"{kind}_low", f"{kind}_high")
+        found = {
+            name: (parts[ends[0]], parts[ends[1]]) for name, parts in self.parts[criterion].items() if ends[0] in parts
+        }
+        if not found:
+            raise InputError(
+                f"{criterion} gives no intervals for granularity {kind!r}; correlation does for those it scores."
+            )
+        return found
+
+    def adds_up(self, criterion: str | None = None) -> bool:
+        """Whether a layer's relevance is the sum of its modules'."""
+        return not any(
+            "layer" in found or "module" in found for found in self.parts[self.criterion(criterion)].values()
+        )
 
     def compare(
         self, other: RelevanceScores | None = None, kind: str = "module", top: float = 0.1
@@ -107,43 +133,64 @@ class RelevanceScores:
                     "first": first,
                     "second": second,
                     "units": len(x),
-                    "spearman": _spearman(x, y),
+                    "spearman": spearman(x, y),
                     "overlap": len(best[0] & best[1]) / count,
                 }
             )
         return found
 
     def heatmap(self, criterion: str | None = None) -> Heatmap:
-        """Layer × module; modules outside the blocks have a row of their own."""
+        """Layer × module; modules outside the blocks have a row of their own.
+
+        The experts of a projection share a cell: their sum, or their mean where relevance does not add up.
+        """
         criterion = self.criterion(criterion)
         modules = self.by("module", criterion)
         rows = list(dict.fromkeys(self.inventory[name].layer for name in modules))
         columns = list(dict.fromkeys(self.inventory[n].place for n in modules if self.inventory[n].in_block))
         if any(not self.inventory[name].in_block for name in modules):
             columns.append("(outside the layers)")
-        values: list[list[float | None]] = [[None] * len(columns) for _ in rows]
+        cells: dict[tuple[int, int], list[float]] = {}
         for name, relevance in modules.items():
             info = self.inventory[name]
             column = info.place if info.in_block else "(outside the layers)"
-            values[rows.index(info.layer)][columns.index(column)] = float(relevance)
-        by_row = [math.fsum(v for v in row if v is not None) for row in values]
-        total = math.fsum(by_row) or 1.0
-        return Heatmap(criterion, rows, columns, values, [row / total for row in by_row])
+            cells.setdefault((rows.index(info.layer), columns.index(column)), []).append(float(relevance))
+        adds_up = self.adds_up(criterion)
+        values: list[list[float | None]] = [[None] * len(columns) for _ in rows]
+        for (i, j), held in cells.items():
+            values[i][j] = math.fsum(held) / (1 if adds_up else len(held))
+        layers = {} if adds_up else self.by("layer", criterion)
+        if layers:  # of the layers alone: a module's own score is none of a layer's kind
+            by_row = [float(layers[row]) if row in layers else 0.0 for row in rows]
+        else:
+            by_row = [math.fsum(v for v in row if v is not None) for row in values]
+        total = math.fsum(map(abs, by_row)) or 1.0
+        return Heatmap(criterion, rows, columns, values, [row / total for row in by_row], adds_up)
 
     def depth_sentence(self, criterion: str | None = None) -> str:
         """One line: where relevance lies by depth."""
         criterion = self.criterion(criterion)
         layers = {name: float(value) for name, value in self.by("layer", criterion).items()}
         if len(layers) < 2:
+            known = {info.layer for info in self.inventory.modules if info.in_block}
+            if len(known) >= 2:
+                return f"{criterion} does not score layers here, so it says nothing about depth."
             return f"The model has fewer than two layers, so {criterion} relevance has no depth to lie in."
-        total = math.fsum(layers.values()) or 1.0
-        shares = [value / total for value in layers.values()]
-        top = max(range(len(shares)), key=shares.__getitem__)
-        half = len(shares) // 2
-        upper = math.fsum(shares[len(shares) - half :])
+        scores = list(layers.values())
+        top = max(range(len(scores)), key=scores.__getitem__)
+        half = len(scores) // 2
+        if not self.adds_up(criterion):  # shares would be of a sum that means nothing, and that may be negative
+            upper, lower = (math.fsum(some) / len(some) for some in (scores[len(scores) - half :], scores[:-half]))
+            return (
+                f"By {criterion}, layer {top} of 0–{len(scores) - 1} matters most ({scores[top]:.3g}); the top layer has "
+                f"{scores[-1]:.3g}, the upper {half} of {len(scores)} layers {upper:.3g} on average and those below {lower:.3g}."
+            )
+        total = math.fsum(scores) or 1.0
+        shares = [value / total for value in scores]
         return (
             f"By {criterion}, layer {top} of 0–{len(shares) - 1} matters most ({shares[top]:.0%} of the layers' relevance); "
-            f"the top layer holds {shares[-1]:.0%}, the upper {half} of {len(shares)} layers together {upper:.0%}."
+            f"the top layer holds {shares[-1]:.0%}, the upper {half} of {len(shares)} layers together "
+            f"{math.fsum(shares[len(shares) - half :]):.0%}."
         )
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -192,7 +239,12 @@ class RelevanceScores:
             if len(tensors) != values["tensors"]:
                 raise ValueError(f"scores.safetensors has {len(tensors)} tensors and not {values['tensors']}")
             shapes = {info.name: part_shapes(info) for info in modules}
+            heads = [HeadGroup(**group) for group in values["heads"]]
             shapes |= {info.layer: {"layer": ()} for info in modules if info.in_block}
+            for group in heads:
+                shapes[group.name] = {**shapes.get(group.name, {}), "head": (group.heads,)}
+            for of in shapes.values():
+                of |= {f"{part}_{end}": of[part] for part in KINDS if part in of for end in ("low", "high")}
             parts: dict[str, dict[str, dict[str, Tensor]]] = {
                 criterion: {info.name: {} for info in modules} for criterion in values["criteria"]
             }
@@ -210,7 +262,9 @@ class RelevanceScores:
             if tensors:
                 raise ValueError(f"scores.json does not know {next(iter(tensors))}")
             counts = values["base_parameters"], values["head_parameters"]
-            inventory = Inventory(modules, values["left_out"], *counts)
+            inventory = Inventory(modules, values["left_out"], *counts, heads, values["without_heads"])
+            for group in heads:
+                group.check(inventory)
             return cls(parts, inventory, values["always_trained"], values["fingerprint"], values["provenance"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -223,37 +277,66 @@ def assemble(
     modules: Sequence[tuple[ModuleInfo, Mapping[str, Tensor], Mapping[str, Mapping[str, Tensor]]]],
     context: Context,
     elements: bool = False,
+    heads: Sequence[HeadGroup] = (),
 ) -> dict[str, dict[str, Tensor]]:
     """One criterion's ``parts`` from each module's weights and statistics (relevance/__init__.py says what it has)."""
-    combine = getattr(criterion, "combine", None)
-    parts: dict[str, dict[str, Tensor]] = {}
-    layers: dict[str, tuple[Parts, ...]] = {}
+    assembly = Assembly(criterion, context, elements, heads)
     for info, weights, sums in modules:
+        assembly.add(info, weights, sums)
+    return assembly.finished()
+
+
+class Assembly:
+    """``assemble`` for weights that come one module at a time; keeps none of them."""
+
+    def __init__(
+        self, criterion: ModuleType, context: Context, elements: bool = False, heads: Sequence[HeadGroup] = ()
+    ) -> None:
+        self.criterion, self.context, self.elements = criterion, context, elements
+        self.combine = getattr(criterion, "combine", None)
+        self.parts: dict[str, dict[str, Tensor]] = {}
+        self.layers: dict[str, tuple[Parts, ...]] = {}
+        self.heads = heads if self.combine is not None else ()
+        self.held_by_heads = {name for group in self.heads for name in group.modules}
+        self.inside_heads: dict[str, tuple[Parts, ...]] = {}
+
+    def add(self, info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]]) -> None:
+        combine = self.combine
         quantities = tuple(
             {part: value.detach().cpu() for part, value in of.items()}
-            for of in criterion.quantities(info, weights, sums, context)
+            for of in self.criterion.quantities(info, weights, sums, self.context)
         )
         found = quantities[0]
         if combine is not None and found:
+            if info.name in self.held_by_heads:
+                self.inside_heads[info.name] = quantities
             quantities = tuple({**of, "module": _whole(of)} for of in quantities)
             found = {part: combine(*(of[part] for of in quantities)) for part in quantities[0]}
             if info.in_block:
                 whole = tuple({"layer": of["module"]} for of in quantities)
-                held = layers.get(info.layer)
-                layers[info.layer] = (
+                held = self.layers.get(info.layer)
+                self.layers[info.layer] = (
                     whole
                     if held is None
                     else tuple({"layer": a["layer"] + b["layer"]} for a, b in zip(held, whole, strict=True))
                 )
-        parts[info.name] = dict(found)
-        if elements and (single := criterion.elements(info, weights, sums, context)):
-            parts[info.name]["element"] = single["weight"].detach().cpu()
+        self.parts[info.name] = dict(found)
+        if self.elements and (single := self.criterion.elements(info, weights, sums, self.context)):
+            self.parts[info.name]["element"] = single["weight"].detach().cpu()
             if "bias" in single:
-                parts[info.name]["element_bias"] = single["bias"].detach().cpu()
-    if combine is not None:
-        for layer, of in layers.items():
-            parts[layer] = {"layer": combine(*(quantity["layer"] for quantity in of))}
-    return parts
+                self.parts[info.name]["element_bias"] = single["bias"].detach().cpu()
+
+    def finished(self) -> dict[str, dict[str, Tensor]]:
+        if self.combine is not None:
+            for layer, of in self.layers.items():
+                self.parts[layer] = {"layer": self.combine(*(quantity["layer"] for quantity in of))}
+            for group in self.heads:
+                if all(name in self.inside_heads for name in group.modules):
+                    by_quantity = zip(*(self.inside_heads[name] for name in group.modules), strict=True)
+                    totals = [group.add_up(dict(zip(group.modules, of, strict=True))) for of in by_quantity]
+                    if all(total is not None for total in totals):
+                        self.parts.setdefault(group.name, {})["head"] = self.combine(*totals)
+        return self.parts
 
 
 def _whole(parts: Parts) -> Tensor:
@@ -262,7 +345,7 @@ def _whole(parts: Parts) -> Tensor:
     return torch.stack(values).sum(0)
 
 
-def _spearman(x: Tensor, y: Tensor) -> float:
+def spearman(x: Tensor, y: Tensor) -> float:
     ranks = torch.stack([_ranks(x), _ranks(y)])
     ranks = ranks - ranks.mean(1, keepdim=True)
     return float((ranks[0] @ ranks[1]) / (ranks[0].norm() * ranks[1].norm()))

@@ -2,9 +2,9 @@
 
 T(u) = 1/N Σ_s |Σ_{w ∈ u} w · ∂ℓ_s/∂w|. Summed over the unit with sign, made positive per example, then averaged: the
 group form of Molchanov et al. (CVPR 2019, eq. 8), with the absolute value in place of the square, so that it scales
-with the loss. A layer's is the sum of its matrices' and biases'. For elements 1/N Σ_s |w · ∂ℓ_s/∂w|. Memory: O(in + out)
-numbers per linear map (Σ_o w g over a column is Σ_t x · ∂x of that map alone), elements one per weight; cost: one forward
-and one input-gradient backward pass and two more products per map.
+with the loss. A layer's is the sum of its matrices' and biases', a head's that of its rows and columns. For elements
+1/N Σ_s |w · ∂ℓ_s/∂w|. Memory: O(in + out) numbers per linear map (Σ_o w g over a column is Σ_t x · ∂x of that map alone),
+elements one per weight; cost: one forward and one input-gradient backward pass and two more products per map.
 """
 
 from __future__ import annotations

@@ -59,8 +59,9 @@ def metric(name: str, value: Any) -> str:
 
 
 def shares(h: Heatmap) -> list[list[float | None]]:
-    """Each cell's share of all relevance (0..1); zeros when there is none."""
-    total = math.fsum(value for row in h.values for value in row if value is not None) or 1.0
+    """Each cell's share of all relevance (0..1), or, where it may be negative, of the sum of absolute values (−1..1);
+    zeros when there is none."""
+    total = math.fsum(abs(value) for row in h.values for value in row if value is not None) or 1.0
     return [[None if value is None else value / total for value in row] for row in h.values]
 
 
@@ -68,7 +69,14 @@ def share(value: float | None) -> str:
     """A cell's share in percent with one decimal, so that a column lines up; at most five characters."""
     if value is None:
         return ""
-    return "<0.1" if 0 < value < 0.0005 else f"{100 * value:.1f}"
+    if 0 < abs(value) < 0.0005:
+        return "<0.1" if value > 0 else ">-0.1"
+    return f"{100 * value:.1f}"
+
+
+def of_what(h: Heatmap) -> str:
+    """What the shares are shares of."""
+    return "all relevance" if h.adds_up else "the sum of absolute values"
 
 
 def layer_labels(rows: Sequence[str], width: int = 20) -> tuple[list[str], str]:

@@ -36,10 +36,12 @@ def write_report(path: str | os.PathLike, record: RunRecord) -> None:
         names = [*h.rows, *(name for name in record.selected_by_layer if name not in h.rows)]
         by_layer = h.share_by_layer + [0.0] * (len(names) - len(h.rows))
         figures[f"heatmap-{i}"] = heatmap_figure(h)
-        figures[f"layers-{i}"] = layers_figure(names, by_layer, record.selected_by_layer)
+        figures[f"layers-{i}"] = layers_figure(names, by_layer, record.selected_by_layer, h.adds_up)
         panels.append(
             {
                 "criterion": h.criterion,
+                "of_what": report.of_what(h),
+                "adds_up": h.adds_up,
                 "numbered": report.layer_labels(h.rows)[1],
                 "columns": h.columns,
                 "width": 84 + 28 * len(h.columns),  # pixels, below which it scrolls
@@ -109,11 +111,22 @@ def _square_root_scale() -> list[list[Any]]:
     return [[root**2, color] for root, color in zip(roots, sample_colorscale("Viridis", roots), strict=True)]
 
 
+def _signed_scale() -> list[list[Any]]:
+    """Negative values blue, positive ones vermillion, none pale: by the square root, as above, on both sides."""
+    from plotly.colors import sample_colorscale
+
+    roots = [i / 10 for i in range(-10, 11)]
+    colors = sample_colorscale([[0, BLUE], [0.5, "#f2f2f2"], [1, VERMILLION]], [(1 + root) / 2 for root in roots])
+    return [[(1 + root * abs(root)) / 2, color] for root, color in zip(roots, colors, strict=True)]
+
+
 def heatmap_figure(h: Heatmap) -> dict[str, Any]:
     """Layer × module, coloured by the share of all relevance in percent."""
     parts = report.shares(h)
     cells = [[None if value is None else 100 * value for value in row] for row in parts]
-    most = max((value for row in cells for value in row if value is not None), default=0.0)
+    known = [value for row in cells for value in row if value is not None]
+    signed = min(known, default=0.0) < 0
+    most = max(map(abs, known), default=0.0)
     lines = [_two_lines(name) for name in h.columns]
     below = 32 + 5.6 * max((len(line) for pair in lines for line in pair), default=0)
     return {
@@ -121,7 +134,7 @@ def heatmap_figure(h: Heatmap) -> dict[str, Any]:
             {
                 "type": "heatmap",
                 "z": cells,
-                "zmin": 0,
+                "zmin": -most if signed else 0,
                 "zmax": most or 1,
                 "text": [[report.share(value) for value in row] for row in parts],
                 "texttemplate": "%{text}",
@@ -133,14 +146,14 @@ def heatmap_figure(h: Heatmap) -> dict[str, Any]:
                     ]
                     for row, values in zip(h.rows, h.values, strict=True)
                 ],
-                "hovertemplate": "%{customdata}<br>%{z:.3f} % of all relevance<extra></extra>",
+                "hovertemplate": "%{customdata}<br>%{z:.3f} % of " + report.of_what(h) + "<extra></extra>",
                 "hoverongaps": False,
                 "xgap": 1,
                 "ygap": 1,
-                "colorscale": _square_root_scale(),
+                "colorscale": _signed_scale() if signed else _square_root_scale(),
                 "colorbar": {
                     "orientation": "h",
-                    "title": {"text": "share of all relevance, %", "side": "top"},
+                    "title": {"text": f"share of {report.of_what(h)}, %", "side": "top"},
                     "thickness": 10,
                     "len": 1,
                     "x": 0,
@@ -169,14 +182,17 @@ def heatmap_figure(h: Heatmap) -> dict[str, Any]:
 
 
 def layers_figure(
-    names: Sequence[str], by_layer: Sequence[float] | None, selected: Mapping[str, int]
+    names: Sequence[str], by_layer: Sequence[float] | None, selected: Mapping[str, int], adds_up: bool = True
 ) -> dict[str, Any]:
     """Relevance by layer and, beside it, the trainable parameters chosen there."""
     places = list(range(len(names)))
     sides: list[tuple[Sequence[float], str, str, str, str]] = []
     if by_layer is not None:
         percents = [100 * value for value in by_layer]
-        sides.append((percents, "share of all<br>relevance, %", BLUE, "%{x:.2f} % of all relevance", ""))
+        title, what = "share of all<br>relevance, %", "all relevance"
+        if not adds_up:
+            title, what = "the layer's own<br>score, share, %", "the layers' absolute values"
+        sides.append((percents, title, BLUE, "%{x:.2f} % of " + what, ""))
     if selected:
         chosen = [selected.get(name, 0) for name in names]
         sides.append((chosen, "trainable<br>parameters", VERMILLION, "%{x:,} trainable parameters", "~s"))
@@ -189,12 +205,12 @@ def layers_figure(
             "domain": [i * width + (0.04 if i else 0), (i + 1) * width - (0.04 if i + 1 < len(sides) else 0)],
             "title": {"text": title, "standoff": 6},
             "side": "top",
-            "range": [0, 1.05 * (max(values, default=0) or 1)],
+            "range": [1.05 * min([0, *values]), 1.05 * max([0, *values]) or 1],
             "nticks": 3,
             "tickangle": 0,
             "tickformat": tickformat,
             "gridcolor": GRID,
-            "zeroline": False,
+            "zeroline": min([0, *values]) < 0,
             "fixedrange": True,
         }
         bars.append(
@@ -472,12 +488,14 @@ summary { cursor: pointer; color: var(--soft); font-size: 14px; }
 </div>
 <div>
 <div class="plot" id="layers-{{ loop.index0 }}"></div>
-<p class="soft">Shares are parts of all the relevance measured by {{ panel.criterion }}.
+<p class="soft">{% if panel.adds_up %}Shares are parts of all the relevance measured by {{ panel.criterion }}.
+{% else %}Shares are parts of the sum of absolute values: {{ panel.criterion }} scores each layer and each module by itself, so
+that a layer's score is no sum of its modules'.{% endif %}
 {{ "Layer N is " ~ panel.numbered ~ "." if panel.numbered }} The input is at the bottom.
 An empty cell means that the layer has no such module.</p>
 </div>
 </div>
-<details><summary>{{ panel.criterion }} as a table, % of all relevance</summary>
+<details><summary>{{ panel.criterion }} as a table, % of {{ panel.of_what }}</summary>
 <div class="scroll"><table>
 <thead><tr><th>layer</th>
 {% for name in panel.columns %}

@@ -36,7 +36,9 @@ def heatmap(h: Heatmap) -> RenderableType:
     heads = _abbreviate(h.columns)
     label_width = max([len("layer"), *map(len, labels)])
     across = max(1, (WIDTH - label_width - CELL) // CELL)
-    most = max((value for row in cells for value in row if value is not None), default=0.0)
+    known = [value for row in cells for value in row if value is not None]
+    least, most = min(known, default=0.0), max(known, default=0.0)
+    least = min(least, 0.0)
 
     tables = []
     for start in range(0, max(len(h.columns), 1), across):
@@ -46,18 +48,22 @@ def heatmap(h: Heatmap) -> RenderableType:
             table.add_column(Text(head), width=CELL, justify="right", no_wrap=True)
         table.add_column("all", width=CELL, justify="right", no_wrap=True, style="bold")
         for i in reversed(range(len(h.rows))):
-            row = [_cell(value, most) for value in cells[i][start : start + across]]
+            row = [_cell(value, least, most) for value in cells[i][start : start + across]]
             table.add_row(Text(labels[i]), *row, report.share(h.share_by_layer[i]))
         tables.append(table)
 
-    scale = Text("0 ").append_text(_scale()).append(f" {report.share(most)} %")
+    scale = Text(f"{report.share(least)} " if least else "0 ").append_text(_scale()).append(f" {report.share(most)} %")
     if any(value is None for row in cells for value in row):
         scale.append("   blank: no such module")
     legend = [f"{head} {name}" for head, name in zip(heads, h.columns, strict=True) if head != name]
+    if not h.adds_up:
+        legend.append("all: the layer's own score")
     if numbered:
         legend.append(f"N {numbered}")
     return Group(
-        Text(f"{h.criterion} relevance: share of the total, %", style="bold"),
+        Text(
+            f"{h.criterion} relevance: share of {report.of_what(h) if not h.adds_up else 'the total'}, %", style="bold"
+        ),
         Text("deepest layer at the top, input at the bottom", style="dim"),
         *tables,
         scale,
@@ -118,10 +124,10 @@ def _abbreviate(names: Sequence[str]) -> list[str]:
     return heads
 
 
-def _cell(value: float | None, most: float) -> Text:
+def _cell(value: float | None, least: float, most: float) -> Text:
     if value is None:
         return Text(" " * CELL)
-    red, green, blue = _viridis(value / most if most > 0 else 0.0)
+    red, green, blue = _viridis((value - least) / (most - least) if most > least else 0.0)
     # Relative luminance decides which of black and white is easier to read (WCAG 2: above 0.179 black).
     r, g, b = (c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in (red, green, blue))
     light = 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import re
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +16,17 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch.utils.data import Dataset
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import is_offline_mode
 
 from reltune.records import InputError, nearest
+from reltune.tasks.pretrained import first_line, load_config
 from reltune.tasks.rows import Row
 
 
@@ -65,12 +62,12 @@ class SequenceClassification:
     def load_tokenizer(model_name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
         """The model's tokenizer, with a padding token and a ``model_max_length`` the model can take."""
         name = os.fspath(model_name_or_path)
-        config = _load_config(name)
+        config = load_config(name)
         mend = "Save it there with tokenizer.save_pretrained, or name a model that comes with one."
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # the tokenizers library raises bare Exceptions on a damaged file
-            raise InputError(f"{name} has no usable tokenizer ({_first_line(error)}). {mend}") from error
+            raise InputError(f"{name} has no usable tokenizer ({first_line(error)}). {mend}") from error
         # without any file transformers returns a tokenizer of special tokens only (T5's: one more)
         if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
             raise InputError(f"{name} has no tokenizer files. {mend}")
@@ -98,7 +95,7 @@ class SequenceClassification:
         ``dtype`` None keeps the checkpoint's own. Code from model repositories is never run.
         """
         name = os.fspath(model_name_or_path)
-        config = _load_config(name)
+        config = load_config(name)
         if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             raise InputError(
                 f"{name} is a {config.model_type!r} model, for which transformers has no sequence "
@@ -130,7 +127,7 @@ class SequenceClassification:
                 ) from error
             except Exception as error:  # safetensors, pickle and quantisation packages each raise their own
                 raise InputError(
-                    f"The weights of {name} cannot be loaded ({_first_line(error)}); "
+                    f"The weights of {name} cannot be loaded ({first_line(error)}); "
                     "if the files are damaged, copy or download the model again."
                 ) from error
         # heads on decoders look for the last token that is not this one; set only now, because an embedding
@@ -205,45 +202,6 @@ class SequenceClassification:
 def _label_order(label: str) -> tuple[bool, float, str]:
     number = re.fullmatch(r"[+-]?\d+(\.\d+)?", label)
     return number is None, float(label) if number else 0.0, label
-
-
-def _first_line(error: Exception) -> str:
-    line = str(error).strip().partition("\n")[0].rstrip(".: ")
-    return textwrap.shorten(line, 160, placeholder=" …") or type(error).__name__
-
-
-def _load_config(name: str) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        raise InputError(_why_no_config(name, error)) from error
-
-
-def _why_no_config(name: str, error: Exception) -> str:
-    folder = Path(name)
-    if "trust_remote_code" in str(error):
-        return (
-            f"{name} needs Python code of its own, which reltune does not run; "
-            "name a model whose architecture transformers itself has."
-        )
-    if folder.is_file():
-        return f"{name} is a file; name the model's directory."
-    if folder.is_dir() and (folder / "config.json").is_file():
-        return (
-            f"{folder / 'config.json'} does not describe a model that this version of transformers knows "
-            f"({_first_line(error)}). Copy or download the model again, or update transformers."
-        )
-    if folder.is_dir() and (folder / "adapter_config.json").is_file():
-        return f"{name} is an adapter, not a model; name the base model it was trained on."
-    if folder.is_dir():
-        return f"{name} has no config.json, so it is no model; name a directory that save_pretrained wrote."
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):  # the form of ids on the Hub
-        return f"The model directory {name} does not exist; check the path."
-    offline = " while HF_HUB_OFFLINE is set" if is_offline_mode() else ""
-    return (
-        f"{name!r} is no local directory and cannot be loaded from the Hugging Face Hub{offline}; "
-        "check the path or id, the network, and your login if access is restricted."
-    )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,197 @@
+"""Attention heads: which rows of the query, key and value projections and columns of the output projection are one head.
+
+The unit is the query head. It holds its rows of the query projection, its columns of the output projection, and its rows
+of the key and value projections where no other head reads them. Under grouped-query attention keys and values are shared
+by several heads and belong to none: so every weight is in one head at most, heads add up and are paid for once, and taking
+a head's output columns out removes that head and nothing else. Biases are no part of a head: the part of an output bias
+has no head, and a query bias is chosen whole or not at all. Nor are norms of queries and keys, attention sinks and tables
+of relative positions.
+
+Heads are found by the names of the projections and by sizes that fit the number of heads and their size. All
+architectures below lay heads out as consecutive blocks of rows in the heads' order. An attention module with projections
+or parameters beyond the known ones may mix its heads (differential attention, convolutions): it gets no heads and a reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from reltune.layers.units import ModuleInfo, Parts
+
+if TYPE_CHECKING:
+    from reltune.layers.inventory import Inventory
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadGroup:
+    """The heads of one attention module.
+
+    ``projections`` maps a module to the rows at which head 0 begins: one start of a query, key or value projection,
+    several of a fused one. Head h begins ``h · head_size`` rows further on. ``output`` reads head h from as many columns.
+    """
+
+    name: str  # of the attention module
+    layer: str
+    heads: int
+    head_size: int
+    output: str
+    projections: dict[str, list[int]]
+
+    @property
+    def modules(self) -> list[str]:
+        """Every module that holds a part of a head."""
+        return [*self.projections, self.output]
+
+    def output_columns(self, head: int) -> range:
+        return range(head * self.head_size, (head + 1) * self.head_size)
+
+    def rows(self, head: int) -> dict[str, list[int]]:
+        """The head's rows of each query, key and value projection."""
+        return {
+            name: [start + row for start in starts for row in self.output_columns(head)]
+            for name, starts in self.projections.items()
+        }
+
+    def add_up(self, parts: Mapping[str, Parts]) -> Tensor | None:
+        """The sums (heads,) over what each head holds of the modules' row and column parts; None where one has none."""
+        blocks = [
+            (parts.get(name, {}).get("row"), start) for name, starts in self.projections.items() for start in starts
+        ]
+        blocks.append((parts.get(self.output, {}).get("column"), 0))
+        total: Tensor | None = None
+        for values, start in blocks:
+            if values is None:
+                return None
+            own = values[start : start + self.heads * self.head_size].reshape(self.heads, self.head_size).sum(1)
+            total = own if total is None else total + own
+        return total
+
+    def check(self, inventory: Inventory) -> None:
+        """Raise ValueError unless the heads lie inside modules of these shapes."""
+        end = self.heads * self.head_size
+        sizes = [(name, start, 0) for name, starts in self.projections.items() for start in starts]
+        if self.heads < 1 or self.head_size < 1:
+            raise ValueError(f"{self.name} has {self.heads} heads of size {self.head_size}")
+        for name, start, side in [*sizes, (self.output, 0, 1)]:
+            if name not in inventory or start < 0 or start + end > inventory[name].shape[side]:
+                raise ValueError(f"the heads of {self.name} do not lie in {name}")
+
+
+# Names of the query, key, value and output projections, under the attention module.
+SEPARATE = (
+    ("q_proj", "k_proj", "v_proj", "o_proj"),  # Llama, Qwen, Mistral, Mixtral, Gemma, ViT, gpt-oss
+    ("q_proj", "k_proj", "v_proj", "out_proj"),  # BART, OPT, GPT-Neo, CLIP, Whisper
+    ("q_lin", "k_lin", "v_lin", "out_lin"),  # DistilBERT
+    ("q", "k", "v", "o"),  # T5
+)
+BERT = ("query", "key", "value")  # BERT, RoBERTa, ELECTRA; the output is output.dense, in the parent module
+HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
+HEAD_SIZE = ("head_dim", "attention_head_size", "key_value_proj_dim")
+BESIDE = ("q_norm", "k_norm", "sinks", "relative_attention_bias")  # what may stand beside the projections
+
+
+def heads_of(model: nn.Module, inventory: Inventory) -> list[HeadGroup]:
+    """The heads of every attention module whose structure is known and whose projections are all in the inventory."""
+    return heads_and_reasons(model, inventory)[0]
+
+
+def heads_and_reasons(model: nn.Module, inventory: Inventory) -> tuple[list[HeadGroup], dict[str, str]]:
+    """The same, and why other attention modules have none, by their names."""
+    groups: list[HeadGroup] = []
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        names = _projections(model, name, module)
+        if names is None:
+            if _looks_like_attention(module):
+                reasons[name] = f"the projections of {type(module).__name__} are not known"
+            continue
+        try:
+            groups.append(_group(name, module, names, inventory))
+        except ValueError as error:
+            reasons[name] = str(error)
+    return groups, reasons
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    """Called …Attention, with weights of its own or just below: neither in a further attention module nor nowhere."""
+    nested = any("Attention" in type(child).__name__ for child in module.modules() if child is not module)
+    return "Attention" in type(module).__name__ and not nested and any(True for _ in module.parameters())
+
+
+def _projections(model: nn.Module, name: str, module: nn.Module) -> tuple[list[str], str] | None:
+    """The query, key and value projections, or the fused ones, and the output projection, where the names are known."""
+
+    def inner(*keys: str) -> list[str]:
+        return [f"{name}.{key}" if name else key for key in keys]
+
+    children = dict(module.named_children())
+    for *keys, output in SEPARATE:
+        if all(key in children for key in (*keys, output)):
+            return inner(*keys), inner(output)[0]
+    if all(key in children for key in BERT):
+        parent = name.rpartition(".")[0]
+        output = f"{parent}.output.dense" if parent else "output.dense"
+        return (inner(*BERT), output) if _has(model, output) else None
+    if "c_attn" in children and "c_proj" in children:
+        return inner("q_attn", "c_attn") if "q_attn" in children else inner("c_attn"), inner("c_proj")[0]
+    return None
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _group(name: str, module: nn.Module, names: tuple[list[str], str], inventory: Inventory) -> HeadGroup:
+    """Raises ValueError, saying why, where names alone do not make heads."""
+    inputs, output = names
+    infos: dict[str, ModuleInfo] = {}
+    for key in (*inputs, output):
+        if key not in inventory:
+            raise ValueError(inventory.left_out.get(f"{key}.weight", f"{key} has no units"))
+        infos[key] = inventory[key]
+    fused = len(inputs) < 3
+    for key, info in infos.items():
+        # Fused projections of other types are laid out otherwise (GPTBigCode's c_attn: head by head).
+        if info.kind != ("conv1d" if fused else "linear"):
+            raise ValueError(f"{key} is of kind {info.kind}")
+    others = sorted({key.split(".")[0] for key in _own_parameters(name, module, infos)} - set(BESIDE))
+    if others:
+        raise ValueError(f"{type(module).__name__} has {others[0]}, whose part in the heads is not known")
+
+    config = getattr(module, "config", None)
+    heads = next((getattr(of, key) for of in (module, config) for key in HEADS if hasattr(of, key)), None)
+    size = next((getattr(module, key) for key in HEAD_SIZE if hasattr(module, key)), None)
+    if not isinstance(heads, int) or not isinstance(size, int) or heads < 1 or size < 1:
+        raise ValueError(f"{type(module).__name__} does not say how many heads of what size it has")
+    end = heads * size
+    misfit = ValueError(f"the sizes of its projections do not fit {heads} heads of size {size}")
+    if infos[output].columns != end:
+        raise misfit
+    rows = [infos[key].rows for key in inputs]
+    if fused:
+        starts = [[0], [0, end]] if len(inputs) == 2 else [[0, end, 2 * end]]
+        if rows != [len(of) * end for of in starts]:
+            raise misfit
+        projections = dict(zip(inputs, starts, strict=True))
+    else:
+        groups, rest = divmod(rows[1], size)
+        if rows[0] != end or rows[1] != rows[2] or rest or not groups or heads % groups:
+            raise misfit
+        projections = {key: [0] for key in (inputs if groups == heads else inputs[:1])}
+    return HeadGroup(name, infos[output].layer, heads, size, output, projections)
+
+
+def _own_parameters(name: str, module: nn.Module, projections: Mapping[str, ModuleInfo]) -> Iterator[str]:
+    """The module's parameters that are not in a projection, by their names inside it."""
+    for key, _ in module.named_parameters():
+        owner = (f"{name}." if name else "") + key.rpartition(".")[0]
+        if owner not in projections:
+            yield key

@@ -1,0 +1,19 @@
+"""A matrix a few rows at a time in a wider number format, so that no wide copy of all of it is ever made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+NUMBERS = 1 << 20  # per block: 4 MiB in float32, 8 MiB in float64
+
+
+def row_blocks(matrix: Tensor, dtype: torch.dtype, numbers: int = 0) -> Iterator[tuple[slice, Tensor]]:
+    """Which rows, and the rows in ``dtype``; of a matrix that has that type already, views."""
+    rows, columns = matrix.shape
+    step = max(1, (numbers or NUMBERS) // max(1, columns))
+    for start in range(0, rows, step):
+        at = slice(start, min(start + step, rows))
+        yield at, matrix[at].to(dtype)

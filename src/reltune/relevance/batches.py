@@ -1,0 +1,105 @@
+"""What a batch is made of, whether a mapping of tensors or a pair of inputs and labels, and a model that is only looked at."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reltune.layers.quantised import compute_as_in_training
+from reltune.records import InputError
+
+
+def chained(before: str, batch: Any) -> str:
+    """Hash of the hash so far and of all tensors in the batch."""
+    digest = hashlib.sha256(before.encode())
+    for tensor in values_of(batch):
+        if isinstance(tensor, Tensor):
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def contents(batch: Any) -> int:
+    """A number for the batch's examples: the sum of each one's hash, padding by ``attention_mask`` left out."""
+    size = batch_size(batch)
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    names = list(batch) if isinstance(batch, Mapping) else range(len(batch))
+    tensors = {n: v.detach().cpu() for n, v in zip(names, values_of(batch), strict=True) if isinstance(v, Tensor)}
+    kept = tensors["attention_mask"].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    total = 0
+    for s in range(size):
+        digest = hashlib.sha256()
+        for name, value in tensors.items():
+            one = value[s] if value.ndim and len(value) == size else value
+            if kept is not None and one is not value and value.shape[:2] == kept.shape:
+                one = one[kept[s]]
+            digest.update(f"{name} {one.dtype} {tuple(one.shape)} ".encode())
+            digest.update(one.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        total += int.from_bytes(digest.digest()[:16], "big")
+    return total % (1 << 128)
+
+
+def values_of(batch: Any) -> Iterable[Any]:
+    if isinstance(batch, Mapping):
+        return batch.values()
+    if not isinstance(batch, list | tuple):
+        raise InputError(
+            f"the loader gave a batch of type {type(batch).__name__}; "
+            "give mappings of tensors or (inputs, labels) pairs."
+        )
+    return batch
+
+
+def like(batch: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(batch, Mapping):
+        return {key: change(value) for key, value in batch.items()}
+    return tuple(change(value) for value in batch)
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    return like(batch, lambda value: value.to(device) if isinstance(value, Tensor) else value)
+
+
+def batch_size(batch: Any) -> int:
+    """The number of examples, which is the labels' where there are any."""
+    values = list(values_of(batch))
+    labels = batch.get("labels") if isinstance(batch, Mapping) else values[-1]
+    tensors = [value for value in (labels, *values) if isinstance(value, Tensor) and value.ndim]
+    return len(tensors[0]) if tensors else 1
+
+
+def part_of(batch: Any, start: int, stop: int) -> Any:
+    size = batch_size(batch)
+    return like(batch, lambda v: v[start:stop] if isinstance(v, Tensor) and v.ndim and len(v) == size else v)
+
+
+def with_labels(batch: Any, labels: Tensor) -> Any:
+    return {**batch, "labels": labels} if isinstance(batch, Mapping) else (*batch[:-1], labels)
+
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    """The model's outputs; it never sees the labels."""
+    if isinstance(batch, Mapping):
+        return model(**{key: value for key, value in batch.items() if key != "labels"})
+    return model(batch[0])
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no weight gradients, for as long as the context lasts."""
+    required = {name: p.requires_grad for name, p in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    try:
+        model.eval()
+        compute_as_in_training(model)
+        model.requires_grad_(False)
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required[name])
+        for name, module in model.named_modules():
+            module.training = modes[name]
