@@ -99,6 +99,7 @@ def refusals(directory: Path) -> None:
     expect("the processes' loaders give different batches", [] if rank else same_start)
     expect("the loader gave no batch", [])
     expect("resume_directory is for one process", same_start, resume_directory=directory)
+    expect("criterion 'ablation' runs in one process", same_start, criteria=["ablation"])
     expect("parallel is 'both'", same_start, parallel="both")
     sampler = DistributedSampler(Examples(), num_replicas=2, rank=0)
     if rank == 1:
@@ -155,8 +156,9 @@ def out_of_memory(directory: Path) -> None:
 
 
 def expect(sentence: str, loader, kind=ValueError, elsewhere: int | None = None, model=None, **options) -> None:
+    criteria = options.pop("criteria", ["fisher"])
     try:
-        measure(model or MODELS["sequential"](), loader, None, ["fisher"], **options)
+        measure(model or MODELS["sequential"](), loader, None, criteria, **options)
     except kind as error:
         assert sentence in str(error), error
         if elsewhere is not None:

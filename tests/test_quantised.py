@@ -233,6 +233,13 @@ def test_modes_and_weights_are_left_as_they_were(way):
         assert torch.equal(canonical_weights(info, quantised.get_submodule(info.name))["weight"], before[info.name])
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_probe_of_full_tuning_refuses_it_by_name(way):
+    quantised, _ = pair(tiny_bert, way)
+    with pytest.raises(InputError, match=r"movement trains every weight, and bert\.\S+ is quantised"):
+        measure(quantised, batches(), None, ["movement"])
+
+
 def test_a_layer_that_is_not_quantised_yet_is_left_out_by_name():
     layer = bitsandbytes.nn.Linear4bit(16, 16)
     inventory = take_inventory(nn.Sequential(layer, nn.Linear(16, 3)))

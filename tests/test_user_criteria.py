@@ -159,6 +159,8 @@ def test_an_unknown_name_is_compared_with_those_of_packages(on_path, tmp_path):
         ("mine = broken", "NEEDS = ()", "package broken .broken. has no function quantities"),
         ("mine = broken", "NEEDS = ()\nquantities = 3", "has no function quantities"),
         ("mine = broken", "def quantities(*_): ...", "has no NEEDS"),
+        ("mine = broken", "NEEDS = ()\ndef quantities(*_): ...\ndef elements(*_): ...", "has no ELEMENT_NEEDS"),
+        ("mine = broken", "def measure(*_): ...", "has no SCORES"),
         ("mine = broken", "NEEDS = ('square',)\ndef quantities(*_): ...", "has 'square'; did you mean 'squares'"),
         ("mine = broken", "NEEDS = 'squares'\ndef quantities(*_): ...", "must be a tuple of statistics"),
         ("mi/ne = broken", "NEEDS = ()\ndef quantities(*_): ...", "a name that files cannot carry"),
@@ -192,7 +194,7 @@ def test_single_weights_need_their_functions(on_path, tmp_path):
     on_path(package(tmp_path, "broken", "mine = broken", code))
     model = MODELS["sequential"]()
     measure(model, criteria=["mine"], target_modules="0")
-    with pytest.raises(InputError, match="has no ELEMENT_NEEDS"):
+    with pytest.raises(InputError, match="criterion 'mine' has no number for single weights"):
         measure(model, criteria=["mine"], elements=True)
 
 

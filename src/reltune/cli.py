@@ -177,11 +177,13 @@ def analyze(
     if config.has_data:
         materials, directory = _begin(config, overwrite_output_dir, select=False)
         stages.analyze(materials, directory)
+        if not _first():
+            return
+    elif _several():
+        raise InputError("an analysis of the weights alone is for one process; start it without a launcher.")
     else:
         directory = stages.RunDirectory(config.output_dir)
         stages.analyze_weights(config, directory, overwrite_output_dir)
-    if not _first():
-        return
     _show_relevance(config, directory)
     _say(f"Next: reltune select {config.output_dir} --budget 0.5%")
 

@@ -122,7 +122,7 @@ class RunConfig:
             raise InputError("exactly one of train_file and dataset_name says what to train on; give one of them.")
 
     def check(self) -> None:
-        """Raise InputError for values that no later stage could use. Reads no files."""
+        """Raise InputError for values that no later stage could use. Of files it reads the run's own scores at most."""
         for name, known in (("criteria", CRITERIA), ("granularity", GRANULARITIES)):
             if not getattr(self, name):
                 raise InputError(f"{name} is empty; name at least one of {', '.join(known)}.")

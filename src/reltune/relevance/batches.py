@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reltune.layers.quantised import compute_as_in_training
 from reltune.records import InputError
 
 
@@ -94,6 +95,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     modes = {name: module.training for name, module in model.named_modules()}
     try:
         model.eval()
+        compute_as_in_training(model)
         model.requires_grad_(False)
         yield
     finally:

@@ -348,8 +348,8 @@ class Collector:
         for need, parts in found.items():
             for part, value in parts.items():
                 if part not in ("column", "row"):  # they add up the same numbers as the whole does
-                    total = value.sum() if value.ndim else value
-                    self.witnesses.append((name, INPUT if need == "inputs" else part, total))
+                    what = INPUT if need == "inputs" else part
+                    self.witnesses.append((name, what, value.sum() if value.ndim else value))
             if need.removeprefix("sampled_") in WEIGHT_SIZED:
                 found[need] = {part: value.cpu() for part, value in parts.items()}
         add(self.sums[name], found)

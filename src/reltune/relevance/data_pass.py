@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 from reltune.layers.fused_norms import fused_norms
 from reltune.layers.inventory import ModuleInfo
 from reltune.layers.per_example import WEIGHT_SIZED
-from reltune.layers.quantised import compute_as_in_training
 from reltune.records import InputError
 from reltune.relevance.batches import batch_size, chained, contents, forward, frozen, moved, part_of, with_labels
 from reltune.relevance.checkpointing import checkpointing_in_evaluation
@@ -190,7 +189,7 @@ class DataPass:
             bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
             raise AnalysisError(
                 f"the loss of batch {self.collector.batch} is not finite at examples {bad[:8]} of the batch: "
-                f"{where_not_finite(self.model, batch, lambda: forward(self.model, batch))}."
+                f"{where_not_finite(self.model, batch)}."
             )
         if not losses.requires_grad:
             if self.collector.mixing:
@@ -212,7 +211,5 @@ def _seed(seed: int, batch: int) -> int:
 
 @contextlib.contextmanager
 def _evaluated(model: nn.Module) -> Iterator[None]:
-    with frozen(model):
-        compute_as_in_training(model)
-        with fused_norms(model), checkpointing_in_evaluation(model), torch.enable_grad():
-            yield
+    with frozen(model), fused_norms(model), checkpointing_in_evaluation(model), torch.enable_grad():
+        yield

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from reltune.layers.inventory import canonical_weights
+from reltune.layers.quantised import is_quantised
 from reltune.layers.units import by_unit
 from reltune.records import InputError
 from reltune.relevance.batches import batch_size, forward, moved
@@ -108,7 +109,7 @@ def _rewound(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """All parameters can be trained, and are what they were when the context ends; gives copies of them by name."""
     own = dict(model.named_parameters())
     for name, p in own.items():
-        if not p.is_floating_point():
+        if is_quantised(p):
             raise InputError(
                 f"movement trains every weight, and {name} is quantised ({p.dtype}); use another criterion."
             )

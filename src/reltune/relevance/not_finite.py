@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reltune.relevance.batches import forward
 
-def where_not_finite(model: nn.Module, batch: Any, forward: Callable[[], Any]) -> str:
-    """A phrase for the place. Runs ``forward``, which calls the model, once more, and looks at every module's output."""
+
+def where_not_finite(model: nn.Module, batch: Any) -> str:
+    """A phrase for the place. Runs the model once more, and looks at every module's output."""
     named = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
     for key, value in named:
         if not _finite(value):
@@ -27,7 +29,7 @@ def where_not_finite(model: nn.Module, batch: Any, forward: Callable[[], Any]) -
     handles = [module.register_forward_hook(look_at(name)) for name, module in model.named_modules() if name]
     try:
         with torch.no_grad():
-            forward()
+            forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -258,4 +258,4 @@ def _add_up(bucket: list[tuple[str, Tensor]], sums: Sums) -> None:
     parts = total.split([value.numel() for _, value in bucket])
     for (key, value), part in zip(bucket, parts, strict=True):
         need, name, module = key.split("/", 2)
-        sums[module].setdefault(need, {})[name] = part.reshape(value.shape).to(value.device)
+        sums.setdefault(module, {}).setdefault(need, {})[name] = part.reshape(value.shape).to(value.device)

@@ -60,8 +60,8 @@ def find_criteria(wanted: str | Criterion | Sequence[str | Criterion], elements:
         if found.get(name, criterion) is not criterion:
             raise InputError(f"two different criteria are called {name!r}; rename one.")
         if criterion is not CRITERIA.get(name):
-            _check(name, criterion, where, elements)
-        check_elements(name, criterion, elements)
+            _check(name, criterion, where)
+        _check_elements(name, criterion, elements)
         found[name] = criterion
     if not found:
         raise InputError(f"no criterion was named; choose from {', '.join(known_criteria())}.")
@@ -72,14 +72,6 @@ def needs_data(criterion: Any) -> bool:
     return hasattr(criterion, "measure") or bool(criterion.NEEDS)
 
 
-def check_elements(name: str, criterion: Any, elements: bool) -> None:
-    """Raise InputError where single weights are wanted of a criterion that has no number for them."""
-    if not elements:
-        return
-    if not ("element" in criterion.SCORES if hasattr(criterion, "measure") else hasattr(criterion, "elements")):
-        raise InputError(f"criterion {name!r} has no number for single weights; leave out elements or the criterion.")
-
-
 def check_parts(parts: Mapping[str, Mapping[str, Parts]], modules: Sequence[ModuleInfo]) -> None:
     """Raise InputError where a criterion that is not reltune's own gave numbers that could not be saved or selected by."""
     shapes = {info.name: part_shapes(info) for info in modules}
@@ -88,7 +80,7 @@ def check_parts(parts: Mapping[str, Mapping[str, Parts]], modules: Sequence[Modu
             continue
         if not any(of.values()):
             raise InputError(f"criterion {name!r} scored nothing; its quantities(…) must give one number per unit.")
-        for module, part, value in ((m, p, v) for m in shapes for p, v in of[m].items()):
+        for module, part, value in ((m, p, v) for m in shapes for p, v in of.get(m, {}).items()):
             wanted = shapes[module].get(part)
             if wanted is None or value.shape != wanted:
                 fit = f"of shape {wanted}" if wanted is not None else f"one of {', '.join(shapes[module])}"
@@ -121,23 +113,31 @@ def _by_name(name: str) -> tuple[Any, str]:
         ) from error
 
 
-def _check(name: str, criterion: Any, where: str, elements: bool) -> None:
+def _check_elements(name: str, criterion: Any, elements: bool) -> None:
+    """Raise InputError where single weights are wanted of a criterion that has no number for them."""
+    has = "element" in criterion.SCORES if hasattr(criterion, "measure") else hasattr(criterion, "elements")
+    if elements and not has:
+        raise InputError(f"criterion {name!r} has no number for single weights; leave out elements or the criterion.")
+
+
+def _check(name: str, criterion: Any, where: str) -> None:
     if not re.fullmatch(r"[\w.-]+", name):
         raise InputError(
             f"criterion {name!r} of {where} has a name that files cannot carry; use letters, digits and _."
         )
-    if hasattr(criterion, "measure"):
+    if hasattr(criterion, "measure"):  # passes of its own
         wanted = {"SCORES": False, "measure": True}
     else:
-        wanted = {"NEEDS": False, "quantities": True} | ({"ELEMENT_NEEDS": False, "elements": True} if elements else {})
+        wanted = {"NEEDS": False, "quantities": True}
+        wanted |= {"ELEMENT_NEEDS": False, "elements": True} if hasattr(criterion, "elements") else {}
     for attribute, function in wanted.items():
         value = getattr(criterion, attribute, None)
         if value is None or (function and not callable(value)):
             raise InputError(
                 f"criterion {name!r} of {where} has no {'function ' if function else ''}{attribute}; add it."
             )
-        for need in cast(Sequence[str], value) if attribute.endswith("NEEDS") else ():
-            if isinstance(value, str) or need not in KNOWN_NEEDS:
+        for need in () if function else cast(Sequence[str], value):
+            if isinstance(value, str) or (need not in KNOWN_NEEDS and attribute != "SCORES"):
                 word = value if isinstance(value, str) else need
                 raise InputError(
                     f"{attribute} of criterion {name!r} of {where} must be a tuple of statistics and has {word!r}; "

@@ -26,7 +26,7 @@ from reltune.layers.units import ModuleInfo
 from reltune.records import InputError
 from reltune.relevance.checkpoint import Checkpoint
 from reltune.relevance.context import Context
-from reltune.relevance.plugins import Criterion, find_criteria, needs_data
+from reltune.relevance.plugins import Criterion, check_parts, find_criteria, needs_data
 from reltune.relevance.scores import Assembly, RelevanceScores
 
 
@@ -108,6 +108,7 @@ def analyze_checkpoint(
         },
     }
     parts = {name: assembly.finished() for name, assembly in assemblies.items()}
+    check_parts(parts, inventory.modules)
     return RelevanceScores(parts, inventory, heads, fingerprint_of(read), provenance)
 
 
