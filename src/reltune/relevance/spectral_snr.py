@@ -18,7 +18,8 @@ It departs from the published code in two things.
 Columns and rows: the norm of the column's (row's) part in the signal's singular directions over that of its rest; the same
 dimension and no adding up to the matrix's ratio; an attention head's the sums of its rows' and columns' norms. Biases, norms and single weights have no spectrum and get nothing. A 2-D
 convolution is taken as (out, in · height · width), each group for itself; an embedding as it is. Where there is no noise
-(more than half of the singular values are 0) the ratio stops at 1 over the rounding of its type.
+(more than half of the singular values are 0) the ratio stops at 1 over the rounding of its type. A short side of a few
+(BERT's two token types) has no bulk to tell noise by, and its ratio means little.
 Memory and cost: ops/singular_vectors.py, per matrix.
 """
 
