@@ -8,4 +8,6 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if not os.path.exists("/dev/nvidiactl"):  # no GPU: Triton's kernels run in its interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # torch's number of threads

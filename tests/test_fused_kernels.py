@@ -1,17 +1,9 @@
 """The Triton kernels for sums of squared gradients, against their PyTorch references: on the GPU, or else in Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
-
-pytest.importorskip("triton", reason="Triton comes with torch for CUDA only")
-
 from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from relevance_cases import MODELS, data_for, measure, split
-from reltune.relevance import measure as measuring
+from reltune.relevance import data_pass
 from reltune.relevance.collector import AnalysisError, Collector
 from reltune.relevance.recompute import is_exact, recipe
 
@@ -29,7 +29,7 @@ def recomputing(monkeypatch):
             super().__init__(model, measured, recompute=True)
             made.append(self)
 
-    monkeypatch.setattr(measuring, "Collector", Recomputing)
+    monkeypatch.setattr(data_pass, "Collector", Recomputing)
     return made
 
 
