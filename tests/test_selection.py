@@ -379,3 +379,13 @@ def test_a_saved_artefact_selects_the_same(tmp_path):
     kinds = ["row", "module", "column"]
     first = select(scores, "20%", kinds)
     assert dataclasses.asdict(first) == dataclasses.asdict(select(RelevanceScores.load(tmp_path), "20%", kinds))
+
+
+def test_units_that_harm_are_never_taken():
+    modules = [linear("b.0.m", 2, 4, layer="b.0"), linear("b.1.m", 2, 1, layer="b.1")]
+    parts = {"b.0.m": {"column": [3, -1, 0, -8]}, "b.1.m": {"column": [-2]}}
+    plan = select(scores_of(modules, parts), 12, "column")
+    assert chosen(plan) == {"b.0.m": ([0, 2], [], False, False)}
+    parts = {"b.0.m": {"column": [-3, -1, -2, -8]}, "b.1.m": {"column": [-2]}}
+    with pytest.raises(InputError, match="fisher gives every column a negative score; select by another"):
+        select(scores_of(modules, parts), 12, "column")

@@ -32,7 +32,7 @@ def select(
 
     This is the greedy rule for the knapsack problem (Dantzig 1957): relevance adds up over units, a unit that no
     longer fits is passed over and smaller ones behind it may still be taken. Ties go to the earlier module and the
-    lower index, so equal scores give equal plans.
+    lower index, so equal scores give equal plans. Units with a negative score (criteria that are signed) are never taken.
 
     Modules outside the layers (BERT's pooler, a final norm) compete only when ``target_modules`` names them. They stand
     next to the new head and get the largest gradients while it is still learning: left in, the pooler took most of a
@@ -92,9 +92,13 @@ def select(
             "another one."
         )
     at, of, price, worth = (np.concatenate(part) for part in (place, index, cost, relevant))
-    if price.min() > limit:
+    if worth.max() < 0:
         raise InputError(
-            f"budget {budget} allows {limit:,} parameters, and the smallest {' or '.join(kinds)} has {price.min():,}; "
+            f"{criterion} gives every {' and '.join(kinds)} a negative score; select by another criterion."
+        )
+    if price[worth >= 0].min() > limit:
+        raise InputError(
+            f"budget {budget} allows {limit:,} parameters, and the smallest {' or '.join(kinds)} has {price[worth >= 0].min():,}; "
             "raise the budget or choose a finer granularity."
         )
 
@@ -104,7 +108,7 @@ def select(
     used = 0
     smallest = int(price.min())
     for candidate in np.argsort(-(worth / price), kind="stable"):
-        if limit - used < smallest and len(kinds) == 1:
+        if (limit - used < smallest and len(kinds) == 1) or worth[candidate] < 0:
             break
         kind, name = places[at[candidate]]
         pieces = [
