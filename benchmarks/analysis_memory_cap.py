@@ -40,6 +40,7 @@ def quantised_llama(shape: Shape, device: str, bits: int) -> LlamaForCausalLM:
         for name, child in list(module.named_children()):
             if name in PROJECTIONS:
                 setattr(module, name, _quantised(_random(child.weight, device), bits, device))
+    for module in model.modules():  # anew: the maps that were replaced are none of them
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
                 drawn = _random(parameter, device) if parameter.ndim == 2 else torch.ones_like(parameter, device=device)
@@ -74,6 +75,7 @@ def _quantised(weight: torch.Tensor, bits: int, device: str) -> nn.Module:
 
 def cap(device: torch.device, gib: float) -> float:
     """Let torch have so much less what the context takes. Gives its share, in GiB."""
+    device = torch.device(device.type, device.index or 0)
     torch.zeros(1, device=device)
     free, total = torch.cuda.mem_get_info(device)
     context = total - free - torch.cuda.memory_reserved(device)
