@@ -23,11 +23,16 @@ class AnalysisError(RuntimeError):
     """The measurement itself failed: a loss or a gradient is not finite, or a module mixes examples."""
 
 
-def mixing_sentence(mixing: Mapping[str, str]) -> str:
+def first_and_others(mixing: Mapping[str, str]) -> tuple[str, str]:
+    """The first module with the number of the others, and its reason."""
     name, reason = next(iter(mixing.items()))
-    others = f" and {len(mixing) - 1} more" if len(mixing) > 1 else ""
+    return name + (f" and {len(mixing) - 1} more" if len(mixing) > 1 else ""), reason
+
+
+def mixing_sentence(mixing: Mapping[str, str]) -> str:
+    names, reason = first_and_others(mixing)
     return (
-        f"the gradients of {name}{others} cannot be told apart by example: {reason}; leave it out by exclude_modules, or give "
+        f"the gradients of {names} cannot be told apart by example: {reason}; leave it out by exclude_modules, or give "
         "batches of one example."
     )
 
@@ -37,7 +42,8 @@ class _Input:
 
     def __init__(self, x: Tensor, recipe: Recipe | None) -> None:
         self.tensor, self.version = weakref.ref(x), x._version
-        self.recipe, self.again = recipe, None  # type: tuple[Recipe | None, Tensor | None]
+        self.recipe = recipe
+        self.again: Tensor | None = None
         self.readers = 0  # modules whose gradient is still to come
         self.shared = Shared(others=False)
 

@@ -28,7 +28,7 @@ from reltune.layers.inventory import (
 from reltune.layers.quantised import stops_the_gradient
 from reltune.records import InputError
 from reltune.relevance.batches import batch_size, chained, contents, frozen
-from reltune.relevance.collector import AnalysisError, Sums, mixing_sentence
+from reltune.relevance.collector import AnalysisError, Sums, first_and_others, mixing_sentence
 from reltune.relevance.context import Context
 from reltune.relevance.data_pass import NO_DATA, DataPass
 from reltune.relevance.experiment import Experiment, Parts, checked_options, random_state_kept
@@ -144,7 +144,7 @@ def analyze(
             return None
         identity = [fingerprint(model), what, [info.name for info in inventory.modules], seed]
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-        return Partial(Path(resume_directory), key, name) if name else Partial(Path(resume_directory), key)
+        return Partial(Path(resume_directory), key, name)
 
     if behaviour:
         assert loader is not None
@@ -176,10 +176,11 @@ def analyze(
     if needs:
         assert loader is not None
         _check_gradients(model)
-        processes.agree_on(
-            [fingerprint(model), sorted(needs), [info.name for info in inventory.modules], seed],
-            "the processes have different models or arguments; load the same weights and ask for the same in each.",
-        )
+        if processes.count > 1:  # the fingerprint waits for the device
+            processes.agree_on(
+                [fingerprint(model), sorted(needs), [info.name for info in inventory.modules], seed],
+                "the processes have different models or arguments; load the same weights and ask for the same in each.",
+            )
         data_pass = DataPass(model, as_loss(loss_fn), inventory.modules, needs, seed, processes)
         examples, data = data_pass.over(loader, progress and processes.first, partial(sorted(needs)), parallel)
         sums = data_pass.collector.sums
@@ -243,9 +244,8 @@ def _without(inventory: Inventory, mixing: Mapping[str, str], named: bool, warn:
     if named or len(mixing) == len(inventory.modules):
         raise AnalysisError(mixing_sentence(mixing))
     if warn:
-        name, reason = next(iter(mixing.items()))
-        others = f" and {len(mixing) - 1} more" if len(mixing) > 1 else ""
-        message = f"{name}{others} not measured: {reason}. Batches of one example can measure it."
+        names, reason = first_and_others(mixing)
+        message = f"{names} not measured: {reason}. Batches of one example can measure it."
         warnings.warn(message, RuntimeWarning, stacklevel=3)
     kept = inventory.only({info.name for info in inventory.modules} - set(mixing))
     kept.left_out |= {f"{name}.weight": reason for name, reason in mixing.items()}
