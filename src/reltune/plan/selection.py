@@ -130,7 +130,11 @@ def select(
     for module in chosen.values():
         module.columns.sort()
         module.rows.sort()
-    ordered = {info.name: chosen[info.name] for info in inventory.modules if info.name in chosen}
+    ordered = {
+        info.name: dataclasses.replace(chosen[info.name], groups=info.groups)
+        for info in inventory.modules
+        if info.name in chosen
+    }
     plan = Plan(
         modules=ordered,
         budget=str(budget),
@@ -170,9 +174,9 @@ class _Piece:
     @property
     def cost(self) -> int:
         if self.kind == "column":
-            return len(self.indices) * self.info.shape[0]
+            return len(self.indices) * self.info.column_parameters
         if self.kind == "row":
-            return len(self.indices) * self.info.shape[1]
+            return len(self.indices) * self.info.row_parameters
         return self.info.bias_parameters + (self.info.weight_parameters if self.kind in WHOLE else 0)
 
     def without(self, taken: Collection[int]) -> _Piece:
