@@ -214,8 +214,4 @@ def _take(module: ModulePlan, piece: _Piece) -> None:
 
 def _why_no_heads(inventory: Inventory) -> str:
     """A remark in brackets, or nothing, on why no head can be chosen."""
-    for group in inventory.heads:
-        for name in group.modules:
-            if inventory[name].kind not in TRAINABLE:
-                return f" ({name} ({inventory[name].kind}) can be measured and not trained)"
     return next((f" ({name}: {reason})" for name, reason in inventory.without_heads.items()), "")
