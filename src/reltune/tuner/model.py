@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -18,7 +21,7 @@ from reltune.records import InputError, nearest
 from reltune.tuner.config import ReltuneConfig
 from reltune.tuner.conv2d import ReltuneConv2d
 from reltune.tuner.embedding import ReltuneEmbedding
-from reltune.tuner.layer import ReltuneLayer
+from reltune.tuner.layer import BASE, ReltuneLayer
 from reltune.tuner.linear import ReltuneLinear, ReltuneLinearConv1D
 from reltune.tuner.norm import ReltuneNorm
 
@@ -30,6 +33,10 @@ LAYER_CLASSES: dict[str, type[ReltuneLayer]] = {
     "embedding": ReltuneEmbedding,
     "norm": ReltuneNorm,
 }
+
+
+def _with_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
+    return args, {**kwargs, "adapter_names": adapter_names}
 
 
 def _setting(module: nn.Module) -> str:
@@ -161,6 +168,34 @@ class ReltuneModel(BaseTuner):
         norms = by_unit(info, {"weight": squares.mT if info.kind == "conv1d" else squares})["column"]
         largest = torch.topk(norms, min(r, info.columns)).indices.sort().values
         return ModulePlan(shape, largest.tolist(), groups=info.groups)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand ``adapter_names``, one per sample, to every layer for the time of one forward pass or generation."""
+        names: list[str] | None = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call eval() first.")
+        unknown = sorted(set(names) - {BASE, *self.peft_config})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = kwargs.get("num_beams") or 1
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else self.model
+        before_beams = set() if encoder is self.model else set(encoder.modules())
+        handles = []
+        for module in self.model.modules():
+            if isinstance(module, ReltuneLayer | AuxiliaryTrainingWrapper):
+                # Beam search repeats every sample, behind the encoder.
+                own = names if module in before_beams else [name for name in names for _ in range(beams)]
+                hook = partial(_with_adapter_names, adapter_names=own)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
