@@ -164,8 +164,7 @@ class ReltuneLayer(WrittenWeight):
         """Each sample with the adapter that it names, or the base: the product is taken per adapter."""
         if self.merged:
             raise ValueError(
-                "adapter_names cannot be given while adapters are merged; call unmerge_adapter first (Cannot pass "
-                "`adapter_names` when there are merged adapters)."
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
         if len(x) != len(adapter_names):
             raise ValueError(
@@ -189,8 +188,11 @@ class ReltuneLayer(WrittenWeight):
         biased = [name for name in names if name in self.reltune_bias]
         partial = [name for name in names if name in self.originals]
         self._check_loaded(partial)
-        if whole or biased:
-            weight = _combined(self._pristine_weight() if whole else self.weight, self.reltune_weight, whole)
+        # The values of an adapter that is not asked for are in the weight, where a graph needs them. A copy without them
+        # gives the base's output to the bit; it is not worth keeping for a backward pass.
+        copied = self._written not in (None, *partial) and not (torch.is_grad_enabled() and x.requires_grad)
+        if whole or biased or copied:
+            weight = _combined(self._pristine_weight() if whole or copied else self.weight, self.reltune_weight, whole)
             bias = self._base_bias()
             bias = None if bias is None else _combined(bias, self.reltune_bias, biased)
             y = self._base_forward(x, weight, bias)
@@ -198,7 +200,7 @@ class ReltuneLayer(WrittenWeight):
             y = self.base_layer(x, *args, **kwargs)
         if not self.originals:
             return y
-        in_product = None if whole else self._written  # the adapter whose values the product has used
+        in_product = None if whole or copied else self._written  # the adapter whose values the product has used
         if in_product is not None and in_product not in partial:
             y = y - self._correction(x, in_product, self._written_values(in_product))
         for name in partial:

@@ -274,7 +274,12 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
 
 
 def _before_save(module: Any, *_: Any) -> None:
-    module._rewrite()
+    """What is saved as the base's weight is the base's own, unless a graph needs the weight as it is."""
+    module._graphs = prune(module._graphs)
+    if module._graphs:
+        module._rewrite()
+    else:
+        module._restore()
 
 
 def _before_load(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
