@@ -11,13 +11,14 @@ the product.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from reltune.ops.attach import HoldWeight
 from reltune.plan.plan import ModulePlan
@@ -58,8 +59,8 @@ class ReltuneLayer(WrittenWeight):
 
     def _base_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The base layer's output with other tensors in place of its own."""
-        tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-        return functional_call(self.get_base_layer(), tensors, (x,))
+        with _in_place(self.get_base_layer(), {"weight": weight, "bias": bias}):
+            return self.get_base_layer()(x)
 
     def _attach_columns(self, y: Tensor, x: Tensor, columns: Tensor, idx: Tensor, row_idx: Tensor | None) -> Tensor:
         """y as it is, with the columns' gradient attached (ops/attach.py)."""
@@ -315,6 +316,23 @@ class ReltuneLayer(WrittenWeight):
 
     def __repr__(self) -> str:
         return "reltune." + super().__repr__()
+
+
+@contextmanager
+def _in_place(module: nn.Module, tensors: dict[str, Tensor | None]) -> Iterator[None]:
+    """Let the module's forward find these tensors as its own.
+
+    ``torch.func.functional_call`` exchanges registered parameters, past which FSDP puts plain attributes.
+    """
+    attributes, new = module.__dict__, {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    before = {name: attributes[name] for name in new if name in attributes}
+    attributes.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            del attributes[name]
+        attributes.update(before)
 
 
 def _combined(base: Tensor, trained: nn.ParameterDict, names: list[str]) -> Tensor:

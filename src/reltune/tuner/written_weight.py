@@ -95,6 +95,7 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         self.register_load_state_dict_pre_hook(_before_load)
         self.register_load_state_dict_post_hook(_after_load)
         self.register_state_dict_pre_hook(_before_save)
+        self.register_state_dict_post_hook(_after_save)
 
     # -- where columns and rows lie --------------------------------------------------------------------------------
 
@@ -274,12 +275,15 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
 
 
 def _before_save(module: Any, *_: Any) -> None:
-    """What is saved as the base's weight is the base's own, unless a graph needs the weight as it is."""
     module._graphs = prune(module._graphs)
-    if module._graphs:
-        module._rewrite()
-    else:
+    if not module._graphs:
         module._restore()
+
+
+def _after_save(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """What is saved as the base's weight is the base's own, as a copy where a graph needs the weight as it is."""
+    if module._written is not None and f"{prefix}base_layer.weight" in state_dict:
+        state_dict[f"{prefix}base_layer.weight"] = module._pristine_weight()
 
 
 def _before_load(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
