@@ -48,7 +48,14 @@ def copy_all(copies: Sequence[Any]) -> None:
         weight, other = copy.weight, 1 - copy.dim
         strides = weight.stride(other), weight.stride(copy.dim), values.stride(other), values.stride(copy.dim)
         rows.append(
-            (weight.data_ptr(), values.data_ptr(), idx.data_ptr(), weight.shape[other], values.shape[copy.dim], *strides)
+            (
+                weight.data_ptr(),
+                values.data_ptr(),
+                idx.data_ptr(),
+                weight.shape[other],
+                values.shape[copy.dim],
+                *strides,
+            )
         )
     first = copies[0]
     table = torch.tensor(rows, dtype=torch.int64).to(first.weight.device)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from reltune.ops.attach import AttachColumns, AttachRows, HoldWeight, LiveGraphs, prune
+from reltune.ops.attach import AttachColumns, AttachRows, HoldWeight, LiveGraphs
 from reltune.plan.plan import ModulePlan
 from reltune.records import InputError
 
@@ -100,7 +100,7 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
         self._written: str | None = None
         self._values = _Seen([])  # of the written adapter, when it was written
         self._awaited: set[str] = set()  # adapters whose indices have yet to be loaded
-        self._graphs: LiveGraphs = []
+        self._graphs = LiveGraphs()
         self._backup: dict[str, Tensor] = {}  # whole tensors replaced by merge
         shape = self._shape()
         self.in_features, self.out_features = shape[-1], shape[0]
@@ -307,7 +307,6 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
             devices = {t.device for t in (self.weight, *self._trained(wanted))}
             if len(devices) > 1 or self.weight.device.type == "meta":
                 return
-        self._graphs = prune(self._graphs)
         if wanted != self._written and not self._graphs:
             self._restore()
             if wanted is not None:
@@ -478,7 +477,7 @@ class ReltuneLayer(nn.Module, BaseTunerLayer):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_graphs": []}  # graphs belong to this process and to this copy
+        return {**self.__dict__, "_graphs": LiveGraphs()}  # graphs belong to this process and to this copy
 
     def __repr__(self) -> str:
         return "reltune." + super().__repr__()

@@ -11,6 +11,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from reltune.layers.fingerprint import fingerprint
+from reltune.layers.fused_norms import fuse_norms, restore_norms
 from reltune.layers.inventory import layer_type
 from reltune.plan.plan import TRAINABLE, ModulePlan
 from reltune.records import InputError, nearest
@@ -129,6 +130,7 @@ class ReltuneModel(BaseTuner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             self._end_backward_at_lowest_unit()
+            self._fuse_norms()
         return super().forward(*args, **kwargs)
 
     def _end_backward_at_lowest_unit(self) -> None:
@@ -149,6 +151,13 @@ class ReltuneModel(BaseTuner):
                 if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
                     del module._forward_hooks[key]
 
+    def _fuse_norms(self) -> None:
+        """Once per device that the model is on. Not for a forward pass only: checkpoints run theirs in the backward pass."""
+        device = next(self.model.parameters()).device
+        if device != getattr(self, "_fused_on", None):
+            fuse_norms(self.model)
+            self._fused_on = device
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, ReltuneLayer):
             super()._replace_module(parent, child_name, new_module, child)
@@ -157,6 +166,7 @@ class ReltuneModel(BaseTuner):
             setattr(parent, child_name, new_module)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        restore_norms(self.model)
         for module in self.model.modules():
             if isinstance(module, ReltuneLayer):
                 module._restore()  # not every layer has the adapters that are merged
