@@ -16,7 +16,13 @@ from reltune.layers.inventory import layer_type
 from reltune.plan.plan import TRAINABLE, ModulePlan
 from reltune.records import InputError, nearest
 from reltune.tuner.config import ReltuneConfig
-from reltune.tuner.layer import LAYER_CLASSES, ReltuneLayer
+from reltune.tuner.layer import ReltuneLayer
+from reltune.tuner.linear import ReltuneLinear
+from reltune.tuner.norm import ReltuneNorm
+from reltune.tuner.written_weight import together
+
+# Kind of module (layers/inventory.py) -> the layer that trains it; its keys are plan.TRAINABLE.
+LAYER_CLASSES: dict[str, type[ReltuneLayer]] = {"linear": ReltuneLinear, "norm": ReltuneNorm}
 
 
 class ReltuneModel(BaseTuner):
@@ -150,6 +156,10 @@ class ReltuneModel(BaseTuner):
             for key, hook in list(module._forward_hooks.items()):
                 if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
                     del module._forward_hooks[key]
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        with together():
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def _fuse_norms(self) -> None:
         """Once per device that the model is on. Not for a forward pass only: checkpoints run theirs in the backward pass."""
