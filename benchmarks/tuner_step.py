@@ -163,7 +163,7 @@ def exactness(bench: Benchmark, options: argparse.Namespace, shape: Shape, steps
     shape = dataclasses.replace(shape, layers=2)
     base = llama(shape, options.device)
     batch = {key: value.to(options.device) for key, value in texts(shape, 2, min(options.tokens, 512)).items()}
-    rate = 1e-2
+    rate = 1e-3
     model = get_peft_model(base, ReltuneConfig(target_modules=PROJECTIONS, r=options.columns))
     layers = {
         name: module for name, module in model.get_base_model().named_modules() if hasattr(module, "reltune_columns")

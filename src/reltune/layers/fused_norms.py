@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from reltune.layers import norm
 
+_alike: dict[type, bool] = {}  # classes that were tried: does theirs compute what the kernel does?
+
 
 def fuse_norms(model: nn.Module) -> list[nn.Module]:
     """Let every bfloat16 RMSNorm on an accelerator, whose class computes what Llama's does, be computed by the kernel.
@@ -23,14 +25,12 @@ def fuse_norms(model: nn.Module) -> list[nn.Module]:
     if importlib.util.find_spec("triton") is None:
         return []
     fused: list[nn.Module] = []
-    alike: dict[type, bool] = {}
     for module in model.modules():
         if not _may_be(module):
             continue
-        kind = type(module)
-        if kind not in alike:
-            alike[kind] = _computes_the_same(module)
-        if alike[kind]:
+        if type(module) not in _alike:
+            _alike[type(module)] = _computes_the_same(module)
+        if _alike[type(module)]:
             module.forward = functools.partial(_forward, module)
             fused.append(module)
     return fused

@@ -133,40 +133,15 @@ class ReltuneModel(BaseTuner):
         largest = torch.topk(norms, min(r, shape[1])).indices.sort().values
         return ModulePlan(shape, largest.tolist())
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            self._end_backward_at_lowest_unit()
-            self._fuse_norms()
-        return super().forward(*args, **kwargs)
-
-    def _end_backward_at_lowest_unit(self) -> None:
-        """Undo that checkpointing differentiates every layer, down to the embeddings.
-
-        Transformers and PEFT make the embeddings' output require a gradient when activations are checkpointed. Only
-        checkpoints that re-enter autograd need that.
-        """
-        functions = [
-            getattr(module, "_gradient_checkpointing_func", None)
-            for module in self.model.modules()
-            if getattr(module, "gradient_checkpointing", False)
-        ]
-        if not functions or any(getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions):
-            return
-        for module in self.model.modules():
-            for key, hook in list(module._forward_hooks.items()):
-                if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
-                    del module._forward_hooks[key]
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, *args, **kwargs)
+        # A hook of the base model and not this class's forward, which PeftModel without a task type goes past.
+        if _before_forward not in model._forward_pre_hooks.values():
+            model.register_forward_pre_hook(_before_forward)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         with together():
             super().set_adapter(adapter_name, inference_mode=inference_mode)
-
-    def _fuse_norms(self) -> None:
-        """Once per device that the model is on. Not for a forward pass only: checkpoints run theirs in the backward pass."""
-        device = next(self.model.parameters()).device
-        if device != getattr(self, "_fused_on", None):
-            fuse_norms(self.model)
-            self._fused_on = device
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, ReltuneLayer):
@@ -177,7 +152,36 @@ class ReltuneModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         restore_norms(self.model)
+        for key, hook in list(self.model._forward_pre_hooks.items()):
+            if hook is _before_forward:
+                del self.model._forward_pre_hooks[key]
         for module in self.model.modules():
             if isinstance(module, ReltuneLayer):
                 module._restore()  # not every layer has the adapters that are merged
         return super()._unload_and_optionally_merge(*args, **kwargs)
+
+
+def _before_forward(model: nn.Module, *_: Any) -> None:
+    """What others may have changed since the adapter was put in, and has to be so in training."""
+    if torch.is_grad_enabled():
+        _end_backward_at_lowest_unit(model)
+        fuse_norms(model)
+
+
+def _end_backward_at_lowest_unit(model: nn.Module) -> None:
+    """Undo that checkpointing differentiates every layer, down to the embeddings.
+
+    Transformers and PEFT make the embeddings' output require a gradient when activations are checkpointed. Only
+    checkpoints that re-enter autograd need that.
+    """
+    functions = [
+        getattr(module, "_gradient_checkpointing_func", None)
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False)
+    ]
+    if not functions or any(getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions):
+        return
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
+                del module._forward_hooks[key]
