@@ -27,8 +27,6 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -1326,7 +1324,8 @@ def test_tied_output_embedding_is_refused() -> None:
 class Unsupported(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(4, 4)
+        self.embedding = nn.Embedding(4, 4, max_norm=1.0, sparse=True)
+        self.counting = nn.Embedding(4, 4, scale_grad_by_freq=True)
         self.convolution = nn.Conv1d(4, 4, 1)
         self.subclass = nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)
         self.plain_norm = nn.LayerNorm(4, elementwise_affine=False)
@@ -1335,7 +1334,8 @@ class Unsupported(nn.Module):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("embedding", "Embedding"),
+        ("embedding", "Embedding with max_norm with sparse, which"),
+        ("counting", "Embedding with scale_grad_by_freq, which"),
         ("convolution", "Conv1d"),
         ("subclass", "NonDynamicallyQuantizableLinear"),
         ("plain_norm", "LayerNorm"),
@@ -1344,12 +1344,6 @@ class Unsupported(nn.Module):
 def test_unsupported_layer_types_are_named(name: str, kind: str) -> None:
     with pytest.raises(TypeError, match=f"{name} is a {kind}"):
         get_peft_model(Unsupported(), ReltuneConfig(target_modules=[name]))
-
-
-def test_conv1d_of_transformers_is_named() -> None:
-    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=11, n_positions=8))
-    with pytest.raises(TypeError, match="c_attn is a Conv1D"):
-        get_peft_model(model, ReltuneConfig(target_modules=["c_attn"]))
 
 
 def test_bias_that_is_not_there_is_refused_by_name() -> None:

@@ -1,6 +1,8 @@
 """Full fine-tuning with the gradient of every weight that was not selected set to zero: what a tuner must reproduce.
 
 Selected is, per module, any of ``columns`` and ``rows`` (lists), ``weight`` and ``bias`` (True for the whole tensor).
+Columns are input features, a convolution's input channels or an embedding's features; rows are output features, filters
+or tokens.
 Use an optimizer without weight decay, or unselected weights shrink.
 """
 
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 Selection = Mapping[str, Mapping[str, Any]]
 
@@ -20,8 +23,16 @@ def masks(model: nn.Module, selection: Selection) -> dict[str, Tensor]:
     result = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
     for module, units in selection.items():
         weight = result[f"{module}.weight"]
-        weight[..., list(units.get("columns", ()))] = True
-        weight[list(units.get("rows", ()))] = True
+        owner = model.get_submodule(module)
+        by_row = weight.mT if isinstance(owner, Conv1D) else weight
+        if isinstance(owner, nn.Conv2d):
+            filters = torch.arange(len(weight)).unflatten(0, (owner.groups, -1))
+            for channel in units.get("columns", ()):
+                group, inside = divmod(channel, weight.shape[1])
+                weight[filters[group], inside] = True
+        else:
+            by_row[..., list(units.get("columns", ()))] = True
+        by_row[list(units.get("rows", ()))] = True
         if units.get("weight"):
             weight[...] = True
         if units.get("bias"):

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -59,6 +60,16 @@ def layer_type(module: nn.Module) -> tuple[str, ModuleType] | None:
         if handler.matches(module):
             return kind, handler
     return None
+
+
+def module_info(name: str, kind: str, module: nn.Module, layer: str = "", depth: int = 0) -> ModuleInfo:
+    """What is known of a module of that kind, other than experts."""
+    weight: Any = module.weight
+    shape = tuple(weight.shape[::-1] if kind == "conv1d" else weight.shape)
+    if kind == "quantised":
+        shape = quantised.shape(module)
+    bias = getattr(module, "bias", None) is not None
+    return ModuleInfo(name, kind, layer, depth, shape, bias, getattr(module, "groups", 1))
 
 
 def canonical_weights(info: ModuleInfo, module: nn.Module) -> Mapping[str, Tensor]:
@@ -148,11 +159,7 @@ def take_inventory(model: nn.Module, always_trained: Iterable[str] = ()) -> Inve
             if kind == "experts":
                 modules += experts.infos(name, module, layer, depth)
                 continue
-            shape = tuple(module.weight.shape[::-1] if kind == "conv1d" else module.weight.shape)
-            if kind == "quantised":
-                shape = quantised.shape(module)
-            bias = getattr(module, "bias", None) is not None
-            modules.append(ModuleInfo(name, kind, layer, depth, shape, bias, getattr(module, "groups", 1)))
+            modules.append(module_info(name, kind, module, layer, depth))
             continue
         left_out.update(dict.fromkeys(own, reason))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,12 +18,19 @@ from reltune.layers.inventory import Inventory
 from reltune.records import InputError, nearest, write_text
 
 FORMAT = "reltune-plan-1"
-TRAINABLE = ("linear", "norm")  # kinds of module that the tuner can train; others are measured only
+TRAINABLE = (
+    "linear",
+    "conv1d",
+    "conv2d",
+    "embedding",
+    "norm",
+)  # kinds of module that the tuner can train; others are measured only
 INLINE_INDICES = 20_000  # more indices than this in all go to a file beside the plan
 INDEX_FILE = "indices.safetensors"
 HEADER = """\
 # What reltune will train. May be edited: add or remove modules, columns, rows, or set weight/bias to true or false.
-# columns are input features and rows output features of a linear map, counted from 0. Checked when it is read.
+# columns are input features and rows output features of a linear map, counted from 0; input channels and filters of a
+# convolution; features and tokens of an embedding. Checked when it is read.
 """
 
 
@@ -30,7 +38,8 @@ HEADER = """\
 class ModulePlan:
     """What is trained of one module.
 
-    ``shape`` is (out, in) of a linear map or (features,) of a norm. ``weight`` trains the whole matrix or gain and
+    ``shape`` is (out, in) of a linear map, (out, in / groups, height, width) of a convolution, (tokens, features) of an
+    embedding or (features,) of a norm (layers/units.py). ``weight`` trains the whole matrix or gain and
     excludes ``columns`` and ``rows``. A cell in both a chosen row and a chosen column belongs to the row.
     """
 
@@ -39,13 +48,19 @@ class ModulePlan:
     rows: list[int] = dataclasses.field(default_factory=list)
     weight: bool = False
     bias: bool = False
+    groups: int = 1  # of a convolution
+
+    @property
+    def column_count(self) -> int:
+        """How many columns there are to choose from."""
+        return self.shape[1] * self.groups if len(self.shape) > 1 else 0
 
     @property
     def parameters(self) -> int:
         """Trainable numbers; a cell in both a row and a column is held twice and counted twice."""
-        size = self.shape[0] if len(self.shape) == 1 else self.shape[0] * self.shape[1]
-        in_features = self.shape[-1]
-        matrix = size if self.weight else len(self.columns) * self.shape[0] + len(self.rows) * in_features
+        size = math.prod(self.shape)
+        column = size // self.column_count if self.column_count else 0
+        matrix = size if self.weight else len(self.columns) * column + len(self.rows) * (size // self.shape[0])
         return matrix + (self.shape[0] if self.bias else 0)
 
     @property
@@ -54,13 +69,22 @@ class ModulePlan:
 
     def check(self, name: str) -> None:
         """Raise InputError, naming the module, if what is trained of it contradicts itself."""
-        if len(self.shape) not in (1, 2) or any(type(size) is not int or size < 1 for size in self.shape):
-            raise InputError(f"plan: shape of {name} must be [out, in] of a linear map or [features] of a norm.")
+        if len(self.shape) not in (1, 2, 4) or any(type(size) is not int or size < 1 for size in self.shape):
+            raise InputError(
+                f"plan: shape of {name} must be [out, in] of a linear map, [out, in / groups, height, width] of a "
+                "convolution, [tokens, features] of an embedding or [features] of a norm."
+            )
+        if type(self.groups) is not int or self.groups < 1 or self.shape[0] % self.groups:
+            raise InputError(f"plan: groups of {name} must be a divisor of its {self.shape[0]} filters.")
+        if self.groups > 1 and len(self.shape) != 4:
+            raise InputError(
+                f"plan: groups of {name} has no meaning, because only convolutions have groups; remove it."
+            )
         if self.weight and (self.columns or self.rows):
             raise InputError(f"plan: {name} trains the whole weight and columns or rows of it; keep one of them.")
         if len(self.shape) == 1 and (self.columns or self.rows):
             raise InputError(f"plan: {name} is a norm and has no columns or rows; set weight: true instead.")
-        for field, size in (("columns", self.shape[-1]), ("rows", self.shape[0])):
+        for field, size in (("columns", self.column_count), ("rows", self.shape[0])):
             values = getattr(self, field)
             if not isinstance(values, list) or any(type(i) is not int for i in values):
                 raise InputError(f"plan: {field} of {name} must be a list of whole numbers.")
@@ -118,9 +142,9 @@ class Plan:
         counts = {
             "columns": sum(len(m.columns) for m in self.modules.values()),
             "rows": sum(len(m.rows) for m in self.modules.values()),
-            "whole matrices": sum(m.weight and len(m.shape) == 2 for m in self.modules.values()),
+            "whole matrices": sum(m.weight and len(m.shape) > 1 for m in self.modules.values()),
             "norms": sum((m.weight or m.bias) and len(m.shape) == 1 for m in self.modules.values()),
-            "biases": sum(m.bias and len(m.shape) == 2 for m in self.modules.values()),
+            "biases": sum(m.bias and len(m.shape) > 1 for m in self.modules.values()),
         }
         chosen = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
         first = next(iter(self.modules))
@@ -171,6 +195,11 @@ class Plan:
                     f"plan: {name} has shape {list(info.shape)} in this model and {list(module.shape)} in the plan; "
                     "the plan is for another model."
                 )
+            if info.groups != module.groups:
+                raise InputError(
+                    f"plan: {name} has {info.groups} groups in this model and {module.groups} in the plan; the plan is for "
+                    "another model."
+                )
             if module.bias and not info.bias:
                 raise InputError(f"plan: {name} has no bias in this model; set bias: false.")
         if self.fingerprint and fingerprint and self.fingerprint != fingerprint:
@@ -188,6 +217,8 @@ class Plan:
         modules: dict[str, Any] = {}
         for name, module in self.modules.items():
             entry: dict[str, Any] = {"shape": _Inline(module.shape)}
+            if module.groups > 1:
+                entry["groups"] = module.groups
             for field in ("columns", "rows"):
                 values = getattr(module, field)
                 if values and beside:
@@ -295,7 +326,7 @@ def _read_modules(entries: Any, path: Path) -> dict[str, ModulePlan]:
     tensors: dict[str, torch.Tensor] = {}
     modules = {}
     for name, entry in entries.items():
-        _known_keys(entry, ("shape", "columns", "rows", "weight", "bias"), f"{path}: {name}")
+        _known_keys(entry, ("shape", "groups", "columns", "rows", "weight", "bias"), f"{path}: {name}")
         for field in ("columns", "rows"):
             if isinstance(entry.get(field), str):
                 if not tensors:

@@ -130,7 +130,11 @@ def select(
     for module in chosen.values():
         module.columns.sort()
         module.rows.sort()
-    ordered = {info.name: chosen[info.name] for info in inventory.modules if info.name in chosen}
+    ordered = {
+        info.name: dataclasses.replace(chosen[info.name], groups=info.groups)
+        for info in inventory.modules
+        if info.name in chosen
+    }
     plan = Plan(
         modules=ordered,
         budget=str(budget),
@@ -170,9 +174,9 @@ class _Piece:
     @property
     def cost(self) -> int:
         if self.kind == "column":
-            return len(self.indices) * self.info.shape[0]
+            return len(self.indices) * self.info.column_parameters
         if self.kind == "row":
-            return len(self.indices) * self.info.shape[1]
+            return len(self.indices) * self.info.row_parameters
         return self.info.bias_parameters + (self.info.weight_parameters if self.kind in WHOLE else 0)
 
     def without(self, taken: Collection[int]) -> _Piece:
@@ -210,8 +214,4 @@ def _take(module: ModulePlan, piece: _Piece) -> None:
 
 def _why_no_heads(inventory: Inventory) -> str:
     """A remark in brackets, or nothing, on why no head can be chosen."""
-    for group in inventory.heads:
-        for name in group.modules:
-            if inventory[name].kind not in TRAINABLE:
-                return f" ({name} ({inventory[name].kind}) can be measured and not trained)"
     return next((f" ({name}: {reason})" for name, reason in inventory.without_heads.items()), "")

@@ -23,6 +23,8 @@ from reltune.ops.attach import HoldWeight, LiveGraphs
 from reltune.plan.plan import ModulePlan
 from reltune.tuner.written_weight import Originals, WrittenWeight, in_training
 
+BASE = "__base__"  # PEFT's name for no adapter in a mixed batch
+
 
 class ReltuneLayer(WrittenWeight):
     """A frozen module with trainable units, for any number of adapters.
@@ -142,9 +144,11 @@ class ReltuneLayer(WrittenWeight):
 
     # -- forward -----------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed_batch(x, adapter_names, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
         return self._forward(x, *args, **kwargs)
@@ -154,7 +158,34 @@ class ReltuneLayer(WrittenWeight):
     @torch.compiler.disable
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._settle()
-        names = [] if self.disable_adapters else self.active_adapters
+        return self._output(x, [] if self.disable_adapters else self.active_adapters, *args, **kwargs)
+
+    @torch.compiler.disable
+    def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Each sample with the adapter that it names, or the base: the product is taken per adapter."""
+        if self.merged:
+            raise ValueError(
+                "adapter_names cannot be given while adapters are merged; call unmerge_adapter first (Cannot pass "
+                "`adapter_names` when there are merged adapters)."
+            )
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        self._settle(base_only=True)
+        asking = {
+            name: torch.tensor([i for i, own in enumerate(adapter_names) if own == name], device=x.device)
+            for name in dict.fromkeys(adapter_names)
+        }
+        parts = [
+            self._output(x[samples], [] if name == BASE else [name], *args, **kwargs)
+            for name, samples in asking.items()
+        ]
+        return torch.cat(parts)[torch.cat(list(asking.values())).argsort()]
+
+    def _output(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """The output with the changes of these adapters, whatever is written into the base weight."""
         whole = [name for name in names if name in self.reltune_weight]
         biased = [name for name in names if name in self.reltune_bias]
         partial = [name for name in names if name in self.originals]

@@ -1,4 +1,4 @@
-"""Linear maps: nn.Linear."""
+"""Linear maps: nn.Linear, and Transformers' Conv1D, which stores its weight as (in, out)."""
 
 from __future__ import annotations
 
@@ -31,3 +31,22 @@ class ReltuneLinear(ReltuneLayer):
         if total is None:
             total = part.new_zeros(*part.shape[:-1], self.out_features)
         return total.index_add(-1, kept.row_idx, part)
+
+
+class ReltuneLinearConv1D(ReltuneLinear):
+    """Transformers' Conv1D. PEFT's "all-linear" knows wrapped linear maps by the word in the name of the class."""
+
+    column_dim, row_dim = 0, 1
+
+    def _base_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return ReltuneLayer._base_forward(self, x, weight, bias)
+
+    def _attach_columns(self, y: Tensor, x: Tensor, columns: Tensor, idx: Tensor, row_idx: Tensor | None) -> Tensor:
+        return super()._attach_columns(y, x, columns.mT, idx, row_idx)
+
+    def _attach_rows(self, y: Tensor, x: Tensor, rows: Tensor, idx: Tensor) -> Tensor:
+        return super()._attach_rows(y, x, rows.mT, idx)
+
+    def _change_of_output(self, x: Tensor, kept: Originals, columns: Tensor | None, rows: Tensor | None) -> Tensor:
+        columns, rows = (None if part is None else part.mT for part in (columns, rows))
+        return super()._change_of_output(x, kept, columns, rows)

@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.fused_norms import fuse_norms, restore_norms
-from reltune.layers.inventory import layer_type
+from reltune.layers.inventory import layer_type, module_info
+from reltune.layers.units import ModuleInfo, by_unit
 from reltune.plan.plan import TRAINABLE, ModulePlan
 from reltune.records import InputError, nearest
 from reltune.tuner.config import ReltuneConfig
-from reltune.tuner.layer import ReltuneLayer
-from reltune.tuner.linear import ReltuneLinear
+from reltune.tuner.conv2d import ReltuneConv2d
+from reltune.tuner.embedding import ReltuneEmbedding
+from reltune.tuner.layer import BASE, ReltuneLayer
+from reltune.tuner.linear import ReltuneLinear, ReltuneLinearConv1D
 from reltune.tuner.norm import ReltuneNorm
 from reltune.tuner.written_weight import together
 
 # Kind of module (layers/inventory.py) -> the layer that trains it; its keys are plan.TRAINABLE.
-LAYER_CLASSES: dict[str, type[ReltuneLayer]] = {"linear": ReltuneLinear, "norm": ReltuneNorm}
+LAYER_CLASSES: dict[str, type[ReltuneLayer]] = {
+    "linear": ReltuneLinear,
+    "conv1d": ReltuneLinearConv1D,
+    "conv2d": ReltuneConv2d,
+    "embedding": ReltuneEmbedding,
+    "norm": ReltuneNorm,
+}
+
+
+def _with_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _setting(module: nn.Module) -> str:
+    """What about a module of a known class keeps it from being trained, if that is it."""
+    if type(module) is nn.Embedding:
+        settings = {
+            "max_norm": module.max_norm is not None,
+            "scale_grad_by_freq": module.scale_grad_by_freq,
+            "sparse": module.sparse,
+        }
+        return "".join(f" with {name}" for name, on in settings.items() if on)
+    return ""
 
 
 class ReltuneModel(BaseTuner):
@@ -73,8 +101,8 @@ class ReltuneModel(BaseTuner):
         found = layer_type(base)
         if found is None or found[0] not in TRAINABLE:
             raise TypeError(
-                f"{current_key} is a {type(base).__name__}, which reltune cannot train; supported are nn.Linear, "
-                "nn.LayerNorm and the RMSNorm family."
+                f"{current_key} is a {type(base).__name__}{_setting(base)}, which reltune cannot train; supported are "
+                "nn.Linear, nn.Conv2d, nn.Embedding, Transformers' Conv1D, nn.LayerNorm and the RMSNorm family."
             )
         owners = [
             name
@@ -87,9 +115,9 @@ class ReltuneModel(BaseTuner):
                 "untie the two."
             )
         weight: Any = target._pristine_weight() if isinstance(target, ReltuneLayer) else base.weight
-        bias = getattr(base, "bias", None) is not None
-        units = self._units(peft_config, current_key, weight, bias)
-        if units.bias and not bias:
+        info = module_info(current_key, found[0], base)
+        units = self._units(peft_config, info, weight)
+        if units.bias and not info.bias:
             raise InputError(f"the plan trains the bias of {current_key}, which has no bias; set bias: false.")
         if isinstance(target, ReltuneLayer):
             layer = target
@@ -108,8 +136,8 @@ class ReltuneModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     @staticmethod
-    def _units(config: ReltuneConfig, key: str, weight: Tensor, bias: bool) -> ModulePlan:
-        shape = tuple(weight.shape)
+    def _units(config: ReltuneConfig, info: ModuleInfo, weight: Tensor) -> ModulePlan:
+        key, shape = info.name, info.shape
         if key in config._chosen:
             units = config._chosen[key]
             if tuple(units.shape) != shape:
@@ -117,21 +145,59 @@ class ReltuneModel(BaseTuner):
                     f"the plan gives {key} the shape {list(units.shape)}, and this model's has {list(shape)}; it is for "
                     "another model."
                 )
+            if units.groups != info.groups:
+                raise InputError(
+                    f"the plan gives {key} {units.groups} groups, and this model's has {info.groups}; it is for another model."
+                )
             return units
         if config.units is not None:
             # An adapter is about to be loaded: sizes are known, indices come with the file.
             sizes = config.units[key]
             return ModulePlan(
-                shape, list(range(sizes["columns"])), list(range(sizes["rows"])), sizes["weight"], sizes["bias"]
+                shape,
+                list(range(sizes["columns"])),
+                list(range(sizes["rows"])),
+                sizes["weight"],
+                sizes["bias"],
+                groups=info.groups,
             )
         if len(shape) == 1:
-            return ModulePlan(shape, weight=True, bias=bias)
+            return ModulePlan(shape, weight=True, bias=info.bias)
         r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
         if weight.device.type == "meta":
-            return ModulePlan(shape, list(range(min(r, shape[1]))))
-        norms = weight.detach().float().norm(dim=0)
-        largest = torch.topk(norms, min(r, shape[1])).indices.sort().values
-        return ModulePlan(shape, largest.tolist())
+            return ModulePlan(shape, list(range(min(r, info.columns))), groups=info.groups)
+        squares = weight.detach().float().square()
+        norms = by_unit(info, {"weight": squares.mT if info.kind == "conv1d" else squares})["column"]
+        largest = torch.topk(norms, min(r, info.columns)).indices.sort().values
+        return ModulePlan(shape, largest.tolist(), groups=info.groups)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand ``adapter_names``, one per sample, to every layer for the time of one forward pass or generation."""
+        names: list[str] | None = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call eval() first.")
+        unknown = sorted(set(names) - {BASE, *self.peft_config})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = kwargs.get("num_beams") or 1
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else self.model
+        before_beams = set() if encoder is self.model else set(encoder.modules())
+        handles = []
+        for module in self.model.modules():
+            if isinstance(module, ReltuneLayer | AuxiliaryTrainingWrapper):
+                # Beam search repeats every sample, behind the encoder.
+                own = names if module in before_beams else [name for name in names for _ in range(beams)]
+                hook = partial(_with_adapter_names, adapter_names=own)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, *args, **kwargs)

@@ -283,14 +283,15 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         if self._written is not None:
             self._write(self._written)
 
-    def _settle(self) -> None:
+    def _settle(self, base_only: bool = False) -> None:
         """Write the adapter that is asked for into the base weight, unless a graph still needs what is there."""
         if not self.originals:
             return
         self._refresh()
         if self.merged:
             return
-        names = [] if self.disable_adapters else self._active(("reltune_columns", "reltune_rows"))
+        nothing = self.disable_adapters or base_only
+        names = [] if nothing else self._active(("reltune_columns", "reltune_rows"))
         wanted = names[0] if names else None
         if wanted is not None:
             # PEFT loads a file onto the accelerator, if there is one, and moves it to the base's device afterwards.
