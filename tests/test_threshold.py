@@ -15,7 +15,7 @@ NUMBERS = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.lists(NUMBERS, max_size=12), min_size=1, max_size=4), st.integers(1, 40), st.booleans())
 def test_the_largest_are_those_of_a_stable_sort(lists, count, double):
     scores = {str(i): torch.tensor(of, dtype=torch.float64) for i, of in enumerate(lists)}

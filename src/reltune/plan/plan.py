@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError
@@ -20,9 +23,11 @@ FORMAT = "reltune-plan-1"
 TRAINABLE = ("linear", "norm")  # kinds of module that the tuner can train; others are measured only
 INLINE_INDICES = 20_000  # more indices than this in all go to a file beside the plan
 INDEX_FILE = "indices.safetensors"
+INDEX_FIELDS = ("columns", "rows", "elements")
 HEADER = """\
 # What reltune will train. May be edited: add or remove modules, columns, rows, or set weight/bias to true or false.
-# columns are input features and rows output features of a linear map, counted from 0. Checked when it is read.
+# columns are input features and rows output features of a linear map, counted from 0. elements are single weights: the
+# one in row i and column j of shape [out, in] has the number i * in + j. Checked when it is read.
 """
 
 
@@ -31,7 +36,9 @@ class ModulePlan:
     """What is trained of one module.
 
     ``shape`` is (out, in) of a linear map or (features,) of a norm. ``weight`` trains the whole matrix or gain and
-    excludes ``columns`` and ``rows``. A cell in both a chosen row and a chosen column belongs to the row.
+    excludes ``columns``, ``rows`` and ``elements``. A cell in both a chosen row and a chosen column belongs to the row.
+    ``elements`` are single weights, as flat indices into ``shape`` (row · in + column), in none of the chosen columns and
+    rows; held in ascending order in an ``array``, since there may be millions.
     """
 
     shape: tuple[int, ...]
@@ -39,27 +46,49 @@ class ModulePlan:
     rows: list[int] = dataclasses.field(default_factory=list)
     weight: bool = False
     bias: bool = False
+    elements: Sequence[int] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._pack()
+
+    def _pack(self) -> None:
+        if isinstance(self.elements, list) and all(type(i) is int for i in self.elements):
+            self.elements = _compact(sorted(self.elements))
 
     @property
     def parameters(self) -> int:
         """Trainable numbers; a cell in both a row and a column is held twice and counted twice."""
         size = self.shape[0] if len(self.shape) == 1 else self.shape[0] * self.shape[1]
         in_features = self.shape[-1]
-        matrix = size if self.weight else len(self.columns) * self.shape[0] + len(self.rows) * in_features
-        return matrix + (self.shape[0] if self.bias else 0)
+        parts = len(self.columns) * self.shape[0] + len(self.rows) * in_features + len(self.elements)
+        return (size if self.weight else parts) + (self.shape[0] if self.bias else 0)
 
     @property
     def indices(self) -> int:
-        return len(self.columns) + len(self.rows)
+        return len(self.columns) + len(self.rows) + len(self.elements)
+
+    @property
+    def index_bytes(self) -> int:
+        """On disk: int64 for columns and rows, for elements the narrower type that fits."""
+        return 8 * (len(self.columns) + len(self.rows)) + index_dtype(self.shape).itemsize * len(self.elements)
+
+    def index(self, field: str) -> torch.Tensor:
+        """``columns``, ``rows`` or ``elements`` as a tensor, in the type that it has in files."""
+        dtype = index_dtype(self.shape) if field == "elements" else torch.int64
+        return torch.from_numpy(np.array(getattr(self, field), dtype=str(dtype).removeprefix("torch.")))
 
     def check(self, name: str) -> None:
         """Raise InputError, naming the module, if what is trained of it contradicts itself."""
         if len(self.shape) not in (1, 2) or any(type(size) is not int or size < 1 for size in self.shape):
             raise InputError(f"plan: shape of {name} must be [out, in] of a linear map or [features] of a norm.")
-        if self.weight and (self.columns or self.rows):
-            raise InputError(f"plan: {name} trains the whole weight and columns or rows of it; keep one of them.")
-        if len(self.shape) == 1 and (self.columns or self.rows):
-            raise InputError(f"plan: {name} is a norm and has no columns or rows; set weight: true instead.")
+        if self.weight and (self.columns or self.rows or self.elements):
+            raise InputError(
+                f"plan: {name} trains the whole weight and columns or rows or elements of it; keep one of them."
+            )
+        if len(self.shape) == 1 and (self.columns or self.rows or self.elements):
+            raise InputError(
+                f"plan: {name} is a norm and has no columns or rows or elements; set weight: true instead."
+            )
         for field, size in (("columns", self.shape[-1]), ("rows", self.shape[0])):
             values = getattr(self, field)
             if not isinstance(values, list) or any(type(i) is not int for i in values):
@@ -70,11 +99,34 @@ class ModulePlan:
             if len(set(values)) < len(values):
                 twice = next(i for i in values if values.count(i) > 1)
                 raise InputError(f"plan: {field} of {name} name {twice} twice; name it once.")
+        self._check_elements(name)
         for field in ("weight", "bias"):
             if type(getattr(self, field)) is not bool:
                 raise InputError(f"plan: {field} of {name} must be true or false.")
         if not self.parameters:
             raise InputError(f"plan: {name} trains nothing; remove it or choose something of it.")
+
+    def _check_elements(self, name: str) -> None:
+        self._pack()
+        if not isinstance(self.elements, array):
+            raise InputError(f"plan: elements of {name} must be a list of whole numbers.")
+        if not self.elements:
+            return
+        elements, in_features = np.sort(np.asarray(self.elements)), self.shape[-1]
+        size = math.prod(self.shape)
+        if elements[0] < 0 or elements[-1] >= size:
+            wrong = elements[0] if elements[0] < 0 else elements[-1]
+            raise InputError(f"plan: {name} has {size} elements, counted from 0; {wrong} is none of them.")
+        twice = elements[1:][np.diff(elements) == 0]
+        if len(twice):
+            raise InputError(f"plan: elements of {name} name {twice[0]} twice; name it once.")
+        for field, places in (("columns", elements % in_features), ("rows", elements // in_features)):
+            inside = elements[np.isin(places, getattr(self, field))]
+            if len(inside):
+                raise InputError(
+                    f"plan: element {inside[0]} of {name} lies in one of its chosen {field} and would be trained twice; "
+                    "leave it out."
+                )
 
 
 @dataclasses.dataclass
@@ -118,6 +170,7 @@ class Plan:
         counts = {
             "columns": sum(len(m.columns) for m in self.modules.values()),
             "rows": sum(len(m.rows) for m in self.modules.values()),
+            "single weights": sum(len(m.elements) for m in self.modules.values()),
             "whole matrices": sum(m.weight and len(m.shape) == 2 for m in self.modules.values()),
             "norms": sum((m.weight or m.bias) and len(m.shape) == 1 for m in self.modules.values()),
             "biases": sum(m.bias and len(m.shape) == 2 for m in self.modules.values()),
@@ -137,8 +190,8 @@ class Plan:
         return self.parameters + self.head_parameters
 
     def adapter_bytes(self) -> int:
-        """float32 values and int64 indices, file headers left out."""
-        return 4 * self.trained_numbers() + 8 * self.indices
+        """float32 values and their indices, file headers left out."""
+        return 4 * self.trained_numbers() + sum(module.index_bytes for module in self.modules.values())
 
     def check(self) -> None:
         """Raise InputError if the plan contradicts itself. Runs on load, after any edit by hand."""
@@ -188,10 +241,10 @@ class Plan:
         modules: dict[str, Any] = {}
         for name, module in self.modules.items():
             entry: dict[str, Any] = {"shape": _Inline(module.shape)}
-            for field in ("columns", "rows"):
+            for field in INDEX_FIELDS:
                 values = getattr(module, field)
                 if values and beside:
-                    tensors[f"{name}/{field}"] = torch.tensor(values)
+                    tensors[f"{name}/{field}"] = module.index(field)
                     entry[field] = f"{len(values)} in {INDEX_FILE}"
                 elif values:
                     entry[field] = _Inline(values)
@@ -274,6 +327,20 @@ class Plan:
         return plan
 
 
+def index_dtype(shape: Sequence[int]) -> torch.dtype:
+    """What flat indices into a weight of this shape are held in."""
+    return torch.int32 if math.prod(shape) <= torch.iinfo(torch.int32).max else torch.int64
+
+
+def _compact(values: Sequence[int] | np.ndarray) -> array:
+    """Ascending whole numbers in 4 bytes each, or in 8 where they need it."""
+    narrow = len(values) == 0 or (values[0] >= -(2**31) and values[-1] < 2**31)
+    try:
+        return array("i" if narrow else "q", np.asarray(values, dtype=np.int32 if narrow else np.int64).tobytes())
+    except OverflowError:  # far beyond any weight: kept as it is for `check` to refuse
+        return values  # type: ignore[return-value]
+
+
 def _known_keys(values: Any, known: Iterable[str], where: str) -> None:
     if not isinstance(values, dict):
         raise InputError(f"{where} must be a mapping of fields.")
@@ -295,8 +362,8 @@ def _read_modules(entries: Any, path: Path) -> dict[str, ModulePlan]:
     tensors: dict[str, torch.Tensor] = {}
     modules = {}
     for name, entry in entries.items():
-        _known_keys(entry, ("shape", "columns", "rows", "weight", "bias"), f"{path}: {name}")
-        for field in ("columns", "rows"):
+        _known_keys(entry, ("shape", *INDEX_FIELDS, "weight", "bias"), f"{path}: {name}")
+        for field in INDEX_FIELDS:
             if isinstance(entry.get(field), str):
                 if not tensors:
                     try:
@@ -305,7 +372,11 @@ def _read_modules(entries: Any, path: Path) -> dict[str, ModulePlan]:
                         raise InputError(f"{path.parent / INDEX_FILE} cannot be read: {error}") from error
                 if f"{name}/{field}" not in tensors:
                     raise InputError(f"{path.parent / INDEX_FILE} holds no {field} of {name}.")
-                entry[field] = tensors[f"{name}/{field}"].tolist()
+                held = tensors[f"{name}/{field}"]
+                if field == "elements" and held.ndim == 1 and held.dtype in (torch.int32, torch.int64):
+                    entry[field] = _compact(held.sort().values.numpy())
+                else:
+                    entry[field] = held.tolist()
         if "shape" not in entry:
             raise InputError(f"{path}: {name} lacks its shape.")
         modules[str(name)] = ModulePlan(**{**entry, "shape": tuple(entry["shape"])})
