@@ -21,6 +21,7 @@ from reltune.records import InputError, nearest, write_text
 
 FORMAT = "reltune-plan-1"
 TRAINABLE = ("linear", "norm")  # kinds of module that the tuner can train; others are measured only
+WITH_ELEMENTS = ("linear",)  # kinds of which it can train single weights
 INLINE_INDICES = 20_000  # more indices than this in all go to a file beside the plan
 INDEX_FILE = "indices.safetensors"
 INDEX_FIELDS = ("columns", "rows", "elements")
@@ -71,6 +72,10 @@ class ModulePlan:
     def index_bytes(self) -> int:
         """On disk: int64 for columns and rows, for elements the narrower type that fits."""
         return 8 * (len(self.columns) + len(self.rows)) + index_dtype(self.shape).itemsize * len(self.elements)
+
+    def take_elements(self, index: torch.Tensor) -> None:
+        """Make ``index`` (flat, ascending) the chosen elements."""
+        self.elements = _compact(index.numpy())
 
     def index(self, field: str) -> torch.Tensor:
         """``columns``, ``rows`` or ``elements`` as a tensor, in the type that it has in files."""
@@ -144,6 +149,7 @@ class Plan:
     fingerprint: str
     criterion: str = ""
     granularity: list[str] = dataclasses.field(default_factory=list)
+    spread: str = "global"
     model_name_or_path: str = ""
     task_type: str | None = None
     always_trained: list[str] = dataclasses.field(default_factory=list)
@@ -178,7 +184,8 @@ class Plan:
         chosen = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
         first = next(iter(self.modules))
         return [
-            f"{chosen} in {len(self.modules)} modules, by {self.criterion or 'hand'}",
+            f"{chosen} in {len(self.modules)} modules, by {self.criterion or 'hand'}"
+            + (", the same share of every module" if self.spread == "even" else ""),
             f"{self.parameters:,} trainable parameters of {self.base_parameters:,} "
             f"({self.parameters / self.base_parameters:.2%}), budget {self.budget} = {self.budget_parameters:,}",
             f"{self.head_parameters:,} parameters of new heads are always trained and counted apart",
@@ -267,6 +274,7 @@ class Plan:
             },
             "criterion": self.criterion,
             "granularity": _Inline(self.granularity),
+            "spread": self.spread,
             "budget": {"asked": self.budget, "parameters": self.budget_parameters},
             "predicted": {  # for the reader; worked out anew on load
                 "trainable_parameters": self.parameters,
@@ -293,7 +301,7 @@ class Plan:
             raise InputError(f"{path} cannot be read as a plan: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise InputError(f"{path} is no plan of format {FORMAT!r}; run `reltune select` again.")
-        known = ("format", "model", "criterion", "granularity", "budget", "predicted", "always_trained", "modules")
+        known = "format model criterion granularity spread budget predicted always_trained modules".split()
         _known_keys(values, known, str(path))
         try:
             model, budget = values["model"], values["budget"]
@@ -309,6 +317,7 @@ class Plan:
                 fingerprint=str(model["fingerprint"]),
                 criterion=str(values.get("criterion", "")),
                 granularity=_names(values.get("granularity"), f"{path}: granularity"),
+                spread=str(values.get("spread", "global")),
                 model_name_or_path=str(model.get("name_or_path", "")),
                 task_type=model.get("task_type"),
                 always_trained=_names(values.get("always_trained"), f"{path}: always_trained"),
