@@ -425,7 +425,9 @@ def element_scores(seed, dtype=torch.float32):
 )
 def test_elements_are_taken_by_the_same_rule(seed, limit, kinds, count, dtype):
     scores = element_scores(seed, dtype)
-    kinds = ["element", *(k for k in kinds if k != "element")][:count] if "element" not in kinds[:count] else kinds[:count]
+    kinds = (
+        ["element", *(k for k in kinds if k != "element")][:count] if "element" not in kinds[:count] else kinds[:count]
+    )
     units = []  # (worth per parameter, price, module, what)
     for kind in kinds:
         for info in scores.inventory.modules:
@@ -465,6 +467,9 @@ def test_elements_do_not_go_with_larger_units_or_without_scores():
     for found in scores.parts["fisher"].values():
         del found["element"]
     with pytest.raises(InputError, match="measured without single weights here; analyze again with elements"):
+        select(scores, 5, "element")
+    scores.parts["spectral_snr"] = scores.parts.pop("fisher")
+    with pytest.raises(InputError, match="spectral_snr scores no element, only layer, .*choose that granularity"):
         select(scores, 5, "element")
 
 

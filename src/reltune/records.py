@@ -114,6 +114,11 @@ class RunConfig:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
+    def scores_elements(self) -> bool:
+        """Whether the analysis scores single weights: when told to, and when they are to be chosen."""
+        return self.elements or "element" in self.granularity
+
+    @property
     def has_data(self) -> bool:
         """Whether it names data to train on; without, only criteria that look at the weights alone can be measured."""
         return self.train_file is not None or self.dataset_name is not None

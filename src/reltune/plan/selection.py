@@ -147,7 +147,9 @@ def select(
 
 def check_scored(kinds: Sequence[str], criterion: str) -> None:
     """Raise InputError for granularities that the criterion never scores."""
-    scored = getattr(CRITERIA.get(criterion), "SCORES", GRANULARITIES)
+    known = CRITERIA.get(criterion)
+    has = [kind for kind in GRANULARITIES if kind != "element" or known is None or hasattr(known, "elements")]
+    scored = getattr(known, "SCORES", has)
     missing = [kind for kind in kinds if kind not in scored]
     if missing:
         raise InputError(
