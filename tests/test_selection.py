@@ -445,7 +445,7 @@ def test_elements_are_taken_by_the_same_rule(seed, limit, kinds, count, dtype):
             wanted.setdefault(name, []).append(what)
             used += price
     if not wanted:
-        with pytest.raises(InputError, match="unit of granularity|negative score|raise the budget"):
+        with pytest.raises(InputError, match=r"unit of granularity|negative score|raise the budget"):
             select(scores, limit, kinds)
         return
     plan = select(scores, limit, kinds)
@@ -469,7 +469,7 @@ def test_elements_do_not_go_with_larger_units_or_without_scores():
     with pytest.raises(InputError, match="measured without single weights here; analyze again with elements"):
         select(scores, 5, "element")
     scores.parts["spectral_snr"] = scores.parts.pop("fisher")
-    with pytest.raises(InputError, match="spectral_snr scores no element, only layer, .*choose that granularity"):
+    with pytest.raises(InputError, match=r"spectral_snr scores no element, only layer, .*choose that granularity"):
         select(scores, 5, "element")
 
 
@@ -512,7 +512,7 @@ def test_spread_evenly_every_module_keeps_its_own_share(kind):
 
 def test_spread_names_what_it_cannot_spread():
     scores = measure(tiny_bert(), [data_for(tiny_bert())])
-    with pytest.raises(InputError, match="spread even is for column, row, element.*granularity module"):
+    with pytest.raises(InputError, match=r"spread even is for column, row, element.*granularity module"):
         select(scores, "30%", ["column", "module"], spread="even")
     with pytest.raises(InputError, match="'evenly' is unknown; did you mean 'even'"):
         select(scores, "30%", spread="evenly")
