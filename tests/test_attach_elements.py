@@ -44,7 +44,7 @@ def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> T
 
 def places(rows: int, columns: int, count: int, seed: int = 0, block: int = 0, dtype=torch.int64) -> Places:
     flat = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(seed))[:count].sort().values
-    return Places.of(flat.to(dtype), (rows, columns), block)
+    return Places(flat.to(dtype), (rows, columns), block)
 
 
 SIZES = st.integers(1, 9)

@@ -17,7 +17,7 @@ weight alone.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,29 +41,28 @@ SAMPLED_COST_ON_CPU = 200.0
 _forced: list[Form] = []
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Places:
-    """Where the chosen weights lie.
+    """Where the chosen weights lie: flat indices (n,) into a weight of ``shape``, ascending, each named once."""
 
-    ``index`` (n,) holds flat indices into a weight of ``shape``, ascending; ``starts`` how many of them lie above each
-    block of ``step`` rows, known to the host so that no backward pass waits for the device.
-    """
+    def __init__(self, index: Tensor, shape: tuple[int, int], block_numbers: int = 0) -> None:
+        self.index, self.shape, self._block_numbers = index, shape, block_numbers
 
-    index: Tensor
-    shape: tuple[int, int]
-    step: int
-    starts: list[int]
+    @property
+    def step(self) -> int:
+        """Rows of a block of the dense form."""
+        return max(1, min(self.shape[0], (self._block_numbers or BLOCK_NUMBERS) // self.shape[1]))
 
-    @classmethod
-    def of(cls, index: Tensor, shape: tuple[int, int], block_numbers: int = 0) -> Places:
-        rows, columns = shape
-        step = max(1, min(rows, (block_numbers or BLOCK_NUMBERS) // columns))
-        edges = torch.arange(0, rows + step, step, device=index.device, dtype=torch.int64) * columns
-        return cls(index, (rows, columns), step, torch.searchsorted(index.long(), edges).tolist())
+    @functools.cached_property
+    def starts(self) -> list[int]:
+        """How many places lie before each block of rows; known to the host, so that no backward pass waits for it."""
+        rows, columns = self.shape
+        edges = torch.arange(0, rows + self.step, self.step, device=self.index.device, dtype=torch.int64) * columns
+        starts: list[int] = torch.searchsorted(self.index.long(), edges).tolist()
+        return starts
 
     def apply(self, function: Any) -> Places:
-        """The same with the tensor moved."""
-        return dataclasses.replace(self, index=function(self.index))
+        """The same, with the tensor moved, say."""
+        return Places(function(self.index), self.shape, self._block_numbers)
 
 
 def is_sampled(places: Places, a: Tensor) -> bool:
