@@ -1,6 +1,7 @@
 """Full fine-tuning with the gradient of every weight that was not selected set to zero: what a tuner must reproduce.
 
-Selected is, per module, any of ``columns`` and ``rows`` (lists), ``weight`` and ``bias`` (True for the whole tensor).
+Selected is, per module, any of ``columns``, ``rows`` and ``elements`` (lists; of a weight with the output dimension first,
+elements counted row by row), ``weight`` and ``bias`` (True for the whole tensor).
 Use an optimizer without weight decay, or unselected weights shrink.
 """
 
@@ -22,6 +23,7 @@ def masks(model: nn.Module, selection: Selection) -> dict[str, Tensor]:
         weight = result[f"{module}.weight"]
         weight[..., list(units.get("columns", ()))] = True
         weight[list(units.get("rows", ()))] = True
+        weight.view(-1)[list(units.get("elements", ()))] = True
         if units.get("weight"):
             weight[...] = True
         if units.get("bias"):

@@ -226,6 +226,10 @@ class Plan:
                 raise InputError(
                     f"plan: {name} cannot be trained by this plan: it is of kind {info.kind}, measured only."
                 )
+            if module.elements and info.kind not in WITH_ELEMENTS:
+                raise InputError(
+                    f"plan: single weights of {name} cannot be trained, which is of kind {info.kind}; choose columns or rows."
+                )
             if info.shape != module.shape:
                 raise InputError(
                     f"plan: {name} has shape {list(info.shape)} in this model and {list(module.shape)} in the plan; "
