@@ -23,7 +23,7 @@ from reltune.ops.attach_elements import (
     is_sampled,
     sampled_product_reference,
 )
-from reltune.ops.sampled_product import sampled_product
+from reltune.ops.sampled_product import sampled_product, transposed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ("dense", "sampled")
@@ -190,6 +190,13 @@ def test_the_kernel_equals_the_reference(tokens, rows, columns, count, dtype, na
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     close = 1e-12 if dtype == torch.float64 else 2e-6
     assert count == 0 or (found - wanted).abs().max() <= close * tokens**0.5 * (1 + wanted.abs().max())
+
+
+@pytest.mark.parametrize(("vectors", "features"), [(1, 1), (63, 65), (64, 64), (130, 3)])
+def test_transposed_copies(vectors, features):
+    x = numbers(vectors, features, dtype=torch.float16).to(DEVICE)
+    for of in (x, x.mT):
+        assert torch.equal(transposed(of), of.mT) and transposed(of).is_contiguous()
 
 
 def test_the_kernel_adds_up_over_blocks_of_vectors(monkeypatch):

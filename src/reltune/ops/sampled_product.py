@@ -16,6 +16,17 @@ from torch import Tensor
 PLACES, VECTORS = 16, 128  # per program and step
 CACHED_NUMBERS = 12 << 20  # of a and b together at a time: 24 MiB in bfloat16, half of an H200's level-2 cache
 LEAST = 256  # vectors at a time, however wide a and b are
+TILE = 64  # of the transposed copies
+
+
+@triton.jit
+def transpose_kernel(x, copy, vectors, features, stride, feature_stride, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """copy (features, vectors) from x (vectors, features), tile by tile, both read and written in one piece."""
+    t = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    mask = (t[:, None] < vectors) & (i[None, :] < features)
+    tile = tl.load(x + t[:, None].to(tl.int64) * stride + i[None, :] * feature_stride, mask=mask, other=0.0)
+    tl.store(copy + i[:, None].to(tl.int64) * vectors + t[None, :], tl.trans(tile), mask=tl.trans(mask))
 
 
 @triton.jit
@@ -47,6 +58,15 @@ def sampled_kernel(  # type: ignore[no-untyped-def]
     tl.store(found + at, total, mask=inside)
 
 
+def transposed(x: Tensor) -> Tensor:
+    """x.mT in one piece; PyTorch's own copy of a transposed matrix either reads or writes number by number."""
+    vectors, features = x.shape
+    copy = torch.empty(features, vectors, device=x.device, dtype=x.dtype)
+    grid = triton.cdiv(vectors, TILE), triton.cdiv(features, TILE)
+    transpose_kernel[grid](x, copy, vectors, features, x.stride(0), x.stride(1), TILE=TILE)
+    return copy
+
+
 def sampled_product(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
     """(aᵀ b).view(-1)[index] in float32 (float64 for float64), for a (T, rows), b (T, columns) and places (n,).
 
@@ -58,7 +78,7 @@ def sampled_product(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
     step = max(LEAST, CACHED_NUMBERS // (a.shape[1] + b.shape[1]) // VECTORS * VECTORS)
     with torch.cuda.device_of(a):
         for start in range(0, len(a), step):
-            left, right = (of[start : start + step].mT.contiguous() for of in (a, b))
+            left, right = (transposed(of[start : start + step]) for of in (a, b))
             sampled_kernel[(triton.cdiv(len(index), PLACES),)](
                 left,
                 right,

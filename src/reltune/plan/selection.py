@@ -86,7 +86,9 @@ def select(
         scored = relevance.by("element", criterion)
         elements = {n: of for n, of in scored.items() if n in allowed and inventory[n].kind in WITH_ELEMENTS}
         if not scored:
-            raise InputError(f"{criterion} was measured without single weights here; analyze again with elements.")
+            raise InputError(
+                f"{criterion} was measured without single weights here; analyze again with elements (--elements)."
+            )
     if not candidates.places and not elements:
         measured_only = [f"{name} ({inventory[name].kind})" for name in named if name not in allowed]
         why = f" ({measured_only[0]} can be measured and not trained)" if measured_only and not allowed else ""
