@@ -24,9 +24,10 @@ def transpose_kernel(x, copy, vectors, features, stride, feature_stride, TILE: t
     """copy (features, vectors) from x (vectors, features), tile by tile, both read and written in one piece."""
     t = tl.program_id(0) * TILE + tl.arange(0, TILE)
     i = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    mask = (t[:, None] < vectors) & (i[None, :] < features)
-    tile = tl.load(x + t[:, None].to(tl.int64) * stride + i[None, :] * feature_stride, mask=mask, other=0.0)
-    tl.store(copy + i[:, None].to(tl.int64) * vectors + t[None, :], tl.trans(tile), mask=tl.trans(mask))
+    inside = (t[:, None] < vectors) & (i[None, :] < features)
+    tile = tl.load(x + t[:, None].to(tl.int64) * stride + i[None, :] * feature_stride, mask=inside, other=0.0)
+    to = copy + i[:, None].to(tl.int64) * vectors + t[None, :]
+    tl.store(to, tl.trans(tile), mask=(i[:, None] < features) & (t[None, :] < vectors))
 
 
 @triton.jit
