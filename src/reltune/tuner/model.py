@@ -15,7 +15,12 @@ from reltune.layers.inventory import layer_type
 from reltune.plan.plan import TRAINABLE, ModulePlan
 from reltune.records import InputError, nearest
 from reltune.tuner.config import ReltuneConfig
-from reltune.tuner.layer import LAYER_CLASSES, ReltuneLayer
+from reltune.tuner.layer import ReltuneLayer
+from reltune.tuner.linear import ReltuneLinear
+from reltune.tuner.norm import ReltuneNorm
+
+# Kind of module (layers/inventory.py) -> the layer that trains it; its keys are plan.TRAINABLE.
+LAYER_CLASSES: dict[str, type[ReltuneLayer]] = {"linear": ReltuneLinear, "norm": ReltuneNorm}
 
 
 class ReltuneModel(BaseTuner):

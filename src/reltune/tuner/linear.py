@@ -1,0 +1,33 @@
+"""Linear maps: nn.Linear."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from reltune.ops.attach import AttachColumns, AttachRows
+from reltune.tuner.layer import ReltuneLayer
+from reltune.tuner.written_weight import Originals
+
+
+class ReltuneLinear(ReltuneLayer):
+    """nn.Linear."""
+
+    def _base_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def _attach_columns(self, y: Tensor, x: Tensor, columns: Tensor, idx: Tensor, row_idx: Tensor | None) -> Tensor:
+        return AttachColumns.apply(y, x, columns, idx, row_idx)
+
+    def _attach_rows(self, y: Tensor, x: Tensor, rows: Tensor, idx: Tensor) -> Tensor:
+        return AttachRows.apply(y, x, rows, idx)
+
+    def _change_of_output(self, x: Tensor, kept: Originals, columns: Tensor | None, rows: Tensor | None) -> Tensor:
+        total = None if columns is None else F.linear(x.index_select(-1, kept.column_idx), columns)
+        if rows is None:
+            assert total is not None
+            return total
+        part = F.linear(x, rows)
+        if total is None:
+            total = part.new_zeros(*part.shape[:-1], self.out_features)
+        return total.index_add(-1, kept.row_idx, part)

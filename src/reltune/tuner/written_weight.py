@@ -1,0 +1,301 @@
+"""The base weight of a layer, and the one adapter whose columns and rows it holds at present.
+
+At most one adapter is *written* into the base weight at a time. The base weight is changed outside any graph only:
+after an optimizer step, on loading, on switching. What it held before is kept per adapter, so that it comes back bit
+for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from reltune.ops.attach import LiveGraphs, prune
+from reltune.records import InputError
+
+# Layers whose columns or rows are being trained, for the optimizer hook below.
+in_training: weakref.WeakSet[WrittenWeight] = weakref.WeakSet()
+
+
+class Seen:
+    """Tensors as they were once: has one been replaced or written to since?
+
+    Fused optimizers and writes through ``.data`` go unnoticed.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._states: list[tuple[Tensor, tuple[int, int] | None]] = [(t, self._state(t)) for t in tensors]
+
+    def still(self, tensors: list[Tensor]) -> bool:
+        return len(tensors) == len(self._states) and all(
+            now is then and self._state(now) == state for now, (then, state) in zip(tensors, self._states, strict=True)
+        )
+
+    @staticmethod
+    def _state(tensor: Tensor) -> tuple[int, int]:
+        return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+
+    # A copy, in this process or another, counts from the tensors that were copied along.
+
+    def __getstate__(self) -> list[tuple[Tensor, bool]]:
+        return [(tensor, self._state(tensor) == state) for tensor, state in self._states]
+
+    def __setstate__(self, tensors: list[tuple[Tensor, bool]]) -> None:
+        self._states = [(tensor, self._state(tensor) if same else None) for tensor, same in tensors]
+
+
+@dataclasses.dataclass
+class Originals:
+    """What the base weight held at an adapter's columns and rows, and where: enough to undo the adapter exactly."""
+
+    indices: Seen  # the adapter's index buffers that the copies below were made from
+    column_idx: Any = None  # these four: Tensor, or None where the adapter has no columns or rows
+    columns: Any = None
+    row_idx: Any = None
+    rows: Any = None
+
+    def apply(self, function: Any) -> Originals:
+        tensors = (self.column_idx, self.columns, self.row_idx, self.rows)
+        return Originals(self.indices, *(None if t is None else function(t) for t in tensors))
+
+
+class WrittenWeight(nn.Module, BaseTunerLayer):
+    """A module whose weight can hold the columns and rows of one adapter.
+
+    Columns and rows are counted along dimensions of the weight that a subclass names. Trained columns and rows have
+    the weight's own layout, with as many places along that dimension as are trained.
+    """
+
+    column_dim: ClassVar[int] = 1
+    row_dim: ClassVar[int] = 0
+    reltune_columns: nn.ParameterDict
+    reltune_rows: nn.ParameterDict
+    reltune_column_indices: BufferDict
+    reltune_row_indices: BufferDict
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.originals: dict[str, Originals] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._written: str | None = None
+        self._values = Seen([])  # of the written adapter, when it was written
+        self._awaited: set[str] = set()  # adapters whose indices have yet to be loaded
+        self._graphs: LiveGraphs = []
+        self._backup: dict[str, Tensor] = {}  # whole tensors replaced by merge
+        self._beneath: Tensor | None = None  # the base's own weight while another one is being loaded
+        self.register_load_state_dict_pre_hook(_before_load)
+        self.register_load_state_dict_post_hook(_after_load)
+        self.register_state_dict_pre_hook(_before_save)
+
+    # -- where columns and rows lie --------------------------------------------------------------------------------
+
+    def _columns_of(self, weight: Tensor, idx: Tensor) -> Tensor:
+        return weight.index_select(self.column_dim, idx)
+
+    def _rows_of(self, weight: Tensor, idx: Tensor) -> Tensor:
+        return weight.index_select(self.row_dim, idx)
+
+    def _put_columns(self, weight: Tensor, idx: Tensor, columns: Tensor) -> None:
+        weight.index_copy_(self.column_dim, idx, columns)
+
+    def _put_rows(self, weight: Tensor, idx: Tensor, rows: Tensor) -> None:
+        weight.index_copy_(self.row_dim, idx, rows)
+
+    def _outside_rows(self, columns: Tensor, kept: Originals) -> Tensor:
+        """Columns with zeros where they cross the adapter's rows: a cell in both belongs to the row."""
+        return columns if kept.row_idx is None else columns.index_fill(self.row_dim, kept.row_idx, 0)
+
+    def _put(self, weight: Tensor, kept: Originals, columns: Tensor | None, rows: Tensor | None) -> None:
+        """Write columns, then rows, into the weight: a cell in both belongs to the row."""
+        if columns is not None:
+            self._put_columns(weight, kept.column_idx, columns.detach().to(weight.dtype))
+        if rows is not None:
+            self._put_rows(weight, kept.row_idx, rows.detach().to(weight.dtype))
+
+    # -- what is kept of the base ----------------------------------------------------------------------------------
+
+    def _indices(self, adapter_name: str) -> list[Tensor]:
+        kinds = (self.reltune_column_indices, self.reltune_row_indices)
+        return [kind[adapter_name] for kind in kinds if adapter_name in kind]
+
+    @torch.inference_mode(False)  # what is kept may have to enter a graph later
+    @torch.no_grad()
+    def _remember(self, adapter_name: str, pristine: Tensor) -> None:
+        kept = Originals(Seen(self._indices(adapter_name)))
+        if adapter_name in self.reltune_columns:
+            kept.column_idx = self.reltune_column_indices[adapter_name].to(pristine.device, copy=True)
+            kept.columns = self._columns_of(pristine, kept.column_idx)
+        if adapter_name in self.reltune_rows:
+            kept.row_idx = self.reltune_row_indices[adapter_name].to(pristine.device, copy=True)
+            kept.rows = self._rows_of(pristine, kept.row_idx)
+        self.originals[adapter_name] = kept
+
+    def _refresh(self) -> None:
+        """Take in indices that were loaded. Looked for here too, as Transformers' load_adapter calls no hook."""
+        changed = [
+            name
+            for name, kept in self.originals.items()
+            # what a merge has replaced is needed to undo it, whatever was loaded since
+            if name not in self.merged_adapters and not kept.indices.still(self._indices(name))
+        ]
+        if not changed:
+            return
+        if self._written in changed:
+            self._restore()
+        with torch.no_grad():
+            pristine = self._pristine_weight()
+            for name in changed:
+                self._remember(name, pristine)
+                self._awaited.discard(name)
+
+    def _base_loaded(self, beneath: Tensor) -> None:
+        """The base weight came with the file. It may hold the values of an adapter, which are not the base's."""
+        weight = self.weight
+        self._written = None
+        with torch.no_grad():
+            for name in self.originals:
+                self._remember(name, beneath)
+                held = weight.detach().clone()
+                self._put(held, self.originals[name], *self._values_of(name))
+                if torch.equal(held, weight):
+                    self._put(weight, self.originals[name], self.originals[name].columns, self.originals[name].rows)
+                    break
+            for name in self.originals:
+                self._remember(name, weight)
+                self._awaited.discard(name)
+
+    def _check_loaded(self, names: list[str]) -> None:
+        missing = [name for name in names if name in self._awaited]
+        if missing:
+            raise InputError(
+                f"adapter {missing[0]!r} was made from a saved config, which says how many columns and rows are trained but "
+                "not which; load it with PeftModel.from_pretrained, or give ReltuneConfig the plan."
+            )
+
+    # -- the base weight -------------------------------------------------------------------------------------------
+
+    def _pristine_weight(self) -> Tensor:
+        """The base's own weight; a copy when an adapter is written into it."""
+        weight = self.weight.detach()
+        if "weight" in self._backup:
+            return self._backup["weight"]
+        if self._written is None and not self.merged:
+            return weight
+        weight = weight.clone()
+        for name in [self._written, *self.merged_adapters]:
+            if name in self.originals:
+                self._put(weight, self.originals[name], self.originals[name].columns, self.originals[name].rows)
+        return weight
+
+    def _values_of(self, adapter_name: str) -> tuple[Tensor | None, Tensor | None]:
+        return self._get(self.reltune_columns, adapter_name), self._get(self.reltune_rows, adapter_name)
+
+    def _trained(self, adapter_name: str) -> list[Tensor]:
+        return [t for t in self._values_of(adapter_name) if t is not None]
+
+    def _write(self, adapter_name: str) -> None:
+        columns, rows = self._values_of(adapter_name)
+        with torch.no_grad():
+            self._put(self.weight, self.originals[adapter_name], columns, rows)
+        self._written = adapter_name
+        self._values = Seen(self._trained(adapter_name))
+
+    def _rewrite(self) -> None:
+        """Write the written adapter again, past autograd's count of versions.
+
+        Parameters may have changed where no version tells: by ``.data`` or by optimizers that step on flat copies.
+        When they have not, this changes nothing, and graphs that hold the weight remain valid.
+        """
+        if self._written is not None:
+            self._put(self.weight.data, self.originals[self._written], *self._values_of(self._written))
+
+    def _restore(self) -> None:
+        if self._written is not None:
+            kept = self.originals[self._written]
+            with torch.no_grad():
+                self._put(self.weight, kept, kept.columns, kept.rows)
+            self._written = None
+
+    def write_back(self) -> None:
+        """Bring the base weight up to date with the trained columns and rows."""
+        if self._written is not None:
+            self._write(self._written)
+
+    def _settle(self) -> None:
+        """Write the adapter that is asked for into the base weight, unless a graph still needs what is there."""
+        if not self.originals:
+            return
+        self._refresh()
+        if self.merged:
+            return
+        names = [] if self.disable_adapters else self._active(("reltune_columns", "reltune_rows"))
+        wanted = names[0] if names else None
+        if wanted is not None:
+            # PEFT loads a file onto the accelerator, if there is one, and moves it to the base's device afterwards.
+            devices = {t.device for t in (self.weight, *self._trained(wanted))}
+            if len(devices) > 1 or self.weight.device.type == "meta":
+                return
+        self._graphs = prune(self._graphs)
+        if wanted != self._written and not self._graphs:
+            self._restore()
+            if wanted is not None:
+                self._write(wanted)
+        elif self._written in names:
+            values = self._trained(self._written)
+            if not self._values.still(values):
+                self._write(self._written)  # replaced, or changed by hand
+            elif torch.is_grad_enabled() and any(t.requires_grad for t in values):
+                self._rewrite()
+
+    def _written_values(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+        """The adapter's columns and rows as the product has used them; the parameters may have changed since."""
+        kept, weight = self.originals[name], self.weight.detach()
+        return (
+            None if kept.column_idx is None else self._columns_of(weight, kept.column_idx),
+            None if kept.row_idx is None else self._rows_of(weight, kept.row_idx),
+        )
+
+    def _active(self, kinds: tuple[str, ...]) -> list[str]:
+        return [name for name in self.active_adapters if any(name in getattr(self, kind) for kind in kinds)]
+
+    @staticmethod
+    def _get(entries: Any, name: str) -> Any:
+        return entries[name] if name in entries else None  # noqa: SIM401 - a BufferDict has no get
+
+
+def _before_save(module: Any, *_: Any) -> None:
+    module._rewrite()
+
+
+def _before_load(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    if f"{prefix}base_layer.weight" in state_dict and module.originals and not module.merged:
+        module._beneath = module._pristine_weight().clone()
+
+
+def _after_load(module: Any, _: Any) -> None:
+    if module._beneath is not None:
+        module._base_loaded(module._beneath)
+        module._beneath = None
+    module._settle()
+
+
+def _write_back_after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for layer in list(in_training):
+        name = layer._written
+        if name is not None and any(
+            name in kind and id(kind[name]) in stepped for kind in (layer.reltune_columns, layer.reltune_rows)
+        ):
+            layer.write_back()
+
+
+register_optimizer_step_post_hook(_write_back_after_step)
