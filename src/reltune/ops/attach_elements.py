@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from reltune.records import InputError
+
 Form = Literal["dense", "sampled"]
 
 BLOCK_NUMBERS = 1 << 24  # of G at a time in the dense form: 32 MiB in bfloat16
@@ -59,6 +61,17 @@ class Places:
         edges = torch.arange(0, rows + self.step, self.step, device=self.index.device, dtype=torch.int64) * columns
         starts: list[int] = torch.searchsorted(self.index.long(), edges).tolist()
         return starts
+
+    def check(self) -> None:
+        """Raise InputError for indices, read from a file, that cannot be what was written. Waits for the device."""
+        if self.index.device.type == "meta" or not len(self.index):
+            return
+        index, numbers = self.index.long(), self.shape[0] * self.shape[1]
+        if bool((index.diff() <= 0).any() | (index[0] < 0) | (index[-1] >= numbers)):
+            raise InputError(
+                f"an adapter's indices of single weights are not ascending numbers below {numbers:,}; its file is damaged, "
+                "save it again."
+            )
 
     def apply(self, function: Any) -> Places:
         """The same, with the tensor moved, say."""
