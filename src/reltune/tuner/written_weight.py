@@ -73,8 +73,9 @@ class Originals:
 
     def apply(self, function: Any) -> Originals:
         tensors = (self.column_idx, self.columns, self.row_idx, self.rows, self.elements)
-        places = None if self.places is None else self.places.apply(function)
-        return Originals(self.indices, *(None if t is None else function(t) for t in tensors), places=places)
+        applied = Originals(self.indices, *(None if t is None else function(t) for t in tensors))
+        applied.places = None if self.places is None else self.places.apply(function)
+        return applied
 
 
 class WrittenWeight(nn.Module, BaseTunerLayer):
