@@ -38,7 +38,7 @@ PLANS = {
         VALUE: ModulePlan((32, 32), rows=[9]),
     },
     "elements": {
-        UP: ModulePlan((64, 32), elements=list(range(0, 2048, 50))),
+        UP: ModulePlan((64, 32), elements=list(range(0, 2048, 10))),
         DOWN: ModulePlan((32, 64), columns=[1], elements=[0, 63, 2047]),
     },
     "whole": {UP: ModulePlan((64, 32), weight=True, bias=True), QUERY: ModulePlan((32, 32), columns=[4], bias=True)},

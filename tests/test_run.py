@@ -267,7 +267,7 @@ def test_a_run_of_single_weights(place: Path) -> None:
     assert new_run(place, "elements", *words).code == 0
     run = place / "elements"
     plan = Plan.load(run / "plan")
-    assert plan.parameters == plan.budget_parameters and plan.indices > 0.9 * plan.parameters
+    assert 0 < plan.indices < plan.parameters == plan.budget_parameters  # biases among them
     assert f"{plan.indices:,} single weights" in (run / "report.html").read_text()
     assert f"{plan.indices:,} single weights" in (run / "adapter" / "README.md").read_text()
     assert read(run / "all_results.json")["trainable_parameters"] == plan.parameters
