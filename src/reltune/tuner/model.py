@@ -153,7 +153,7 @@ class ReltuneModel(BaseTuner):
         if config.units is not None:
             # An adapter is about to be loaded: sizes are known, indices come with the file.
             sizes = config.units[key]
-            return ModulePlan(
+            units = ModulePlan(
                 shape,
                 list(range(sizes["columns"])),
                 list(range(sizes["rows"])),
@@ -161,6 +161,8 @@ class ReltuneModel(BaseTuner):
                 sizes["bias"],
                 groups=info.groups,
             )
+            units.take_elements(torch.arange(sizes.get("elements", 0)))
+            return units
         if len(shape) == 1:
             return ModulePlan(shape, weight=True, bias=info.bias)
         r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
