@@ -163,6 +163,7 @@ class Benchmark:
         except Exception as error:  # whatever it is: it belongs into the record, and the others go on
             record["error"] = described(error)
         else:
+            print(f"  {record['method']}: {seconds:.4g} s", file=sys.stderr, flush=True)  # long work shows progress
             if counted:
                 record["seconds"].append(seconds)
                 if peak is not None:

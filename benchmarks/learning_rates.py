@@ -129,7 +129,14 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
             plans[f"{criterion} column, without pooler"] = select(
                 relevance, config.budget, criterion=criterion, exclude_modules=["pooler"], task_type="SEQ_CLS"
             )
-            plans[f"{criterion} column, even over modules"] = _even(relevance, config.budget, criterion)
+            plans[f"{criterion} column, even over modules"] = select(
+                relevance,
+                config.budget,
+                criterion=criterion,
+                spread="even",
+                target_modules=everything,
+                task_type="SEQ_CLS",
+            )
         for name, plan in plans.items():
             if job["only"] and job["only"] not in name:
                 continue
@@ -137,22 +144,6 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
                 model = get_peft_model(stages.model_with_heads(materials, directory), ReltuneConfig(plan=plan))
                 record(name, rate, plan.parameters, model)
     return records
-
-
-def _even(relevance: Any, budget: str, criterion: str) -> Any:
-    """The same share of every linear map's columns, the most relevant ones inside each."""
-    from reltune.plan.budget import parse_budget
-    from reltune.plan.selection import select
-
-    plan = select(relevance, budget, criterion=criterion, task_type="SEQ_CLS")
-    limit, shapes = plan.budget_parameters, {i.name: i.shape for i in relevance.inventory.modules if i.kind == "linear"}
-    total = sum(out * columns for out, columns in shapes.values())
-    plan.modules = {}
-    for name, (out, columns) in shapes.items():
-        count = int(limit / total * columns)
-        plan.modules.update(select(relevance, out * count, criterion=criterion, target_modules=[name]).modules)
-    assert parse_budget(budget, plan.base_parameters) >= plan.parameters
-    return plan
 
 
 def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

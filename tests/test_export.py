@@ -37,6 +37,10 @@ PLANS = {
         DOWN: ModulePlan((32, 64), columns=[0, 63], rows=[0, 31]),
         VALUE: ModulePlan((32, 32), rows=[9]),
     },
+    "elements": {
+        UP: ModulePlan((64, 32), elements=list(range(0, 2048, 10))),
+        DOWN: ModulePlan((32, 64), columns=[1], elements=[0, 63, 2047]),
+    },
     "whole": {UP: ModulePlan((64, 32), weight=True, bias=True), QUERY: ModulePlan((32, 32), columns=[4], bias=True)},
 }
 LORA = ("columns", "rows", "both")  # plans that a LoRA adapter can carry
@@ -192,6 +196,9 @@ def test_a_lora_adapter_cannot_carry_whole_tensors(place: Path, tmp_path: Path) 
     answer = reltune("export", place / "whole", "--to", "lora", "--output_dir", tmp_path / "new")
     assert answer.code == 2
     assert "--to merged" in answer.err and QUERY in answer.err
+    answer = reltune("export", place / "elements", "--to", "lora", "--output_dir", tmp_path / "new")
+    assert answer.code == 2
+    assert "single weights (in 2 modules" in answer.err and UP in answer.err and "--to merged" in answer.err
     assert not (tmp_path / "new").exists()
     norm = "bert.encoder.layer.0.output.LayerNorm"
     for modules in (

@@ -10,8 +10,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from reltune.layers import fused_norms as fused_norms_module
-from reltune.layers.fused_norms import fused_norms
+from reltune.layers.fused_norms import fuse_norms, fused_norms, restore_norms
 from reltune.ops import squared_gradient
+from reltune.ops.column_gradient import column_gradient
+from reltune.ops.index_copy import Copy, index_copy
+from reltune.ops.index_copy_kernel import copy_all
 from reltune.ops.quadratic_form import quadratic_forms, quadratic_forms_reference, triangle
 from reltune.ops.rms_norm import RMSNorm, rms_norm, rms_norm_reference
 from reltune.ops.squared_gradient import input_gram, squared_gradient_sums, squared_gradient_sums_reference
@@ -138,3 +141,59 @@ def test_fused_norms_take_what_computes_the_same_and_leave_the_rest(monkeypatch)
             assert torch.allclose(module(x), before[name], rtol=2**-7, atol=0)
         raise KeyError
     assert [name for name, module in model.items() if "forward" in module.__dict__] == ["own"]
+
+
+def test_a_norm_that_is_trained_gets_its_gradient_although_it_was_fused_frozen(monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(fused_norms_module, "_has_kernel", lambda x: True)
+    norm = LlamaRMSNorm(48).to(DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float16).requires_grad_(False)
+    x = rows(2, 3, 48, 0, norm.weight.dtype)
+    model = nn.Sequential(norm)
+    assert fuse_norms(model) == [norm] and fuse_norms(model) == []
+    fused = norm(x)
+    norm.requires_grad_(True)
+    norm(x).sum().backward()
+    assert norm.weight.grad is not None and norm.weight.grad.abs().sum() > 0
+    restore_norms(model)
+    assert "forward" not in norm.__dict__ and torch.allclose(norm(x), fused, rtol=2**-7, atol=0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.one_of(st.integers(0, 9), st.integers(125, 131), st.just(700)),
+    st.one_of(st.integers(1, 9), st.integers(62, 67), st.just(200)),
+    st.one_of(st.integers(1, 4), st.integers(15, 33)),
+    st.sampled_from([torch.float32, torch.float16]),
+    st.integers(0, 99),
+)
+def test_column_gradient_equals_the_product(tokens, out_features, columns, dtype, seed):
+    g, selected = rows(1, tokens, out_features, seed, dtype)[0], rows(1, tokens, columns, seed + 1, dtype)[0]
+    found = column_gradient(g, selected)
+    wanted = g.double().mT @ selected.double()
+    assert found.shape == (out_features, columns) and found.dtype == torch.float32
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1e-30)
+    assert torch.equal(found, column_gradient(g, selected))  # added up in a fixed order
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float16, torch.float32)], ids=str)
+def test_many_columns_and_rows_are_written_at_once(dtypes):
+    shapes, dims, counts = [(130, 70), (3, 100), (5, 5), (64, 200)], [1, 0, 1, 0], [40, 1, 5, 33]
+    copies, wanted = [], []
+    for seed, (shape, dim, count) in enumerate(zip(shapes, dims, counts, strict=True)):
+        weight = rows(1, *shape, seed, dtypes[0])[0]
+        weight = weight.mT.contiguous().mT if seed == 3 else weight  # whatever its strides
+        idx = torch.randperm(shape[dim], generator=torch.Generator().manual_seed(seed))[:count].to(DEVICE)
+        values = rows(1, *(count if d == dim else size for d, size in enumerate(shape)), seed + 9, dtypes[1])[0]
+        copies.append(Copy(weight, dim, idx, values))
+        wanted.append(weight.clone().index_copy_(dim, idx, values.to(weight.dtype)))
+    copy_all(copies)
+    assert all(torch.equal(copy.weight, want) for copy, want in zip(copies, wanted, strict=True))
+
+
+def test_writing_counts_as_a_change_of_the_weight():
+    weights = [torch.zeros(4, 4, device=DEVICE) for _ in range(3)]
+    idx = torch.tensor([1, 3], device=DEVICE)
+    versions = [weight._version for weight in weights]
+    index_copy(Copy(weight, 1, idx, torch.ones(4, 2, device=DEVICE)) for weight in weights)
+    assert all(float(weight.sum()) == 8 for weight in weights)
+    assert all(weight._version > version for weight, version in zip(weights, versions, strict=True))

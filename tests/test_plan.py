@@ -26,6 +26,7 @@ def plan(scores):
 
 
 KEY = "bert.encoder.layer.1.attention.self.key"
+VALUE = "bert.encoder.layer.1.attention.self.value"
 INTERMEDIATE = "bert.encoder.layer.0.intermediate.dense"
 NORM = "bert.encoder.layer.1.output.LayerNorm"
 
@@ -36,9 +37,10 @@ def by_hand(scores):
     modules = {
         INTERMEDIATE: ModulePlan((40, 16), columns=[1, 3], rows=[39], bias=True),
         KEY: ModulePlan((16, 16), weight=True, bias=True),
+        VALUE: ModulePlan((16, 16), columns=[1], rows=[15], elements=[7, 255 - 16, 0]),
         NORM: ModulePlan((16,), weight=True, bias=True),
     }
-    parameters = 2 * 40 + 16 + 40 + 16 * 16 + 16 + 32
+    parameters = 2 * 40 + 16 + 40 + 16 * 16 + 16 + 2 * 16 + 3 + 32
     return Plan(modules, str(parameters), parameters, 10**6, scores.fingerprint, always_trained=["classifier"])
 
 
@@ -72,7 +74,10 @@ def test_parameters_are_counted_by_hand(by_hand):
     assert by_hand.modules[INTERMEDIATE].parameters == 2 * 40 + 16 + 40
     assert by_hand.modules[KEY].parameters == 16 * 16 + 16
     assert by_hand.modules[NORM].parameters == 32
-    assert by_hand.parameters == 136 + 272 + 32 and by_hand.indices == 3
+    assert by_hand.modules[VALUE].parameters == 2 * 16 + 3
+    assert by_hand.parameters == 136 + 272 + 35 + 32 and by_hand.indices == 8
+    assert by_hand.adapter_bytes() == 4 * 475 + 8 * 5 + 4 * 3
+    assert "3 columns, 2 rows, 3 single weights, 1 whole matrices" in by_hand.describe()[0]
     by_hand.check()
 
 
@@ -108,8 +113,10 @@ def test_edits_that_make_sense_are_taken(by_hand, tmp_path):
     edit = set_in("modules", INTERMEDIATE, value={"shape": [40, 16], "columns": [0], "rows": []})
     loaded = edited(by_hand, tmp_path, edit)
     assert loaded.modules[INTERMEDIATE] == ModulePlan((40, 16), columns=[0])
-    assert loaded.parameters == 40 + 272 + 32
+    assert loaded.parameters == 40 + 272 + 35 + 32
     assert NORM not in edited(by_hand, tmp_path, removed("modules", NORM)).modules
+    loaded = edited(by_hand, tmp_path, set_in("modules", VALUE, "elements", value=[9, 3, 4]))
+    assert list(loaded.modules[VALUE].elements) == [3, 4, 9]
     loaded = edited(by_hand, tmp_path, set_in("budget", "parameters", value=5000))
     assert loaded.budget_parameters == 5000
     loaded = edited(by_hand, tmp_path, removed("always_trained"))
@@ -138,6 +145,22 @@ def test_edits_that_make_sense_are_taken(by_hand, tmp_path):
         (set_in("modules", INTERMEDIATE, "weight", value=0), f"weight of {INTERMEDIATE} must be true or false"),
         (set_in("modules", KEY, "columns", value=[1]), f"{KEY} trains the whole weight and columns or rows"),
         (set_in("modules", NORM, value={"shape": [16], "columns": [1]}), f"{NORM} is a norm and has no columns"),
+        (set_in("modules", NORM, value={"shape": [16], "elements": [1]}), f"{NORM} is a norm and has no .*elements"),
+        (set_in("modules", KEY, "elements", value=[1]), f"{KEY} trains the whole weight and .*elements of it"),
+        (
+            set_in("modules", VALUE, "elements", value=[0, 256]),
+            f"{VALUE} has 256 elements, counted from 0; 256 is none",
+        ),
+        (set_in("modules", VALUE, "elements", value=[-1, 3]), f"{VALUE} has 256 elements.*-1 is none"),
+        (set_in("modules", VALUE, "elements", value=[5, 3, 5]), f"elements of {VALUE} name 5 twice"),
+        (
+            set_in("modules", VALUE, "elements", value=[0, 33]),
+            f"element 33 of {VALUE} lies in one of its chosen columns",
+        ),
+        (set_in("modules", VALUE, "elements", value=[242]), f"element 242 of {VALUE} lies in one of its chosen rows"),
+        (set_in("modules", VALUE, "elements", value=[1.0]), f"elements of {VALUE} must be a list of whole numbers"),
+        (set_in("modules", VALUE, "elements", value=[10**30]), f"elements of {VALUE} must be a list of whole numbers"),
+        (set_in("modules", VALUE, "elements", value=None), f"elements of {VALUE} must be a list of whole numbers"),
         (set_in("modules", KEY, value={"shape": [16, 16]}), f"{KEY} trains nothing"),
         (removed("modules", KEY, "shape"), f"{KEY} lacks its shape"),
         (set_in("modules", KEY, "shape", value=[]), f"shape of {KEY} must be"),
@@ -146,10 +169,10 @@ def test_edits_that_make_sense_are_taken(by_hand, tmp_path):
         (set_in("modules", KEY, "shape", value=[-16, 16]), f"shape of {KEY} must be"),
         (set_in("modules", KEY, "shape", value=16), "field of the wrong kind"),
         (set_in("modules", INTERMEDIATE, "weight", value=None), f"weight of {INTERMEDIATE} must be true or false"),
-        (set_in("budget", "parameters", value=439), "trains 440 parameters, above its budget of 439"),
+        (set_in("budget", "parameters", value=474), "trains 475 parameters, above its budget of 474"),
         (set_in("budget", "parameters", value="many"), "wrong kind"),
         (set_in("budget", "parameters", value=float("inf")), "wrong kind"),
-        (set_in("budget", value=440), "budget must be a mapping"),
+        (set_in("budget", value=475), "budget must be a mapping"),
         (set_in("model", value=None), "model must be a mapping"),
         (set_in("model", "head_parameters", value="none"), "wrong kind"),
         (set_in("modules", value={}), "chooses no module"),
@@ -172,6 +195,22 @@ def test_edits_that_make_none_are_refused(by_hand, tmp_path, edit, why):
     with pytest.raises(InputError, match=why) as caught:
         edited(by_hand, tmp_path, edit)
     assert str(tmp_path / "plan.yaml") in str(caught.value)
+
+
+def test_elements_beside_the_plan_take_four_bytes_each(by_hand, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_file, "INLINE_INDICES", 0)
+    wide = ModulePlan((65_536, 65_536), elements=[65_536**2 - 1, 2])  # more weights than int32 counts
+    by_hand.modules["wide"] = wide
+    by_hand.budget_parameters += 2
+    by_hand.save(tmp_path)
+    held = load_file(tmp_path / "indices.safetensors")
+    assert held[f"{VALUE}/elements"].equal(torch.tensor([0, 7, 239], dtype=torch.int32))
+    assert held["wide/elements"].equal(torch.tensor([2, 65_536**2 - 1]))
+    assert wide.index_bytes == 16 and Plan.load(tmp_path) == by_hand
+    tensors = dict(held)
+    tensors[f"{VALUE}/elements"] = torch.tensor([239, 7])
+    save_file(tensors, tmp_path / "indices.safetensors")
+    assert list(Plan.load(tmp_path).modules[VALUE].elements) == [7, 239]
 
 
 @pytest.mark.parametrize(
@@ -234,6 +273,12 @@ def save_indices(folder, change):
                 folder, lambda tensors: tensors.update({f"{INTERMEDIATE}/rows": torch.tensor([[1]])})
             ),
             f"rows of {INTERMEDIATE} must be a list of whole numbers",
+        ),
+        (
+            lambda folder: save_indices(
+                folder, lambda tensors: tensors.update({f"{VALUE}/elements": torch.tensor([1.0])})
+            ),
+            f"elements of {VALUE} must be a list of whole numbers",
         ),
     ],
 )

@@ -259,6 +259,62 @@ def test_chinese_texts_and_labels_in_other_encodings(place: Path, name: str, enc
     assert "文本" in (place / name / "config.yaml").read_text(encoding="utf-8")
 
 
+# -- single weights ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_single_weights(place: Path) -> None:
+    words = ["--granularity", "element,bias", "--budget", "5%", "--learning_rate", 1e-2, "--num_train_epochs", 2]
+    assert new_run(place, "elements", *words).code == 0
+    run = place / "elements"
+    plan = Plan.load(run / "plan")
+    assert 0 < plan.indices < plan.parameters == plan.budget_parameters  # biases among them
+    assert f"{plan.indices:,} single weights" in (run / "report.html").read_text()
+    assert f"{plan.indices:,} single weights" in (run / "adapter" / "README.md").read_text()
+    assert read(run / "all_results.json")["trainable_parameters"] == plan.parameters
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    held = {key: tensor for key, tensor in tensors.items() if key.endswith("reltune_elements")}
+    assert sum(tensor.numel() for tensor in held.values()) == plan.indices
+    before = load_file(place / "model" / "model.safetensors")
+    changed = 0
+    for key, values in held.items():
+        name = key.removeprefix("base_model.model.bert.").removesuffix(".reltune_elements")
+        index = tensors[key.replace("elements", "element_indices")]
+        assert index.dtype == torch.int32 and index.tolist() == list(plan.modules[f"bert.{name}"].elements)
+        changed += int((before[f"{name}.weight"].flatten()[index.long()] != values).sum())
+    assert changed > 0.9 * plan.indices
+    assert reltune("export", run, "--to", "merged", "--output_dir", place / "elements_merged").code == 0
+    merged = load_file(place / "elements_merged" / "model.safetensors")
+    for key, values in held.items():
+        name = key.removeprefix("base_model.model.").removesuffix(".reltune_elements")
+        index = tensors[key.replace("elements", "element_indices")].long()
+        assert torch.equal(merged[f"{name}.weight"].flatten()[index], values)
+
+
+def test_a_budget_spread_evenly(place: Path, quick: Path) -> None:
+    shutil.copytree(quick, place / "even")
+    assert reltune("select", place / "even", "--spread", "even", "--overwrite_output_dir").code == 0
+    plan = Plan.load(place / "even" / "plan")
+    assert plan.spread == "even" and len({len(m.columns) for m in plan.modules.values() if m.shape == (32, 32)}) == 1
+    assert RunConfig.load(place / "even" / "config.yaml").spread == "even"
+    answer = reltune("select", place / "even", "--granularity", "module", "--overwrite_output_dir")
+    assert answer.code == 2 and "spread even is for column, row, element" in answer.err
+    answer = reltune("select", place / "even", "--granularity", "element", "--overwrite_output_dir")
+    assert answer.code == 2 and "analyze again with elements" in answer.err
+
+
+def test_elements_that_cannot_be_chosen_are_refused_before_hours_are_spent(place: Path) -> None:
+    for words, why in (
+        (["--granularity", "element,column"], "element cannot compete with column"),
+        (["--granularity", "element", "--criteria", "spectral_snr"], "spectral_snr"),
+        (["--granularity", "element", "--budget", "0"], "allows nothing"),
+        (["--granularity", "element", "--target_modules", "quary"], "'quary'"),
+        (["--spread", "evenly"], "'even'"),
+    ):
+        answer = new_run(place, "refused", *words)
+        assert answer.code == 2 and why in answer.err
+        assert not (place / "refused").exists()
+
+
 # -- criteria, granularity, names -----------------------------------------------------------------------------------
 
 

@@ -14,9 +14,10 @@ from reltune.layers.heads import HeadGroup
 from reltune.layers.inventory import Inventory, ModuleInfo
 from reltune.plan.plan import ModulePlan, Plan
 from reltune.plan.selection import select
-from reltune.records import GRANULARITIES, InputError
+from reltune.records import InputError
 from reltune.relevance.scores import RelevanceScores
 
+LARGER = ["layer", "module", "head", "column", "row", "bias", "norm"]  # all granularities but elements
 EVERYWHERE = {"target_modules": ".*"}  # modules outside the layers compete only when they are named
 
 
@@ -165,7 +166,7 @@ def slow_greedy(scores, limit, kinds, everywhere):
     return plan
 
 
-KINDS = st.permutations(GRANULARITIES).flatmap(lambda p: st.integers(1, 6).map(lambda n: p[:n]))
+KINDS = st.permutations(LARGER).flatmap(lambda p: st.integers(1, 6).map(lambda n: p[:n]))
 
 
 @settings(max_examples=400, deadline=None)
@@ -285,7 +286,7 @@ def test_a_bias_in_a_chosen_module_costs_nothing_more():
     assert chosen(plan) == {"h.0.a": ([], [], True, True), "last": ([], [], False, True)}
 
 
-@pytest.mark.parametrize("kinds", [["module"], ["layer", "module"], ["column", "bias", "norm"], GRANULARITIES])
+@pytest.mark.parametrize("kinds", [["module"], ["layer", "module"], ["column", "bias", "norm"], LARGER])
 def test_all_of_the_budget_trains_all_units(kinds):
     scores = measure(tiny_sequential(), [data_for(tiny_sequential())])
     assert select(scores, "100%", [*kinds, "module"]).parameters == scores.inventory.base_parameters
@@ -389,3 +390,131 @@ def test_units_that_harm_are_never_taken():
     parts = {"b.0.m": {"column": [-3, -1, -2, -8]}, "b.1.m": {"column": [-2]}}
     with pytest.raises(InputError, match="fisher gives every column a negative score; select by another"):
         select(scores_of(modules, parts), 12, "column")
+
+
+# Single weights
+
+
+def element_scores(seed, dtype=torch.float32):
+    """Two to five small maps and norms with whole scores for every weight, negative ones among them."""
+    rng = random.Random(seed)
+    modules, parts = [], {}
+    for i in range(rng.randint(2, 5)):
+        bias = rng.random() < 0.7
+        if rng.random() < 0.3:
+            modules.append(norm(f"m{i}", rng.randint(1, 4), bias))
+            parts[f"m{i}"] = {"norm": rng.randint(-2, 9), "element": [0.0] * modules[-1].shape[0]}
+        else:
+            out, wide = rng.randint(1, 4), rng.randint(1, 4)
+            modules.append(linear(f"m{i}", out, wide, bias))
+            parts[f"m{i}"] = {"element": [[rng.randint(-2, 9) for _ in range(wide)] for _ in range(out)]}
+            parts[f"m{i}"] |= {"bias": rng.randint(-9, 20)} if bias else {}
+    scores = scores_of(modules, parts, 100)
+    for found in scores.parts["fisher"].values():
+        found["element"] = found["element"].to(dtype)
+    return scores
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 10**9),
+    st.integers(1, 40),
+    st.permutations(["element", "bias", "norm"]),
+    st.integers(1, 3),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_elements_are_taken_by_the_same_rule(seed, limit, kinds, count, dtype):
+    scores = element_scores(seed, dtype)
+    kinds = (
+        ["element", *(k for k in kinds if k != "element")][:count] if "element" not in kinds[:count] else kinds[:count]
+    )
+    units = []  # (worth per parameter, price, module, what)
+    for kind in kinds:
+        for info in scores.inventory.modules:
+            found = scores.parts["fisher"][info.name]
+            if kind == "element" and info.kind == "linear":
+                units += [(v, 1, info.name, i) for i, v in enumerate(found["element"].flatten().tolist())]
+            elif kind == "bias" and "bias" in found:
+                units.append((float(found["bias"]) / info.shape[0], info.shape[0], info.name, kind))
+            elif kind == "norm" and "norm" in found:
+                price = info.shape[0] * (2 if info.bias else 1)
+                units.append((float(found["norm"]) / price, price, info.name, kind))
+    wanted, used = {}, 0
+    for worth, price, name, what in sorted(units, key=lambda unit: -unit[0]):
+        if worth >= 0 and used + price <= limit:
+            wanted.setdefault(name, []).append(what)
+            used += price
+    if not wanted:
+        with pytest.raises(InputError, match=r"unit of granularity|negative score|raise the budget"):
+            select(scores, limit, kinds)
+        return
+    plan = select(scores, limit, kinds)
+    found = {
+        name: [*m.elements, *(["norm"] if m.weight else ["bias"] if m.bias else [])] for name, m in plan.modules.items()
+    }
+    assert found == {
+        name: sorted(w for w in of if isinstance(w, int)) + [w for w in of if isinstance(w, str)]
+        for name, of in wanted.items()
+    }
+    assert plan.parameters == used
+
+
+def test_elements_do_not_go_with_larger_units_or_without_scores():
+    scores = element_scores(0)
+    for kind in ("column", "row", "head", "module", "layer"):
+        with pytest.raises(InputError, match=f"element cannot compete with {kind}"):
+            select(scores, 5, ["element", kind])
+    for found in scores.parts["fisher"].values():
+        del found["element"]
+    with pytest.raises(InputError, match="measured without single weights here; analyze again with elements"):
+        select(scores, 5, "element")
+    scores.parts["spectral_snr"] = scores.parts.pop("fisher")
+    with pytest.raises(InputError, match=r"spectral_snr scores no element, only layer, .*choose that granularity"):
+        select(scores, 5, "element")
+
+
+def test_a_plan_of_elements_from_measured_scores_is_the_best_that_fits(tmp_path):
+    scores = measure(tiny_bert(), [data_for(tiny_bert())], elements=True)
+    scores.save(tmp_path)
+    plan = select(RelevanceScores.load(tmp_path), "1%", "element")
+    assert plan.parameters == plan.budget_parameters == plan.indices
+    kept, left = [], []
+    for info in scores.inventory.modules:
+        if info.kind == "linear" and info.in_block:
+            chosen = torch.zeros(info.weight_parameters, dtype=torch.bool)
+            chosen[list(plan.modules[info.name].elements) if info.name in plan.modules else []] = True
+            values = scores.by("element")[info.name].flatten()
+            kept, left = [*kept, *values[chosen].tolist()], [*left, *values[~chosen].tolist()]
+    assert min(kept) >= max(left) and len(kept) == plan.parameters
+    assert f"{plan.parameters:,} single weights in" in plan.describe()[0]
+    plan.save(tmp_path)
+    assert Plan.load(tmp_path) == plan
+
+
+# Spread
+
+
+@pytest.mark.parametrize("kind", ["column", "row", "element", ["column", "row"]])
+def test_spread_evenly_every_module_keeps_its_own_share(kind):
+    scores = measure(tiny_bert(), [data_for(tiny_bert())], elements=True)
+    plan = select(scores, "30%", kind, spread="even")
+    maps = [info for info in scores.inventory.modules if info.kind == "linear" and info.in_block]
+    assert list(plan.modules) == [info.name for info in maps] and plan.spread == "even"
+    assert "the same share of every module" in plan.describe()[0]
+    total = sum(info.weight_parameters for info in maps)
+    for info in maps:
+        share = plan.budget_parameters * info.weight_parameters // total
+        alone = select(scores, share, kind, target_modules=[info.name])
+        assert plan.modules[info.name] == alone.modules[info.name]
+    assert plan.parameters <= plan.budget_parameters
+    assert select(scores, "30%", kind).modules != plan.modules
+
+
+def test_spread_names_what_it_cannot_spread():
+    scores = measure(tiny_bert(), [data_for(tiny_bert())])
+    with pytest.raises(InputError, match=r"spread even is for column, row, element.*granularity module"):
+        select(scores, "30%", ["column", "module"], spread="even")
+    with pytest.raises(InputError, match="'evenly' is unknown; did you mean 'even'"):
+        select(scores, "30%", spread="evenly")
+    with pytest.raises(InputError, match="spread evenly allows less than one column in each of 12 modules"):
+        select(scores, 100, "column", spread="even")

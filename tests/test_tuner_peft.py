@@ -42,18 +42,23 @@ from reltune.tuner.registration import register
 
 Selection = dict[str, dict[str, Any]]
 
-# Adapters that share columns, rows and cells in different ways; "second" also trains a module that "first" does not.
+# Adapters that share columns, rows, elements and cells in different ways; "second" also trains a module that "first" does not.
 FIRST: Selection = {
     "first": {"columns": [5, 0], "rows": [2]},
     "norm": {"weight": True, "bias": True},
-    "second": {"columns": [1, 6], "bias": True},
+    "second": {"columns": [1, 6], "elements": [10, 0, 24], "bias": True},
 }
 SECOND: Selection = {
     "first": {"columns": [4], "rows": [2, 7]},
-    "second": {"rows": [1, 3]},
-    "head": {"columns": [0, 3], "rows": [1]},
+    "second": {"rows": [1, 3], "elements": [0, 38]},
+    "head": {"columns": [0, 3], "rows": [1], "elements": [7, 21]},
 }
-THIRD: Selection = {"first": {"weight": True}, "second": {"columns": [6], "bias": True}, "norm": {"weight": True}}
+THIRD: Selection = {
+    "first": {"weight": True},
+    "second": {"columns": [6], "bias": True},
+    "norm": {"weight": True},
+    "head": {"elements": [21, 0, 9]},
+}
 
 
 class Net(nn.Module):
@@ -120,6 +125,9 @@ def _change(model: nn.Module, base: nn.Module, adapter: str) -> dict[str, Tensor
                         weight[:, i] = trained[adapter][:, j]
                     else:
                         weight[i] = trained[adapter][j]
+            if adapter in layer.reltune_elements:
+                for j, i in enumerate(layer.reltune_element_indices[adapter].tolist()):
+                    weight[i // weight.shape[1], i % weight.shape[1]] = layer.reltune_elements[adapter][j]
             if adapter in layer.reltune_weight:
                 weight.copy_(layer.reltune_weight[adapter])
             if adapter in layer.reltune_bias:
@@ -166,6 +174,8 @@ def _check_gradients(model: nn.Module, expected: dict[str, Tensor], adapter: str
             parts["reltune_columns"] = part
         if adapter in layer.reltune_rows:
             parts["reltune_rows"] = full[layer.reltune_row_indices[adapter]]
+        if adapter in layer.reltune_elements:
+            parts["reltune_elements"] = full.flatten()[layer.reltune_element_indices[adapter].long()]
         for kind, part in parts.items():
             if adapter in getattr(layer, kind):
                 grad = getattr(layer, kind)[adapter].grad
@@ -227,7 +237,7 @@ def test_either_order_of_imports_lets_peft_load_the_config(order: str, tmp_path:
 
 HEADS = ["bert.pooler", "classifier"]
 BERT: Selection = {
-    "bert.encoder.layer.0.attention.self.query": {"columns": [3, 15], "bias": True},
+    "bert.encoder.layer.0.attention.self.query": {"columns": [3, 15], "elements": [250, 17, 0], "bias": True},
     "bert.encoder.layer.0.intermediate.dense": {"rows": [31, 4], "columns": [9]},
     "bert.encoder.layer.1.output.dense": {"weight": True},
     "bert.encoder.layer.1.output.LayerNorm": {"weight": True, "bias": True},
@@ -288,11 +298,14 @@ def test_an_adapter_is_a_config_and_tensors(saved: dict[str, Any]) -> None:
     assert tensors[prefix + "column_indices"].tolist() == [9]
     assert tensors[prefix + "row_indices"].tolist() == [31, 4]
     assert tensors[prefix + "row_indices"].dtype == torch.int64
+    query = "base_model.model.bert.encoder.layer.0.attention.self.query.reltune_"
+    assert tensors[query + "element_indices"].equal(torch.tensor([0, 17, 250], dtype=torch.int32))
+    assert tensors[query + "elements"].shape == (3,)
     assert tensors[prefix + "columns"].shape == (32, 1) and tensors[prefix + "rows"].shape == (2, 16)
     assert not any("base_layer" in name or "originals" in name for name in tensors)
     assert {"base_model.model.classifier.weight", "base_model.model.bert.pooler.dense.bias"} <= tensors.keys()
     numbers = sum(t.numel() for t in tensors.values() if t.is_floating_point())
-    assert numbers == (32 + 16) + (32 + 2 * 16) + 16 * 32 + 2 * 16 + (16 * 16 + 16) + (2 * 16 + 2)
+    assert numbers == (32 + 3 + 16) + (32 + 2 * 16) + 16 * 32 + 2 * 16 + (16 * 16 + 16) + (2 * 16 + 2)
 
 
 def test_saved_config_says_nothing_of_the_machine_and_holds_no_plan(saved: dict[str, Any]) -> None:
@@ -302,6 +315,7 @@ def test_saved_config_says_nothing_of_the_machine_and_holds_no_plan(saved: dict[
     assert values["units"]["bert.encoder.layer.0.intermediate.dense"] == {
         "columns": 1,
         "rows": 2,
+        "elements": 0,
         "weight": False,
         "bias": False,
     }
@@ -737,12 +751,10 @@ def test_merge_and_unload(names: list[str] | None) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", ["columns", "rows", "weight", "bias"])
+@pytest.mark.parametrize("kind", ["columns", "rows", "elements", "weight", "bias"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_safe_merge_refuses_values_that_are_not_finite(kind: str, value: float) -> None:
-    selection: Selection = {"second": {"columns": [1]}}
-    if kind != "columns":
-        selection = {"second": {"rows": [1]}} if kind == "rows" else {"second": {kind: True}}
+    selection: Selection = {"second": {kind: True if kind in ("weight", "bias") else [1]}}
     model = _model(selection)
     with torch.no_grad():
         getattr(_layers(model)["second"], f"reltune_{kind}")["default"].view(-1)[0] = value
@@ -1270,8 +1282,8 @@ def test_module_that_is_missing_is_named() -> None:
 
 def test_module_of_another_shape_is_refused() -> None:
     plan = _plan(_net(), FIRST)
-    plan.modules["second"].shape = (8, 9)
-    with pytest.raises(InputError, match=r"second.*\[8, 9\].*\[8, 8\]"):
+    plan.modules["second"].shape = (8, 16)
+    with pytest.raises(InputError, match=r"second.*\[8, 16\].*\[8, 8\]"):
         get_peft_model(_net(), ReltuneConfig(plan=plan))
 
 

@@ -45,6 +45,18 @@ SELECTIONS: dict[str, Selection] = {
         "second": {"columns": [3, 6], "rows": [6]},
         "head": {"weight": True},
     },
+    "elements": {"first": {"elements": [0, 7, 8, 47]}, "head": {"elements": [5, 23]}},
+    "all elements": {
+        "first": {"elements": list(range(48))},
+        "second": {"elements": list(range(64))},
+        "head": {"elements": list(range(24))},
+    },
+    "elements beside columns and rows": {
+        "first": {"columns": [1], "rows": [2], "elements": [0, 3, 47], "bias": True},
+        "norm": {"weight": True},
+        "second": {"elements": [63, 9, 10, 12]},
+        "head": {"columns": [7], "elements": [6, 8]},
+    },
     "gain, bias and columns": {"first": {"columns": [1]}, "norm": {"weight": True}, "head": {"bias": True}},
 }
 
@@ -164,7 +176,9 @@ def test_trajectory_is_that_of_full_fine_tuning(chosen: str, optimizer: str) -> 
         torch.testing.assert_close(model(probe), dense(probe), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("chosen", ["all columns", "overlapping rows and columns", "mixture"])
+@pytest.mark.parametrize(
+    "chosen", ["all columns", "overlapping rows and columns", "mixture", "elements beside columns and rows"]
+)
 def test_gradient_accumulation_and_clipping(chosen: str) -> None:
     """Clipping sees the same norm only if no cell is counted twice; all graphs of a step are alive at once."""
     selection, steps = SELECTIONS[chosen], _batches(5, each=3)
@@ -177,7 +191,7 @@ def test_gradient_accumulation_and_clipping(chosen: str) -> None:
 
 
 def test_a_module_that_is_used_several_times() -> None:
-    selection, steps = SELECTIONS["overlapping rows and columns"], _batches(5)
+    selection, steps = SELECTIONS["elements beside columns and rows"], _batches(5)
     dense, model = _net(repeats=3), _tuned(_net(repeats=3), selection)
     expected = dense_update.train(dense, selection, OPTIMIZERS["AdamW fused"], steps)
     assert _train(model, OPTIMIZERS["AdamW fused"](_trained(model)), steps) == pytest.approx(expected, abs=1e-9)
@@ -185,7 +199,7 @@ def test_a_module_that_is_used_several_times() -> None:
 
 
 def test_inputs_of_one_dimension_and_empty_inputs() -> None:
-    selection = SELECTIONS["overlapping rows and columns"]
+    selection = SELECTIONS["elements beside columns and rows"]
     dense, model = _net(), _tuned(_net(), selection)
     x = torch.randn(6, dtype=torch.float64)
     expected = dense_update.gradients(dense, selection, lambda m: m(x).square().sum())
@@ -214,6 +228,10 @@ def _check_gradients(model: nn.Module, expected: dict[str, Tensor], atol: float 
             if adapter in layer.reltune_rows:
                 part = full[layer.reltune_row_indices[adapter]]
                 torch.testing.assert_close(layer.reltune_rows[adapter].grad, part, rtol=0, atol=atol)
+                found += 1
+            if adapter in layer.reltune_elements:
+                part = full.flatten()[layer.reltune_element_indices[adapter].long()]
+                torch.testing.assert_close(layer.reltune_elements[adapter].grad, part, rtol=0, atol=atol)
                 found += 1
             if adapter in layer.reltune_weight:
                 torch.testing.assert_close(layer.reltune_weight[adapter].grad, full, rtol=0, atol=atol)
@@ -291,7 +309,7 @@ def test_closure_that_is_evaluated_several_times_in_a_step() -> None:
     _check_same_weights(model, dense, atol=1e-6)
 
 
-@pytest.mark.parametrize("chosen", ["overlapping rows and columns", "mixture"])
+@pytest.mark.parametrize("chosen", ["overlapping rows and columns", "mixture", "elements beside columns and rows"])
 def test_resumed_training_equals_uninterrupted_training(chosen: str, tmp_path: Path) -> None:
     """Model and optimizer restored in a fresh model from the same base, half-way."""
     selection, steps = SELECTIONS[chosen], _batches(8)
@@ -394,7 +412,7 @@ def test_a_layer_with_columns_keeps_no_input() -> None:
 
 def test_float32_columns_of_a_bfloat16_base_keep_updates_that_the_base_cannot_hold() -> None:
     torch.manual_seed(0)
-    selection: Selection = {"0": {"columns": [2, 9], "rows": [1]}}
+    selection: Selection = {"0": {"columns": [2, 9], "rows": [1], "elements": [0, 40, 63]}}
     base = nn.Sequential(nn.Linear(16, 4, bias=False)).bfloat16()
     where = dense_update.masks(base, selection)["0.weight"]
     start = base[0].weight.detach().clone()
@@ -416,7 +434,7 @@ def test_float32_columns_of_a_bfloat16_base_keep_updates_that_the_base_cannot_ho
         torch.testing.assert_close(model(x), x @ merged.T)
 
 
-@pytest.mark.parametrize("chosen", ["mixture", "overlapping rows and columns"])
+@pytest.mark.parametrize("chosen", ["mixture", "overlapping rows and columns", "elements beside columns and rows"])
 def test_bfloat16_base_follows_full_fine_tuning(chosen: str) -> None:
     selection, steps = SELECTIONS[chosen], _batches(5, dtype=torch.bfloat16)
     dense, model = _net().float(), _tuned(_net().bfloat16(), selection)
@@ -467,7 +485,7 @@ def test_a_change_of_dtype_in_between_keeps_the_trained_values() -> None:
 # -- transformers ----------------------------------------------------------------------------------------------------
 
 BERT_SELECTION: Selection = {
-    "bert.encoder.layer.2.attention.self.value": {"columns": [0, 9], "rows": [3]},
+    "bert.encoder.layer.2.attention.self.value": {"columns": [0, 9], "rows": [3], "elements": [1, 100, 255]},
     "bert.encoder.layer.2.output.dense": {"columns": [4, 5, 30], "bias": True},
     "bert.encoder.layer.2.output.LayerNorm": {"weight": True, "bias": True},
 }

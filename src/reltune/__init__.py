@@ -27,6 +27,7 @@ _HOME = {
     "RelevanceScores": "reltune.relevance.scores",
     "select": "reltune.plan.selection",
     "Plan": "reltune.plan.plan",
+    "lora_config": "reltune.plan.lora",
     "ReltuneConfig": "reltune.tuner.config",
     "InputError": "reltune.records",
 }
@@ -39,10 +40,12 @@ __all__ = [
     "__version__",
     "analyze",
     "analyze_checkpoint",
+    "lora_config",
     "select",
 ]
 
 if TYPE_CHECKING:
+    from reltune.plan.lora import lora_config
     from reltune.plan.plan import Plan
     from reltune.plan.selection import select
     from reltune.records import InputError

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from reltune import __version__
-from reltune.records import CRITERIA, GRANULARITIES, WITHOUT_DATA, InputError, RunConfig
+from reltune.records import CRITERIA, GRANULARITIES, SPREADS, WITHOUT_DATA, InputError, RunConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +40,8 @@ TRAINING_HELP = "Any field of transformers.TrainingArguments is a flag too: --nu
 SPLIT_OFF = "Split off the training data when not given."
 CRITERIA_HELP = f"One or several of {', '.join(CRITERIA)}, or an installed package's; the first selects."
 BUDGET_HELP = "Trainable parameters: a share of the base model (0.5%) or a count (100k)."
-GRANULARITY_HELP = f"One or several of {', '.join(GRANULARITIES)}."
+GRANULARITY_HELP = f"One or several of {', '.join(GRANULARITIES)} (element: with bias and norm only)."
+SPREAD_HELP = f"{SPREADS[0]}: the best units of the whole model; {SPREADS[1]}: the same share of every module."
 TARGETS_HELP = "Parts of module names (query, layer.5) or a regex."
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run.", show_default=False)]
@@ -60,7 +61,11 @@ AnalysisFile = Annotated[
     ),
 ]
 Elements = Annotated[
-    bool, typer.Option("--elements", help="Score every single weight too: one number per weight and criterion.")
+    bool,
+    typer.Option(
+        "--elements",
+        help="Score every single weight too, for `select --granularity element`: one number per weight and criterion.",
+    ),
 ]
 DatasetName = Annotated[
     str | None,
@@ -90,6 +95,7 @@ Budget = Annotated[str, typer.Option("--budget", metavar="BUDGET", help=BUDGET_H
 Granularity = Annotated[
     list[str] | None, typer.Option("--granularity", metavar="NAMES", help=f"{GRANULARITY_HELP}  [default: column]")
 ]
+Spread = Annotated[str, typer.Option("--spread", metavar="HOW", help=SPREAD_HELP)]
 Targets = Annotated[list[str] | None, typer.Option("--target_modules", metavar="NAMES", help=TARGETS_HELP)]
 Excludes = Annotated[
     list[str] | None, typer.Option("--exclude_modules", metavar="NAMES", help="Likewise, to leave out.")
@@ -134,6 +140,7 @@ def run(
     criteria: Criteria = None,
     budget: Budget = RunConfig.budget,
     granularity: Granularity = None,
+    spread: Spread = RunConfig.spread,
     target_modules: Targets = None,
     exclude_modules: Excludes = None,
     analysis_examples: AnalysisExamples = RunConfig.analysis_examples,
@@ -197,6 +204,7 @@ def select(
     granularity: Annotated[
         list[str] | None, typer.Option("--granularity", metavar="NAMES", help=GRANULARITY_HELP)
     ] = None,
+    spread: Spread = RunConfig.spread,
     target_modules: Targets = None,
     exclude_modules: Excludes = None,
     overwrite_output_dir: Overwrite = False,

@@ -61,7 +61,7 @@ def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str =
     """Write the adapter as a PEFT LoRA adapter that loads without reltune. Changed columns and rows carry over exactly.
 
     Rank and alpha differ per module (``rank_pattern``, ``alpha_pattern``). Raises InputError when the adapter trains
-    whole weights, biases or norms, which have no low-rank form.
+    single weights, whole weights, biases or norms, which have no low-rank form.
     """
     path = check_destination(output_dir)
     layers = {
@@ -69,6 +69,12 @@ def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str =
         for name, layer in model.named_modules()
         if isinstance(layer, ReltuneLayer) and adapter_name in layer._all_available_adapter_names()
     }
+    single = [n for n, layer in layers.items() if adapter_name in layer.reltune_elements]
+    if single:
+        raise InputError(
+            f"the adapter trains single weights (in {len(single)} modules, {single[0]} the first), whose change has no low rank "
+            "that a LoRA adapter could carry; use --to merged."
+        )
     cannot = [
         n for n, layer in layers.items() if adapter_name in layer.reltune_weight or adapter_name in layer.reltune_bias
     ]

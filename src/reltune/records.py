@@ -33,7 +33,8 @@ CRITERIA = (
 )
 CRITERIA_GROUP = "reltune.criteria"  # entry points of installed packages with criteria of their own
 WITHOUT_DATA = ("magnitude", "spectral_snr", "principal", "random", "depth")  # criteria that look at no data
-GRANULARITIES = ("layer", "module", "head", "column", "row", "bias", "norm")
+GRANULARITIES = ("layer", "module", "head", "column", "row", "element", "bias", "norm")
+SPREADS = ("global", "even")  # the best units of the whole model, or the same share of every module
 
 
 DATASETS = ("bbc_news",)
@@ -100,6 +101,7 @@ class RunConfig:
     budget: str = "0.5%"
     criteria: list[str] = dataclasses.field(default_factory=lambda: ["fisher"])
     granularity: list[str] = dataclasses.field(default_factory=lambda: ["column"])
+    spread: str = "global"
     target_modules: list[str] = dataclasses.field(default_factory=list)
     exclude_modules: list[str] = dataclasses.field(default_factory=list)
     head_epochs: float = 1.0
@@ -110,6 +112,11 @@ class RunConfig:
     elements: bool = False
     seed: int = 42
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def scores_elements(self) -> bool:
+        """Whether the analysis scores single weights: when told to, and when they are to be chosen."""
+        return self.elements or "element" in self.granularity
 
     @property
     def has_data(self) -> bool:
@@ -129,6 +136,8 @@ class RunConfig:
         for value in self.granularity:
             if value not in GRANULARITIES:
                 raise InputError(f"granularity {value!r} is unknown; {nearest(value, GRANULARITIES)}")
+        if self.spread not in SPREADS:
+            raise InputError(f"spread {self.spread!r} is unknown; {nearest(str(self.spread), SPREADS)}")
         for value in self.criteria:
             if criterion_of_package(value) is None and value not in CRITERIA and value not in self._measured():
                 raise InputError(f"criteria {value!r} is unknown; {nearest(value, known_criteria())}")

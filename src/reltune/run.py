@@ -29,8 +29,9 @@ from reltune import training
 from reltune.evaluation import evaluate as measure_metrics
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.inventory import head_modules, take_inventory
+from reltune.plan.budget import parse_budget
 from reltune.plan.plan import Plan
-from reltune.plan.selection import check_scored
+from reltune.plan.selection import check_scored, check_together
 from reltune.plan.selection import select as choose_units
 from reltune.records import InputError, MethodResult, RunConfig, RunRecord, write_json, write_text
 from reltune.relevance.measure import analyze as measure_relevance
@@ -198,10 +199,11 @@ def check_choice(materials: Materials, select: bool = True) -> None:
     the patterns alone are checked.
     """
     config = materials.config
-    find_criteria(config.criteria)
+    find_criteria(config.criteria, config.scores_elements)
     assert materials.model is not None, "checked before it is changed"
     if select:
         check_scored(config.granularity, config.criteria[0])
+        check_together(config.granularity, config.spread)
     relevance = measure_relevance(
         materials.model,
         criteria=["depth"],
@@ -212,6 +214,10 @@ def check_choice(materials: Materials, select: bool = True) -> None:
     )
     if select:
         relevance.provenance |= restrictions(config)
+        if "element" in config.granularity:
+            # One weight always fits, wherever a column could be chosen; a number for every weight would be made for nothing.
+            parse_budget(config.budget, relevance.inventory.base_parameters)
+            config = dataclasses.replace(config, granularity=["column"], spread="global", budget="100%")
         choose(config, relevance)
 
 
@@ -259,7 +265,7 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
         loader,
         materials.task.name,
         config.criteria,
-        elements=config.elements,
+        elements=config.scores_elements,
         target_modules=config.target_modules,
         exclude_modules=config.exclude_modules,
         always_trained=materials.new_heads,
@@ -288,7 +294,7 @@ def analyze_weights(config: RunConfig, run: RunDirectory, overwrite: bool = Fals
     relevance = analyze_checkpoint(
         config.model_name_or_path,
         config.criteria,
-        elements=config.elements,
+        elements=config.scores_elements,
         target_modules=config.target_modules,
         exclude_modules=config.exclude_modules,
         seed=config.seed,
@@ -378,6 +384,7 @@ def choose(config: RunConfig, relevance: RelevanceScores, criterion: str | None 
         config.budget,
         config.granularity,
         criterion=criterion,
+        spread=config.spread,
         model_name_or_path=config.model_name_or_path,
         task_type=SequenceClassification.peft_task_type if relevance.always_trained and config.has_data else None,
         **wanted,
@@ -445,7 +452,7 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "this directory")
 ```
 
-An adapter of columns and rows becomes a standard LoRA adapter, which needs no reltune, by `reltune export RUN --to lora`; any
+An adapter of columns and rows (no single weights) becomes a standard LoRA adapter, which needs no reltune, by `reltune export RUN --to lora`; any
 adapter becomes a plain model by `--to merged`.
 """
 

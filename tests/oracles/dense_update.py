@@ -1,8 +1,8 @@
 """Full fine-tuning with the gradient of every weight that was not selected set to zero: what a tuner must reproduce.
 
-Selected is, per module, any of ``columns`` and ``rows`` (lists), ``weight`` and ``bias`` (True for the whole tensor).
-Columns are input features, a convolution's input channels or an embedding's features; rows are output features, filters
-or tokens.
+Selected is, per module, any of ``columns``, ``rows`` and ``elements`` (lists; elements of a linear map's weight, counted
+row by row), ``weight`` and ``bias`` (True for the whole tensor). Columns are input features, a convolution's input channels
+or an embedding's features; rows are output features, filters or tokens.
 Use an optimizer without weight decay, or unselected weights shrink.
 """
 
@@ -33,6 +33,7 @@ def masks(model: nn.Module, selection: Selection) -> dict[str, Tensor]:
         else:
             by_row[..., list(units.get("columns", ()))] = True
         by_row[list(units.get("rows", ()))] = True
+        weight.view(-1)[list(units.get("elements", ()))] = True
         if units.get("weight"):
             weight[...] = True
         if units.get("bias"):

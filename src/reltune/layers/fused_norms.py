@@ -1,4 +1,4 @@
-"""The norms of a frozen model by the fused kernel, for as long as a context lasts."""
+"""The frozen norms of a model by the fused kernel of ops/rms_norm.py."""
 
 from __future__ import annotations
 
@@ -13,30 +13,44 @@ from torch import Tensor, nn
 
 from reltune.layers import norm
 
+_alike: dict[type, bool] = {}  # classes that were tried: does theirs compute what the kernel does?
+
+
+def fuse_norms(model: nn.Module) -> list[nn.Module]:
+    """Let every bfloat16 RMSNorm on an accelerator, whose class computes what Llama's does, be computed by the kernel.
+
+    Whether a class does is tried out, on numbers of many sizes: Gemma's gain is 1 + weight, and others cast at another
+    place. What has hooks or a forward of its own stays as it is. Gives the modules, for ``restore_norms``.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return []
+    fused: list[nn.Module] = []
+    for module in model.modules():
+        if not _may_be(module):
+            continue
+        if type(module) not in _alike:
+            _alike[type(module)] = _computes_the_same(module)
+        if _alike[type(module)]:
+            module.forward = functools.partial(_forward, module)
+            fused.append(module)
+    return fused
+
+
+def restore_norms(model: nn.Module) -> None:
+    """Undo ``fuse_norms``, in every module of the model."""
+    for module in model.modules():
+        if getattr(module.__dict__.get("forward"), "func", None) is _forward:
+            del module.forward
+
 
 @contextlib.contextmanager
 def fused_norms(model: nn.Module) -> Iterator[None]:
-    """Compute every bfloat16 RMSNorm on an accelerator, whose class computes what Llama's does, in ops/rms_norm.py.
-
-    Whether a class does is tried out, on numbers of many sizes: Gemma's gain is 1 + weight, and others cast at another
-    place. What has hooks or a forward of its own stays as it is.
-    """
-    patched: list[nn.Module] = []
-    alike: dict[type, bool] = {}
+    """The same for as long as a context lasts."""
+    fused = fuse_norms(model)
     try:
-        if importlib.util.find_spec("triton") is not None:
-            for module in model.modules():
-                if not _may_be(module):
-                    continue
-                kind = type(module)
-                if kind not in alike:
-                    alike[kind] = _computes_the_same(module)
-                if alike[kind]:
-                    module.forward = functools.partial(_forward, module)
-                    patched.append(module)
         yield
     finally:
-        for module in patched:
+        for module in fused:
             del module.forward
 
 
@@ -63,9 +77,12 @@ def _epsilon(module: nn.Module) -> float | None:
 def _forward(module: nn.Module, x: Tensor) -> Tensor:
     from reltune.ops.rms_norm import RMSNorm
 
-    if not _has_kernel(x):
+    gain: Any = module.weight
+    # The kernel gives the gain no gradient, and compilers make kernels of their own.
+    trained = gain.requires_grad and torch.is_grad_enabled()
+    if trained or not _has_kernel(x) or gain.dtype != x.dtype or torch.compiler.is_compiling():
         return type(module).forward(module, x)
-    return RMSNorm.apply(x, module.weight, _epsilon(module))
+    return RMSNorm.apply(x, gain, _epsilon(module))
 
 
 def _computes_the_same(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ Same idea as PaCA (Woo et al., ICLR 2025) and S²FT (Yang et al., NeurIPS 2024).
 
 from __future__ import annotations
 
+import importlib.util
 import weakref
 from typing import Any
 
@@ -37,7 +38,7 @@ class AttachColumns(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         selected, row_idx = ctx.saved_tensors
-        gradient = _flat(g).mT @ _flat(selected)
+        gradient = _gradient(_flat(g), _flat(selected))
         if row_idx is not None:
             gradient[row_idx] = 0
         return g, None, gradient.to(ctx.dtype), None, None
@@ -60,30 +61,50 @@ class AttachRows(torch.autograd.Function):
         return g, None, gradient.to(ctx.dtype), None
 
 
+def _gradient(g: Tensor, selected: Tensor) -> Tensor:
+    """g (T, out), selected (T, c) -> gᵀ selected (out, c)."""
+    if g.is_cuda and importlib.util.find_spec("triton") is not None:
+        from reltune.ops.column_gradient import column_gradient, fits
+
+        if fits(g, selected.shape[1]):
+            return column_gradient(g, selected)
+    return g.mT @ selected
+
+
 def _flat(x: Tensor) -> Tensor:
     """(…, features) -> (vectors, features), also for a single vector."""
     return x.reshape(-1, x.shape[-1])
 
 
-# Graphs that still need W as it was in their forward pass. A node lives as long as its graph.
-LiveGraphs = list[weakref.ref]
+class LiveGraphs:
+    """The graphs that still need W as it was in their forward pass, and whether any has been differentiated of late."""
 
+    def __init__(self) -> None:
+        self._nodes: list[weakref.ref] = []
+        self.differentiated = False  # set by a backward pass, cleared by whoever has acted on it
 
-def prune(graphs: LiveGraphs) -> LiveGraphs:
-    """The graphs that are still alive."""
-    return [graph for graph in graphs if graph() is not None]
+    def enter(self, node: Any) -> None:
+        self._nodes = [*self._alive(), weakref.ref(node)]  # or the list would grow with every step
+
+    def _alive(self) -> list[weakref.ref]:
+        return [node for node in self._nodes if node() is not None]
+
+    def __len__(self) -> int:
+        return len(self._alive())
 
 
 class HoldWeight(torch.autograd.Function):
-    """y -> y, and enter the graph in ``graphs`` for as long as it lives."""
+    """y -> y, and enter the graph in ``graphs`` for as long as it lives: a node lives as long as its graph."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, graphs: LiveGraphs) -> Tensor:
-        graphs[:] = [*prune(graphs), weakref.ref(ctx)]  # or the list would grow with every step
+        graphs.enter(ctx)
+        ctx.graphs = graphs
         return y.detach()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        ctx.graphs.differentiated = True
         return g, None
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError
@@ -18,19 +20,17 @@ from reltune.layers.inventory import Inventory
 from reltune.records import InputError, nearest, write_text
 
 FORMAT = "reltune-plan-1"
-TRAINABLE = (
-    "linear",
-    "conv1d",
-    "conv2d",
-    "embedding",
-    "norm",
-)  # kinds of module that the tuner can train; others are measured only
+# Kinds of module that the tuner can train; others are measured only.
+TRAINABLE = ("linear", "conv1d", "conv2d", "embedding", "norm")
+WITH_ELEMENTS = ("linear",)  # kinds of which it can train single weights
 INLINE_INDICES = 20_000  # more indices than this in all go to a file beside the plan
 INDEX_FILE = "indices.safetensors"
+INDEX_FIELDS = ("columns", "rows", "elements")
 HEADER = """\
 # What reltune will train. May be edited: add or remove modules, columns, rows, or set weight/bias to true or false.
 # columns are input features and rows output features of a linear map, counted from 0; input channels and filters of a
-# convolution; features and tokens of an embedding. Checked when it is read.
+# convolution; features and tokens of an embedding. elements are single weights of a linear map: the one in row i and
+# column j of shape [out, in] has the number i * in + j. Checked when it is read.
 """
 
 
@@ -39,8 +39,10 @@ class ModulePlan:
     """What is trained of one module.
 
     ``shape`` is (out, in) of a linear map, (out, in / groups, height, width) of a convolution, (tokens, features) of an
-    embedding or (features,) of a norm (layers/units.py). ``weight`` trains the whole matrix or gain and
-    excludes ``columns`` and ``rows``. A cell in both a chosen row and a chosen column belongs to the row.
+    embedding or (features,) of a norm (layers/units.py). ``weight`` trains the whole matrix or gain and excludes
+    ``columns``, ``rows`` and ``elements``. A cell in both a chosen row and a chosen column belongs to the row.
+    ``elements`` are single weights, as flat indices into ``shape`` (row · in + column), in none of the chosen columns and
+    rows; held in ascending order in an ``array``, since there may be millions.
     """
 
     shape: tuple[int, ...]
@@ -49,6 +51,14 @@ class ModulePlan:
     weight: bool = False
     bias: bool = False
     groups: int = 1  # of a convolution
+    elements: Sequence[int] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._pack()
+
+    def _pack(self) -> None:
+        if isinstance(self.elements, list) and all(type(i) is int for i in self.elements):
+            self.elements = _compact(sorted(self.elements))
 
     @property
     def column_count(self) -> int:
@@ -60,12 +70,26 @@ class ModulePlan:
         """Trainable numbers; a cell in both a row and a column is held twice and counted twice."""
         size = math.prod(self.shape)
         column = size // self.column_count if self.column_count else 0
-        matrix = size if self.weight else len(self.columns) * column + len(self.rows) * (size // self.shape[0])
-        return matrix + (self.shape[0] if self.bias else 0)
+        parts = len(self.columns) * column + len(self.rows) * (size // self.shape[0]) + len(self.elements)
+        return (size if self.weight else parts) + (self.shape[0] if self.bias else 0)
 
     @property
     def indices(self) -> int:
-        return len(self.columns) + len(self.rows)
+        return len(self.columns) + len(self.rows) + len(self.elements)
+
+    @property
+    def index_bytes(self) -> int:
+        """On disk: int64 for columns and rows, for elements the narrower type that fits."""
+        return 8 * (len(self.columns) + len(self.rows)) + index_dtype(self.shape).itemsize * len(self.elements)
+
+    def take_elements(self, index: torch.Tensor) -> None:
+        """Make ``index`` (flat, ascending) the chosen elements."""
+        self.elements = _compact(index.numpy())
+
+    def index(self, field: str) -> torch.Tensor:
+        """``columns``, ``rows`` or ``elements`` as a tensor, in the type that it has in files."""
+        dtype = index_dtype(self.shape) if field == "elements" else torch.int64
+        return torch.from_numpy(np.array(getattr(self, field), dtype=str(dtype).removeprefix("torch.")))
 
     def check(self, name: str) -> None:
         """Raise InputError, naming the module, if what is trained of it contradicts itself."""
@@ -80,10 +104,14 @@ class ModulePlan:
             raise InputError(
                 f"plan: groups of {name} has no meaning, because only convolutions have groups; remove it."
             )
-        if self.weight and (self.columns or self.rows):
-            raise InputError(f"plan: {name} trains the whole weight and columns or rows of it; keep one of them.")
-        if len(self.shape) == 1 and (self.columns or self.rows):
-            raise InputError(f"plan: {name} is a norm and has no columns or rows; set weight: true instead.")
+        if self.weight and (self.columns or self.rows or self.elements):
+            raise InputError(
+                f"plan: {name} trains the whole weight and columns or rows or elements of it; keep one of them."
+            )
+        if len(self.shape) == 1 and (self.columns or self.rows or self.elements):
+            raise InputError(
+                f"plan: {name} is a norm and has no columns or rows or elements; set weight: true instead."
+            )
         for field, size in (("columns", self.column_count), ("rows", self.shape[0])):
             values = getattr(self, field)
             if not isinstance(values, list) or any(type(i) is not int for i in values):
@@ -94,11 +122,34 @@ class ModulePlan:
             if len(set(values)) < len(values):
                 twice = next(i for i in values if values.count(i) > 1)
                 raise InputError(f"plan: {field} of {name} name {twice} twice; name it once.")
+        self._check_elements(name)
         for field in ("weight", "bias"):
             if type(getattr(self, field)) is not bool:
                 raise InputError(f"plan: {field} of {name} must be true or false.")
         if not self.parameters:
             raise InputError(f"plan: {name} trains nothing; remove it or choose something of it.")
+
+    def _check_elements(self, name: str) -> None:
+        self._pack()
+        if not isinstance(self.elements, array):
+            raise InputError(f"plan: elements of {name} must be a list of whole numbers.")
+        if not self.elements:
+            return
+        elements, in_features = np.sort(np.asarray(self.elements)), self.shape[-1]
+        size = math.prod(self.shape)
+        if elements[0] < 0 or elements[-1] >= size:
+            wrong = elements[0] if elements[0] < 0 else elements[-1]
+            raise InputError(f"plan: {name} has {size} elements, counted from 0; {wrong} is none of them.")
+        twice = elements[1:][np.diff(elements) == 0]
+        if len(twice):
+            raise InputError(f"plan: elements of {name} name {twice[0]} twice; name it once.")
+        for field, places in (("columns", elements % in_features), ("rows", elements // in_features)):
+            inside = elements[np.isin(places, getattr(self, field))]
+            if len(inside):
+                raise InputError(
+                    f"plan: element {inside[0]} of {name} lies in one of its chosen {field} and would be trained twice; "
+                    "leave it out."
+                )
 
 
 @dataclasses.dataclass
@@ -116,6 +167,7 @@ class Plan:
     fingerprint: str
     criterion: str = ""
     granularity: list[str] = dataclasses.field(default_factory=list)
+    spread: str = "global"
     model_name_or_path: str = ""
     task_type: str | None = None
     always_trained: list[str] = dataclasses.field(default_factory=list)
@@ -142,6 +194,7 @@ class Plan:
         counts = {
             "columns": sum(len(m.columns) for m in self.modules.values()),
             "rows": sum(len(m.rows) for m in self.modules.values()),
+            "single weights": sum(len(m.elements) for m in self.modules.values()),
             "whole matrices": sum(m.weight and len(m.shape) > 1 for m in self.modules.values()),
             "norms": sum((m.weight or m.bias) and len(m.shape) == 1 for m in self.modules.values()),
             "biases": sum(m.bias and len(m.shape) > 1 for m in self.modules.values()),
@@ -149,7 +202,8 @@ class Plan:
         chosen = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
         first = next(iter(self.modules))
         return [
-            f"{chosen} in {len(self.modules)} modules, by {self.criterion or 'hand'}",
+            f"{chosen} in {len(self.modules)} modules, by {self.criterion or 'hand'}"
+            + (", the same share of every module" if self.spread == "even" else ""),
             f"{self.parameters:,} trainable parameters of {self.base_parameters:,} "
             f"({self.parameters / self.base_parameters:.2%}), budget {self.budget} = {self.budget_parameters:,}",
             f"{self.head_parameters:,} parameters of new heads are always trained and counted apart",
@@ -161,8 +215,8 @@ class Plan:
         return self.parameters + self.head_parameters
 
     def adapter_bytes(self) -> int:
-        """float32 values and int64 indices, file headers left out."""
-        return 4 * self.trained_numbers() + 8 * self.indices
+        """float32 values and their indices, file headers left out."""
+        return 4 * self.trained_numbers() + sum(module.index_bytes for module in self.modules.values())
 
     def check(self) -> None:
         """Raise InputError if the plan contradicts itself. Runs on load, after any edit by hand."""
@@ -189,6 +243,10 @@ class Plan:
             if info.kind not in TRAINABLE:
                 raise InputError(
                     f"plan: {name} cannot be trained by this plan: it is of kind {info.kind}, measured only."
+                )
+            if module.elements and info.kind not in WITH_ELEMENTS:
+                raise InputError(
+                    f"plan: single weights of {name} cannot be trained, which is of kind {info.kind}; choose columns or rows."
                 )
             if info.shape != module.shape:
                 raise InputError(
@@ -219,10 +277,10 @@ class Plan:
             entry: dict[str, Any] = {"shape": _Inline(module.shape)}
             if module.groups > 1:
                 entry["groups"] = module.groups
-            for field in ("columns", "rows"):
+            for field in INDEX_FIELDS:
                 values = getattr(module, field)
                 if values and beside:
-                    tensors[f"{name}/{field}"] = torch.tensor(values)
+                    tensors[f"{name}/{field}"] = module.index(field)
                     entry[field] = f"{len(values)} in {INDEX_FILE}"
                 elif values:
                     entry[field] = _Inline(values)
@@ -245,6 +303,7 @@ class Plan:
             },
             "criterion": self.criterion,
             "granularity": _Inline(self.granularity),
+            "spread": self.spread,
             "budget": {"asked": self.budget, "parameters": self.budget_parameters},
             "predicted": {  # for the reader; worked out anew on load
                 "trainable_parameters": self.parameters,
@@ -271,7 +330,7 @@ class Plan:
             raise InputError(f"{path} cannot be read as a plan: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise InputError(f"{path} is no plan of format {FORMAT!r}; run `reltune select` again.")
-        known = ("format", "model", "criterion", "granularity", "budget", "predicted", "always_trained", "modules")
+        known = "format model criterion granularity spread budget predicted always_trained modules".split()
         _known_keys(values, known, str(path))
         try:
             model, budget = values["model"], values["budget"]
@@ -287,6 +346,7 @@ class Plan:
                 fingerprint=str(model["fingerprint"]),
                 criterion=str(values.get("criterion", "")),
                 granularity=_names(values.get("granularity"), f"{path}: granularity"),
+                spread=str(values.get("spread", "global")),
                 model_name_or_path=str(model.get("name_or_path", "")),
                 task_type=model.get("task_type"),
                 always_trained=_names(values.get("always_trained"), f"{path}: always_trained"),
@@ -303,6 +363,20 @@ class Plan:
         except InputError as error:
             raise InputError(f"{path}: {str(error).removeprefix('plan: ')}") from error
         return plan
+
+
+def index_dtype(shape: Sequence[int]) -> torch.dtype:
+    """What flat indices into a weight of this shape are held in."""
+    return torch.int32 if math.prod(shape) <= torch.iinfo(torch.int32).max else torch.int64
+
+
+def _compact(values: Sequence[int] | np.ndarray) -> array:
+    """Ascending whole numbers in 4 bytes each, or in 8 where they need it."""
+    narrow = len(values) == 0 or (values[0] >= -(2**31) and values[-1] < 2**31)
+    try:
+        return array("i" if narrow else "q", np.asarray(values, dtype=np.int32 if narrow else np.int64).tobytes())
+    except OverflowError:  # far beyond any weight: kept as it is for `check` to refuse
+        return values  # type: ignore[return-value]
 
 
 def _known_keys(values: Any, known: Iterable[str], where: str) -> None:
@@ -326,8 +400,8 @@ def _read_modules(entries: Any, path: Path) -> dict[str, ModulePlan]:
     tensors: dict[str, torch.Tensor] = {}
     modules = {}
     for name, entry in entries.items():
-        _known_keys(entry, ("shape", "groups", "columns", "rows", "weight", "bias"), f"{path}: {name}")
-        for field in ("columns", "rows"):
+        _known_keys(entry, ("shape", "groups", *INDEX_FIELDS, "weight", "bias"), f"{path}: {name}")
+        for field in INDEX_FIELDS:
             if isinstance(entry.get(field), str):
                 if not tensors:
                     try:
@@ -336,7 +410,11 @@ def _read_modules(entries: Any, path: Path) -> dict[str, ModulePlan]:
                         raise InputError(f"{path.parent / INDEX_FILE} cannot be read: {error}") from error
                 if f"{name}/{field}" not in tensors:
                     raise InputError(f"{path.parent / INDEX_FILE} holds no {field} of {name}.")
-                entry[field] = tensors[f"{name}/{field}"].tolist()
+                held = tensors[f"{name}/{field}"]
+                if field == "elements" and held.ndim == 1 and held.dtype in (torch.int32, torch.int64):
+                    entry[field] = _compact(held.sort().values.numpy())
+                else:
+                    entry[field] = held.tolist()
         if "shape" not in entry:
             raise InputError(f"{path}: {name} lacks its shape.")
         modules[str(name)] = ModulePlan(**{**entry, "shape": tuple(entry["shape"])})

@@ -14,7 +14,7 @@ from reltune.tuner.registration import peft_type
 
 @dataclass
 class ReltuneConfig(PeftConfig):
-    """Train selected columns, rows, biases, norms and whole matrices in place of a low-rank update.
+    """Train selected columns, rows, single weights, biases, norms and whole matrices in place of a low-rank update.
 
     With a ``plan`` (a ``Plan``, or the path of one) it trains what the plan says, and the modules of new heads.
     Without one it behaves like any PEFT config: ``r`` columns of every module that ``target_modules`` names, those of
@@ -30,8 +30,8 @@ class ReltuneConfig(PeftConfig):
         modules_to_save: modules trained and saved whole, such as a classifier.
         init_weights: True starts as the base model; False moves the selected weights at random, for tests.
         trainable_token_indices: new tokens whose embeddings are trained, as in LoraConfig.
-        units: per module, how many columns and rows and whether weight and bias are trained; filled from the plan
-            and saved, because tensor sizes must be known before an adapter is loaded.
+        units: per module, how many columns, rows and single weights and whether weight and bias are trained; filled from
+            the plan and saved, because tensor sizes must be known before an adapter is loaded.
         fingerprint, always_trained: the base model that the plan is for, and its new heads.
     """
 
@@ -72,7 +72,13 @@ class ReltuneConfig(PeftConfig):
         plan.check()
         self._chosen = plan.modules
         self.units = {
-            name: {"columns": len(m.columns), "rows": len(m.rows), "weight": m.weight, "bias": m.bias}
+            name: {
+                "columns": len(m.columns),
+                "rows": len(m.rows),
+                "elements": len(m.elements),
+                "weight": m.weight,
+                "bias": m.bias,
+            }
             for name, m in plan.modules.items()
         }
         self.target_modules = list(plan.modules)

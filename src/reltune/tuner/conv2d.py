@@ -20,6 +20,8 @@ from reltune.tuner.written_weight import Originals
 class ReltuneConv2d(ReltuneLayer):
     """nn.Conv2d. With groups a column belongs to one group and its tensor is (out/groups, c, h, w)."""
 
+    copies_by_index = False  # columns lie in every group
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.in_features *= self._conv.groups

@@ -1,7 +1,7 @@
 """Trainable units inside a frozen module.
 
-Columns and rows of a linear map are trained where they are: the base weight holds the current values, so that the
-forward pass is the base layer's one product, and ops/attach.py gives them their gradient. Whole weights, gains and
+Columns, rows and single weights of a linear map are trained where they are: the base weight holds the current values, so
+that the forward pass is the base layer's one product, and ops/attach.py and ops/attach_elements.py give them their gradient. Whole weights, gains and
 biases are trained as tensors of their own that stand in for the base's, which is never touched.
 
 At most one adapter is *written* into the base weight at a time (written_weight.py). Whatever else is asked for
@@ -20,9 +20,10 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from reltune.ops.attach import HoldWeight
+from reltune.ops.attach import HoldWeight, LiveGraphs
+from reltune.ops.attach_elements import AttachElements, SparseProduct
 from reltune.plan.plan import ModulePlan
-from reltune.tuner.written_weight import Originals, WrittenWeight, in_training
+from reltune.tuner.written_weight import Originals, Values, WrittenWeight, in_training
 
 BASE = "__base__"  # PEFT's name for no adapter in a mixed batch
 
@@ -32,11 +33,13 @@ class ReltuneLayer(WrittenWeight):
 
     Per adapter: ``reltune_columns`` and ``reltune_rows`` like the weight, with the trained ones along ``column_dim`` or
     ``row_dim`` (of a linear map (out, c) and (r, in)), ``reltune_weight`` like the weight, ``reltune_bias`` like the
-    bias; ``reltune_column_indices`` (c,) and ``reltune_row_indices`` (r,) in int64.
+    bias; ``reltune_column_indices`` (c,) and ``reltune_row_indices`` (r,) in int64. ``reltune_elements`` (n,) and
+    ``reltune_element_indices`` (n,), flat indices into the weight as it is stored, ascending, in int32 where that counts
+    the weight.
     """
 
-    adapter_layer_names = ("reltune_columns", "reltune_rows", "reltune_weight", "reltune_bias")
-    other_param_names = ("reltune_column_indices", "reltune_row_indices", "originals")
+    adapter_layer_names = ("reltune_columns", "reltune_rows", "reltune_elements", "reltune_weight", "reltune_bias")
+    other_param_names = ("reltune_column_indices", "reltune_row_indices", "reltune_element_indices", "originals")
     reltune_weight: nn.ParameterDict
     reltune_bias: nn.ParameterDict
 
@@ -46,6 +49,7 @@ class ReltuneLayer(WrittenWeight):
             setattr(self, name, nn.ParameterDict())
         self.reltune_column_indices = BufferDict(persistent=True)
         self.reltune_row_indices = BufferDict(persistent=True)
+        self.reltune_element_indices = BufferDict(persistent=True)
         shape = self._shape()
         self.in_features, self.out_features = shape[min(self.column_dim, len(shape) - 1)], shape[self.row_dim]
 
@@ -77,6 +81,11 @@ class ReltuneLayer(WrittenWeight):
         """
         raise NotImplementedError
 
+    @property
+    def _stored_transposed(self) -> bool:
+        """Whether the weight is stored as (in, out)."""
+        return self.column_dim < self.row_dim
+
     # -- adapters ----------------------------------------------------------------------------------------------
 
     def update_layer(
@@ -101,6 +110,14 @@ class ReltuneLayer(WrittenWeight):
                     idx = torch.tensor(indices, dtype=torch.int64, device=pristine.device)
                     getattr(self, f"reltune_{kind}_indices")[adapter_name] = idx
                     self._parameter(f"reltune_{kind}s", adapter_name, select(pristine, idx), init_weights)
+            if units.elements:
+                idx = units.index("elements")
+                if self._stored_transposed:
+                    out_features, in_features = units.shape
+                    idx = (idx % in_features * out_features + idx // in_features).sort().values
+                idx = idx.to(pristine.device)
+                self.reltune_element_indices[adapter_name] = idx
+                self._parameter("reltune_elements", adapter_name, self._elements_of(pristine, idx), init_weights)
             if units.weight:
                 self._parameter("reltune_weight", adapter_name, pristine, init_weights)
             if units.bias:
@@ -138,8 +155,9 @@ class ReltuneLayer(WrittenWeight):
         self._settle()
 
     def train(self, mode: bool = True) -> ReltuneLayer:
+        if mode != self.training:  # Trainer sets the mode it is in already before every step
+            self._rewrite()
         super().train(mode)
-        self._rewrite()
         return self
 
     # -- forward -----------------------------------------------------------------------------------------------
@@ -215,7 +233,7 @@ class ReltuneLayer(WrittenWeight):
         return y
 
     def _attach(self, y: Tensor, x: Tensor, name: str) -> Tensor:
-        columns, rows = self._values_of(name)
+        columns, rows, elements = self._values_of(name)
         row_idx = self._get(self.reltune_row_indices, name)
         if columns is not None and columns.requires_grad:
             y = self._attach_columns(y, x, columns, self.reltune_column_indices[name], row_idx)
@@ -223,17 +241,28 @@ class ReltuneLayer(WrittenWeight):
         if rows is not None and rows.requires_grad:
             y = self._attach_rows(y, x, rows, row_idx)
             in_training.add(self)
+        if elements is not None and elements.requires_grad:
+            y = AttachElements.apply(y, x, elements, self.originals[name].places, self._stored_transposed)
+            in_training.add(self)
         return y
 
-    def _correction(self, x: Tensor, name: str, values: tuple[Tensor | None, Tensor | None]) -> Tensor:
-        """What the adapter's change of the weight adds to the output, with these columns and rows as its values."""
-        kept, (columns, rows), dtype = self.originals[name], values, self.weight.dtype
-        return self._change_of_output(
-            x,
-            kept,
-            None if columns is None else self._outside_rows((columns - kept.columns).to(dtype), kept),
-            None if rows is None else (rows - kept.rows).to(dtype),
-        )
+    def _correction(self, x: Tensor, name: str, values: Values) -> Tensor:
+        """What the adapter's change of the weight adds to the output, with these as its values."""
+        kept, (columns, rows, elements), dtype = self.originals[name], values, self.weight.dtype
+        total: Tensor | None = None
+        if columns is not None or rows is not None:
+            total = self._change_of_output(
+                x,
+                kept,
+                None if columns is None else self._outside_rows((columns - kept.columns).to(dtype), kept),
+                None if rows is None else (rows - kept.rows).to(dtype),
+            )
+        if elements is not None:
+            change = (elements - kept.elements).to(dtype)
+            part = SparseProduct.apply(x, change, kept.places, self._stored_transposed)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
 
     # -- merging -----------------------------------------------------------------------------------------------
 
@@ -279,7 +308,7 @@ class ReltuneLayer(WrittenWeight):
             for name in self.merged_adapters:
                 if name in self.originals:
                     kept = self.originals[name]
-                    self._put(self.weight, kept, kept.columns, kept.rows)
+                    self._put(self.weight, kept, *kept.values)
             for kind, tensor in self._backup.items():
                 getattr(self, kind).copy_(tensor)
         self._backup.clear()
@@ -312,7 +341,7 @@ class ReltuneLayer(WrittenWeight):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_graphs": []}  # graphs belong to this process and to this copy
+        return {**self.__dict__, "_graphs": LiveGraphs()}  # graphs belong to this process and to this copy
 
     def __repr__(self) -> str:
         return "reltune." + super().__repr__()

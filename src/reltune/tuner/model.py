@@ -14,6 +14,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from reltune.layers.fingerprint import fingerprint
+from reltune.layers.fused_norms import fuse_norms, restore_norms
 from reltune.layers.inventory import layer_type, module_info
 from reltune.layers.units import ModuleInfo, by_unit
 from reltune.plan.plan import TRAINABLE, ModulePlan
@@ -24,6 +25,7 @@ from reltune.tuner.embedding import ReltuneEmbedding
 from reltune.tuner.layer import BASE, ReltuneLayer
 from reltune.tuner.linear import ReltuneLinear, ReltuneLinearConv1D
 from reltune.tuner.norm import ReltuneNorm
+from reltune.tuner.written_weight import together
 
 # Kind of module (layers/inventory.py) -> the layer that trains it; its keys are plan.TRAINABLE.
 LAYER_CLASSES: dict[str, type[ReltuneLayer]] = {
@@ -151,7 +153,7 @@ class ReltuneModel(BaseTuner):
         if config.units is not None:
             # An adapter is about to be loaded: sizes are known, indices come with the file.
             sizes = config.units[key]
-            return ModulePlan(
+            units = ModulePlan(
                 shape,
                 list(range(sizes["columns"])),
                 list(range(sizes["rows"])),
@@ -159,6 +161,8 @@ class ReltuneModel(BaseTuner):
                 sizes["bias"],
                 groups=info.groups,
             )
+            units.take_elements(torch.arange(sizes.get("elements", 0)))
+            return units
         if len(shape) == 1:
             return ModulePlan(shape, weight=True, bias=info.bias)
         r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
@@ -197,28 +201,15 @@ class ReltuneModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            self._end_backward_at_lowest_unit()
-        return super().forward(*args, **kwargs)
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, *args, **kwargs)
+        # A hook of the base model and not this class's forward, which PeftModel without a task type goes past.
+        if _before_forward not in model._forward_pre_hooks.values():
+            model.register_forward_pre_hook(_before_forward)
 
-    def _end_backward_at_lowest_unit(self) -> None:
-        """Undo that checkpointing differentiates every layer, down to the embeddings.
-
-        Transformers and PEFT make the embeddings' output require a gradient when activations are checkpointed. Only
-        checkpoints that re-enter autograd need that.
-        """
-        functions = [
-            getattr(module, "_gradient_checkpointing_func", None)
-            for module in self.model.modules()
-            if getattr(module, "gradient_checkpointing", False)
-        ]
-        if not functions or any(getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions):
-            return
-        for module in self.model.modules():
-            for key, hook in list(module._forward_hooks.items()):
-                if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
-                    del module._forward_hooks[key]
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        with together():
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, ReltuneLayer):
@@ -228,7 +219,37 @@ class ReltuneModel(BaseTuner):
             setattr(parent, child_name, new_module)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        restore_norms(self.model)
+        for key, hook in list(self.model._forward_pre_hooks.items()):
+            if hook is _before_forward:
+                del self.model._forward_pre_hooks[key]
         for module in self.model.modules():
             if isinstance(module, ReltuneLayer):
                 module._restore()  # not every layer has the adapters that are merged
         return super()._unload_and_optionally_merge(*args, **kwargs)
+
+
+def _before_forward(model: nn.Module, *_: Any) -> None:
+    """What others may have changed since the adapter was put in, and has to be so in training."""
+    if torch.is_grad_enabled():
+        _end_backward_at_lowest_unit(model)
+        fuse_norms(model)
+
+
+def _end_backward_at_lowest_unit(model: nn.Module) -> None:
+    """Undo that checkpointing differentiates every layer, down to the embeddings.
+
+    Transformers and PEFT make the embeddings' output require a gradient when activations are checkpointed. Only
+    checkpoints that re-enter autograd need that.
+    """
+    functions = [
+        getattr(module, "_gradient_checkpointing_func", None)
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False)
+    ]
+    if not functions or any(getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions):
+        return
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
+                del module._forward_hooks[key]

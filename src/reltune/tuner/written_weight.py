@@ -1,4 +1,4 @@
-"""The base weight of a layer, and the one adapter whose columns and rows it holds at present.
+"""The base weight of a layer, and the one adapter whose columns, rows and single weights it holds at present.
 
 At most one adapter is *written* into the base weight at a time. The base weight is changed outside any graph only:
 after an optimizer step, on loading, on switching. What it held before is kept per adapter, so that it comes back bit
@@ -7,8 +7,10 @@ for bit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -17,10 +19,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from reltune.ops.attach import LiveGraphs, prune
+from reltune.ops.attach import LiveGraphs
+from reltune.ops.attach_elements import Places
+from reltune.ops.index_copy import Copy, index_copy
 from reltune.records import InputError
 
-# Layers whose columns or rows are being trained, for the optimizer hook below.
+# Layers whose columns, rows or single weights are being trained, for the optimizer hook below.
 in_training: weakref.WeakSet[WrittenWeight] = weakref.WeakSet()
 
 
@@ -51,34 +55,106 @@ class Seen:
         self._states = [(tensor, self._state(tensor) if same else None) for tensor, same in tensors]
 
 
+Values = tuple[Tensor | None, Tensor | None, Tensor | None]  # of columns, rows and elements
+
+
 @dataclasses.dataclass
 class Originals:
-    """What the base weight held at an adapter's columns and rows, and where: enough to undo the adapter exactly."""
+    """What the base weight held at an adapter's columns, rows and elements, and where: enough to undo the adapter exactly."""
 
     indices: Seen  # the adapter's index buffers that the copies below were made from
-    column_idx: Any = None  # these four: Tensor, or None where the adapter has no columns or rows
+    column_idx: Any = None  # these five: Tensor, or None where the adapter has no columns, rows or elements
     columns: Any = None
     row_idx: Any = None
     rows: Any = None
+    elements: Any = None
+    places: Any = None  # Places of the elements in the weight as it is stored, or None
+
+    @property
+    def values(self) -> Values:
+        return self.columns, self.rows, self.elements
 
     def apply(self, function: Any) -> Originals:
-        tensors = (self.column_idx, self.columns, self.row_idx, self.rows)
-        return Originals(self.indices, *(None if t is None else function(t) for t in tensors))
+        tensors = (self.column_idx, self.columns, self.row_idx, self.rows, self.elements)
+        applied = Originals(self.indices, *(None if t is None else function(t) for t in tensors))
+        applied.places = None if self.places is None else self.places.apply(function)
+        return applied
+
+
+class Writes:
+    """Columns and rows on their way into base weights: one by one, or all at once within ``together()``.
+
+    Within it a weight may be restored and then written, and is not to be read before the end.
+    """
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._stages: list[list[Copy]] = [[], [], [], []]  # columns and rows put back, then columns and rows written
+        self._written: set[int] = set()  # layers with something in the last two
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                self.flush()
+
+    def put(
+        self,
+        layer: WrittenWeight,
+        kept: Originals,
+        columns: Tensor | None,
+        rows: Tensor | None,
+        elements: Tensor | None,
+        back: bool = False,
+    ) -> None:
+        if not self._depth or not layer.copies_by_index or elements is not None:
+            self.flush()  # what was put back before
+            with torch.no_grad():
+                layer._put(layer.weight, kept, columns, rows, elements)
+            return
+        if id(layer) in self._written:
+            self.flush()
+        if not back:
+            self._written.add(id(layer))
+        weight, stage = layer.weight, 0 if back else 2
+        if columns is not None:
+            self._stages[stage].append(Copy(weight, layer.column_dim, kept.column_idx, columns))
+        if rows is not None:
+            self._stages[stage + 1].append(Copy(weight, layer.row_dim, kept.row_idx, rows))
+
+    def flush(self) -> None:
+        for stage in self._stages:
+            if stage:
+                index_copy(stage)
+                stage.clear()
+        self._written.clear()
+
+
+_writes = Writes()
+together = _writes.together
 
 
 class WrittenWeight(nn.Module, BaseTunerLayer):
-    """A module whose weight can hold the columns and rows of one adapter.
+    """A module whose weight can hold the columns, rows and elements (single weights) of one adapter.
 
     Columns and rows are counted along dimensions of the weight that a subclass names. Trained columns and rows have
-    the weight's own layout, with as many places along that dimension as are trained.
+    the weight's own layout, with as many places along that dimension as are trained. Elements are counted in the weight's
+    own layout too, and lie in none of the adapter's columns and rows.
     """
 
     column_dim: ClassVar[int] = 1
     row_dim: ClassVar[int] = 0
+    copies_by_index: ClassVar[bool] = True  # whether _put_columns and _put_rows are the ones below
     reltune_columns: nn.ParameterDict
     reltune_rows: nn.ParameterDict
+    reltune_elements: nn.ParameterDict
     reltune_column_indices: BufferDict
     reltune_row_indices: BufferDict
+    reltune_element_indices: BufferDict
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -89,7 +165,7 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         self._written: str | None = None
         self._values = Seen([])  # of the written adapter, when it was written
         self._awaited: set[str] = set()  # adapters whose indices have yet to be loaded
-        self._graphs: LiveGraphs = []
+        self._graphs = LiveGraphs()
         self._backup: dict[str, Tensor] = {}  # whole tensors replaced by merge
         self._beneath: Tensor | None = None  # the base's own weight while another one is being loaded
         self.register_load_state_dict_pre_hook(_before_load)
@@ -97,7 +173,7 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         self.register_state_dict_pre_hook(_before_save)
         self.register_state_dict_post_hook(_after_save)
 
-    # -- where columns and rows lie --------------------------------------------------------------------------------
+    # -- where columns, rows and elements lie ----------------------------------------------------------------------
 
     def _columns_of(self, weight: Tensor, idx: Tensor) -> Tensor:
         return weight.index_select(self.column_dim, idx)
@@ -115,18 +191,33 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         """Columns with zeros where they cross the adapter's rows: a cell in both belongs to the row."""
         return columns if kept.row_idx is None else columns.index_fill(self.row_dim, kept.row_idx, 0)
 
-    def _put(self, weight: Tensor, kept: Originals, columns: Tensor | None, rows: Tensor | None) -> None:
-        """Write columns, then rows, into the weight: a cell in both belongs to the row."""
+    @staticmethod
+    def _elements_of(weight: Tensor, idx: Tensor) -> Tensor:
+        return weight.reshape(-1).index_select(0, idx)
+
+    @staticmethod
+    def _put_elements(weight: Tensor, idx: Tensor, elements: Tensor) -> None:
+        if weight.is_contiguous():
+            weight.view(-1).index_copy_(0, idx.long(), elements)
+        else:
+            weight.put_(idx.long(), elements)
+
+    def _put(
+        self, weight: Tensor, kept: Originals, columns: Tensor | None, rows: Tensor | None, elements: Tensor | None
+    ) -> None:
+        """Write columns, then rows, into the weight: a cell in both belongs to the row. Elements lie outside of them."""
         if columns is not None:
             self._put_columns(weight, kept.column_idx, columns.detach().to(weight.dtype))
         if rows is not None:
             self._put_rows(weight, kept.row_idx, rows.detach().to(weight.dtype))
+        if elements is not None:
+            self._put_elements(weight, kept.places.index, elements.detach().to(weight.dtype))
 
     # -- what is kept of the base ----------------------------------------------------------------------------------
 
     def _indices(self, adapter_name: str) -> list[Tensor]:
-        kinds = (self.reltune_column_indices, self.reltune_row_indices)
-        return [kind[adapter_name] for kind in kinds if adapter_name in kind]
+        kinds = (self.reltune_column_indices, self.reltune_row_indices, self.reltune_element_indices)
+        return [idx for kind in kinds if (idx := self._get(kind, adapter_name)) is not None]
 
     @torch.inference_mode(False)  # what is kept may have to enter a graph later
     @torch.no_grad()
@@ -138,6 +229,10 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         if adapter_name in self.reltune_rows:
             kept.row_idx = self.reltune_row_indices[adapter_name].to(pristine.device, copy=True)
             kept.rows = self._rows_of(pristine, kept.row_idx)
+        if adapter_name in self.reltune_elements:
+            idx = self.reltune_element_indices[adapter_name].to(pristine.device, copy=True)
+            kept.places = Places(idx, (pristine.shape[0], pristine.shape[1:].numel()))
+            kept.elements = self._elements_of(pristine, idx)
         self.originals[adapter_name] = kept
 
     def _refresh(self) -> None:
@@ -152,11 +247,14 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
             return
         if self._written in changed:
             self._restore()
+        _writes.flush()
         with torch.no_grad():
             pristine = self._pristine_weight()
             for name in changed:
                 self._remember(name, pristine)
                 self._awaited.discard(name)
+                if self.originals[name].places is not None:
+                    self.originals[name].places.check()
 
     def _base_loaded(self, beneath: Tensor) -> None:
         """The base weight came with the file. It may hold the values of an adapter, which are not the base's."""
@@ -168,7 +266,7 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
                 held = weight.detach().clone()
                 self._put(held, self.originals[name], *self._values_of(name))
                 if torch.equal(held, weight):
-                    self._put(weight, self.originals[name], self.originals[name].columns, self.originals[name].rows)
+                    self._put(weight, self.originals[name], *self.originals[name].values)
                     break
             for name in self.originals:
                 self._remember(name, weight)
@@ -178,8 +276,8 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         missing = [name for name in names if name in self._awaited]
         if missing:
             raise InputError(
-                f"adapter {missing[0]!r} was made from a saved config, which says how many columns and rows are trained but "
-                "not which; load it with PeftModel.from_pretrained, or give ReltuneConfig the plan."
+                f"adapter {missing[0]!r} was made from a saved config, which says how many columns, rows or single weights are "
+                "trained but not which; load it with PeftModel.from_pretrained, or give ReltuneConfig the plan."
             )
 
     # -- the base weight -------------------------------------------------------------------------------------------
@@ -194,20 +292,22 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         weight = weight.clone()
         for name in [self._written, *self.merged_adapters]:
             if name in self.originals:
-                self._put(weight, self.originals[name], self.originals[name].columns, self.originals[name].rows)
+                self._put(weight, self.originals[name], *self.originals[name].values)
         return weight
 
-    def _values_of(self, adapter_name: str) -> tuple[Tensor | None, Tensor | None]:
-        return self._get(self.reltune_columns, adapter_name), self._get(self.reltune_rows, adapter_name)
+    def _values_of(self, adapter_name: str) -> Values:
+        columns, rows, elements = (
+            self._get(kind, adapter_name) for kind in (self.reltune_columns, self.reltune_rows, self.reltune_elements)
+        )
+        return columns, rows, elements
 
     def _trained(self, adapter_name: str) -> list[Tensor]:
         return [t for t in self._values_of(adapter_name) if t is not None]
 
     def _write(self, adapter_name: str) -> None:
-        columns, rows = self._values_of(adapter_name)
-        with torch.no_grad():
-            self._put(self.weight, self.originals[adapter_name], columns, rows)
+        _writes.put(self, self.originals[adapter_name], *self._values_of(adapter_name))
         self._written = adapter_name
+        self._graphs.differentiated = False
         self._values = Seen(self._trained(adapter_name))
 
     def _rewrite(self) -> None:
@@ -218,16 +318,16 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         """
         if self._written is not None:
             self._put(self.weight.data, self.originals[self._written], *self._values_of(self._written))
+            self._graphs.differentiated = False
 
     def _restore(self) -> None:
         if self._written is not None:
             kept = self.originals[self._written]
-            with torch.no_grad():
-                self._put(self.weight, kept, kept.columns, kept.rows)
+            _writes.put(self, kept, *kept.values, back=True)
             self._written = None
 
     def write_back(self) -> None:
-        """Bring the base weight up to date with the trained columns and rows."""
+        """Bring the base weight up to date with the trained columns, rows and elements."""
         if self._written is not None:
             self._write(self._written)
 
@@ -239,14 +339,13 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         if self.merged:
             return
         nothing = self.disable_adapters or base_only
-        names = [] if nothing else self._active(("reltune_columns", "reltune_rows"))
+        names = [] if nothing else self._active(("reltune_columns", "reltune_rows", "reltune_elements"))
         wanted = names[0] if names else None
         if wanted is not None:
             # PEFT loads a file onto the accelerator, if there is one, and moves it to the base's device afterwards.
             devices = {t.device for t in (self.weight, *self._trained(wanted))}
             if len(devices) > 1 or self.weight.device.type == "meta":
                 return
-        self._graphs = prune(self._graphs)
         if wanted != self._written and not self._graphs:
             self._restore()
             if wanted is not None:
@@ -255,23 +354,29 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
             values = self._trained(self._written)
             if not self._values.still(values):
                 self._write(self._written)  # replaced, or changed by hand
-            elif torch.is_grad_enabled() and any(t.requires_grad for t in values):
-                self._rewrite()
+            elif self._graphs.differentiated and torch.is_grad_enabled() and any(t.requires_grad for t in values):
+                self._rewrite()  # an optimizer may have stepped since, without the hook below
 
-    def _written_values(self, name: str) -> tuple[Tensor | None, Tensor | None]:
-        """The adapter's columns and rows as the product has used them; the parameters may have changed since."""
+    def _written_values(self, name: str) -> Values:
+        """The adapter's columns, rows and elements as the product has used them; the parameters may have changed since."""
         kept, weight = self.originals[name], self.weight.detach()
         return (
             None if kept.column_idx is None else self._columns_of(weight, kept.column_idx),
             None if kept.row_idx is None else self._rows_of(weight, kept.row_idx),
+            None if kept.places is None else self._elements_of(weight, kept.places.index),
         )
 
     def _active(self, kinds: tuple[str, ...]) -> list[str]:
         return [name for name in self.active_adapters if any(name in getattr(self, kind) for kind in kinds)]
 
+    @property
+    def weight(self) -> Tensor:
+        return self._modules["base_layer"].weight  # type: ignore[union-attr, return-value]
+
     @staticmethod
     def _get(entries: Any, name: str) -> Any:
-        return entries[name] if name in entries else None  # noqa: SIM401 - a BufferDict has no get
+        """The adapter's entry or None; past the dictionaries' own lookup, which takes most of a switch's time."""
+        return (entries._parameters if isinstance(entries, nn.ParameterDict) else entries._buffers).get(name)
 
 
 def _before_save(module: Any, *_: Any) -> None:
@@ -300,12 +405,11 @@ def _after_load(module: Any, _: Any) -> None:
 
 def _write_back_after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for layer in list(in_training):
-        name = layer._written
-        if name is not None and any(
-            name in kind and id(kind[name]) in stepped for kind in (layer.reltune_columns, layer.reltune_rows)
-        ):
-            layer.write_back()
+    with together():
+        for layer in list(in_training):
+            name = layer._written
+            if name is not None and any(id(t) in stepped for t in layer._trained(name)):
+                layer.write_back()
 
 
 register_optimizer_step_post_hook(_write_back_after_step)

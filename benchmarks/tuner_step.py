@@ -1,0 +1,300 @@
+"""One training step of the tuner beside the frozen floor and PEFT's methods, all through `get_peft_model`.
+
+On one GPU of 141 GB, without a network, from the repository's root (about 8 minutes on an H200):
+
+    PYTHONPATH=src:LIGER PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python3 benchmarks/tuner_step.py \
+        --device cuda --commit COMMIT --output_dir benchmarks/results
+
+and on any machine, in seconds: python benchmarks/tuner_step.py --tiny --output_dir /tmp
+
+The model has Llama-3.1-8B's shapes and random weights in bfloat16, the batch is 4 × 2048 tokens, the optimizer fused AdamW.
+A repeat puts a method's adapter on the shared base, takes one step untimed, times STEPS steps (forward, backward, clear
+gradients, optimizer step, write-back) and takes the adapter off. The floor is the frozen model's forward pass and the
+backward pass down to the embedded tokens, with no weight gradient. Memory is the peak of torch's allocator within the
+timed steps, weights and optimizer states included.
+
+- eager: the model as Transformers writes it. liger: the same model with Liger kernels for all methods (kernel package
+  `liger-kernel`; left out with its error where that is not installed).
+- fp8: frozen weights in 8 bits (`reltune.freeze_in_fp8`) beside LoRA with Liger kernels.
+- switch: another adapter made active on the device, beside unmerging and merging a LoRA of equal size.
+- exactness: on a model with fewer layers, every step's loss beside plain autograd through a materialised weight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, ShiraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from harness import Benchmark, Method, Timed, arguments, benchmark
+from llama import PROJECTIONS, TINY, Shape, described, llama, texts
+from reltune import ReltuneConfig
+
+Prepare = Callable[[nn.Module], nn.Module]  # base model -> model with an adapter
+
+
+@dataclasses.dataclass
+class Training:
+    """A method's steps on the shared base. Losses of all steps are kept, for the record."""
+
+    base: nn.Module
+    batch: dict[str, Tensor]
+    prepare: Prepare
+    steps: int
+    rate: float
+    losses: list[list[float]] = dataclasses.field(default_factory=list)
+    trained: int = 0
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        self.model = self.prepare(self.base)
+        self.model.train()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.trained = sum(p.numel() for p in parameters)
+        self.optimizer = torch.optim.AdamW(parameters, lr=self.rate, fused=parameters[0].is_cuda)
+        self.losses.append([self._step().item()])  # the states are made, caches are filled
+        try:
+            yield
+        finally:
+            del self.optimizer
+            self.model.unload()
+            del self.model
+
+    def run(self) -> Timed:
+        machine_seconds = _seconds(self.batch["input_ids"].device, self._steps)
+        return Timed(machine_seconds / self.steps)
+
+    def _steps(self) -> None:
+        losses = [self._step() for _ in range(self.steps)]
+        self.losses[-1] += [loss.item() for loss in losses]
+
+    def _step(self) -> Tensor:
+        loss = self.model(**self.batch).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def _seconds(device: torch.device, run: Callable[[], None]) -> float:
+    from harness import Machine
+
+    machine = Machine(device)
+    started = machine.now()
+    run()
+    return machine.now() - started
+
+
+def floor(model: nn.Module, batch: dict[str, Tensor], steps: int) -> Timed:
+    """Forward, and backward to the embedded tokens, through a model in which nothing is trained."""
+
+    def run() -> None:
+        for _ in range(steps):
+            embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+            model(inputs_embeds=embedded, labels=batch["labels"]).loss.backward()
+
+    return Timed(_seconds(batch["input_ids"].device, run) / steps)
+
+
+def columns(r: int, layers: list[int] | None = None) -> Prepare:
+    config = {"target_modules": PROJECTIONS, "r": r, "layers_to_transform": layers}
+    return lambda base: get_peft_model(base, ReltuneConfig(**config))
+
+
+def lora(r: int, autocast: bool = True) -> Prepare:
+    return lambda base: get_peft_model(
+        base, LoraConfig(target_modules=PROJECTIONS, r=r), autocast_adapter_dtype=autocast
+    )
+
+
+def shira(r: int) -> Prepare:
+    config = ShiraConfig(target_modules=PROJECTIONS, r=r)
+    config.mask_fn = _evenly_spaced  # its own draws a permutation of all elements on the CPU: minutes for this model
+    return lambda base: get_peft_model(base, config)
+
+
+def _evenly_spaced(layer: nn.Linear, r: int, **_: Any) -> Tensor:
+    """SHiRA's r (in + out) elements per weight as a mask like the weight."""
+    count = r * (layer.in_features + layer.out_features)
+    mask = torch.zeros_like(layer.weight)
+    mask.view(-1)[torch.arange(count, device=mask.device) * (mask.numel() // count)] = 1
+    return mask
+
+
+def case(
+    bench: Benchmark, options: argparse.Namespace, shape: Shape, name: str, base: nn.Module, methods: dict[str, Prepare]
+) -> None:
+    batch = {key: value.to(options.device) for key, value in texts(shape, options.examples, options.tokens).items()}
+    trainings = {key: Training(base, batch, prepare, options.steps, 1e-5) for key, prepare in methods.items()}
+    records = bench.measure(
+        name,
+        described(shape, dtype="bfloat16", examples=options.examples, tokens=options.tokens, steps=options.steps),
+        [
+            Method("floor", functools.partial(floor, base, batch, options.steps)),
+            *(Method(key, training.run, training.around) for key, training in trainings.items()),
+        ],
+        options.repeats,
+    )
+    for key, training in trainings.items():
+        records[key]["config"] = {"trained": training.trained, "losses": training.losses}
+    bench.save(options.output_dir, options.name)
+
+
+def ratios(bench: Benchmark, case: str, method: str, to: str, seconds: float, memory: float | None, gpu: bool) -> None:
+    """Checks that are recorded and, as targets, not required of other hardware or of a tiny model."""
+    bench.check(f"{case}: {method} / {to}, time", bench.ratio(case, method, to), seconds, required=False)
+    if gpu and memory is not None:
+        found = bench.ratio(case, method, to, "peak_bytes")
+        bench.check(f"{case}: {method} / {to}, peak memory", found, memory, required=False)
+
+
+def exactness(bench: Benchmark, options: argparse.Namespace, shape: Shape, steps: int = 8) -> None:
+    """The tuner's losses against plain autograd through weights whose columns are put in by index_copy."""
+    shape = dataclasses.replace(shape, layers=2)
+    base = llama(shape, options.device)
+    batch = {key: value.to(options.device) for key, value in texts(shape, 2, min(options.tokens, 512)).items()}
+    rate = 1e-3
+    model = get_peft_model(base, ReltuneConfig(target_modules=PROJECTIONS, r=options.columns))
+    layers = {
+        name: module for name, module in model.get_base_model().named_modules() if hasattr(module, "reltune_columns")
+    }
+    chosen = {
+        name: (layer.reltune_column_indices["default"].clone(), layer.reltune_columns["default"].detach().clone())
+        for name, layer in layers.items()
+    }
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    ours = []
+    for _ in range(steps):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ours.append(loss.item())
+    base = model.unload()
+    weights = dict(base.named_parameters())
+    trained = {name: values.requires_grad_() for name, (_, values) in chosen.items()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=rate)
+    plain = []
+    for _ in range(steps):
+        put = {
+            f"{name}.weight": weights[f"{name}.weight"].index_copy(1, chosen[name][0], values.to(torch.bfloat16))
+            for name, values in trained.items()
+        }
+        loss = functional_call(base, put, kwargs=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        plain.append(loss.item())
+    bench.value("losses of the tuner", [round(x, 5) for x in ours])
+    bench.value("losses by plain autograd", [round(x, 5) for x in plain])
+    largest = max(abs(a - b) / abs(b) for a, b in zip(ours, plain, strict=True))
+    bench.check("largest difference of a step's loss, relative", largest, 2e-3)
+    bench.check("the training moved the loss: last / first", plain[-1] / plain[0], 0.99)
+
+
+def switch(bench: Benchmark, options: argparse.Namespace, shape: Shape, base: nn.Module) -> None:
+    """Make another adapter active and, for LoRA, merged: what serving takes to change the task."""
+    config = ReltuneConfig(target_modules=PROJECTIONS, r=options.columns, init_weights=False)
+    ours = get_peft_model(base, config, adapter_name="first")
+    ours.add_adapter("second", ReltuneConfig(target_modules=PROJECTIONS, r=options.columns, init_weights=False))
+    ours.eval()
+
+    def set_columns() -> None:
+        ours.set_adapter("second" if ours.active_adapter == "first" else "first")
+
+    records: dict[str, Any] = {}
+    set_columns(), set_columns()
+    records["columns"] = bench.measure("switch", described(shape), [Method("columns: set_adapter", set_columns)], 10)
+    sizes = {"columns": _saved_bytes(ours, "first")}
+    base = ours.unload()
+    theirs = get_peft_model(base, LoraConfig(target_modules=PROJECTIONS, r=options.columns // 2), adapter_name="first")
+    theirs.add_adapter("second", LoraConfig(target_modules=PROJECTIONS, r=options.columns // 2))
+    theirs.merge_adapter(["first"])
+
+    def merge_lora() -> None:
+        active = "second" if theirs.active_adapter == "first" else "first"
+        theirs.unmerge_adapter()
+        theirs.set_adapter(active)
+        theirs.merge_adapter([active])
+
+    bench.measure("switch, LoRA", described(shape), [Method("LoRA: unmerge, set_adapter, merge", merge_lora)], 10)
+    theirs.unmerge_adapter()
+    sizes["LoRA"] = _saved_bytes(theirs, "first")
+    theirs.unload()
+    bench.value("bytes on disk", sizes)
+    seconds = bench.median("switch", "columns: set_adapter")
+    bench.check("switch: seconds", seconds, 0.010, required=False)
+    against = seconds / bench.median("switch, LoRA", "LoRA: unmerge, set_adapter, merge")
+    bench.check("switch: columns / LoRA", against, 0.1, required=False)
+
+
+def _saved_bytes(model: Any, adapter: str) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory, selected_adapters=[adapter])
+        file = next(Path(directory).rglob("adapter_model.safetensors"))
+        trained = sum(p.numel() for n, p in model.named_parameters() if f".{adapter}" in n)
+        return {"bytes": file.stat().st_size, "parameters": trained}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a small model: does the script run?")
+    parser.add_argument("--cases", nargs="+", default=["exactness", "eager", "switch", "liger"])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--examples", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--columns", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = arguments(parser, "tuner_step")
+    bench = benchmark(options, ["liger-kernel"])
+    shape = dataclasses.replace(Shape(), layers=options.layers)
+    if options.tiny:
+        shape, options.examples, options.tokens, options.columns, options.steps = TINY, 2, 16, 4, 2
+    gpu = options.device != "cpu"
+    if "exactness" in options.cases:
+        exactness(bench, options, shape)
+    r, top = options.columns, list(range(shape.layers - shape.layers // 4, shape.layers)) or [shape.layers - 1]
+    base = llama(shape, options.device)
+    rank = max(r // 2, 1)
+    ours, low, leaner = f"columns, r = {r}", f"columns, r = {r}, top {len(top)} layers", f"LoRA, r = {rank}, bf16"
+    if "eager" in options.cases:
+        methods = {
+            ours: columns(r),
+            low: columns(r, top),
+            leaner: lora(rank, autocast=False),
+            f"LoRA, r = {rank}": lora(rank),
+            f"SHiRA, r = {rank}": shira(rank),
+        }
+        case(bench, options, shape, "eager", base, methods)
+        ratios(bench, "eager", ours, "floor", 1.02, 1.02, gpu)
+        ratios(bench, "eager", ours, leaner, 0.90, 0.86, gpu)
+    if "switch" in options.cases:
+        switch(bench, options, shape, base)
+    if "liger" in options.cases:
+        try:
+            from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+            apply_liger_kernel_to_llama(model=base)  # for good: nothing after it is eager
+        except ImportError as error:
+            bench.failed("liger", described(shape), "floor", error, required=gpu)
+        else:
+            methods = {ours: columns(r), low: columns(r, top), leaner: lora(rank, autocast=False)}
+            case(bench, options, shape, "liger", base, methods)
+            ratios(bench, "liger", ours, "floor", 1.02, 1.02, gpu)
+            ratios(bench, "liger", ours, leaner, 0.87, 0.79, gpu)
+    return bench.finish(options.output_dir, options.name)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

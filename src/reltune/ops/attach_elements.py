@@ -1,0 +1,216 @@
+"""Give selected single weights of a linear map their gradient, at no cost in the forward pass.
+
+As ops/attach.py does for columns and rows: the base weight holds the current values, y is handed on unchanged, and in the
+backward pass the values get what the whole weight's gradient G has at their places. A weight of (rows, columns) as it is
+stored has G = aᵀ b with a the gradient of y and b the input; where the weight is stored as (in, out), the other way
+round. Places are flat indices into the stored weight, in ascending order.
+
+Two exact ways to G at n places, for T vectors:
+
+- dense: G itself, as many rows at a time as make BLOCK_NUMBERS, and of each block the places in it. 2·T·rows·columns
+  operations at the speed of a matrix product.
+- sampled: T products for each place and nothing else. 2·T·n operations, at the speed of memory.
+
+x is kept for the backward pass, by reference: autograd keeps it for no other purpose, as the frozen product needs the
+weight alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from reltune.records import InputError
+
+Form = Literal["dense", "sampled"]
+
+BLOCK_NUMBERS = 1 << 24  # of G at a time in the dense form: 32 MiB in bfloat16
+GATHERED_NUMBERS = 1 << 22  # workspace of gathered vectors where there is no kernel
+
+# What an operation of the sampled form costs, where one of a matrix product costs 1. Counted, not measured: one number
+# read from an H200's cache at 5 TB/s, against a multiplication and an addition at 700 (bfloat16) and 50 TFLOP/s
+# (float32, float64). On a CPU it was measured: see `is_sampled`.
+SAMPLED_COST = {2: 140.0, 4: 20.0, 8: 40.0}  # by bytes per number
+SAMPLED_COST_ON_CPU = 200.0
+
+_forced: list[Form] = []
+
+
+class Places:
+    """Where the chosen weights lie: flat indices (n,) into a weight of ``shape``, ascending, each named once."""
+
+    def __init__(self, index: Tensor, shape: tuple[int, int], block_numbers: int = 0) -> None:
+        self.index, self.shape, self._block_numbers = index, shape, block_numbers
+
+    @property
+    def step(self) -> int:
+        """Rows of a block of the dense form."""
+        return max(1, min(self.shape[0], (self._block_numbers or BLOCK_NUMBERS) // self.shape[1]))
+
+    @functools.cached_property
+    def starts(self) -> list[int]:
+        """How many places lie before each block of rows; known to the host, so that no backward pass waits for it."""
+        rows, columns = self.shape
+        edges = torch.arange(0, rows + self.step, self.step, device=self.index.device, dtype=torch.int64) * columns
+        starts: list[int] = torch.searchsorted(self.index.long(), edges).tolist()
+        return starts
+
+    def check(self) -> None:
+        """Raise InputError for indices, read from a file, that cannot be what was written. Waits for the device."""
+        if self.index.device.type == "meta" or not len(self.index):
+            return
+        index, numbers = self.index.long(), self.shape[0] * self.shape[1]
+        if bool((index.diff() <= 0).any() | (index[0] < 0) | (index[-1] >= numbers)):
+            raise InputError(
+                f"an adapter's indices of single weights are not ascending numbers below {numbers:,}; its file is damaged, "
+                "save it again."
+            )
+
+    def apply(self, function: Any) -> Places:
+        """The same, with the tensor moved, say."""
+        return Places(function(self.index), self.shape, self._block_numbers)
+
+
+def is_sampled(places: Places, a: Tensor) -> bool:
+    """Whether the sampled form costs less, counted; on CUDA it needs Triton.
+
+    The number of vectors is on both sides. On 2 CPU cores the forms took the same time where one weight in 200 was chosen
+    (384 × 384 and 384 × 1536 weights, 2,048 vectors, float32).
+    """
+    if _forced:
+        return _forced[-1] == "sampled"
+    if not a.is_cuda:
+        cost = SAMPLED_COST_ON_CPU
+    elif importlib.util.find_spec("triton") is None:
+        return False
+    else:
+        cost = SAMPLED_COST[a.element_size()]
+    return cost * len(places.index) < places.shape[0] * places.shape[1]
+
+
+@contextmanager
+def force(form: Form) -> Iterator[None]:
+    """Take one form whatever it costs, in all forward passes inside: for benchmarks and tests."""
+    _forced.append(form)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def element_gradient(a: Tensor, b: Tensor, places: Places, form: Form | None = None) -> Tensor:
+    """(aᵀ b) at the places: (n,) for a (T, rows) and b (T, columns) of one dtype. ``form``: the cheaper one by default."""
+    if form is None:
+        form = "sampled" if is_sampled(places, a) else "dense"
+    if form == "dense":
+        return _dense(a, b, places)
+    if a.is_cuda:
+        # Imported where it is used: Triton is no part of torch for CPUs, and takes a while to import.
+        from reltune.ops.sampled_product import sampled_product
+
+        return sampled_product(a, b, places.index)
+    return sampled_product_reference(a, b, places.index)
+
+
+def _dense(a: Tensor, b: Tensor, places: Places) -> Tensor:
+    found = a.new_empty(len(places.index))
+    for block, (start, end) in enumerate(zip(places.starts, places.starts[1:], strict=False)):
+        if start == end:
+            continue
+        first = block * places.step
+        gradient = a[:, first : first + places.step].mT @ b
+        inside = places.index[start:end] - first * places.shape[1]
+        torch.index_select(gradient.view(-1), 0, inside, out=found[start:end])
+    return found
+
+
+def sampled_product_reference(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+    """What ops/sampled_product.py computes, from gathered vectors; the form used on a CPU."""
+    left, right = a.mT.contiguous(), b.mT.contiguous()
+    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    found = torch.zeros(len(index), dtype=wide, device=a.device)
+    step = max(1, GATHERED_NUMBERS // max(1, len(a)))
+    for start in range(0, len(index), step):
+        at = index[start : start + step].long()
+        rows, columns = at // b.shape[1], at % b.shape[1]
+        found[start : start + step] = torch.linalg.vecdot(left[rows].to(wide), right[columns].to(wide))
+    return found
+
+
+class AttachElements(torch.autograd.Function):
+    """(y (…, out), x (…, in), values (n,), places) -> y, with ∂values = G at the places.
+
+    ``transposed``: the weight is stored as (in, out). The operators return y.detach(), for the reason ops/attach.py gives.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, values: Tensor, places: Places, transposed: bool) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.places, ctx.transposed, ctx.dtype = places, transposed, values.dtype
+        ctx.form = "sampled" if is_sampled(places, y) else "dense"  # here: the backward pass may run in another thread
+        return y.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        found = _gradient(g, x, ctx.places, ctx.transposed, ctx.form)
+        return g, None, found.to(ctx.dtype), None, None
+
+
+class SparseProduct(torch.autograd.Function):
+    """(x (…, in), delta (n,), places) -> x Δᵀ (…, out) for the sparse matrix Δ that has ``delta`` at the places.
+
+    Row after row of gathered vectors, added up in float32 (float64 for float64): about 3·T·n numbers moved and never Δ
+    in full. With ``transposed`` Δ is stored as (in, out), and the product is x Δ.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor, places: Places, transposed: bool) -> Tensor:
+        ctx.save_for_backward(x, delta)
+        ctx.places, ctx.transposed = places, transposed
+        ctx.form = "sampled" if is_sampled(places, x) else "dense"
+        return _spread(x, delta, places, to_rows=not transposed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, delta = ctx.saved_tensors
+        to_x = to_delta = None
+        if ctx.needs_input_grad[0]:
+            to_x = _spread(g, delta, ctx.places, to_rows=ctx.transposed).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            to_delta = _gradient(g, x, ctx.places, ctx.transposed, ctx.form).to(delta.dtype)
+        return to_x, to_delta, None, None
+
+
+def _gradient(g: Tensor, x: Tensor, places: Places, transposed: bool, form: Form) -> Tensor:
+    a, b = _flat(g), _flat(x.to(g.dtype))
+    return element_gradient(b, a, places, form) if transposed else element_gradient(a, b, places, form)
+
+
+def _spread(x: Tensor, delta: Tensor, places: Places, to_rows: bool) -> Tensor:
+    """x Δᵀ (``to_rows``) or x Δ, in x's dtype."""
+    rows, columns = places.shape
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    vectors = _flat(x).mT.to(wide).contiguous()
+    total = vectors.new_zeros(rows if to_rows else columns, vectors.shape[1])
+    step = max(1, GATHERED_NUMBERS // max(1, vectors.shape[1]))
+    for start in range(0, len(places.index), step):
+        at = places.index[start : start + step].long()
+        row, column = at // columns, at % columns
+        source, target = (column, row) if to_rows else (row, column)
+        total.index_add_(0, target, vectors[source] * delta[start : start + step, None].to(wide))
+    return total.mT.to(x.dtype).reshape(*x.shape[:-1], total.shape[0])
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(…, features) -> (vectors, features), also for a single vector."""
+    return x.reshape(-1, x.shape[-1])

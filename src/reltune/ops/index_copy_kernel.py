@@ -1,0 +1,66 @@
+"""The Triton kernel behind ops/index_copy.py. Addresses and strides stand in a table, made anew for every call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+FIELDS = 9
+LONG, SELECTED = 64, 32  # numbers along the weight's other dimension, and along the selected one, in one step
+
+
+@triton.jit
+def copy_kernel(  # type: ignore[no-untyped-def]
+    table, weight, values, FIELDS: tl.constexpr, LONG: tl.constexpr, SELECTED: tl.constexpr
+):
+    """``weight`` and ``values`` are there for their types; where to read and write stands in the table."""
+    entry = table + tl.program_id(0) * FIELDS
+    long = tl.load(entry + 3)
+    i = tl.program_id(1) * LONG + tl.arange(0, LONG).to(tl.int64)
+    if tl.program_id(1) * LONG < long:
+        into = tl.load(entry).to(tl.pointer_type(weight.dtype.element_ty))
+        source = tl.load(entry + 1).to(tl.pointer_type(values.dtype.element_ty))
+        idx = tl.load(entry + 2).to(tl.pointer_type(tl.int64))
+        count = tl.load(entry + 4)
+        for start in range(0, count, SELECTED):
+            j = start + tl.arange(0, SELECTED).to(tl.int64)
+            inside = (i[:, None] < long) & (j[None, :] < count)
+            at = tl.load(idx + j, mask=j < count, other=0)
+            value = tl.load(
+                source + i[:, None] * tl.load(entry + 7) + j[None, :] * tl.load(entry + 8), mask=inside, other=0.0
+            )
+            tl.store(
+                into + i[:, None] * tl.load(entry + 5) + at[None, :] * tl.load(entry + 6),
+                value.to(weight.dtype.element_ty),
+                mask=inside,
+            )
+
+
+def copy_all(copies: Sequence[Any]) -> None:
+    """``copies`` are of one device, one dtype of weights and one of values."""
+    kept = [(c.idx.to(torch.int64), c.values) for c in copies]
+    rows = []
+    for copy, (idx, values) in zip(copies, kept, strict=True):
+        weight, other = copy.weight, 1 - copy.dim
+        strides = weight.stride(other), weight.stride(copy.dim), values.stride(other), values.stride(copy.dim)
+        rows.append(
+            (
+                weight.data_ptr(),
+                values.data_ptr(),
+                idx.data_ptr(),
+                weight.shape[other],
+                values.shape[copy.dim],
+                *strides,
+            )
+        )
+    first = copies[0]
+    table = torch.tensor(rows, dtype=torch.int64).to(first.weight.device)
+    longest = max(row[3] for row in rows)
+    with torch.cuda.device_of(first.weight):
+        copy_kernel[(len(rows), triton.cdiv(longest, LONG))](
+            table, first.weight, first.values, FIELDS=FIELDS, LONG=LONG, SELECTED=SELECTED
+        )

@@ -1,0 +1,58 @@
+"""LoRA where a plan says, and with the ranks that it says: relevance-placed low-rank adapters through PEFT's own config.
+
+A LoRA of rank r on a map of (out, in) trains r (out + in) numbers. Each module of the plan gets the rank that comes nearest
+to what the plan trains of it, and at least 1, so that the two train on one ground.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from peft import LoraConfig
+
+from reltune.plan.plan import ModulePlan, Plan
+from reltune.records import InputError
+
+
+def lora_config(plan: Plan, scaling: float = 2.0, **fields: Any) -> LoraConfig:
+    """A LoraConfig with the plan's modules as ``target_modules`` and a rank for each as ``rank_pattern``.
+
+    Columns, rows, elements and whole matrices turn into ranks; new heads into ``modules_to_save``. ``scaling`` is lora_alpha
+    over the rank in every module; ``fields`` are other fields of LoraConfig. Raises InputError for a plan of biases or
+    norms, which no low-rank adapter trains.
+    """
+    plan.check()
+    without = [name for name, module in plan.modules.items() if module.bias or len(module.shape) == 1]
+    if without:
+        raise InputError(
+            f"LoRA trains no biases or norms, and the plan does (in {len(without)} modules, {without[0]} the first); select "
+            "without them."
+        )
+    ranks = {name: rank(module) for name, module in plan.modules.items()}
+    names = list(ranks)
+    # PEFT takes a name for any module whose name ends in it. Where that would mean another of the plan's, be exact.
+    ends = {name[at + 1 :] for name in names for at in range(len(name)) if name[at] == "."}
+    exact = not ends.isdisjoint(names)
+    keys = {name: f"^{re.escape(name)}" if exact else name for name in names}
+    values: dict[str, Any] = {
+        "r": max(ranks.values()),
+        "lora_alpha": _alpha(max(ranks.values()), scaling),
+        "target_modules": "|".join(map(re.escape, names)) if exact else names,
+        "rank_pattern": {keys[name]: r for name, r in ranks.items()},
+        "alpha_pattern": {keys[name]: _alpha(r, scaling) for name, r in ranks.items()},
+        "modules_to_save": plan.always_trained or None,
+        "task_type": plan.task_type,
+    }
+    return LoraConfig(**{**values, **fields})
+
+
+def rank(module: ModulePlan) -> int:
+    """The rank whose LoRA trains about as many numbers as the plan does of this module."""
+    return max(1, round(module.parameters / (module.shape[0] + math.prod(module.shape[1:]))))
+
+
+def _alpha(r: int, scaling: float) -> int | float:
+    alpha = r * scaling
+    return int(alpha) if alpha == int(alpha) else alpha

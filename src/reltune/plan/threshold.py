@@ -1,0 +1,87 @@
+"""The largest of very many numbers, module by module: neither sorted nor joined, with no copy of more than a block.
+
+The bit pattern of a number that is not negative, read as an integer, has the number's order. So the n-th largest is found
+digit by digit, 16 bits at a time (radix selection): count the numbers by their highest digit, then, of those with the
+digit that the n-th largest has, by the next. Two passes over float32, four over float64, and one more to collect. Exact;
+ties go to the earlier module and the lower index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 22  # numbers at a time
+DIGIT = 16  # bits
+
+
+def largest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Flat indices, ascending, of the ``count`` largest numbers of all tensors together that are not negative.
+
+    Modules of which none is taken are left out. All of them are taken where there are fewer.
+    """
+    wide = torch.float64 if any(of.dtype == torch.float64 for of in scores.values()) else torch.float32
+    threshold, ties = _nth(scores, count, wide)
+    found = {}
+    for name, of in scores.items():
+        parts = []
+        for start, keys in _keys(of, wide):
+            taken = keys > threshold
+            if ties:
+                equal = (keys == threshold).nonzero().flatten()[:ties]
+                taken[equal] = True
+                ties -= len(equal)
+            parts.append(taken.nonzero().flatten() + start)
+        index = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+        if len(index):
+            found[name] = index
+    return found
+
+
+def above(scores: Mapping[str, Tensor], thresholds: Tensor, equal: bool) -> Tensor:
+    """How many numbers lie above each threshold (or ``equal`` it); thresholds in float64, ascending."""
+    counts = torch.zeros(len(thresholds) + 1, dtype=torch.int64)
+    for of in scores.values():
+        for _, block in _blocks(of):
+            counts += torch.bincount(
+                torch.bucketize(block.double(), thresholds, right=equal), minlength=len(thresholds) + 1
+            )
+    return counts.flip(0).cumsum(0).flip(0)[1:]
+
+
+def _nth(scores: Mapping[str, Tensor], count: int, wide: torch.dtype) -> tuple[int, int]:
+    """The key of the ``count``-th largest number, and how many of those that equal it are among the largest."""
+    prefix = 0
+    highest = torch.finfo(wide).bits - DIGIT
+    for shift in range(highest, -1, -DIGIT):
+        histogram = torch.zeros(1 << DIGIT, dtype=torch.int64)
+        for of in scores.values():
+            for _, keys in _keys(of, wide):
+                if shift < highest:
+                    keys = keys[keys >> (shift + DIGIT) == prefix] & (1 << DIGIT) - 1 << shift
+                digits = (keys >> shift) + 1  # below zero: 0
+                histogram += torch.bincount(digits, minlength=1 + (1 << DIGIT))[1:]
+        from_top = histogram.flip(0).cumsum(0)
+        if from_top[-1] < count:
+            return 0, int(from_top[-1])  # all of them
+        place = int(torch.searchsorted(from_top, count))
+        count -= int(from_top[place - 1]) if place else 0
+        prefix = prefix << DIGIT | (1 << DIGIT) - 1 - place
+    return prefix, count
+
+
+def _keys(scores: Tensor, wide: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """Integers in the order of the numbers; −1 or less for those below zero."""
+    as_integer = torch.int64 if wide == torch.float64 else torch.int32
+    for start, block in _blocks(scores):
+        # + 0 turns −0 into 0; comparisons with nan are false, so that it is never taken
+        keys = (block.to(wide) + 0).view(as_integer)
+        yield start, torch.where(block >= 0, keys, -1)
+
+
+def _blocks(scores: Tensor) -> Iterator[tuple[int, Tensor]]:
+    flat = scores.detach().reshape(-1)
+    for start in range(0, len(flat), BLOCK):
+        yield start, flat[start : start + BLOCK]

@@ -1,0 +1,52 @@
+"""The largest of many numbers without sorting, against sorting."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reltune.plan import threshold
+from reltune.plan.threshold import above, largest
+
+NUMBERS = st.one_of(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e-45, 5e-324, 3e38, float("inf"), float("nan")]),
+    st.floats(-2, 2, width=32),
+    st.floats(width=64, allow_nan=False),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.lists(NUMBERS, max_size=12), min_size=1, max_size=4), st.integers(1, 40), st.booleans())
+def test_the_largest_are_those_of_a_stable_sort(lists, count, double):
+    scores = {str(i): torch.tensor(of, dtype=torch.float64) for i, of in enumerate(lists)}
+    if not double:
+        scores = {name: of.float() for name, of in scores.items()}
+    ranked = sorted(
+        ((name, i) for name, of in scores.items() for i, v in enumerate(of.tolist()) if v >= 0),
+        key=lambda place: -scores[place[0]][place[1]].item(),
+    )[:count]
+    wanted = {name: sorted(i for n, i in ranked if n == name) for name in scores}
+    found = largest(scores, count)
+    assert {name: index.tolist() for name, index in found.items()} == {n: of for n, of in wanted.items() if of}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_over_blocks(monkeypatch, dtype):
+    monkeypatch.setattr(threshold, "BLOCK", 7)
+    g = torch.Generator().manual_seed(0)
+    scores = {name: torch.randint(-3, 9, (5, 6), generator=g).to(dtype) for name in "abc"}
+    joined = torch.cat([of.flatten() for of in scores.values()])
+    for count in (1, 10, 33, 59, 90):
+        best = joined.float().argsort(descending=True, stable=True)[:count]
+        best = best[joined[best] >= 0].sort().values
+        found = largest(scores, count)
+        assert torch.cat([found[n] + 30 * i for i, n in enumerate("abc") if n in found]).equal(best)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=20), st.lists(st.integers(0, 5), min_size=1, max_size=4), st.booleans())
+def test_how_many_lie_above(numbers, thresholds, equal):
+    scores = {"a": torch.tensor(numbers[:7], dtype=torch.float32), "b": torch.tensor(numbers[7:], dtype=torch.float32)}
+    thresholds = sorted(set(thresholds))
+    wanted = [sum(v > t or (equal and v == t) for v in numbers) for t in thresholds]
+    assert above(scores, torch.tensor(thresholds, dtype=torch.float64), equal).tolist() == wanted
