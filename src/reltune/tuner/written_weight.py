@@ -380,7 +380,6 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
 
 
 def _before_save(module: Any, *_: Any) -> None:
-    module._graphs = prune(module._graphs)
     if not module._graphs:
         module._restore()
 
