@@ -116,7 +116,7 @@ def test_of_convolutions_and_embeddings():
     }
     config = reltune.lora_config(Plan(modules, "all", 1000, 1000, ""))
     model = get_peft_model(base, config)
-    trained = {name: 0 for name in modules}
+    trained = dict.fromkeys(modules, 0)
     for name, p in model.named_parameters():
         trained[name.split(".")[2]] += p.numel() if p.requires_grad else 0
     assert config.rank_pattern == {"plain": 4, "grouped": 6, "words": 2}
