@@ -17,7 +17,7 @@ from reltune.layers.fingerprint import fingerprint
 from reltune.layers.fused_norms import fuse_norms, restore_norms
 from reltune.layers.inventory import layer_type, module_info
 from reltune.layers.units import ModuleInfo, by_unit
-from reltune.plan.plan import TRAINABLE, ModulePlan
+from reltune.plan.plan import TRAINABLE, WITH_ELEMENTS, ModulePlan
 from reltune.records import InputError, nearest
 from reltune.tuner.config import ReltuneConfig
 from reltune.tuner.conv2d import ReltuneConv2d
@@ -119,6 +119,11 @@ class ReltuneModel(BaseTuner):
         units = self._units(peft_config, info, weight)
         if units.bias and not info.bias:
             raise InputError(f"the plan trains the bias of {current_key}, which has no bias; set bias: false.")
+        if units.elements and found[0] not in WITH_ELEMENTS:
+            raise InputError(
+                f"the plan trains single weights of {current_key}, a {type(base).__name__}, of which only columns and rows can "
+                "be trained; choose these."
+            )
         if isinstance(target, ReltuneLayer):
             layer = target
         else:

@@ -87,14 +87,15 @@ class Originals:
 
 
 class Writes:
-    """Columns and rows on their way into base weights: one by one, or all at once within ``together()``.
+    """Columns, rows and elements on their way into base weights: one by one, or all at once within ``together()``.
 
     Within it a weight may be restored and then written, and is not to be read before the end.
     """
 
     def __init__(self) -> None:
         self._depth = 0
-        self._stages: list[list[Copy]] = [[], [], [], []]  # columns and rows put back, then columns and rows written
+        # Put back: columns, then rows and elements; then the same written.
+        self._stages: list[list[Copy]] = [[], [], [], []]
         self._written: set[int] = set()  # layers with something in the last two
 
     @contextlib.contextmanager
@@ -116,20 +117,23 @@ class Writes:
         elements: Tensor | None,
         back: bool = False,
     ) -> None:
-        if not self._depth or not layer.copies_by_index or elements is not None:
+        weight = layer.weight
+        if not self._depth or not layer.copies_by_index or not weight.is_contiguous():
             self.flush()  # what was put back before
             with torch.no_grad():
-                layer._put(layer.weight, kept, columns, rows, elements)
+                layer._put(weight, kept, columns, rows, elements)
             return
         if id(layer) in self._written or (back and len(self._written) >= AT_ONCE):
             self.flush()
         if not back:
             self._written.add(id(layer))
-        weight, stage = layer.weight, 0 if back else 2
+        stage = 0 if back else 2
         if columns is not None:
             self._stages[stage].append(Copy(weight, layer.column_dim, kept.column_idx, columns))
         if rows is not None:
             self._stages[stage + 1].append(Copy(weight, layer.row_dim, kept.row_idx, rows))
+        if elements is not None:
+            self._stages[stage + 1].append(Copy(weight.detach().view(-1), 0, kept.places.index, elements))
 
     def flush(self) -> None:
         for stage in self._stages:
