@@ -21,7 +21,7 @@ from reltune.records import InputError, nearest, write_text
 
 FORMAT = "reltune-plan-1"
 # Kinds of module that the tuner can train; others are measured only.
-TRAINABLE = ("linear", "conv1d", "conv2d", "embedding", "norm")
+TRAINABLE = ("linear", "conv1d", "conv2d", "embedding", "norm", "quantised")
 WITH_ELEMENTS = ("linear", "conv1d")  # kinds of which it can train single weights
 INLINE_INDICES = 20_000  # more indices than this in all go to a file beside the plan
 INDEX_FILE = "indices.safetensors"

@@ -252,9 +252,12 @@ class ReltuneLayer(WrittenWeight):
             in_training.add(self)
         return y
 
+    def _change_dtype(self, x: Tensor) -> torch.dtype:
+        return self.weight.dtype
+
     def _correction(self, x: Tensor, name: str, values: Values) -> Tensor:
         """What the adapter's change of the weight adds to the output, with these as its values."""
-        kept, (columns, rows, elements), dtype = self.originals[name], values, self.weight.dtype
+        kept, (columns, rows, elements), dtype = self.originals[name], values, self._change_dtype(x)
         total: Tensor | None = None
         if columns is not None or rows is not None:
             total = self._change_of_output(
