@@ -2,6 +2,10 @@
 
 A change of columns idx is ΔW = (D − W₀[:, idx]) Eᵀ with E one-hot, which is a LoRA adapter with lora_A = Eᵀ (c × in) and
 lora_B = D − W₀[:, idx] (out × c); rows are the same with lora_B one-hot. So nothing is approximated.
+
+Conv1D takes the same two (PEFT's LoRA counts its features as a linear map's). A convolution's rows are the filters of its
+lora_A, with lora_B one-hot; a column needs one of lora_A's filters for each of its places in the kernel. An embedding has
+W = (tokens × features) and ΔWᵀ = lora_embedding_B lora_embedding_A.
 """
 
 from __future__ import annotations
@@ -17,7 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reltune.records import InputError
+from reltune.tuner.conv2d import ReltuneConv2d
+from reltune.tuner.embedding import ReltuneEmbedding
 from reltune.tuner.layer import ReltuneLayer
+from reltune.tuner.linear import ReltuneLinearConv1D
 
 
 def check_writable(path: Path) -> None:
@@ -83,12 +90,22 @@ def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str =
             f"the adapter trains whole weights, biases or norms (in {len(cannot)} modules, {cannot[0]} the first), which a "
             "LoRA adapter cannot carry; use --to merged."
         )
+    for name, layer in layers.items():
+        if isinstance(layer, ReltuneConv2d) and not layer.is_plain:
+            raise InputError(
+                f"{name} is a convolution with groups, dilation or a padding mode of its own, which a LoRA adapter cannot carry; "
+                "use --to merged."
+            )
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name, layer in layers.items():
         lora_a, lora_b = _factors(layer, adapter_name)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a
-        tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b
+        if isinstance(layer, ReltuneEmbedding):
+            tensors[f"base_model.model.{name}.lora_embedding_A"] = lora_b.mT
+            tensors[f"base_model.model.{name}.lora_embedding_B"] = lora_a.mT
+        else:
+            tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a
+            tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b
         ranks[name] = lora_a.shape[0]
     config = model.peft_config[adapter_name]
     heads = _modules_to_save(model, adapter_name)
@@ -101,6 +118,7 @@ def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str =
         lora_alpha=max(ranks.values()),
         lora_dropout=0.0,
         target_modules=sorted(ranks),
+        fan_in_fan_out=any(isinstance(layer, ReltuneLinearConv1D) for layer in layers.values()),
         rank_pattern=ranks,
         alpha_pattern=ranks,
         modules_to_save=saved or None,
@@ -115,20 +133,31 @@ def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str =
 
 
 def _factors(layer: ReltuneLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """lora_A (c + r, in) and lora_B (out, c + r) with lora_B lora_A = the adapter's change of the weight."""
+    """lora_A (c + r, in) and lora_B (out, c + r) with lora_B lora_A = the adapter's change of the weight (out, in).
+
+    Of a convolution (c · h · w + r, in, h, w) and (out, c · h · w + r, 1, 1).
+    """
     kept = layer.originals[adapter_name]
+    out_features, in_features = (layer.weight.shape[dim] for dim in (layer.row_dim, layer.column_dim))
     a, b = [], []
     if kept.columns is not None and kept.column_idx is not None:
-        change = (layer.reltune_columns[adapter_name] - kept.columns).detach()
-        if kept.row_idx is not None:
-            change = change.index_fill(0, kept.row_idx, 0)  # a cell in both belongs to the row
-        a.append(_one_hot(kept.column_idx, layer.in_features, change))
-        b.append(change)
+        # a cell in both belongs to the row
+        change = layer._outside_rows((layer.reltune_columns[adapter_name] - kept.columns).detach(), kept)
+        change = change.movedim((layer.row_dim, layer.column_dim), (0, 1))
+        kernel = change.shape[2:]
+        one_hot = _one_hot(kept.column_idx, in_features, change)
+        if kernel:
+            places = torch.eye(kernel.numel()).to(change).unflatten(1, kernel)
+            one_hot = torch.einsum("ci,khw->ckihw", one_hot, places).flatten(0, 1)
+        a.append(one_hot)
+        b.append(change.flatten(1))
     if kept.rows is not None and kept.row_idx is not None:
         change = (layer.reltune_rows[adapter_name] - kept.rows).detach()
+        change = change.movedim((layer.row_dim, layer.column_dim), (0, 1))
         a.append(change)
-        b.append(_one_hot(kept.row_idx, layer.out_features, change).mT)
-    return torch.cat(a, 0), torch.cat(b, 1)
+        b.append(_one_hot(kept.row_idx, out_features, change).mT)
+    lora_a, lora_b = torch.cat(a, 0), torch.cat(b, 1)
+    return lora_a, lora_b[..., None, None] if lora_a.ndim == 4 else lora_b
 
 
 def _one_hot(idx: Tensor, size: int, like: Tensor) -> Tensor:

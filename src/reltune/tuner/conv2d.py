@@ -32,6 +32,12 @@ class ReltuneConv2d(ReltuneLayer):
         assert isinstance(base, nn.Conv2d)
         return base
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has no groups, no dilation, and zeros as padding: what PEFT's LoRA of a convolution can follow."""
+        conv = self._conv
+        return conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
+
     def _columns_of(self, weight: Tensor, idx: Tensor) -> Tensor:
         return columns_of(weight, idx, self._conv.groups)
 
