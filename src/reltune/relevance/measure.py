@@ -82,7 +82,6 @@ def analyze(
         resume_directory: where the sums so far are kept every few minutes and when the analysis is interrupted; called
             again with the same model, data and arguments, it goes on from there, with the same result. Removed at the end.
             Of one process only.
-        options: of criteria that have some, as ``{"correlation": {"max_trials": 400}}``; their files say which.
         parallel: under ``torchrun`` or ``accelerate launch``, how the processes share the data. ``"auto"``: each takes
             every count-th batch of the same loader, unless a ``DistributedSampler`` or accelerate's ``prepare`` has
             dealt the data out already; examples that the sampler repeats count once. ``"split"``: the former in any case;
