@@ -20,9 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from reltune.ops.row_blocks import row_blocks
-
-PRODUCT_NUMBERS = 1 << 22  # of A per product, so that the Gram matrix is not read and written too often
+from reltune.ops.row_blocks import PRODUCT_NUMBERS, row_blocks
 
 
 def tall(matrix: Tensor) -> Tensor:
@@ -35,11 +33,9 @@ def singular_vectors(a: Tensor) -> tuple[Tensor, Tensor]:
     gram = torch.zeros(a.shape[1], a.shape[1], dtype=torch.float64, device=a.device)
     for _, block in row_blocks(a, torch.float64, PRODUCT_NUMBERS):
         gram.addmm_(block.mT, block)
-    squares, vectors = (
-        gram.new_empty(len(gram)),
-        gram.mT,
-    )  # of a symmetric matrix the same, column by column as LAPACK has it
-    torch.linalg.eigh(vectors, out=(squares, vectors))  # in place: one matrix less
+    # In place: one matrix less. The transpose of a symmetric matrix is the same, column by column as LAPACK has it.
+    squares, vectors = gram.new_empty(len(gram)), gram.mT
+    torch.linalg.eigh(vectors, out=(squares, vectors))
     return squares.clamp_(min=0).sqrt_(), vectors
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from reltune.layers.units import ModuleInfo, Parts
-from reltune.ops.row_blocks import row_blocks
+from reltune.ops.row_blocks import PRODUCT_NUMBERS, row_blocks
 from reltune.ops.singular_vectors import tall
 from reltune.ops.squared_gradient import accumulator_dtype
 from reltune.relevance.context import Context
@@ -75,5 +75,5 @@ def elements(
 def _reduced(a: Tensor, vectors: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """|W_r| of ``a`` (long, short) in float64, by blocks of rows."""
     directions = vectors[:, -rank(a) :]
-    for at, block in row_blocks(a, torch.float64):
+    for at, block in row_blocks(a, torch.float64, PRODUCT_NUMBERS):
         yield at, (block @ directions @ directions.mT).abs()

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from reltune.layers.units import ModuleInfo, Parts
-from reltune.ops.row_blocks import row_blocks
+from reltune.ops.row_blocks import PRODUCT_NUMBERS, row_blocks
 from reltune.ops.singular_vectors import tall
 from reltune.ops.squared_gradient import accumulator_dtype
 from reltune.relevance.context import Context
@@ -96,14 +96,14 @@ def _signal_and_noise(matrix: Tensor, values: Tensor, vectors: Tensor) -> tuple[
     """Of one matrix: sums of singular values (weight), squared norms by column and by row."""
     a = tall(matrix)
     first = int((values <= edge(values, *a.shape)).sum())  # of the signals
-    short_signal, short_noise = values.new_empty(len(values)), values.new_empty(len(values))
     squares = values.square()
-    for at, block in row_blocks(vectors, values.dtype):
-        block = block.square()
-        short_signal[at], short_noise[at] = block[:, first:] @ squares[first:], block[:, :first] @ squares[:first]
+    short_signal, short_noise = torch.zeros_like(squares), torch.zeros_like(squares)
+    for total, some in ((short_noise, slice(first)), (short_signal, slice(first, None))):
+        for at, block in row_blocks(vectors.mT[some], values.dtype):  # a vector per row, as they lie in memory
+            total += squares[some][at] @ block.square()
     directions = vectors[:, first:]
     long_signal, long_noise = values.new_empty(len(a)), values.new_empty(len(a))
-    for at, block in row_blocks(a, values.dtype):
+    for at, block in row_blocks(a, values.dtype, PRODUCT_NUMBERS):
         inside = block @ directions
         long_signal[at] = inside.square().sum(1)
         long_noise[at] = (block - inside @ directions.mT).square().sum(1)  # a difference of squares would cancel
