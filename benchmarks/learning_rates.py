@@ -43,6 +43,7 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
     from reltune import training
     from reltune.comparison import BASELINES
     from reltune.evaluation import evaluate
+    from reltune.plan.lora import lora_config
     from reltune.plan.selection import select
     from reltune.records import RunConfig
     from reltune.tuner.config import ReltuneConfig
@@ -56,6 +57,7 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
             train_file=job["file"],
             max_length=64,
             criteria=["fisher", "gradient", "magnitude", "random", "depth"],
+            elements=True,
             budget=job["budget"],
             seed=job["seed"],
             training={"disable_tqdm": True, "logging_strategy": "no", "report_to": "none", **job["training"]},
@@ -137,12 +139,25 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
                 target_modules=everything,
                 task_type="SEQ_CLS",
             )
+            for spread in ("global", "even"):
+                plans[f"{criterion} element, {spread}"] = select(
+                    relevance, config.budget, "element", criterion=criterion, spread=spread, task_type="SEQ_CLS"
+                )
         for name, plan in plans.items():
             if job["only"] and job["only"] not in name:
                 continue
             for rate in SMALL_RATES[: job["rates"]]:
                 model = get_peft_model(stages.model_with_heads(materials, directory), ReltuneConfig(plan=plan))
                 record(name, rate, plan.parameters, model)
+        for criterion in ("fisher", "gradient"):
+            name = f"LoRA ranked by {criterion}"
+            if job["only"] and job["only"] not in name:
+                continue
+            plan = select(relevance, config.budget, criterion=criterion, task_type="SEQ_CLS")
+            for rate in SMALL_RATES[: job["rates"]]:
+                model = get_peft_model(stages.model_with_heads(materials, directory), lora_config(plan))
+                trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+                record(name, rate, trainable - relevance.inventory.head_parameters, model)
     return records
 
 

@@ -3,13 +3,18 @@
     python benchmarks/streaming_memory.py --commit HASH --output_dir benchmarks/results
 
 Writes a checkpoint of Llama's shapes with random bfloat16 weights, shard by shard, and analyses it in a fresh process per
-run. Peak is the process's largest resident memory less what it has after its imports. Every run, failed ones too, is in
-the JSON.
+run. Peak is the process's largest resident memory less what it has after its imports. Part of it are pages of the files,
+which the system drops where memory is short; the anonymous peak (the largest of samples 20 ms apart) is without them. Every
+run, failed ones too, is in the JSON. 70B shapes, the tallest and the widest matrix:
+
+    python benchmarks/streaming_memory.py --layers 1 --hidden 8192 --intermediate 28672 --repeats 1 --device cpu \
+        --only spectral_snr,principal --target_modules embed_tokens down_proj --name streaming_memory_70b …
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -17,7 +22,9 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +33,7 @@ RUNS = (  # how, criteria, device
     ("streaming", ["magnitude", "random", "depth"], "cpu"),
     ("streaming", ["spectral_snr"], "cpu"),
     ("streaming", ["principal"], "cpu"),
+    ("streaming", ["spectral_snr", "principal"], "cpu"),
     ("streaming", ["spectral_snr", "principal"], "cuda"),
     ("loaded", ["magnitude"], "cpu"),
 )
@@ -68,7 +76,7 @@ def write_checkpoint(path: Path, layers: int, hidden: int, intermediate: int, vo
     return {"largest_tensor_bytes": max(sizes), "checkpoint_bytes": sum(sizes), "tensors": len(sizes)}
 
 
-def one_run(path: str, how: str, criteria: list[str], device: str) -> dict[str, Any]:
+def one_run(path: str, how: str, criteria: list[str], device: str, target_modules: list[str]) -> dict[str, Any]:
     """In a process of its own: what the analysis takes."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -78,16 +86,20 @@ def one_run(path: str, how: str, criteria: list[str], device: str) -> dict[str, 
 
     if device == "cuda" and not torch.cuda.is_available():
         return {"error": "no CUDA device"}
-    before = _status("VmRSS")
+    before, anonymous_before = _status("VmRSS"), _status("RssAnon")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew from here
-    started = time.perf_counter()
-    if how == "streaming":
-        found = analyze_checkpoint(path, criteria, device=device, progress=False)
-    else:
-        found = analyze(AutoModelForCausalLM.from_pretrained(path), criteria=criteria, progress=False)
+    asked: dict[str, Any] = {"criteria": criteria, "target_modules": target_modules, "progress": False}
+    started, worked = time.perf_counter(), time.process_time()
+    with _anonymous_peak() as anonymous:
+        if how == "streaming":
+            found = analyze_checkpoint(path, device=device, **asked)
+        else:
+            found = analyze(AutoModelForCausalLM.from_pretrained(path), **asked)
     result = {
         "seconds": time.perf_counter() - started,
+        "processor_seconds": time.process_time() - worked,
         "peak_bytes": _status("VmHWM") - before,
+        "peak_anonymous_bytes": anonymous[0] - anonymous_before,
         "imports_bytes": before,
         "modules": len(found.inventory.modules),
         "fingerprint": found.fingerprint,
@@ -97,15 +109,40 @@ def one_run(path: str, how: str, criteria: list[str], device: str) -> dict[str, 
     return result
 
 
+@contextlib.contextmanager
+def _anonymous_peak() -> Iterator[list[int]]:
+    """A list whose one number is the largest anonymous memory seen so far."""
+    largest, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            largest[0] = max(largest[0], _status("RssAnon"))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield largest
+    finally:
+        done.set()
+        thread.join()
+
+
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
-def measured(path: Path, how: str, criteria: list[str], device: str, timeout: float | None = None) -> dict[str, Any]:
+def measured(
+    path: Path,
+    how: str,
+    criteria: list[str],
+    device: str,
+    target_modules: Sequence[str] = (),
+    timeout: float | None = None,
+) -> dict[str, Any]:
     """``one_run`` in a fresh process."""
     run = {"how": how, "criteria": criteria, "device": device}
-    command = [sys.executable, __file__, "--run", json.dumps([str(path), how, criteria, device])]
+    command = [sys.executable, __file__, "--run", json.dumps([str(path), how, criteria, device, list(target_modules)])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
         answer = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"error": done.stderr[-500:]}
@@ -123,6 +160,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="", help="only runs whose criteria, joined by commas, are among these; a|b,c")
     parser.add_argument("--device", default="", help="only runs on this device")
+    parser.add_argument("--target_modules", nargs="*", default=[], help="as in analyze; none means all")
     parser.add_argument("--timeout", type=float, default=3600)
     parser.add_argument("--name", default="streaming_memory", help="of the result file")
     parser.add_argument("--commit", default="")
@@ -148,15 +186,21 @@ def main() -> None:
             if options.device not in ("", device):
                 continue
             for _ in range(options.repeats):
-                run = measured(Path(scratch), how, criteria, device, options.timeout)
-                if "peak_bytes" in run:
-                    run["peak_over_largest_tensor"] = run["peak_bytes"] / sizes["largest_tensor_bytes"]
+                run = measured(Path(scratch), how, criteria, device, options.target_modules, options.timeout)
+                for kind in ("peak", "peak_anonymous"):
+                    if f"{kind}_bytes" in run:
+                        run[f"{kind}_over_largest_tensor"] = run[f"{kind}_bytes"] / sizes["largest_tensor_bytes"]
                 runs.append(run)
                 print(json.dumps(run), flush=True)
     result = {
         "benchmark": "streaming_memory",
         "commit": options.commit,
-        "arguments": {**shape, "dtype": "bfloat16", "repeats": options.repeats},
+        "arguments": {
+            **shape,
+            "dtype": "bfloat16",
+            "repeats": options.repeats,
+            "target_modules": options.target_modules,
+        },
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
         "versions": {
             "python": platform.python_version(),

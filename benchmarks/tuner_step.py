@@ -39,6 +39,7 @@ from torch.func import functional_call
 from harness import Benchmark, Method, Timed, arguments, benchmark
 from llama import PROJECTIONS, TINY, Shape, described, llama, texts
 from reltune import ReltuneConfig
+from reltune.plan.plan import ModulePlan, Plan
 
 Prepare = Callable[[nn.Module], nn.Module]  # base model -> model with an adapter
 
@@ -121,6 +122,20 @@ def shira(r: int) -> Prepare:
     config = ShiraConfig(target_modules=PROJECTIONS, r=r)
     config.mask_fn = _evenly_spaced  # its own draws a permutation of all elements on the CPU: minutes for this model
     return lambda base: get_peft_model(base, config)
+
+
+def elements(base: nn.Module, r: int) -> Prepare:
+    """As many single weights per matrix as SHiRA trains, in the same places."""
+    modules = {}
+    for name, module in base.named_modules():
+        if name.rpartition(".")[2] in PROJECTIONS:
+            count = r * (module.in_features + module.out_features)
+            chosen = ModulePlan(tuple(module.weight.shape))
+            chosen.take_elements(torch.arange(count) * (module.weight.numel() // count))
+            modules[name] = chosen
+    total = sum(chosen.parameters for chosen in modules.values())
+    plan = Plan(modules, str(total), total, sum(p.numel() for p in base.parameters()), fingerprint="")
+    return lambda base: get_peft_model(base, ReltuneConfig(plan=plan))
 
 
 def _evenly_spaced(layer: nn.Linear, r: int, **_: Any) -> Tensor:
@@ -275,10 +290,12 @@ def main() -> int:
             leaner: lora(rank, autocast=False),
             f"LoRA, r = {rank}": lora(rank),
             f"SHiRA, r = {rank}": shira(rank),
+            "elements, as many": elements(base, rank),
         }
         case(bench, options, shape, "eager", base, methods)
         ratios(bench, "eager", ours, "floor", 1.02, 1.02, gpu)
         ratios(bench, "eager", ours, leaner, 0.90, 0.86, gpu)
+        ratios(bench, "eager", "elements, as many", f"SHiRA, r = {rank}", 1.00, 0.86, gpu)
     if "switch" in options.cases:
         switch(bench, options, shape, base)
     if "liger" in options.cases:

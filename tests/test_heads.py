@@ -44,7 +44,6 @@ from relevance_cases import (
     tiny_roberta,
     tiny_vit,
 )
-from reltune.layers.heads import heads_of
 from reltune.layers.inventory import take_inventory
 from reltune.plan.selection import select
 from reltune.records import InputError
@@ -138,7 +137,7 @@ def test_a_heads_rows_reach_its_output_columns_alone(name):
     make, _, shared = MODELS[name]
     model = make().eval()
     batch = split(batch_for(model), 2)[0]
-    groups = heads_of(model, take_inventory(model))
+    groups = take_inventory(model).heads
     expected = 6 if name == "t5" else 2
     assert (
         len(groups) == expected and [group.heads for group in groups] == [model.config.num_attention_heads] * expected

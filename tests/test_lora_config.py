@@ -103,6 +103,26 @@ def test_of_conv1d_and_back_from_disk(tmp_path):
     assert torch.equal(again.eval()(ids).logits, wanted)
 
 
+def test_of_convolutions_and_embeddings():
+    """Counted in the tensors that PEFT makes."""
+    torch.manual_seed(0)
+    base = nn.ModuleDict(
+        {"plain": nn.Conv2d(4, 12, (3, 2)), "grouped": nn.Conv2d(4, 12, 3, groups=2), "words": nn.Embedding(30, 4)}
+    )
+    modules = {
+        "plain": ModulePlan((12, 4, 3, 2), columns=[0, 1]),  # 144 numbers, 36 for each rank
+        "grouped": ModulePlan((12, 2, 3, 3), rows=list(range(12)), groups=2),  # 216, 42 for each
+        "words": ModulePlan((30, 4), rows=list(range(20))),  # 80, 34 for each
+    }
+    config = reltune.lora_config(Plan(modules, "all", 1000, 1000, ""))
+    model = get_peft_model(base, config)
+    trained = dict.fromkeys(modules, 0)
+    for name, p in model.named_parameters():
+        trained[name.split(".")[2]] += p.numel() if p.requires_grad else 0
+    assert config.rank_pattern == {"plain": 4, "grouped": 6, "words": 2}
+    assert trained == {"plain": 4 * 36, "grouped": 6 * 42, "words": 2 * 34}
+
+
 def test_biases_and_norms_are_refused():
     for module in (ModulePlan((4, 4), columns=[0], bias=True), ModulePlan((4,), weight=True)):
         plan = Plan({"a": ModulePlan((4, 4), columns=[0]), "b": module}, "all", 100, 100, "")

@@ -11,7 +11,7 @@ import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from torchao.quantization import (
@@ -36,6 +36,8 @@ from relevance_cases import (
     tiny_llama,
 )
 from reltune.layers.inventory import canonical_weights, take_inventory
+from reltune.layers.quantised import compute_as_in_training, dequantised
+from reltune.plan.plan import ModulePlan, Plan
 from reltune.records import InputError
 from reltune.relevance.scores import RelevanceScores
 
@@ -190,16 +192,103 @@ def test_a_base_that_transformers_quantised(tmp_path):
     assert all(float(found.by("module")[name]) > 0 for name in quantised_modules(found))
 
 
+@pytest.mark.parametrize("granularity", ["layer", "module", "element"])
+def test_what_has_no_trainable_numbers_is_refused_by_name(granularity):
+    quantised, _ = pair(tiny_bert, "nf4")
+    found = measure(quantised, batches(), None, ["fisher"], elements=True, always_trained="classifier")
+    with pytest.raises(InputError, match=rf"attention\.self\.query is quantised, .* not a whole {granularity}"):
+        reltune.select(found, "5%", granularity)
+
+
+LINEAR = "bert.encoder.layer.1.intermediate.dense"
+UNITS = {
+    "columns": {"columns": [0, 5, 3]},
+    "rows": {"rows": [2, 7]},
+    "columns, rows and bias": {"columns": [1, 4], "rows": [0, 7], "bias": True},
+    "bias": {"bias": True},
+}
+
+
+def tuned(model, units, adapter="default"):
+    shape = tuple(take_inventory(model)[LINEAR].shape)
+    chosen = ModulePlan(shape, **units)
+    plan = Plan({LINEAR: chosen}, "all", chosen.parameters, 10**6, fingerprint="", always_trained=["classifier"])
+    tuned = get_peft_model(model, reltune.ReltuneConfig(plan=plan), adapter_name=adapter).eval()
+    compute_as_in_training(model)  # bitsandbytes computes in another way in evaluation on a CPU
+    return tuned
+
+
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_selection_and_tuning_refuse_it_by_name(way):
+@pytest.mark.parametrize("units", UNITS.values(), ids=list(UNITS))
+def test_it_is_trained_as_the_dequantised_weights_are(way, units):
     quantised, plain = pair(tiny_bert, way)
+    weight = dequantised(quantised.get_submodule(LINEAR)).clone()
+    models = tuned(quantised, units), tuned(plain, units)
+    losses = []
+    for model in models:
+        optimizer = torch.optim.SGD(trained(model).values(), lr=0.1, momentum=0.9)
+        losses.append([])
+        for batch in batches() * 3:
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
+    ours, theirs = trained(models[0]), trained(models[1])
+    assert list(ours) == list(theirs)
+    for name, value in theirs.items():
+        assert torch.allclose(ours[name], value, rtol=1e-3, atol=1e-4), name
+    assert torch.equal(dequantised(models[0].get_submodule(f"base_model.model.{LINEAR}").base_layer), weight)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_adapters_on_it_are_switched_disabled_saved_and_loaded(way, tmp_path):
+    quantised, _ = pair(tiny_bert, way)
+    batch = batches()[0]
+    with torch.no_grad():
+        base = tuned(quantised, UNITS["columns"], "first")
+        start = base(**batch).logits
+        values = base.get_submodule(f"base_model.model.{LINEAR}").reltune_columns["first"]
+        values.add_(torch.randn(values.shape, generator=torch.Generator().manual_seed(0)))
+        changed = base(**batch).logits
+        assert not torch.allclose(changed, start, atol=1e-3)
+        with base.disable_adapter():
+            assert torch.equal(base(**batch).logits, start)
+        with pytest.raises(InputError, match="cannot be merged into a quantised weight"):
+            base.merge_adapter()
+        base.save_pretrained(tmp_path)
+        again, _ = pair(tiny_bert, way)
+        loaded = PeftModel.from_pretrained(again, tmp_path / "first").eval()
+        compute_as_in_training(again)
+        assert torch.allclose(loaded(**batch).logits, changed, rtol=1e-5, atol=1e-6)
+        assert torch.equal(base.unload()(**batch).logits, start)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_plan_is_needed(way):
+    quantised, plain = pair(tiny_bert, way)
+    models = [
+        get_peft_model(model, reltune.ReltuneConfig(target_modules=["query", "dense"], r=3)).eval()
+        for model in (quantised, plain)
+    ]
+    compute_as_in_training(quantised)
+    chosen = [{n: b for n, b in model.named_buffers() if "reltune_column_indices" in n} for model in models]
+    assert len(chosen[0]) >= 8 and all(torch.equal(idx, chosen[1][name]) for name, idx in chosen[0].items())
+    assert torch.allclose(models[0](**batches()[0]).logits, models[1](**batches()[0]).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_selection_for_it_is_trained():
+    quantised, _ = pair(tiny_bert, "nf4")
     found = measure(quantised, batches(), None, ["fisher"], always_trained="classifier")
-    for granularity in ("column", "layer"):
-        with pytest.raises(InputError, match=r"attention\.self\.query is quantised, and units .* not trained yet"):
-            reltune.select(found, "5%", granularity)
-    plan = reltune.select(measure(plain, batches(), None, ["fisher"], always_trained="classifier"), "5%", "column")
-    with pytest.raises((InputError, TypeError), match=r"quantised|cannot train|does not fit"):
-        get_peft_model(quantised, reltune.ReltuneConfig(plan=plan))
+    plan = reltune.select(found, "5%", ["column", "bias"])
+    model = get_peft_model(quantised, reltune.ReltuneConfig(plan=plan))
+    model(**batches()[0]).loss.backward()
+    assert all(p.grad is not None for p in trained(model).values()) and len(trained(model)) > 5
 
 
 def test_what_stops_the_gradient_is_refused_by_name():

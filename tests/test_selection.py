@@ -491,6 +491,18 @@ def test_a_plan_of_elements_from_measured_scores_is_the_best_that_fits(tmp_path)
     assert Plan.load(tmp_path) == plan
 
 
+def test_elements_are_of_linear_maps_however_they_are_stored():
+    modules = [
+        ModuleInfo(kind, kind, kind, 0, (2, 3), False)
+        for kind in ("embedding", "linear", "conv1d", "router", "experts")
+    ]
+    scores = scores_of(modules, {info.name: {"element": [[1, 2, 9], [4, 5, 6]]} for info in modules})
+    plan = select(scores, 4, "element")
+    assert {name: list(m.elements) for name, m in plan.modules.items()} == {"linear": [2, 5], "conv1d": [2, 5]}
+    with pytest.raises(InputError, match="has a unit of granularity element"):
+        select(scores, 4, "element", target_modules=["embedding"])
+
+
 # Spread
 
 

@@ -142,7 +142,7 @@ def test_the_rule_for_the_fused_kernels_is_the_measured_one(tokens, out_features
 def test_blocks_bound_the_workspace(gram, monkeypatch):
     """The products are made for as many examples at a time as fit in BLOCK_NUMBERS, at least one."""
     x, g = inputs((5, 3, 16, 8))
-    per_example = 3 * (3 + 16 + 8) if gram else 16 * 8
+    per_example = 3 * (3 + 16 + 8) if gram else 2 * 16 * 8  # a gradient, and the squares so far
     monkeypatch.setattr(squared_gradient, "gram_is_cheaper", lambda *_: gram)
     monkeypatch.setattr(squared_gradient, "BLOCK_NUMBERS", 2 * per_example)
     sizes = []

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from oracles import dense_update
+from reltune.layers.inventory import take_inventory
 from reltune.ops import attach_elements
 from reltune.ops.attach_elements import force
 from reltune.plan.plan import ModulePlan, Plan
@@ -216,3 +217,14 @@ def test_a_plan_of_elements_is_for_linear_maps_only() -> None:
     with pytest.raises(InputError, match="1 is a norm and has no columns or rows or elements"):
         get_peft_model(base, ReltuneConfig(plan=plan))
     assert not any(isinstance(module, ReltuneLayer) for module in base.modules())
+
+
+def test_elements_of_other_layer_types_are_refused_by_name() -> None:
+    words = nn.Sequential(nn.Embedding(5, 6))
+    with pytest.raises(InputError, match="single weights of 0, a Embedding, of which only columns and rows"):
+        tuned({"0": {"elements": [7]}}, words)
+    with pytest.raises(InputError, match="0 is a convolution, whose single weights cannot be trained; choose columns"):
+        tuned({"0": {"elements": [7]}}, nn.Sequential(nn.Conv2d(3, 4, 2)))
+    plan = plan_of(words, {"0": {"elements": [7]}})
+    with pytest.raises(InputError, match="single weights of 0 cannot be trained, which is of kind embedding"):
+        plan.check_model(take_inventory(words), "")

@@ -16,12 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 from oracles import dense_update
 from reltune.layers.inventory import take_inventory
-from reltune.plan.plan import ModulePlan, Plan
+from reltune.plan.plan import WITH_ELEMENTS, ModulePlan, Plan
 from reltune.tuner import ReltuneConfig
 from reltune.tuner.layer import ReltuneLayer
 
 Selection = dict[str, dict[str, Any]]
-UNITS = ["columns", "rows", "columns and rows", "weight and bias", "bias"]
+UNITS = ["columns", "rows", "columns and rows", "elements", "columns, rows and elements", "weight and bias", "bias"]
 
 
 @pytest.fixture(autouse=True)
@@ -123,10 +123,15 @@ def _selection(model: nn.Module, units: str, second: bool = False) -> Selection:
             own = {"weight": True} if units.startswith("weight") else {}
         elif units.startswith("weight"):
             own = {"weight": True}
+        elif units == "elements":
+            flat = [2, 2 * info.columns + 1, info.weight_parameters - 1] if not second else [2 * info.columns + 1, 3]
+            own = {"elements": flat} if info.kind in WITH_ELEMENTS else {"columns": [0]}
         elif "columns" in units or "rows" in units:
             columns, rows = ([0, info.columns - 1], [info.rows - 1, 0]) if not second else ([0], [1, 0])
             own = {"columns": columns} if "columns" in units else {}
             own |= {"rows": rows} if "rows" in units else {}
+            if "elements" in units and info.kind in WITH_ELEMENTS:  # in none of these columns and rows
+                own["elements"] = [info.columns + 2, info.columns + 1]
         if "bias" in units and info.bias:
             own["bias"] = True
         if own:
@@ -214,7 +219,13 @@ def _two(name: str, units: str, other: str) -> PeftModel:
     return model
 
 
-PAIRS = [("columns and rows", "columns and rows"), ("columns", "rows"), ("rows", "weight and bias")]
+PAIRS = [
+    ("columns and rows", "columns and rows"),
+    ("columns", "rows"),
+    ("rows", "weight and bias"),
+    ("elements", "elements"),
+    ("columns, rows and elements", "elements"),
+]
 
 
 def _added(model: PeftModel, name: str, *adapters: str) -> nn.Module:
@@ -282,7 +293,7 @@ def test_what_is_asked_for_while_a_graph_lives(name: str, pair: tuple[str, str])
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("units", ["columns and rows", "weight and bias"])
+@pytest.mark.parametrize("units", ["columns and rows", "columns, rows and elements", "weight and bias"])
 @pytest.mark.parametrize("name", MODELS)
 def test_saved_adapters_load(name: str, units: str, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
     model = _two(name, units, "columns")

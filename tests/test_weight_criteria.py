@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,8 @@ from torch import nn
 
 from oracles.singular_values import marchenko_pastur_median, parts_of_spectrum, published_parts, reduced
 from relevance_cases import MODELS, measure
-from reltune.ops.singular_vectors import singular_vectors
+from reltune.layers.inventory import take_inventory
+from reltune.ops.singular_vectors import Decompositions, singular_vectors
 from reltune.records import CRITERIA as NAMES
 from reltune.records import WITHOUT_DATA, InputError
 from reltune.relevance import CRITERIA, principal, spectral_snr
@@ -119,8 +122,39 @@ def test_singular_vectors(rows, columns, seed):
     a = torch.randn(max(rows, columns), min(rows, columns), generator=torch.Generator().manual_seed(seed)).double()
     values, vectors = singular_vectors(a)
     wanted = torch.linalg.svdvals(a)
-    assert (values - wanted).abs().max() <= 1e-9 * wanted[0]
+    assert (values.flip(0) - wanted).abs().max() <= 1e-9 * wanted[0]
     torch.testing.assert_close((a @ vectors).norm(dim=0), values, rtol=0, atol=1e-9 * float(wanted[0]))
+
+
+@pytest.mark.parametrize(
+    ("criteria", "elements"), [(["spectral_snr", "principal"], False), (["principal", "magnitude"], True)]
+)
+def test_one_decomposition_per_matrix(criteria, elements, monkeypatch):
+    made: list[weakref.ref] = []
+
+    def counted(a):
+        assert sum(of() is not None for of in made) < most, "vectors of another module are kept"
+        found = singular_vectors(a)
+        made.append(weakref.ref(found[1]))
+        return found
+
+    monkeypatch.setattr("reltune.ops.singular_vectors.singular_vectors", counted)
+    model = Convolutions().double()
+    decomposed = [info for info in take_inventory(model).modules if info.kind != "norm"]
+    most = max(info.groups for info in decomposed)
+    assert most > 1
+    measure(model, criteria=criteria, elements=elements)
+    assert len(made) == sum(info.groups for info in decomposed)
+    assert not any(of() is not None for of in made)
+
+
+def test_vectors_go_with_the_weight():
+    decompositions = Decompositions()
+    weight = torch.eye(3)
+    vectors = [weakref.ref(found[2]) for found in decompositions.of(weight, [weight])]
+    assert vectors[0]() is not None
+    del weight
+    assert vectors[0]() is None
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.7, 0.25, 0.01])

@@ -33,7 +33,8 @@ def masks(model: nn.Module, selection: Selection) -> dict[str, Tensor]:
         else:
             by_row[..., list(units.get("columns", ()))] = True
         by_row[list(units.get("rows", ()))] = True
-        weight.view(-1)[list(units.get("elements", ()))] = True
+        for element in units.get("elements", ()):
+            by_row[divmod(element, by_row.shape[1])] = True
         if units.get("weight"):
             weight[...] = True
         if units.get("bias"):

@@ -94,13 +94,9 @@ HEAD_SIZE = ("head_dim", "attention_head_size", "key_value_proj_dim")
 BESIDE = ("q_norm", "k_norm", "sinks", "relative_attention_bias")  # what may stand beside the projections
 
 
-def heads_of(model: nn.Module, inventory: Inventory) -> list[HeadGroup]:
-    """The heads of every attention module whose structure is known and whose projections are all in the inventory."""
-    return heads_and_reasons(model, inventory)[0]
-
-
 def heads_and_reasons(model: nn.Module, inventory: Inventory) -> tuple[list[HeadGroup], dict[str, str]]:
-    """The same, and why other attention modules have none, by their names."""
+    """The heads of every attention module whose structure is known and whose projections are all in the inventory; and
+    why other attention modules have none, by their names."""
     groups: list[HeadGroup] = []
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():

@@ -34,11 +34,12 @@ Form = Literal["dense", "sampled"]
 BLOCK_NUMBERS = 1 << 24  # of G at a time in the dense form: 32 MiB in bfloat16
 GATHERED_NUMBERS = 1 << 22  # workspace of gathered vectors where there is no kernel
 
-# What an operation of the sampled form costs, where one of a matrix product costs 1. Counted, not measured: one number
-# read from an H200's cache at 5 TB/s, against a multiplication and an addition at 700 (bfloat16) and 50 TFLOP/s
-# (float32, float64). On a CPU it was measured: see `is_sampled`.
-SAMPLED_COST = {2: 140.0, 4: 20.0, 8: 40.0}  # by bytes per number
-SAMPLED_COST_ON_CPU = 200.0
+# What the sampled form costs, where an operation of a matrix product costs 1: for a vector at a place, and for each of its
+# numbers in the transposed copies. By bytes per number; counted, not measured, for an H200: 0.55 of 5 TB/s from its cache
+# and 2.5 TB/s for a copy, against 300, 25 and 30 × 10¹² multiplications with additions in bfloat16, float32 and float64.
+SAMPLED_COST = {2: 200.0, 4: 33.0, 8: 80.0}
+COPY_COST = {2: 500.0, 4: 80.0, 8: 190.0}
+SAMPLED_COST_ON_CPU = 200.0  # measured, with the copies: see `is_sampled`
 
 _forced: list[Form] = []
 
@@ -86,13 +87,13 @@ def is_sampled(places: Places, a: Tensor) -> bool:
     """
     if _forced:
         return _forced[-1] == "sampled"
+    rows, columns = places.shape
     if not a.is_cuda:
-        cost = SAMPLED_COST_ON_CPU
-    elif importlib.util.find_spec("triton") is None:
+        return SAMPLED_COST_ON_CPU * len(places.index) < rows * columns
+    if importlib.util.find_spec("triton") is None:
         return False
-    else:
-        cost = SAMPLED_COST[a.element_size()]
-    return cost * len(places.index) < places.shape[0] * places.shape[1]
+    size = a.element_size()
+    return SAMPLED_COST[size] * len(places.index) + COPY_COST[size] * (rows + columns) < rows * columns
 
 
 @contextmanager

@@ -16,7 +16,10 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-    """weight[:, idx] = values (dim 1) or weight[idx] = values (dim 0), for weights of two dimensions."""
+    """weight[:, idx] = values (dim 1) or weight[idx] = values (dim 0), for weights of two dimensions.
+
+    One of one dimension (single weights, in a flat view) is written by itself: with so much to write, a launch is little.
+    """
 
     weight: Tensor
     dim: int
@@ -24,7 +27,7 @@ class Copy:
     values: Tensor
 
     def alone(self) -> None:
-        self.weight.index_copy_(self.dim, self.idx, self.values.to(self.weight.dtype))
+        self.weight.index_copy_(self.dim, self.idx.long(), self.values.to(self.weight.dtype))
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """LoRA where a plan says, and with the ranks that it says: relevance-placed low-rank adapters through PEFT's own config.
 
-A LoRA of rank r on a map of (out, in) trains r (out + in) numbers. Each module of the plan gets the rank that comes nearest
-to what the plan trains of it, and at least 1, so that the two train on one ground.
+A LoRA of rank r on a map of (out, in) trains r (out + in) numbers; on a convolution r (out / groups + in · height · width),
+with a rank that the groups divide; on an embedding r (tokens + features). Each module of the plan gets the rank
+that comes nearest to what the plan trains of it, and at least 1, so that the two train on one ground.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def lora_config(plan: Plan, scaling: float = 2.0, **fields: Any) -> LoraConfig:
 
 def rank(module: ModulePlan) -> int:
     """The rank whose LoRA trains about as many numbers as the plan does of this module."""
-    return max(1, round(module.parameters / (module.shape[0] + math.prod(module.shape[1:]))))
+    of_one = module.shape[0] // module.groups + module.groups * math.prod(module.shape[1:])
+    return module.groups * max(1, round(module.parameters / of_one / module.groups))
 
 
 def _alpha(r: int, scaling: float) -> int | float:

@@ -21,8 +21,8 @@ from reltune.records import InputError, nearest, write_text
 
 FORMAT = "reltune-plan-1"
 # Kinds of module that the tuner can train; others are measured only.
-TRAINABLE = ("linear", "conv1d", "conv2d", "embedding", "norm")
-WITH_ELEMENTS = ("linear",)  # kinds of which it can train single weights
+TRAINABLE = ("linear", "conv1d", "conv2d", "embedding", "norm", "quantised")
+WITH_ELEMENTS = ("linear", "conv1d")  # kinds of which it can train single weights
 INLINE_INDICES = 20_000  # more indices than this in all go to a file beside the plan
 INDEX_FILE = "indices.safetensors"
 INDEX_FIELDS = ("columns", "rows", "elements")
@@ -41,8 +41,8 @@ class ModulePlan:
     ``shape`` is (out, in) of a linear map, (out, in / groups, height, width) of a convolution, (tokens, features) of an
     embedding or (features,) of a norm (layers/units.py). ``weight`` trains the whole matrix or gain and excludes
     ``columns``, ``rows`` and ``elements``. A cell in both a chosen row and a chosen column belongs to the row.
-    ``elements`` are single weights, as flat indices into ``shape`` (row · in + column), in none of the chosen columns and
-    rows; held in ascending order in an ``array``, since there may be millions.
+    ``elements`` are single weights of a linear map, as flat indices into ``shape`` (row · in + column), in none of the
+    chosen columns and rows; held in ascending order in an ``array``, since there may be millions.
     """
 
     shape: tuple[int, ...]
@@ -135,6 +135,10 @@ class ModulePlan:
             raise InputError(f"plan: elements of {name} must be a list of whole numbers.")
         if not self.elements:
             return
+        if len(self.shape) != 2:
+            raise InputError(
+                f"plan: {name} is a convolution, whose single weights cannot be trained; choose columns or rows."
+            )
         elements, in_features = np.sort(np.asarray(self.elements)), self.shape[-1]
         size = math.prod(self.shape)
         if elements[0] < 0 or elements[-1] >= size:

@@ -71,10 +71,11 @@ def select(
     limit = parse_budget(budget, inventory.base_parameters)
     named = choose(inventory, target_modules, exclude_modules)
     packed = [name for name in named if inventory[name].kind == "quantised"]
-    if packed and set(kinds) != {"norm"}:
+    whole = [kind for kind in kinds if kind in ("layer", "module", "element")]
+    if packed and whole:
         raise InputError(
-            f"{packed[0]} is quantised, and units of quantised modules can be measured but not trained yet; select for the "
-            "model before quantisation, or leave such modules out by exclude_modules."
+            f"{packed[0]} is quantised, and of a quantised module columns, rows, heads and biases can be trained, not a whole "
+            f"{whole[0]}; choose another granularity, or leave such modules out by exclude_modules."
         )
     allowed = {name for name in named if inventory[name].kind in TRAINABLE}
     if not target_modules and any(inventory[name].in_block for name in allowed):

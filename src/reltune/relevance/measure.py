@@ -35,7 +35,7 @@ from reltune.relevance.experiment import Experiment, Parts, checked_options, ran
 from reltune.relevance.parallel import Processes, unwrapped
 from reltune.relevance.partial import Partial
 from reltune.relevance.plugins import Criterion, check_parts, find_criteria
-from reltune.relevance.scores import RelevanceScores, assemble
+from reltune.relevance.scores import Assembly, RelevanceScores
 from reltune.relevance.streaming import analyze_checkpoint
 from reltune.tasks.losses import Loss, as_loss
 
@@ -82,7 +82,6 @@ def analyze(
         resume_directory: where the sums so far are kept every few minutes and when the analysis is interrupted; called
             again with the same model, data and arguments, it goes on from there, with the same result. Removed at the end.
             Of one process only.
-        options: of criteria that have some, as ``{"correlation": {"max_trials": 400}}``; their files say which.
         parallel: under ``torchrun`` or ``accelerate launch``, how the processes share the data. ``"auto"``: each takes
             every count-th batch of the same loader, unless a ``DistributedSampler`` or accelerate's ``prepare`` has
             dealt the data out already; examples that the sampler repeats count once. ``"split"``: the former in any case;
@@ -189,19 +188,13 @@ def analyze(
         place.remove()
 
     modules = dict(model.named_modules())
-    parts |= {
-        name: assemble(
-            criterion,
-            [
-                (info, canonical_weights(info, modules[info.owner]), sums.get(info.name, {}))
-                for info in inventory.modules
-            ],
-            Context(examples, seed),
-            elements,
-            inventory.heads,
-        )
-        for name, criterion in statistical.items()
-    }
+    context = Context(examples, seed)
+    assemblies = {name: Assembly(of, context, elements, inventory.heads) for name, of in statistical.items()}
+    for info in inventory.modules:
+        weights = canonical_weights(info, modules[info.owner])
+        for assembly in assemblies.values():
+            assembly.add(info, weights, sums.get(info.name, {}))
+    parts |= {name: assembly.finished() for name, assembly in assemblies.items()}
     check_parts({name: parts[name] for name in statistical}, inventory.modules)
     known = {name for info in inventory.modules for name in (info.name, info.layer)}
     known |= {group.name for group in inventory.heads}  # behaviour was measured of modules that mix examples too

@@ -7,8 +7,8 @@ r is 128, as the authors recommend for their matrices (short sides of 2048 and m
 that is less, but at least 1. Biases and norms have no rank and get nothing. A 2-D convolution is taken as
 (out, in · height · width), each group for itself; an embedding as it is, where LIFT keeps to linear maps.
 
-The r singular directions come from ops/singular_vectors.py, which states memory, cost and rounding; W_r is formed a block
-of rows at a time, elements one number per weight. Where σ_r = σ_{r+1} the best approximation is not unique, nor is R.
+The r singular directions come from ops/singular_vectors.py, which states memory, cost and rounding, and are shared with
+``spectral_snr``; W_r is formed a block of rows at a time, elements one number per weight. Where σ_r = σ_{r+1} the best approximation is not unique, nor is R.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from reltune.layers.units import ModuleInfo, Parts
-from reltune.ops.row_blocks import row_blocks
-from reltune.ops.singular_vectors import singular_vectors, tall
+from reltune.ops.row_blocks import PRODUCT_NUMBERS, row_blocks
+from reltune.ops.singular_vectors import tall
 from reltune.ops.squared_gradient import accumulator_dtype
 from reltune.relevance.context import Context
 from reltune.relevance.spectral_snr import matrices
@@ -39,13 +39,14 @@ def quantities(
 ) -> tuple[Parts]:
     if info.kind == "norm":
         return ({},)
-    dtype = accumulator_dtype(weights["weight"])
+    weight = weights["weight"]
+    dtype = accumulator_dtype(weight)
     columns, rows = [], []
-    for matrix in matrices(info, weights["weight"]):
+    for matrix, _, vectors in context.decompositions.of(weight, matrices(info, weight)):
         a = tall(matrix)
         short = torch.zeros(a.shape[1], dtype=torch.float64, device=a.device)
         long = short.new_empty(len(a))
-        for at, block in _reduced(a):
+        for at, block in _reduced(a, vectors):
             short += block.sum(0)
             long[at] = block.sum(1)
         columns.append(short if a is matrix else long)
@@ -63,15 +64,16 @@ def elements(
         return {}
     weight = weights["weight"]
     whole = torch.empty(info.shape, dtype=accumulator_dtype(weight), device=weight.device)
-    for matrix, target in zip(matrices(info, weight), matrices(info, whole), strict=True):
+    found = context.decompositions.of(weight, matrices(info, weight))
+    for (matrix, _, vectors), target in zip(found, matrices(info, whole), strict=True):
         into = tall(target)
-        for at, block in _reduced(tall(matrix)):
+        for at, block in _reduced(tall(matrix), vectors):
             into[at] = block
     return {"weight": whole}
 
 
-def _reduced(a: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _reduced(a: Tensor, vectors: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """|W_r| of ``a`` (long, short) in float64, by blocks of rows."""
-    vectors = singular_vectors(a)[1][:, : rank(a)]
-    for at, block in row_blocks(a, torch.float64):
-        yield at, (block @ vectors @ vectors.mT).abs()
+    directions = vectors[:, -rank(a) :]
+    for at, block in row_blocks(a, torch.float64, PRODUCT_NUMBERS):
+        yield at, (block @ directions @ directions.mT).abs()

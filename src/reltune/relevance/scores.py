@@ -272,22 +272,9 @@ class RelevanceScores:
             ) from error
 
 
-def assemble(
-    criterion: ModuleType,
-    modules: Sequence[tuple[ModuleInfo, Mapping[str, Tensor], Mapping[str, Mapping[str, Tensor]]]],
-    context: Context,
-    elements: bool = False,
-    heads: Sequence[HeadGroup] = (),
-) -> dict[str, dict[str, Tensor]]:
-    """One criterion's ``parts`` from each module's weights and statistics (relevance/__init__.py says what it has)."""
-    assembly = Assembly(criterion, context, elements, heads)
-    for info, weights, sums in modules:
-        assembly.add(info, weights, sums)
-    return assembly.finished()
-
-
 class Assembly:
-    """``assemble`` for weights that come one module at a time; keeps none of them."""
+    """One criterion's ``parts`` from each module's weights and statistics (relevance/__init__.py says what it has), which
+    come one module at a time; keeps none of them."""
 
     def __init__(
         self, criterion: ModuleType, context: Context, elements: bool = False, heads: Sequence[HeadGroup] = ()

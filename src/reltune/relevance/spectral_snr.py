@@ -20,7 +20,7 @@ dimension and no adding up to the matrix's ratio; an attention head's the sums o
 convolution is taken as (out, in · height · width), each group for itself; an embedding as it is. Where there is no noise
 (more than half of the singular values are 0) the ratio stops at 1 over the rounding of its type. A short side of a few
 (BERT's two token types) has no bulk to tell noise by, and its ratio means little.
-Memory and cost: ops/singular_vectors.py, per matrix.
+Memory and cost: ops/singular_vectors.py, per matrix; with ``principal`` in the same analysis they are paid for once.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from reltune.layers.units import ModuleInfo, Parts
-from reltune.ops.row_blocks import row_blocks
-from reltune.ops.singular_vectors import singular_vectors, tall
+from reltune.ops.row_blocks import PRODUCT_NUMBERS, row_blocks
+from reltune.ops.singular_vectors import tall
 from reltune.ops.squared_gradient import accumulator_dtype
 from reltune.relevance.context import Context
 
@@ -47,8 +47,9 @@ def quantities(
 ) -> tuple[Parts, Parts]:
     if info.kind == "norm":
         return {}, {}
-    dtype = accumulator_dtype(weights["weight"])
-    of_groups = [_signal_and_noise(matrix) for matrix in matrices(info, weights["weight"])]
+    weight = weights["weight"]
+    dtype = accumulator_dtype(weight)
+    of_groups = [_signal_and_noise(*of) for of in context.decompositions.of(weight, matrices(info, weight))]
     signal, noise = ({part: [group[i][part] for group in of_groups] for part in of_groups[0][i]} for i in (0, 1))
     return _joined(info, signal, dtype), _joined(info, noise, dtype)
 
@@ -91,23 +92,25 @@ def marchenko_pastur_median(beta: float) -> float:
     return 1 + beta + 2 * root * math.cos(low)
 
 
-def _signal_and_noise(matrix: Tensor) -> tuple[Parts, Parts]:
+def _signal_and_noise(matrix: Tensor, values: Tensor, vectors: Tensor) -> tuple[Parts, Parts]:
     """Of one matrix: sums of singular values (weight), squared norms by column and by row."""
     a = tall(matrix)
-    values, vectors = singular_vectors(a)
-    count = int((values > edge(values, *a.shape)).sum())
-    parts = (vectors * values).square()
-    short_signal, short_noise = parts[:, :count].sum(1), parts[:, count:].sum(1)
-    directions = vectors[:, :count]
+    first = int((values <= edge(values, *a.shape)).sum())  # of the signals
+    squares = values.square()
+    short_signal, short_noise = torch.zeros_like(squares), torch.zeros_like(squares)
+    for total, some in ((short_noise, slice(first)), (short_signal, slice(first, None))):
+        for at, block in row_blocks(vectors.mT[some], values.dtype):  # a vector per row, as they lie in memory
+            total += squares[some][at] @ block.square()
+    directions = vectors[:, first:]
     long_signal, long_noise = values.new_empty(len(a)), values.new_empty(len(a))
-    for at, block in row_blocks(a, values.dtype):
+    for at, block in row_blocks(a, values.dtype, PRODUCT_NUMBERS):
         inside = block @ directions
         long_signal[at] = inside.square().sum(1)
         long_noise[at] = (block - inside @ directions.mT).square().sum(1)  # a difference of squares would cancel
     of_short, of_long = ("column", "row") if a is matrix else ("row", "column")
     return (
-        {of_short: short_signal, of_long: long_signal, "weight": values[:count].sum()},
-        {of_short: short_noise, of_long: long_noise, "weight": values[count:].sum()},
+        {of_short: short_signal, of_long: long_signal, "weight": values[first:].sum()},
+        {of_short: short_noise, of_long: long_noise, "weight": values[:first].sum()},
     )
 
 

@@ -136,7 +136,13 @@ class ReltuneLayer(WrittenWeight):
         getattr(self, kind)[adapter_name] = nn.Parameter(value)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for kind in self.adapter_layer_names:  # as PEFT does it, without its lookups: a model has hundreds of layers
+            for name, parameter in self._modules[kind]._parameters.items():  # type: ignore[union-attr]
+                trained = name in names and not inference_mode
+                if parameter is not None and parameter.requires_grad != trained:
+                    parameter.requires_grad_(trained)
+        self._active_adapter = names
         self._settle()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -234,7 +240,7 @@ class ReltuneLayer(WrittenWeight):
 
     def _attach(self, y: Tensor, x: Tensor, name: str) -> Tensor:
         columns, rows, elements = self._values_of(name)
-        row_idx = self._get(self.reltune_row_indices, name)
+        row_idx = self._get("reltune_row_indices", name)
         if columns is not None and columns.requires_grad:
             y = self._attach_columns(y, x, columns, self.reltune_column_indices[name], row_idx)
             in_training.add(self)
@@ -246,9 +252,12 @@ class ReltuneLayer(WrittenWeight):
             in_training.add(self)
         return y
 
+    def _change_dtype(self, x: Tensor) -> torch.dtype:
+        return self.weight.dtype
+
     def _correction(self, x: Tensor, name: str, values: Values) -> Tensor:
         """What the adapter's change of the weight adds to the output, with these as its values."""
-        kept, (columns, rows, elements), dtype = self.originals[name], values, self.weight.dtype
+        kept, (columns, rows, elements), dtype = self.originals[name], values, self._change_dtype(x)
         total: Tensor | None = None
         if columns is not None or rows is not None:
             total = self._change_of_output(
@@ -277,7 +286,7 @@ class ReltuneLayer(WrittenWeight):
         if safe_merge:
             for name in names:
                 for kind in self.adapter_layer_names:
-                    trained = self._get(getattr(self, kind), name)
+                    trained = self._get(kind, name)
                     if trained is not None and not torch.isfinite(trained.to(self.weight.dtype)).all():
                         raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         self._restore()
@@ -285,7 +294,7 @@ class ReltuneLayer(WrittenWeight):
             for name in names:
                 alone = not self.merged_adapters
                 for kind in ("weight", "bias"):
-                    trained = self._get(getattr(self, f"reltune_{kind}"), name)
+                    trained = self._get(f"reltune_{kind}", name)
                     if trained is None:
                         continue
                     tensor: Tensor = getattr(self, kind)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.fused_norms import fuse_norms, restore_norms
 from reltune.layers.inventory import layer_type, module_info
+from reltune.layers.quantised import dequantised
 from reltune.layers.units import ModuleInfo, by_unit
-from reltune.plan.plan import TRAINABLE, ModulePlan
+from reltune.plan.plan import TRAINABLE, WITH_ELEMENTS, ModulePlan
 from reltune.records import InputError, nearest
 from reltune.tuner.config import ReltuneConfig
 from reltune.tuner.conv2d import ReltuneConv2d
@@ -25,6 +26,7 @@ from reltune.tuner.embedding import ReltuneEmbedding
 from reltune.tuner.layer import BASE, ReltuneLayer
 from reltune.tuner.linear import ReltuneLinear, ReltuneLinearConv1D
 from reltune.tuner.norm import ReltuneNorm
+from reltune.tuner.quantised import ReltuneQuantisedLinear
 from reltune.tuner.written_weight import together
 
 # Kind of module (layers/inventory.py) -> the layer that trains it; its keys are plan.TRAINABLE.
@@ -34,6 +36,7 @@ LAYER_CLASSES: dict[str, type[ReltuneLayer]] = {
     "conv2d": ReltuneConv2d,
     "embedding": ReltuneEmbedding,
     "norm": ReltuneNorm,
+    "quantised": ReltuneQuantisedLinear,
 }
 
 
@@ -107,7 +110,7 @@ class ReltuneModel(BaseTuner):
         if found is None or found[0] not in TRAINABLE:
             raise TypeError(
                 f"{current_key} is a {type(base).__name__}{_setting(base)}, which reltune cannot train; supported are "
-                "nn.Linear, nn.Conv2d, nn.Embedding, Transformers' Conv1D, nn.LayerNorm and the RMSNorm family."
+                "nn.Linear (quantised weights too), nn.Conv2d, nn.Embedding, Transformers' Conv1D, nn.LayerNorm and the RMSNorm family."
             )
         owners = [
             name
@@ -119,11 +122,20 @@ class ReltuneModel(BaseTuner):
                 f"{current_key} shares its weight with {owners[0]}, which would change with it; choose other modules or "
                 "untie the two."
             )
-        weight: Any = target._pristine_weight() if isinstance(target, ReltuneLayer) else base.weight
+        weight: Any = base.weight
+        if isinstance(target, ReltuneLayer):
+            weight = target._pristine_weight()
+        elif found[0] == "quantised":
+            weight = dequantised(base)
         info = module_info(current_key, found[0], base)
         units = self._units(peft_config, info, weight)
         if units.bias and not info.bias:
             raise InputError(f"the plan trains the bias of {current_key}, which has no bias; set bias: false.")
+        if units.elements and found[0] not in WITH_ELEMENTS:
+            raise InputError(
+                f"the plan trains single weights of {current_key}, a {type(base).__name__}, of which only columns and rows can "
+                "be trained; choose these."
+            )
         if isinstance(target, ReltuneLayer):
             layer = target
         else:

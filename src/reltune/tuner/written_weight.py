@@ -28,6 +28,11 @@ from reltune.records import InputError
 in_training: weakref.WeakSet[WrittenWeight] = weakref.WeakSet()
 
 
+VALUE_KINDS = ("reltune_columns", "reltune_rows", "reltune_elements")
+INDEX_KINDS = ("reltune_column_indices", "reltune_row_indices", "reltune_element_indices")
+AT_ONCE = 32  # layers that are written in one go: more would keep the device waiting for the host
+
+
 class Seen:
     """Tensors as they were once: has one been replaced or written to since?
 
@@ -82,14 +87,15 @@ class Originals:
 
 
 class Writes:
-    """Columns and rows on their way into base weights: one by one, or all at once within ``together()``.
+    """Columns, rows and elements on their way into base weights: one by one, or all at once within ``together()``.
 
     Within it a weight may be restored and then written, and is not to be read before the end.
     """
 
     def __init__(self) -> None:
         self._depth = 0
-        self._stages: list[list[Copy]] = [[], [], [], []]  # columns and rows put back, then columns and rows written
+        # Put back: columns, then rows and elements; then the same written.
+        self._stages: list[list[Copy]] = [[], [], [], []]
         self._written: set[int] = set()  # layers with something in the last two
 
     @contextlib.contextmanager
@@ -111,20 +117,23 @@ class Writes:
         elements: Tensor | None,
         back: bool = False,
     ) -> None:
-        if not self._depth or not layer.copies_by_index or elements is not None:
+        weight = layer.weight
+        if not self._depth or not layer.copies_by_index or not weight.is_contiguous():
             self.flush()  # what was put back before
             with torch.no_grad():
-                layer._put(layer.weight, kept, columns, rows, elements)
+                layer._put(weight, kept, columns, rows, elements)
             return
-        if id(layer) in self._written:
+        if id(layer) in self._written or (back and len(self._written) >= AT_ONCE):
             self.flush()
         if not back:
             self._written.add(id(layer))
-        weight, stage = layer.weight, 0 if back else 2
+        stage = 0 if back else 2
         if columns is not None:
             self._stages[stage].append(Copy(weight, layer.column_dim, kept.column_idx, columns))
         if rows is not None:
             self._stages[stage + 1].append(Copy(weight, layer.row_dim, kept.row_idx, rows))
+        if elements is not None:
+            self._stages[stage + 1].append(Copy(weight.detach().view(-1), 0, kept.places.index, elements))
 
     def flush(self) -> None:
         for stage in self._stages:
@@ -216,8 +225,7 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
     # -- what is kept of the base ----------------------------------------------------------------------------------
 
     def _indices(self, adapter_name: str) -> list[Tensor]:
-        kinds = (self.reltune_column_indices, self.reltune_row_indices, self.reltune_element_indices)
-        return [idx for kind in kinds if (idx := self._get(kind, adapter_name)) is not None]
+        return [idx for kind in INDEX_KINDS if (idx := self._get(kind, adapter_name)) is not None]
 
     @torch.inference_mode(False)  # what is kept may have to enter a graph later
     @torch.no_grad()
@@ -296,9 +304,7 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         return weight
 
     def _values_of(self, adapter_name: str) -> Values:
-        columns, rows, elements = (
-            self._get(kind, adapter_name) for kind in (self.reltune_columns, self.reltune_rows, self.reltune_elements)
-        )
+        columns, rows, elements = (self._get(kind, adapter_name) for kind in VALUE_KINDS)
         return columns, rows, elements
 
     def _trained(self, adapter_name: str) -> list[Tensor]:
@@ -339,7 +345,7 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         if self.merged:
             return
         nothing = self.disable_adapters or base_only
-        names = [] if nothing else self._active(("reltune_columns", "reltune_rows", "reltune_elements"))
+        names = [] if nothing else self._active(VALUE_KINDS)
         wanted = names[0] if names else None
         if wanted is not None:
             # PEFT loads a file onto the accelerator, if there is one, and moves it to the base's device afterwards.
@@ -367,16 +373,16 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         )
 
     def _active(self, kinds: tuple[str, ...]) -> list[str]:
-        return [name for name in self.active_adapters if any(name in getattr(self, kind) for kind in kinds)]
+        return [name for name in self.active_adapters if any(self._get(kind, name) is not None for kind in kinds)]
 
     @property
     def weight(self) -> Tensor:
         return self._modules["base_layer"].weight  # type: ignore[union-attr, return-value]
 
-    @staticmethod
-    def _get(entries: Any, name: str) -> Any:
-        """The adapter's entry or None; past the dictionaries' own lookup, which takes most of a switch's time."""
-        return (entries._parameters if isinstance(entries, nn.ParameterDict) else entries._buffers).get(name)
+    def _get(self, kind: str, name: str) -> Any:
+        """The adapter's tensor of a kind or None; past the dictionaries' own lookup, most of a switch's time."""
+        entries = self._modules[kind]
+        return (entries._parameters or entries._buffers).get(name)  # type: ignore[union-attr]
 
 
 def _before_save(module: Any, *_: Any) -> None:

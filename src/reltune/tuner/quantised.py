@@ -1,0 +1,70 @@
+"""Linear maps whose weight is held in 4 or 8 bits: nothing can be written into it that would survive.
+
+The trained columns and rows are added beside the product, y = x Ŵᵀ + x[:, idx] (D − Ŵ[:, idx])ᵀ, in the forward and so in
+the backward pass, with Ŵ the dequantised weight. This equals a product with the columns of Ŵ set to zero and x[:, idx] Dᵀ
+added, and leaves the packed numbers as they are: adapters are switched and disabled at no cost, and the base is always
+its own. Ŵ is made once, to take the columns from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reltune.layers import quantised
+from reltune.plan.plan import ModulePlan
+from reltune.records import InputError
+from reltune.tuner.linear import ReltuneLinear
+
+
+class ReltuneQuantisedLinear(ReltuneLinear):
+    """bitsandbytes' Linear4bit and Linear8bitLt, and nn.Linear with a weight-only torchao tensor."""
+
+    def _shape(self) -> tuple[int, ...]:
+        return quantised.shape(self.get_base_layer())
+
+    def update_layer(self, adapter_name: str, units: ModulePlan, *args: Any, **kwargs: Any) -> None:
+        if units.weight:
+            raise InputError(
+                "the plan trains the whole weight of a quantised module, which holds no trainable numbers; choose columns or "
+                "rows of it, or load the model without quantisation."
+            )
+        super().update_layer(adapter_name, units, *args, **kwargs)
+
+    def _pristine_weight(self) -> Tensor:
+        return quantised.dequantised(self.get_base_layer())
+
+    def _settle(self, base_only: bool = False) -> None:
+        if self.originals:
+            self._refresh()
+
+    def _base_loaded(self, beneath: Tensor) -> None:
+        with torch.no_grad():
+            weight = self._pristine_weight()
+            for name in self.originals:
+                self._remember(name, weight)
+                self._awaited.discard(name)
+
+    def _base_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = self.base_layer(x)
+        own = self._base_bias()
+        return y if bias is None or own is None or bias is own else y + (bias - own).to(y.dtype)
+
+    def _change_dtype(self, x: Tensor) -> torch.dtype:
+        return x.dtype
+
+    def train(self, mode: bool = True) -> ReltuneQuantisedLinear:
+        super().train(mode)
+        if self.weight.device.type == "cpu":
+            self.base_layer.training = (
+                True  # bitsandbytes packs a weight anew in evaluation, for good and without a gradient
+            )
+        return self
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise InputError(
+            "an adapter cannot be merged into a quantised weight, which would round what was trained; load the base model "
+            "without quantisation and merge there, or run the adapter unmerged."
+        )
