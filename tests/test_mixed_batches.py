@@ -102,6 +102,8 @@ def test_every_sample_gets_its_own_adapter(active: str, graph: bool) -> None:
         expected = torch.stack([alone[name][i] for i, name in enumerate(asked)])
         with torch.no_grad():
             torch.testing.assert_close(model(TOKENS, adapter_names=asked), expected, rtol=0, atol=1e-12)
+        written = {m._written for m in model.modules() if isinstance(m, ReltuneLayer)}
+        assert graph or written == {None}  # no adapter is favoured, and the base's samples cost nothing more
     del held
     with torch.no_grad():  # and nothing of it stays behind
         torch.testing.assert_close(model(TOKENS), alone[active], rtol=0, atol=1e-12)

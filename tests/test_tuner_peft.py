@@ -1334,9 +1334,10 @@ def test_shared_weights_are_refused(what: str) -> None:
         get_peft_model(Shared(what), ReltuneConfig(r=2, target_modules=["first"]))
 
 
-def test_tied_output_embedding_is_refused() -> None:
-    with pytest.raises(InputError, match="lm_head shares its weight with"):
-        get_peft_model(_llama(), ReltuneConfig(r=2, target_modules=["lm_head"]))
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_tied_embeddings_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} shares its weight with"):
+        get_peft_model(_llama(), ReltuneConfig(r=2, target_modules=[name]))
 
 
 class Unsupported(nn.Module):
@@ -1537,7 +1538,10 @@ def test_base_weights_are_read_and_replaced_beneath_the_adapters() -> None:
         with torch.no_grad():
             expected = model(X)
         assert get_base_model_state_dict(model).keys() == base.state_dict().keys()
-        _check_base_is(get_base_model_state_dict(model), base)
+        saved = get_base_model_state_dict(model)
+        _check_base_is(saved, base)
+        # and without a copy of the model, where no graph needs the weights
+        assert saved["first.weight"].data_ptr() == _layers(model)["first"].weight.data_ptr()
         held = model(X).sum()
         saved = get_base_model_state_dict(model)
         _check_base_is(saved, base)
