@@ -342,3 +342,14 @@ def test_groups_of_another_model_are_refused(change: dict[str, Any]) -> None:
     plan = ModulePlan(**{"shape": (4, 3, 3, 3), "rows": [1], "groups": 2, **change})
     with pytest.raises(ValueError, match=r"groups|columns"):
         get_peft_model(_made("picture"), ReltuneConfig(plan=Plan({"grouped": plan}, "all", 999, 999, "")))
+
+
+@pytest.mark.parametrize("name", ["words", "picture"])
+def test_compiled_layers_give_the_same_values(name: str) -> None:
+    model = _two(name, "columns and rows", "columns")
+    expected = _output(model, name)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(_output(compiled, name), expected, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(_output(run, name).square().sum(), _trained(model)) for run in (compiled, model)]
+    for got, want in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)

@@ -12,18 +12,24 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import (
     AutoPeftModelForSequenceClassification,
     LoraConfig,
     PeftConfig,
     PeftModel,
     PeftType,
+    convert_to_lora,
+    get_base_model_state_dict,
     get_peft_model,
     inject_adapter_in_model,
+    set_base_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -1328,9 +1334,10 @@ def test_shared_weights_are_refused(what: str) -> None:
         get_peft_model(Shared(what), ReltuneConfig(r=2, target_modules=["first"]))
 
 
-def test_tied_output_embedding_is_refused() -> None:
-    with pytest.raises(InputError, match="lm_head shares its weight with"):
-        get_peft_model(_llama(), ReltuneConfig(r=2, target_modules=["lm_head"]))
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_tied_embeddings_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} shares its weight with"):
+        get_peft_model(_llama(), ReltuneConfig(r=2, target_modules=[name]))
 
 
 class Unsupported(nn.Module):
@@ -1518,3 +1525,117 @@ def test_decoder_generates_the_same_merged_and_not() -> None:
 
 def test_reltune_offers_the_config_by_name() -> None:
     assert reltune.ReltuneConfig is ReltuneConfig
+
+
+# -- what else PEFT's methods are expected to do -------------------------------------------------------------------------
+
+
+def test_base_weights_are_read_and_replaced_beneath_the_adapters() -> None:
+    """Whatever is written into them, and whether or not a graph needs it there."""
+    for active in (["default"], ["default", "other"]):
+        model, base = _model(FIRST, other=SECOND), _net()
+        model.base_model.set_adapter(active)
+        with torch.no_grad():
+            expected = model(X)
+        assert get_base_model_state_dict(model).keys() == base.state_dict().keys()
+        saved = get_base_model_state_dict(model)
+        _check_base_is(saved, base)
+        # and without a copy of the model, where no graph needs the weights
+        assert saved["first.weight"].data_ptr() == _layers(model)["first"].weight.data_ptr()
+        held = model(X).sum()
+        saved = get_base_model_state_dict(model)
+        _check_base_is(saved, base)
+        held.backward()
+        with torch.no_grad():
+            torch.testing.assert_close(model(X), expected, rtol=0, atol=1e-12)
+        other = _net(seed=4)
+        set_base_model_state_dict(model, other.state_dict())
+        _check_base_is(get_base_model_state_dict(model), other)
+        _check_output_over(model, other, *active)
+
+
+def _check_output_over(model: nn.Module, base: nn.Module, *adapters: str) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), _dense(model, *adapters, base=base)(X), rtol=0, atol=1e-12)
+
+
+def test_reference_output_while_a_graph_lives_is_the_base_to_the_bit() -> None:
+    model = _model(FIRST, dtype=torch.float32)
+    x = X.float()
+    held = model(x).sum()
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(x), _net(dtype=torch.float32)(x))
+    held.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["columns", "rows", "weight", "bias", "elements"])
+def test_half_precision_bases_train_in_float32_unless_told_otherwise(dtype: torch.dtype, kind: str) -> None:
+    units: Any = True if kind in ("weight", "bias") else [1, 3]
+    for cast, expected in ((True, torch.float32), (False, dtype)):
+        base = _net(dtype=dtype)
+        model = get_peft_model(base, _config(base, {"first": {kind: units}}), autocast_adapter_dtype=cast)
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {expected}
+        assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
+        model(X.to(dtype)).float().sum().backward()
+        assert all(p.grad is not None and p.grad.dtype == expected for p in model.parameters() if p.requires_grad)
+
+
+def test_model_on_the_meta_device_is_adapted_and_filled_later(tmp_path: Path) -> None:
+    model = _model(FIRST)
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = Net()
+    loaded = PeftModel.from_pretrained(empty, tmp_path, low_cpu_mem_usage=True)
+    assert {p.device.type for p in loaded.parameters()} == {"meta"}
+    fresh = get_peft_model(Net().to("meta"), ReltuneConfig(target_modules=["first"], r=2))
+    assert {p.device.type for p in fresh.parameters()} == {"meta"}
+
+
+def test_gradients_are_turned_on_and_off_by_adapter() -> None:
+    model = _model(FIRST, other=SECOND)
+
+    def trained() -> set[str]:
+        return {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+
+    assert trained() == {"default"}
+    model.set_requires_grad("default", requires_grad=False)
+    assert trained() == set()
+    model.set_requires_grad(["default", "other"])
+    assert trained() == {"default", "other"}
+    model.set_adapter("other", inference_mode=True)
+    assert trained() == set()
+
+
+def test_whole_tensors_are_used_under_fsdp() -> None:
+    """FSDP puts the parameters that a forward pass finds past the registered ones."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = _model({"first": {"columns": [1], "rows": [2]}, "norm": {"weight": True, "bias": True}})
+        with torch.no_grad():
+            expected = model(X)
+            wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+            torch.testing.assert_close(wrapped(X), expected, rtol=0, atol=1e-12)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_reltune_does_not_do_is_refused_by_name(tmp_path: Path) -> None:
+    model = _model(FIRST, other=SECOND)
+    with pytest.raises(NotImplementedError, match="make several active at once"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mean")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Hotswapping only supports"):
+        hotswap_adapter(model, str(tmp_path), adapter_name="default")
+    with pytest.raises(ValueError, match="different peft types"):
+        model.add_adapter("lora", LoraConfig(target_modules=["first"]))
+    with pytest.raises(ValueError, match="not compatible with the `PeftMixedModel`"):
+        get_peft_model(_net(), ReltuneConfig(target_modules=["first"]), mixed=True)
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(model, rank=2)
+    lora = get_peft_model(_net(), LoraConfig(target_modules=["first"]))
+    with pytest.raises(InputError, match=r"first already has an adapter of another method \(peft.tuners.lora"):
+        get_peft_model(lora, ReltuneConfig(target_modules=["first"]))
+    words = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 3))
+    with pytest.raises(TypeError, match=r"cannot be applied to modules of type .*ReltuneEmbedding"):
+        get_peft_model(words, ReltuneConfig(target_modules=["0"], trainable_token_indices={"0": [1]}))

@@ -95,12 +95,17 @@ class ReltuneModel(BaseTuner):
         self,
         peft_config: Any,
         adapter_name: str,
-        target: nn.Module,
+        target: Any,
         target_name: str,
         parent: nn.Module,
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if isinstance(target, BaseTunerLayer) and not isinstance(target, ReltuneLayer):
+            raise InputError(
+                f"{current_key} already has an adapter of another method ({type(target).__module__}); merge it into the model "
+                "(merge_and_unload) or unload it first."
+            )
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         found = layer_type(base)
         if found is None or found[0] not in TRAINABLE:
@@ -234,6 +239,13 @@ class ReltuneModel(BaseTuner):
                     layer.unmerge()
                 layer.set_adapter(adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            "reltune adapters change different columns and rows and are not averaged into a new adapter; make several active "
+            "at once (base_model.set_adapter([…])), which adds their changes, or export them (reltune export --to lora) and "
+            "combine them there."
+        )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, ReltuneLayer):
