@@ -93,9 +93,10 @@ class RunDirectory:
             )
 
     def continues(self, config: RunConfig) -> bool:
-        """Whether an analysis with this config was interrupted here and can go on."""
+        """Whether an analysis with this config was interrupted here: with sums to go on from, or before there were any."""
+        finished = (self.relevance / "scores.json").exists() and not interrupted_in(self.relevance)
         try:
-            return interrupted_in(self.relevance) and RunConfig.load(self.config_file) == config
+            return not finished and RunConfig.load(self.config_file) == config
         except (InputError, OSError):  # a name that is too long, say: check_new has the words for it
             return False
 
@@ -198,7 +199,7 @@ def check_choice(materials: Materials, select: bool = True) -> None:
     the patterns alone are checked.
     """
     config = materials.config
-    find_criteria(config.criteria)
+    find_criteria(config.criteria, config.elements)
     assert materials.model is not None, "checked before it is changed"
     if select:
         check_scored(config.granularity, config.criteria[0])
