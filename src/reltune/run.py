@@ -325,6 +325,8 @@ def train_heads(materials: Materials, model: nn.Module, epochs: float) -> traini
         save_strategy="no",
         eval_strategy="no",
     )
+    # Of several processes, as many steps on the same texts as one takes; dropout alone differs.
+    args.per_device_train_batch_size = max(1, args.per_device_train_batch_size // args.world_size)
     _, cost = training.train(
         model,
         args,
