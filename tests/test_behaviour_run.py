@@ -9,7 +9,7 @@ import torch
 
 from command_line import Answer, reltune, review_rows, write_csv
 from reltune.plan.plan import Plan
-from reltune.relevance import ablation
+from reltune.relevance import ablation, movement
 from reltune.relevance.scores import RelevanceScores
 from tiny_models import save_tiny_bert
 
@@ -95,3 +95,22 @@ def test_the_same_command_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) 
     units = sum(value.numel() for kind in ("layer", "module", "head") for value in a.by(kind).values())
     assert len(passes) - after == units - 8
     assert not list((place / "cut" / "relevance").glob("*partial*"))
+
+
+def test_the_same_command_begins_again_where_nothing_was_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = words(place, "early", "--criteria", "movement")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(movement, "measure", stop)
+        assert reltune("analyze", *given).code == 130
+    answer = reltune("analyze", *given)
+    assert answer.code == 0, answer.err
+    assert reltune("analyze", *given).code == 2  # finished
+
+
+def test_warnings_are_sentences(answer: Answer) -> None:
+    assert "\nreltune: warning: the ranking of heads by correlation is not stable after 12 trials" in answer.err
+    assert "RuntimeWarning" not in answer.err and "run.py" not in answer.err

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     MixtralConfig,
@@ -46,6 +48,13 @@ def tiny_t5():
         tie_word_embeddings=False,
     )
     return made(T5ForConditionalGeneration, config)
+
+
+def tiny_bart():
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(vocab_size=20, d_model=8, max_position_embeddings=32, pad_token_id=1, **sizes, **heads)
+    return made(BartForConditionalGeneration, config)
 
 
 class Convolutions(nn.Module):
@@ -177,6 +186,28 @@ def test_t5():
         with pytest.warns(RuntimeWarning, match="relative_attention_bias and 1 more not measured"):
             found = assert_agrees(model, split(batch, size), batch, "seq2seq", seq2seq_of_one, ["fisher", "taylor"])
         assert not set(tables) & set(found.parts["fisher"])
+
+
+@pytest.mark.parametrize("make", [tiny_t5, tiny_bart])
+def test_a_decoder_reads_the_shifted_labels_where_the_batch_has_nothing_for_it(make):
+    """As the model itself makes its input of labels that it is given."""
+    model, batch = make().eval(), lm_batch()
+    batch["labels"] = torch.where(batch["labels"] == -100, -100, 20 - batch["input_ids"])  # BART takes its input else
+    found = measure(model, split(batch, 1), "seq2seq", ["fisher"])
+    squares = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for one in split(batch, 1):
+        model.zero_grad()
+        seq2seq_of_one(model(**one), one).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                squares[name] += parameter.grad.square() / len(batch["labels"])
+    kinds = [info.name for info in found.inventory.modules if info.kind == "linear"]
+    assert len(kinds) > 10
+    for name in kinds:
+        wanted = squares[f"{name}.weight"]
+        for part, axis in (("column", 0), ("row", 1)):
+            sums = wanted.sum(axis)
+            assert (found.parts["fisher"][name][part] - sums).abs().max() <= 1e-9 * sums.abs().max(), (name, part)
 
 
 def test_as_many_examples_as_positions():

@@ -18,6 +18,7 @@ from command_line import reltune as command
 from data_parallel_worker import Examples, batches_of, scores
 from relevance_cases import MODELS, data_for, measure
 from reltune.relevance.scores import RelevanceScores
+from reltune.run import train_heads
 from tiny_models import save_tiny_bert
 
 TESTS = Path(__file__).parent
@@ -144,10 +145,12 @@ COMMAND = "from reltune.cli import main; main()"
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory) -> list[object]:
-    """Of an analysis of a tiny BERT without a head, with 70 training texts: three batches."""
+    """Of an analysis of a tiny BERT without a head, with 96 training texts: three batches."""
     place = tmp_path_factory.mktemp("inputs")
     save_tiny_bert(place / "model")
-    write_csv(place / "train.csv", review_rows(100))
+    config = place / "model" / "config.json"  # dropout draws otherwise in each process
+    config.write_text(config.read_text().replace('_dropout_prob": 0.1', '_dropout_prob": 0.0'))
+    write_csv(place / "train.csv", review_rows(138))
     words = ["--model_name_or_path", place / "model", "--train_file", place / "train.csv", "--max_length", "16"]
     return [*words, "--criteria", "fisher,fisher_true,gradient,activation"]
 
@@ -159,8 +162,14 @@ def test_reltune_analyze_under_torchrun(words, tmp_path, monkeypatch):
     assert done.stdout.count("By fisher, layer") == done.stdout.count("Next: reltune select") == 1
     assert done.stderr.count("analyze: 100%") == 1
 
+    trained = train_heads
+
     def same_heads(materials, model, epochs):
-        model.load_state_dict(load_file(run / "relevance" / "head.safetensors"), strict=False)
+        trained(materials, model, epochs)
+        head = load_file(run / "relevance" / "head.safetensors")
+        for name, value in head.items():  # batches of the same texts, added up in another order
+            torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-2, atol=1e-3)
+        model.load_state_dict(head, strict=False)
 
     monkeypatch.setattr("reltune.run.train_heads", same_heads)
     alone = tmp_path / "alone"
@@ -168,7 +177,7 @@ def test_reltune_analyze_under_torchrun(words, tmp_path, monkeypatch):
     assert answer.code == 0, answer.err
     assert contents(run).keys() == contents(alone).keys()
     wanted = RelevanceScores.load(alone / "relevance")
-    assert wanted.provenance["examples"] == 70
+    assert wanted.provenance["examples"] == 96
     assert_same(RelevanceScores.load(run / "relevance"), wanted, relative=1e-5)
     assert command("select", run, "--budget", "1%").code == 0  # in one process, as ever
 

@@ -36,3 +36,8 @@ def test_import_loads_nothing_heavy(module: str) -> None:
 
 def test_heavy_imports_would_be_seen() -> None:
     assert {"sklearn", "scipy"} <= loaded_after("import sklearn")
+
+
+def test_python_m_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "reltune", "nonsense"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("reltune: error: No such command 'nonsense'"), done.stderr

@@ -86,8 +86,12 @@ def test_a_run_goes_on_only_with_its_own_config(tmp_path):
     config = RunConfig("model", str(tmp_path), train_file="train.csv")
     assert not run.continues(config)
     run.create(config)
-    assert not run.continues(config)
+    assert run.continues(config), "interrupted while the head was trained"
+    assert not run.continues(dataclasses.replace(config, seed=1))
     run.relevance.mkdir()
     (run.relevance / FILE).touch()
     assert run.continues(config)
     assert not run.continues(dataclasses.replace(config, seed=1))
+    (run.relevance / FILE).unlink()
+    (run.relevance / "scores.json").touch()
+    assert not run.continues(config), "finished"

@@ -90,6 +90,8 @@ def test_refused(place: Path, analyzed: Path) -> None:
     ):
         assert_refused(analyze(place, "new", *words), "train_file", "dataset_name")
     assert_refused(analyze(place, "new", "--criteria", "spectral_snr", "--elements"), "spectral_snr", "elements")
+    with_data = ("--criteria", "fisher,spectral_snr", "--elements", "--train_file", place / "train.csv")
+    assert_refused(analyze(place, "new", *with_data), "spectral_snr", "elements")
     assert_refused(analyze(place, "new", "--criteria", "magnitude", "--target_modules", "absent"), "'absent'")
     assert_refused(analyze(place, "analyzed", "--criteria", "magnitude"), "already holds a run")
     assert_refused(analyze(place, "model", "--criteria", "magnitude"), "no run of reltune")

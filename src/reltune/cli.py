@@ -357,7 +357,7 @@ def _begin(config: RunConfig, overwrite: bool, select: bool = True) -> tuple[Mat
         resumed = not overwrite and directory.continues(config)
         if not resumed:
             directory.check_new(overwrite)
-        elif processes.count > 1:
+        elif processes.count > 1 and stages.interrupted_in(directory.relevance):
             raise InputError(
                 f"output_dir {directory.path} holds an interrupted analysis, which goes on in one process only; start it "
                 "without a launcher, or pass --overwrite_output_dir."
@@ -457,6 +457,21 @@ def _first() -> bool:
 # -- errors and exit codes ------------------------------------------------------------------------------------------
 
 
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    """reltune's own warnings are sentences for the user; of a library's it matters where they come from."""
+    if os.path.dirname(__file__) == os.path.dirname(filename) or f"{os.sep}reltune{os.sep}" in filename:
+        print(f"reltune: warning: {message}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr)
+
+
 def _terminated(*_: object) -> NoReturn:
     raise SystemExit(143)
 
@@ -469,6 +484,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another one
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    warnings.showwarning = _warn
     # PEFT asks transformers for it; nothing that a user could mend.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     signal.signal(signal.SIGTERM, _terminated)

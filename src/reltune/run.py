@@ -94,9 +94,10 @@ class RunDirectory:
             )
 
     def continues(self, config: RunConfig) -> bool:
-        """Whether an analysis with this config was interrupted here and can go on."""
+        """Whether an analysis with this config was interrupted here: with sums to go on from, or before there were any."""
+        finished = (self.relevance / "scores.json").exists() and not interrupted_in(self.relevance)
         try:
-            return interrupted_in(self.relevance) and RunConfig.load(self.config_file) == config
+            return not finished and RunConfig.load(self.config_file) == config
         except (InputError, OSError):  # a name that is too long, say: check_new has the words for it
             return False
 
@@ -330,6 +331,8 @@ def train_heads(materials: Materials, model: nn.Module, epochs: float) -> traini
         save_strategy="no",
         eval_strategy="no",
     )
+    # Of several processes, as many steps on the same texts as one takes; dropout alone differs.
+    args.per_device_train_batch_size = max(1, args.per_device_train_batch_size // args.world_size)
     _, cost = training.train(
         model,
         args,

@@ -82,10 +82,18 @@ def with_labels(batch: Any, labels: Tensor) -> Any:
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
-    """The model's outputs; it never sees the labels."""
+    """The model's outputs; it never sees the labels, but what its decoder reads where the batch leaves that to them."""
     if isinstance(batch, Mapping):
-        return model(**{key: value for key, value in batch.items() if key != "labels"})
+        return model(**{key: value for key, value in batch.items() if key != "labels"}, **_shifted_labels(model, batch))
     return model(batch[0])
+
+
+def _shifted_labels(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The decoder's input that a sequence-to-sequence model makes of the labels it is given, where the batch has none."""
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None or "labels" not in batch or {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch):
+        return {}
+    return {"decoder_input_ids": shift(labels=batch["labels"])}
 
 
 @contextlib.contextmanager

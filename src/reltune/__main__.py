@@ -1,0 +1,5 @@
+"""``python -m reltune`` is the ``reltune`` command."""
+
+from reltune.cli import main
+
+main()
