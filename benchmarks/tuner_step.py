@@ -15,7 +15,6 @@ timed steps, weights and optimizer states included.
 
 - eager: the model as Transformers writes it. liger: the same model with Liger kernels for all methods (kernel package
   `liger-kernel`; left out with its error where that is not installed).
-- fp8: frozen weights in 8 bits (`reltune.freeze_in_fp8`) beside LoRA with Liger kernels.
 - switch: another adapter made active on the device, beside unmerging and merging a LoRA of equal size.
 - exactness: on a model with fewer layers, every step's loss beside plain autograd through a materialised weight.
 """
@@ -149,6 +148,7 @@ def _evenly_spaced(layer: nn.Linear, r: int, **_: Any) -> Tensor:
 def case(
     bench: Benchmark, options: argparse.Namespace, shape: Shape, name: str, base: nn.Module, methods: dict[str, Prepare]
 ) -> None:
+    base.train()  # it has no dropout, and Liger's fused loss is there in training only
     batch = {key: value.to(options.device) for key, value in texts(shape, options.examples, options.tokens).items()}
     trainings = {key: Training(base, batch, prepare, options.steps, 1e-5) for key, prepare in methods.items()}
     records = bench.measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -223,10 +224,21 @@ class ReltuneModel(BaseTuner):
         # A hook of the base model and not this class's forward, which PeftModel without a task type goes past.
         if _before_forward not in model._forward_pre_hooks.values():
             model.register_forward_pre_hook(_before_forward)
+        self.__dict__.pop("_layers", None)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        # As PEFT does it, without its walk through thousands of modules, which would take longer than all the writing.
         with together():
-            super().set_adapter(adapter_name, inference_mode=inference_mode)
+            if "_layers" not in self.__dict__:
+                self._layers = [module for module in self.model.modules() if isinstance(module, ReltuneLayer)]
+            for layer in self._layers:
+                if layer.merged:
+                    warnings.warn(
+                        "Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2
+                    )
+                    layer.unmerge()
+                layer.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(
@@ -269,7 +281,7 @@ def _end_backward_at_lowest_unit(model: nn.Module) -> None:
     functions = [
         getattr(module, "_gradient_checkpointing_func", None)
         for module in model.modules()
-        if getattr(module, "gradient_checkpointing", False)
+        if vars(module).get("gradient_checkpointing")  # getattr would take most of a forward pass's time on the host
     ]
     if not functions or any(getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions):
         return
