@@ -367,3 +367,24 @@ def test_conv1d_is_canonical():
     assert isinstance(module, Conv1D) and module.weight.shape == (16, 48)
     assert group.rows(1) == {"transformer.h.0.attn.c_attn": [*range(8, 16), *range(24, 32), *range(40, 48)]}
     assert group.output_columns(1) == range(8, 16)
+
+
+def test_heads_of_conv1d_are_rows_and_columns_of_the_canonical_weight():
+    model = tiny_gpt2()
+    batch = batch_for(model)
+    scores = measure(model, [batch], "causal_lm", ["fisher"])
+    plan = select(scores, 16 * 32 + 1, "head")  # 24 rows and 8 columns of 16
+    name = max(scores.by("head"), key=lambda key: scores.by("head")[key].max().item())
+    head = int(scores.by("head")[name].argmax())
+    group = next(group for group in scores.inventory.heads if group.name == name)
+    assert {key: (m.rows, m.columns) for key, m in plan.modules.items()} == {
+        **{key: (list(rows), []) for key, rows in group.rows(head).items()},
+        group.output: ([], list(group.output_columns(head))),
+    }
+    before = {key: value.detach().clone() for key, value in model.named_parameters()}
+    tuned = get_peft_model(model, ReltuneConfig(plan=plan, init_weights=False))
+    moved = {key: value != before[key] for key, value in tuned.merge_and_unload().named_parameters()}
+    for key, rows in group.rows(head).items():
+        assert moved[f"{key}.weight"].all(0).nonzero().squeeze(1).tolist() == list(rows)  # stored as (in, out)
+    assert moved[f"{group.output}.weight"].all(1).nonzero().squeeze(1).tolist() == list(group.output_columns(head))
+    assert sum(int(where.sum()) for where in moved.values()) == plan.parameters

@@ -15,8 +15,10 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, ViT
 from transformers.pytorch_utils import Conv1D
 
 from oracles import dense_update
+from relevance_cases import measure
 from reltune.layers.inventory import take_inventory
 from reltune.plan.plan import WITH_ELEMENTS, ModulePlan, Plan
+from reltune.plan.selection import select
 from reltune.tuner import ReltuneConfig
 from reltune.tuner.layer import ReltuneLayer
 
@@ -353,3 +355,35 @@ def test_compiled_layers_give_the_same_values(name: str) -> None:
     gradients = [torch.autograd.grad(_output(run, name).square().sum(), _trained(model)) for run in (compiled, model)]
     for got, want in zip(*gradients, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity", "target"),
+    [
+        ("bert", "row", "word_embeddings"),
+        ("bert", "column", "position_embeddings"),
+        ("vit", "row", "patch_embeddings"),
+        ("vit", "column", "patch_embeddings"),
+        ("picture", "column", "grouped"),
+        ("picture", "row", "depthwise"),
+        ("gpt2", "column", "mlp"),
+    ],
+)
+def test_measured_units_are_selected_saved_and_tuned(name: str, granularity: str, target: str, tmp_path: Path) -> None:
+    model = _made(name)
+    relevance = measure(model, criteria=["magnitude"])
+    plan = select(relevance, "20%", granularity, target_modules=[target])
+    assert plan.modules and all(target in key for key in plan.modules)
+    plan.save(tmp_path)
+    again = Plan.load(tmp_path)
+    assert again.modules == plan.modules
+    again.check_model(take_inventory(model), again.fingerprint)
+    tuned = get_peft_model(_made(name), ReltuneConfig(plan=tmp_path, init_weights=False))
+    assert sum(p.numel() for p in _trained(tuned)) == plan.parameters <= plan.budget_parameters
+    start, where = model.state_dict(), dense_update.masks(model, _chosen(plan))
+    for key, value in tuned.merge_and_unload().named_parameters():
+        assert torch.equal(value != start[key], where[key]), key
+
+
+def _chosen(plan: Plan) -> Selection:
+    return {name: {"columns": m.columns, "rows": m.rows} for name, m in plan.modules.items()}

@@ -231,6 +231,10 @@ class ReltuneModel(BaseTuner):
         with together():
             if "_layers" not in self.__dict__:
                 self._layers = [module for module in self.model.modules() if isinstance(module, ReltuneLayer)]
+                self._with_heads = any(isinstance(m, AuxiliaryTrainingWrapper) for m in self.model.modules())
+            if self._with_heads:  # modules that are saved whole have their adapters too
+                super().set_adapter(adapter_name, inference_mode=inference_mode)
+                return
             for layer in self._layers:
                 if layer.merged:
                     warnings.warn(
