@@ -95,8 +95,8 @@ class RunDirectory:
 
     def continues(self, config: RunConfig) -> bool:
         """Whether an analysis with this config was interrupted here: with sums to go on from, or before there were any."""
-        finished = (self.relevance / "scores.json").exists() and not interrupted_in(self.relevance)
         try:
+            finished = (self.relevance / "scores.json").exists() and not interrupted_in(self.relevance)
             return not finished and RunConfig.load(self.config_file) == config
         except (InputError, OSError):  # a name that is too long, say: check_new has the words for it
             return False
