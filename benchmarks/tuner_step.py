@@ -35,7 +35,7 @@ from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from harness import Benchmark, Method, Timed, arguments, benchmark
+from harness import Benchmark, Machine, Method, Timed, arguments, benchmark
 from llama import PROJECTIONS, TINY, Shape, described, llama, texts
 from reltune import ReltuneConfig
 from reltune.plan.plan import ModulePlan, Plan
@@ -87,8 +87,6 @@ class Training:
 
 
 def _seconds(device: torch.device, run: Callable[[], None]) -> float:
-    from harness import Machine
-
     machine = Machine(device)
     started = machine.now()
     run()
@@ -227,9 +225,7 @@ def switch(bench: Benchmark, options: argparse.Namespace, shape: Shape, base: nn
     def set_columns() -> None:
         ours.set_adapter("second" if ours.active_adapter == "first" else "first")
 
-    records: dict[str, Any] = {}
-    set_columns(), set_columns()
-    records["columns"] = bench.measure("switch", described(shape), [Method("columns: set_adapter", set_columns)], 10)
+    bench.measure("switch", described(shape), [Method("columns: set_adapter", set_columns)], 10)
     sizes = {"columns": _saved_bytes(ours, "first")}
     base = ours.unload()
     theirs = get_peft_model(base, LoraConfig(target_modules=PROJECTIONS, r=options.columns // 2), adapter_name="first")

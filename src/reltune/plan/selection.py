@@ -74,7 +74,7 @@ def select(
     whole = [kind for kind in kinds if kind in ("layer", "module", "element")]
     if packed and whole:
         raise InputError(
-            f"{packed[0]} is quantised, and of a quantised module columns, rows, heads and biases can be trained, not a whole "
+            f"{packed[0]} is quantised, and of a quantised module columns, rows, heads and biases can be trained and no "
             f"{whole[0]}; choose another granularity, or leave such modules out by exclude_modules."
         )
     allowed = {name for name in named if inventory[name].kind in TRAINABLE}
