@@ -6,16 +6,15 @@ and per switch.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclasses.dataclass(frozen=True)
-class Copy:
+class Copy(NamedTuple):
     """weight[:, idx] = values (dim 1) or weight[idx] = values (dim 0), for weights of two dimensions.
 
     One of one dimension (single weights, in a flat view) is written by itself: with so much to write, a launch is little.

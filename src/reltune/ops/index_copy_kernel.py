@@ -58,7 +58,9 @@ def copy_all(copies: Sequence[Any]) -> None:
             )
         )
     first = copies[0]
-    table = torch.tensor(rows, dtype=torch.int64).to(first.weight.device)
+    # From pinned memory, or the host would wait here for all that the device has been given before.
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=first.weight.is_cuda)
+    table = table.to(first.weight.device, non_blocking=True)
     longest = max(row[3] for row in rows)
     with torch.cuda.device_of(first.weight):
         copy_kernel[(len(rows), triton.cdiv(longest, LONG))](

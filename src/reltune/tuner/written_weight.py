@@ -30,6 +30,7 @@ in_training: weakref.WeakSet[WrittenWeight] = weakref.WeakSet()
 
 VALUE_KINDS = ("reltune_columns", "reltune_rows", "reltune_elements")
 INDEX_KINDS = ("reltune_column_indices", "reltune_row_indices", "reltune_element_indices")
+STATE = frozenset({"_written", "_values", "_active_adapter"})  # what a switch sets in every layer
 AT_ONCE = 32  # layers that are written in one go: more would keep the device waiting for the host
 
 
@@ -43,9 +44,12 @@ class Seen:
         self._states: list[tuple[Tensor, tuple[int, int] | None]] = [(t, self._state(t)) for t in tensors]
 
     def still(self, tensors: list[Tensor]) -> bool:
-        return len(tensors) == len(self._states) and all(
-            now is then and self._state(now) == state for now, (then, state) in zip(tensors, self._states, strict=True)
-        )
+        if len(tensors) != len(self._states):
+            return False
+        for now, (then, state) in zip(tensors, self._states, strict=True):
+            if now is not then or self._state(now) != state:
+                return False
+        return True
 
     @staticmethod
     def _state(tensor: Tensor) -> tuple[int, int]:
@@ -182,6 +186,12 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         self.register_state_dict_pre_hook(_before_save)
         self.register_state_dict_post_hook(_after_save)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in STATE:  # nn.Module would look whether it is a parameter or a module, for a third of a switch's time
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     # -- where columns, rows and elements lie ----------------------------------------------------------------------
 
     def _columns_of(self, weight: Tensor, idx: Tensor) -> Tensor:
@@ -225,7 +235,9 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
     # -- what is kept of the base ----------------------------------------------------------------------------------
 
     def _indices(self, adapter_name: str) -> list[Tensor]:
-        return [idx for kind in INDEX_KINDS if (idx := self._get(kind, adapter_name)) is not None]
+        modules = self._modules
+        found = [modules[kind]._buffers.get(adapter_name) for kind in INDEX_KINDS]  # type: ignore[union-attr]
+        return [idx for idx in found if idx is not None]
 
     @torch.inference_mode(False)  # what is kept may have to enter a graph later
     @torch.no_grad()
@@ -304,17 +316,19 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         return weight
 
     def _values_of(self, adapter_name: str) -> Values:
-        columns, rows, elements = (self._get(kind, adapter_name) for kind in VALUE_KINDS)
+        modules = self._modules
+        columns, rows, elements = [modules[kind]._parameters.get(adapter_name) for kind in VALUE_KINDS]  # type: ignore[union-attr]
         return columns, rows, elements
 
     def _trained(self, adapter_name: str) -> list[Tensor]:
         return [t for t in self._values_of(adapter_name) if t is not None]
 
     def _write(self, adapter_name: str) -> None:
-        _writes.put(self, self.originals[adapter_name], *self._values_of(adapter_name))
+        values = self._values_of(adapter_name)
+        _writes.put(self, self.originals[adapter_name], *values)
         self._written = adapter_name
         self._graphs.differentiated = False
-        self._values = Seen(self._trained(adapter_name))
+        self._values = Seen([t for t in values if t is not None])
 
     def _rewrite(self) -> None:
         """Write the written adapter again, past autograd's count of versions.
@@ -345,12 +359,12 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         if self.merged:
             return
         nothing = self.disable_adapters or base_only
-        names = [] if nothing else self._active(VALUE_KINDS)
+        names = [] if nothing else [name for name in self.active_adapters if name in self.originals]
         wanted = names[0] if names else None
         if wanted is not None:
             # PEFT loads a file onto the accelerator, if there is one, and moves it to the base's device afterwards.
-            devices = {t.device for t in (self.weight, *self._trained(wanted))}
-            if len(devices) > 1 or self.weight.device.type == "meta":
+            device = self.weight.device
+            if device.type == "meta" or any([t.device != device for t in self._trained(wanted)]):
                 return
         if wanted != self._written and not self._graphs:
             self._restore()
@@ -371,9 +385,6 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
             None if kept.row_idx is None else self._rows_of(weight, kept.row_idx),
             None if kept.places is None else self._elements_of(weight, kept.places.index),
         )
-
-    def _active(self, kinds: tuple[str, ...]) -> list[str]:
-        return [name for name in self.active_adapters if any(self._get(kind, name) is not None for kind in kinds)]
 
     @property
     def weight(self) -> Tensor:
