@@ -43,22 +43,17 @@ def copy_kernel(  # type: ignore[no-untyped-def]
 
 
 def copy_all(copies: Sequence[Any]) -> None:
-    """``copies`` are of one device, one dtype of weights and one of values."""
-    kept = [(c.idx.to(torch.int64), c.values) for c in copies]
+    """``copies`` are of one device, one dtype of weights and one of values, all tensors contiguous and indices in int64."""
     rows = []
-    for copy, (idx, values) in zip(copies, kept, strict=True):
-        weight, other = copy.weight, 1 - copy.dim
-        strides = weight.stride(other), weight.stride(copy.dim), values.stride(other), values.stride(copy.dim)
-        rows.append(
-            (
-                weight.data_ptr(),
-                values.data_ptr(),
-                idx.data_ptr(),
-                weight.shape[other],
-                values.shape[copy.dim],
-                *strides,
-            )
-        )
+    for weight, dim, idx, values in copies:
+        # By hand from the shapes: asking the tensors for their strides would take most of a switch's time.
+        features = weight.shape[1]
+        count = values.shape[dim]
+        place = (weight.data_ptr(), values.data_ptr(), idx.data_ptr())
+        if dim:
+            rows.append((*place, weight.shape[0], count, features, 1, count, 1))
+        else:
+            rows.append((*place, features, count, 1, features, 1, features))
     first = copies[0]
     stream = torch.cuda.current_stream(first.weight.device).cuda_stream if first.weight.is_cuda else 0
     table = _on_device(tuple(rows), first.weight.device, stream)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -255,13 +255,18 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
             kept.elements = self._elements_of(pristine, idx)
         self.originals[adapter_name] = kept
 
-    def _refresh(self) -> None:
-        """Take in indices that were loaded. Looked for here too, as Transformers' load_adapter calls no hook."""
+    def _refresh(self, names: Iterable[str] | None = None) -> None:
+        """Take in indices that were loaded, of these adapters or of all.
+
+        Looked for whenever an adapter is used, as Transformers' load_adapter calls no hook.
+        """
         changed = [
             name
-            for name, kept in self.originals.items()
+            for name in (self.originals if names is None else names)
+            if (kept := self.originals.get(name)) is not None
             # what a merge has replaced is needed to undo it, whatever was loaded since
-            if name not in self.merged_adapters and not kept.indices.still(self._indices(name))
+            and name not in self.merged_adapters
+            and not kept.indices.still(self._indices(name))
         ]
         if not changed:
             return
@@ -355,22 +360,25 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         """Write the adapter that is asked for into the base weight, unless a graph still needs what is there."""
         if not self.originals:
             return
-        self._refresh()
-        if self.merged:
+        if base_only:
+            self._refresh()  # samples may ask for any adapter
+        if self.merged_adapters:
+            self._refresh()
             return
-        nothing = self.disable_adapters or base_only
-        names = [] if nothing else [name for name in self.active_adapters if name in self.originals]
+        asked = [] if base_only or self._disable_adapters else self.active_adapters
+        names = [name for name in asked if name in self.originals]
+        self._refresh(names)
         wanted = names[0] if names else None
         if wanted is not None:
             # PEFT loads a file onto the accelerator, if there is one, and moves it to the base's device afterwards.
             device = self.weight.device
-            if device.type == "meta" or any([t.device != device for t in self._trained(wanted)]):
+            if device.type == "meta" or any(t.device != device for t in self._trained(wanted)):
                 return
         if wanted != self._written and not self._graphs:
             self._restore()
             if wanted is not None:
                 self._write(wanted)
-        elif self._written in names:
+        elif self._written is not None and self._written in names:
             values = self._trained(self._written)
             if not self._values.still(values):
                 self._write(self._written)  # replaced, or changed by hand
