@@ -407,7 +407,7 @@ def tune(materials: Materials, run: RunDirectory, resume_from_checkpoint: str | 
         raise InputError(f"plan: always_trained must name this model's new heads ({heads}); they cannot be left out.")
     model = model_with_heads(materials, run)
     plan.check_model(take_inventory(model, materials.new_heads), fingerprint(model, materials.new_heads))
-    model = get_peft_model(model, ReltuneConfig(plan=plan))
+    model = get_peft_model(model, ReltuneConfig(plan=plan, frozen_dtype=materials.config.frozen_dtype))
     materials.check_training(model)
     # Whole matrices want a lower rate than columns and rows do.
     whole = any(module.weight and len(module.shape) == 2 for module in plan.modules.values())
