@@ -78,7 +78,9 @@ def transposed(weight: Tensor) -> Tensor:
 
 def _has_kernels(x: Tensor) -> bool:
     """Whether the device multiplies float8 matrices with a scale per row: Ada, Hopper and Blackwell's B200."""
-    return x.is_cuda and x.numel() > 0 and _multiplies_float8(x.device) and importlib.util.find_spec("triton") is not None
+    return (
+        x.is_cuda and x.numel() > 0 and _multiplies_float8(x.device) and importlib.util.find_spec("triton") is not None
+    )
 
 
 @functools.cache
