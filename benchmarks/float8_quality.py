@@ -203,7 +203,7 @@ class Experiment:
             rounded = float8_linear(args[0], weight.view(torch.int8), scale, module.bias)
             found.append(float((rounded - y).float().norm() / y.float().norm()))
 
-        for _, module in list(convertible(model, ["classifier", "pooler"])):
+        for module in convertible(model, ["classifier", "pooler"]).values():
             module.register_forward_hook(compare)
         batch = next(self.batches(torch.arange(self.task.batch)))
         model(**batch)

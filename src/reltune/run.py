@@ -28,6 +28,7 @@ from reltune import export as exporting
 from reltune import training
 from reltune.evaluation import evaluate as measure_metrics
 from reltune.layers.fingerprint import fingerprint
+from reltune.layers.float8 import convertible
 from reltune.layers.inventory import head_modules, take_inventory
 from reltune.plan.budget import parse_budget
 from reltune.plan.plan import Plan
@@ -213,6 +214,8 @@ def check_choice(materials: Materials, select: bool = True) -> None:
         always_trained=materials.new_heads,
         progress=False,
     )
+    if config.frozen_dtype is not None:
+        convertible(materials.model, materials.new_heads)
     if select:
         relevance.provenance |= restrictions(config)
         if "element" in config.granularity:

@@ -3,7 +3,7 @@ speed on a GPU that has them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from reltune.layers import linear
 from reltune.ops.float8 import E4M3, float8_linear, quantise_weight
+from reltune.records import InputError
 
 MULTIPLE = 16  # of features: what the tensor cores' products ask for
 
@@ -57,8 +58,8 @@ def to_float8(module: nn.Linear) -> None:
     module.register_buffer("weight_scale", scale)
 
 
-def convertible(model: nn.Module, without: Collection[str] = ()) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear maps of the model that ``to_float8`` is for, by their names.
+def convertible(model: nn.Module, without: Collection[str] = ()) -> dict[str, nn.Linear]:
+    """The linear maps of the model that ``to_float8`` is for, by their names. Raises InputError where there are none.
 
     Left alone are output layers, weights that two modules share, what ``without`` names (a module's full name, or
     its end, or a module that it lies in), sizes that are no multiples of 16, and modules with a forward of their own.
@@ -67,6 +68,7 @@ def convertible(model: nn.Module, without: Collection[str] = ()) -> Iterator[tup
     owners: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    found: dict[str, nn.Linear] = {}
     for name, module in model.named_modules():
         if (
             linear.matches(module)
@@ -78,4 +80,10 @@ def convertible(model: nn.Module, without: Collection[str] = ()) -> Iterator[tup
             and not any(f".{kept}." in f".{name}." for kept in without)
             and "forward" not in vars(module)
         ):
-            yield name, module
+            found[name] = module
+    if not found:
+        raise InputError(
+            "frozen_dtype: this model has no linear map that can be held in float8, with sizes that are multiples of "
+            f"{MULTIPLE}; leave frozen_dtype out."
+        )
+    return found

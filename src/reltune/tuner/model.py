@@ -107,13 +107,7 @@ class ReltuneModel(BaseTuner):
                 "the model has adapters on its weights in full precision, so that these cannot be held in float8 any more; "
                 "give the first adapter frozen_dtype."
             )
-        trained = config.modules_to_save or []
-        self._to_float8 = dict(convertible(model, trained))
-        if not self._to_float8:
-            raise InputError(
-                "frozen_dtype: this model has no linear map that can be held in float8 (sizes must be multiples of 16); leave "
-                "frozen_dtype out."
-            )
+        self._to_float8 = convertible(model, config.modules_to_save or [])
 
     def _create_and_replace(
         self,
