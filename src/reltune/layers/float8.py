@@ -64,7 +64,8 @@ def convertible(model: nn.Module, without: Collection[str] = ()) -> dict[str, nn
     Left alone are output layers, weights that two modules share, what ``without`` names (a module's full name, or
     its end, or a module that it lies in), sizes that are no multiples of 16, and modules with a forward of their own.
     """
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_output: Any = getattr(model, "get_output_embeddings", None)
+    output = get_output() if get_output is not None else None
     owners: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
