@@ -15,8 +15,11 @@ timed steps, weights and optimizer states included.
 
 - eager: the model as Transformers writes it. liger: the same model with Liger kernels for all methods (kernel package
   `liger-kernel`; left out with its error where that is not installed).
+- fp8: the same again with the base's frozen weights in float8 (e4m3), LoRA in bfloat16 measured just before they are rounded.
+  This case is the last: the base is changed for good. "LoRA, eager" is that of case eager in the same run.
 - switch: another adapter made active on the device, beside unmerging and merging a LoRA of equal size.
-- exactness: on a model with fewer layers, every step's loss beside plain autograd through a materialised weight.
+- exactness: on a model with fewer layers, every step's loss beside plain autograd through a materialised weight; in case
+  fp8 beside the products in float32 of the same rounded numbers.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from peft import LoraConfig, ShiraConfig, get_peft_model
@@ -38,9 +42,11 @@ from torch.func import functional_call
 from harness import Benchmark, Machine, Method, Timed, arguments, benchmark
 from llama import PROJECTIONS, TINY, Shape, described, llama, texts
 from reltune import ReltuneConfig
+from reltune.ops import float8
 from reltune.plan.plan import ModulePlan, Plan
 
 Prepare = Callable[[nn.Module], nn.Module]  # base model -> model with an adapter
+FLOAT8 = "float8_e4m3fn"
 
 
 @dataclasses.dataclass
@@ -104,8 +110,8 @@ def floor(model: nn.Module, batch: dict[str, Tensor], steps: int) -> Timed:
     return Timed(_seconds(batch["input_ids"].device, run) / steps)
 
 
-def columns(r: int, layers: list[int] | None = None) -> Prepare:
-    config = {"target_modules": PROJECTIONS, "r": r, "layers_to_transform": layers}
+def columns(r: int, layers: list[int] | None = None, frozen_dtype: str | None = None) -> Prepare:
+    config = {"target_modules": PROJECTIONS, "r": r, "layers_to_transform": layers, "frozen_dtype": frozen_dtype}
     return lambda base: get_peft_model(base, ReltuneConfig(**config))
 
 
@@ -169,6 +175,51 @@ def ratios(bench: Benchmark, case: str, method: str, to: str, seconds: float, me
     if gpu and memory is not None:
         found = bench.ratio(case, method, to, "peak_bytes")
         bench.check(f"{case}: {method} / {to}, peak memory", found, memory, required=False)
+
+
+def in_float8(bench: Benchmark, options: argparse.Namespace, shape: Shape, base: nn.Module, gpu: bool) -> None:
+    """Case fp8, on a base that has Liger kernels where they are installed. Afterwards it is in float8."""
+    r, rank, top = options.columns, max(options.columns // 2, 1), top_layers(shape)
+    leaner, ours, low = (
+        f"LoRA, r = {rank}, bf16",
+        f"columns, r = {r}, fp8",
+        f"columns, r = {r}, fp8, top {len(top)} layers",
+    )
+    case(bench, options, shape, "fp8, before", base, {leaner: lora(rank, autocast=False)})
+    columns(r, frozen_dtype=FLOAT8)(base).unload()
+    methods = {ours: columns(r, frozen_dtype=FLOAT8), low: columns(r, top, FLOAT8)}
+    case(bench, options, shape, "fp8", base, methods)
+    for key, limit, kind in (("seconds", 0.62, "time"), ("peak_bytes", 0.66, "peak memory")):
+        if gpu or key == "seconds":
+            found = bench.median("fp8", ours, key) / bench.median("fp8, before", leaner, key)
+            bench.check(f"fp8: {ours} / {leaner}, {kind}", found, limit, required=False)
+    found = bench.median("fp8", low) / bench.median("eager", leaner)
+    bench.check(f"fp8: {low} / {leaner}, eager, time", found, 0.30, required=False)
+
+
+def float8_exactness(bench: Benchmark, options: argparse.Namespace, shape: Shape, steps: int = 8) -> None:
+    """Losses with the device's float8 products and with float32 products of the same rounded numbers."""
+    shape = dataclasses.replace(shape, layers=2)
+    batch = {key: value.to(options.device) for key, value in texts(shape, 2, min(options.tokens, 512)).items()}
+    losses = []
+    for kernels in (float8._has_kernels, lambda x: False):
+        with mock.patch.object(float8, "_has_kernels", kernels):
+            training = Training(
+                llama(shape, options.device), batch, columns(options.columns, None, FLOAT8), steps, 1e-3
+            )
+            with training.around():
+                training.run()
+        losses.append(training.losses[-1])
+    bench.value("fp8: losses by the device's products", [round(x, 5) for x in losses[0]])
+    bench.value("fp8: losses by float32 products", [round(x, 5) for x in losses[1]])
+    largest = max(abs(a - b) / abs(b) for a, b in zip(*losses, strict=True))
+    bench.check("fp8: largest difference of a step's loss, relative", largest, 2e-3)
+    bench.check("fp8: the training moved the loss: last / first", losses[0][-1] / losses[0][0], 0.99)
+
+
+def top_layers(shape: Shape) -> list[int]:
+    """The top quarter."""
+    return list(range(shape.layers - shape.layers // 4, shape.layers)) or [shape.layers - 1]
 
 
 def exactness(bench: Benchmark, options: argparse.Namespace, shape: Shape, steps: int = 8) -> None:
@@ -260,7 +311,7 @@ def _saved_bytes(model: Any, adapter: str) -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small model: does the script run?")
-    parser.add_argument("--cases", nargs="+", default=["exactness", "eager", "switch", "liger"])
+    parser.add_argument("--cases", nargs="+", default=["exactness", "eager", "switch", "liger", "fp8"])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--examples", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2048)
@@ -275,7 +326,7 @@ def main() -> int:
     gpu = options.device != "cpu"
     if "exactness" in options.cases:
         exactness(bench, options, shape)
-    r, top = options.columns, list(range(shape.layers - shape.layers // 4, shape.layers)) or [shape.layers - 1]
+    r, top = options.columns, top_layers(shape)
     base = llama(shape, options.device)
     rank = max(r // 2, 1)
     ours, low, leaner = f"columns, r = {r}", f"columns, r = {r}, top {len(top)} layers", f"LoRA, r = {rank}, bf16"
@@ -294,18 +345,22 @@ def main() -> int:
         ratios(bench, "eager", "elements, as many", f"SHiRA, r = {rank}", 1.00, 0.86, gpu)
     if "switch" in options.cases:
         switch(bench, options, shape, base)
-    if "liger" in options.cases:
+    if {"liger", "fp8"} & set(options.cases):
         try:
             from liger_kernel.transformers import apply_liger_kernel_to_llama
 
             apply_liger_kernel_to_llama(model=base)  # for good: nothing after it is eager
         except ImportError as error:
             bench.failed("liger", described(shape), "floor", error, required=gpu)
-        else:
-            methods = {ours: columns(r), low: columns(r, top), leaner: lora(rank, autocast=False)}
-            case(bench, options, shape, "liger", base, methods)
-            ratios(bench, "liger", ours, "floor", 1.02, 1.02, gpu)
-            ratios(bench, "liger", ours, leaner, 0.87, 0.79, gpu)
+            options.cases = [name for name in options.cases if name != "liger"]
+    if "liger" in options.cases:
+        methods = {ours: columns(r), low: columns(r, top), leaner: lora(rank, autocast=False)}
+        case(bench, options, shape, "liger", base, methods)
+        ratios(bench, "liger", ours, "floor", 1.02, 1.02, gpu)
+        ratios(bench, "liger", ours, leaner, 0.87, 0.79, gpu)
+    if "fp8" in options.cases:
+        float8_exactness(bench, options, shape)
+        in_float8(bench, options, shape, base, gpu)
     return bench.finish(options.output_dir, options.name)
 
 

@@ -315,6 +315,32 @@ def test_elements_that_cannot_be_chosen_are_refused_before_hours_are_spent(place
         assert not (place / "refused").exists()
 
 
+def test_frozen_weights_in_float8(place: Path, quick: Path) -> None:
+    run = place / "float8"
+    shutil.copytree(quick, run)
+    assert reltune("tune", run, "--frozen_dtype", "float8_e4m3fn", "--overwrite_output_dir").code == 0
+    assert read(run / "adapter" / "adapter_config.json")["frozen_dtype"] == "float8_e4m3fn"
+    tensors, others = (load_file(of / "adapter" / "adapter_model.safetensors") for of in (run, quick))
+    assert list(tensors) == list(others) and all(t.dtype in (torch.float32, torch.int64) for t in tensors.values())
+    assert any(not torch.equal(tensors[name], others[name]) for name in tensors)  # it was trained over other weights
+    for words in (["evaluate", run], ["export", run, "--to", "lora", "--output_dir", place / "float8_lora"]):
+        assert reltune(*words).code == 0  # on the base as it is
+    losses = [metrics(of)["eval_loss"] for of in (run, quick)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_what_cannot_be_held_in_float8_is_refused_before_hours_are_spent(place: Path) -> None:
+    save_tiny_bert(place / "odd", hidden=20, intermediate=24)
+    for model, words, why in (
+        ("model", ["--frozen_dtype", "float8"], "'float8_e4m3fn'"),
+        ("odd", ["--frozen_dtype", "float8_e4m3fn"], "no linear map that can be held in float8"),
+    ):
+        files = ["--model_name_or_path", place / model, "--train_file", place / "train.csv"]
+        answer = reltune("run", *files, "--output_dir", place / "refused", *words)
+        assert answer.code == 2 and why in answer.err
+        assert not (place / "refused").exists()
+
+
 # -- criteria, granularity, names -----------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from reltune import __version__
-from reltune.records import CRITERIA, GRANULARITIES, SPREADS, WITHOUT_DATA, InputError, RunConfig
+from reltune.records import CRITERIA, FROZEN_DTYPES, GRANULARITIES, SPREADS, WITHOUT_DATA, InputError, RunConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,6 +100,14 @@ Targets = Annotated[list[str] | None, typer.Option("--target_modules", metavar="
 Excludes = Annotated[
     list[str] | None, typer.Option("--exclude_modules", metavar="NAMES", help="Likewise, to leave out.")
 ]
+FrozenDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--frozen_dtype",
+        metavar="TYPE",
+        help=f"What the frozen linear maps are held in while training: {FROZEN_DTYPES[0]}. docs/float8.md has what it costs.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32 - 1)]
 Overwrite = Annotated[bool, typer.Option("--overwrite_output_dir", help="Replace what is there.")]
 # Click's class, found through Typer, which may bring its own Click.
@@ -146,6 +154,7 @@ def run(
     analysis_examples: AnalysisExamples = RunConfig.analysis_examples,
     max_trials: MaxTrials = RunConfig.max_trials,
     probe_steps: ProbeSteps = RunConfig.probe_steps,
+    frozen_dtype: FrozenDtype = None,
     seed: Seed = RunConfig.seed,
     overwrite_output_dir: Overwrite = False,
 ) -> None:
@@ -222,7 +231,9 @@ def select(
 
 
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
-def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = False) -> None:
+def tune(
+    context: typer.Context, run: Run, frozen_dtype: FrozenDtype = None, overwrite_output_dir: Overwrite = False
+) -> None:
     """Train what the plan names: RUN/adapter."""
     from reltune import run as stages
     from reltune.plan.plan import Plan

@@ -23,6 +23,7 @@ from torch import Tensor
 from reltune.records import InputError
 from reltune.tuner.conv2d import ReltuneConv2d
 from reltune.tuner.embedding import ReltuneEmbedding
+from reltune.tuner.float8 import ReltuneFloat8Linear
 from reltune.tuner.layer import ReltuneLayer
 from reltune.tuner.linear import ReltuneLinearConv1D
 
@@ -76,6 +77,12 @@ def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str =
         for name, layer in model.named_modules()
         if isinstance(layer, ReltuneLayer) and adapter_name in layer._all_available_adapter_names()
     }
+    rounded = [n for n, layer in layers.items() if isinstance(layer, ReltuneFloat8Linear)]
+    if rounded:
+        raise InputError(
+            f"the base's weights are held in float8 (in {len(rounded)} modules, {rounded[0]} the first), so that changes from "
+            "its own columns are not known; load the base anew and the adapter with PeftModel.from_pretrained, and export that."
+        )
     single = [n for n, layer in layers.items() if adapter_name in layer.reltune_elements]
     if single:
         raise InputError(

@@ -34,6 +34,7 @@ CRITERIA = (
 CRITERIA_GROUP = "reltune.criteria"  # entry points of installed packages with criteria of their own
 WITHOUT_DATA = ("magnitude", "spectral_snr", "principal", "random", "depth")  # criteria that look at no data
 GRANULARITIES = ("layer", "module", "head", "column", "row", "element", "bias", "norm")
+FROZEN_DTYPES = ("float8_e4m3fn",)  # what the base's frozen weights can be held in, other than their own type
 SPREADS = ("global", "even")  # the best units of the whole model, or the same share of every module
 
 
@@ -110,6 +111,7 @@ class RunConfig:
     max_trials: int = 400  # of criterion correlation, per kind of unit
     probe_steps: int = 50  # of criterion movement
     elements: bool = False
+    frozen_dtype: str | None = None  # of the base's linear maps while the adapter is trained
     seed: int = 42
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -138,6 +140,10 @@ class RunConfig:
                 raise InputError(f"granularity {value!r} is unknown; {nearest(value, GRANULARITIES)}")
         if self.spread not in SPREADS:
             raise InputError(f"spread {self.spread!r} is unknown; {nearest(str(self.spread), SPREADS)}")
+        if self.frozen_dtype is not None and self.frozen_dtype not in FROZEN_DTYPES:
+            raise InputError(
+                f"frozen_dtype {self.frozen_dtype!r} is unknown; {nearest(str(self.frozen_dtype), FROZEN_DTYPES)}"
+            )
         for value in self.criteria:
             if criterion_of_package(value) is None and value not in CRITERIA and value not in self._measured():
                 raise InputError(f"criteria {value!r} is unknown; {nearest(value, known_criteria())}")

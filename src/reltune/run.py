@@ -28,6 +28,7 @@ from reltune import export as exporting
 from reltune import training
 from reltune.evaluation import evaluate as measure_metrics
 from reltune.layers.fingerprint import fingerprint
+from reltune.layers.float8 import convertible
 from reltune.layers.inventory import head_modules, take_inventory
 from reltune.plan.budget import parse_budget
 from reltune.plan.plan import Plan
@@ -213,6 +214,8 @@ def check_choice(materials: Materials, select: bool = True) -> None:
         always_trained=materials.new_heads,
         progress=False,
     )
+    if config.frozen_dtype is not None:
+        convertible(materials.model, materials.new_heads)
     if select:
         relevance.provenance |= restrictions(config)
         if "element" in config.granularity:
@@ -407,7 +410,7 @@ def tune(materials: Materials, run: RunDirectory, resume_from_checkpoint: str | 
         raise InputError(f"plan: always_trained must name this model's new heads ({heads}); they cannot be left out.")
     model = model_with_heads(materials, run)
     plan.check_model(take_inventory(model, materials.new_heads), fingerprint(model, materials.new_heads))
-    model = get_peft_model(model, ReltuneConfig(plan=plan))
+    model = get_peft_model(model, ReltuneConfig(plan=plan, frozen_dtype=materials.config.frozen_dtype))
     materials.check_training(model)
     # Whole matrices want a lower rate than columns and rows do.
     whole = any(module.weight and len(module.shape) == 2 for module in plan.modules.values())

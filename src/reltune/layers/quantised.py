@@ -1,11 +1,12 @@
-"""Linear maps whose weight is held in 4 or 8 bits: bitsandbytes' Linear4bit and Linear8bitLt, torchao's weights.
+"""Linear maps whose weight is held in 4 or 8 bits: bitsandbytes' Linear4bit and Linear8bitLt, torchao's weights,
+reltune's own Float8Linear.
 
 Such a layer computes y = x Ŵᵀ + b with Ŵ the dequantised weight, and hands g Ŵ back to its input, so input and output
 gradient are those of a plain linear map and the statistics are linear.py's. Ŵ itself, in its logical shape (out, in)
 whatever the packed one is, is made for one module at a time, where a criterion asks for it. Units are columns and rows
 of Ŵ. bitsandbytes computes in another way in evaluation on a CPU: 4-bit weights are packed anew for a product without a
 gradient, and 8-bit products round their input too. ``compute_as_in_training`` keeps to the form above. On a GPU the
-8-bit product rounds its input in both; the gradient then passes straight through that rounding, as in training.
+8-bit product rounds its input in both; the gradient then passes straight through that rounding, as in training; so it does in Float8Linear.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reltune.layers.float8 import Float8Linear
 from reltune.layers.linear import by_example, input_weighted, squared_inputs, statistics
 
 __all__ = ["by_example", "input_weighted", "matches", "squared_inputs", "statistics"]
@@ -26,7 +28,8 @@ FOUR_BIT = ("Linear4bit", "LinearFP4", "LinearNF4")
 
 def matches(module: nn.Module) -> bool:
     """A quantised weight that the input's gradient passes through."""
-    return (_is_4bit(module) or _is_8bit(module) or _is_torchao(module)) and not stops_the_gradient(module)
+    held = _is_4bit(module) or _is_8bit(module) or _is_torchao(module) or isinstance(module, Float8Linear)
+    return held and not stops_the_gradient(module)
 
 
 def compute_as_in_training(model: nn.Module) -> None:
@@ -87,6 +90,8 @@ class Weights(Mapping[str, Tensor]):
 @torch.no_grad()
 def dequantised(module: nn.Module) -> Tensor:
     """Ŵ (out, in), a floating-point copy."""
+    if isinstance(module, Float8Linear):
+        return module.dequantised()
     weight: Any = module._parameters["weight"]
     if _is_4bit(module):
         from bitsandbytes.functional import dequantize_4bit

@@ -38,7 +38,7 @@ class AttachColumns(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         selected, row_idx = ctx.saved_tensors
-        gradient = _gradient(_flat(g), _flat(selected))
+        gradient = gradient_of_columns(_flat(g), _flat(selected))
         if row_idx is not None:
             gradient[row_idx] = 0
         return g, None, gradient.to(ctx.dtype), None, None
@@ -61,7 +61,7 @@ class AttachRows(torch.autograd.Function):
         return g, None, gradient.to(ctx.dtype), None
 
 
-def _gradient(g: Tensor, selected: Tensor) -> Tensor:
+def gradient_of_columns(g: Tensor, selected: Tensor) -> Tensor:
     """g (T, out), selected (T, c) -> gᵀ selected (out, c)."""
     if g.is_cuda and importlib.util.find_spec("triton") is not None:
         from reltune.ops.column_gradient import column_gradient, fits

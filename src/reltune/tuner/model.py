@@ -15,6 +15,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from reltune.layers.fingerprint import fingerprint
+from reltune.layers.float8 import Float8Linear, convertible, to_float8
 from reltune.layers.fused_norms import fuse_norms, restore_norms
 from reltune.layers.inventory import layer_type, module_info
 from reltune.layers.quantised import dequantised
@@ -24,6 +25,7 @@ from reltune.records import InputError, nearest
 from reltune.tuner.config import ReltuneConfig
 from reltune.tuner.conv2d import ReltuneConv2d
 from reltune.tuner.embedding import ReltuneEmbedding
+from reltune.tuner.float8 import ReltuneFloat8Linear
 from reltune.tuner.layer import BASE, ReltuneLayer
 from reltune.tuner.linear import ReltuneLinear, ReltuneLinearConv1D
 from reltune.tuner.norm import ReltuneNorm
@@ -90,6 +92,22 @@ class ReltuneModel(BaseTuner):
                 f"the plan or adapter was made for another base model (fingerprint {peft_config.fingerprint[:8]}…, this one "
                 f"is {found[:8]}…); load the model it was made for, or analyze and select again."
             )
+        self._find_convertible(peft_config, model, has_adapters)
+
+    def _find_convertible(self, config: Any, model: nn.Module, has_adapters: bool) -> None:
+        """Note the linear maps to be held in float8 by the time the adapter is in place."""
+        self._to_float8: dict[str, nn.Linear] = {}
+        # For inference columns are put into the base as it is, where they can be merged too.
+        if config.frozen_dtype is None or config.inference_mode:
+            return
+        if any(isinstance(module, Float8Linear) for module in model.modules()):
+            return  # it was converted with an earlier adapter
+        if has_adapters:
+            raise InputError(
+                "the model has adapters on its weights in full precision, so that these cannot be held in float8 any more; "
+                "give the first adapter frozen_dtype."
+            )
+        self._to_float8 = convertible(model, config.modules_to_save or [])
 
     def _create_and_replace(
         self,
@@ -139,6 +157,11 @@ class ReltuneModel(BaseTuner):
             )
         if isinstance(target, ReltuneLayer):
             layer = target
+        elif current_key in self._to_float8 and not (units.rows or units.elements or units.weight):
+            to_float8(target)
+            layer = ReltuneFloat8Linear(target, unrounded=weight)
+        elif isinstance(base, Float8Linear):
+            layer = ReltuneFloat8Linear(target)
         else:
             layer = LAYER_CLASSES[found[0]](target)
         layer.update_layer(
@@ -148,6 +171,7 @@ class ReltuneModel(BaseTuner):
             peft_config.inference_mode,
             indices_follow=peft_config.units is not None and current_key not in peft_config._chosen,
         )
+        self._to_float8.pop(current_key, None)  # converted, or to be left alone
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # an additional adapter is not trained until it is set
@@ -221,6 +245,9 @@ class ReltuneModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, *args, **kwargs)
+        for module in self._to_float8.values():
+            to_float8(module)
+        self._to_float8.clear()
         # A hook of the base model and not this class's forward, which PeftModel without a task type goes past.
         if _before_forward not in model._forward_pre_hooks.values():
             model.register_forward_pre_hook(_before_forward)

@@ -1,0 +1,122 @@
+"""What one linear map takes with its weight in float8, part by part, beside the same map in bfloat16.
+
+On one GPU that multiplies float8, without a network, from the repository's root (about a minute on an H200):
+
+    PYTHONPATH=src python3 benchmarks/float8_products.py --device cuda --commit COMMIT --output_dir benchmarks/results
+
+and on any machine: python benchmarks/float8_products.py --tiny --output_dir /tmp
+
+Shapes are those of Llama-3.1-8B's projections, inputs 8192 normal tokens with some large features, as language models
+have them. A repeat is the mean of CALLS calls. Errors are relative to a product in float32 of the same bfloat16 numbers:
+‖y − y₃₂‖ / ‖y₃₂‖.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness import Benchmark, Method, Timed, arguments, benchmark
+from reltune.layers.float8 import to_float8
+from reltune.ops import float8
+from reltune.ops.attach import gradient_of_columns
+
+SHAPES = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)}  # out, in
+TINY = {"small": (48, 64)}
+
+
+def repeated(bench: Benchmark, run: Callable[[], Any], calls: int) -> Callable[[], Timed]:
+    def timed() -> Timed:
+        started = bench.machine.now()
+        for _ in range(calls):
+            run()
+        return Timed((bench.machine.now() - started) / calls)
+
+    return timed
+
+
+def inputs(tokens: int, features: int, device: str) -> Tensor:
+    x = torch.randn(tokens, features, device=device)
+    x[:, :: max(features // 8, 1)] *= 20
+    return x.to(torch.bfloat16)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.float() - wanted).norm() / wanted.norm())
+
+
+def measure(bench: Benchmark, options: argparse.Namespace, name: str, out: int, features: int, tokens: int) -> None:
+    linear = torch.nn.Linear(features, out, bias=False, device=options.device, dtype=torch.bfloat16)
+    linear.requires_grad_(False)
+    x, g = inputs(tokens, features, options.device), inputs(tokens, out, options.device)
+    weight = linear.weight.data
+    wanted = x.float() @ weight.float().mT, g.float() @ weight.float()
+    bench.value(f"{name}: relative error of x Wᵀ in bfloat16", error(x @ weight.mT, wanted[0]))
+    bench.value(f"{name}: relative error of g W in bfloat16", error(g @ weight, wanted[1]))
+    to_float8(linear)
+    q, scale = linear.weight, linear.weight_scale
+    rounded, rounded_g = float8.quantise_rows(x), float8.quantise_rows(g, scale.float())
+    turned = float8.transposed(q)
+    y = float8._product(rounded, q, scale, torch.bfloat16)
+    dx = float8._product(rounded_g, turned, None, torch.bfloat16)
+    bench.value(f"{name}: relative error of x Wᵀ in float8", error(y, wanted[0]))
+    bench.value(f"{name}: relative error of g W in float8", error(dx, wanted[1]))
+    del wanted
+    change = torch.randn(out, options.columns, device=options.device, dtype=torch.bfloat16)
+    idx = torch.arange(options.columns, device=options.device) * (features // options.columns)
+    selected = x.index_select(1, idx)
+    parts: dict[str, Callable[[], Any]] = {
+        "x Wᵀ, bfloat16": lambda: x @ weight.mT,
+        "g W, bfloat16": lambda: g @ weight,
+        "x Wᵀ, float8": lambda: float8._product(rounded, q, scale, torch.bfloat16),
+        "g W, float8": lambda: float8._product(rounded_g, turned, None, torch.bfloat16),
+        "rounding x": lambda: float8.quantise_rows(x),
+        "rounding g · scale": lambda: float8.quantise_rows(g, scale.float()),
+        "rounding x, PyTorch": lambda: float8.quantise_rows_reference(x),
+        "transposing W": lambda: float8.transposed(q),
+        "transposing W, PyTorch": lambda: q.t().contiguous(),
+        "adding the columns to y": lambda: y.addmm_(selected, change.mT),
+        "gradient of the columns": lambda: gradient_of_columns(g, selected),
+        "adding the columns to ∂x": lambda: dx.index_copy_(1, idx, dx.index_select(1, idx).addmm_(g, change)),
+    }
+    if float8._has_kernels(q):
+        one = torch.ones((), device=options.device)
+        for fast in (True, False):
+            parts[f"x Wᵀ, float8, one scale, fast accumulation {fast}"] = lambda fast=fast: torch._scaled_mm(
+                rounded[0], q.view(float8.E4M3).t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=fast
+            )
+        parts["x Wᵀ, float8, fast accumulation False"] = lambda: torch._scaled_mm(
+            rounded[0],
+            q.view(float8.E4M3).t(),
+            rounded[1],
+            scale.float()[None],
+            out_dtype=torch.bfloat16,
+            use_fast_accum=False,
+        )
+    methods = [Method(part, repeated(bench, run, options.calls)) for part, run in parts.items()]
+    bench.measure(name, {"tokens": tokens, "out": out, "in": features}, methods, options.repeats)
+    bench.save(options.output_dir, options.name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="one small map: does the script run?")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--columns", type=int, default=32)
+    parser.add_argument("--calls", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = arguments(parser, "float8_products")
+    if options.tiny:
+        options.tokens, options.columns, options.calls = 40, 4, 2
+    bench = benchmark(options)
+    for name, (out, features) in (TINY if options.tiny else SHAPES).items():
+        measure(bench, options, name, out, features, options.tokens)
+    return bench.finish(options.output_dir, options.name)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

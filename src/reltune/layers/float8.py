@@ -1,0 +1,90 @@
+"""Frozen linear maps whose weight is held in float8 (ops/float8.py): half of bfloat16's memory, and products at twice its
+speed on a GPU that has them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reltune.layers import linear
+from reltune.ops.float8 import E4M3, float8_linear, quantise_weight
+from reltune.records import InputError
+
+MULTIPLE = 16  # of features: what the tensor cores' products ask for
+
+
+class Float8Linear(nn.Linear):
+    """An nn.Linear that was converted by ``to_float8``; its weight is frozen for good.
+
+    ``weight`` (out, in) holds the float8 numbers as int8, which libraries take for numbers that they must not cast, and
+    ``weight_scale`` (out,) a power of two per output, which no cast of the model changes. A weight that is loaded in another
+    type is rounded.
+    """
+
+    weight_scale: Tensor
+
+    @torch.compiler.disable  # remembers its last input in Python
+    def forward(
+        self, input: Tensor, columns: Tensor | None = None, idx: Tensor | None = None, own: Tensor | None = None
+    ) -> Tensor:
+        """``columns`` D (out, c) at ``idx`` (c,) in place of the weight's own, Ŵ[:, idx], which are given too."""
+        return float8_linear(input, self.weight, self.weight_scale, self.bias, columns, idx, own)
+
+    def dequantised(self) -> Tensor:
+        """Ŵ (out, in), exact in the dtype that the model has, or had when the weight was rounded."""
+        return self.weight.detach().view(E4M3).to(self.weight_scale.dtype) * self.weight_scale[:, None]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and weight.is_floating_point():
+            rounded, scale = quantise_weight(weight.to(self.weight_scale.dtype))
+            state_dict = {
+                **{key: value for key, value in state_dict.items() if key.startswith(prefix)},
+                f"{prefix}weight": rounded.view(torch.int8),
+                f"{prefix}weight_scale": scale,
+            }
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+@torch.no_grad()
+def to_float8(module: nn.Linear) -> None:
+    """Round the module's weight where it is, and free it. Its name, hooks and bias stay."""
+    rounded, scale = quantise_weight(module.weight)
+    module.__class__ = Float8Linear
+    module.weight = nn.Parameter(rounded.view(torch.int8), requires_grad=False)
+    module.register_buffer("weight_scale", scale)
+
+
+def convertible(model: nn.Module, without: Collection[str] = ()) -> dict[str, nn.Linear]:
+    """The linear maps of the model that ``to_float8`` is for, by their names. Raises InputError where there are none.
+
+    Left alone are output layers, weights that two modules share, what ``without`` names (a module's full name, or
+    its end, or a module that it lies in), sizes that are no multiples of 16, and modules with a forward of their own.
+    """
+    get_output: Any = getattr(model, "get_output_embeddings", None)
+    output = get_output() if get_output is not None else None
+    owners: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    found: dict[str, nn.Linear] = {}
+    for name, module in model.named_modules():
+        if (
+            linear.matches(module)
+            and isinstance(module, nn.Linear)
+            and module is not output
+            and module.weight.dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+            and not any(size % MULTIPLE for size in module.weight.shape)
+            and owners[id(module.weight)] == 1
+            and not any(f".{kept}." in f".{name}." for kept in without)
+            and "forward" not in vars(module)
+        ):
+            found[name] = module
+    if not found:
+        raise InputError(
+            "frozen_dtype: this model has no linear map that can be held in float8, with sizes that are multiples of "
+            f"{MULTIPLE}; leave frozen_dtype out."
+        )
+    return found

@@ -1,0 +1,213 @@
+"""A linear map whose frozen weight is held in float8 (e4m3), with selected columns trained beside it in full precision.
+
+    y = x̂ Ŵᵀ + b + x[:, idx] (D − Ŵ[:, idx])ᵀ
+
+Ŵ has one scale per output, a power of two: Ŵ = q · 2^k is exact in every floating type, and so are the columns D − Ŵ[:, idx]
+that a change is taken from. x̂ is x rounded to e4m3 with one scale per token, made anew in every call. In the backward pass
+∂x = (g ⊙ scales of Ŵ)^ q + g (D − Ŵ[:, idx]) in the selected columns, with ^ the same rounding per token, and ∂D = gᵀ x[:, idx];
+roundings pass gradients straight through. x[:, idx] and D − Ŵ[:, idx] are all that is kept for it, and a reference to q.
+
+Products of two float8 matrices run in tensor cores at twice bfloat16's rate (torch._scaled_mm); Hopper wants the second
+factor by columns, so the backward pass makes the transpose of q and frees it. Elsewhere the same numbers are multiplied
+in float32: slow, and equal but for the order of additions. The rounding of rows is that of torchao's rowwise float8
+training, which is no use here: its Float8Linear keeps the weight in high precision and all of x, and its Float8Tensor, which
+does neither, gives the input no gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from reltune.ops.attach import gradient_of_columns
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = torch.finfo(E4M3).max
+SMALLEST = 1e-30  # of a row's largest number, so that its scale is a normal float32
+LOWEST_EXPONENT = -24  # of a weight's scale: float16's smallest number
+FAST_ACCUMULATION = True  # sums within a tensor core's instruction are kept at fewer bits, at twice the speed
+
+Rounded = tuple[Tensor, Tensor]  # e4m3 (T, n), and scales (T, 1) in float32 that it is multiplied by
+
+
+def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """W (out, in) -> q (out, in) in e4m3 and scales (out,) of W's dtype, powers of two, with Ŵ = q · scales[:, None].
+
+    Each row's largest number lies in 224 … 448, the upper half of what e4m3 can hold. Quantising Ŵ gives q again.
+    """
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    largest = wide.abs().amax(1).float()
+    exponent = torch.frexp(largest / LARGEST).exponent.clamp(min=LOWEST_EXPONENT)
+    scale = (exponent + 127).bitwise_left_shift(23).view(torch.float32)  # 2^exponent; exp2 may be off by a bit
+    return (wide / scale[:, None]).to(E4M3), scale.to(weight.dtype)
+
+
+def quantise_rows_reference(x: Tensor, factor: Tensor | None = None) -> Rounded:
+    """Like quantise_rows, in PyTorch."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if factor is not None:
+        wide = wide * factor
+    largest = wide.abs().amax(-1, keepdim=True).clamp(min=SMALLEST).float()
+    return (wide * (LARGEST / largest)).to(E4M3), largest / LARGEST
+
+
+def quantise_rows(x: Tensor, factor: Tensor | None = None) -> Rounded:
+    """x (T, n), factor (n,) in float32 or None -> x · factor, rounded per row with its largest number at 448."""
+    if _has_kernels(x):
+        from reltune.ops.float8_kernels import LONGEST, quantise_rows
+
+        if x.shape[1] <= LONGEST:
+            return quantise_rows(x, factor, LARGEST, SMALLEST)
+    return quantise_rows_reference(x, factor)
+
+
+def transposed(weight: Tensor) -> Tensor:
+    """q (out, in) as int8 -> a contiguous (in, out)."""
+    if _has_kernels(weight):
+        from reltune.ops.float8_kernels import transposed
+
+        return transposed(weight)
+    return weight.t().contiguous()
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether the device multiplies float8 matrices with a scale per row: Ada, Hopper and Blackwell's B200."""
+    return (
+        x.is_cuda and x.numel() > 0 and _multiplies_float8(x.device) and importlib.util.find_spec("triton") is not None
+    )
+
+
+@functools.cache
+def _multiplies_float8(device: torch.device) -> bool:
+    # cuBLAS refuses scales per row on compute capability 12 (pytorch/pytorch#192707); AMD's float8 is another one.
+    return torch.version.hip is None and (8, 9) <= torch.cuda.get_device_capability(device) < (12, 0)
+
+
+def _product(rounded: Rounded, weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x̂ (T, k) and q (n, k) as int8 -> x̂ qᵀ · scale (n,) or 1, (T, n) in ``dtype``. Both are read along k."""
+    q, scales = rounded
+    if _has_kernels(q):
+        other = torch.ones(len(weight), device=q.device) if scale is None else scale.float()
+        y = torch._scaled_mm(
+            q,
+            weight.view(E4M3).t(),
+            scale_a=scales,
+            scale_b=other[None],
+            out_dtype=torch.bfloat16,  # the only one that scales per row are sure to have; far finer than e4m3
+            use_fast_accum=FAST_ACCUMULATION,
+        )
+        return y.to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    y = q.to(wide) @ weight.view(E4M3).to(wide).mT * scales
+    return (y if scale is None else y * scale).to(dtype)
+
+
+class Latest:
+    """The input that was rounded last, for the next map that has the same one: q, k and v, or gate and up."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[Any, tuple[int, int], Rounded] | None = None  # the input is held weakly
+
+    def rounded(self, x: Tensor) -> Rounded:
+        if x.is_inference():  # has no count of its changes
+            return quantise_rows(_flat(x))
+        seen, state = self._seen, (x._version, x.data_ptr() if x.device.type != "meta" else 0)
+        if seen is not None and seen[0]() is x and seen[1] == state:
+            return seen[2]
+        made = quantise_rows(_flat(x))
+        self._seen = weakref.ref(x, self._forget), state, made
+        return made
+
+    def _forget(self, reference: Any) -> None:
+        if self._seen is not None and self._seen[0] is reference:
+            self._seen = None
+
+
+_latest = Latest()
+
+
+class Float8Product(torch.autograd.Function):
+    """One map; x (T, in), its rounding, q (out, in) as int8, scale (out,), bias (out,) or None, and of c columns the trained
+    values D (out, c), idx (c,) and Ŵ[:, idx] (out, c), or None -> y (T, out) in ``dtype``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        rounded: Rounded,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        columns: Tensor | None,
+        idx: Tensor | None,
+        own: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        selected = change = None
+        with torch.autocast(x.device.type, enabled=False):
+            y = _product(rounded, weight, scale, dtype)
+            if bias is not None:
+                y += bias.to(dtype)
+            if columns is not None and idx is not None and own is not None:
+                change = (columns - own).to(dtype)
+                selected = x.index_select(1, idx).to(dtype)
+                y.addmm_(selected, change.mT)
+        differentiates_x, trains = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
+        ctx.save_for_backward(
+            *((weight, scale, change, idx) if differentiates_x else (None,) * 4), selected if trains else None
+        )
+        ctx.dtypes = x.dtype, None if columns is None else columns.dtype, None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale, change, idx, selected = ctx.saved_tensors
+        of_x, of_columns, of_bias = ctx.dtypes
+        found: list[Tensor | None] = [None] * 9
+        with torch.autocast(g.device.type, enabled=False):
+            if selected is not None:
+                found[5] = gradient_of_columns(g, selected).to(of_columns)
+            if ctx.needs_input_grad[4]:
+                found[4] = g.sum(0).to(of_bias)
+            if weight is not None:
+                dx = _product(quantise_rows(g, scale.float()), transposed(weight), None, g.dtype)
+                if change is not None:
+                    dx.index_copy_(1, idx, dx.index_select(1, idx).addmm_(g, change))
+                found[0] = dx.to(of_x)
+        return tuple(found)
+
+
+def float8_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    columns: Tensor | None = None,
+    idx: Tensor | None = None,
+    own: Tensor | None = None,
+) -> Tensor:
+    """x (…, in) -> y (…, out), of x's dtype or autocast's: the map at the top of this file.
+
+    ``weight`` is q (out, in) as int8 and ``scale`` (out,); ``columns`` D (out, c), ``idx`` (c,) int64, all different, and ``own``
+    Ŵ[:, idx] (out, c) come together or not at all.
+    """
+    kind = x.device.type
+    dtype = x.dtype
+    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+    with torch.no_grad():
+        rounded = _latest.rounded(x)
+    y = Float8Product.apply(_flat(x), rounded, weight, scale, bias, columns, idx, own, dtype)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(…, features) -> (vectors, features), also for a single vector."""
+    return x.reshape(-1, x.shape[-1])

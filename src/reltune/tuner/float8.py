@@ -1,0 +1,58 @@
+"""Linear maps whose frozen weight is held in float8 (layers/float8.py), with columns trained beside it in full precision.
+
+The current values D of the columns stand in for the rounded ones, so that an adapter means the same here and on the
+base model in full precision. They start from the columns as they were before rounding, where these are still there: with
+the first adapter, which is put in before the weight is rounded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from reltune.layers.float8 import Float8Linear
+from reltune.plan.plan import ModulePlan
+from reltune.records import InputError
+from reltune.tuner.quantised import ReltuneQuantisedLinear
+
+
+class ReltuneFloat8Linear(ReltuneQuantisedLinear):
+    """Float8Linear. ``unrounded`` (out, in) is its weight before rounding, which the first adapter's columns start from."""
+
+    def __init__(self, base_layer: nn.Module, unrounded: Tensor | None = None) -> None:
+        super().__init__(base_layer)
+        self._unrounded = None if unrounded is None else unrounded.detach()
+
+    @property
+    def _base(self) -> Float8Linear:
+        base = self.get_base_layer()
+        assert isinstance(base, Float8Linear)
+        return base
+
+    def update_layer(self, adapter_name: str, units: ModulePlan, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().update_layer(adapter_name, units, *args, **kwargs)
+        finally:
+            self._unrounded = None
+
+    def _pristine_weight(self) -> Tensor:
+        return self._base.dequantised() if self._unrounded is None else self._unrounded
+
+    def _remember(self, adapter_name: str, pristine: Tensor) -> None:
+        super()._remember(adapter_name, self._base.dequantised())
+
+    def _output(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        partial = [name for name in names if name in self.originals]
+        alone = len(partial) == 1 and not any(name in self.reltune_bias for name in names)
+        if not alone or self.originals[partial[0]].rows is not None:
+            return super()._output(x, names, *args, **kwargs)
+        self._check_loaded(partial)
+        kept = self.originals[partial[0]]
+        return self.base_layer(x, self.reltune_columns[partial[0]], kept.column_idx, kept.columns)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise InputError(
+            "an adapter cannot be merged into a weight held in float8, which would round what was trained; load the base "
+            "model anew and the adapter with PeftModel.from_pretrained, and merge there."
+        )
