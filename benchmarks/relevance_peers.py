@@ -55,7 +55,7 @@ OURS, WHOLE = "reltune, one batch", "reltune.analyze, whole call"
 def minilm_case(tokens: int, examples: int, tiny: bool) -> Case:
     """A real encoder with a new head of five classes, on real texts cut to ``tokens`` tokens each: no padding."""
     from reltune.demo import demo_config
-    from reltune.tasks.rows import bbc_news
+    from reltune.tasks.corpora import bbc_news
 
     path = demo_config("", 0).model_name_or_path
     options: dict[str, Any] = {"num_labels": 5, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -68,13 +68,13 @@ def minilm_case(tokens: int, examples: int, tiny: bool) -> Case:
         torch.manual_seed(0)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(path, **options)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    rows = bbc_news()
-    classes = sorted({row.label for row in rows})
+    rows = [row.values for row in bbc_news()]
+    classes = sorted({row["label"] for row in rows})
     # Every so many-th of the texts that are long enough, so that all classes occur.
-    long_enough = [row for row in rows if len(row.text.split()) >= tokens]
+    long_enough = [row for row in rows if len(row["text"].split()) >= tokens]
     chosen = long_enough[:: max(1, len(long_enough) // examples)][:examples]
-    encoded = tokenizer([row.text for row in chosen], truncation=True, max_length=tokens, return_tensors="pt")
-    batch = {"input_ids": encoded["input_ids"], "labels": torch.tensor([classes.index(row.label) for row in chosen])}
+    encoded = tokenizer([row["text"] for row in chosen], truncation=True, max_length=tokens, return_tensors="pt")
+    batch = {"input_ids": encoded["input_ids"], "labels": torch.tensor([classes.index(row["label"]) for row in chosen])}
     maps = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".encoder." in n}
     model.eval().requires_grad_(False)
     return Case(model, maps, batch, LOSSES["sequence_classification"].per_example, mean_cross_entropy)

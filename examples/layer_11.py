@@ -17,21 +17,21 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 import reltune
-from reltune.tasks.rows import bbc_news
+from reltune.tasks.corpora import bbc_news
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 # 1. Load a pretrained model, its tokenizer and a task: BBC news, five topics.
-news = bbc_news()
+news = [row.values for row in bbc_news()]
 random.Random(0).shuffle(news)
-labels = sorted({row.label for row in news})
+labels = sorted({row["label"] for row in news})
 tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
 model = AutoModelForSequenceClassification.from_pretrained(MODEL_DIR, num_labels=len(labels)).to(device)
 
 
 def batches(rows, shuffle):
-    items = [{**tokenizer(row.text, truncation=True, max_length=48), "labels": labels.index(row.label)} for row in rows]
+    items = [{**tokenizer(row["text"], truncation=True, max_length=48), "labels": labels.index(row["label"])} for row in rows]
     return DataLoader(items, batch_size=32, shuffle=shuffle, collate_fn=DataCollatorWithPadding(tokenizer))
 
 

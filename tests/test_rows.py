@@ -9,7 +9,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reltune.records import InputError
-from reltune.tasks.rows import Row, bbc_news, check_splits, read_rows, split_off
+from reltune.tasks.corpora import bbc_news
+from reltune.tasks.rows import Row, Rows, check_splits, checked, read_rows, require_columns, split_off
+from reltune.tasks.sequence_classification import SequenceClassification
+
+TEXT_AND_LABEL = {"text": "--text_column", "label": "--label_column"}
+
+
+def row(text, label, line):
+    return Row({"text": text, "label": label}, line)
+
+
+def good_rows(path, encoding="utf-8", on_bad_rows="error"):
+    rows = read_rows(path, encoding)
+    require_columns(rows, TEXT_AND_LABEL)
+    return checked(rows, SequenceClassification([]).problem, on_bad_rows)
+
+
+def content(row):
+    return row.values["text"]
+
+
+def label(row):
+    return row.values["label"]
 
 
 def written(tmp_path, content, name="data.csv", encoding="utf-8"):

@@ -39,6 +39,7 @@ SPREADS = ("global", "even")  # the best units of the whole model, or the same s
 
 
 DATASETS = ("bbc_news",)
+ON_BAD_ROWS = ("error", "skip")
 
 
 class InputError(ValueError):

