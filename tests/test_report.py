@@ -47,6 +47,10 @@ def shown(renderable, width):
     return console.export_text().splitlines()
 
 
+def scores(accuracy, f1_macro):
+    return {"accuracy": accuracy, "f1_macro": f1_macro}
+
+
 FULL = RunRecord(
     title="News by topic",
     config={"model_name_or_path": "some/model", "training": {"learning_rate": 0.003}, "criteria": ["fisher"]},
@@ -69,8 +73,8 @@ FULL = RunRecord(
         {"train_runtime": 3.0, "step": 20, "epoch": 1.0},
     ],
     comparison=[
-        MethodResult("columns", 547072, 3845, 0.9713, 0.9654, 0.0891, 0.1234, 2 * 2**30, 3 * 2**20, 2.25, 2.125),
-        MethodResult("head alone", 0, 3845, 0.9111, 0.9022, 0.3, None, None, None, None, note="base unchanged"),
+        MethodResult("columns", 547072, 3845, scores(0.9713, 0.9654), 0.0891, 0.1234, 2 * 2**30, 3 * 2**20, 2.25, 2.125),
+        MethodResult("head alone", 0, 3845, scores(0.9111, 0.9022), 0.3, None, None, None, None, note="base unchanged"),
     ],
     notes=["Measured on two cores."],
 )
@@ -206,7 +210,7 @@ def test_numbers(write, value, text):
 
 def test_comparison_table_fits_100_columns():
     wide = MethodResult(
-        *("full fine-tuning of every parameter", 7_241_748_480, 10_592_130, 1.0, 1.0, 0.0791),
+        *("full fine-tuning of every parameter", 7_241_748_480, 10_592_130, scores(1.0, 1.0), 0.0791),
         *(12.28123, 127 * 2**30, 13 * 2**30, 1234.567, 1234.567),
     )
     lines = shown(comparison_table([*FULL.comparison, wide]), 100)
@@ -287,7 +291,7 @@ def test_report_escapes_what_users_wrote(tmp_path):
     h = Heatmap(EVIL, [EVIL, "b&amp;.1"], [EVIL, "x.<b>y</b>"], [[0.0, None], [0.0, 0.0]], [0.0, 0.0])
     record = RunRecord(
         *(EVIL, {"model_name_or_path": EVIL, EVIL: [EVIL]}, [h, h], EVIL, [EVIL], {EVIL: 3}, {EVIL: 1.0}),
-        *([], [MethodResult(EVIL, 1, 2, 0.5, 0.5, 0.1, None, None, None, None, note=EVIL)], [EVIL]),
+        *([], [MethodResult(EVIL, 1, 2, scores(0.5, 0.5), 0.1, None, None, None, None, note=EVIL)], [EVIL]),
     )
     page = page_of(tmp_path, record)
     assert [tag for tag, _ in page.elements].count("script") == [

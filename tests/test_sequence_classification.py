@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 import shutil
 
 import numpy as np
@@ -22,7 +23,13 @@ from reltune.tasks.sequence_classification import SequenceClassification
 from tiny_models import save_tiny_bert, save_tiny_gpt2, tiny_decoder_tokenizer, tiny_tokenizer
 
 TASK = SequenceClassification(["差评", "好评", "neutral"])
-ROWS = [Row("good film", "好评", 2), Row("电影 坏 " * 40, "差评", 3), Row("fine", "neutral", 4)]
+
+
+def row(text, label, line):
+    return Row({"text": text, "label": label}, line)
+
+
+ROWS = [row("good film", "好评", 2), row("电影 坏 " * 40, "差评", 3), row("fine", "neutral", 4)]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +88,7 @@ def error_of(call, *arguments):
     ],
 )
 def test_labels_are_sorted(labels, order):
-    task = SequenceClassification.from_rows([Row("t", label, 1) for label in labels])
+    task = SequenceClassification().fitted([row("t", label, 1) for label in labels])
     assert task.labels == order
     assert (task.name, task.peft_task_type) == ("sequence_classification", "SEQ_CLS")
 
@@ -186,17 +193,17 @@ def test_encode(models):
     assert [data[i]["labels"] for i in range(3)] == [1, 0, 2]
     assert data.n_truncated == 1
     # the model has 64 positions, so more is cut whatever max_length says
-    data = TASK.encode([Row("fine " * 62, "好评", 1), Row("fine " * 63, "好评", 2)], tokenizer, 512)
+    data = TASK.encode([row("fine " * 62, "好评", 1), row("fine " * 63, "好评", 2)], tokenizer, 512)
     assert [len(data[i]["input_ids"]) for i in range(2)] == [64, 64]
     assert data[0]["input_ids"][1] == fine
     assert len(TASK.encode([], tokenizer, 10)) == 0
 
 
 def test_long_texts_are_counted_and_not_logged(models, logged):
-    rows = [Row("fine " * 62, "好评", 1), Row("fine " * 63, "好评", 2)]
+    rows = [row("fine " * 62, "好评", 1), row("fine " * 63, "好评", 2)]
     assert TASK.encode(rows, TASK.load_tokenizer(models / "bert"), 512).n_truncated == 1
     in_python = ByT5Tokenizer(model_max_length=64)  # a token for each byte, and one at the end
-    rows = [Row("x" * 63, "好评", 1), Row("x" * 64, "好评", 2), Row("好" * 22, "好评", 3)]
+    rows = [row("x" * 63, "好评", 1), row("x" * 64, "好评", 2), row("好" * 22, "好评", 3)]
     assert TASK.encode(rows, in_python, 512).n_truncated == 2
     assert logged == []
 
@@ -215,9 +222,9 @@ def test_positions_that_roberta_counts_from_two(tmp_path):
 def test_encode_refuses(models):
     tokenizer = TASK.load_tokenizer(models / "bert")
     assert "at least 3" in error_of(TASK.encode, ROWS, tokenizer, 2)
-    message = error_of(TASK.encode, [Row("good", "好", 9)], tokenizer, 8)
+    message = error_of(TASK.encode, [row("good", "好", 9)], tokenizer, 8)
     assert "'好'" in message and "line 9" in message
-    message = error_of(TASK.encode, [Row(" ", "好评", 5)], tiny_decoder_tokenizer(), 8)
+    message = error_of(TASK.encode, [row(" ", "好评", 5)], tiny_decoder_tokenizer(), 8)
     assert "line 5" in message and "no tokens" in message
 
 
@@ -236,8 +243,12 @@ def test_metrics():
     truth = np.array([0, 1, 0, 2])
     # class 0: precision 1, recall 1/2, F1 2/3; class 1: precision 1/3, recall 1, F1 1/2; classes 2 and 3: 0
     expected = {"accuracy": 0.5, "f1_macro": (2 / 3 + 1 / 2) / 4}
+    # Matthews' coefficient for several classes (Gorodkin 2004): predicted 0, 1, 1, 1 against 0, 1, 0, 2
+    right, count, predicted_as, are = 2, 4, np.array([1, 3, 0, 0]), np.array([2, 1, 1, 0])
+    covariances = [count**2 - (of**2).sum() for of in (predicted_as, are)]
+    expected["matthews"] = (right * count - predicted_as @ are) / math.sqrt(math.prod(covariances))
     assert TASK.compute_metrics(EvalPrediction(logits, truth)) == pytest.approx(expected)
-    assert TASK.compute_metrics(EvalPrediction((logits, logits * 0), truth)) == pytest.approx(expected)
+    assert TASK.reduced((logits, logits * 0), truth) is logits
 
 
 def test_paths_that_hold_no_model(tmp_path, monkeypatch):

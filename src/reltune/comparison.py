@@ -69,8 +69,7 @@ def compare(materials: Materials, run: RunDirectory, results: dict[str, Any]) ->
             method=f"reltune: {', '.join(plan.granularity)} by {plan.criterion}, {plan.budget}",
             trainable_parameters=plan.parameters,
             head_parameters=plan.head_parameters,
-            accuracy=results["test_accuracy"],
-            f1_macro=results["test_f1_macro"],
+            metrics=task_metrics(materials, results),
             loss=results["test_loss"],
             seconds_per_step=results["train_seconds_per_step"],
             peak_memory_bytes=results["train_peak_memory_bytes"],
@@ -97,6 +96,12 @@ def compare(materials: Materials, run: RunDirectory, results: dict[str, Any]) ->
     return rows
 
 
+def task_metrics(materials: Materials, results: dict[str, Any]) -> dict[str, float]:
+    """The task's own metrics on test data, those that were measured."""
+    names = materials.task.metrics
+    return {name: results[f"test_{name}"] for name in names if f"test_{name}" in results}
+
+
 def _train(materials: Materials, run: RunDirectory, baseline: Baseline, scratch: Path) -> MethodResult:
     model = model_with_heads(materials, run)
     prefixes = tuple(baseline.trained(materials, model))
@@ -112,17 +117,16 @@ def _train(materials: Materials, run: RunDirectory, baseline: Baseline, scratch:
     _, cost = training.train(
         model,
         args,
+        materials.task,
+        materials.tokenizer,
         materials.train,
-        None,
-        materials.collator,
-        materials.task.compute_metrics,
         description=baseline.name,
     )
     metrics = evaluate(
         model,
         {"test": materials.test},
-        materials.collator,
-        materials.task.compute_metrics,
+        materials.task,
+        materials.tokenizer,
         **placement(materials.config),
     )
     save_model(model, str(scratch / f"{baseline.name}.safetensors"))
@@ -132,8 +136,7 @@ def _train(materials: Materials, run: RunDirectory, baseline: Baseline, scratch:
         method=baseline.name,
         trainable_parameters=sum(p.numel() for p in chosen.values()) - head,
         head_parameters=head,
-        accuracy=metrics["test_accuracy"],
-        f1_macro=metrics["test_f1_macro"],
+        metrics=task_metrics(materials, metrics),
         loss=metrics["test_loss"],
         seconds_per_step=cost.seconds_per_step,
         peak_memory_bytes=cost.peak_memory_bytes,

@@ -5,42 +5,42 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainingArguments
 
 from reltune.progress import show_progress
+from reltune.tasks.task import Examples, Task
 
 
 def evaluate(
     model: nn.Module,
-    datasets: Mapping[str, Any],
-    collator: Any,
-    compute_metrics: Callable[[Any], dict[str, float]],
+    datasets: Mapping[str, Examples],
+    task: Task,
+    processor: Any,
     **arguments: Any,
 ) -> dict[str, float]:
-    """Loss and metrics on each data set, keyed as transformers does: ``eval_loss``, ``test_accuracy``, ``test_f1_macro``.
+    """Loss and the task's metrics on each data set, keyed as transformers does: ``eval_loss``, ``test_accuracy``.
 
-    ``datasets`` maps the prefix ("eval", "test") to the data, ``arguments`` are fields of TrainingArguments. Run times
-    are left out: they are no property of the model.
+    ``datasets`` maps the prefix ("eval", "test") to the examples, ``arguments`` are fields of TrainingArguments. Run
+    times are left out: they are no property of the model.
     """
     results: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        args = TrainingArguments(
-            output_dir=scratch,
-            **{"per_device_eval_batch_size": 64, "report_to": "none", "dataloader_pin_memory": False, **arguments},
-        )
-        trainer = Trainer(model=model, args=args, data_collator=collator, compute_metrics=compute_metrics)
-        show_progress(trainer, "evaluate")
-        for prefix, dataset in datasets.items():
-            metrics = trainer.predict(dataset, metric_key_prefix=prefix).metrics or {}
+        defaults = {"per_device_eval_batch_size": 64, "report_to": "none", "dataloader_pin_memory": False}
+        args = task.arguments_class(output_dir=scratch, **{**defaults, **task.defaults, **arguments})
+        for prefix, examples in datasets.items():
+            trainer = task.make_trainer(task.trainer_class, model, args, processor, examples)
+            show_progress(trainer, "evaluate")
+            metrics = trainer.predict(examples, metric_key_prefix=prefix).metrics or {}
             results.update({k: v for k, v in metrics.items() if not k.endswith(("_runtime", "_per_second", "_time"))})
-            results[f"{prefix}_samples"] = len(dataset)
+            written = task.generation_metrics(trainer.model, examples, processor, args.per_device_eval_batch_size)
+            results.update({f"{prefix}_{name}": value for name, value in written.items()})
+            results[f"{prefix}_samples"] = len(examples)
     return results
 
 

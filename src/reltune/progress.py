@@ -44,6 +44,8 @@ class _Progress(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None:
-            shown = ("loss", "eval_loss", "eval_accuracy")
+            cost = ("_runtime", "_per_second", "_time")
+            scores = [key for key in logs if key.startswith("eval_") and key != "eval_loss" and not key.endswith(cost)]
+            shown = ("loss", "eval_loss", *scores[:1])  # a task names its main metric first
             self.shown.update({key: f"{logs[key]:.4g}" for key in shown if key in logs})
             self.training_bar.set_postfix(self.shown)

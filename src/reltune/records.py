@@ -39,6 +39,7 @@ SPREADS = ("global", "even")  # the best units of the whole model, or the same s
 
 
 DATASETS = ("bbc_news",)
+TASKS = ("sequence_classification",)
 ON_BAD_ROWS = ("error", "skip")
 
 
@@ -99,7 +100,10 @@ class RunConfig:
     text_column: str = "text"
     label_column: str = "label"
     encoding: str = "utf-8"
+    task: str | None = None  # of TASKS; read off the columns when not given
+    on_bad_rows: str = "error"
     max_length: int = 128
+    early_stopping_patience: int | None = None  # evaluations without a better one, after which training ends
     budget: str = "0.5%"
     criteria: list[str] = dataclasses.field(default_factory=lambda: ["fisher"])
     granularity: list[str] = dataclasses.field(default_factory=lambda: ["column"])
@@ -139,6 +143,8 @@ class RunConfig:
         for value in self.granularity:
             if value not in GRANULARITIES:
                 raise InputError(f"granularity {value!r} is unknown; {nearest(value, GRANULARITIES)}")
+        if self.task is not None and self.task not in TASKS:
+            raise InputError(f"task {self.task!r} is unknown; {nearest(str(self.task), TASKS)}")
         if self.spread not in SPREADS:
             raise InputError(f"spread {self.spread!r} is unknown; {nearest(str(self.spread), SPREADS)}")
         if self.frozen_dtype is not None and self.frozen_dtype not in FROZEN_DTYPES:
@@ -159,6 +165,8 @@ class RunConfig:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {smallest}.")
         if not isinstance(self.training, dict):
             raise InputError("training holds no mapping of fields of transformers.TrainingArguments.")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise InputError(f"early_stopping_patience is {self.early_stopping_patience}; it must be at least 1.")
         if self.head_epochs < 0:
             raise InputError(f"head_epochs is {self.head_epochs}; it must be 0 or more.")
 
@@ -203,8 +211,7 @@ class MethodResult:
     method: str
     trainable_parameters: int  # without the head
     head_parameters: int
-    accuracy: float
-    f1_macro: float
+    metrics: dict[str, float]  # the task's own, on test data, the main one first
     loss: float
     seconds_per_step: float | None
     peak_memory_bytes: int | None

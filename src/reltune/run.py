@@ -21,7 +21,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from reltune import export as exporting
@@ -42,10 +42,13 @@ from reltune.relevance.plugins import find_criteria
 from reltune.relevance.scores import RelevanceScores
 from reltune.relevance.streaming import analyze_checkpoint
 from reltune.tasks import rows as reading
+from reltune.tasks.columns import columns_of, guess_task
 from reltune.tasks.corpora import bbc_news
-from reltune.tasks.sequence_classification import SequenceClassification
+from reltune.tasks.registry import TASKS
+from reltune.tasks.task import Examples, Task
 from reltune.tuner.config import ReltuneConfig
 
+WITHOUT_HEADS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # PEFT's task types that train no head by themselves
 HELD_OUT = 0.15  # share of the data split off for each of validation and test, where no file is given
 ARTEFACTS = {  # in the order of the stages; writing one makes those after it out of date
     "analyze": ("relevance",),
@@ -68,6 +71,7 @@ class RunDirectory:
         self.adapter = self.path / "adapter"
         self.results = self.path / "all_results.json"
         self.report = self.path / "report.html"
+        self.log = self.path / "train_log.jsonl"
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> tuple[RunDirectory, RunConfig]:
@@ -99,7 +103,10 @@ class RunDirectory:
         """Whether an analysis with this config was interrupted here: with sums to go on from, or before there were any."""
         try:
             finished = (self.relevance / "scores.json").exists() and not interrupted_in(self.relevance)
-            return not finished and RunConfig.load(self.config_file) == config
+            saved = RunConfig.load(self.config_file)
+            if config.task is None:
+                saved.task = None  # it was read off the columns
+            return not finished and saved == config
         except (InputError, OSError):  # a name that is too long, say: check_new has the words for it
             return False
 
@@ -125,6 +132,7 @@ class RunDirectory:
                 target = self.path / name
                 shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
         if checkpoints and stages.index(stage) <= stages.index("tune"):
+            self.log.unlink(missing_ok=True)
             for checkpoint in self.path.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
 
@@ -146,26 +154,30 @@ class Materials:
     """What a config names, read and checked: the task, its data, the model with its new heads."""
 
     config: RunConfig
-    task: SequenceClassification
-    tokenizer: Any
+    task: Task
+    tokenizer: Any  # or what else makes the model's inputs
     model: nn.Module | None  # until fresh_model has handed it out
     new_heads: list[str]
-    train: Any
-    validation: Any
-    test: Any
+    not_tuned: list[str]  # modules that the task's Trainer cannot train parts of
+    train: Examples
+    validation: Examples
+    test: Examples
 
     @property
     def collator(self) -> Any:
         return self.task.collator(self.tokenizer)
 
     @property
-    def held_out(self) -> dict[str, Any]:
-        """Data sets by the prefix of their metrics."""
+    def held_out(self) -> dict[str, Examples]:
+        """Examples by the prefix of their metrics."""
         return {"eval": self.validation, "test": self.test}
 
     def arguments(self, method: str, **forced: Any) -> TrainingArguments:
         """Training arguments of the run for a method."""
-        return training.arguments(self.config.output_dir, method, self.config.seed, self.config.training, **forced)
+        given = self.config.training
+        if self.config.early_stopping_patience is not None:
+            given = {"load_best_model_at_end": True, **given}
+        return training.arguments(self.config.output_dir, method, self.config.seed, given, self.task, **forced)
 
     def fresh_model(self) -> nn.Module:
         """The base model for the caller to change; its head starts from the same seed every time."""
@@ -182,18 +194,22 @@ class Materials:
 
 
 def prepare(config: RunConfig) -> Materials:
-    """Read the data and load the model. Raises InputError for whatever is wrong with either; writes nothing."""
+    """Read the data and load the model. Raises InputError for whatever is wrong with either; writes nothing.
+
+    A task that the config does not name is read off the columns and entered there.
+    """
     config.check()
     config.check_data()
-    task = SequenceClassification([], config.text_column, config.label_column)
-    splits = _read_splits(config, task)
-    reading.check_splits(*splits, task.label)
-    task = SequenceClassification.from_rows(splits[0], config.text_column, config.label_column)
+    task, splits = _read_splits(config)
+    config.task = task.name
     tokenizer = task.load_tokenizer(config.model_name_or_path)
     set_seed(config.seed)
     model, missing = task.load_model(config.model_name_or_path)
     train, validation, test = (task.encode(rows, tokenizer, config.max_length) for rows in splits)
-    return Materials(config, task, tokenizer, model, head_modules(model, missing), train, validation, test)
+    new_heads = head_modules(model, missing)
+    inventory = take_inventory(model, new_heads)
+    not_tuned = [name for name in task.not_tuned(model) if name in inventory]
+    return Materials(config, task, tokenizer, model, new_heads, not_tuned, train, validation, test)
 
 
 def check_choice(materials: Materials, select: bool = True) -> None:
@@ -212,7 +228,7 @@ def check_choice(materials: Materials, select: bool = True) -> None:
         materials.model,
         criteria=["depth"],
         target_modules=config.target_modules,
-        exclude_modules=config.exclude_modules,
+        exclude_modules=[*config.exclude_modules, *materials.not_tuned],
         always_trained=materials.new_heads,
         progress=False,
     )
@@ -227,27 +243,36 @@ def check_choice(materials: Materials, select: bool = True) -> None:
         choose(config, relevance)
 
 
-def _read_splits(config: RunConfig, task: SequenceClassification) -> tuple[reading.Rows, reading.Rows, reading.Rows]:
+def _read_splits(config: RunConfig) -> tuple[Task, tuple[reading.Rows, reading.Rows, reading.Rows]]:
     if config.text_column == config.label_column:
-        raise InputError(
-            f"The text column and the label column are both {config.text_column!r}; name two columns."
-        )
+        raise InputError(f"The text column and the label column are both {config.text_column!r}; name two columns.")
 
     def read(path: str | None) -> reading.Rows:
-        rows = bbc_news() if path is None else reading.read_rows(path, config.encoding)
-        reading.require_columns(rows, {config.text_column: "--text_column", config.label_column: "--label_column"})
-        return reading.checked(rows, task.problem)
+        return bbc_news() if path is None else reading.read_rows(path, config.encoding)
 
     train = read(config.train_file)
+    named = (config.text_column, config.label_column)
+    name = config.task or guess_task(train.columns, train, *named)[0]
+    columns = columns_of(name, train.columns, *named)
+    task = TASKS[name](columns=columns, **{field: getattr(config, field) for field in TASKS[name].fields})
+
+    def good(rows: reading.Rows) -> reading.Rows:
+        flags = {config.text_column: "--text_column", config.label_column: "--label_column"}
+        reading.require_columns(rows, {column: flags.get(column, "") for column in columns.values()})
+        return reading.checked(rows, task.problem, config.on_bad_rows)
+
+    train = good(train)
     whole = len(train)
     held: dict[str, reading.Rows] = {}
-    for name, path in (("test", config.test_file), ("validation", config.validation_file)):
+    for split, path in (("test", config.test_file), ("validation", config.validation_file)):
         if path is not None:
-            held[name] = read(path)
+            held[split] = good(read(path))
         else:
             fraction = HELD_OUT * whole / len(train)
-            train, held[name] = reading.split_off(train, fraction, config.seed, task.content, task.label)
-    return train, held["validation"], held["test"]
+            train, held[split] = reading.split_off(train, fraction, config.seed, task.content, task.label)
+    task = task.fitted(train)
+    held = {split: reading.checked(rows, task.misfit, config.on_bad_rows) for split, rows in held.items()}
+    return task, (train, held["validation"], held["test"])
 
 
 # -- stages ---------------------------------------------------------------------------------------------------------
@@ -277,11 +302,11 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
     relevance = measure_relevance(
         model,
         loader,
-        materials.task.name,
+        materials.task.loss,
         config.criteria,
         elements=config.scores_elements,
         target_modules=config.target_modules,
-        exclude_modules=config.exclude_modules,
+        exclude_modules=[*config.exclude_modules, *materials.not_tuned],
         always_trained=materials.new_heads,
         seed=config.seed,
         resume_directory=run.relevance if processes.count == 1 else None,
@@ -340,6 +365,7 @@ def train_heads(materials: Materials, model: nn.Module, epochs: float) -> traini
             for key in ("per_device_train_batch_size", "use_cpu")
             if key in materials.config.training
         },
+        materials.task,
         num_train_epochs=epochs,
         save_strategy="no",
         eval_strategy="no",
@@ -349,10 +375,9 @@ def train_heads(materials: Materials, model: nn.Module, epochs: float) -> traini
     _, cost = training.train(
         model,
         args,
+        materials.task,
+        materials.tokenizer,
         materials.train,
-        None,
-        materials.collator,
-        materials.task.compute_metrics,
         description="train the head",
     )
     model.requires_grad_(True)
@@ -395,6 +420,9 @@ def choose(config: RunConfig, relevance: RelevanceScores, criterion: str | None 
         if patterns and patterns == relevance.provenance.get(name):
             measured = [info.name for info in relevance.inventory.modules]
             wanted[name] = measured if name == "target_modules" else []
+    task_type = TASKS[config.task].peft_task_type if config.task else None
+    if not relevance.always_trained and task_type not in WITHOUT_HEADS:
+        task_type = None
     return choose_units(
         relevance,
         config.budget,
@@ -402,7 +430,7 @@ def choose(config: RunConfig, relevance: RelevanceScores, criterion: str | None 
         criterion=criterion,
         spread=config.spread,
         model_name_or_path=config.model_name_or_path,
-        task_type=SequenceClassification.peft_task_type if relevance.always_trained and config.has_data else None,
+        task_type=task_type,
         **wanted,
     )
 
@@ -425,17 +453,21 @@ def tune(materials: Materials, run: RunDirectory, resume_from_checkpoint: str | 
     # Whole matrices want a lower rate than columns and rows do.
     whole = any(module.weight and len(module.shape) == 2 for module in plan.modules.values())
     args = materials.arguments("layer" if whole else "selection")
+    callbacks: list[TrainerCallback] = [training.LogFile(run.log)]
+    if materials.config.early_stopping_patience is not None:
+        callbacks.append(training.stops_early(materials.config.early_stopping_patience))
     run.clear("tune", checkpoints=checkpoint is None)
     materials.config.save(run.config_file)
     trainer, cost = training.train(
         model,
         args,
+        materials.task,
+        materials.tokenizer,
         materials.train,
         materials.validation,
-        materials.collator,
-        materials.task.compute_metrics,
         checkpoint,
         "tune",
+        callbacks,
     )
     trainer.save_state()
     write_json(run.path / "training_cost.json", {**dataclasses.asdict(cost), "learning_rate": args.learning_rate})
@@ -486,7 +518,7 @@ def evaluate(materials: Materials, run: RunDirectory) -> dict[str, float]:
     plan = Plan.load(run.plan)
     cost = _read_json(run.path / "training_cost.json")
     metrics = measure_metrics(
-        model, materials.held_out, materials.collator, materials.task.compute_metrics, **placement(materials.config)
+        model, materials.held_out, materials.task, materials.tokenizer, **placement(materials.config)
     )
     results = {
         **metrics,

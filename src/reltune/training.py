@@ -7,23 +7,26 @@ import copy
 import ctypes
 import dataclasses
 import gc
+import json
 import os
 import statistics
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from reltune.progress import show_progress
-from reltune.records import InputError
+from reltune.records import InputError, write_text
+from reltune.tasks.task import Examples, Task
 
 # Learning rates measured per method (docs/learning_rates.md): the best one differs by more than an order of magnitude
 # between methods, so one default for all would decide every comparison.
@@ -54,16 +57,26 @@ class TrainingCost:
     peak_memory_bytes: int | None
 
 
-def arguments(output_dir: str, method: str, seed: int, given: dict[str, Any], **forced: Any) -> TrainingArguments:
-    """TrainingArguments for a method: its defaults, over them what the user gave, over that what must be so.
+def arguments(
+    output_dir: str, method: str, seed: int, given: dict[str, Any], task: Task, **forced: Any
+) -> TrainingArguments:
+    """The task's TrainingArguments for a method: defaults, over them what the user gave, over that what must be so.
 
+    The best checkpoint is the one with the best ``task.best``, and checkpoints follow evaluations, unless told otherwise.
     Raises InputError for values that contradict each other or leave nothing to train.
     """
-    values = {**DEFAULTS, "learning_rate": LEARNING_RATES[method], **given, **forced}
+    values = {**DEFAULTS, **task.defaults, "learning_rate": LEARNING_RATES[method], **given, **forced}
+    if values.get("load_best_model_at_end"):
+        if "metric_for_best_model" not in values:
+            values.update(metric_for_best_model=task.best, greater_is_better=task.best_is_largest)
+        if "save_strategy" not in {**given, **forced}:
+            values["save_strategy"] = values["eval_strategy"]
+            if "eval_steps" in values:
+                values.setdefault("save_steps", values["eval_steps"])
     if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not torch.accelerator.is_available():
         values["use_cpu"] = True  # else each of the processes would train by itself
     try:
-        args = TrainingArguments(output_dir=output_dir, seed=seed, **values)
+        args = task.arguments_class(output_dir=output_dir, seed=seed, **values)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"training fields: {error}") from error
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
@@ -72,14 +85,14 @@ def arguments(output_dir: str, method: str, seed: int, given: dict[str, Any], **
     return args
 
 
-def check_arguments(model: nn.Module, args: TrainingArguments, dataset: Any, collator: Any) -> None:
+def check_arguments(model: nn.Module, args: TrainingArguments, examples: Examples, collator: Any) -> None:
     """Raise InputError for training fields that cannot work here (packages, devices, ranges), before hours are spent."""
     with tempfile.TemporaryDirectory() as scratch:
         args = copy.copy(args)
         args.output_dir = scratch  # Trainer makes this directory at once
         try:
             trainer = Trainer(
-                model=model, args=args, train_dataset=dataset, eval_dataset=dataset, data_collator=collator
+                model=model, args=args, train_dataset=examples, eval_dataset=examples, data_collator=collator
             )
             trainer.get_train_dataloader()
             trainer.get_eval_dataloader()
@@ -93,12 +106,13 @@ def check_arguments(model: nn.Module, args: TrainingArguments, dataset: Any, col
 def train(
     model: nn.Module,
     args: TrainingArguments,
-    train_dataset: Any,
-    eval_dataset: Any,
-    collator: Any,
-    compute_metrics: Callable[[Any], dict[str, float]],
+    task: Task,
+    processor: Any,
+    train_examples: Examples,
+    held_out: Examples | None = None,
     resume_from_checkpoint: str | None = None,
     description: str = "train",
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[Trainer, TrainingCost]:
     """Train whatever of ``model`` requires a gradient. ``description`` names the progress bar.
 
@@ -108,15 +122,8 @@ def train(
         raise ValueError("nothing in the model requires a gradient, so there is nothing to train.")
     set_seed(args.seed)
     clock = _StepClock()
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset if args.eval_strategy != "no" else None,
-        data_collator=collator,
-        compute_metrics=compute_metrics,
-        callbacks=[clock],
-    )
+    evaluated = held_out if args.eval_strategy != "no" else None
+    trainer = task.trainer(model, args, processor, train_examples, evaluated, callbacks=[clock, *callbacks])
     show_progress(trainer, description)
     with PeakMemory() as memory:
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
@@ -127,6 +134,29 @@ def train(
     return trainer, TrainingCost(
         trainer.state.global_step, len(clock.seconds), statistics.median(times) if times else None, memory.peak
     )
+
+
+def stops_early(patience: int) -> TrainerCallback:
+    """Ends training when the best metric has not improved for so many evaluations."""
+    return EarlyStoppingCallback(early_stopping_patience=patience)
+
+
+class LogFile(TrainerCallback):
+    """Writes everything that the Trainer logs to a file, one JSON object per line; resuming goes on after the checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            lines = self.path.read_text(encoding="utf-8").splitlines() if state.global_step and self.path.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
 
 
 class _StepClock(TrainerCallback):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
 from reltune.records import Heatmap
 
 MISSING = "—"
+# Metrics of tasks: name -> (label, the label where there is little room, whether it is a share (0..1)).
+METRICS: dict[str, tuple[str, str, bool]] = {
+    "accuracy": ("accuracy", "acc.", True),
+    "f1_macro": ("macro F1", "macro\nF1", True),
+    "matthews": ("Matthews correlation", "Matth.\ncorr.", False),
+}
 
 
 def count(value: float | None) -> str:
@@ -47,7 +52,7 @@ def metric(name: str, value: Any) -> str:
     """One entry of ``all_results.json``: shares in percent, sizes in binary units, the rest plain."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return MISSING if value is None else str(value)
-    if re.search(r"(accuracy|_f1|f1_\w+|precision|recall)$", name) and 0 <= value <= 1:
+    if METRICS.get(name.partition("_")[2], ("", "", False))[2] and 0 <= value <= 1:
         return f"{percent(value)} %"
     if name.endswith("_bytes"):
         return size(value)
@@ -56,6 +61,26 @@ def metric(name: str, value: Any) -> str:
     if abs(value) < 1e12 and (abs(value) >= 1000 or float(value).is_integer()):
         return count(value)
     return f"{value:.4g}"
+
+
+def score(name: str, value: float | None) -> str:
+    """A task's metric for a table whose head names its unit."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    return percent(value) if METRICS[name][2] else f"{value:.4g}"
+
+
+def head(name: str, short: bool = False) -> str:
+    """A metric's label and unit as the head of a column."""
+    label, narrow, is_share = METRICS[name]
+    label = narrow if short else label
+    return label + ((" %" if "\n" in label else "\n%") if is_share else "")
+
+
+def measured(results: Iterable[Mapping[str, Any]], prefix: str = "") -> list[str]:
+    """Names of the tasks' metrics that any of the results has behind the prefix, in the order found."""
+    keys = dict.fromkeys(key for found in results for key in found)
+    return [key.removeprefix(prefix) for key in keys if key.startswith(prefix) and key.removeprefix(prefix) in METRICS]
 
 
 def shares(h: Heatmap) -> list[list[float | None]]:

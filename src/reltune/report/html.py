@@ -52,13 +52,14 @@ def write_report(path: str | os.PathLike, record: RunRecord) -> None:
         figures["layers"] = layers_figure(list(record.selected_by_layer), None, record.selected_by_layer)
     figures.update(curve_figures(record.history))
 
+    columns = comparison_columns(record.comparison)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(count=report.count, percent=report.percent, metric=report.metric)
     page = environment.from_string(PAGE).render(
         record=record,
         key_figures=key_figures(record),
-        comparison_heads=[head for head, _ in COMPARISON],
-        comparison_rows=[(row, [text(row) for _, text in COMPARISON]) for row in record.comparison],
+        comparison_heads=[head for head, _ in columns],
+        comparison_rows=[(row, [text(row) for _, text in columns]) for row in record.comparison],
         panels=panels,
         figures=figures,
         config=list(flatten(record.config)),
@@ -70,11 +71,20 @@ def write_report(path: str | os.PathLike, record: RunRecord) -> None:
     write_text(path, page)
 
 
-COMPARISON: tuple[tuple[str, Callable[[MethodResult], str]], ...] = (
+def comparison_columns(results: Sequence[MethodResult]) -> list[tuple[str, Callable[[MethodResult], str]]]:
+    """Head and text of each column: the sizes, the task's own metrics, the cost."""
+    scores: list[tuple[str, Callable[[MethodResult], str]]] = [
+        (report.head(name), lambda row, name=name: report.score(name, row.metrics.get(name)))  # type: ignore[misc]
+        for name in report.measured(row.metrics for row in results)
+    ]
+    return [*SIZES, *scores, *COSTS]
+
+
+SIZES: tuple[tuple[str, Callable[[MethodResult], str]], ...] = (
     ("trainable\nparameters", lambda row: report.count(row.trainable_parameters)),
     ("head\nparameters", lambda row: report.count(row.head_parameters)),
-    ("accuracy\n%", lambda row: report.percent(row.accuracy)),
-    ("macro F1\n%", lambda row: report.percent(row.f1_macro)),
+)
+COSTS: tuple[tuple[str, Callable[[MethodResult], str]], ...] = (
     ("loss", lambda row: report.fixed(row.loss, 4)),
     ("s / step", lambda row: report.fixed(row.seconds_per_step, 4)),
     ("peak\nmemory", lambda row: report.size(row.peak_memory_bytes)),
@@ -89,10 +99,10 @@ def key_figures(record: RunRecord) -> list[tuple[str, str, str]]:
     """(name, value, unit) of what a reader looks for first; those that the run has."""
     found = []
     for prefix, split in (("test", "Test"), ("eval", "Validation")):
-        for key, name in (("accuracy", "accuracy"), ("f1_macro", "macro F1")):
-            value = record.metrics.get(f"{prefix}_{key}")
-            if value is not None:
-                found.append((f"{split} {name}", report.percent(value), "%"))
+        for name in report.measured([record.metrics], f"{prefix}_"):
+            label, _, is_share = report.METRICS[name]
+            value = report.score(name, record.metrics[f"{prefix}_{name}"])
+            found.append((f"{split} {label}", value, "%" if is_share else ""))
         if found:
             break
     trainable = record.metrics.get("trainable_parameters")
@@ -247,14 +257,18 @@ def curve_figures(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, A
         _curve(history, "loss", "step", "training loss", BLUE, "circle", "lines"),
         _curve(history, "eval_loss", "step", "validation loss", VERMILLION, "square", "lines+markers"),
     ]
+    names = report.measured(history, "eval_")
+    in_percent = [name for name in names if report.METRICS[name][2]]
+    shown = in_percent or names[:1]  # the others' scales differ
+    looks = ((BLUE, "circle"), (GREEN, "diamond"), (VERMILLION, "square"))
     scores = [
-        _curve(history, "eval_accuracy", "epoch", "accuracy", BLUE, "circle", "lines+markers", 100),
-        _curve(history, "eval_f1_macro", "epoch", "macro F1", GREEN, "diamond", "lines+markers", 100),
+        _curve(history, f"eval_{name}", "epoch", report.METRICS[name][0], *look, "lines+markers", 100 if in_percent else 1)
+        for name, look in zip(shown, looks, strict=False)
     ]
     axis = {"gridcolor": GRID, "zeroline": False, "fixedrange": True, "ticklabelstandoff": 4}
     for name, curves, x, y in (
         ("loss", losses, "optimizer step", "loss"),
-        ("scores", scores, "epoch", "validation score, %"),
+        ("scores", scores, "epoch", "validation score, %" if in_percent else "validation score"),
     ):
         found = [curve for curve in curves if curve["x"]]
         if found:

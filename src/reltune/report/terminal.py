@@ -75,7 +75,8 @@ def comparison_table(results: Sequence[MethodResult]) -> Table:
     """One row per method; at most 100 columns wide. ``—`` where nothing was measured."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("method", overflow="fold", max_width=20)
-    quality = ("trainable", "+ head", "acc.\n%", "macro\nF1 %")
+    scores = report.measured(result.metrics for result in results)[:2]  # the main one first; more would be too wide
+    quality = ("trainable", "+ head", *(report.head(name, short=True) for name in scores))
     cost = ("s /\nstep", "peak\nmemory", "disk", "ms /\ntext", "ms,\nmerged")
     for head in quality + cost:
         table.add_column(head, justify="right", no_wrap=True)
@@ -84,8 +85,7 @@ def comparison_table(results: Sequence[MethodResult]) -> Table:
             Text(result.method),
             report.short_count(result.trainable_parameters),
             report.short_count(result.head_parameters),
-            report.percent(result.accuracy),
-            report.percent(result.f1_macro),
+            *(report.score(name, result.metrics.get(name)) for name in scores),
             report.fixed(result.seconds_per_step, 4),
             report.size(result.peak_memory_bytes),
             report.size(result.disk_bytes),

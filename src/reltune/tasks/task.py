@@ -1,0 +1,178 @@
+"""What a task is: how rows become examples, which model and Trainer they go to, and how well it does.
+
+One file per task implements this; everything outside ``tasks`` knows this interface only. ``registry.TASKS`` lists them.
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
+
+from reltune.tasks.pretrained import load_tokenizer
+from reltune.tasks.rows import Row
+
+Columns = Mapping[str, str]  # role -> the column that plays it
+
+
+class Examples(Dataset):
+    """Encoded rows: what the collator takes of each, and how many were cut to the model's length.
+
+    ``sources`` holds, in the same order, what metrics need beyond the model's inputs (an example's reference, say).
+    """
+
+    def __init__(
+        self, items: Sequence[dict[str, Any]], n_truncated: int = 0, sources: Sequence[Any] | None = None
+    ) -> None:
+        self.items = items
+        self.n_truncated = n_truncated
+        self.sources = sources
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.items[index]
+
+
+class Task(abc.ABC):
+    """One task on one data set: made for the columns of its rows, then ``fitted`` to those of training.
+
+    Attributes:
+        columns: role -> column, of the layouts in ``columns.py``.
+        name: key of ``registry.TASKS``.
+        loss: key of ``losses.LOSSES``: the loss per example that relevance is measured by.
+        metrics: names of what ``compute_metrics`` and ``generation_metrics`` give, the main one first.
+        best: of an evaluation during training, the metric by which checkpoints are compared; ``best_is_largest`` says how.
+        peft_task_type: a value of ``peft.TaskType``.
+        unit: what one example is called.
+        trainer_class: the Trainer that evaluates, and that trains where ``trainer`` is not another one.
+        arguments_class, defaults: of its arguments, and this task's defaults for them.
+        fields: fields of ``RunConfig`` that the task has too.
+    """
+
+    name: ClassVar[str]
+    loss: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]]
+    best: ClassVar[str]
+    best_is_largest: ClassVar[bool] = True
+    peft_task_type: ClassVar[str]
+    unit: ClassVar[str] = "text"
+    trainer_class: ClassVar[type[Trainer]] = Trainer
+    arguments_class: ClassVar[type[TrainingArguments]] = TrainingArguments
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    fields: ClassVar[tuple[str, ...]] = ()
+
+    columns: Columns
+
+    # -- rows --
+
+    @abc.abstractmethod
+    def problem(self, row: Row) -> str | None:
+        """What is wrong with a row, as a phrase ("an empty 'text'"), or None."""
+
+    @abc.abstractmethod
+    def content(self, row: Row) -> str:
+        """What two rows must not share across splits."""
+
+    def label(self, row: Row) -> str:
+        """The row's class, of which splits keep the proportions; the same for all where there are no classes."""
+        return ""
+
+    def fitted(self, rows: Sequence[Row]) -> Task:
+        """The task that training rows without a problem make: with their labels, say.
+
+        Raises InputError for rows that nothing can be learned from.
+        """
+        return self
+
+    def misfit(self, row: Row) -> str | None:
+        """What keeps a held-out row from this task, as a phrase: a label that training does not have, say; or None."""
+        return None
+
+    def describe(self) -> str:
+        """What sets this task apart from others of its name ("3 classes"), or nothing."""
+        return ""
+
+    # -- model, examples, metrics --
+
+    @abc.abstractmethod
+    def load_model(
+        self, model_name_or_path: str | os.PathLike, dtype: torch.dtype | str | None = None, **options: Any
+    ) -> tuple[PreTrainedModel, list[str]]:
+        """The model with the task's head, and the sorted names of the parameters that must be learned.
+
+        ``dtype`` None keeps the checkpoint's own; ``options`` go to ``from_pretrained``. New parameters come from torch's
+        global generator: seed it first.
+        """
+
+    @abc.abstractmethod
+    def encode(self, rows: Sequence[Row], processor: Any, max_length: int) -> Examples:
+        """The model's inputs and labels of each row, cut to ``max_length`` tokens or the model's limit if that is less."""
+
+    @abc.abstractmethod
+    def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], Mapping[str, torch.Tensor]]:
+        """What makes a batch of examples."""
+
+    @abc.abstractmethod
+    def compute_metrics(self, prediction: EvalPrediction, examples: Examples) -> dict[str, float]:
+        """The metrics of predictions on the examples, in their order."""
+
+    # -- with an answer that fits most tasks --
+
+    def load_tokenizer(self, model_name_or_path: str | os.PathLike) -> Any:
+        """The tokenizer, or whatever else makes the model's inputs."""
+        return load_tokenizer(os.fspath(model_name_or_path))
+
+    def not_tuned(self, model: nn.Module) -> list[str]:
+        """Modules that the task's Trainer cannot train parts of, beside new heads."""
+        return []
+
+    def reduced(self, logits: Any, labels: torch.Tensor) -> Any:
+        """What metrics need of a batch's outputs, so that they alone are kept until the end."""
+        return logits[0] if isinstance(logits, tuple) else logits  # models that also return hidden states
+
+    def make_trainer(
+        self,
+        trainer_class: type[Trainer],
+        model: nn.Module,
+        args: TrainingArguments,
+        processor: Any,
+        held_out: Examples | None = None,
+        **options: Any,
+    ) -> Trainer:
+        """A Trainer of the class with what the task's batches and metrics need; ``options`` are its own."""
+        return trainer_class(
+            model=model,
+            args=args,
+            data_collator=self.collator(processor),
+            eval_dataset=held_out,
+            compute_metrics=None if held_out is None else partial(self.compute_metrics, examples=held_out),
+            preprocess_logits_for_metrics=self.reduced,
+            **options,
+        )
+
+    def trainer(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        processor: Any,
+        train: Examples,
+        held_out: Examples | None = None,
+        **options: Any,
+    ) -> Trainer:
+        """The Trainer for the arguments (of ``arguments_class``) that trains the model on ``train``."""
+        return self.make_trainer(self.trainer_class, model, args, processor, held_out, train_dataset=train, **options)
+
+    def generation_metrics(
+        self, model: nn.Module, examples: Examples, processor: Any, batch_size: int
+    ) -> dict[str, float]:
+        """Metrics of what the model writes by itself; they take longer, and are measured once, after training."""
+        return {}
