@@ -21,8 +21,13 @@ from reltune.tasks.rows import Row
 from reltune.tasks.sequence_classification import SequenceClassification
 from tiny_models import save_tiny_bert, save_tiny_gpt2, tiny_decoder_tokenizer, tiny_tokenizer
 
+
+def row(text, label, line):
+    return Row({"text": text, "label": label}, line)
+
+
 TASK = SequenceClassification(["差评", "好评", "neutral"])
-ROWS = [Row("good film", "好评", 2), Row("电影 坏 " * 40, "差评", 3), Row("fine", "neutral", 4)]
+ROWS = [row("good film", "好评", 2), row("电影 坏 " * 40, "差评", 3), row("fine", "neutral", 4)]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +86,7 @@ def error_of(call, *arguments):
     ],
 )
 def test_labels_are_sorted(labels, order):
-    task = SequenceClassification.from_rows([Row("t", label, 1) for label in labels])
+    task = SequenceClassification.from_rows([row("t", label, 1) for label in labels])
     assert task.labels == order
     assert (task.name, task.peft_task_type) == ("sequence_classification", "SEQ_CLS")
 
@@ -186,17 +191,17 @@ def test_encode(models):
     assert [data[i]["labels"] for i in range(3)] == [1, 0, 2]
     assert data.n_truncated == 1
     # the model has 64 positions, so more is cut whatever max_length says
-    data = TASK.encode([Row("fine " * 62, "好评", 1), Row("fine " * 63, "好评", 2)], tokenizer, 512)
+    data = TASK.encode([row("fine " * 62, "好评", 1), row("fine " * 63, "好评", 2)], tokenizer, 512)
     assert [len(data[i]["input_ids"]) for i in range(2)] == [64, 64]
     assert data[0]["input_ids"][1] == fine
     assert len(TASK.encode([], tokenizer, 10)) == 0
 
 
 def test_long_texts_are_counted_and_not_logged(models, logged):
-    rows = [Row("fine " * 62, "好评", 1), Row("fine " * 63, "好评", 2)]
+    rows = [row("fine " * 62, "好评", 1), row("fine " * 63, "好评", 2)]
     assert TASK.encode(rows, TASK.load_tokenizer(models / "bert"), 512).n_truncated == 1
     in_python = ByT5Tokenizer(model_max_length=64)  # a token for each byte, and one at the end
-    rows = [Row("x" * 63, "好评", 1), Row("x" * 64, "好评", 2), Row("好" * 22, "好评", 3)]
+    rows = [row("x" * 63, "好评", 1), row("x" * 64, "好评", 2), row("好" * 22, "好评", 3)]
     assert TASK.encode(rows, in_python, 512).n_truncated == 2
     assert logged == []
 
@@ -215,9 +220,9 @@ def test_positions_that_roberta_counts_from_two(tmp_path):
 def test_encode_refuses(models):
     tokenizer = TASK.load_tokenizer(models / "bert")
     assert "at least 3" in error_of(TASK.encode, ROWS, tokenizer, 2)
-    message = error_of(TASK.encode, [Row("good", "好", 9)], tokenizer, 8)
+    message = error_of(TASK.encode, [row("good", "好", 9)], tokenizer, 8)
     assert "'好'" in message and "line 9" in message
-    message = error_of(TASK.encode, [Row(" ", "好评", 5)], tiny_decoder_tokenizer(), 8)
+    message = error_of(TASK.encode, [row(" ", "好评", 5)], tiny_decoder_tokenizer(), 8)
     assert "line 5" in message and "no tokens" in message
 
 

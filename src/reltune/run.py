@@ -229,9 +229,7 @@ def check_choice(materials: Materials, select: bool = True) -> None:
 
 def _read_splits(config: RunConfig, task: SequenceClassification) -> tuple[reading.Rows, reading.Rows, reading.Rows]:
     if config.text_column == config.label_column:
-        raise InputError(
-            f"The text column and the label column are both {config.text_column!r}; name two columns."
-        )
+        raise InputError(f"The text column and the label column are both {config.text_column!r}; name two columns.")
 
     def read(path: str | None) -> reading.Rows:
         rows = bbc_news() if path is None else reading.read_rows(path, config.encoding)
