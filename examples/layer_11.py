@@ -31,7 +31,9 @@ model = AutoModelForSequenceClassification.from_pretrained(MODEL_DIR, num_labels
 
 
 def batches(rows, shuffle):
-    items = [{**tokenizer(row["text"], truncation=True, max_length=48), "labels": labels.index(row["label"])} for row in rows]
+    items = [
+        {**tokenizer(row["text"], truncation=True, max_length=48), "labels": labels.index(row["label"])} for row in rows
+    ]
     return DataLoader(items, batch_size=32, shuffle=shuffle, collate_fn=DataCollatorWithPadding(tokenizer))
 
 

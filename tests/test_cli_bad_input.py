@@ -114,7 +114,7 @@ def test_files_that_hold_no_labelled_texts(place: Place, tmp_path: Path, content
 def test_jsonl(place: Place, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": "good film", "label": "pos"}\nbad film\n')
-    refuse(place, "data.jsonl line 2", train_file=path)
+    refuse(place, "data.jsonl", "line 2", train_file=path)
     path.write_text('{"body": "good film", "label": "pos"}\n')
     refuse(place, "data.jsonl line 1", "'text'", train_file=path)
     refuse(place, "'.xls'", train_file=place / "train.csv", test_file=write_csv(tmp_path / "t.xls", review_rows(4)))
@@ -122,8 +122,8 @@ def test_jsonl(place: Place, tmp_path: Path) -> None:
 
 def test_labels_unseen_in_training(place: Place, tmp_path: Path) -> None:
     strange = write_csv(tmp_path / "strange.csv", [*review_rows(4), ("fine film", "neutral")])
-    refuse(place, "'neutral'", "test split", "line 6", test_file=strange)
-    refuse(place, "'neutral'", "validation split", validation_file=strange)
+    refuse(place, "'neutral'", "strange.csv", "does not occur in training", "line 6", test_file=strange)
+    refuse(place, "'neutral'", "strange.csv", "does not occur in training", validation_file=strange)
 
 
 def test_one_class_only(place: Place, tmp_path: Path) -> None:

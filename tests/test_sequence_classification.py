@@ -22,13 +22,12 @@ from reltune.tasks.rows import Row
 from reltune.tasks.sequence_classification import SequenceClassification
 from tiny_models import save_tiny_bert, save_tiny_gpt2, tiny_decoder_tokenizer, tiny_tokenizer
 
-TASK = SequenceClassification(["差评", "好评", "neutral"])
-
 
 def row(text, label, line):
     return Row({"text": text, "label": label}, line)
 
 
+TASK = SequenceClassification(["差评", "好评", "neutral"])
 ROWS = [row("good film", "好评", 2), row("电影 坏 " * 40, "差评", 3), row("fine", "neutral", 4)]
 
 

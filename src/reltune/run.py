@@ -252,12 +252,14 @@ def _read_splits(config: RunConfig) -> tuple[Task, tuple[reading.Rows, reading.R
 
     train = read(config.train_file)
     named = (config.text_column, config.label_column)
+    flags = {config.text_column: "--text_column", config.label_column: "--label_column"}
+    usual = (RunConfig.text_column, RunConfig.label_column)
+    reading.require_columns(train, {column: flag for column, flag in flags.items() if column not in usual})
     name = config.task or guess_task(train.columns, train, *named)[0]
     columns = columns_of(name, train.columns, *named)
     task = TASKS[name](columns=columns, **{field: getattr(config, field) for field in TASKS[name].fields})
 
     def good(rows: reading.Rows) -> reading.Rows:
-        flags = {config.text_column: "--text_column", config.label_column: "--label_column"}
         reading.require_columns(rows, {column: flags.get(column, "") for column in columns.values()})
         return reading.checked(rows, task.problem, config.on_bad_rows)
 

@@ -66,6 +66,7 @@ CONVENTIONS = (
     Convention(("image_classification",), {"image": ("image",), "label": LABEL}),
     Convention(LABELLED, {"text": ("text", "sentence"), "label": LABEL}),
 )
+BESIDE = ("", "id", "idx", "index", "url", "title", "date", "timestamp", "meta", "metadata")  # of text alone
 TEXT_ALONE = Convention(("causal_lm", "masked_lm"), {"text": ("text",)})
 
 
@@ -83,7 +84,7 @@ def guess_task(
 
     Returns:
         The task's name and its columns by role, for example ``("causal_lm", {"prompt": "prompt", "completion": "completion"})``.
-        Text alone is taken for causal language modelling.
+        A text column alone is taken for causal language modelling.
 
     Raises:
         InputError: no layout fits, or several do, or labels that could be classes as well as numbers.
@@ -98,22 +99,20 @@ def guess_task(
         for convention, chosen in fitting
         if not any(set(chosen.values()) < set(other.values()) for _, other in fitting)
     ]
-    shown = ", ".join(map(repr, columns)) or "none"
     if len(wider) > 1:
         tasks = " or ".join(dict.fromkeys(convention.tasks[0] for convention, _ in wider))
-        raise InputError(f"The columns {shown} could be for {tasks}; say which with --task.")
+        raise InputError(f"The columns {_shown(columns)} could be for {tasks}; say which with --task.")
     if wider:
         convention, chosen = wider[0]
         if convention.tasks == LABELLED:
             return _by_labels(itertools.islice(rows, LOOKED_AT), chosen["label"]), chosen
         return convention.tasks[0], chosen
-    alone = TEXT_ALONE.columns([{text_column: "text"}.get(name, name) for name in columns])
-    if alone is not None and len(set(columns) & {*LABEL, label_column}) == 0:
-        return TEXT_ALONE.tasks[0], {"text": text_column if text_column in columns else "text"}
-    layouts = "; ".join(dict.fromkeys(str(convention) for convention in (*CONVENTIONS, TEXT_ALONE)))
+    if text_column in columns and set(columns) <= {text_column, *BESIDE} and label_column in LABEL:
+        return TEXT_ALONE.tasks[0], {"text": text_column}
+    layouts = "; ".join(str(convention) for convention in (*CONVENTIONS, TEXT_ALONE))
     raise InputError(
-        f"The columns {shown} belong to no task that is known. Rename them after one of these layouts: {layouts}; or name "
-        "a text and a label column with --text_column and --label_column."
+        f"The columns {_shown(columns)} are of no layout that is known ({layouts}). Name yours with --text_column and "
+        "--label_column, or rename them."
     )
 
 
@@ -125,15 +124,19 @@ def columns_of(
     Raises:
         InputError: a layout that the task does not know; the message has the columns found and those that it knows.
     """
-    mine = [c for c in (*_named(text_column, label_column), *_text_alone(text_column)) if task in c.tasks]
+    text_alone = dataclasses.replace(TEXT_ALONE, roles={"text": (text_column,)})
+    mine = [c for c in (*_named(text_column, label_column), text_alone) if task in c.tasks]
     fitting = [chosen for convention in mine if (chosen := convention.columns(columns)) is not None]
     if fitting:
         return max(fitting, key=len)
-    shown = ", ".join(map(repr, columns)) or "none"
     raise InputError(
-        f"The columns {shown} are none that {task} can use; it wants {' or '.join(map(str, mine))}. "
+        f"The columns {_shown(columns)} are none that {task} can use; it wants {' or '.join(map(str, mine))}. "
         "Rename them, or name them with --text_column and --label_column."
     )
+
+
+def _shown(columns: Sequence[str]) -> str:
+    return (", ".join(map(repr, columns[:12])) or "none") + (", …" if len(columns) > 12 else "")
 
 
 def _named(text_column: str, label_column: str) -> tuple[Convention, ...]:
@@ -150,10 +153,6 @@ def _named(text_column: str, label_column: str) -> tuple[Convention, ...]:
         else c
         for c in CONVENTIONS
     )
-
-
-def _text_alone(text_column: str) -> tuple[Convention, ...]:
-    return (dataclasses.replace(TEXT_ALONE, roles={"text": (text_column,)}),)
 
 
 def _by_labels(rows: Iterable[Row], column: str) -> str:

@@ -154,9 +154,7 @@ def checked(rows: Rows, problem: Callable[[Row], str | None], on_bad_rows: str =
     """
     if on_bad_rows not in ON_BAD_ROWS:
         raise InputError(f"on_bad_rows {on_bad_rows!r} is unknown; {nearest(on_bad_rows, ON_BAD_ROWS)}")
-    bad: dict[str, list[int]] = defaultdict(list)
-    for line, phrase in rows.broken:
-        bad[phrase].append(line)
+    bad = by_kind(rows.broken)
     good = []
     for index, row in enumerate(rows):
         phrase = problem(row) or _surrogate(row.values)
@@ -167,9 +165,23 @@ def checked(rows: Rows, problem: Callable[[Row], str | None], on_bad_rows: str =
     if bad and on_bad_rows == "error":
         raise InputError(f"{rows.source} has {found(bad)}. Mend or delete these lines, or pass --on_bad_rows skip.")
     if not good:
-        left = f"no good rows: it has {found(bad)}; mend them" if bad else "no rows of data; add some"
-        raise InputError(f"{rows.source} has {left}.")
+        raise InputError(no_good_rows(rows.source, bad))
     return rows.without(bad, good)
+
+
+def by_kind(lines: Iterable[tuple[int, str]]) -> dict[str, list[int]]:
+    """Bad lines, each with its phrase, by phrase."""
+    bad: dict[str, list[int]] = defaultdict(list)
+    for line, phrase in lines:
+        bad[phrase].append(line)
+    return bad
+
+
+def no_good_rows(source: str, bad: Mapping[str, Sequence[int]]) -> str:
+    """The message of a source without a single good row."""
+    return (
+        f"{source} has no good rows but {found(bad)}; mend them." if bad else f"{source} has no rows of data; add some."
+    )
 
 
 def found(bad: Mapping[str, Sequence[int]], kinds: int = 3) -> str:

@@ -62,7 +62,8 @@ class SequenceClassification(Task):
         label = self.label(row)
         if label in self.labels:
             return None
-        return f"the label {label!r}, which does not occur in training; {nearest(label, self.labels)}"
+        known = nearest(label, self.labels).rstrip(".")
+        return f"the label {label!r}, which does not occur in training ({known})"
 
     def describe(self) -> str:
         return f"{len(self.labels)} classes"

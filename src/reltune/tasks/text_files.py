@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reltune.records import InputError, nearest
-from reltune.tasks.rows import Rows
+from reltune.tasks.rows import Rows, by_kind, no_good_rows
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -38,21 +38,21 @@ def read_text_file(path: str | os.PathLike, encoding: str = "utf-8") -> Rows:
     if suffix in DELIMITERS:
         records = _csv_records(path, content, DELIMITERS[suffix], broken)
         header_line, header = next(records, (None, []))
-        found = [(line, dict(zip(header, fields, strict=True))) for line, fields in records]
+        rows = [(line, dict(zip(header, fields, strict=True))) for line, fields in records]
     elif suffix == ".json" and content.lstrip().startswith("["):
-        found = list(_json_list(path, content, broken))
+        rows = list(_json_list(path, content, broken))
     else:
-        found = list(_json_lines(content, broken))
+        rows = list(_json_lines(content, broken))
     if not header:
-        header = list(dict.fromkeys(name for _, record in found for name in record))
-        header_line = found[0][0] if found else None
-    if not found and not broken:
-        raise InputError(f"{path} has no rows of data; add some.")
+        header = list(dict.fromkeys(name for _, record in rows for name in record))
+        header_line = rows[0][0] if rows else None
+    if not rows:
+        raise InputError(no_good_rows(str(path), by_kind(broken)))
     return Rows(
-        [record for _, record in found],
+        [record for _, record in rows],
         str(path),
         header,
-        [line for line, _ in found],
+        [line for line, _ in rows],
         header_line=header_line,
         repeated=[name for name, count in Counter(header).items() if count > 1],
         broken=broken,
