@@ -116,7 +116,7 @@ def test_jsonl(place: Place, tmp_path: Path) -> None:
     path.write_text('{"text": "good film", "label": "pos"}\nbad film\n')
     refuse(place, "data.jsonl", "line 2", train_file=path)
     path.write_text('{"body": "good film", "label": "pos"}\n')
-    refuse(place, "data.jsonl line 1", "'text'", train_file=path)
+    refuse(place, "data.jsonl", "'body', 'label'", "text, label", train_file=path)
     refuse(place, "'.xls'", train_file=place / "train.csv", test_file=write_csv(tmp_path / "t.xls", review_rows(4)))
 
 

@@ -73,7 +73,9 @@ FULL = RunRecord(
         {"train_runtime": 3.0, "step": 20, "epoch": 1.0},
     ],
     comparison=[
-        MethodResult("columns", 547072, 3845, scores(0.9713, 0.9654), 0.0891, 0.1234, 2 * 2**30, 3 * 2**20, 2.25, 2.125),
+        MethodResult(
+            "columns", 547072, 3845, scores(0.9713, 0.9654), 0.0891, 0.1234, 2 * 2**30, 3 * 2**20, 2.25, 2.125
+        ),
         MethodResult("head alone", 0, 3845, scores(0.9111, 0.9022), 0.3, None, None, None, None, note="base unchanged"),
     ],
     notes=["Measured on two cores."],

@@ -634,9 +634,9 @@ def test_comparison_with_the_baselines(place: Path, capsys: pytest.CaptureFixtur
     assert ours["trainable_parameters"] == Plan.load(place / "compared" / "plan").parameters
     assert {row["head_parameters"] for row in rows.values()} == {66}
     results = read(place / "compared" / "all_results.json")
-    assert (ours["accuracy"], ours["loss"]) == (results["test_accuracy"], results["test_loss"])
+    assert (ours["metrics"]["accuracy"], ours["loss"]) == (results["test_accuracy"], results["test_loss"])
     for row in rows.values():
-        assert 0 <= row["accuracy"] <= 1
+        assert 0 <= row["metrics"]["accuracy"] <= 1
         assert row["seconds_per_step"] > 0 and row["peak_memory_bytes"] > 0 and row["inference_ms_per_text"] > 0
         assert row["disk_bytes"] > 4 * (row["trainable_parameters"] + row["head_parameters"])
     assert ours["inference_ms_per_text_merged"] > 0

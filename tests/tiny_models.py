@@ -13,6 +13,8 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -100,3 +102,36 @@ def _word_level(words: Sequence[str], unknown: str) -> Tokenizer:
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return backend
+
+
+CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+
+
+def save_tiny_llama(
+    path: str | os.PathLike,
+    vocab: Sequence[str] = WORDS,
+    chat_template: str | None = None,
+    seed: int = 0,
+    **changes: int,
+) -> None:
+    """Save a Llama language model with untied embeddings and its tokenizer, with the chat's marks in its vocabulary."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_decoder_tokenizer(["<pad>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", *vocab])
+    tokenizer.pad_token = "<pad>"
+    tokenizer.chat_template = chat_template
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, **changes}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **sizes,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)

@@ -32,7 +32,7 @@ def evaluate(
     results: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         defaults = {"per_device_eval_batch_size": 64, "report_to": "none", "dataloader_pin_memory": False}
-        args = task.arguments_class(output_dir=scratch, **{**defaults, **task.defaults, **arguments})
+        args = task.make_arguments(output_dir=scratch, **{**defaults, **task.defaults, **arguments})
         for prefix, examples in datasets.items():
             trainer = task.make_trainer(task.trainer_class, model, args, processor, examples)
             show_progress(trainer, "evaluate")

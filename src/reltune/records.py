@@ -39,7 +39,7 @@ SPREADS = ("global", "even")  # the best units of the whole model, or the same s
 
 
 DATASETS = ("bbc_news",)
-TASKS = ("sequence_classification",)
+TASKS = ("sequence_classification", "causal_lm")
 ON_BAD_ROWS = ("error", "skip")
 
 
@@ -103,6 +103,12 @@ class RunConfig:
     task: str | None = None  # of TASKS; read off the columns when not given
     on_bad_rows: str = "error"
     max_length: int = 128
+    completion_only_loss: bool | None = (
+        None  # whether prompts are no part of a language model's loss; None: where there are some
+    )
+    packing: bool = False  # join examples of a language model to full sequences for training
+    max_new_tokens: int = 64  # that a model may write per example, in evaluation
+    generation_examples: int = 64  # per held-out set, at most, for which it writes
     early_stopping_patience: int | None = None  # evaluations without a better one, after which training ends
     budget: str = "0.5%"
     criteria: list[str] = dataclasses.field(default_factory=lambda: ["fisher"])
@@ -159,7 +165,14 @@ class RunConfig:
             self.check_data()
         if self.dataset_name is not None and self.dataset_name not in DATASETS:
             raise InputError(f"dataset_name {self.dataset_name!r} is unknown; {nearest(self.dataset_name, DATASETS)}")
-        least = {"max_length": 1, "analysis_examples": 1, "analysis_batch_size": 1, "max_trials": 4, "probe_steps": 1}
+        least = {
+            "max_length": 1,
+            "analysis_examples": 1,
+            "analysis_batch_size": 1,
+            "max_new_tokens": 1,
+            "max_trials": 4,
+            "probe_steps": 1,
+        }
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {smallest}.")

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,22 @@ def prepare(config: RunConfig) -> Materials:
     new_heads = head_modules(model, missing)
     inventory = take_inventory(model, new_heads)
     not_tuned = [name for name in task.not_tuned(model) if name in inventory]
+    for split, examples in zip(splits, (train, validation, test), strict=True):
+        _check_lost(split, examples, config)
     return Materials(config, task, tokenizer, model, new_heads, not_tuned, train, validation, test)
+
+
+def _check_lost(rows: reading.Rows, examples: Examples, config: RunConfig) -> None:
+    """Refuse rows that are cut before anything to be learned, or say that they are skipped."""
+    if not examples.lost:
+        return
+    bad = {f"a prompt of {config.max_length} tokens or more": examples.lost}
+    if config.on_bad_rows == "error" or not len(examples):
+        raise InputError(
+            f"{rows.source} has {reading.found(bad)}, which leaves no room for what is to be learned. Pass a larger "
+            "--max_length, shorten them, or pass --on_bad_rows skip."
+        )
+    warnings.warn(f"{rows.source} has {reading.found(bad)}; skipped.", stacklevel=2)
 
 
 def check_choice(materials: Materials, select: bool = True) -> None:
@@ -255,8 +271,11 @@ def _read_splits(config: RunConfig) -> tuple[Task, tuple[reading.Rows, reading.R
     flags = {config.text_column: "--text_column", config.label_column: "--label_column"}
     usual = (RunConfig.text_column, RunConfig.label_column)
     reading.require_columns(train, {column: flag for column, flag in flags.items() if column not in usual})
-    name = config.task or guess_task(train.columns, train, *named)[0]
-    columns = columns_of(name, train.columns, *named)
+    try:
+        name = config.task or guess_task(train.columns, train, *named)[0]
+        columns = columns_of(name, train.columns, *named)
+    except InputError as error:
+        raise InputError(f"{train.source}: {error}") from error
     task = TASKS[name](columns=columns, **{field: getattr(config, field) for field in TASKS[name].fields})
 
     def good(rows: reading.Rows) -> reading.Rows:

@@ -76,7 +76,7 @@ def arguments(
     if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not torch.accelerator.is_available():
         values["use_cpu"] = True  # else each of the processes would train by itself
     try:
-        args = task.arguments_class(output_dir=output_dir, seed=seed, **values)
+        args = task.make_arguments(output_dir=output_dir, seed=seed, **values)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"training fields: {error}") from error
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
@@ -149,7 +149,9 @@ class LogFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            lines = self.path.read_text(encoding="utf-8").splitlines() if state.global_step and self.path.exists() else []
+            lines = (
+                self.path.read_text(encoding="utf-8").splitlines() if state.global_step and self.path.exists() else []
+            )
             kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
             write_text(self.path, "".join(f"{line}\n" for line in kept))
 

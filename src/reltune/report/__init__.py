@@ -14,6 +14,9 @@ MISSING = "—"
 METRICS: dict[str, tuple[str, str, bool]] = {
     "accuracy": ("accuracy", "acc.", True),
     "f1_macro": ("macro F1", "macro\nF1", True),
+    "perplexity": ("perplexity", "perpl.", False),
+    "token_accuracy": ("token accuracy", "token\nacc.", True),
+    "exact_match": ("exact match", "exact\nmatch", True),
     "matthews": ("Matthews correlation", "Matth.\ncorr.", False),
 }
 

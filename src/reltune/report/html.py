@@ -262,7 +262,9 @@ def curve_figures(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, A
     shown = in_percent or names[:1]  # the others' scales differ
     looks = ((BLUE, "circle"), (GREEN, "diamond"), (VERMILLION, "square"))
     scores = [
-        _curve(history, f"eval_{name}", "epoch", report.METRICS[name][0], *look, "lines+markers", 100 if in_percent else 1)
+        _curve(
+            history, f"eval_{name}", "epoch", report.METRICS[name][0], *look, "lines+markers", 100 if in_percent else 1
+        )
         for name, look in zip(shown, looks, strict=False)
     ]
     axis = {"gridcolor": GRID, "zeroline": False, "fixedrange": True, "ticklabelstandoff": 4}

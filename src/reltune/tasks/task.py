@@ -25,15 +25,21 @@ Columns = Mapping[str, str]  # role -> the column that plays it
 class Examples(Dataset):
     """Encoded rows: what the collator takes of each, and how many were cut to the model's length.
 
-    ``sources`` holds, in the same order, what metrics need beyond the model's inputs (an example's reference, say).
+    ``sources`` holds, in the same order, what metrics need beyond the model's inputs (an example's reference, say), and
+    ``lost`` the lines of rows that are no examples, because cutting left nothing to learn.
     """
 
     def __init__(
-        self, items: Sequence[dict[str, Any]], n_truncated: int = 0, sources: Sequence[Any] | None = None
+        self,
+        items: Sequence[dict[str, Any]],
+        n_truncated: int = 0,
+        sources: Sequence[Any] | None = None,
+        lost: Sequence[int] = (),
     ) -> None:
         self.items = items
         self.n_truncated = n_truncated
         self.sources = sources
+        self.lost = lost
 
     def __len__(self) -> int:
         return len(self.items)
@@ -54,7 +60,7 @@ class Task(abc.ABC):
         peft_task_type: a value of ``peft.TaskType``.
         unit: what one example is called.
         trainer_class: the Trainer that evaluates, and that trains where ``trainer`` is not another one.
-        arguments_class, defaults: of its arguments, and this task's defaults for them.
+        defaults: this task's defaults for its arguments.
         fields: fields of ``RunConfig`` that the task has too.
     """
 
@@ -66,7 +72,6 @@ class Task(abc.ABC):
     peft_task_type: ClassVar[str]
     unit: ClassVar[str] = "text"
     trainer_class: ClassVar[type[Trainer]] = Trainer
-    arguments_class: ClassVar[type[TrainingArguments]] = TrainingArguments
     defaults: ClassVar[Mapping[str, Any]] = {}
     fields: ClassVar[tuple[str, ...]] = ()
 
@@ -139,6 +144,10 @@ class Task(abc.ABC):
         """What metrics need of a batch's outputs, so that they alone are kept until the end."""
         return logits[0] if isinstance(logits, tuple) else logits  # models that also return hidden states
 
+    def make_arguments(self, **values: Any) -> TrainingArguments:
+        """The Trainer's arguments."""
+        return TrainingArguments(**values)
+
     def make_trainer(
         self,
         trainer_class: type[Trainer],
@@ -168,7 +177,7 @@ class Task(abc.ABC):
         held_out: Examples | None = None,
         **options: Any,
     ) -> Trainer:
-        """The Trainer for the arguments (of ``arguments_class``) that trains the model on ``train``."""
+        """The Trainer that trains the model on ``train`` with what ``make_arguments`` made."""
         return self.make_trainer(self.trainer_class, model, args, processor, held_out, train_dataset=train, **options)
 
     def generation_metrics(

@@ -1,0 +1,359 @@
+"""Causal language modelling: plain text, prompts with completions, instructions and chats, through TRL's SFTTrainer.
+
+Rows are encoded once, for the analysis as for training: token ids, and as labels those ids that the loss is taken of.
+A completion's labels are its own tokens (unless ``completion_only_loss`` is false), a chat's those that the assistant
+writes. Packing joins examples for training alone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+
+from reltune.records import InputError
+from reltune.tasks.generation import continuations
+from reltune.tasks.losses import IGNORED
+from reltune.tasks.pretrained import as_it_is, load_config, load_model
+from reltune.tasks.rows import Row, text_problem
+from reltune.tasks.task import Columns, Examples, Task
+from reltune.tasks.texts import limit_of
+
+# The prompt of Alpaca (Taori et al. 2023), for tokenizers without a chat template.
+INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"
+INSTRUCTION_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass
+class CausalLM(Task):
+    """The task of continuing a text.
+
+    Attributes:
+        completion_only_loss: whether the loss is taken of what follows the prompt only; None where rows have one.
+        packing: whether training joins examples to sequences of ``max_length`` tokens, each blind to the others in it.
+        max_new_tokens: tokens that the model may write for an example, in evaluation.
+        generation_examples: held-out examples, at most, for which it writes.
+    """
+
+    columns: Columns = field(default_factory=lambda: {"text": "text"})
+    completion_only_loss: bool | None = None
+    packing: bool = False
+    max_new_tokens: int = 64
+    generation_examples: int = 64
+
+    name: ClassVar[str] = "causal_lm"
+    loss: ClassVar[str] = "causal_lm"
+    metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy", "exact_match")
+    best: ClassVar[str] = "loss"
+    best_is_largest: ClassVar[bool] = False
+    peft_task_type: ClassVar[str] = "CAUSAL_LM"
+    fields: ClassVar[tuple[str, ...]] = ("completion_only_loss", "packing", "max_new_tokens", "generation_examples")
+
+    def problem(self, row: Row) -> str | None:
+        for role in ("text", "instruction"):
+            if role in self.columns and (found := text_problem(row.values, self.columns[role])):
+                return found
+        for role in ("prompt", "completion", "messages", "output"):
+            if role not in self.columns:
+                continue
+            column = self.columns[role]
+            value = row.values.get(column)
+            if isinstance(value, list) and role != "output":
+                found = messages_problem(value, column)
+            elif role == "messages":
+                found = f"a {column!r} that is no list of messages"
+            else:
+                found = text_problem(row.values, column)
+            if found:
+                return found
+        if "messages" in self.columns and not any(
+            m["role"] == "assistant" for m in row.values[self.columns["messages"]]
+        ):
+            return f"{self.columns['messages']!r} in which the assistant says nothing"
+        if {"prompt", "completion"} <= set(self.columns):
+            kinds = {isinstance(row.values[self.columns[role]], list) for role in ("prompt", "completion")}
+            if len(kinds) > 1:
+                return "a prompt and a completion of which one is a text and the other messages"
+        if "input" in self.columns and not isinstance(row.values.get(self.columns["input"]), str | None):
+            return f"a {self.columns['input']!r} that is no string"
+        return None
+
+    def content(self, row: Row) -> str:
+        return " ".join(str(row.values.get(column)) for column in self.columns.values())
+
+    def load_model(
+        self, model_name_or_path: str | os.PathLike, dtype: torch.dtype | str | None = None, **options: Any
+    ) -> tuple[PreTrainedModel, list[str]]:
+        name = os.fspath(model_name_or_path)
+        config = load_config(name)
+        if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+            raise InputError(
+                f"{name} is a {config.model_type!r} model, which sees the whole text at once and cannot continue one; "
+                "use a decoder such as Llama or GPT-2, or --task masked_lm."
+            )
+        return load_model(
+            name,
+            AutoModelForCausalLM,
+            MODEL_FOR_CAUSAL_LM_MAPPING,
+            "causal language modelling head",
+            as_it_is,
+            dtype,
+            lambda: self.load_tokenizer(name).pad_token_id,
+            **options,
+        )
+
+    def load_tokenizer(self, model_name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
+        tokenizer: PreTrainedTokenizerBase = super().load_tokenizer(model_name_or_path)
+        tokenizer.padding_side = "right"  # positions count from the first token
+        return tokenizer
+
+    def not_tuned(self, model: nn.Module) -> list[str]:
+        """The output embedding: SFTTrainer takes its weight for the loss, past any adapter."""
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        return [name for name, module in model.named_modules() if module is head]
+
+    def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
+        """Token ids and labels of each row. An example's source is its prompt's ids and the text that should follow.
+
+        Rows of which no label is left when they are cut are left out, and their lines are in ``lost``.
+        """
+        limit = limit_of(processor, max_length, least=2)
+        items, sources, lost, n_truncated = [], [], [], 0
+        for row in rows:
+            ids, labels, source = self._encoded(row, processor)
+            n_truncated += len(ids) > limit
+            ids, labels = ids[:limit], labels[:limit]
+            if any(label != IGNORED for label in labels[1:]):  # nothing predicts the first
+                items.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+                sources.append(source)
+            else:
+                lost.append(row.line)
+        return Examples(items, n_truncated, sources, lost)
+
+    def _encoded(
+        self, row: Row, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[list[int], list[int], tuple[list[int], str] | None]:
+        values = {role: row.values.get(column) for role, column in self.columns.items()}
+        if "instruction" in values:
+            values = instruction_as_prompt(values, tokenizer)
+        only = self.completion_only_loss is not False
+        if "text" in values:
+            ids = _ended(tokenizer(str(values["text"]))["input_ids"], tokenizer)
+            return ids, list(ids), None
+        if isinstance(values.get("prompt"), str):
+            prompt = tokenizer(values["prompt"])["input_ids"]
+            ids = _ended(tokenizer(str(values["prompt"]) + str(values["completion"]))["input_ids"], tokenizer)
+            # tokens may merge where the two meet: the completion starts at the first that differs
+            start = _shared(prompt, ids)
+            return ids, _labels(ids, [(start, len(ids))] if only else None), (prompt, str(values["completion"]))
+        if "prompt" in values:
+            before, after = values["prompt"], values["completion"]
+            prompt, ids = _rendered(before, tokenizer, prompt=True), _rendered([*before, *after], tokenizer)
+            spans = [(_shared(prompt, ids), len(ids))]
+            reference = after[0]["content"] if len(after) == 1 else None
+        else:
+            messages = values["messages"]
+            ids, spans = assistant_spans(messages, tokenizer, row.line)
+            last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+            prompt, reference = _rendered(messages[:last], tokenizer, prompt=True), messages[last]["content"]
+        labels = _labels(ids, spans if only else None)
+        return ids, labels, (prompt, reference) if isinstance(reference, str) else None
+
+    def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+        """Pads a batch to its longest example, and the labels with it."""
+        return DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)
+
+    def make_arguments(self, **values: Any) -> TrainingArguments:
+        from trl import SFTConfig
+
+        # What Transformers leaves off and TRL turns on. The second name is what newer Transformers calls the first.
+        values = {"bf16": False, **values}
+        names = ("gradient_checkpointing", "activation_checkpointing")
+        known = [name for name in names if name in TrainingArguments.__dataclass_fields__]
+        if not set(names) & set(values):
+            values[known[-1]] = False
+        return SFTConfig(
+            packing=self.packing,
+            eval_packing=False,
+            dataset_kwargs={"skip_prepare_dataset": not self.packing},
+            **values,
+        )
+
+    def trainer(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        processor: Any,
+        train: Examples,
+        held_out: Examples | None = None,
+        **options: Any,
+    ) -> Trainer:
+        """TRL's trainer. In its evaluations it gives the loss; its other metrics would take a second forward pass."""
+        from datasets import Dataset
+        from trl import SFTTrainer
+
+        class Tuner(SFTTrainer):
+            def create_model_card(self, *_: Any, **__: Any) -> None:
+                """The run writes its own, beside the adapter."""
+
+        def tokens(examples: Examples) -> Any:
+            return Dataset.from_list([{key: item[key] for key in ("input_ids", "labels")} for item in examples.items])
+
+        if self.packing:
+            args.max_length = max(len(item["input_ids"]) for item in train.items)  # type: ignore[attr-defined]
+        return Tuner(
+            model=model,
+            args=args,
+            processing_class=processor,
+            data_collator=None if self.packing else self.collator(processor),
+            train_dataset=tokens(train),
+            eval_dataset=None if held_out is None else tokens(held_out),
+            **options,
+        )
+
+    def reduced(self, logits: Any, labels: Tensor) -> Tensor:
+        """Of each example (B, 3): the sum of its label tokens' losses, their number, and how many are the likeliest."""
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        return token_sums(logits[:, :-1], labels[:, 1:])
+
+    def compute_metrics(self, prediction: EvalPrediction, examples: Examples) -> dict[str, float]:
+        """Perplexity (of all label tokens alike, whatever example they are in) and the share of tokens guessed."""
+        return token_metrics(prediction.predictions)
+
+    def generation_metrics(
+        self, model: nn.Module, examples: Examples, processor: Any, batch_size: int
+    ) -> dict[str, float]:
+        """The share of examples whose completion the model writes to the letter, outer space aside."""
+        some = [source for source in examples.sources or () if source is not None][: self.generation_examples]
+        if not some:
+            return {}
+        texts = continuations(model, processor, [prompt for prompt, _ in some], self.max_new_tokens, batch_size)
+        right = [text.strip() == reference.strip() for text, (_, reference) in zip(texts, some, strict=True)]
+        return {"exact_match": sum(right) / len(right), "generations": len(right)}
+
+
+def messages_problem(messages: list[Any], column: str) -> str | None:
+    """What is wrong with a list that should be messages, as a phrase, or None."""
+    if not messages:
+        return f"an empty {column!r}"
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            return f"a {column!r} with a message that has no role"
+        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
+            return f"a {column!r} with a message that has no content"
+    return None
+
+
+def instruction_as_prompt(values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """An instruction, its input and output as prompt and completion: a chat's where the tokenizer has a template."""
+    instruction, given, output = values["instruction"], values.get("input") or "", values["output"]
+    if tokenizer.chat_template is not None:
+        content = f"{instruction}\n\n{given}" if given.strip() else instruction
+        return {
+            "prompt": [{"role": "user", "content": content}],
+            "completion": [{"role": "assistant", "content": output}],
+        }
+    layout = INSTRUCTION_WITH_INPUT if given.strip() else INSTRUCTION
+    return {"prompt": layout.format(instruction=instruction, input=given), "completion": output}
+
+
+def assistant_spans(
+    messages: Messages, tokenizer: PreTrainedTokenizerBase, line: int
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """A chat's token ids, and from where to where the assistant wrote them.
+
+    By the template's own marks, if it has some; else a turn is what the chat up to it has more than the prompt for it.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, str) and "{% generation" in template.replace("{%-", "{%"):
+        marked = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        mask = marked["assistant_masks"]
+        return marked["input_ids"], [(i, i + 1) for i, written in enumerate(mask) if written]
+    ids = _rendered(messages, tokenizer)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, upto = _rendered(messages[:i], tokenizer, prompt=True), _rendered(messages[: i + 1], tokenizer)
+        if ids[: len(upto)] != upto:
+            raise InputError(
+                f"The chat template renders the turns of line {line} otherwise when more turns follow, so that it cannot be "
+                "told what the assistant wrote; use rows of prompt and completion, or a template with generation marks."
+            )
+        spans.append((_shared(before, upto), len(upto)))
+    return ids, spans
+
+
+def _rendered(messages: Messages, tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> list[int]:
+    if tokenizer.chat_template is None:
+        raise InputError(
+            "the model's tokenizer has no chat template, which rows of messages need; use an instruction-tuned model, or "
+            "rows of prompt and completion texts."
+        )
+    if not messages:
+        return []
+    encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=prompt)
+    return list(encoded["input_ids"])
+
+
+def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    end = tokenizer.eos_token_id
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def _shared(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many leading tokens both have."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, others, strict=False)))
+
+
+def _labels(ids: list[int], spans: Iterable[tuple[int, int]] | None) -> list[int]:
+    if spans is None:
+        return list(ids)
+    labels = [IGNORED] * len(ids)
+    for start, stop in spans:
+        labels[start:stop] = ids[start:stop]
+    return labels
+
+
+def token_sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """For logits (B, T, classes) and labels (B, T), (B, 3): sum of cross entropies in nats, label tokens, those guessed."""
+    sums = logits.new_zeros(len(labels), 3, dtype=torch.float64)
+    for i, (scores, wanted) in enumerate(zip(logits, labels, strict=True)):  # one wide copy of one example at a time
+        counted = wanted != IGNORED
+        scores, wanted = scores[counted].float(), wanted[counted]
+        sums[i, 0] = F.cross_entropy(scores, wanted, reduction="sum")
+        sums[i, 1] = len(wanted)
+        sums[i, 2] = (scores.argmax(-1) == wanted).sum()
+    return sums
+
+
+def token_metrics(sums: Any) -> dict[str, float]:
+    """Perplexity and the share of tokens guessed, from ``token_sums`` of all examples (N, 3)."""
+    loss, tokens, guessed = (float(value) for value in sums.sum(0))
+    mean = loss / max(tokens, 1)
+    return {
+        "perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "token_accuracy": guessed / max(tokens, 1),
+    }
