@@ -42,7 +42,7 @@ from reltune.relevance.plugins import find_criteria
 from reltune.relevance.scores import RelevanceScores
 from reltune.relevance.streaming import analyze_checkpoint
 from reltune.tasks import rows as reading
-from reltune.tasks.corpora import bbc_news
+from reltune.tasks import sources
 from reltune.tasks.sequence_classification import SequenceClassification
 from reltune.tuner.config import ReltuneConfig
 
@@ -228,21 +228,27 @@ def check_choice(materials: Materials, select: bool = True) -> None:
 
 
 def _read_splits(config: RunConfig, task: SequenceClassification) -> tuple[reading.Rows, reading.Rows, reading.Rows]:
+    """Training, validation and test rows, each checked: from their files, from the source's own splits, or split off."""
     if config.text_column == config.label_column:
         raise InputError(f"The text column and the label column are both {config.text_column!r}; name two columns.")
 
-    def read(path: str | None) -> reading.Rows:
-        rows = bbc_news() if path is None else reading.read_rows(path, config.encoding)
+    def good(rows: reading.Rows) -> reading.Rows:
         reading.require_columns(rows, {config.text_column: "--text_column", config.label_column: "--label_column"})
-        return reading.checked(rows, task.problem)
+        return reading.checked(rows, task.problem, config.on_bad_rows)
 
-    train = read(config.train_file)
-    whole = len(train)
     held: dict[str, reading.Rows] = {}
+    if config.dataset_name is not None:
+        held = sources.read_dataset(config.dataset_name, config.dataset_config, config.dataset_path)
+    elif config.train_file is not None:
+        held = sources.read_splits(config.train_file, config.encoding)
     for name, path in (("test", config.test_file), ("validation", config.validation_file)):
         if path is not None:
-            held[name] = read(path)
-        else:
+            held[name] = sources.read_rows(path, config.encoding, name)
+    held = {name: good(rows) for name, rows in held.items()}
+    train = held["train"]
+    whole = len(train)
+    for name in ("test", "validation"):
+        if name not in held:
             fraction = HELD_OUT * whole / len(train)
             train, held[name] = reading.split_off(train, fraction, config.seed, task.content, task.label)
     return train, held["validation"], held["test"]

