@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from reltune.records import InputError
 from reltune.tasks.corpora import bbc_news
 from reltune.tasks.rows import Row, Rows, check_splits, checked, require_columns, split_off
-from reltune.tasks.sources import read_rows
 from reltune.tasks.sequence_classification import SequenceClassification
+from reltune.tasks.sources import read_rows
 
 TEXT_AND_LABEL = {"text": "--text_column", "label": "--label_column"}
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import io
+import shutil
 import tarfile
+import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,42 +85,31 @@ def _snippets(name: str, file: str, origin: str) -> Callable[[str | None, str | 
 
 
 def _file_within(path: Path, name: str) -> bytes:
-    """A file by its name in a directory, a zip or a tar, or in an archive within."""
-
-    def within(archive: str, data: bytes) -> bytes | None:
-        stream = io.BytesIO(data)
-        members: list[tuple[str, Callable[[], bytes]]] = []
-        if archive.endswith(".zip"):
-            held = zipfile.ZipFile(stream)
-            members = [(member, lambda member=member: held.read(member)) for member in held.namelist()]
-        elif archive.endswith((".tar.gz", ".tgz", ".tar")):
-            tar = tarfile.open(fileobj=stream)
-            members = [
-                (member.name, lambda member=member: tar.extractfile(member).read())  # type: ignore[union-attr]
-                for member in tar.getmembers()
-                if member.isfile()
-            ]
-        return search(members)
-
-    def search(members: list[tuple[str, Callable[[], bytes]]]) -> bytes | None:
-        for member, read in members:
-            if member.rpartition("/")[2] == name:
-                return read()
-        for member, read in members:
-            if member.endswith((".zip", ".tar.gz", ".tgz", ".tar")) and (found := within(member, read())) is not None:
-                return found
-        return None
-
+    """A file by its name in a directory or an archive, or in an archive within."""
     if not path.exists():
         raise InputError(f"dataset_path {path} does not exist; check the path.")
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    try:
-        found = search([(file.as_posix(), file.read_bytes) for file in files])
-    except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
-        raise InputError(f"dataset_path {path} cannot be read ({error}); download the file again.") from error
-    if found is None:
+    data = _search(path, name)
+    if data is None:
         raise InputError(f"dataset_path {path} holds no {name}; name the source package of vaderSentiment 0.5.")
-    return found
+    return data
+
+
+def _search(path: Path, name: str) -> bytes | None:
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        if file.name == name:
+            return file.read_bytes()
+    for file in files:
+        if file.name.endswith((".zip", ".tar.gz", ".tgz")):
+            with tempfile.TemporaryDirectory() as scratch:
+                safely = {} if file.suffix == ".zip" else {"filter": "data"}
+                try:
+                    shutil.unpack_archive(file, scratch, **safely)  # type: ignore[arg-type]
+                except (OSError, ValueError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
+                    raise InputError(f"{file} cannot be unpacked ({error}); download it again.") from error
+                if (data := _search(Path(scratch), name)) is not None:
+                    return data
+    return None
 
 
 def reasoning_gym(config: str | None = None, path: str | None = None) -> Rows:

@@ -107,7 +107,7 @@ def _codec(encoding: str) -> str:
     """The encoding by its usual name; UTF-8 may start with a byte order mark."""
     try:
         codec = codecs.lookup(encoding).name
-        b"".decode(codec)  # some codecs are not of text
+        io.TextIOWrapper(io.BytesIO(), codec)  # some codecs are not of text
     except (LookupError, ValueError) as error:
         raise InputError(f"The encoding {encoding!r} is unknown; {nearest(encoding, COMMON_ENCODINGS)}") from error
     return "utf-8-sig" if codec == "utf-8" else codec
