@@ -43,6 +43,7 @@ from reltune.relevance.scores import RelevanceScores
 from reltune.relevance.streaming import analyze_checkpoint
 from reltune.tasks import rows as reading
 from reltune.tasks import sources
+from reltune.tasks.corpora import CORPORA
 from reltune.tasks.sequence_classification import SequenceClassification
 from reltune.tuner.config import ReltuneConfig
 
@@ -550,10 +551,8 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
 
     comparison = read("comparison.json", {"methods": [], "notes": []})
     notes = [*comparison["notes"], hardware()]
-    if config.dataset_name == "bbc_news":
-        notes.append(
-            "Data: BBC news (D. Greene and P. Cunningham, ICML 2006), licensed by its source for non-commercial research only."
-        )
+    if config.dataset_name in CORPORA:
+        notes.append(CORPORA[config.dataset_name].note)
     notes += behaviour_notes(relevance)
     if relevance.inventory.left_out:
         reasons = sorted(set(relevance.inventory.left_out.values()))

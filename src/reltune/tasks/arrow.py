@@ -122,8 +122,8 @@ def _rows(data: Any, source: str) -> Rows | StreamedRows:
             data = data._resolve_features()
         named = _naming(data.features)
         stored = _stored(data)
-        return StreamedRows(lambda: enumerate(map(named, stored), start=1), source, list(data.features))
-    return Rows(_Records(_stored(data), _naming(data.features)), source)
+        return StreamedRows(lambda: enumerate(map(named, stored), start=1), source, list(data.features), unit="row")
+    return Rows(_Records(_stored(data), _naming(data.features)), source, unit="row")
 
 
 def _stored(data: Any) -> Any:

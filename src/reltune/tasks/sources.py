@@ -64,7 +64,7 @@ def read_dataset(
         path: where the files of one of ``CORPORA`` are that no package installs.
     """
     if name in CORPORA:
-        return {"train": CORPORA[name](config, path)}
+        return {"train": CORPORA[name].read(config, path)}
     from reltune.tasks.arrow import read_hub
 
     return dict(read_hub(name, config, streaming))

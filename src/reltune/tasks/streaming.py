@@ -22,7 +22,7 @@ class StreamedRows(Iterable[Row]):
         columns: the columns' names; those of the first row when not given.
         problem: the rule that rows are checked by on the way, as for ``checked``.
         on_bad_rows: likewise. What was skipped so far is in ``skipped``, by kind.
-        note: what a report must say of the data.
+        unit: what is counted, as for ``Rows``.
     """
 
     def __init__(
@@ -32,17 +32,17 @@ class StreamedRows(Iterable[Row]):
         columns: Sequence[str] | None = None,
         problem: Callable[[Row], str | None] = lambda row: None,
         on_bad_rows: str = "error",
-        note: str = "",
+        unit: str = "line",
     ) -> None:
         if on_bad_rows not in ON_BAD_ROWS:
             raise InputError(f"on_bad_rows {on_bad_rows!r} is unknown; {nearest(on_bad_rows, ON_BAD_ROWS)}")
-        self.records, self.source, self.note = records, source, note
+        self.records, self.source, self.unit = records, source, unit
         self.problem, self.on_bad_rows = problem, on_bad_rows
         self.header_line, self.repeated = None, frozenset[str]()
         if columns is None:
             columns = next((list(record) for _, record in records() if isinstance(record, dict)), None)
             if columns is None:
-                raise InputError(no_good_rows(source, {}))
+                raise InputError(no_good_rows(source, {}, unit))
         self.columns = list(columns)
         self._skipped: dict[int, str] = {}  # by line: later passes meet the same rows
 
@@ -58,21 +58,21 @@ class StreamedRows(Iterable[Row]):
                 good += 1
                 yield Row(record, line)  # type: ignore[arg-type]
             elif self.on_bad_rows == "error":
-                bad = found({phrase: [line]})
+                bad = found({phrase: [line]}, self.unit)
                 raise InputError(f"{self.source} has {bad}. Mend or delete it, or pass --on_bad_rows skip.")
             else:
                 self._skipped[line] = phrase
         if not good:
-            raise InputError(no_good_rows(self.source, self.skipped))
+            raise InputError(no_good_rows(self.source, self.skipped, self.unit))
 
     def checked(self, problem: Callable[[Row], str | None], on_bad_rows: str = "error") -> StreamedRows:
         """The same rows, each checked by a task's rule when it comes."""
-        return StreamedRows(self.records, self.source, self.columns, problem, on_bad_rows, self.note)
+        return StreamedRows(self.records, self.source, self.columns, problem, on_bad_rows, self.unit)
 
     def take(self, count: int) -> Rows:
         """The first good rows, in memory."""
         rows = list(itertools.islice(self, count))
-        return Rows([row.values for row in rows], self.source, self.columns, [row.line for row in rows], note=self.note)
+        return Rows([row.values for row in rows], self.source, self.columns, [row.line for row in rows], unit=self.unit)
 
     def encoded(self, encode: Callable[[Rows], Sequence[dict[str, Any]]], seed: int) -> Any:
         """A ``datasets.IterableDataset`` of what a task makes of the rows, shuffled within a window, for Trainer.
