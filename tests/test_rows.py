@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from reltune.records import InputError
 from reltune.tasks.corpora import bbc_news
-from reltune.tasks.rows import Row, Rows, check_splits, checked, read_rows, require_columns, split_off
+from reltune.tasks.rows import Row, Rows, check_splits, checked, require_columns, split_off
 from reltune.tasks.sequence_classification import SequenceClassification
+from reltune.tasks.sources import read_rows
 
 TEXT_AND_LABEL = {"text": "--text_column", "label": "--label_column"}
 
@@ -164,7 +165,7 @@ def test_bad_paths_and_options(tmp_path):
     assert "does not exist" in error_of(tmp_path / "none.csv")
     folder = tmp_path / "folder.csv"
     folder.mkdir()
-    assert "directory" in error_of(folder)
+    assert "directory" in error_of(folder)  # with neither a saved data set nor images
     path = written(tmp_path, "text,label\na,b\n")
     with pytest.raises(InputError, match="'utf-9' is unknown; did you mean 'utf-8'"):
         read_rows(path, encoding="utf-9")

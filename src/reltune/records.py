@@ -38,9 +38,29 @@ FROZEN_DTYPES = ("float8_e4m3fn",)  # what the base's frozen weights can be held
 SPREADS = ("global", "even")  # the best units of the whole model, or the same share of every module
 
 
-DATASETS = ("bbc_news",)
-TASKS = ("sequence_classification", "causal_lm")
+# Data sets that come inside packages; other names are the Hub's.
+DATASETS = (
+    "bbc_news",
+    "movie_reviews",
+    "amazon_reviews",
+    "nyt_editorials",
+    "tweets",
+    "reasoning_gym",
+    "digits",
+)
 ON_BAD_ROWS = ("error", "skip")
+TASKS = (
+    "sequence_classification",
+    "multilabel_classification",
+    "regression",
+    "token_classification",
+    "question_answering",
+    "seq2seq",
+    "causal_lm",
+    "masked_lm",
+    "preference",
+    "image_classification",
+)
 
 
 class InputError(ValueError):
@@ -94,14 +114,17 @@ class RunConfig:
     model_name_or_path: str
     output_dir: str
     train_file: str | None = None
-    dataset_name: str | None = None  # a data set that comes with reltune's extras, in place of files: bbc_news
+    dataset_name: str | None = None  # one that comes with a package, or of the Hugging Face Hub, in place of a file
+    dataset_config: str | None = None
+    dataset_path: str | None = None
     validation_file: str | None = None
     test_file: str | None = None
     text_column: str = "text"
     label_column: str = "label"
-    encoding: str = "utf-8"
-    task: str | None = None  # of TASKS; read off the columns when not given
+    task: str | None = None  # read off the columns when not given
     on_bad_rows: str = "error"
+    streaming: bool = False
+    encoding: str = "utf-8"
     max_length: int = 128
     completion_only_loss: bool | None = (
         None  # whether prompts are no part of a language model's loss; None: where there are some
@@ -149,8 +172,6 @@ class RunConfig:
         for value in self.granularity:
             if value not in GRANULARITIES:
                 raise InputError(f"granularity {value!r} is unknown; {nearest(value, GRANULARITIES)}")
-        if self.task is not None and self.task not in TASKS:
-            raise InputError(f"task {self.task!r} is unknown; {nearest(str(self.task), TASKS)}")
         if self.spread not in SPREADS:
             raise InputError(f"spread {self.spread!r} is unknown; {nearest(str(self.spread), SPREADS)}")
         if self.frozen_dtype is not None and self.frozen_dtype not in FROZEN_DTYPES:
@@ -163,8 +184,12 @@ class RunConfig:
         held_out = self.validation_file is not None or self.test_file is not None
         if self.has_data or held_out or not set(self.criteria) <= set(WITHOUT_DATA):
             self.check_data()
-        if self.dataset_name is not None and self.dataset_name not in DATASETS:
-            raise InputError(f"dataset_name {self.dataset_name!r} is unknown; {nearest(self.dataset_name, DATASETS)}")
+        if self.on_bad_rows not in ON_BAD_ROWS:
+            raise InputError(
+                f"on_bad_rows {self.on_bad_rows!r} is unknown; {nearest(str(self.on_bad_rows), ON_BAD_ROWS)}"
+            )
+        if self.task is not None and self.task not in TASKS:
+            raise InputError(f"task {self.task!r} is unknown; {nearest(str(self.task), TASKS)}")
         least = {
             "max_length": 1,
             "analysis_examples": 1,

@@ -43,8 +43,9 @@ from reltune.relevance.plugins import find_criteria
 from reltune.relevance.scores import RelevanceScores
 from reltune.relevance.streaming import analyze_checkpoint
 from reltune.tasks import rows as reading
+from reltune.tasks import sources
 from reltune.tasks.columns import columns_of, guess_task
-from reltune.tasks.corpora import bbc_news
+from reltune.tasks.corpora import CORPORA
 from reltune.tasks.registry import TASKS
 from reltune.tasks.task import Examples, Task
 from reltune.tuner.config import ReltuneConfig
@@ -260,13 +261,20 @@ def check_choice(materials: Materials, select: bool = True) -> None:
 
 
 def _read_splits(config: RunConfig) -> tuple[Task, tuple[reading.Rows, reading.Rows, reading.Rows]]:
+    """The task and its training, validation and test rows, each checked: from their files, from the source's own splits,
+    or split off."""
     if config.text_column == config.label_column:
         raise InputError(f"The text column and the label column are both {config.text_column!r}; name two columns.")
+    found: dict[str, Any] = {}
+    if config.dataset_name is not None:
+        found = sources.read_dataset(config.dataset_name, config.dataset_config, config.dataset_path)
+    elif config.train_file is not None:
+        found = sources.read_splits(config.train_file, config.encoding)
+    for split, path in (("test", config.test_file), ("validation", config.validation_file)):
+        if path is not None:
+            found[split] = sources.read_rows(path, config.encoding, split)
 
-    def read(path: str | None) -> reading.Rows:
-        return bbc_news() if path is None else reading.read_rows(path, config.encoding)
-
-    train = read(config.train_file)
+    train = found["train"]
     named = (config.text_column, config.label_column)
     flags = {config.text_column: "--text_column", config.label_column: "--label_column"}
     usual = (RunConfig.text_column, RunConfig.label_column)
@@ -278,17 +286,14 @@ def _read_splits(config: RunConfig) -> tuple[Task, tuple[reading.Rows, reading.R
         raise InputError(f"{train.source}: {error}") from error
     task = TASKS[name](columns=columns, **{field: getattr(config, field) for field in TASKS[name].fields})
 
-    def good(rows: reading.Rows) -> reading.Rows:
-        reading.require_columns(rows, {column: flags.get(column, "") for column in columns.values()})
-        return reading.checked(rows, task.problem, config.on_bad_rows)
-
-    train = good(train)
-    whole = len(train)
     held: dict[str, reading.Rows] = {}
-    for split, path in (("test", config.test_file), ("validation", config.validation_file)):
-        if path is not None:
-            held[split] = good(read(path))
-        else:
+    for split, rows in found.items():
+        reading.require_columns(rows, {column: flags.get(column, "") for column in columns.values()})
+        held[split] = reading.checked(rows, task.problem, config.on_bad_rows)
+    train = held.pop("train")
+    whole = len(train)
+    for split in ("test", "validation"):
+        if split not in held:
             fraction = HELD_OUT * whole / len(train)
             train, held[split] = reading.split_off(train, fraction, config.seed, task.content, task.label)
     task = task.fitted(train)
@@ -599,10 +604,8 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
 
     comparison = read("comparison.json", {"methods": [], "notes": []})
     notes = [*comparison["notes"], hardware()]
-    if config.dataset_name == "bbc_news":
-        notes.append(
-            "Data: BBC news (D. Greene and P. Cunningham, ICML 2006), licensed by its source for non-commercial research only."
-        )
+    if config.dataset_name in CORPORA:
+        notes.append(CORPORA[config.dataset_name].note)
     notes += behaviour_notes(relevance)
     if relevance.inventory.left_out:
         reasons = sorted(set(relevance.inventory.left_out.values()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
@@ -12,7 +11,8 @@ from sklearn.model_selection import train_test_split
 
 from reltune.records import ON_BAD_ROWS, InputError, nearest
 
-SHOWN = 10  # line numbers per kind of bad row in a message
+SHOWN = 10  # line numbers per kind of bad row in a message,
+KINDS = 3  # and kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Rows(Sequence[Row]):
         repeated: columns that the header names more than once.
         broken: lines that hold no row at all, with a phrase that says why: (line, phrase).
         skipped: lines left out by ``checked``, by kind.
-        note: what a report must say of the data: its origin and licence.
+        unit: what ``lines`` count, in messages: "line" of a file or "row" of a table.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Rows(Sequence[Row]):
         repeated: Iterable[str] = (),
         broken: Sequence[tuple[int, str]] = (),
         skipped: Mapping[str, list[int]] | None = None,
-        note: str = "",
+        unit: str = "line",
     ) -> None:
         if columns is None:
             found = getattr(records, "column_names", None)  # of a Dataset
@@ -57,7 +57,7 @@ class Rows(Sequence[Row]):
         self.records, self.source, self.columns = records, source, list(columns)
         self.lines: Sequence[int] = range(1, len(records) + 1) if lines is None else lines
         self.header_line, self.repeated, self.broken = header_line, frozenset(repeated), list(broken)
-        self.skipped, self.note = dict(skipped or {}), note
+        self.skipped, self.unit = dict(skipped or {}), unit
 
     def __len__(self) -> int:
         return len(self.records)
@@ -86,7 +86,7 @@ class Rows(Sequence[Row]):
     def without(self, skipped: Mapping[str, list[int]], indices: Sequence[int]) -> Rows:
         """The rows at ``indices``, with the lines that were left out by kind on record."""
         rest = self.select(indices) if len(indices) < len(self) else self._with(self.records, self.lines)
-        rest.broken, rest.skipped = [], dict(skipped)
+        rest.broken, rest.skipped = [], {**self.skipped, **skipped}
         return rest
 
     def _with(self, records: Sequence[dict[str, Any]], lines: Sequence[int]) -> Rows:
@@ -99,21 +99,8 @@ class Rows(Sequence[Row]):
             repeated=self.repeated,
             broken=self.broken,
             skipped=self.skipped,
-            note=self.note,
+            unit=self.unit,
         )
-
-
-def read_rows(source: str | os.PathLike, encoding: str = "utf-8") -> Rows:
-    """The rows of a file of any format that is known, with all its columns.
-
-    Text formats (CSV, TSV, JSON Lines, JSON) are read in ``encoding``; UTF-8 may start with a byte order mark.
-
-    Raises:
-        InputError: what the source is, or is not, and the line.
-    """
-    from reltune.tasks.text_files import read_text_file
-
-    return read_text_file(source, encoding)
 
 
 # -- checking -------------------------------------------------------------------------------------------------------
@@ -157,16 +144,23 @@ def checked(rows: Rows, problem: Callable[[Row], str | None], on_bad_rows: str =
     bad = by_kind(rows.broken)
     good = []
     for index, row in enumerate(rows):
-        phrase = problem(row) or _surrogate(row.values)
+        phrase = row_problem(row, problem)
         if phrase is None:
             good.append(index)
         else:
             bad[phrase].append(row.line)
     if bad and on_bad_rows == "error":
-        raise InputError(f"{rows.source} has {found(bad)}. Mend or delete these lines, or pass --on_bad_rows skip.")
+        words = found(bad, rows.unit)
+        raise InputError(f"{rows.source} has {words}. Mend or delete these {rows.unit}s, or pass --on_bad_rows skip.")
     if not good:
-        raise InputError(no_good_rows(rows.source, bad))
+        raise InputError(no_good_rows(rows.source, bad, rows.unit))
     return rows.without(bad, good)
+
+
+def row_problem(row: Row, problem: Callable[[Row], str | None]) -> str | None:
+    """What is wrong with a row by a task's rule, or for every task."""
+    # JSON escapes can write lone surrogates, which no tokenizer can read.
+    return problem(row) or (None if _encodable(row.values) else "half of a surrogate pair")
 
 
 def by_kind(lines: Iterable[tuple[int, str]]) -> dict[str, list[int]]:
@@ -177,26 +171,26 @@ def by_kind(lines: Iterable[tuple[int, str]]) -> dict[str, list[int]]:
     return bad
 
 
-def no_good_rows(source: str, bad: Mapping[str, Sequence[int]]) -> str:
+def no_good_rows(source: str, bad: Mapping[str, Sequence[int]], unit: str = "line") -> str:
     """The message of a source without a single good row."""
-    return (
-        f"{source} has no good rows but {found(bad)}; mend them." if bad else f"{source} has no rows of data; add some."
-    )
+    if not bad:
+        return f"{source} has no rows of data; add some."
+    return f"{source} has no good rows but {found(bad, unit)}; mend them."
 
 
-def found(bad: Mapping[str, Sequence[int]], kinds: int = 3) -> str:
+def found(bad: Mapping[str, Sequence[int]], unit: str = "line") -> str:
     """Bad rows in words: each kind with the numbers of its first lines, the commonest kinds first."""
     order = sorted(bad.items(), key=lambda item: -len(item[1]))
-    words = [f"{phrase} {_where(lines)}" for phrase, lines in order[:kinds]]
-    rest = sum(len(lines) for _, lines in order[kinds:])
-    return "; ".join([*words, f"{rest} more of {len(order) - kinds} other kinds"] if rest else words)
+    words = [f"{phrase} {_where(lines, unit)}" for phrase, lines in order[:KINDS]]
+    rest = sum(len(lines) for _, lines in order[KINDS:])
+    return "; ".join([*words, f"{rest} more of {len(order) - KINDS} other kinds"] if rest else words)
 
 
-def _where(lines: Sequence[int]) -> str:
+def _where(lines: Sequence[int], unit: str) -> str:
     if len(lines) == 1:
-        return f"on line {lines[0]}"
+        return f"on {unit} {lines[0]}"
     shown = ", ".join(map(str, lines[:SHOWN])) + (", …" if len(lines) > SHOWN else "")
-    return f"on {len(lines)} lines ({shown})"
+    return f"on {len(lines)} {unit}s ({shown})"
 
 
 def text_problem(values: Mapping[str, Any], column: str) -> str | None:
@@ -218,11 +212,6 @@ def label_problem(values: Mapping[str, Any], column: str) -> str | None:
 def label_of(value: str | int) -> str:
     """The class that a value names, without the space around it: "1", 1 and " 1 " are one."""
     return str(value).strip()
-
-
-def _surrogate(values: Mapping[str, Any]) -> str | None:
-    """A phrase for lone surrogates, which JSON escapes can write and no tokenizer can read."""
-    return None if all(map(_encodable, values.values())) else "half of a surrogate pair"
 
 
 def _encodable(value: object) -> bool:
