@@ -64,10 +64,13 @@ class CausalLM(Task):
     name: ClassVar[str] = "causal_lm"
     loss: ClassVar[str] = "causal_lm"
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy", "exact_match")
-    best: ClassVar[str] = "loss"
     best_is_largest: ClassVar[bool] = False
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
     fields: ClassVar[tuple[str, ...]] = ("completion_only_loss", "packing", "max_new_tokens", "generation_examples")
+
+    @property
+    def best(self) -> str:
+        return "loss"
 
     def problem(self, row: Row) -> str | None:
         for role in ("text", "instruction"):

@@ -65,13 +65,16 @@ def _place(name: str) -> tuple[str, dict[str, Any]]:
     return name, {}
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token and a ``model_max_length`` the model can take."""
-    path, options = _place(name)
+def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token and a ``model_max_length`` the model can take.
+
+    ``options`` are its own.
+    """
+    path, place = _place(name)
     config = load_config(name)
     mend = "Save it there with tokenizer.save_pretrained, or name a model that comes with one."
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **place, **options)
     except Exception as error:  # the tokenizers library raises bare Exceptions on a damaged file
         raise InputError(f"{name} has no usable tokenizer ({first_line(error)}). {mend}") from error
     # without any file transformers returns a tokenizer of special tokens only (T5's: one more)

@@ -36,7 +36,6 @@ class SequenceClassification(Task):
     name: ClassVar[str] = "sequence_classification"
     loss: ClassVar[str] = "sequence_classification"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1_macro", "matthews")
-    best: ClassVar[str] = "accuracy"
     peft_task_type: ClassVar[str] = "SEQ_CLS"
 
     def problem(self, row: Row) -> str | None:

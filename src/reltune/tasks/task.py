@@ -56,7 +56,7 @@ class Task(abc.ABC):
         name: key of ``registry.TASKS``.
         loss: key of ``losses.LOSSES``: the loss per example that relevance is measured by.
         metrics: names of what ``compute_metrics`` and ``generation_metrics`` give, the main one first.
-        best: of an evaluation during training, the metric by which checkpoints are compared; ``best_is_largest`` says how.
+        best_is_largest: how checkpoints compare by ``best``.
         peft_task_type: a value of ``peft.TaskType``.
         unit: what one example is called.
         trainer_class: the Trainer that evaluates, and that trains where ``trainer`` is not another one.
@@ -67,7 +67,6 @@ class Task(abc.ABC):
     name: ClassVar[str]
     loss: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
-    best: ClassVar[str]
     best_is_largest: ClassVar[bool] = True
     peft_task_type: ClassVar[str]
     unit: ClassVar[str] = "text"
@@ -76,6 +75,11 @@ class Task(abc.ABC):
     fields: ClassVar[tuple[str, ...]] = ()
 
     columns: Columns
+
+    @property
+    def best(self) -> str:
+        """The metric of an evaluation during training by which checkpoints are compared."""
+        return self.metrics[0]
 
     # -- rows --
 

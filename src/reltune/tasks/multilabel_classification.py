@@ -1,0 +1,105 @@
+"""Multi-label classification: any number of labels per text, a sigmoid for each; micro and macro F1, subset accuracy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+
+from reltune.records import InputError, nearest
+from reltune.tasks.pretrained import labelled
+from reltune.tasks.rows import Row, label_of, text_problem
+from reltune.tasks.sequence_classification import label_order, load_sequence_classifier
+from reltune.tasks.task import Columns, Examples, Task
+from reltune.tasks.texts import encode_texts
+
+SEPARATOR = "|"  # between labels where a column holds text: CSV has no lists
+
+
+@dataclass
+class MultilabelClassification(Task):
+    """The task of giving each text those of ``labels`` that fit, which may be none."""
+
+    labels: list[str] = field(default_factory=list)
+    columns: Columns = field(default_factory=lambda: {"text": "text", "label": "label"})
+
+    name: ClassVar[str] = "multilabel_classification"
+    loss: ClassVar[str] = "multilabel_classification"
+    metrics: ClassVar[tuple[str, ...]] = ("f1_micro", "f1_macro", "subset_accuracy")
+    peft_task_type: ClassVar[str] = "SEQ_CLS"
+
+    def problem(self, row: Row) -> str | None:
+        column = self.columns["label"]
+        value = row.values.get(column)
+        if found := text_problem(row.values, self.columns["text"]):
+            return found
+        if value is None:
+            return f"an empty {column!r}"
+        if isinstance(value, str):
+            return None
+        if not isinstance(value, list) or not all(isinstance(one, str | int) for one in value):
+            return f"a {column!r} that is no list of strings or integers"
+        return None if all(label_of(one) for one in value) else f"an empty label in {column!r}"
+
+    def content(self, row: Row) -> str:
+        return str(row.values[self.columns["text"]])
+
+    def labels_of(self, row: Row) -> list[str]:
+        """The row's labels; those of a text are separated by ``|``."""
+        value = row.values[self.columns["label"]]
+        found = value.split(SEPARATOR) if isinstance(value, str) else value
+        return [label_of(one) for one in found if label_of(one)]
+
+    def fitted(self, rows: Iterable[Row]) -> MultilabelClassification:
+        """The task with the labels that occur in ``rows``: numbers by value, then words by character."""
+        labels = sorted({label for row in rows for label in self.labels_of(row)}, key=label_order)
+        if not labels:
+            raise InputError("No training row has a label; check the label column.")
+        return replace(self, labels=labels)
+
+    def misfit(self, row: Row) -> str | None:
+        unknown = next((label for label in self.labels_of(row) if label not in self.labels), None)
+        if unknown is None:
+            return None
+        return f"the label {unknown!r}, which does not occur in training ({nearest(unknown, self.labels).rstrip('.')})"
+
+    def describe(self) -> str:
+        return f"{len(self.labels)} labels"
+
+    def load_model(
+        self, model_name_or_path: str | os.PathLike, dtype: torch.dtype | str | None = None, **options: Any
+    ) -> tuple[PreTrainedModel, list[str]]:
+        kind = "multi_label_classification"
+
+        def adapt(config: Any) -> bool:
+            before = config.problem_type  # a head that chose one label of several is another one
+            return labelled(self.labels, kind)(config) and before == kind
+
+        return load_sequence_classifier(self, model_name_or_path, adapt, dtype, **options)
+
+    def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
+        """Token ids of each text, and 1.0 for each label that it has, 0.0 for the others."""
+        texts = [self.content(row) for row in rows]
+        items, n_truncated = encode_texts(texts, [row.line for row in rows], processor, max_length)
+        for item, row in zip(items, rows, strict=True):
+            own = set(self.labels_of(row))
+            item["labels"] = [float(label in own) for label in self.labels]
+        return Examples(items, n_truncated)
+
+    def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
+        """Pads a batch to its longest text."""
+        return DataCollatorWithPadding(processor)
+
+    def compute_metrics(self, prediction: EvalPrediction, examples: Examples | None = None) -> dict[str, float]:
+        """A label is predicted from probability 1/2 on. Subset accuracy: the share of texts with all labels right."""
+        predicted, labels = prediction.predictions > 0, prediction.label_ids > 0.5
+        return {
+            "f1_micro": float(f1_score(labels, predicted, average="micro", zero_division=0)),
+            "f1_macro": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+            "subset_accuracy": float(accuracy_score(labels, predicted)),
+        }

@@ -1,0 +1,78 @@
+"""Regression: one number per text, squared error; Pearson's and Spearman's correlation and the mean squared error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+
+from reltune.tasks.rows import Row, text_problem
+from reltune.tasks.sequence_classification import load_sequence_classifier
+from reltune.tasks.task import Columns, Examples, Task
+from reltune.tasks.texts import encode_texts, number_of
+
+
+@dataclass
+class Regression(Task):
+    """The task of giving each text a number. Numbers are learned as they are: scale large ones before."""
+
+    columns: Columns = field(default_factory=lambda: {"text": "text", "label": "label"})
+
+    name: ClassVar[str] = "regression"
+    loss: ClassVar[str] = "regression"
+    metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "mse")
+    peft_task_type: ClassVar[str] = "SEQ_CLS"
+
+    def problem(self, row: Row) -> str | None:
+        column = self.columns["label"]
+        value = row.values.get(column)
+        if found := text_problem(row.values, self.columns["text"]):
+            return found
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return f"an empty {column!r}"
+        return None if number_of(value) is not None else f"a {column!r} that is no number"
+
+    def content(self, row: Row) -> str:
+        return str(row.values[self.columns["text"]])
+
+    def load_model(
+        self, model_name_or_path: str | os.PathLike, dtype: torch.dtype | str | None = None, **options: Any
+    ) -> tuple[PreTrainedModel, list[str]]:
+        return load_sequence_classifier(self, model_name_or_path, one_number, dtype, **options)
+
+    def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
+        texts = [self.content(row) for row in rows]
+        items, n_truncated = encode_texts(texts, [row.line for row in rows], processor, max_length)
+        for item, row in zip(items, rows, strict=True):
+            item["labels"] = number_of(row.values[self.columns["label"]])
+        return Examples(items, n_truncated)
+
+    def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
+        """Pads a batch to its longest text."""
+        return DataCollatorWithPadding(processor)
+
+    def compute_metrics(self, prediction: EvalPrediction, examples: Examples | None = None) -> dict[str, float]:
+        """Correlations are 0 where they are not defined, because all predictions (or all labels) are the same."""
+        from scipy.stats import pearsonr, spearmanr
+
+        predicted = np.asarray(prediction.predictions, np.float64).reshape(-1)
+        labels = np.asarray(prediction.label_ids, np.float64).reshape(-1)
+        defined = len(labels) > 1 and np.ptp(predicted) > 0 and np.ptp(labels) > 0
+        return {
+            "pearson": float(pearsonr(predicted, labels).statistic) if defined else 0.0,
+            "spearman": float(spearmanr(predicted, labels).statistic) if defined else 0.0,
+            "mse": float(np.square(predicted - labels).mean()),
+        }
+
+
+def one_number(config: Any) -> bool:
+    """An ``adapt`` for ``load_model``: one output, trained by squared error."""
+    same = config.num_labels == 1 and config.problem_type in (None, "regression")
+    config.num_labels = 1
+    config.problem_type = "regression"
+    return same

@@ -1,0 +1,179 @@
+"""Token classification: one tag per word, cross entropy at each word's first token; entity F1 by seqeval."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    AutoModelForTokenClassification,
+    DataCollatorForTokenClassification,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from reltune.records import InputError, nearest
+from reltune.tasks.losses import IGNORED
+from reltune.tasks.pretrained import labelled, load_model, load_tokenizer
+from reltune.tasks.rows import Row, label_of
+from reltune.tasks.task import Columns, Examples, Task
+from reltune.tasks.texts import limit_of
+
+CHUNKS = re.compile(r"O|[BIESLU]-.+")  # tags of entities: IOB and its kin
+
+
+@dataclass
+class TokenClassification(Task):
+    """The task of giving each word one of ``labels``. Words are a list, or a text with spaces between; so are tags."""
+
+    labels: list[str] = field(default_factory=list)
+    columns: Columns = field(default_factory=lambda: {"tokens": "tokens", "tags": "ner_tags"})
+
+    name: ClassVar[str] = "token_classification"
+    loss: ClassVar[str] = "token_classification"
+    metrics: ClassVar[tuple[str, ...]] = ("f1", "precision", "recall", "token_accuracy")
+    peft_task_type: ClassVar[str] = "TOKEN_CLS"
+
+    def problem(self, row: Row) -> str | None:
+        words, tags = row.values.get(self.columns["tokens"]), row.values.get(self.columns["tags"])
+        for column, value in ((self.columns["tokens"], words), (self.columns["tags"], tags)):
+            if not value:
+                return f"an empty {column!r}"
+            if not isinstance(value, list | str):
+                return f"a {column!r} that is no list"
+        if any(not isinstance(word, str) or not word.strip() for word in _listed(words)):
+            return f"a {self.columns['tokens']!r} with an empty word or one that is no string"
+        if any(not isinstance(tag, str | int) or not label_of(tag) for tag in _listed(tags)):
+            return f"a {self.columns['tags']!r} with a tag that is neither a string nor an integer"
+        if len(_listed(words)) != len(_listed(tags)):
+            return "another number of tags than of words"
+        return None
+
+    def content(self, row: Row) -> str:
+        return " ".join(self.words(row))
+
+    def words(self, row: Row) -> list[str]:
+        return _listed(row.values[self.columns["tokens"]])
+
+    def tags(self, row: Row) -> list[str]:
+        return [label_of(tag) for tag in _listed(row.values[self.columns["tags"]])]
+
+    def fitted(self, rows: Iterable[Row]) -> TokenClassification:
+        """The task with the tags that occur in ``rows``, O first, then the kinds of entity with B before I."""
+        labels = {tag for row in rows for tag in self.tags(row)}
+        if len(labels) == 1:
+            raise InputError(f"All training words have the tag {min(labels)!r}; there must be at least two.")
+        return replace(self, labels=sorted(labels, key=lambda tag: (tag != "O", tag.partition("-")[2], tag)))
+
+    def misfit(self, row: Row) -> str | None:
+        unknown = next((tag for tag in self.tags(row) if tag not in self.labels), None)
+        if unknown is None:
+            return None
+        return f"the tag {unknown!r}, which does not occur in training ({nearest(unknown, self.labels).rstrip('.')})"
+
+    def describe(self) -> str:
+        return f"{len(self.labels)} tags"
+
+    @property
+    def entities(self) -> bool:
+        """Whether the tags mark entities (B-PER, I-PER, O) and not each word by itself, as parts of speech do."""
+        return all(CHUNKS.fullmatch(label) for label in self.labels)
+
+    @property
+    def best(self) -> str:
+        return "f1" if self.entities else "token_accuracy"
+
+    def load_model(
+        self, model_name_or_path: str | os.PathLike, dtype: torch.dtype | str | None = None, **options: Any
+    ) -> tuple[PreTrainedModel, list[str]]:
+        return load_model(
+            os.fspath(model_name_or_path),
+            AutoModelForTokenClassification,
+            MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+            "token classification head",
+            labelled(self.labels),
+            dtype,
+            lambda: self.load_tokenizer(model_name_or_path).pad_token_id,
+            **options,
+        )
+
+    def load_tokenizer(self, model_name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
+        tokenizer: PreTrainedTokenizerBase = super().load_tokenizer(model_name_or_path)
+        if not tokenizer.is_fast:
+            raise InputError(
+                f"The tokenizer of {os.fspath(model_name_or_path)} cannot tell which tokens belong to which word; "
+                "token_classification needs a model with a fast tokenizer (tokenizer.json)."
+            )
+        if getattr(tokenizer, "add_prefix_space", None) is False:  # byte-level ones take lists of words only so
+            tokenizer = load_tokenizer(os.fspath(model_name_or_path), add_prefix_space=True)
+        return tokenizer
+
+    def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
+        """Token ids of each row's words, with the tag at the first token of each and ``IGNORED`` elsewhere.
+
+        Words of which no token is left when a row is cut are not measured either.
+        """
+        limit = limit_of(processor, max_length)
+        if not rows:
+            return Examples([])
+        encoded = processor(
+            [self.words(row) for row in rows], is_split_into_words=True, truncation=True, max_length=limit
+        )
+        index = {label: position for position, label in enumerate(self.labels)}
+        items = []
+        for i, row in enumerate(rows):
+            tags, labels, before = self.tags(row), [], None
+            for word in encoded.word_ids(i):
+                labels.append(IGNORED if word is None or word == before else index[tags[word]])
+                before = word
+            if all(label == IGNORED for label in labels):
+                raise InputError(f"The words on line {row.line} give no tokens; delete it or use another model.")
+            items.append({**{key: values[i] for key, values in encoded.items()}, "labels": labels})
+        return Examples(items, sum(bool(encoding.overflowing) for encoding in encoded.encodings or ()))
+
+    def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorForTokenClassification:
+        """Pads a batch to its longest example, and the labels with it."""
+        return DataCollatorForTokenClassification(processor, label_pad_token_id=IGNORED)
+
+    def reduced(self, logits: Any, labels: Tensor) -> Tensor:
+        """The likeliest tag of each token (B, T)."""
+        return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+    def compute_metrics(self, prediction: EvalPrediction, examples: Examples | None = None) -> dict[str, float]:
+        """The share of tags right; of tags that mark entities also F1, precision and recall of whole entities, as the
+        CoNLL shared tasks count them."""
+        counted = prediction.label_ids != IGNORED
+        pairs = [
+            (self._named(labels[kept]), self._named(predicted[kept]))
+            for labels, predicted, kept in zip(prediction.label_ids, prediction.predictions, counted, strict=True)
+        ]
+        right = (prediction.predictions == prediction.label_ids)[counted]
+        accuracy = float(right.mean()) if right.size else 0.0
+        if not self.entities:
+            return {"token_accuracy": accuracy}
+        from seqeval.metrics import f1_score, precision_score, recall_score
+
+        truth, found = [labels for labels, _ in pairs], [predicted for _, predicted in pairs]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nothing was found is what a 0 says
+            return {
+                "f1": float(f1_score(truth, found, zero_division=0)),
+                "precision": float(precision_score(truth, found, zero_division=0)),
+                "recall": float(recall_score(truth, found, zero_division=0)),
+                "token_accuracy": accuracy,
+            }
+
+    def _named(self, indices: Iterable[int]) -> list[str]:
+        return [self.labels[i] for i in indices]
+
+
+def _listed(value: list[Any] | str) -> list[Any]:
+    return value.split() if isinstance(value, str) else value
