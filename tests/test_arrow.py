@@ -147,7 +147,7 @@ def test_what_cannot_be_read(tmp_path: Path, streaming: bool) -> None:
 
 
 def test_hub_names() -> None:
-    with pytest.raises(InputError, match="'imdb' comes with no package and cannot be loaded .* HF_HUB_OFFLINE is set"):
+    with pytest.raises(InputError, match=r"'imdb' comes with no package and cannot be loaded .* HF_HUB_OFFLINE is set"):
         read_dataset("imdb")
     with pytest.raises(InputError, match="did you mean 'bbc_news'"):
         read_dataset("bbc")
