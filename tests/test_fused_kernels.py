@@ -129,18 +129,27 @@ def test_fused_norms_take_what_computes_the_same_and_leave_the_rest(monkeypatch)
     model = nn.ModuleDict(
         {"llama": LlamaRMSNorm(48), "gemma": Gemma2RMSNorm(48), "t5": T5LayerNorm(48), "layer": nn.LayerNorm(48)}
     )
-    model["own"] = LlamaRMSNorm(48)
+    model["own"], model["liger"] = LlamaRMSNorm(48), LlamaRMSNorm(48)
     model.to(DEVICE, dtype).requires_grad_(False)
     model["own"].forward = own = model["t5"].forward
+
+    def theirs(self, x):
+        return LlamaRMSNorm.forward(self, x)
+
+    theirs.__module__ = "liger_kernel.transformers.rms_norm"  # which puts its forwards into the modules of a model
+    model["liger"].forward = liger = theirs.__get__(model["liger"])
     x = rows(2, 3, 48, 0, dtype)
     before = {name: module(x) for name, module in model.items()}
     with pytest.raises(KeyError), fused_norms(model):
-        patched = {name for name, module in model.items() if "forward" in module.__dict__ and module.forward is not own}
-        assert patched == {"llama", "t5"}
+        unpatched = {name for name, module in model.items() if module.__dict__.get("forward") in (None, own)}
+        assert unpatched == {"gemma", "layer", "own"} and model["liger"].forward is not liger
         for name, module in model.items():
             assert torch.allclose(module(x), before[name], rtol=2**-7, atol=0)
         raise KeyError
-    assert [name for name, module in model.items() if "forward" in module.__dict__] == ["own"]
+    assert {name: module.__dict__.get("forward") for name, module in model.items() if "forward" in module.__dict__} == {
+        "own": own,
+        "liger": liger,
+    }
 
 
 def test_a_norm_that_is_trained_gets_its_gradient_although_it_was_fused_frozen(monkeypatch):
@@ -181,12 +190,19 @@ def test_many_columns_and_rows_are_written_at_once(dtypes):
     copies, wanted = [], []
     for seed, (shape, dim, count) in enumerate(zip(shapes, dims, counts, strict=True)):
         weight = rows(1, *shape, seed, dtypes[0])[0]
-        weight = weight.mT.contiguous().mT if seed == 3 else weight  # whatever its strides
         idx = torch.randperm(shape[dim], generator=torch.Generator().manual_seed(seed))[:count].to(DEVICE)
         values = rows(1, *(count if d == dim else size for d, size in enumerate(shape)), seed + 9, dtypes[1])[0]
         copies.append(Copy(weight, dim, idx, values))
         wanted.append(weight.clone().index_copy_(dim, idx, values.to(weight.dtype)))
+    strided = Copy(copies[0].weight.mT.contiguous().mT, *copies[0][1:])  # which the kernel does not take
+    index_copy([*copies, strided])
+    assert torch.equal(strided.weight, wanted[0])
+    assert all(torch.equal(copy.weight, want) for copy, want in zip(copies, wanted, strict=True))
+    for copy in copies:
+        copy.weight.zero_()
     copy_all(copies)
+    for copy, want in zip(copies, wanted, strict=True):
+        want.copy_(torch.zeros_like(want).index_copy_(copy.dim, copy.idx, copy.values.to(want.dtype)))
     assert all(torch.equal(copy.weight, want) for copy, want in zip(copies, wanted, strict=True))
 
 

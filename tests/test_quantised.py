@@ -41,6 +41,7 @@ from reltune.plan.plan import ModulePlan, Plan
 from reltune.records import InputError
 from reltune.relevance.scores import RelevanceScores
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-5
 CRITERIA = ["fisher", "fisher_true", "gradient", "taylor", "activation", "magnitude"]
 
@@ -55,7 +56,7 @@ def in_4_bits(linear, kind="nf4", double=False):
         compress_statistics=double,
     )
     layer.load_state_dict(linear.state_dict())
-    return layer.to("cpu")  # moving it is what quantises it
+    return layer.to(DEVICE)  # moving it is what quantises it
 
 
 def in_8_bits(linear):
@@ -63,7 +64,7 @@ def in_8_bits(linear):
         linear.in_features, linear.out_features, bias=linear.bias is not None, has_fp16_weights=False
     )
     layer.load_state_dict(linear.state_dict())
-    return layer.to("cpu")
+    return layer.to(DEVICE)
 
 
 def by_torchao(config):
@@ -91,11 +92,11 @@ WAYS = {
 def pair(make, way, heads=("classifier", "score")):
     """A quantised model and the plain one that has the same weights."""
     quantise, weight_of = WAYS[way]
-    quantised = make().float()
+    quantised = make().float().to(DEVICE)
     for name, module in list(quantised.named_modules()):
         if type(module) is nn.Linear and name not in heads:
             quantised.set_submodule(name, quantise(module))
-    plain = make().float()
+    plain = make().float().to(DEVICE)
     with torch.no_grad():
         for name, module in plain.named_modules():
             if type(module) is nn.Linear and name not in heads:
@@ -104,7 +105,10 @@ def pair(make, way, heads=("classifier", "score")):
 
 
 def batches():
-    return split(text_batch((3, 11, 6, 1, 9, 4, 2)), 4)
+    return [
+        {key: value.to(DEVICE) for key, value in batch.items()}
+        for batch in split(text_batch((3, 11, 6, 1, 9, 4, 2)), 4)
+    ]
 
 
 def quantised_modules(scores):
@@ -186,7 +190,7 @@ def test_the_weight_is_made_only_when_asked_for(monkeypatch):
 def test_a_base_that_transformers_quantised(tmp_path):
     tiny_bert().float().save_pretrained(tmp_path)
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-    model = BertForSequenceClassification.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
+    model = BertForSequenceClassification.from_pretrained(tmp_path, quantization_config=config, device_map=DEVICE)
     found = measure(model, batches(), None, ["fisher"])
     assert len(quantised_modules(found)) >= 12 and found.fingerprint == ""
     assert all(float(found.by("module")[name]) > 0 for name in quantised_modules(found))
@@ -254,7 +258,7 @@ def test_adapters_on_it_are_switched_disabled_saved_and_loaded(way, tmp_path):
         base = tuned(quantised, UNITS["columns"], "first")
         start = base(**batch).logits
         values = base.get_submodule(f"base_model.model.{LINEAR}").reltune_columns["first"]
-        values.add_(torch.randn(values.shape, generator=torch.Generator().manual_seed(0)))
+        values.add_(torch.randn(values.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE))
         changed = base(**batch).logits
         assert not torch.allclose(changed, start, atol=1e-3)
         with base.disable_adapter():

@@ -1,4 +1,4 @@
-"""Every layer type × every kind of unit: training, switching, disabling, merging, saving."""
+"""Every layer type × every kind of unit: training, switching, disabling, merging, saving; on the accelerator if there is one."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from reltune.tuner import ReltuneConfig
 from reltune.tuner.layer import ReltuneLayer
 
 Selection = dict[str, dict[str, Any]]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNITS = ["columns", "rows", "columns and rows", "elements", "columns, rows and elements", "weight and bias", "bias"]
 
 
@@ -40,7 +41,7 @@ class Words(nn.Module):
         self.head = Conv1D(3, 8)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        h = self.words(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        h = self.words(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
         return self.head(torch.tanh(self.mixed(h)))
 
 
@@ -77,8 +78,8 @@ def _vit() -> nn.Module:
     return ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=3))
 
 
-TOKENS = torch.tensor([[1, 2, 7, 7], [0, 4, 2, 8]])
-IMAGES = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+TOKENS = torch.tensor([[1, 2, 7, 7], [0, 4, 2, 8]], device=DEVICE)
+IMAGES = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).to(DEVICE)
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "words": (Words, TOKENS),
@@ -91,7 +92,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 
 def _made(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return MODELS[name][0]().double().eval()
+    return MODELS[name][0]().double().eval().to(DEVICE)
 
 
 def _output(model: nn.Module, name: str) -> Tensor:
@@ -104,7 +105,7 @@ def _losses(name: str, steps: int) -> list[list[Callable[[nn.Module], Tensor]]]:
         def run(model: nn.Module) -> Tensor:
             y = _output(model, name)
             target = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(step))
-            return (y - target).square().mean()
+            return (y - target.to(DEVICE)).square().mean()
 
         return run
 

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from reltune.layers import norm
 
-_alike: dict[type, bool] = {}  # classes that were tried: does theirs compute what the kernel does?
+# Classes, and forwards in the place of theirs, that were tried: do they compute what the kernel does?
+_alike: dict[tuple[type, Any], bool] = {}
 
 
 def fuse_norms(model: nn.Module) -> list[nn.Module]:
     """Let every bfloat16 RMSNorm on an accelerator, whose class computes what Llama's does, be computed by the kernel.
 
     Whether a class does is tried out, on numbers of many sizes: Gemma's gain is 1 + weight, and others cast at another
-    place. What has hooks or a forward of its own stays as it is. Gives the modules, for ``restore_norms``.
+    place. Liger's kernel, which computes the gain's gradient for nobody, gives way too; what has hooks or another forward
+    of its own stays as it is. Gives the modules, for ``restore_norms``.
     """
     if importlib.util.find_spec("triton") is None:
         return []
@@ -28,10 +30,12 @@ def fuse_norms(model: nn.Module) -> list[nn.Module]:
     for module in model.modules():
         if not _may_be(module):
             continue
-        if type(module) not in _alike:
-            _alike[type(module)] = _computes_the_same(module)
-        if _alike[type(module)]:
-            module.forward = functools.partial(_forward, module)
+        own = module.__dict__.get("forward")
+        kind = type(module), getattr(own, "__func__", None)
+        if kind not in _alike:
+            _alike[kind] = _computes_the_same(module)
+        if _alike[kind]:
+            module.forward = functools.partial(_forward, module, own)
             fused.append(module)
     return fused
 
@@ -40,7 +44,13 @@ def restore_norms(model: nn.Module) -> None:
     """Undo ``fuse_norms``, in every module of the model."""
     for module in model.modules():
         if getattr(module.__dict__.get("forward"), "func", None) is _forward:
-            del module.forward
+            _restore(module)
+
+
+def _restore(module: nn.Module) -> None:
+    own = module.__dict__.pop("forward").args[1]
+    if own is not None:
+        module.forward = own
 
 
 @contextlib.contextmanager
@@ -51,7 +61,7 @@ def fused_norms(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module in fused:
-            del module.forward
+            _restore(module)
 
 
 def _may_be(module: nn.Module) -> bool:
@@ -59,7 +69,7 @@ def _may_be(module: nn.Module) -> bool:
         norm.matches(module)
         and type(module) is not nn.LayerNorm
         and isinstance(_epsilon(module), float)
-        and "forward" not in module.__dict__
+        and getattr(module.__dict__.get("forward"), "__module__", "liger_kernel").startswith("liger_kernel")
         and _has_kernel(module.weight)
     )
 
@@ -74,14 +84,15 @@ def _epsilon(module: nn.Module) -> float | None:
     return getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
 
 
-def _forward(module: nn.Module, x: Tensor) -> Tensor:
+def _forward(module: nn.Module, own: Any, x: Tensor) -> Tensor:
+    """``own``: a forward that stood in the place of the class's, or None."""
     from reltune.ops.rms_norm import RMSNorm
 
     gain: Any = module.weight
     # The kernel gives the gain no gradient, and compilers make kernels of their own.
     trained = gain.requires_grad and torch.is_grad_enabled()
     if trained or not _has_kernel(x) or gain.dtype != x.dtype or torch.compiler.is_compiling():
-        return type(module).forward(module, x)
+        return type(module).forward(module, x) if own is None else own(x)
     return RMSNorm.apply(x, gain, _epsilon(module))
 
 
@@ -92,6 +103,6 @@ def _computes_the_same(module: nn.Module) -> bool:
     x = torch.randn(16, weight.numel(), generator=generator, device=weight.device)
     x = (x * torch.logspace(-4, 3, 16, device=weight.device)[:, None]).to(weight.dtype)
     with torch.no_grad():
-        found, wanted = _forward(module, x).float(), type(module).forward(module, x).float()
+        found, wanted = _forward(module, None, x).float(), module.forward(x).float()
     close = (found - wanted).abs() <= 2**-7 * wanted.abs()
     return bool(close.all()) and float((found == wanted).float().mean()) > 0.99

@@ -6,16 +6,15 @@ and per switch.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclasses.dataclass(frozen=True)
-class Copy:
+class Copy(NamedTuple):
     """weight[:, idx] = values (dim 1) or weight[idx] = values (dim 0), for weights of two dimensions.
 
     One of one dimension (single weights, in a flat view) is written by itself: with so much to write, a launch is little.
@@ -26,6 +25,16 @@ class Copy:
     idx: Tensor
     values: Tensor
 
+    def suits_kernel(self) -> bool:
+        weight, _, idx, values = self
+        return (
+            weight.ndim == 2
+            and idx.dtype == torch.int64
+            and values.device == weight.device
+            and values.is_contiguous()
+            and weight.is_contiguous()
+        )
+
     def alone(self) -> None:
         self.weight.index_copy_(self.dim, self.idx.long(), self.values.to(self.weight.dtype))
 
@@ -34,15 +43,15 @@ class Copy:
 def index_copy(copies: Iterable[Copy]) -> None:
     """Do all the copies; those into one weight must not overlap. The weights' versions count up."""
     together: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Copy]] = {}
+    triton = importlib.util.find_spec("triton") is not None
     for copy in copies:
-        if copy.weight.is_cuda and copy.weight.ndim == 2 and copy.values.device == copy.weight.device:
+        if triton and copy.weight.is_cuda and copy.suits_kernel():
             together.setdefault((copy.weight.device, copy.weight.dtype, copy.values.dtype), []).append(copy)
         else:
             copy.alone()
     for group in together.values():
-        if len(group) == 1 or importlib.util.find_spec("triton") is None:
-            for copy in group:
-                copy.alone()
+        if len(group) == 1:
+            group[0].alone()
         else:
             from reltune.ops.index_copy_kernel import copy_all
 

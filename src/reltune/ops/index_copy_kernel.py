@@ -1,13 +1,15 @@
-"""The Triton kernel behind ops/index_copy.py. Addresses and strides stand in a table, made anew for every call."""
+"""The Triton kernel behind ops/index_copy.py. Addresses and strides stand in a table on the device."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
+from torch import Tensor
 
 FIELDS = 9
 LONG, SELECTED = 64, 32  # numbers along the weight's other dimension, and along the selected one, in one step
@@ -41,26 +43,29 @@ def copy_kernel(  # type: ignore[no-untyped-def]
 
 
 def copy_all(copies: Sequence[Any]) -> None:
-    """``copies`` are of one device, one dtype of weights and one of values."""
-    kept = [(c.idx.to(torch.int64), c.values) for c in copies]
+    """``copies`` are of one device, one dtype of weights and one of values, all tensors contiguous and indices in int64."""
     rows = []
-    for copy, (idx, values) in zip(copies, kept, strict=True):
-        weight, other = copy.weight, 1 - copy.dim
-        strides = weight.stride(other), weight.stride(copy.dim), values.stride(other), values.stride(copy.dim)
-        rows.append(
-            (
-                weight.data_ptr(),
-                values.data_ptr(),
-                idx.data_ptr(),
-                weight.shape[other],
-                values.shape[copy.dim],
-                *strides,
-            )
-        )
+    for weight, dim, idx, values in copies:
+        # By hand from the shapes: asking the tensors for their strides would take most of a switch's time.
+        features = weight.shape[1]
+        count = values.shape[dim]
+        place = (weight.data_ptr(), values.data_ptr(), idx.data_ptr())
+        if dim:
+            rows.append((*place, weight.shape[0], count, features, 1, count, 1))
+        else:
+            rows.append((*place, features, count, 1, features, 1, features))
     first = copies[0]
-    table = torch.tensor(rows, dtype=torch.int64).to(first.weight.device)
+    stream = torch.cuda.current_stream(first.weight.device).cuda_stream if first.weight.is_cuda else 0
+    table = _on_device(tuple(rows), first.weight.device, stream)
     longest = max(row[3] for row in rows)
     with torch.cuda.device_of(first.weight):
         copy_kernel[(len(rows), triton.cdiv(longest, LONG))](
             table, first.weight, first.values, FIELDS=FIELDS, LONG=LONG, SELECTED=SELECTED
         )
+
+
+@functools.lru_cache(maxsize=256)  # the same layers are written after every step
+def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
+    """The table; one per stream, which has its copy in order with its kernels."""
+    # From pinned memory, or the host would wait here for all that the device has been given before.
+    return torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)

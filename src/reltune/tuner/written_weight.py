@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +30,7 @@ in_training: weakref.WeakSet[WrittenWeight] = weakref.WeakSet()
 
 VALUE_KINDS = ("reltune_columns", "reltune_rows", "reltune_elements")
 INDEX_KINDS = ("reltune_column_indices", "reltune_row_indices", "reltune_element_indices")
+STATE = frozenset({"_written", "_values", "_active_adapter"})  # what a switch sets in every layer
 AT_ONCE = 32  # layers that are written in one go: more would keep the device waiting for the host
 
 
@@ -43,9 +44,12 @@ class Seen:
         self._states: list[tuple[Tensor, tuple[int, int] | None]] = [(t, self._state(t)) for t in tensors]
 
     def still(self, tensors: list[Tensor]) -> bool:
-        return len(tensors) == len(self._states) and all(
-            now is then and self._state(now) == state for now, (then, state) in zip(tensors, self._states, strict=True)
-        )
+        if len(tensors) != len(self._states):
+            return False
+        for now, (then, state) in zip(tensors, self._states, strict=True):
+            if now is not then or self._state(now) != state:
+                return False
+        return True
 
     @staticmethod
     def _state(tensor: Tensor) -> tuple[int, int]:
@@ -182,6 +186,12 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         self.register_state_dict_pre_hook(_before_save)
         self.register_state_dict_post_hook(_after_save)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in STATE:  # nn.Module would look whether it is a parameter or a module, for a third of a switch's time
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     # -- where columns, rows and elements lie ----------------------------------------------------------------------
 
     def _columns_of(self, weight: Tensor, idx: Tensor) -> Tensor:
@@ -225,7 +235,9 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
     # -- what is kept of the base ----------------------------------------------------------------------------------
 
     def _indices(self, adapter_name: str) -> list[Tensor]:
-        return [idx for kind in INDEX_KINDS if (idx := self._get(kind, adapter_name)) is not None]
+        modules = self._modules
+        found = [modules[kind]._buffers.get(adapter_name) for kind in INDEX_KINDS]  # type: ignore[union-attr]
+        return [idx for idx in found if idx is not None]
 
     @torch.inference_mode(False)  # what is kept may have to enter a graph later
     @torch.no_grad()
@@ -243,13 +255,18 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
             kept.elements = self._elements_of(pristine, idx)
         self.originals[adapter_name] = kept
 
-    def _refresh(self) -> None:
-        """Take in indices that were loaded. Looked for here too, as Transformers' load_adapter calls no hook."""
+    def _refresh(self, names: Iterable[str] | None = None) -> None:
+        """Take in indices that were loaded, of these adapters or of all.
+
+        Looked for whenever an adapter is used, as Transformers' load_adapter calls no hook.
+        """
         changed = [
             name
-            for name, kept in self.originals.items()
+            for name in (self.originals if names is None else names)
+            if (kept := self.originals.get(name)) is not None
             # what a merge has replaced is needed to undo it, whatever was loaded since
-            if name not in self.merged_adapters and not kept.indices.still(self._indices(name))
+            and name not in self.merged_adapters
+            and not kept.indices.still(self._indices(name))
         ]
         if not changed:
             return
@@ -304,17 +321,19 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         return weight
 
     def _values_of(self, adapter_name: str) -> Values:
-        columns, rows, elements = (self._get(kind, adapter_name) for kind in VALUE_KINDS)
+        modules = self._modules
+        columns, rows, elements = [modules[kind]._parameters.get(adapter_name) for kind in VALUE_KINDS]  # type: ignore[union-attr]
         return columns, rows, elements
 
     def _trained(self, adapter_name: str) -> list[Tensor]:
         return [t for t in self._values_of(adapter_name) if t is not None]
 
     def _write(self, adapter_name: str) -> None:
-        _writes.put(self, self.originals[adapter_name], *self._values_of(adapter_name))
+        values = self._values_of(adapter_name)
+        _writes.put(self, self.originals[adapter_name], *values)
         self._written = adapter_name
         self._graphs.differentiated = False
-        self._values = Seen(self._trained(adapter_name))
+        self._values = Seen([t for t in values if t is not None])
 
     def _rewrite(self) -> None:
         """Write the written adapter again, past autograd's count of versions.
@@ -341,22 +360,25 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         """Write the adapter that is asked for into the base weight, unless a graph still needs what is there."""
         if not self.originals:
             return
-        self._refresh()
-        if self.merged:
+        if base_only:
+            self._refresh()  # samples may ask for any adapter
+        if self.merged_adapters:
+            self._refresh()
             return
-        nothing = self.disable_adapters or base_only
-        names = [] if nothing else self._active(VALUE_KINDS)
+        asked = [] if base_only or self._disable_adapters else self.active_adapters
+        names = [name for name in asked if name in self.originals]
+        self._refresh(names)
         wanted = names[0] if names else None
         if wanted is not None:
             # PEFT loads a file onto the accelerator, if there is one, and moves it to the base's device afterwards.
-            devices = {t.device for t in (self.weight, *self._trained(wanted))}
-            if len(devices) > 1 or self.weight.device.type == "meta":
+            device = self.weight.device
+            if device.type == "meta" or any(t.device != device for t in self._trained(wanted)):
                 return
         if wanted != self._written and not self._graphs:
             self._restore()
             if wanted is not None:
                 self._write(wanted)
-        elif self._written in names:
+        elif self._written is not None and self._written in names:
             values = self._trained(self._written)
             if not self._values.still(values):
                 self._write(self._written)  # replaced, or changed by hand
@@ -371,9 +393,6 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
             None if kept.row_idx is None else self._rows_of(weight, kept.row_idx),
             None if kept.places is None else self._elements_of(weight, kept.places.index),
         )
-
-    def _active(self, kinds: tuple[str, ...]) -> list[str]:
-        return [name for name in self.active_adapters if any(self._get(kind, name) is not None for kind in kinds)]
 
     @property
     def weight(self) -> Tensor:
