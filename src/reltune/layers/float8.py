@@ -54,7 +54,8 @@ def to_float8(module: nn.Linear) -> None:
     """Round the module's weight where it is, and free it. Its name, hooks and bias stay."""
     rounded, scale = quantise_weight(module.weight)
     module.__class__ = Float8Linear
-    module.weight = nn.Parameter(rounded.view(torch.int8), requires_grad=False)
+    # Registered, it would be put on the meta device while PEFT loads an adapter with low_cpu_mem_usage.
+    module._parameters["weight"] = nn.Parameter(rounded.view(torch.int8), requires_grad=False)
     module.register_buffer("weight_scale", scale)
 
 
