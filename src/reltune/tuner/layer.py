@@ -137,8 +137,9 @@ class ReltuneLayer(WrittenWeight):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        modules = self._modules
         for kind in self.adapter_layer_names:  # as PEFT does it, without its lookups: a model has hundreds of layers
-            for name, parameter in self._modules[kind]._parameters.items():  # type: ignore[union-attr]
+            for name, parameter in modules[kind]._parameters.items():  # type: ignore[union-attr]
                 trained = name in names and not inference_mode
                 if parameter is not None and parameter.requires_grad != trained:
                     parameter.requires_grad_(trained)
