@@ -34,7 +34,7 @@ class Float8Linear(nn.Linear):
         return float8_linear(input, self.weight, self.weight_scale, self.bias, columns, idx, own)
 
     def dequantised(self) -> Tensor:
-        """Ŵ (out, in), exact in the dtype that the model has, or had when the weight was rounded."""
+        """Ŵ (out, in) in the type that the model has: exact, but for what is too small for float16."""
         return self.weight.detach().view(E4M3).to(self.weight_scale.dtype) * self.weight_scale[:, None]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:

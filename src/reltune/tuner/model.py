@@ -105,7 +105,7 @@ class ReltuneModel(BaseTuner):
         if has_adapters:
             raise InputError(
                 "the model has adapters on its weights in full precision, so that these cannot be held in float8 any more; "
-                "give the first adapter frozen_dtype."
+                "give the first adapter frozen_dtype, and load one with is_trainable=True."
             )
         self._to_float8 = convertible(model, config.modules_to_save or [])
 
