@@ -337,3 +337,36 @@ def test_the_device_s_products_get_what_they_demand(monkeypatch: Any, dtype: tor
         assert a.dtype == b.dtype and a.shape == b.shape
         for row, wanted in zip(a.float(), b.float(), strict=True):
             assert (row - wanted).abs().max() <= 2**-6 * wanted.abs().max()
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.one_of(st.integers(1, 9), st.integers(126, 131)),
+    st.one_of(st.integers(1, 9), st.integers(126, 131)),
+    st.one_of(st.integers(1, 4), st.integers(15, 33)),
+    st.sampled_from([torch.float32, torch.float16]),
+    st.integers(0, 99),
+)
+def test_the_columns_part_is_added_in_one_pass(
+    tokens: int, out: int, columns: int, dtype: torch.dtype, seed: int
+) -> None:
+    def drawn(*shape: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed + sum(shape))
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+    features = columns + 5
+    selected, change, g, y, dx = (
+        drawn(tokens, columns),
+        drawn(out, columns),
+        drawn(tokens, out),
+        drawn(tokens, out),
+        drawn(tokens, features),
+    )
+    idx = torch.randperm(features, generator=torch.Generator().manual_seed(seed))[:columns].to(DEVICE)
+    near = {"rtol": 0, "atol": (1e-5 if dtype == torch.float32 else 2e-2) * max(1, out) ** 0.5}
+    wanted = y.double() + selected.double() @ change.double().mT
+    float8_kernels.add_columns(y, selected, change)
+    torch.testing.assert_close(y.double(), wanted, **near)
+    wanted = dx.double().index_add(1, idx, g.double() @ change.double())
+    float8_kernels.add_change(dx, idx, g, change)
+    torch.testing.assert_close(dx.double(), wanted, **near)

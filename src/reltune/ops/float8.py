@@ -108,6 +108,32 @@ def _product(rounded: Rounded, weight: Tensor, scale: Tensor | None, dtype: torc
     return (y if scale is None else y * scale).to(dtype)
 
 
+def _add_columns(y: Tensor, selected: Tensor, change: Tensor) -> None:
+    """y (T, out) += selected (T, c) changeᵀ (c, out)."""
+    if _has_column_kernels(y, selected, change):
+        from reltune.ops.float8_kernels import add_columns
+
+        add_columns(y, selected, change)
+    else:
+        y.addmm_(selected, change.mT)
+
+
+def _add_change(dx: Tensor, idx: Tensor, g: Tensor, change: Tensor) -> None:
+    """dx (T, in)[:, idx] += g (T, out) change (out, c)."""
+    if _has_column_kernels(dx, g.contiguous(), change):
+        from reltune.ops.float8_kernels import add_change
+
+        add_change(dx, idx, g.contiguous(), change)
+    else:
+        dx.index_copy_(1, idx, dx.index_select(1, idx).addmm_(g, change))
+
+
+def _has_column_kernels(of: Tensor, factor: Tensor, change: Tensor) -> bool:
+    from reltune.ops.float8_kernels import MOST
+
+    return _has_kernels(of) and of.dtype == factor.dtype == change.dtype == torch.bfloat16 and change.shape[1] <= MOST
+
+
 class Latest:
     """The input that was rounded last, for the next map that has the same one: q, k and v, or gate and up."""
 
@@ -157,7 +183,7 @@ class Float8Product(torch.autograd.Function):
             if columns is not None and idx is not None and own is not None:
                 change = (columns - own).to(dtype)
                 selected = x.index_select(1, idx).to(dtype)
-                y.addmm_(selected, change.mT)
+                _add_columns(y, selected, change)
         differentiates_x, trains = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         ctx.save_for_backward(
             *((weight, scale, change, idx) if differentiates_x else (None,) * 4), selected if trains else None
@@ -179,7 +205,7 @@ class Float8Product(torch.autograd.Function):
             if weight is not None:
                 dx = _product(quantise_rows(g, scale.float()), transposed(weight), None, g.dtype)
                 if change is not None:
-                    dx.index_copy_(1, idx, dx.index_select(1, idx).addmm_(g, change))
+                    _add_change(dx, idx, g, change)
                 found[0] = dx.to(of_x)
         return tuple(found)
 
