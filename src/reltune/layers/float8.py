@@ -31,7 +31,11 @@ class Float8Linear(nn.Linear):
         self, input: Tensor, columns: Tensor | None = None, idx: Tensor | None = None, own: Tensor | None = None
     ) -> Tensor:
         """``columns`` D (out, c) at ``idx`` (c,) in place of the weight's own, Ŵ[:, idx], which are given too."""
-        return float8_linear(input, self.weight, self.weight_scale, self.bias, columns, idx, own)
+        scale = self.weight_scale
+        wide = self.__dict__.get("_wide_scale")
+        if wide is None or wide[0] is not scale or wide[1] != scale._version:
+            wide = self.__dict__["_wide_scale"] = scale, scale._version, scale.float()  # what the products take
+        return float8_linear(input, self.weight, wide[2], self.bias, columns, idx, own)
 
     def dequantised(self) -> Tensor:
         """Ŵ (out, in) in the type that the model has: exact, but for what is too small for float16."""

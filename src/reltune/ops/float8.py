@@ -16,6 +16,7 @@ Float8Tensor, which does neither, has no derivative.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import weakref
@@ -93,7 +94,7 @@ def _product(rounded: Rounded, weight: Tensor, scale: Tensor | None, dtype: torc
     """x̂ (T, k) and q (n, k) as int8 -> x̂ qᵀ · scale (n,) or 1, (T, n) in ``dtype``. Both are read along k."""
     q, scales = rounded
     if _has_kernels(q):
-        other = torch.ones(len(weight), device=q.device) if scale is None else scale.float()
+        other = _ones(len(weight), q.device) if scale is None else scale
         y = torch._scaled_mm(
             q,
             weight.view(E4M3).t(),
@@ -134,6 +135,11 @@ def _has_column_kernels(of: Tensor, factor: Tensor, change: Tensor) -> bool:
     return _has_kernels(of) and of.dtype == factor.dtype == change.dtype == torch.bfloat16 and change.shape[1] <= MOST
 
 
+@functools.lru_cache(maxsize=64)
+def _ones(count: int, device: torch.device) -> Tensor:
+    return torch.ones(count, device=device)
+
+
 class Latest:
     """The input that was rounded last, for the next map that has the same one: q, k and v, or gate and up."""
 
@@ -159,8 +165,8 @@ _latest = Latest()
 
 
 class Float8Product(torch.autograd.Function):
-    """One map; x (T, in), its rounding, q (out, in) as int8, scale (out,), bias (out,) or None, and of c columns the trained
-    values D (out, c), idx (c,) and Ŵ[:, idx] (out, c), or None -> y (T, out) in ``dtype``."""
+    """One map; x (T, in), its rounding, q (out, in) as int8, scale (out,) in float32, bias (out,) or None, and of c columns the
+    trained values D (out, c), idx (c,) and Ŵ[:, idx] (out, c), or None -> y (T, out) in ``dtype``."""
 
     @staticmethod
     def forward(
@@ -176,7 +182,7 @@ class Float8Product(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         selected = change = None
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             y = _product(rounded, weight, scale, dtype)
             if bias is not None:
                 y += bias.to(dtype)
@@ -197,13 +203,13 @@ class Float8Product(torch.autograd.Function):
         weight, scale, change, idx, selected = ctx.saved_tensors
         of_x, of_columns, of_bias = ctx.dtypes
         found: list[Tensor | None] = [None] * 9
-        with torch.autocast(g.device.type, enabled=False):
+        with _without_autocast(g.device.type):
             if selected is not None:
                 found[5] = gradient_of_columns(g, selected).to(of_columns)
             if ctx.needs_input_grad[4]:
                 found[4] = g.sum(0).to(of_bias)
             if weight is not None:
-                dx = _product(quantise_rows(g, scale.float()), transposed(weight), None, g.dtype)
+                dx = _product(quantise_rows(g, scale), transposed(weight), None, g.dtype)
                 if change is not None:
                     _add_change(dx, idx, g, change)
                 found[0] = dx.to(of_x)
@@ -221,7 +227,7 @@ def float8_linear(
 ) -> Tensor:
     """x (…, in) -> y (…, out), of x's dtype or autocast's: the map at the top of this file.
 
-    ``weight`` is q (out, in) as int8 and ``scale`` (out,); ``columns`` D (out, c), ``idx`` (c,) int64, all different, and ``own``
+    ``weight`` is q (out, in) as int8 and ``scale`` (out,) in float32; ``columns`` D (out, c), ``idx`` (c,) int64, all different, and ``own``
     Ŵ[:, idx] (out, c) come together or not at all.
     """
     kind = x.device.type
@@ -232,6 +238,11 @@ def float8_linear(
         rounded = _latest.rounded(x)
     y = Float8Product.apply(_flat(x), rounded, weight, scale, bias, columns, idx, own, dtype)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
+    """Entering autocast's own context takes longer than launching a product."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _flat(x: Tensor) -> Tensor:

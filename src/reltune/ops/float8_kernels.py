@@ -82,11 +82,11 @@ MOST = 128  # columns: above, a general product has enough to do
 
 @triton.jit
 def add_kernel(  # type: ignore[no-untyped-def]
-    y, selected, change, tokens, out_features, columns, T: tl.constexpr, O: tl.constexpr, C: tl.constexpr
+    y, selected, change, tokens, out_features, columns, T: tl.constexpr, OUT: tl.constexpr, C: tl.constexpr
 ):
     """y (T, out) += selected (T, c) changeᵀ (c, out)."""
     t = (tl.program_id(1) * T + tl.arange(0, T)).to(tl.int64)
-    o = tl.program_id(0) * O + tl.arange(0, O)
+    o = tl.program_id(0) * OUT + tl.arange(0, OUT)
     c = tl.arange(0, C)
     left = tl.load(
         selected + t[:, None] * columns + c[None, :], mask=(t[:, None] < tokens) & (c[None, :] < columns), other=0.0
@@ -103,14 +103,14 @@ def add_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def change_kernel(  # type: ignore[no-untyped-def]
-    g, change, dx, idx, tokens, out_features, in_features, columns, T: tl.constexpr, O: tl.constexpr, C: tl.constexpr
+    g, change, dx, idx, tokens, out_features, in_features, columns, T: tl.constexpr, OUT: tl.constexpr, C: tl.constexpr
 ):
     """dx[:, idx] += g (T, out) change (out, c)."""
     t = (tl.program_id(0) * T + tl.arange(0, T)).to(tl.int64)
     c = tl.arange(0, C)
     total = tl.zeros((T, C), tl.float32)
-    for start in range(0, out_features, O):
-        o = start + tl.arange(0, O)
+    for start in range(0, out_features, OUT):
+        o = start + tl.arange(0, OUT)
         left = tl.load(
             g + t[:, None] * out_features + o[None, :],
             mask=(t[:, None] < tokens) & (o[None, :] < out_features),
@@ -135,7 +135,16 @@ def add_columns(y: Tensor, selected: Tensor, change: Tensor) -> None:
     grid = (triton.cdiv(out_features, ADDED[1]), triton.cdiv(tokens, ADDED[0]))
     with torch.cuda.device_of(y):
         add_kernel[grid](
-            y, selected, change, tokens, out_features, columns, T=ADDED[0], O=ADDED[1], C=_padded(columns), num_warps=8
+            y,
+            selected,
+            change,
+            tokens,
+            out_features,
+            columns,
+            T=ADDED[0],
+            OUT=ADDED[1],
+            C=_padded(columns),
+            num_warps=8,
         )
 
 
@@ -154,7 +163,7 @@ def add_change(dx: Tensor, idx: Tensor, g: Tensor, change: Tensor) -> None:
             dx.shape[1],
             columns,
             T=CHANGED[0],
-            O=CHANGED[1],
+            OUT=CHANGED[1],
             C=_padded(columns),
             num_warps=4,
             num_stages=3,
