@@ -27,7 +27,9 @@ from reltune.tuner.embedding import ReltuneEmbedding
 from reltune.tuner.layer import BASE, ReltuneLayer
 from reltune.tuner.linear import ReltuneLinear, ReltuneLinearConv1D
 from reltune.tuner.norm import ReltuneNorm
+from reltune.tuner.processes import check_agreement
 from reltune.tuner.quantised import ReltuneQuantisedLinear
+from reltune.tuner.sharded import is_shard, refuse_sharded
 from reltune.tuner.written_weight import together
 
 # Kind of module (layers/inventory.py) -> the layer that trains it; its keys are plan.TRAINABLE.
@@ -71,7 +73,15 @@ class ReltuneModel(BaseTuner):
             return key in peft_config.units
         return BaseTuner._check_target_module_exists(peft_config, key)
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DDP need not send around before every pass: indices never change. DDP asks the PeftModel, which asks here."""
+        ours = [name for name, _ in self.named_buffers() if f".{self.prefix}" in name]
+        return [*getattr(self.model, "_ddp_params_and_buffers_to_ignore", ()), *(f"base_model.{name}" for name in ours)]
+
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if any(is_shard(p) for p in model.parameters()):
+            refuse_sharded("an adapter cannot be added to", "add it before the model is sharded")
         has_adapters = any(isinstance(module, BaseTunerLayer) for module in model.modules())
         if not has_adapters:
             # Once adapters are there, the weights are no longer only the base's.
@@ -272,6 +282,7 @@ class ReltuneModel(BaseTuner):
 def _before_forward(model: nn.Module, *_: Any) -> None:
     """What others may have changed since the adapter was put in, and has to be so in training."""
     if torch.is_grad_enabled():
+        check_agreement(model)
         _end_backward_at_lowest_unit(model)
         fuse_norms(model)
 
