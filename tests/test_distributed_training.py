@@ -1,0 +1,79 @@
+"""Two gloo processes train what one does: under DDP, and with the model spread over them by FSDP2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from distributed_worker import SELECTIONS, adam, batches, loss_of, net, sgd, with_saved
+from oracles import dense_update
+
+TESTS = Path(__file__).parent
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def torchrun(*words: object) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run([*launcher, *map(str, words)], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def dense(chosen: str, make: Callable, steps: list, max_norm: float | None = None) -> nn.Module:
+    """Plain autograd on whole weights, in one process, on the whole of every batch."""
+    model = net()
+    losses = [
+        [lambda m, batch=batch, count=len(step): loss_of(m, batch) / count for batch in step] for step in steps
+    ]
+    dense_update.train(model, with_saved(chosen), make, losses, max_norm)
+    return model.eval()
+
+
+def check_same(directory: Path, expected: nn.Module, atol: float = 1e-9) -> None:
+    """The saved adapter, loaded in one process, makes the expected model; and the processes computed what it computes."""
+    model = PeftModel.from_pretrained(net(), directory).eval()
+    tokens = batches(1)[0][0][0]
+    with torch.no_grad():
+        wanted, base = expected(tokens), net().eval()(tokens)
+        torch.testing.assert_close(model(tokens), wanted, rtol=0, atol=atol)
+    assert (wanted - base).abs().max() > 1e-2  # there was something to learn
+    for rank in (0, 1):
+        found = load_file(f"{directory}-{rank}.safetensors")
+        torch.testing.assert_close(found["logits"], wanted, rtol=0, atol=atol)
+        torch.testing.assert_close(found["base"], base, rtol=0, atol=1e-12)
+    same_weights(model.merge_and_unload(), expected, atol)
+
+
+def same_weights(found: nn.Module, expected: nn.Module, atol: float = 1e-9) -> None:
+    state: dict[str, Tensor] = found.state_dict()
+    assert state.keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(state[name], tensor, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+FUNCTIONS = ("trained",)
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the functions of distributed_worker.py saved, all in one go, since importing takes processes longest."""
+    directory = tmp_path_factory.mktemp("by_two")
+    done = torchrun(TESTS / "distributed_worker.py", directory, *FUNCTIONS)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+@pytest.mark.parametrize("chosen", SELECTIONS)
+@pytest.mark.parametrize("kind", ["ddp", "ddp find", "full"])
+def test_two_processes_train_the_same_adapter(kind: str, chosen: str, by_two: Path) -> None:
+    expected = dense(chosen, *((adam, batches(5)) if chosen == "rows" else (sgd, batches(5), 0.1)))
+    check_same(by_two / "trained" / f"{kind} {chosen}", expected)
