@@ -5,19 +5,23 @@ torchrun … tests/distributed_worker.py DIRECTORY FUNCTION …
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
@@ -124,9 +128,27 @@ def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.5, momentum=0.9)
 
 
+def shard_on_cpus() -> None:
+    """Accelerate takes FSDP for something of accelerators and trains by DDP on CPUs; have it shard there too."""
+    plain = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        new = AcceleratorState._shared_state == {}
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if new and fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
 def accelerator_for(kind: str, accumulate: int = 2, **fields: Any) -> Accelerator:
     """ddp, ddp static, full or sharded: the last two are FSDP2 with its two kinds of state dicts."""
     AcceleratorState._reset_state(True)
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION"):  # left by the accelerator before
+        os.environ.pop(name, None)
     if kind.startswith("ddp"):
         handler = DistributedDataParallelKwargs(static_graph="static" in kind, find_unused_parameters="find" in kind)
         return Accelerator(cpu=True, gradient_accumulation_steps=accumulate, kwargs_handlers=[handler], **fields)
@@ -164,7 +186,9 @@ def begin(kind: str, chosen: str, make: Callable = adam, dtype: torch.dtype = to
     accelerator = accelerator_for(kind, **fields)
     model = tuned(chosen, dtype)
     optimizer = make(p for p in model.parameters() if p.requires_grad)
-    return accelerator, *accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    assert isinstance(model, FSDPModule) == (not kind.startswith("ddp"))
+    return accelerator, model, optimizer
 
 
 def save(accelerator: Accelerator, model: nn.Module, directory: Path) -> None:
@@ -206,9 +230,182 @@ def same_on_all(model: nn.Module) -> None:
     assert layers and all(layer._written == "default" for layer in layers)
 
 
+def resumed(directory: Path) -> None:
+    """save_state in the middle, load_state into a fresh model, and the rest: bit for bit what was not interrupted."""
+    for kind in ("ddp", "full", "sharded"):
+        accelerator, model, optimizer = begin(kind, "everything")
+        train(accelerator, model, optimizer, batches(4)[:2])
+        place = directory / f"{kind} state"
+        accelerator.save_state(str(place))
+        train(accelerator, model, optimizer, batches(4)[2:])
+        save(accelerator, model, directory / f"{kind} straight")
+        accelerator, model, optimizer = begin(kind, "everything")
+        accelerator.load_state(str(place))
+        train(accelerator, model, optimizer, batches(4)[2:])
+        save(accelerator, model, directory / f"{kind} resumed")
+
+
+class Holder(nn.Module):
+    """A model in a module of somebody else's, where DDP does not see which buffers need not be sent."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.held = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.held(tokens)
+
+
+def two_graphs(model: nn.Module, batch: Batch) -> Tensor:
+    """Two forward passes, and one of the base between them, before the backward pass: as preference tuning does it."""
+    inner = model.module if hasattr(model, "module") else model
+    adapted = next(m for m in inner.modules() if isinstance(m, PeftModel))
+    first = loss_of(model, (batch[0][:2], batch[1][:2]))
+    with adapted.disable_adapter(), torch.no_grad():
+        kept = model(batch[0])
+    second = loss_of(model, (batch[0][2:], batch[1][2:]))
+    return (first + second) / 2 + 0 * kept.sum()
+
+
+def wrapped_by_hand(directory: Path) -> None:
+    """DDP and fully_shard without accelerate, in ways that meet what the layers keep."""
+    rank = dist.get_rank()
+    DDP = nn.parallel.DistributedDataParallel
+    ways: dict[str, Callable] = {
+        "ddp held": lambda m: DDP(Holder(m)),
+        "ddp static": lambda m: DDP(m, static_graph=True),
+        "ddp views": lambda m: DDP(m, gradient_as_bucket_view=True),
+        "all in one group": fully_shard,
+        "kept whole": lambda m: fully_shard(m, reshard_after_forward=False),
+        "by layer": by_layer,
+        "loaded": lambda m: by_layer(moved(m)),
+    }
+    for name, wrap in ways.items():
+        model = tuned("everything")
+        wrapped = wrap(model)
+        optimizer = sgd(p for p in wrapped.parameters() if p.requires_grad)
+        if name == "loaded":
+            check_moved(wrapped)
+        for step in batches(3, 1):
+            for tokens, labels in step:
+                loss = loss_of if name == "ddp static" else two_graphs
+                loss(wrapped, (tokens.chunk(2)[rank], labels.chunk(2)[rank])).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        if name.startswith("ddp"):
+            same_on_all(wrapped)
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        frozen = {k: v for k, v in state.items() if "base_layer.weight" in k}
+        base = {f"base_model.model.{k}": v for k, v in net().state_dict().items()}
+        assert frozen and all(torch.equal(v, base[k.replace(".base_layer", "")]) for k, v in frozen.items()), name
+        if rank == 0:
+            model.save_pretrained(directory / name, state_dict=state)
+        model.eval()
+        with torch.no_grad():
+            tokens = batches(1)[0][0][0]
+            logits = model(tokens)
+            with model.disable_adapter():
+                base_logits = model(tokens)
+        save_file({"logits": logits, "base": base_logits}, directory / f"{name}-{rank}.safetensors")
+
+
+def by_layer(model: nn.Module) -> nn.Module:
+    for module in list(model.modules()):
+        if isinstance(module, ReltuneLayer):
+            fully_shard(module)
+    return fully_shard(model)
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """With values other than the base's, which are in its weights by now."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.5)
+        model(batches(1)[0][0][0])
+    return model
+
+
+def check_moved(model: nn.Module) -> None:
+    """Sharded while an adapter was in the weights, a model gives what it gave before; then start where the others did."""
+    tokens = batches(1)[0][0][0]
+    with torch.no_grad():
+        before = moved(tuned("everything"))
+        torch.testing.assert_close(model(tokens), before(tokens), rtol=0, atol=1e-12)
+        with model.disable_adapter(), before.disable_adapter():
+            torch.testing.assert_close(model(tokens), before(tokens), rtol=0, atol=1e-12)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.sub_(0.5)
+
+
+def bfloat16(directory: Path) -> None:
+    """float32 adapters on a bfloat16 base, in one group with it; and all in bfloat16 while float32 is kept."""
+    for name, fields in {"as it is": {}, "mixed precision": {"mixed_precision": "bf16"}}.items():
+        accelerator, model, optimizer = begin("full", "rows", sgd, torch.bfloat16, **fields)
+        train(accelerator, model, optimizer, batches(5))
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        state = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            model.save_pretrained(directory / name, state_dict=state)
+
+
+def checkpointed(directory: Path) -> None:
+    """FSDP2's own activation checkpointing, which runs forward passes again in the backward pass."""
+    accelerator = accelerator_for("full")
+    accelerator.state.fsdp_plugin.activation_checkpointing = True
+    model = tuned("everything")
+    model, optimizer = accelerator.prepare(model, adam(p for p in model.parameters() if p.requires_grad))
+    train(accelerator, model, optimizer, batches(3))
+    state = {k.replace("_checkpoint_wrapped_module.", ""): v for k, v in accelerator.get_state_dict(model).items()}
+    save_file({k: v.contiguous() for k, v in state.items() if "reltune_" in k}, directory / f"{dist.get_rank()}.st")
+
+
+def refusals(directory: Path) -> None:
+    rank = dist.get_rank()
+    tokens = batches(1)[0][0][0]
+    _, model, _ = begin("full", "everything")
+    with expect("cannot be merged into weights that are spread over processes"):
+        model.merge_adapter()
+    with expect("cannot be added to weights that are spread over processes"):
+        model.add_adapter("other", model.peft_config["default"])
+    with expect("no change can be made dense"):
+        model.base_model.model.blocks[0].linear.get_delta_weight("default")
+    with expect("runs while its weight is spread over processes"):
+        model.base_model.model.blocks[0].linear(torch.zeros(1, 8, dtype=torch.float64))
+    SELECTIONS["of this process"] = {"words": {"rows": [rank, 4]}}
+    for wrap in (nn.parallel.DistributedDataParallel, fully_shard):
+        other = wrap(tuned("of this process"))
+        with expect("the processes train different units or different base models"):
+            other(tokens)
+    with expect("the processes train different units or different base models"):
+        nn.parallel.DistributedDataParallel(tuned("rows", seed=rank))(tokens)
+    model = tuned("rows")
+    base = model.base_model.model.blocks[1].linear.base_layer
+    base.weight = base._parameters.pop("weight").data  # what FSDP1 does while a module runs; it is not there for CPUs
+    with expect("no parameter of its own, as FSDP1"):
+        model(tokens)
+    accelerator = accelerator_for("full")
+    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = True
+    model = tuned("rows")
+    with expect("cpu_ram_efficient_loading"):
+        accelerator.prepare(model, sgd(p for p in model.parameters() if p.requires_grad))
+
+
+@contextlib.contextmanager
+def expect(sentence: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        assert sentence in str(error), error
+    else:
+        raise AssertionError(f"no error: {sentence}")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    shard_on_cpus()
     for function in sys.argv[2:]:
         place = Path(sys.argv[1], function)
         place.mkdir(exist_ok=True, parents=True)

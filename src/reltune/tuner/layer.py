@@ -228,7 +228,8 @@ class ReltuneLayer(WrittenWeight):
         if not self.originals:
             return y
         in_product = None if whole or copied else self._written  # the adapter whose values the product has used
-        attached = None if self.sharded else in_product  # backward passes use the weight as it is gathered then
+        sharded = self.sharded
+        attached = None if sharded else in_product  # backward passes use the weight as it is gathered then
         if in_product is not None and (attached is None or in_product not in partial):
             y = y - self._correction(x, in_product, self._written_values(in_product))
         for name in partial:
@@ -237,7 +238,8 @@ class ReltuneLayer(WrittenWeight):
                     y = self._attach(y, x, name)
             else:
                 y = y + self._correction(x, name, self._values_of(name))
-        if torch.is_grad_enabled() and y.requires_grad:
+        never_written = sharded and self._written is None
+        if torch.is_grad_enabled() and y.requires_grad and not never_written:
             y = HoldWeight.apply(y, self._graphs)
         return y
 
