@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -359,6 +360,76 @@ def checkpointed(directory: Path) -> None:
     train(accelerator, model, optimizer, batches(3))
     state = {k.replace("_checkpoint_wrapped_module.", ""): v for k, v in accelerator.get_state_dict(model).items()}
     save_file({k: v.contiguous() for k, v in state.items() if "reltune_" in k}, directory / f"{dist.get_rank()}.st")
+
+
+BERT = {
+    "bert.encoder.layer.0.attention.self.query": {"columns": [0, 9], "rows": [3], "elements": [1, 100, 255]},
+    "bert.encoder.layer.1.output.dense": {"columns": [4, 5, 30], "bias": True},
+    "bert.encoder.layer.1.output.LayerNorm": {"weight": True, "bias": True},
+}
+HEADS = ["bert.pooler", "classifier"]
+EXAMPLES = 24
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(**sizes, **dropout, intermediate_size=32, max_position_embeddings=16)
+    return BertForSequenceClassification(config).double()
+
+
+def tuned_bert() -> PeftModel:
+    model = bert()
+    modules = {name: ModulePlan(tuple(model.get_submodule(name).weight.shape), **own) for name, own in BERT.items()}  # type: ignore[union-attr,arg-type]
+    plan = Plan(modules, "all", 10**9, 10**9, "", always_trained=HEADS, task_type="SEQ_CLS")
+    return get_peft_model(model, ReltuneConfig(plan=plan))
+
+
+def trainer(directory: Path, batch_size: int = 3, **fields: Any) -> Trainer:
+    g = torch.Generator().manual_seed(3)
+    examples = [
+        {"input_ids": torch.randint(1, 20, (8,), generator=g), "labels": torch.randint(0, 3, (), generator=g)}
+        for _ in range(EXAMPLES)
+    ]
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=2,
+        num_train_epochs=2,
+        max_grad_norm=0.5,
+        learning_rate=0.05,
+        weight_decay=0.0,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="steps",
+        save_steps=2,
+        logging_strategy="no",
+        seed=7,
+        dataloader_pin_memory=False,
+        average_tokens_across_devices=False,  # else Trainer takes the mean loss for a sum, and multiplies it by two
+        **fields,
+    )
+    return Trainer(tuned_bert(), arguments, train_dataset=examples)
+
+
+def by_trainer(directory: Path) -> None:
+    """transformers.Trainer as it is, to the end, and from its checkpoint to the end."""
+    for kind in ("ddp", "full", "sharded"):
+        fields: dict[str, Any] = {}
+        if kind != "ddp":
+            config = {"transformer_layer_cls_to_wrap": ["BertLayer"], "state_dict_type": f"{kind.upper()}_STATE_DICT"}
+            fields = {"fsdp": True, "fsdp_config": config}
+        for how in ("straight", "resumed"):
+            os.environ.pop("ACCELERATE_USE_FSDP", None)
+            made = trainer(directory / kind / how, **fields)
+            made.train(resume_from_checkpoint=str(directory / kind / "straight" / "checkpoint-2") if how == "resumed" else None)
+            assert made.state.global_step == 4 and isinstance(made.model_wrapped, FSDPModule) == (kind != "ddp")
+            state = made.accelerator.get_state_dict(made.model)
+            if made.is_world_process_zero():
+                made.model.save_pretrained(directory / kind / how / "adapter", state_dict=state)
+            made.accelerator.wait_for_everyone()
 
 
 def refusals(directory: Path) -> None:
