@@ -424,7 +424,9 @@ def by_trainer(directory: Path) -> None:
         for how in ("straight", "resumed"):
             os.environ.pop("ACCELERATE_USE_FSDP", None)
             made = trainer(directory / kind / how, **fields)
-            made.train(resume_from_checkpoint=str(directory / kind / "straight" / "checkpoint-2") if how == "resumed" else None)
+            made.train(
+                resume_from_checkpoint=str(directory / kind / "straight" / "checkpoint-2") if how == "resumed" else None
+            )
             assert made.state.global_step == 4 and isinstance(made.model_wrapped, FSDPModule) == (kind != "ddp")
             state = made.accelerator.get_state_dict(made.model)
             if made.is_world_process_zero():
@@ -455,6 +457,10 @@ def refusals(directory: Path) -> None:
     base = model.base_model.model.blocks[1].linear.base_layer
     base.weight = base._parameters.pop("weight").data  # what FSDP1 does while a module runs; it is not there for CPUs
     with expect("no parameter of its own, as FSDP1"):
+        model(tokens)
+    model = tuned("rows")
+    model.base_model.model.blocks[1].linear.base_layer.weight.ds_id = 0
+    with expect("ZeRO-3"):
         model(tokens)
     accelerator = accelerator_for("full")
     accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = True

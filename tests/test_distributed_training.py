@@ -31,9 +31,7 @@ def torchrun(*words: object) -> subprocess.CompletedProcess:
 def dense(chosen: str, make: Callable, steps: list, max_norm: float | None = None) -> nn.Module:
     """Plain autograd on whole weights, in one process, on the whole of every batch."""
     model = net()
-    losses = [
-        [lambda m, batch=batch, count=len(step): loss_of(m, batch) / count for batch in step] for step in steps
-    ]
+    losses = [[lambda m, batch=batch, of=step: loss_of(m, batch) / len(of) for batch in step] for step in steps]
     dense_update.train(model, with_saved(chosen), make, losses, max_norm)
     return model.eval()
 
@@ -82,7 +80,9 @@ def test_two_processes_train_the_same_adapter(kind: str, chosen: str, by_two: Pa
 @pytest.mark.parametrize("kind", ["ddp", "full", "sharded"])
 def test_resumed_training_is_uninterrupted_training(kind: str, by_two: Path) -> None:
     place = by_two / "resumed"
-    straight, resumed = (load_file(place / f"{kind} {how}" / "adapter_model.safetensors") for how in ("straight", "resumed"))
+    straight, resumed = (
+        load_file(place / f"{kind} {how}" / "adapter_model.safetensors") for how in ("straight", "resumed")
+    )
     assert straight.keys() == resumed.keys()
     for name, tensor in straight.items():
         torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-12)
@@ -110,9 +110,7 @@ def test_bfloat16_bases_with_float32_adapters(how: str, by_two: Path) -> None:
 
 def test_activation_checkpointing_of_fsdp(by_two: Path) -> None:
     expected = dense("everything", adam, batches(3))
-    found = {
-        name.replace(".default", ""): value for name, value in load_file(by_two / "checkpointed" / "0.st").items()
-    }
+    found = {name.replace(".default", ""): value for name, value in load_file(by_two / "checkpointed" / "0.st").items()}
     model = PeftModel.from_pretrained(net(), by_two / "trained" / "full everything")
     set_peft_model_state_dict(model, found)
     same_weights(model.merge_and_unload(), expected)

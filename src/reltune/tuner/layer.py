@@ -182,6 +182,7 @@ class ReltuneLayer(WrittenWeight):
     # take its state for constants and compile again after every optimizer step.
     @torch.compiler.disable
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        check_gathered(self.get_base_layer())
         self._settle()
         return self._output(x, [] if self.disable_adapters else self.active_adapters, *args, **kwargs)
 
@@ -197,6 +198,7 @@ class ReltuneLayer(WrittenWeight):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {len(x)} respectively."
             )
+        check_gathered(self.get_base_layer())
         self._settle(base_only=True)
         asking = {
             name: torch.tensor([i for i, own in enumerate(adapter_names) if own == name], device=x.device)
@@ -210,7 +212,6 @@ class ReltuneLayer(WrittenWeight):
 
     def _output(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """The output with the changes of these adapters, whatever is written into the base weight."""
-        check_gathered(self.get_base_layer())
         whole = [name for name in names if name in self.reltune_weight]
         biased = [name for name in names if name in self.reltune_bias]
         partial = [name for name in names if name in self.originals]

@@ -40,6 +40,11 @@ def check_gathered(module: nn.Module) -> None:
             f"a {type(module).__name__} to train runs with a weight that is no parameter of its own, as FSDP1 and "
             "parametrizations have it; use FSDP2 (fsdp_version: 2)."
         )
+    if hasattr(weight, "ds_id"):
+        raise InputError(
+            "DeepSpeed's ZeRO-3 has spread the weights to train over processes, which reltune can train under FSDP2 only; use "
+            "that, or ZeRO stage 1 or 2."
+        )
     if is_shard(weight):
         raise InputError(
             f"a {type(module).__name__} to train runs while its weight is spread over processes; reltune trains under DDP and "
