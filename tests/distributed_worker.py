@@ -6,6 +6,7 @@ torchrun … tests/distributed_worker.py DIRECTORY FUNCTION …
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,8 @@ from transformers.pytorch_utils import Conv1D
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from command_line import reltune as command
+from reltune import training
 from reltune.plan.plan import ModulePlan, Plan
 from reltune.records import InputError
 from reltune.tuner import ReltuneConfig
@@ -145,11 +148,16 @@ def shard_on_cpus() -> None:
     AcceleratorState.__init__ = init
 
 
+def forget() -> None:
+    """What an accelerator leaves for the next one."""
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION"):
+        os.environ.pop(name, None)
+
+
 def accelerator_for(kind: str, accumulate: int = 2, **fields: Any) -> Accelerator:
     """ddp, ddp static, full or sharded: the last two are FSDP2 with its two kinds of state dicts."""
     AcceleratorState._reset_state(True)
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION"):  # left by the accelerator before
-        os.environ.pop(name, None)
+    forget()
     if kind.startswith("ddp"):
         handler = DistributedDataParallelKwargs(static_graph="static" in kind, find_unused_parameters="find" in kind)
         return Accelerator(cpu=True, gradient_accumulation_steps=accumulate, kwargs_handlers=[handler], **fields)
@@ -422,7 +430,7 @@ def by_trainer(directory: Path) -> None:
             config = {"transformer_layer_cls_to_wrap": ["BertLayer"], "state_dict_type": f"{kind.upper()}_STATE_DICT"}
             fields = {"fsdp": True, "fsdp_config": config}
         for how in ("straight", "resumed"):
-            os.environ.pop("ACCELERATE_USE_FSDP", None)
+            forget()
             made = trainer(directory / kind / how, **fields)
             made.train(
                 resume_from_checkpoint=str(directory / kind / "straight" / "checkpoint-2") if how == "resumed" else None
@@ -432,6 +440,23 @@ def by_trainer(directory: Path) -> None:
             if made.is_world_process_zero():
                 made.model.save_pretrained(directory / kind / how / "adapter", state_dict=state)
             made.accelerator.wait_for_everyone()
+
+
+def by_command(directory: Path) -> None:
+    """reltune tune and evaluate, on a run that the test has made; what they print, per process."""
+    training._on_cpus = lambda args: False  # or they would refuse to spread a model over CPUs
+    for kind in ("ddp", "full", "sharded"):
+        run = directory / kind
+        config = directory / f"{kind}.json"
+        layers = {"transformer_layer_cls_to_wrap": ["BertLayer"], "state_dict_type": f"{kind.upper()}_STATE_DICT"}
+        config.write_text(json.dumps(layers))
+        words = [] if kind == "ddp" else ["--fsdp", "--fsdp_config", config]
+        answers = [command("tune", run, *TUNE, "--per_device_train_batch_size", 4, *words), command("evaluate", run)]
+        assert [answer.code for answer in answers] == [0, 0], answers
+        (directory / f"{kind}-{dist.get_rank()}.txt").write_text("".join(answer.out for answer in answers))
+
+
+TUNE = ["--max_steps", 4, "--per_device_eval_batch_size", 5, "--eval_strategy", "no", "--learning_rate", 0.02]
 
 
 def refusals(directory: Path) -> None:
@@ -486,5 +511,6 @@ if __name__ == "__main__":
     for function in sys.argv[2:]:
         place = Path(sys.argv[1], function)
         place.mkdir(exist_ok=True, parents=True)
+        forget()
         globals()[function](place)
     dist.destroy_process_group()

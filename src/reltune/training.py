@@ -76,13 +76,13 @@ def arguments(output_dir: str, method: str, seed: int, given: dict[str, Any], **
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
         field = "max_steps" if args.max_steps == 0 else "num_train_epochs"
         raise InputError(f"{field} is {getattr(args, field):g}, so that nothing would be trained; write more.")
+    if (args.fsdp_plugin_args or {}).get("fsdp_version") == 1:
+        raise InputError("fsdp_config asks for FSDP1, under which reltune cannot train; write version 2, or none.")
     if args.fsdp and _on_cpus(args):
         raise InputError(
             "fsdp spreads a model over accelerators, of which there are none; leave it out, and every process trains a whole "
             "copy of the model."
         )
-    if (args.fsdp_plugin_args or {}).get("fsdp_version") == 1:
-        raise InputError("fsdp_config asks for FSDP1, under which reltune cannot train; write version 2, or none.")
     return args
 
 
