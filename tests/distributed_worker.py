@@ -225,6 +225,7 @@ def trained(directory: Path) -> None:
             accelerator, model, optimizer = begin(kind, chosen, make)
             train(accelerator, model, optimizer, batches(5), max_norm)
             if kind.startswith("ddp"):
+                assert not model.modules_buffers  # indices are not sent around before every pass
                 same_on_all(model)
             save(accelerator, model, directory / f"{kind} {chosen}")
 

@@ -42,8 +42,7 @@ def check_gathered(module: nn.Module) -> None:
         )
     if hasattr(weight, "ds_id"):
         raise InputError(
-            "DeepSpeed's ZeRO-3 has spread the weights to train over processes, which reltune can train under FSDP2 only; use "
-            "that, or ZeRO stage 1 or 2."
+            "DeepSpeed's ZeRO-3 has spread the weights to train over processes, which reltune can train under FSDP2 only; use that."
         )
     if is_shard(weight):
         raise InputError(
