@@ -246,7 +246,7 @@ class ReltuneLayer(WrittenWeight):
 
     def _attach(self, y: Tensor, x: Tensor, name: str) -> Tensor:
         columns, rows, elements = self._values_of(name)
-        kept = self.originals[name]  # and not the buffers, which DDP writes to between a forward and its backward pass
+        kept = self.originals[name]
         if columns is not None and columns.requires_grad:
             y = self._attach_columns(y, x, columns, kept.column_idx, kept.row_idx)
             in_training.add(self)

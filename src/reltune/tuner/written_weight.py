@@ -262,7 +262,6 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
             # what a merge has replaced is needed to undo it, whatever was loaded since
             if name not in self.merged_adapters and not kept.indices.still(self._indices(name))
         ]
-        changed = [name for name in changed if not self._indices_are_kept(name)]
         if not changed:
             return
         if self._written in changed:
@@ -275,18 +274,6 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
                 self._awaited.discard(name)
                 if self.originals[name].places is not None:
                     self.originals[name].places.check()
-
-    def _indices_are_kept(self, adapter_name: str) -> bool:
-        """Whether the index buffers were written with what they held: by a resumption, or by DDP before every pass."""
-        kept, now = self.originals[adapter_name], self._indices(adapter_name)
-        same = len(now) == len(kept.index) and all(
-            a.device == b.device and a.device.type != "meta" and torch.equal(a, b)
-            for a, b in zip(now, kept.index, strict=True)
-        )
-        if same:
-            kept.indices = Seen(now)
-            self._awaited.discard(adapter_name)
-        return same
 
     def _base_loaded(self, beneath: Tensor) -> None:
         """The base weight came with the file. It may hold the values of an adapter, which are not the base's."""
