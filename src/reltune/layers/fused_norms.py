@@ -77,7 +77,8 @@ def _may_be(module: nn.Module) -> bool:
 def _has_kernel(x: Any) -> bool:
     from reltune.ops.rms_norm import LARGEST
 
-    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] <= LARGEST
+    spread = hasattr(x, "to_local")  # over processes: such a norm stays as it is
+    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] <= LARGEST and not spread
 
 
 def _epsilon(module: nn.Module) -> float | None:

@@ -30,7 +30,9 @@ from reltune.tuner.float8 import ReltuneFloat8Linear
 from reltune.tuner.layer import BASE, ReltuneLayer
 from reltune.tuner.linear import ReltuneLinear, ReltuneLinearConv1D
 from reltune.tuner.norm import ReltuneNorm
+from reltune.tuner.processes import check_agreement
 from reltune.tuner.quantised import ReltuneQuantisedLinear
+from reltune.tuner.sharded import is_shard, refuse_sharded
 from reltune.tuner.written_weight import together
 
 # Kind of module (layers/inventory.py) -> the layer that trains it; its keys are plan.TRAINABLE.
@@ -74,7 +76,15 @@ class ReltuneModel(BaseTuner):
             return key in peft_config.units
         return BaseTuner._check_target_module_exists(peft_config, key)
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DDP need not send around before every pass: indices never change. DDP asks the PeftModel, which asks here."""
+        ours = [name for name, _ in self.named_buffers() if f".{self.prefix}" in name]
+        return [*getattr(self.model, "_ddp_params_and_buffers_to_ignore", ()), *(f"base_model.{name}" for name in ours)]
+
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if any(is_shard(p) for p in model.parameters()):
+            refuse_sharded("an adapter cannot be added to", "add it before the model is sharded")
         has_adapters = any(isinstance(module, BaseTunerLayer) for module in model.modules())
         if not has_adapters:
             # Once adapters are there, the weights are no longer only the base's.
@@ -308,6 +318,7 @@ class _BeforeForward:
     def __call__(self, model: nn.Module, *_: Any) -> None:
         if not torch.is_grad_enabled():
             return
+        check_agreement(model)
         if self._checkpointed is None:
             self._checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
             self._norms = [module for module in model.modules() if norm.matches(module)]
