@@ -23,7 +23,7 @@ from reltune import __version__
 from reltune.records import InputError, RunConfig, parts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from reltune.records import RunRecord
     from reltune.run import Materials, RunDirectory
@@ -43,6 +43,7 @@ ConfigFile = Annotated[
     str | None, typer.Option("--config", metavar="FILE", help="YAML with fields of the run; flags win over it.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite_output_dir", help="Replace what is there.")]
+SHARED = ("run", "analyze", "tune", "evaluate")  # commands that several processes work on together
 # Click's class, found through Typer, which may bring its own Click.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 
@@ -58,10 +59,10 @@ def options(
         raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())
-    elif _several() and context.invoked_subcommand != "analyze":
+    elif _several() and context.invoked_subcommand not in SHARED:
         raise InputError(
             f"`reltune {context.invoked_subcommand}` is for one process, and a launcher started several; of reltune's "
-            "commands only `analyze` runs on several."
+            f"commands {', '.join(SHARED)} run on several."
         )
 
 
@@ -160,13 +161,15 @@ def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = Fal
 
     if run.startswith("--"):  # the training flags came first, so that Click took one of them for RUN
         *context.args, run = run, *context.args
-    directory, config = stages.RunDirectory.open(run)
-    config = _changed(config, context)
-    resume = config.training.pop("resume_from_checkpoint", None)
-    _check_data(config, run)
-    directory.check_stage("tune", overwrite_output_dir)
-    Plan.load(directory.plan)
-    stages.tune(stages.prepare(config), directory, resume)
+    with _together():
+        directory, config = stages.RunDirectory.open(run)
+        config = _changed(config, context)
+        resume = config.training.pop("resume_from_checkpoint", None)
+        _check_data(config, run)
+        directory.check_stage("tune", overwrite_output_dir)
+        Plan.load(directory.plan)
+        materials = stages.prepare(config)
+    stages.tune(materials, directory, resume)
     _say(f"Adapter: {directory.adapter}", f"Next: reltune evaluate {run}")
 
 
@@ -175,9 +178,11 @@ def evaluate(run: Run) -> None:
     """Measure the adapter on held-out data: RUN/all_results.json."""
     from reltune import run as stages
 
-    directory, config = stages.RunDirectory.open(run)
-    _adapter_exists(directory)
-    results = stages.evaluate(stages.prepare(config), directory)
+    with _together():
+        directory, config = stages.RunDirectory.open(run)
+        _adapter_exists(directory)
+        materials = stages.prepare(config)
+    results = stages.evaluate(materials, directory)
     _print(_metrics_table(results))
 
 
@@ -331,7 +336,9 @@ def _all_stages(config: RunConfig, overwrite: bool, baselines: bool = False) -> 
         from reltune.comparison import compare
 
         compare(materials, directory, results)
-    _show_record(stages.report(config, directory), directory)
+    with _together():
+        if _first():
+            _show_record(stages.report(config, directory), directory)
 
 
 def _check_data(config: RunConfig, run: str) -> None:
@@ -374,6 +381,8 @@ def _metrics_table(metrics: dict[str, float]) -> Any:
 
 def _print(renderable: Any, width: int = 0) -> None:
     """Print as wide as the terminal is, and at least ``width``."""
+    if not _first():
+        return
     from rich.console import Console
 
     console = Console()
@@ -384,6 +393,15 @@ def _print(renderable: Any, width: int = 0) -> None:
 def _say(*lines: str) -> None:
     for line in lines if _first() else ():
         print(line, flush=True)
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """What runs inside fails in all processes of a launcher when it fails in one."""
+    from reltune.relevance.parallel import Processes
+
+    with Processes.joined().together():
+        yield
 
 
 def _several() -> bool:

@@ -13,8 +13,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import find_batch_size
 
 from reltune.progress import show_progress
+
+DEFAULTS: dict[str, Any] = {
+    "per_device_eval_batch_size": 64,
+    "report_to": "none",
+    "dataloader_pin_memory": False,
+    "average_tokens_across_devices": False,  # else Trainer multiplies a mean loss by the number of processes
+}
 
 
 def evaluate(
@@ -31,17 +39,32 @@ def evaluate(
     """
     results: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        args = TrainingArguments(
-            output_dir=scratch,
-            **{"per_device_eval_batch_size": 64, "report_to": "none", "dataloader_pin_memory": False, **arguments},
-        )
-        trainer = Trainer(model=model, args=args, data_collator=collator, compute_metrics=compute_metrics)
+        args = TrainingArguments(output_dir=scratch, **{**DEFAULTS, **arguments})
+        trainer = _Evaluator(model=model, args=args, data_collator=collator, compute_metrics=compute_metrics)
         show_progress(trainer, "evaluate")
         for prefix, dataset in datasets.items():
             metrics = trainer.predict(dataset, metric_key_prefix=prefix).metrics or {}
             results.update({k: v for k, v in metrics.items() if not k.endswith(("_runtime", "_per_second", "_time"))})
             results[f"{prefix}_samples"] = len(dataset)
     return results
+
+
+class _Evaluator(Trainer):
+    """Has every example count once. Of several processes each gets equally many, so that some are repeated at the end;
+    Trainer leaves these out of the metrics, but not out of their batch's mean loss."""
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        state, size = self.accelerator.gradient_state, self.args.eval_batch_size
+        if state.end_of_dataloader and state.remainder > 0:
+            own = min(state.remainder - self.args.process_index * size, size)
+            count = find_batch_size(inputs)
+            if 0 < own < count:
+                some = {name: value[:own] if len(value) == count else value for name, value in inputs.items()}
+                loss = super().prediction_step(model, some, True, ignore_keys)[0]
+        return loss, logits, labels
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -24,6 +24,7 @@ from transformers.trainer_utils import set_seed
 
 from reltune.progress import show_progress
 from reltune.records import InputError
+from reltune.relevance.parallel import Processes
 
 # Learning rates measured per method (docs/learning_rates.md): the best one differs by more than an order of magnitude
 # between methods, so one default for all would decide every comparison.
@@ -41,6 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 1,
     "report_to": "none",
     "dataloader_pin_memory": False,
+    "average_tokens_across_devices": False,  # else Trainer multiplies a mean loss by the number of processes
 }
 
 
@@ -60,8 +62,13 @@ def arguments(output_dir: str, method: str, seed: int, given: dict[str, Any], **
     Raises InputError for values that contradict each other or leave nothing to train.
     """
     values = {**DEFAULTS, "learning_rate": LEARNING_RATES[method], **given, **forced}
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not torch.accelerator.is_available():
-        values["use_cpu"] = True  # else each of the processes would train by itself
+    if launched_on_cpus():
+        values["use_cpu"] = True
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise InputError(
+            "accelerate launch was told to use FSDP, which would hold for all that a command does; leave it out there, and pass "
+            "--fsdp and --fsdp_config, which hold for training."
+        )
     try:
         args = TrainingArguments(output_dir=output_dir, seed=seed, **values)
     except (ValueError, TypeError, ImportError) as error:
@@ -69,12 +76,28 @@ def arguments(output_dir: str, method: str, seed: int, given: dict[str, Any], **
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
         field = "max_steps" if args.max_steps == 0 else "num_train_epochs"
         raise InputError(f"{field} is {getattr(args, field):g}, so that nothing would be trained; write more.")
+    if (args.fsdp_plugin_args or {}).get("fsdp_version") == 1:
+        raise InputError("fsdp_config asks for FSDP1, under which reltune cannot train; write version 2, or none.")
+    if args.fsdp and _on_cpus(args):
+        raise InputError(
+            "fsdp spreads a model over accelerators, of which there are none; leave it out, and every process trains a whole "
+            "copy of the model."
+        )
     return args
+
+
+def _on_cpus(args: TrainingArguments) -> bool:
+    return args.device.type == "cpu"
+
+
+def launched_on_cpus() -> bool:
+    """Whether a launcher started several processes with no accelerator: told nothing, each would work by itself."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1 and not torch.accelerator.is_available()
 
 
 def check_arguments(model: nn.Module, args: TrainingArguments, dataset: Any, collator: Any) -> None:
     """Raise InputError for training fields that cannot work here (packages, devices, ranges), before hours are spent."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, _fsdp_for_itself():
         args = copy.copy(args)
         args.output_dir = scratch  # Trainer makes this directory at once
         try:
@@ -100,7 +123,8 @@ def train(
     resume_from_checkpoint: str | None = None,
     description: str = "train",
 ) -> tuple[Trainer, TrainingCost]:
-    """Train whatever of ``model`` requires a gradient. ``description`` names the progress bar.
+    """Train whatever of ``model`` requires a gradient. ``description`` names the progress bar. Of several processes each
+    calls this; the cost is each one's own.
 
     Raises ArithmeticError when a trained weight ends up infinite or not a number.
     """
@@ -108,25 +132,44 @@ def train(
         raise ValueError("nothing in the model requires a gradient, so there is nothing to train.")
     set_seed(args.seed)
     clock = _StepClock()
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset if args.eval_strategy != "no" else None,
-        data_collator=collator,
-        compute_metrics=compute_metrics,
-        callbacks=[clock],
-    )
+    with _fsdp_for_itself():
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset if args.eval_strategy != "no" else None,
+            data_collator=collator,
+            compute_metrics=compute_metrics,
+            callbacks=[clock],
+        )
     show_progress(trainer, description)
     with PeakMemory() as memory:
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
-        raise ArithmeticError("training diverged, some weights are not finite any more; try a lower --learning_rate.")
+    with Processes.joined().together():
+        trained: list[Any] = [p.detach() for p in model.parameters() if p.requires_grad]
+        if not all(torch.isfinite(getattr(p, "_local_tensor", p)).all() for p in trained):
+            raise ArithmeticError(
+                "training diverged, some weights are not finite any more; try a lower --learning_rate."
+            )
     # The first steps pay for warming up, once.
     times = clock.seconds[2:] or clock.seconds
     return trainer, TrainingCost(
         trainer.state.global_step, len(clock.seconds), statistics.median(times) if times else None, memory.peak
     )
+
+
+def gathered_state(trainer: Trainer) -> dict[str, Any] | None:
+    """The trained model's whole state, for the first process to save, where FSDP has spread it; else None. All call this."""
+    return trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+
+
+@contextlib.contextmanager
+def _fsdp_for_itself() -> Iterator[None]:
+    """Let a Trainer that is made inside spread its model without every later one doing so: accelerate sets a variable."""
+    try:
+        yield
+    finally:
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
 
 
 class _StepClock(TrainerCallback):
