@@ -70,12 +70,8 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
         def record(method: str, rate: float, trainable: int, model: Any) -> None:
             args = materials.arguments("selection", learning_rate=rate, save_strategy="no", eval_strategy="no")
             started = time.perf_counter()
-            _, cost = training.train(
-                model, args, materials.train, None, materials.collator, materials.task.compute_metrics
-            )
-            metrics = evaluate(
-                model, materials.held_out, materials.collator, materials.task.compute_metrics, disable_tqdm=True
-            )
+            _, cost = training.train(model, args, materials.task, materials.tokenizer, materials.train)
+            metrics = evaluate(model, materials.held_out, materials.task, materials.tokenizer, disable_tqdm=True)
             records.append(
                 {
                     "data": job["data"],

@@ -184,6 +184,6 @@ def assert_parts_equal(
         names = [name for name in wanted if part in wanted[name]]
         if not names:
             continue
-        a = torch.cat([found[name][part].double().reshape(-1) for name in names])
-        b = torch.cat([wanted[name][part].double().reshape(-1) for name in names])
+        a = torch.cat([found[name][part].double().cpu().reshape(-1) for name in names])
+        b = torch.cat([wanted[name][part].double().cpu().reshape(-1) for name in names])
         assert (a - b).abs().max() <= relative * b.abs().max(), part

@@ -103,7 +103,7 @@ def test_cut_rows_are_counted_and_those_without_a_label_named(models: Path) -> N
     task = CausalLM(columns=COMPLETION)
     assert encoded(task, models / "llama", 3, prompt="good film", completion=" bad book")[1] == "bad"
     examples = encoded(task, models / "llama", 2, prompt="good film", completion=" bad book")
-    assert (len(examples), examples.lost, examples.n_truncated) == (0, [3], 1)
+    assert (len(examples), examples.lost, examples.n_truncated) == (0, {"a prompt of 2 tokens or more": [3]}, 1)
 
 
 @pytest.mark.parametrize(

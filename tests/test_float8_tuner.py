@@ -304,15 +304,17 @@ def _file(path: Path) -> dict[str, Tensor]:
     return load_file(path / "adapter_model.safetensors")
 
 
-def test_loaded_to_go_on_training_it_is_converted_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_loaded_to_go_on_training_it_is_converted_again(tmp_path: Path, low_cpu_mem_usage: bool) -> None:
     model = tuned()
     stir(model)
     model.save_pretrained(tmp_path)
     wanted = model(**batch()).logits
-    loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True).eval()
+    options = {"is_trainable": True, "low_cpu_mem_usage": low_cpu_mem_usage}
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, **options).eval()
     assert len(layers(loaded)) == 8 and len(trained(loaded)) == 8
     assert torch.equal(loaded(**batch()).logits, wanted)
-    loaded.load_adapter(tmp_path, "second", is_trainable=True)
+    loaded.load_adapter(tmp_path, "second", **options)
     loaded.set_adapter("second")
     assert torch.equal(loaded(**batch()).logits, wanted)
     with loaded.disable_adapter(), model.disable_adapter():
@@ -422,6 +424,23 @@ def test_trainer(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.evaluate(rows)["eval_loss"] < before
     assert (tmp_path / "checkpoint-4" / "adapter_model.safetensors").is_file()
+
+
+def test_a_model_without_numbers_is_converted_too() -> None:
+    with torch.device("meta"):
+        base = llama()
+    model = get_peft_model(base, config())
+    assert len(layers(model)) == 8 and all(p.device.type == "meta" for p in model.parameters())
+
+
+def test_compiled() -> None:
+    model = tuned()
+    stir(model)
+    wanted = model(**batch()).logits
+    compiled = torch.compile(model, backend="eager")
+    compiled(**batch()).loss.backward()
+    assert torch.allclose(compiled(**batch()).logits, wanted, rtol=1e-9, atol=1e-9)
+    assert all(p.grad is not None for p in trained(model).values())
 
 
 def test_transformers_itself_may_put_it_in() -> None:

@@ -42,7 +42,7 @@ from reltune.records import InputError
 from reltune.relevance.scores import RelevanceScores
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5 if DEVICE == "cpu" else 1e-4
 CRITERIA = ["fisher", "fisher_true", "gradient", "taylor", "activation", "magnitude"]
 
 
@@ -159,7 +159,7 @@ def test_products_with_the_weights(way):
     weighted = {"column": (module.weight.detach().double().abs() * norms).sum(0)}
     for criterion, wanted in (("taylor", parts), ("activation", weighted)):
         for part, value in wanted.items():
-            got = found.parts[criterion][name][part]
+            got = found.parts[criterion][name][part].to(DEVICE)
             assert (got - value).abs().max() <= TOLERANCE * value.abs().max(), (criterion, part)
 
 
@@ -242,11 +242,12 @@ def test_it_is_trained_as_the_dequantised_weights_are(way, units):
             optimizer.step()
             optimizer.zero_grad()
             losses[-1].append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
+    exact = DEVICE == "cpu" or way != "8 bits"  # on a GPU its product rounds the inputs too
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4 if exact else 3e-2) and losses[0][-1] < losses[0][0]
     ours, theirs = trained(models[0]), trained(models[1])
     assert list(ours) == list(theirs)
     for name, value in theirs.items():
-        assert torch.allclose(ours[name], value, rtol=1e-3, atol=1e-4), name
+        assert torch.allclose(ours[name], value, rtol=1e-3, atol=1e-4 if exact else 3e-2), name
     assert torch.equal(dequantised(models[0].get_submodule(f"base_model.model.{LINEAR}").base_layer), weight)
 
 
@@ -283,7 +284,8 @@ def test_no_plan_is_needed(way):
     compute_as_in_training(quantised)
     chosen = [{n: b for n, b in model.named_buffers() if "reltune_column_indices" in n} for model in models]
     assert len(chosen[0]) >= 8 and all(torch.equal(idx, chosen[1][name]) for name, idx in chosen[0].items())
-    assert torch.allclose(models[0](**batches()[0]).logits, models[1](**batches()[0]).logits, rtol=1e-4, atol=1e-5)
+    near = 1e-5 if DEVICE == "cpu" or way != "8 bits" else 3e-2
+    assert torch.allclose(models[0](**batches()[0]).logits, models[1](**batches()[0]).logits, rtol=1e-4, atol=near)
 
 
 def test_a_selection_for_it_is_trained():

@@ -161,6 +161,45 @@ def test_bad_content_is_named(tmp_path, name, content, words):
     assert [word for word in words if word not in message] == [], message
 
 
+def test_bad_rows_are_skipped_and_counted(tmp_path):
+    path = written(tmp_path, "text,label\n,a\nok,a\nx,y,z\n ,b\ngood,b\nok,\n")
+    rows = good_rows(path, on_bad_rows="skip")
+    assert list(rows) == [row("ok", "a", 3), row("good", "b", 6)]
+    assert rows.skipped == {
+        "another number of fields than the header's 2": [4],
+        "an empty 'text'": [2, 5],
+        "an empty 'label'": [7],
+    }
+    # the next check adds to it, and a row of one split stays on its record
+    fewer = checked(rows, lambda row: "a word that is good" if content(row) == "good" else None, "skip")
+    assert fewer.skipped == {**rows.skipped, "a word that is good": [6]} and len(fewer) == 1
+    with pytest.raises(InputError, match=r"no good rows but a word on 2 lines \(3, 6\)"):
+        checked(rows, lambda row: "a word", "skip")
+    with pytest.raises(InputError, match="'skipp' is unknown; did you mean 'skip'"):
+        checked(rows, lambda row: None, "skipp")
+    path = written(tmp_path, '{"text": "a", "label": "b"}\n{\n[1]\n', "d.jsonl")
+    assert good_rows(path, on_bad_rows="skip").skipped == {
+        "no valid JSON (Expecting property name enclosed in double quotes)": [2],
+        "no JSON object": [3],
+    }
+
+
+def test_kinds_of_bad_rows_are_shown_commonest_first(tmp_path):
+    rows = rows_like([row(str(n), "x", n) for n in (1, 2, 3, 4, 5, 6, 7)])
+    kinds = {1: "A", 2: "B", 3: "B", 4: "C", 5: "C", 6: "D", 7: "E"}
+    with pytest.raises(
+        InputError, match=r"B on 2 lines \(2, 3\); C on 2 lines \(4, 5\); A on line 1; 2 more of 2 other"
+    ):
+        checked(rows, lambda row: kinds[row.line])
+
+
+def test_json_lists_have_lines(tmp_path):
+    source = '\n[\n  {"text": "a", "label": 1},\n  {"text":\n "b, ]", "label": {"deep": [1]}} , {"text": "c"}\n]\n'
+    rows = read_rows(written(tmp_path, source, "d.json"))
+    assert [row.line for row in rows] == [3, 4, 5] and [content(row) for row in rows] == ["a", "b, ]", "c"]
+    assert [row.values for row in rows] == json.loads(source) and rows.columns == ["text", "label"]
+
+
 def test_bad_paths_and_options(tmp_path):
     assert "does not exist" in error_of(tmp_path / "none.csv")
     folder = tmp_path / "folder.csv"

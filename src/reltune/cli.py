@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import inspect
 import os
-import re
 import signal
 import sys
 import textwrap
@@ -19,10 +20,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from reltune import __version__
-from reltune.records import CRITERIA, FROZEN_DTYPES, GRANULARITIES, SPREADS, WITHOUT_DATA, InputError, RunConfig
+from reltune.records import InputError, RunConfig, parts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator
 
     from reltune.records import RunRecord
     from reltune.run import Materials, RunDirectory
@@ -37,79 +38,12 @@ app = typer.Typer(
 TRAINING = {"allow_extra_args": True, "ignore_unknown_options": True}
 TRAINING_HELP = "Any field of transformers.TrainingArguments is a flag too: --num_train_epochs 5 --learning_rate 1e-3."
 
-SPLIT_OFF = "Split off the training data when not given."
-CRITERIA_HELP = f"One or several of {', '.join(CRITERIA)}, or an installed package's; the first selects."
-BUDGET_HELP = "Trainable parameters: a share of the base model (0.5%) or a count (100k)."
-GRANULARITY_HELP = f"One or several of {', '.join(GRANULARITIES)} (element: with bias and norm only)."
-SPREAD_HELP = f"{SPREADS[0]}: the best units of the whole model; {SPREADS[1]}: the same share of every module."
-TARGETS_HELP = "Parts of module names (query, layer.5) or a regex."
-
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run.", show_default=False)]
-Model = Annotated[str, typer.Option("--model_name_or_path", metavar="MODEL", help="Model directory or hub id.")]
-OutputDir = Annotated[str, typer.Option("--output_dir", metavar="DIR", help="Directory of the run; new or empty.")]
-TrainFile = Annotated[
-    str | None,
-    typer.Option("--train_file", metavar="FILE", help="CSV, TSV or JSONL with a text and a label column."),
+ConfigFile = Annotated[
+    str | None, typer.Option("--config", metavar="FILE", help="YAML with fields of the run; flags win over it.")
 ]
-AnalysisFile = Annotated[
-    str | None,
-    typer.Option(
-        "--train_file",
-        metavar="FILE",
-        help="CSV, TSV or JSONL with a text and a label column. Not needed where all criteria are of "
-        f"{', '.join(WITHOUT_DATA)}: these are measured from the model's files, which are never loaded whole.",
-    ),
-]
-Elements = Annotated[
-    bool,
-    typer.Option(
-        "--elements",
-        help="Score every single weight too, for `select --granularity element`: one number per weight and criterion.",
-    ),
-]
-DatasetName = Annotated[
-    str | None,
-    typer.Option("--dataset_name", metavar="NAME", help="A data set that comes with reltune[demo]: bbc_news."),
-]
-ValidationFile = Annotated[str | None, typer.Option("--validation_file", metavar="FILE", help=SPLIT_OFF)]
-TestFile = Annotated[str | None, typer.Option("--test_file", metavar="FILE", help=SPLIT_OFF)]
-TextColumn = Annotated[str, typer.Option("--text_column", metavar="NAME")]
-LabelColumn = Annotated[str, typer.Option("--label_column", metavar="NAME")]
-Encoding = Annotated[
-    str, typer.Option("--encoding", metavar="NAME", help="Of CSV and JSONL files; a BOM is understood.")
-]
-MaxLength = Annotated[int, typer.Option("--max_length", metavar="N", help="Tokens per text; longer texts are cut.")]
-Criteria = Annotated[
-    list[str] | None, typer.Option("--criteria", metavar="NAMES", help=f"{CRITERIA_HELP}  [default: fisher]")
-]
-AnalysisExamples = Annotated[
-    int, typer.Option("--analysis_examples", metavar="N", help="Texts that relevance is measured on, at most.")
-]
-MaxTrials = Annotated[
-    int, typer.Option("--max_trials", metavar="N", help="Of criterion correlation: passes over them, at most.")
-]
-ProbeSteps = Annotated[
-    int, typer.Option("--probe_steps", metavar="N", help="Of criterion movement: steps of full tuning, rewound.")
-]
-Budget = Annotated[str, typer.Option("--budget", metavar="BUDGET", help=BUDGET_HELP)]
-Granularity = Annotated[
-    list[str] | None, typer.Option("--granularity", metavar="NAMES", help=f"{GRANULARITY_HELP}  [default: column]")
-]
-Spread = Annotated[str, typer.Option("--spread", metavar="HOW", help=SPREAD_HELP)]
-Targets = Annotated[list[str] | None, typer.Option("--target_modules", metavar="NAMES", help=TARGETS_HELP)]
-Excludes = Annotated[
-    list[str] | None, typer.Option("--exclude_modules", metavar="NAMES", help="Likewise, to leave out.")
-]
-FrozenDtype = Annotated[
-    str | None,
-    typer.Option(
-        "--frozen_dtype",
-        metavar="TYPE",
-        help=f"What the frozen linear maps are held in while training: {FROZEN_DTYPES[0]}. docs/float8.md has what it costs.",
-    ),
-]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32 - 1)]
 Overwrite = Annotated[bool, typer.Option("--overwrite_output_dir", help="Replace what is there.")]
+SHARED = ("run", "analyze", "tune", "evaluate")  # commands that several processes work on together
 # Click's class, found through Typer, which may bring its own Click.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 
@@ -125,99 +59,87 @@ def options(
         raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())
-    elif _several() and context.invoked_subcommand != "analyze":
+    elif _several() and context.invoked_subcommand not in SHARED:
         raise InputError(
             f"`reltune {context.invoked_subcommand}` is for one process, and a launcher started several; of reltune's "
-            "commands only `analyze` runs on several."
+            f"commands {', '.join(SHARED)} run on several."
         )
 
 
+def flags(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command a flag for each of these fields of RunConfig; it finds them in its context."""
+
+    def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+
+        @functools.wraps(command)
+        def called(**values: Any) -> None:
+            command(**{name: values[name] for name in own.parameters})
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters = [parameter.replace(kind=keyword) for parameter in own.parameters.values()]
+        for field in dataclasses.fields(RunConfig):
+            if field.name in names:
+                default, annotation = _flag(field)
+                parameters.insert(-1, inspect.Parameter(field.name, keyword, default=default, annotation=annotation))
+        called.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return called
+
+    return with_flags
+
+
+def _flag(field: dataclasses.Field) -> tuple[Any, Any]:
+    """The default and the annotation that make Typer's flag of a field."""
+    about, kind = field.metadata, str(field.type).removesuffix(" | None")
+    default = None if field.default is dataclasses.MISSING else field.default
+    words = [] if field.default_factory is dataclasses.MISSING else field.default_factory()
+    types = {"str": str, "int": int, "float": float, "bool": bool, "list[str]": list[str]}
+    option = typer.Option(
+        f"--{field.name}/--no_{field.name}" if kind == "bool" else f"--{field.name}",
+        metavar=about["metavar"] or None,
+        help=about["help"] + (f"  [default: {','.join(words)}]" if words else ""),
+        min=about.get("least") if "most" in about else None,
+        max=about.get("most"),
+    )
+    return default, Annotated[types[kind] | None, option]
+
+
+EVERY = tuple(field.name for field in dataclasses.fields(RunConfig) if field.name != "training")
+CHOICE = ("criteria", "budget", "granularity", "spread", "target_modules", "exclude_modules")
+
+
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
-def run(
-    context: typer.Context,
-    model_name_or_path: Model,
-    output_dir: OutputDir,
-    train_file: TrainFile = None,
-    dataset_name: DatasetName = None,
-    validation_file: ValidationFile = None,
-    test_file: TestFile = None,
-    text_column: TextColumn = RunConfig.text_column,
-    label_column: LabelColumn = RunConfig.label_column,
-    encoding: Encoding = RunConfig.encoding,
-    max_length: MaxLength = RunConfig.max_length,
-    criteria: Criteria = None,
-    budget: Budget = RunConfig.budget,
-    granularity: Granularity = None,
-    spread: Spread = RunConfig.spread,
-    target_modules: Targets = None,
-    exclude_modules: Excludes = None,
-    analysis_examples: AnalysisExamples = RunConfig.analysis_examples,
-    max_trials: MaxTrials = RunConfig.max_trials,
-    probe_steps: ProbeSteps = RunConfig.probe_steps,
-    frozen_dtype: FrozenDtype = None,
-    seed: Seed = RunConfig.seed,
-    overwrite_output_dir: Overwrite = False,
-) -> None:
+@flags(*EVERY)
+def run(context: typer.Context, config: ConfigFile = None, overwrite_output_dir: Overwrite = False) -> None:
     """All four steps: analyze, select, tune, evaluate; and a report."""
-    config = _config(context)
-    _all_stages(config, overwrite_output_dir)
+    _all_stages(_config(context, config), overwrite_output_dir)
 
 
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
-def analyze(
-    context: typer.Context,
-    model_name_or_path: Model,
-    output_dir: OutputDir,
-    train_file: AnalysisFile = None,
-    dataset_name: DatasetName = None,
-    validation_file: ValidationFile = None,
-    test_file: TestFile = None,
-    text_column: TextColumn = RunConfig.text_column,
-    label_column: LabelColumn = RunConfig.label_column,
-    encoding: Encoding = RunConfig.encoding,
-    max_length: MaxLength = RunConfig.max_length,
-    criteria: Criteria = None,
-    elements: Elements = False,
-    target_modules: Targets = None,
-    exclude_modules: Excludes = None,
-    analysis_examples: AnalysisExamples = RunConfig.analysis_examples,
-    max_trials: MaxTrials = RunConfig.max_trials,
-    probe_steps: ProbeSteps = RunConfig.probe_steps,
-    seed: Seed = RunConfig.seed,
-    overwrite_output_dir: Overwrite = False,
-) -> None:
+@flags(*(name for name in EVERY if name not in ("budget", "granularity", "spread", "frozen_dtype")))
+def analyze(context: typer.Context, config: ConfigFile = None, overwrite_output_dir: Overwrite = False) -> None:
     """Measure how much each unit matters: DIR/relevance."""
     from reltune import run as stages
 
-    config = _config(context)
-    if config.has_data:
-        materials, directory = _begin(config, overwrite_output_dir, select=False)
+    made = _config(context, config)
+    if made.has_data:
+        materials, directory = _begin(made, overwrite_output_dir, select=False)
         stages.analyze(materials, directory)
         if not _first():
             return
     elif _several():
         raise InputError("an analysis of the weights alone is for one process; start it without a launcher.")
     else:
-        directory = stages.RunDirectory(config.output_dir)
-        stages.analyze_weights(config, directory, overwrite_output_dir)
-    _show_relevance(config, directory)
-    _say(f"Next: reltune select {config.output_dir} --budget 0.5%")
+        directory = stages.RunDirectory(made.output_dir)
+        stages.analyze_weights(made, directory, overwrite_output_dir)
+    _show_relevance(made, directory)
+    _say(f"Next: reltune select {made.output_dir} --budget 0.5%")
 
 
 @app.command(epilog="What is not given stays as config.yaml in RUN has it.")
-def select(
-    context: typer.Context,
-    run: Run,
-    criteria: Annotated[list[str] | None, typer.Option("--criteria", metavar="NAMES", help=CRITERIA_HELP)] = None,
-    budget: Annotated[str | None, typer.Option("--budget", metavar="BUDGET", help=BUDGET_HELP)] = None,
-    granularity: Annotated[
-        list[str] | None, typer.Option("--granularity", metavar="NAMES", help=GRANULARITY_HELP)
-    ] = None,
-    spread: Spread = RunConfig.spread,
-    target_modules: Targets = None,
-    exclude_modules: Excludes = None,
-    overwrite_output_dir: Overwrite = False,
-) -> None:
+@flags(*CHOICE)
+def select(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = False) -> None:
     """Choose units under a budget: RUN/plan/plan.yaml."""
     from reltune import run as stages
 
@@ -231,22 +153,23 @@ def select(
 
 
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
-def tune(
-    context: typer.Context, run: Run, frozen_dtype: FrozenDtype = None, overwrite_output_dir: Overwrite = False
-) -> None:
+@flags("frozen_dtype")
+def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = False) -> None:
     """Train what the plan names: RUN/adapter."""
     from reltune import run as stages
     from reltune.plan.plan import Plan
 
     if run.startswith("--"):  # the training flags came first, so that Click took one of them for RUN
         *context.args, run = run, *context.args
-    directory, config = stages.RunDirectory.open(run)
-    config = _changed(config, context)
-    resume = config.training.pop("resume_from_checkpoint", None)
-    _check_data(config, run)
-    directory.check_stage("tune", overwrite_output_dir)
-    Plan.load(directory.plan)
-    stages.tune(stages.prepare(config), directory, resume)
+    with _together():
+        directory, config = stages.RunDirectory.open(run)
+        config = _changed(config, context)
+        resume = config.training.pop("resume_from_checkpoint", None)
+        _check_data(config, run)
+        directory.check_stage("tune", overwrite_output_dir)
+        Plan.load(directory.plan)
+        materials = stages.prepare(config)
+    stages.tune(materials, directory, resume)
     _say(f"Adapter: {directory.adapter}", f"Next: reltune evaluate {run}")
 
 
@@ -255,9 +178,11 @@ def evaluate(run: Run) -> None:
     """Measure the adapter on held-out data: RUN/all_results.json."""
     from reltune import run as stages
 
-    directory, config = stages.RunDirectory.open(run)
-    _adapter_exists(directory)
-    results = stages.evaluate(stages.prepare(config), directory)
+    with _together():
+        directory, config = stages.RunDirectory.open(run)
+        _adapter_exists(directory)
+        materials = stages.prepare(config)
+    results = stages.evaluate(materials, directory)
     _print(_metrics_table(results))
 
 
@@ -291,29 +216,46 @@ def export(
 
 
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
-def demo(
-    context: typer.Context,
-    output_dir: OutputDir = "demo-run",
-    budget: Budget = RunConfig.budget,
-    criteria: Criteria = None,
-    granularity: Granularity = None,
-    seed: Seed = RunConfig.seed,
-    overwrite_output_dir: Overwrite = False,
-) -> None:
-    """The four steps and three baselines on BBC news."""
+@flags("output_dir", "budget", "criteria", "granularity", "seed")
+def demo(context: typer.Context, overwrite_output_dir: Overwrite = False) -> None:
+    """The four steps and three baselines on BBC news, in demo-run unless told otherwise."""
     from reltune.demo import demo_config
 
-    _all_stages(_changed(demo_config(output_dir, seed), context), overwrite_output_dir, baselines=True)
+    config = _changed(demo_config("demo-run", RunConfig.seed), context)
+    _all_stages(config, overwrite_output_dir, baselines=True)
+
+
+@app.command()
+def config(
+    defaults: Annotated[bool, typer.Option("--defaults", help="Every field with its default, as YAML.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="A JSON Schema of it, for editors.")] = False,
+) -> None:
+    """Print what a config file can say."""
+    if defaults == schema:
+        raise InputError("say what to print: --defaults or --schema.")
+    from reltune.config_file import defaults_yaml, json_schema
+
+    print(defaults_yaml() if defaults else json_schema(), end="")
 
 
 # -- helpers of the commands ----------------------------------------------------------------------------------------
 
 
-def _config(context: typer.Context) -> RunConfig:
-    """The run's config from the flags of a command, training fields among them."""
-    config = RunConfig(**_given(context), training=_training_fields(context))
-    if "resume_from_checkpoint" in config.training:
+def _config(context: typer.Context, file: str | None = None) -> RunConfig:
+    """The run's config from a file and the flags of a command, training fields among them; flags win."""
+    fields: dict[str, Any] = {}
+    if file is not None:
+        from reltune.config_file import read_config
+
+        fields = read_config(file)
+    training = {**fields.pop("training", {}), **_training_fields(context)}
+    fields |= _given(context)
+    for name in ("model_name_or_path", "output_dir"):
+        if name not in fields:
+            raise InputError(f"--{name} is missing; give it as a flag or in a file named with --config.")
+    if "resume_from_checkpoint" in training:
         raise InputError("a new run has no checkpoint to resume from; resume with `reltune tune RUN` instead.")
+    config = RunConfig(**fields, training=training)
     config.check()
     return config
 
@@ -332,16 +274,10 @@ def _given(context: typer.Context) -> dict[str, Any]:
     for name, value in context.params.items():
         source = context.get_parameter_source(name)
         if name in fields and source is not None and source.name == "COMMANDLINE":
-            given[name] = _parts(value) if isinstance(value, list | tuple) else value
+            given[name] = parts(value) if isinstance(value, list | tuple) else value
             if given[name] in ("", []):
                 raise InputError(f"--{name} is empty; give it a value or leave it out.")
     return given
-
-
-def _parts(values: Sequence[str]) -> list[str]:
-    """Several values may come as repeated flags or with commas between; a comma in brackets belongs to a regex."""
-    parts = [part.strip() for value in values for part in re.split(r",(?![^\[({]*[\])}])", value)]
-    return [part for part in parts if part]
 
 
 def _training_fields(context: typer.Context) -> dict[str, Any]:
@@ -402,7 +338,9 @@ def _all_stages(config: RunConfig, overwrite: bool, baselines: bool = False) -> 
         from reltune.comparison import compare
 
         compare(materials, directory, results)
-    _show_record(stages.report(config, directory), directory)
+    with _together():
+        if _first():
+            _show_record(stages.report(config, directory), directory)
 
 
 def _check_data(config: RunConfig, run: str) -> None:
@@ -445,6 +383,8 @@ def _metrics_table(metrics: dict[str, float]) -> Any:
 
 def _print(renderable: Any, width: int = 0) -> None:
     """Print as wide as the terminal is, and at least ``width``."""
+    if not _first():
+        return
     from rich.console import Console
 
     console = Console()
@@ -455,6 +395,15 @@ def _print(renderable: Any, width: int = 0) -> None:
 def _say(*lines: str) -> None:
     for line in lines if _first() else ():
         print(line, flush=True)
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """What runs inside fails in all processes of a launcher when it fails in one."""
+    from reltune.relevance.parallel import Processes
+
+    with Processes.joined().together():
+        yield
 
 
 def _several() -> bool:

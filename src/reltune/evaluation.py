@@ -12,9 +12,18 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import Trainer
+from transformers.trainer_pt_utils import find_batch_size
 
 from reltune.progress import show_progress
 from reltune.tasks.task import Examples, Task
+
+DEFAULTS: dict[str, Any] = {
+    "per_device_eval_batch_size": 64,
+    "report_to": "none",
+    "dataloader_pin_memory": False,
+    "average_tokens_across_devices": False,  # else Trainer multiplies a mean loss by the number of processes
+}
 
 
 def evaluate(
@@ -31,17 +40,37 @@ def evaluate(
     """
     results: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        defaults = {"per_device_eval_batch_size": 64, "report_to": "none", "dataloader_pin_memory": False}
-        args = task.make_arguments(output_dir=scratch, **{**defaults, **task.defaults, **arguments})
+        args = task.make_arguments(output_dir=scratch, **{**DEFAULTS, **task.defaults, **arguments})
         for prefix, examples in datasets.items():
-            trainer = task.make_trainer(task.trainer_class, model, args, processor, examples)
+            trainer = task.make_trainer(_counting_once(task.trainer_class), model, args, processor, examples)
             show_progress(trainer, "evaluate")
             metrics = trainer.predict(examples, metric_key_prefix=prefix).metrics or {}
             results.update({k: v for k, v in metrics.items() if not k.endswith(("_runtime", "_per_second", "_time"))})
-            written = task.generation_metrics(trainer.model, examples, processor, args.per_device_eval_batch_size)
+            written = task.generation_metrics(model, examples, processor, args.per_device_eval_batch_size)
             results.update({f"{prefix}_{name}": value for name, value in written.items()})
             results[f"{prefix}_samples"] = len(examples)
     return results
+
+
+def _counting_once(trainer_class: type[Trainer]) -> type[Trainer]:
+    """The class, having every example count once. Of several processes each gets equally many, so that some are repeated
+    at the end; Trainer leaves these out of the metrics, but not out of their batch's mean loss."""
+
+    class Evaluator(trainer_class):  # type: ignore[valid-type, misc]
+        def prediction_step(
+            self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+        ) -> Any:
+            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            state, size = self.accelerator.gradient_state, self.args.eval_batch_size
+            if state.end_of_dataloader and state.remainder > 0:
+                own = min(state.remainder - self.args.process_index * size, size)
+                count = find_batch_size(inputs)
+                if 0 < own < count:
+                    some = {name: value[:own] if len(value) == count else value for name, value in inputs.items()}
+                    loss = super().prediction_step(model, some, True, ignore_keys)[0]
+            return loss, logits, labels
+
+    return Evaluator
 
 
 @torch.no_grad()

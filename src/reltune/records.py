@@ -6,8 +6,10 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -103,51 +105,146 @@ def known_criteria() -> list[str]:
     return list(dict.fromkeys([*CRITERIA, *sorted(metadata.entry_points(group=CRITERIA_GROUP).names)]))
 
 
+def _about(help: str, metavar: str = "", choices: Sequence[str] = (), **more: Any) -> dict[str, Any]:
+    """What a field's flag, the commented defaults and the JSON Schema say of it.
+
+    Args:
+        help: one line.
+        metavar: what stands for the value in a flag's help.
+        choices: the words that it can be, or that a list can hold.
+        more: ``least`` of a number, ``most`` of a number.
+    """
+    return {"help": help, "metavar": metavar, "choices": tuple(choices), **more}
+
+
 @dataclasses.dataclass
 class RunConfig:
     """Everything that decides a run; saved as ``config.yaml`` in the run directory.
 
-    Field names follow transformers where it has them. ``training`` holds fields of
-    ``transformers.TrainingArguments`` as the user gave them.
+    Field names follow transformers and TRL where they have them. ``training`` holds fields of
+    ``transformers.TrainingArguments`` as the user gave them. The metadata of a field is all that its flag, the commented
+    defaults and the JSON Schema know of it.
     """
 
-    model_name_or_path: str
-    output_dir: str
-    train_file: str | None = None
-    dataset_name: str | None = None  # one that comes with a package, or of the Hugging Face Hub, in place of a file
-    dataset_config: str | None = None
-    dataset_path: str | None = None
-    validation_file: str | None = None
-    test_file: str | None = None
-    text_column: str = "text"
-    label_column: str = "label"
-    task: str | None = None  # read off the columns when not given
-    on_bad_rows: str = "error"
-    streaming: bool = False
-    encoding: str = "utf-8"
-    max_length: int = 128
-    completion_only_loss: bool | None = (
-        None  # whether prompts are no part of a language model's loss; None: where there are some
+    model_name_or_path: str = field(metadata=_about("Model directory or hub id.", "MODEL"))
+    output_dir: str = field(metadata=_about("Directory of the run; new or empty.", "DIR"))
+    train_file: str | None = field(
+        default=None,
+        metadata=_about(
+            "CSV, TSV, JSONL, JSON, Parquet, a directory that datasets saved, or a folder of images. Not needed where all "
+            f"criteria are of {', '.join(WITHOUT_DATA)}: these are measured from the model's files, never loaded whole.",
+            "PATH",
+        ),
     )
-    packing: bool = False  # join examples of a language model to full sequences for training
-    max_new_tokens: int = 64  # that a model may write per example, in evaluation
-    generation_examples: int = 64  # per held-out set, at most, for which it writes
-    early_stopping_patience: int | None = None  # evaluations without a better one, after which training ends
-    budget: str = "0.5%"
-    criteria: list[str] = dataclasses.field(default_factory=lambda: ["fisher"])
-    granularity: list[str] = dataclasses.field(default_factory=lambda: ["column"])
-    spread: str = "global"
-    target_modules: list[str] = dataclasses.field(default_factory=list)
-    exclude_modules: list[str] = dataclasses.field(default_factory=list)
-    head_epochs: float = 1.0
-    analysis_examples: int = 1024
-    analysis_batch_size: int = 32
-    max_trials: int = 400  # of criterion correlation, per kind of unit
-    probe_steps: int = 50  # of criterion movement
-    elements: bool = False
-    frozen_dtype: str | None = None  # of the base's linear maps while the adapter is trained
-    seed: int = 42
-    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dataset_name: str | None = field(
+        default=None,
+        metadata=_about(
+            f"In place of a file, a data set in an installed package ({', '.join(DATASETS)}) or of the Hugging Face Hub.",
+            "NAME",
+        ),
+    )
+    dataset_config: str | None = field(
+        default=None, metadata=_about("Which variant of dataset_name; for reasoning_gym its task.", "NAME")
+    )
+    dataset_path: str | None = field(
+        default=None, metadata=_about("Where dataset_name lies, if pip does not install its files.", "PATH")
+    )
+    validation_file: str | None = field(
+        default=None, metadata=_about("Split off the training data when not given.", "PATH")
+    )
+    test_file: str | None = field(default=None, metadata=_about("Split off the training data when not given.", "PATH"))
+    task: str | None = field(
+        default=None, metadata=_about(f"One of {', '.join(TASKS)}; read off the columns when not given.", "TASK", TASKS)
+    )
+    text_column: str = field(default="text", metadata=_about("What your data call the text.", "NAME"))
+    label_column: str = field(default="label", metadata=_about("What your data call the label.", "NAME"))
+    encoding: str = field(default="utf-8", metadata=_about("Of text files; a BOM is understood.", "NAME"))
+    on_bad_rows: str = field(
+        default="error",
+        metadata=_about("error: refuse data with bad rows; skip: leave them out and say so.", "HOW", ON_BAD_ROWS),
+    )
+    streaming: bool = field(
+        default=False, metadata=_about("Read training rows when they are needed and keep none; asks for max_steps.")
+    )
+    max_length: int = field(default=128, metadata=_about("Tokens per example; longer ones are cut.", "N", least=1))
+    completion_only_loss: bool | None = field(
+        default=None,
+        metadata=_about("Of causal_lm: leave prompts out of the loss; by default where rows have some."),
+    )
+    packing: bool = field(default=False, metadata=_about("Of causal_lm: join examples to full sequences for training."))
+    max_new_tokens: int = field(
+        default=64, metadata=_about("Tokens that a language model may write per example, in evaluation.", "N", least=1)
+    )
+    generation_examples: int = field(
+        default=64,
+        metadata=_about("Of causal_lm: examples per held-out set for which it writes, at most.", "N", least=0),
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata=_about(
+            "End training after so many evaluations without a better one, and keep the best.", "N", least=1
+        ),
+    )
+    budget: str = field(
+        default="0.5%",
+        metadata=_about("Trainable parameters: a share of the base model (0.5%) or a count (100k).", "BUDGET"),
+    )
+    criteria: list[str] = field(
+        default_factory=lambda: ["fisher"],
+        metadata=_about(
+            f"One or several of {', '.join(CRITERIA)}, or an installed package's; the first selects.", "NAMES"
+        ),
+    )
+    granularity: list[str] = field(
+        default_factory=lambda: ["column"],
+        metadata=_about(
+            f"One or several of {', '.join(GRANULARITIES)} (element: with bias and norm only).", "NAMES", GRANULARITIES
+        ),
+    )
+    spread: str = field(
+        default="global",
+        metadata=_about(
+            f"{SPREADS[0]}: the best units of the whole model; {SPREADS[1]}: the same share of every module.",
+            "HOW",
+            SPREADS,
+        ),
+    )
+    target_modules: list[str] = field(
+        default_factory=list, metadata=_about("Parts of module names (query, layer.5) or a regex.", "NAMES")
+    )
+    exclude_modules: list[str] = field(default_factory=list, metadata=_about("Likewise, to leave out.", "NAMES"))
+    head_epochs: float = field(
+        default=1.0, metadata=_about("Epochs that a new head is trained for before the analysis.", "N", least=0)
+    )
+    analysis_examples: int = field(
+        default=1024, metadata=_about("Examples that relevance is measured on, at most.", "N", least=1)
+    )
+    analysis_batch_size: int = field(default=32, metadata=_about("Examples per batch of the analysis.", "N", least=1))
+    max_trials: int = field(
+        default=400, metadata=_about("Of criterion correlation: passes per kind of unit, at most.", "N", least=4)
+    )
+    probe_steps: int = field(
+        default=50, metadata=_about("Of criterion movement: steps of full tuning, rewound.", "N", least=1)
+    )
+    elements: bool = field(
+        default=False,
+        metadata=_about(
+            "Score every single weight too, for `select --granularity element`: one number per weight and criterion."
+        ),
+    )
+    frozen_dtype: str | None = field(
+        default=None,
+        metadata=_about(
+            f"What the frozen linear maps are held in while training: {FROZEN_DTYPES[0]}. docs/float8.md has what it costs.",
+            "TYPE",
+            FROZEN_DTYPES,
+        ),
+    )
+    seed: int = field(default=42, metadata=_about("Of splits, heads and training.", "N", least=0, most=2**32 - 1))
+    training: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=_about("Fields of transformers.TrainingArguments; they may stand outside it too."),
+    )
 
     @property
     def scores_elements(self) -> bool:
@@ -166,47 +263,26 @@ class RunConfig:
 
     def check(self) -> None:
         """Raise InputError for values that no later stage could use. Of files it reads the run's own scores at most."""
+        for about in dataclasses.fields(self):
+            name, value = about.name, getattr(self, about.name)
+            for word in value if isinstance(value, list) else [] if value is None else [value]:
+                if about.metadata["choices"] and word not in about.metadata["choices"]:
+                    raise InputError(f"{name} {word!r} is unknown; {nearest(str(word), about.metadata['choices'])}")
+            if "least" in about.metadata and value is not None and value < about.metadata["least"]:
+                raise InputError(f"{name} is {value}; it must be at least {about.metadata['least']}.")
         for name, known in (("criteria", CRITERIA), ("granularity", GRANULARITIES)):
             if not getattr(self, name):
                 raise InputError(f"{name} is empty; name at least one of {', '.join(known)}.")
-        for value in self.granularity:
-            if value not in GRANULARITIES:
-                raise InputError(f"granularity {value!r} is unknown; {nearest(value, GRANULARITIES)}")
-        if self.spread not in SPREADS:
-            raise InputError(f"spread {self.spread!r} is unknown; {nearest(str(self.spread), SPREADS)}")
-        if self.frozen_dtype is not None and self.frozen_dtype not in FROZEN_DTYPES:
-            raise InputError(
-                f"frozen_dtype {self.frozen_dtype!r} is unknown; {nearest(str(self.frozen_dtype), FROZEN_DTYPES)}"
-            )
         for value in self.criteria:
             if criterion_of_package(value) is None and value not in CRITERIA and value not in self._measured():
                 raise InputError(f"criteria {value!r} is unknown; {nearest(value, known_criteria())}")
         held_out = self.validation_file is not None or self.test_file is not None
         if self.has_data or held_out or not set(self.criteria) <= set(WITHOUT_DATA):
             self.check_data()
-        if self.on_bad_rows not in ON_BAD_ROWS:
-            raise InputError(
-                f"on_bad_rows {self.on_bad_rows!r} is unknown; {nearest(str(self.on_bad_rows), ON_BAD_ROWS)}"
-            )
-        if self.task is not None and self.task not in TASKS:
-            raise InputError(f"task {self.task!r} is unknown; {nearest(str(self.task), TASKS)}")
-        least = {
-            "max_length": 1,
-            "analysis_examples": 1,
-            "analysis_batch_size": 1,
-            "max_new_tokens": 1,
-            "max_trials": 4,
-            "probe_steps": 1,
-        }
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {smallest}.")
         if not isinstance(self.training, dict):
-            raise InputError("training holds no mapping of fields of transformers.TrainingArguments.")
-        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
-            raise InputError(f"early_stopping_patience is {self.early_stopping_patience}; it must be at least 1.")
-        if self.head_epochs < 0:
-            raise InputError(f"head_epochs is {self.head_epochs}; it must be 0 or more.")
+            raise InputError(
+                f"training holds no mapping but {self.training!r}; write fields of transformers.TrainingArguments."
+            )
 
     def _measured(self) -> list[str]:
         """Criteria of the run's saved scores, which need no package of theirs any more."""
@@ -227,16 +303,69 @@ class RunConfig:
             raise InputError(f"{path} cannot be read as a run's config.yaml: {error}") from error
         if not isinstance(values, dict):
             raise InputError(f"{path} is not a run's config.yaml: it holds no mapping of fields.")
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise InputError(f"{path} has an unknown field {key!r}; {nearest(str(key), known)}")
         try:
-            config = cls(**values)
+            config = cls(**checked_kinds(values))
             config.check()
-        except TypeError as error:
-            raise InputError(f"{path} lacks a field or has one of the wrong kind: {error}") from error
+        except TypeError as error:  # of a required field that is missing
+            raise InputError(f"{path} lacks a field: {error}") from error
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         return config
+
+
+def checked_kinds(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of RunConfig's fields as YAML has them, each as the kind that its field wants; None means the default.
+
+    Numbers may be words ("1e-3" is one in YAML 1.1) where a number is wanted, and lists may be words with commas between.
+
+    Raises:
+        InputError: a name that is no field, or a value of another kind.
+    """
+    known = {about.name: about for about in dataclasses.fields(RunConfig)}
+    found = {}
+    for name, value in values.items():
+        if name not in known:
+            raise InputError(f"{name!r} is no field; {nearest(str(name), known)}")
+        if value is not None:
+            found[name] = _of_kind(known[name], value)
+    return found
+
+
+def _of_kind(about: dataclasses.Field, value: Any) -> Any:
+    kind = str(about.type).removesuffix(" | None")
+    plain = isinstance(value, str | int | float) and not isinstance(value, bool)
+    try:
+        if kind == "str" and plain:
+            return str(value)
+        if kind == "bool" and isinstance(value, bool):
+            return value
+        if kind == "int" and plain and int(value) == float(value):
+            return int(value)
+        if kind == "float" and plain:
+            return float(value)
+        if kind == "list[str]" and (plain or isinstance(value, list)):
+            return parts(map(str, value) if isinstance(value, list) else [str(value)])
+        if kind.startswith("dict") and isinstance(value, Mapping):
+            return dict(value)
+    except ValueError:  # a word that is no number
+        pass
+    raise InputError(f"{about.name} is {value!r}; it must be {KINDS[kind]}.")
+
+
+KINDS = {
+    "str": "text",
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "list[str]": "a list of words",
+    "dict[str, Any]": "a mapping of fields of transformers.TrainingArguments",
+}
+
+
+def parts(values: Iterable[str]) -> list[str]:
+    """Words that may come with commas between; a comma in brackets belongs to a regex."""
+    found = [part.strip() for value in values for part in re.split(r",(?![^\[({]*[\])}])", value)]
+    return [part for part in found if part]
 
 
 @dataclasses.dataclass

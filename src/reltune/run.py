@@ -208,6 +208,7 @@ def prepare(config: RunConfig) -> Materials:
     set_seed(config.seed)
     model, missing = task.load_model(config.model_name_or_path)
     train, validation, test = (task.encode(rows, tokenizer, config.max_length) for rows in splits)
+    validation, test = task.held_out(validation, tokenizer), task.held_out(test, tokenizer)
     new_heads = head_modules(model, missing)
     inventory = take_inventory(model, new_heads)
     not_tuned = [name for name in task.not_tuned(model) if name in inventory]
@@ -217,16 +218,15 @@ def prepare(config: RunConfig) -> Materials:
 
 
 def _check_lost(rows: reading.Rows, examples: Examples, config: RunConfig) -> None:
-    """Refuse rows that are cut before anything to be learned, or say that they are skipped."""
+    """Refuse rows in which there is nothing to learn, or say that they are skipped."""
     if not examples.lost:
         return
-    bad = {f"a prompt of {config.max_length} tokens or more": examples.lost}
     if config.on_bad_rows == "error" or not len(examples):
         raise InputError(
-            f"{rows.source} has {reading.found(bad)}, which leaves no room for what is to be learned. Pass a larger "
-            "--max_length, shorten them, or pass --on_bad_rows skip."
+            f"{rows.source} has {reading.found(examples.lost)}, in which nothing is left to learn. Mend them (a larger "
+            "--max_length cuts less), or pass --on_bad_rows skip."
         )
-    warnings.warn(f"{rows.source} has {reading.found(bad)}; skipped.", stacklevel=2)
+    warnings.warn(f"{rows.source} has {reading.found(examples.lost)}; skipped.", stacklevel=2)
 
 
 def check_choice(materials: Materials, select: bool = True) -> None:
@@ -430,12 +430,14 @@ def model_with_heads(materials: Materials, run: RunDirectory) -> nn.Module:
 
 
 def select(config: RunConfig, run: RunDirectory) -> Plan:
-    """Choose units under the budget from the saved relevance."""
-    relevance = RelevanceScores.load(run.relevance)
-    plan = choose(config, relevance, config.criteria[0])
-    run.clear("tune")
-    plan.save(run.plan)
-    return plan
+    """Choose units under the budget from the saved relevance. Of several processes the first one chooses."""
+    processes = Processes.joined()
+    with processes.together():
+        if processes.first:
+            plan = choose(config, RelevanceScores.load(run.relevance), config.criteria[0])
+            run.clear("tune")
+            plan.save(run.plan)
+    return Plan.load(run.plan)
 
 
 def choose(config: RunConfig, relevance: RelevanceScores, criterion: str | None = None) -> Plan:
@@ -465,25 +467,31 @@ def tune(materials: Materials, run: RunDirectory, resume_from_checkpoint: str | 
     """Train what the plan names and save the adapter, with the tokenizer beside it.
 
     Whatever can be wrong with the plan, the training fields or the checkpoint is found before anything of an earlier
-    adapter is removed.
+    adapter is removed. Of several processes the first one writes.
     """
-    checkpoint = run.checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
-    plan = Plan.load(run.plan)
-    if sorted(plan.always_trained) != sorted(materials.new_heads):
-        heads = ", ".join(materials.new_heads) or "nothing"
-        raise InputError(f"plan: always_trained must name this model's new heads ({heads}); they cannot be left out.")
-    model = model_with_heads(materials, run)
-    plan.check_model(take_inventory(model, materials.new_heads), fingerprint(model, materials.new_heads))
-    model = get_peft_model(model, ReltuneConfig(plan=plan, frozen_dtype=materials.config.frozen_dtype))
-    materials.check_training(model)
-    # Whole matrices want a lower rate than columns and rows do.
-    whole = any(module.weight and len(module.shape) == 2 for module in plan.modules.values())
-    args = materials.arguments("layer" if whole else "selection")
+    processes = Processes.joined()
+    with processes.together():
+        checkpoint = run.checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+        plan = Plan.load(run.plan)
+        if sorted(plan.always_trained) != sorted(materials.new_heads):
+            heads = ", ".join(materials.new_heads) or "nothing"
+            raise InputError(
+                f"plan: always_trained must name this model's new heads ({heads}); they cannot be left out."
+            )
+        model = model_with_heads(materials, run)
+        plan.check_model(take_inventory(model, materials.new_heads), fingerprint(model, materials.new_heads))
+        model = get_peft_model(model, ReltuneConfig(plan=plan, frozen_dtype=materials.config.frozen_dtype))
+        materials.check_training(model)
+        # Whole matrices want a lower rate than columns and rows do.
+        whole = any(module.weight and len(module.shape) == 2 for module in plan.modules.values())
+        args = materials.arguments("layer" if whole else "selection")
     callbacks: list[TrainerCallback] = [training.LogFile(run.log)]
     if materials.config.early_stopping_patience is not None:
         callbacks.append(training.stops_early(materials.config.early_stopping_patience))
-    run.clear("tune", checkpoints=checkpoint is None)
-    materials.config.save(run.config_file)
+    with processes.together():
+        if processes.first:
+            run.clear("tune", checkpoints=checkpoint is None)
+            materials.config.save(run.config_file)
     trainer, cost = training.train(
         model,
         args,
@@ -495,11 +503,15 @@ def tune(materials: Materials, run: RunDirectory, resume_from_checkpoint: str | 
         "tune",
         callbacks,
     )
-    trainer.save_state()
-    write_json(run.path / "training_cost.json", {**dataclasses.asdict(cost), "learning_rate": args.learning_rate})
-    model.save_pretrained(str(run.adapter))
-    materials.tokenizer.save_pretrained(str(run.adapter))
-    write_text(run.adapter / "README.md", model_card(plan))
+    state = training.gathered_state(trainer)
+    with processes.together():
+        if processes.first:
+            trainer.save_state()
+            facts = {**dataclasses.asdict(cost), "learning_rate": args.learning_rate}
+            write_json(run.path / "training_cost.json", facts)
+            model.save_pretrained(str(run.adapter), state_dict=state)
+            materials.tokenizer.save_pretrained(str(run.adapter))
+            write_text(run.adapter / "README.md", model_card(plan))
     return model
 
 
@@ -539,10 +551,15 @@ def load_tuned(materials: Materials, run: RunDirectory) -> PeftModel:
 
 
 def evaluate(materials: Materials, run: RunDirectory) -> dict[str, float]:
-    """Metrics of the saved adapter on validation and test data, written to ``all_results.json``."""
-    model = load_tuned(materials, run)
-    plan = Plan.load(run.plan)
-    cost = _read_json(run.path / "training_cost.json")
+    """Metrics of the saved adapter on validation and test data, written to ``all_results.json``.
+
+    Several processes, each with the whole model, share the data, and the first one writes.
+    """
+    processes = Processes.joined()
+    with processes.together():
+        model = load_tuned(materials, run)
+        plan = Plan.load(run.plan)
+        cost = _read_json(run.path / "training_cost.json")
     metrics = measure_metrics(
         model, materials.held_out, materials.task, materials.tokenizer, **placement(materials.config)
     )
@@ -556,13 +573,16 @@ def evaluate(materials: Materials, run: RunDirectory) -> dict[str, float]:
         "train_peak_memory_bytes": cost["peak_memory_bytes"],
         "learning_rate": cost["learning_rate"],
     }
-    write_json(run.results, results)
+    with processes.together():
+        if processes.first:
+            write_json(run.results, results)
     return results
 
 
 def placement(config: RunConfig) -> dict[str, Any]:
     """The training fields that evaluation follows too."""
-    return {key: config.training[key] for key in ("use_cpu", "per_device_eval_batch_size") if key in config.training}
+    values = {**config.training, "use_cpu": True} if training.launched_on_cpus() else config.training
+    return {key: values[key] for key in ("use_cpu", "per_device_eval_batch_size") if key in values}
 
 
 def _read_json(path: Path) -> Any:

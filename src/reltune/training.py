@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers.trainer_utils import set_seed
 
 from reltune.progress import show_progress
 from reltune.records import InputError, write_text
+from reltune.relevance.parallel import Processes
 from reltune.tasks.task import Examples, Task
 
 # Learning rates measured per method (docs/learning_rates.md): the best one differs by more than an order of magnitude
@@ -44,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 1,
     "report_to": "none",
     "dataloader_pin_memory": False,
+    "average_tokens_across_devices": False,  # else Trainer multiplies a mean loss by the number of processes
 }
 
 
@@ -73,8 +75,13 @@ def arguments(
             values["save_strategy"] = values["eval_strategy"]
             if "eval_steps" in values:
                 values.setdefault("save_steps", values["eval_steps"])
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not torch.accelerator.is_available():
-        values["use_cpu"] = True  # else each of the processes would train by itself
+    if launched_on_cpus():
+        values["use_cpu"] = True
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise InputError(
+            "accelerate launch was told to use FSDP, which would hold for all that a command does; leave it out there, and pass "
+            "--fsdp and --fsdp_config, which hold for training."
+        )
     try:
         args = task.make_arguments(output_dir=output_dir, seed=seed, **values)
     except (ValueError, TypeError, ImportError) as error:
@@ -82,12 +89,28 @@ def arguments(
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
         field = "max_steps" if args.max_steps == 0 else "num_train_epochs"
         raise InputError(f"{field} is {getattr(args, field):g}, so that nothing would be trained; write more.")
+    if (args.fsdp_plugin_args or {}).get("fsdp_version") == 1:
+        raise InputError("fsdp_config asks for FSDP1, under which reltune cannot train; write version 2, or none.")
+    if args.fsdp and _on_cpus(args):
+        raise InputError(
+            "fsdp spreads a model over accelerators, of which there are none; leave it out, and every process trains a whole "
+            "copy of the model."
+        )
     return args
+
+
+def _on_cpus(args: TrainingArguments) -> bool:
+    return args.device.type == "cpu"
+
+
+def launched_on_cpus() -> bool:
+    """Whether a launcher started several processes with no accelerator: told nothing, each would work by itself."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1 and not torch.accelerator.is_available()
 
 
 def check_arguments(model: nn.Module, args: TrainingArguments, examples: Examples, collator: Any) -> None:
     """Raise InputError for training fields that cannot work here (packages, devices, ranges), before hours are spent."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, _fsdp_for_itself():
         args = copy.copy(args)
         args.output_dir = scratch  # Trainer makes this directory at once
         try:
@@ -114,7 +137,8 @@ def train(
     description: str = "train",
     callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[Trainer, TrainingCost]:
-    """Train whatever of ``model`` requires a gradient. ``description`` names the progress bar.
+    """Train whatever of ``model`` requires a gradient. ``description`` names the progress bar. Of several processes each
+    calls this; the cost is each one's own.
 
     Raises ArithmeticError when a trained weight ends up infinite or not a number.
     """
@@ -123,12 +147,17 @@ def train(
     set_seed(args.seed)
     clock = _StepClock()
     evaluated = held_out if args.eval_strategy != "no" else None
-    trainer = task.trainer(model, args, processor, train_examples, evaluated, callbacks=[clock, *callbacks])
+    with _fsdp_for_itself():
+        trainer = task.trainer(model, args, processor, train_examples, evaluated, callbacks=[clock, *callbacks])
     show_progress(trainer, description)
     with PeakMemory() as memory:
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
-        raise ArithmeticError("training diverged, some weights are not finite any more; try a lower --learning_rate.")
+    with Processes.joined().together():
+        trained: list[Any] = [p.detach() for p in model.parameters() if p.requires_grad]
+        if not all(torch.isfinite(getattr(p, "_local_tensor", p)).all() for p in trained):
+            raise ArithmeticError(
+                "training diverged, some weights are not finite any more; try a lower --learning_rate."
+            )
     # The first steps pay for warming up, once.
     times = clock.seconds[2:] or clock.seconds
     return trainer, TrainingCost(
@@ -149,16 +178,28 @@ class LogFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            lines = (
-                self.path.read_text(encoding="utf-8").splitlines() if state.global_step and self.path.exists() else []
-            )
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            found = self.path.read_text(encoding="utf-8") if state.global_step and self.path.exists() else ""
+            kept = [line for line in found.splitlines() if json.loads(line)["step"] <= state.global_step]
             write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+def gathered_state(trainer: Trainer) -> dict[str, Any] | None:
+    """The trained model's whole state, for the first process to save, where FSDP has spread it; else None. All call this."""
+    return trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+
+
+@contextlib.contextmanager
+def _fsdp_for_itself() -> Iterator[None]:
+    """Let a Trainer that is made inside spread its model without every later one doing so: accelerate sets a variable."""
+    try:
+        yield
+    finally:
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
 
 
 class _StepClock(TrainerCallback):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -11,6 +13,13 @@ from transformers import HfArgumentParser, TrainingArguments
 from reltune.records import InputError, nearest
 
 RESERVED = ("output_dir", "seed")  # fields that reltune sets itself, from flags of its own
+NOT_FOR_RUNS = (*RESERVED, "resume_from_checkpoint")  # a new run has none
+
+
+def training_field_kinds() -> dict[str, Any]:
+    """The fields of TrainingArguments with their annotations, which HfArgumentParser changes in the dataclass's own fields."""
+    hints = typing.get_type_hints(TrainingArguments)
+    return {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments)}
 
 
 def parse_training_fields(words: Sequence[str], own_flags: Sequence[str]) -> dict[str, Any]:
@@ -40,6 +49,34 @@ def parse_training_fields(words: Sequence[str], own_flags: Sequence[str]) -> dic
         raise InputError(f"unexpected argument {rest[0]!r}; put values that belong together in quotes.")
     # Enum members and the like go to YAML as what the user wrote.
     return {name: getattr(getattr(values, name), "value", getattr(values, name)) for name in given}
+
+
+def checked_training_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of TrainingArguments as YAML has them, with the type checks that flags have; None means the default.
+
+    Raises:
+        InputError: a name that is no field (naming the nearest), or a value of the wrong kind.
+    """
+    fields = {name: str(kind) for name, kind in training_field_kinds().items()}
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise InputError(f"{name!r} is no field of transformers.TrainingArguments; {nearest(str(name), fields)}")
+        if name in RESERVED:
+            raise InputError(f"{name} is a field of the run, not of its training; write it outside training.")
+        if isinstance(value, dict | list):
+            if type(value).__name__ not in fields[name]:
+                raise InputError(f"{name} is {value!r}; it must be a single value.")
+            found[name] = value
+        elif value is not None:
+            word = str(value).lower() if isinstance(value, bool) else str(value)
+            if value is False and "bool" not in fields[name]:  # what YAML 1.1 makes of a plain no
+                word = "no"
+            try:
+                found |= parse_training_fields([f"--{name}={word}"], [])
+            except InputError as error:
+                raise InputError(str(error).removeprefix("--")) from error
+    return found
 
 
 class _Parser(HfArgumentParser):

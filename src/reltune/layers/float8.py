@@ -31,10 +31,14 @@ class Float8Linear(nn.Linear):
         self, input: Tensor, columns: Tensor | None = None, idx: Tensor | None = None, own: Tensor | None = None
     ) -> Tensor:
         """``columns`` D (out, c) at ``idx`` (c,) in place of the weight's own, Ŵ[:, idx], which are given too."""
-        return float8_linear(input, self.weight, self.weight_scale, self.bias, columns, idx, own)
+        scale = self.weight_scale
+        wide = self.__dict__.get("_wide_scale")
+        if wide is None or wide[0] is not scale or wide[1] != scale._version:
+            wide = self.__dict__["_wide_scale"] = scale, scale._version, scale.float()  # what the products take
+        return float8_linear(input, self.weight, wide[2], self.bias, columns, idx, own)
 
     def dequantised(self) -> Tensor:
-        """Ŵ (out, in), exact in the dtype that the model has, or had when the weight was rounded."""
+        """Ŵ (out, in) in the type that the model has: exact, but for what is too small for float16."""
         return self.weight.detach().view(E4M3).to(self.weight_scale.dtype) * self.weight_scale[:, None]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -54,7 +58,8 @@ def to_float8(module: nn.Linear) -> None:
     """Round the module's weight where it is, and free it. Its name, hooks and bias stay."""
     rounded, scale = quantise_weight(module.weight)
     module.__class__ = Float8Linear
-    module.weight = nn.Parameter(rounded.view(torch.int8), requires_grad=False)
+    # Registered, it would be put on the meta device while PEFT loads an adapter with low_cpu_mem_usage.
+    module._parameters["weight"] = nn.Parameter(rounded.view(torch.int8), requires_grad=False)
     module.register_buffer("weight_scale", scale)
 
 

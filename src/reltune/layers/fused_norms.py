@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from reltune.layers import norm
 _alike: dict[tuple[type, Any], bool] = {}
 
 
-def fuse_norms(model: nn.Module) -> list[nn.Module]:
-    """Let every bfloat16 RMSNorm on an accelerator, whose class computes what Llama's does, be computed by the kernel.
+def fuse_norms(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Let every bfloat16 RMSNorm among them, on an accelerator, whose class computes what Llama's does, be computed by the kernel.
 
     Whether a class does is tried out, on numbers of many sizes: Gemma's gain is 1 + weight, and others cast at another
     place. Liger's kernel, which computes the gain's gradient for nobody, gives way too; what has hooks or another forward
@@ -27,7 +27,7 @@ def fuse_norms(model: nn.Module) -> list[nn.Module]:
     if importlib.util.find_spec("triton") is None:
         return []
     fused: list[nn.Module] = []
-    for module in model.modules():
+    for module in modules:
         if not _may_be(module):
             continue
         own = module.__dict__.get("forward")
@@ -56,7 +56,7 @@ def _restore(module: nn.Module) -> None:
 @contextlib.contextmanager
 def fused_norms(model: nn.Module) -> Iterator[None]:
     """The same for as long as a context lasts."""
-    fused = fuse_norms(model)
+    fused = fuse_norms(model.modules())
     try:
         yield
     finally:
@@ -66,10 +66,10 @@ def fused_norms(model: nn.Module) -> Iterator[None]:
 
 def _may_be(module: nn.Module) -> bool:
     return (
-        norm.matches(module)
+        getattr(module.__dict__.get("forward"), "__module__", "liger_kernel").startswith("liger_kernel")
+        and norm.matches(module)
         and type(module) is not nn.LayerNorm
         and isinstance(_epsilon(module), float)
-        and getattr(module.__dict__.get("forward"), "__module__", "liger_kernel").startswith("liger_kernel")
         and _has_kernel(module.weight)
     )
 
@@ -77,7 +77,8 @@ def _may_be(module: nn.Module) -> bool:
 def _has_kernel(x: Any) -> bool:
     from reltune.ops.rms_norm import LARGEST
 
-    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] <= LARGEST
+    spread = hasattr(x, "to_local")  # over processes: such a norm stays as it is
+    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] <= LARGEST and not spread
 
 
 def _epsilon(module: nn.Module) -> float | None:

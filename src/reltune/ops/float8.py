@@ -10,12 +10,13 @@ roundings pass gradients straight through. x[:, idx] and D − Ŵ[:, idx] are al
 Products of two float8 matrices run in tensor cores at twice bfloat16's rate (torch._scaled_mm); Hopper wants the second
 factor by columns, so the backward pass makes the transpose of q and frees it. Elsewhere the same numbers are multiplied
 in float32: slow, and equal but for the order of additions. The rounding of rows is that of torchao's rowwise float8
-training, which is no use here: its Float8Linear keeps the weight in high precision and all of x, and its Float8Tensor, which
-does neither, gives the input no gradient.
+training, which is no use here: its Float8Linear keeps the weight in high precision and all of x, and the product of its
+Float8Tensor, which does neither, has no derivative.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import weakref
@@ -93,7 +94,7 @@ def _product(rounded: Rounded, weight: Tensor, scale: Tensor | None, dtype: torc
     """x̂ (T, k) and q (n, k) as int8 -> x̂ qᵀ · scale (n,) or 1, (T, n) in ``dtype``. Both are read along k."""
     q, scales = rounded
     if _has_kernels(q):
-        other = torch.ones(len(weight), device=q.device) if scale is None else scale.float()
+        other = _ones(len(weight), q.device) if scale is None else scale
         y = torch._scaled_mm(
             q,
             weight.view(E4M3).t(),
@@ -106,6 +107,37 @@ def _product(rounded: Rounded, weight: Tensor, scale: Tensor | None, dtype: torc
     wide = torch.promote_types(dtype, torch.float32)
     y = q.to(wide) @ weight.view(E4M3).to(wide).mT * scales
     return (y if scale is None else y * scale).to(dtype)
+
+
+def _add_columns(y: Tensor, selected: Tensor, change: Tensor) -> None:
+    """y (T, out) += selected (T, c) changeᵀ (c, out)."""
+    if _has_column_kernels(y, selected, change):
+        from reltune.ops.float8_kernels import add_columns
+
+        add_columns(y, selected, change)
+    else:
+        y.addmm_(selected, change.mT)
+
+
+def _add_change(dx: Tensor, idx: Tensor, g: Tensor, change: Tensor) -> None:
+    """dx (T, in)[:, idx] += g (T, out) change (out, c)."""
+    if _has_column_kernels(dx, g.contiguous(), change):
+        from reltune.ops.float8_kernels import add_change
+
+        add_change(dx, idx, g.contiguous(), change)
+    else:
+        dx.index_copy_(1, idx, dx.index_select(1, idx).addmm_(g, change))
+
+
+def _has_column_kernels(of: Tensor, factor: Tensor, change: Tensor) -> bool:
+    from reltune.ops.float8_kernels import MOST
+
+    return _has_kernels(of) and of.dtype == factor.dtype == change.dtype == torch.bfloat16 and change.shape[1] <= MOST
+
+
+@functools.lru_cache(maxsize=64)
+def _ones(count: int, device: torch.device) -> Tensor:
+    return torch.ones(count, device=device)
 
 
 class Latest:
@@ -133,8 +165,8 @@ _latest = Latest()
 
 
 class Float8Product(torch.autograd.Function):
-    """One map; x (T, in), its rounding, q (out, in) as int8, scale (out,), bias (out,) or None, and of c columns the trained
-    values D (out, c), idx (c,) and Ŵ[:, idx] (out, c), or None -> y (T, out) in ``dtype``."""
+    """One map; x (T, in), its rounding, q (out, in) as int8, scale (out,) in float32, bias (out,) or None, and of c columns the
+    trained values D (out, c), idx (c,) and Ŵ[:, idx] (out, c), or None -> y (T, out) in ``dtype``."""
 
     @staticmethod
     def forward(
@@ -150,14 +182,14 @@ class Float8Product(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         selected = change = None
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             y = _product(rounded, weight, scale, dtype)
             if bias is not None:
                 y += bias.to(dtype)
             if columns is not None and idx is not None and own is not None:
                 change = (columns - own).to(dtype)
                 selected = x.index_select(1, idx).to(dtype)
-                y.addmm_(selected, change.mT)
+                _add_columns(y, selected, change)
         differentiates_x, trains = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         ctx.save_for_backward(
             *((weight, scale, change, idx) if differentiates_x else (None,) * 4), selected if trains else None
@@ -171,15 +203,15 @@ class Float8Product(torch.autograd.Function):
         weight, scale, change, idx, selected = ctx.saved_tensors
         of_x, of_columns, of_bias = ctx.dtypes
         found: list[Tensor | None] = [None] * 9
-        with torch.autocast(g.device.type, enabled=False):
+        with _without_autocast(g.device.type):
             if selected is not None:
                 found[5] = gradient_of_columns(g, selected).to(of_columns)
             if ctx.needs_input_grad[4]:
                 found[4] = g.sum(0).to(of_bias)
             if weight is not None:
-                dx = _product(quantise_rows(g, scale.float()), transposed(weight), None, g.dtype)
+                dx = _product(quantise_rows(g, scale), transposed(weight), None, g.dtype)
                 if change is not None:
-                    dx.index_copy_(1, idx, dx.index_select(1, idx).addmm_(g, change))
+                    _add_change(dx, idx, g, change)
                 found[0] = dx.to(of_x)
         return tuple(found)
 
@@ -195,7 +227,7 @@ def float8_linear(
 ) -> Tensor:
     """x (…, in) -> y (…, out), of x's dtype or autocast's: the map at the top of this file.
 
-    ``weight`` is q (out, in) as int8 and ``scale`` (out,); ``columns`` D (out, c), ``idx`` (c,) int64, all different, and ``own``
+    ``weight`` is q (out, in) as int8 and ``scale`` (out,) in float32; ``columns`` D (out, c), ``idx`` (c,) int64, all different, and ``own``
     Ŵ[:, idx] (out, c) come together or not at all.
     """
     kind = x.device.type
@@ -206,6 +238,11 @@ def float8_linear(
         rounded = _latest.rounded(x)
     y = Float8Product.apply(_flat(x), rounded, weight, scale, bias, columns, idx, own, dtype)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
+    """Entering autocast's own context takes longer than launching a product."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""Rounding rows to float8 and transposing a matrix of one-byte numbers, in Triton for a GPU; see ops/float8.py.
+"""Rounding rows to float8, transposing a matrix of one-byte numbers, and the columns' part of the products, in Triton for a
+GPU; see ops/float8.py.
 
-Both are limited by memory: a row is read once and written once, at half of its size, and a transposed tile goes through
-shared memory, so that reads and writes are of whole cache lines.
+All are limited by memory: a row is read once and written once, at half of its size, a transposed tile goes through
+shared memory, so that reads and writes are of whole cache lines, and y and g are passed over once for their columns, where a
+general product of so few columns takes twice as long.
 """
 
 from __future__ import annotations
@@ -71,3 +73,102 @@ def transposed(weight: Tensor) -> Tensor:
             weight.contiguous(), out, rows, columns, TILE=TILE, num_warps=8
         )
     return out
+
+
+ADDED = (128, 128)  # tokens and outputs in one step
+CHANGED = (64, 128)
+MOST = 128  # columns: above, a general product has enough to do
+
+
+@triton.jit
+def add_kernel(  # type: ignore[no-untyped-def]
+    y, selected, change, tokens, out_features, columns, T: tl.constexpr, OUT: tl.constexpr, C: tl.constexpr
+):
+    """y (T, out) += selected (T, c) changeᵀ (c, out)."""
+    t = (tl.program_id(1) * T + tl.arange(0, T)).to(tl.int64)
+    o = tl.program_id(0) * OUT + tl.arange(0, OUT)
+    c = tl.arange(0, C)
+    left = tl.load(
+        selected + t[:, None] * columns + c[None, :], mask=(t[:, None] < tokens) & (c[None, :] < columns), other=0.0
+    )
+    right = tl.load(
+        change + o[:, None] * columns + c[None, :], mask=(o[:, None] < out_features) & (c[None, :] < columns), other=0.0
+    )
+    at = y + t[:, None] * out_features + o[None, :]
+    inside = (t[:, None] < tokens) & (o[None, :] < out_features)
+    before = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    total = tl.dot(left, tl.trans(right), before, input_precision="ieee")
+    tl.store(at, total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def change_kernel(  # type: ignore[no-untyped-def]
+    g, change, dx, idx, tokens, out_features, in_features, columns, T: tl.constexpr, OUT: tl.constexpr, C: tl.constexpr
+):
+    """dx[:, idx] += g (T, out) change (out, c)."""
+    t = (tl.program_id(0) * T + tl.arange(0, T)).to(tl.int64)
+    c = tl.arange(0, C)
+    total = tl.zeros((T, C), tl.float32)
+    for start in range(0, out_features, OUT):
+        o = start + tl.arange(0, OUT)
+        left = tl.load(
+            g + t[:, None] * out_features + o[None, :],
+            mask=(t[:, None] < tokens) & (o[None, :] < out_features),
+            other=0.0,
+        )
+        right = tl.load(
+            change + o[:, None] * columns + c[None, :],
+            mask=(o[:, None] < out_features) & (c[None, :] < columns),
+            other=0.0,
+        )
+        total = tl.dot(left, right, total, input_precision="ieee")
+    column = tl.load(idx + c, mask=c < columns, other=0)
+    at = dx + t[:, None] * in_features + column[None, :]
+    inside = (t[:, None] < tokens) & (c[None, :] < columns)
+    tl.store(at, (tl.load(at, mask=inside, other=0.0).to(tl.float32) + total).to(dx.dtype.element_ty), mask=inside)
+
+
+def add_columns(y: Tensor, selected: Tensor, change: Tensor) -> None:
+    """y (T, out) += selected (T, c) changeᵀ, change (out, c); all contiguous and of one dtype."""
+    tokens, out_features = y.shape
+    columns = selected.shape[1]
+    grid = (triton.cdiv(out_features, ADDED[1]), triton.cdiv(tokens, ADDED[0]))
+    with torch.cuda.device_of(y):
+        add_kernel[grid](
+            y,
+            selected,
+            change,
+            tokens,
+            out_features,
+            columns,
+            T=ADDED[0],
+            OUT=ADDED[1],
+            C=_padded(columns),
+            num_warps=8,
+        )
+
+
+def add_change(dx: Tensor, idx: Tensor, g: Tensor, change: Tensor) -> None:
+    """dx (T, in)[:, idx] += g (T, out) change (out, c), idx (c,) int64; all contiguous and of one dtype."""
+    tokens, out_features = g.shape
+    columns = change.shape[1]
+    with torch.cuda.device_of(g):
+        change_kernel[(triton.cdiv(tokens, CHANGED[0]),)](
+            g,
+            change,
+            dx,
+            idx,
+            tokens,
+            out_features,
+            dx.shape[1],
+            columns,
+            T=CHANGED[0],
+            OUT=CHANGED[1],
+            C=_padded(columns),
+            num_warps=4,
+            num_stages=3,
+        )
+
+
+def _padded(columns: int) -> int:
+    return max(16, triton.next_power_of_2(columns))

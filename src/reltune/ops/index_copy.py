@@ -25,16 +25,6 @@ class Copy(NamedTuple):
     idx: Tensor
     values: Tensor
 
-    def suits_kernel(self) -> bool:
-        weight, _, idx, values = self
-        return (
-            weight.ndim == 2
-            and idx.dtype == torch.int64
-            and values.device == weight.device
-            and values.is_contiguous()
-            and weight.is_contiguous()
-        )
-
     def alone(self) -> None:
         self.weight.index_copy_(self.dim, self.idx.long(), self.values.to(self.weight.dtype))
 
@@ -42,11 +32,20 @@ class Copy(NamedTuple):
 @torch.no_grad()
 def index_copy(copies: Iterable[Copy]) -> None:
     """Do all the copies; those into one weight must not overlap. The weights' versions count up."""
-    together: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Copy]] = {}
-    triton = importlib.util.find_spec("triton") is not None
+    together: dict[tuple[int, torch.dtype, torch.dtype], list[Copy]] = {}
+    triton = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
     for copy in copies:
-        if triton and copy.weight.is_cuda and copy.suits_kernel():
-            together.setdefault((copy.weight.device, copy.weight.dtype, copy.values.dtype), []).append(copy)
+        weight, _, idx, values = copy
+        device = weight.get_device() if triton else -1  # cheaper than the object: a switch comes here 448 times
+        if (
+            device >= 0
+            and weight.ndim == 2
+            and values.get_device() == device
+            and idx.dtype is torch.int64
+            and values.is_contiguous()
+            and weight.is_contiguous()
+        ):
+            together.setdefault((device, weight.dtype, values.dtype), []).append(copy)
         else:
             copy.alone()
     for group in together.values():
@@ -56,5 +55,4 @@ def index_copy(copies: Iterable[Copy]) -> None:
             from reltune.ops.index_copy_kernel import copy_all
 
             copy_all(group)
-            for copy in group:
-                torch.autograd.graph.increment_version(copy.weight)
+            torch.autograd.graph.increment_version([copy.weight for copy in group])

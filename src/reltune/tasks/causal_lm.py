@@ -141,7 +141,8 @@ class CausalLM(Task):
         Rows of which no label is left when they are cut are left out, and their lines are in ``lost``.
         """
         limit = limit_of(processor, max_length, least=2)
-        items, sources, lost, n_truncated = [], [], [], 0
+        items, sources, n_truncated = [], [], 0
+        lost: list[int] = []
         for row in rows:
             ids, labels, source = self._encoded(row, processor)
             n_truncated += len(ids) > limit
@@ -151,12 +152,12 @@ class CausalLM(Task):
                 sources.append(source)
             else:
                 lost.append(row.line)
-        return Examples(items, n_truncated, sources, lost)
+        return Examples(items, n_truncated, sources, {f"a prompt of {limit} tokens or more": lost} if lost else {})
 
     def _encoded(
         self, row: Row, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[list[int], list[int], tuple[list[int], str] | None]:
-        values = {role: row.values.get(column) for role, column in self.columns.items()}
+        values: dict[str, Any] = {role: row.values.get(column) for role, column in self.columns.items()}
         if "instruction" in values:
             values = instruction_as_prompt(values, tokenizer)
         only = self.completion_only_loss is not False
@@ -225,7 +226,7 @@ class CausalLM(Task):
         if self.packing:
             args.max_length = max(len(item["input_ids"]) for item in train.items)  # type: ignore[attr-defined]
         return Tuner(
-            model=model,
+            model=model,  # type: ignore[arg-type]
             args=args,
             processing_class=processor,
             data_collator=None if self.packing else self.collator(processor),
@@ -239,7 +240,9 @@ class CausalLM(Task):
         logits = logits[0] if isinstance(logits, tuple) else logits
         return token_sums(logits[:, :-1], labels[:, 1:])
 
-    def compute_metrics(self, prediction: EvalPrediction, examples: Examples) -> dict[str, float]:
+    def compute_metrics(
+        self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None
+    ) -> dict[str, float]:
         """Perplexity (of all label tokens alike, whatever example they are in) and the share of tokens guessed."""
         return token_metrics(prediction.predictions)
 
@@ -289,7 +292,7 @@ def assistant_spans(
     """
     template = tokenizer.chat_template
     if isinstance(template, str) and "{% generation" in template.replace("{%-", "{%"):
-        marked = tokenizer.apply_chat_template(
+        marked: Any = tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         mask = marked["assistant_masks"]
@@ -317,7 +320,9 @@ def _rendered(messages: Messages, tokenizer: PreTrainedTokenizerBase, prompt: bo
         )
     if not messages:
         return []
-    encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=prompt)
+    encoded: Any = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, add_generation_prompt=prompt
+    )
     return list(encoded["input_ids"])
 
 

@@ -248,6 +248,37 @@ def _negative_absolute_error(outputs: Any, batch: Any) -> Tensor:
     return -_each((logits - labels).abs())
 
 
+def _ends_and_labels(outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """Logits (B, 2, T) of an answer's first and last token, padding shut out, and their places (B, 2)."""
+    if not hasattr(outputs, "start_logits"):
+        raise InputError(
+            f"the model gave a {type(outputs).__name__} without start_logits; use a question answering head."
+        )
+    logits = torch.stack([outputs.start_logits, outputs.end_logits], 1)
+    labels = batch["labels"].to(logits.device)
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        logits = logits.masked_fill(mask.to(logits.device)[:, None] == 0, torch.finfo(logits.dtype).min)
+    return logits, labels
+
+
+def _span_cross_entropy(outputs: Any, batch: Any) -> Tensor:
+    logits, labels = _ends_and_labels(outputs, batch)
+    return _each(_CrossEntropy.apply(logits, labels))
+
+
+@torch.no_grad()
+def _spans(outputs: Any, batch: Any, generator: torch.Generator | None = None) -> Tensor:
+    logits, labels = _ends_and_labels(outputs, batch)
+    return _categorical(logits, labels, IGNORED, generator)
+
+
+@torch.no_grad()
+def _share_of_ends_right(outputs: Any, batch: Any) -> Tensor:
+    logits, labels = _ends_and_labels(outputs, batch)
+    return _each((logits.argmax(-1) == labels).float())
+
+
 LOSSES: dict[str, Loss] = {
     "sequence_classification": _cross_entropy("accuracy"),
     "multilabel_classification": Loss(_binary_cross_entropy, _bernoulli, _share_of_labels_right, "label accuracy"),
@@ -256,6 +287,7 @@ LOSSES: dict[str, Loss] = {
     "causal_lm": _cross_entropy("token accuracy", shifted=True),
     "masked_lm": _cross_entropy("token accuracy"),
     "seq2seq": _cross_entropy("token accuracy"),
+    "question_answering": Loss(_span_cross_entropy, _spans, _share_of_ends_right, "share of ends right"),
 }
 
 

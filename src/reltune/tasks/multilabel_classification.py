@@ -95,9 +95,13 @@ class MultilabelClassification(Task):
         """Pads a batch to its longest text."""
         return DataCollatorWithPadding(processor)
 
-    def compute_metrics(self, prediction: EvalPrediction, examples: Examples | None = None) -> dict[str, float]:
+    def compute_metrics(
+        self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None
+    ) -> dict[str, float]:
         """A label is predicted from probability 1/2 on. Subset accuracy: the share of texts with all labels right."""
-        predicted, labels = prediction.predictions > 0, prediction.label_ids > 0.5
+        logits: Any = prediction.predictions
+        labels: Any = prediction.label_ids
+        predicted, labels = logits > 0, labels > 0.5
         return {
             "f1_micro": float(f1_score(labels, predicted, average="micro", zero_division=0)),
             "f1_macro": float(f1_score(labels, predicted, average="macro", zero_division=0)),

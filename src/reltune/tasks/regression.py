@@ -56,9 +56,11 @@ class Regression(Task):
         """Pads a batch to its longest text."""
         return DataCollatorWithPadding(processor)
 
-    def compute_metrics(self, prediction: EvalPrediction, examples: Examples | None = None) -> dict[str, float]:
+    def compute_metrics(
+        self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None
+    ) -> dict[str, float]:
         """Correlations are 0 where they are not defined, because all predictions (or all labels) are the same."""
-        from scipy.stats import pearsonr, spearmanr
+        from scipy.stats import pearsonr, spearmanr  # scikit-learn brings it
 
         predicted = np.asarray(prediction.predictions, np.float64).reshape(-1)
         labels = np.asarray(prediction.label_ids, np.float64).reshape(-1)

@@ -34,7 +34,7 @@ class Rows(Sequence[Row]):
         header_line: the line that names the columns, where there is one.
         repeated: columns that the header names more than once.
         broken: lines that hold no row at all, with a phrase that says why: (line, phrase).
-        skipped: lines left out by ``checked``, by kind.
+        skipped: lines left out by ``checked``, by kind; by several checks, one after the other.
         unit: what ``lines`` count, in messages: "line" of a file or "row" of a table.
     """
 
@@ -86,7 +86,10 @@ class Rows(Sequence[Row]):
     def without(self, skipped: Mapping[str, list[int]], indices: Sequence[int]) -> Rows:
         """The rows at ``indices``, with the lines that were left out by kind on record."""
         rest = self.select(indices) if len(indices) < len(self) else self._with(self.records, self.lines)
-        rest.broken, rest.skipped = [], {**self.skipped, **skipped}
+        rest.broken = []
+        rest.skipped = self.skipped | {
+            phrase: [*self.skipped.get(phrase, ()), *lines] for phrase, lines in skipped.items()
+        }
         return rest
 
     def _with(self, records: Sequence[dict[str, Any]], lines: Sequence[int]) -> Rows:

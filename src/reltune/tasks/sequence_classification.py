@@ -92,10 +92,13 @@ class SequenceClassification(Task):
         """Pads a batch to its longest text."""
         return DataCollatorWithPadding(processor)
 
-    def compute_metrics(self, prediction: EvalPrediction, examples: Examples | None = None) -> dict[str, float]:
+    def compute_metrics(
+        self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None
+    ) -> dict[str, float]:
         """Accuracy, F1 averaged over all classes (one neither present nor predicted counts as 0), and the correlation
         of Matthews (1975)."""
-        logits, labels = prediction.predictions, prediction.label_ids
+        logits: Any = prediction.predictions
+        labels = prediction.label_ids
         predicted = logits.argmax(-1)
         f1 = f1_score(labels, predicted, labels=range(logits.shape[-1]), average="macro", zero_division=0)
         return {

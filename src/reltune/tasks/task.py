@@ -26,7 +26,7 @@ class Examples(Dataset):
     """Encoded rows: what the collator takes of each, and how many were cut to the model's length.
 
     ``sources`` holds, in the same order, what metrics need beyond the model's inputs (an example's reference, say), and
-    ``lost`` the lines of rows that are no examples, because cutting left nothing to learn.
+    ``lost`` the lines of rows that turned out to be no examples, by a phrase that says why.
     """
 
     def __init__(
@@ -34,12 +34,12 @@ class Examples(Dataset):
         items: Sequence[dict[str, Any]],
         n_truncated: int = 0,
         sources: Sequence[Any] | None = None,
-        lost: Sequence[int] = (),
+        lost: Mapping[str, list[int]] | None = None,
     ) -> None:
         self.items = items
         self.n_truncated = n_truncated
         self.sources = sources
-        self.lost = lost
+        self.lost = lost or {}
 
     def __len__(self) -> int:
         return len(self.items)
@@ -57,7 +57,7 @@ class Task(abc.ABC):
         loss: key of ``losses.LOSSES``: the loss per example that relevance is measured by.
         metrics: names of what ``compute_metrics`` and ``generation_metrics`` give, the main one first.
         best_is_largest: how checkpoints compare by ``best``.
-        peft_task_type: a value of ``peft.TaskType``.
+        peft_task_type: a value of ``peft.TaskType``, or None.
         unit: what one example is called.
         trainer_class: the Trainer that evaluates, and that trains where ``trainer`` is not another one.
         defaults: this task's defaults for its arguments.
@@ -68,13 +68,17 @@ class Task(abc.ABC):
     loss: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
     best_is_largest: ClassVar[bool] = True
-    peft_task_type: ClassVar[str]
+    peft_task_type: ClassVar[str | None]
     unit: ClassVar[str] = "text"
     trainer_class: ClassVar[type[Trainer]] = Trainer
     defaults: ClassVar[Mapping[str, Any]] = {}
     fields: ClassVar[tuple[str, ...]] = ()
 
     columns: Columns
+
+    def __init__(self, columns: Columns, **fields: Any) -> None:
+        """For the columns of rows, with the values of ``fields``; dataclasses have one of their own."""
+        self.columns = columns
 
     @property
     def best(self) -> str:
@@ -127,11 +131,11 @@ class Task(abc.ABC):
         """The model's inputs and labels of each row, cut to ``max_length`` tokens or the model's limit if that is less."""
 
     @abc.abstractmethod
-    def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], Mapping[str, torch.Tensor]]:
+    def collator(self, processor: Any) -> Callable[[list[Any]], dict[str, Any]]:
         """What makes a batch of examples."""
 
     @abc.abstractmethod
-    def compute_metrics(self, prediction: EvalPrediction, examples: Examples) -> dict[str, float]:
+    def compute_metrics(self, prediction: EvalPrediction, examples: Examples, processor: Any) -> dict[str, float]:
         """The metrics of predictions on the examples, in their order."""
 
     # -- with an answer that fits most tasks --
@@ -148,6 +152,10 @@ class Task(abc.ABC):
         """What metrics need of a batch's outputs, so that they alone are kept until the end."""
         return logits[0] if isinstance(logits, tuple) else logits  # models that also return hidden states
 
+    def held_out(self, examples: Examples, processor: Any) -> Examples:
+        """Examples as evaluation sees them, every time the same."""
+        return examples
+
     def make_arguments(self, **values: Any) -> TrainingArguments:
         """The Trainer's arguments."""
         return TrainingArguments(**values)
@@ -162,12 +170,15 @@ class Task(abc.ABC):
         **options: Any,
     ) -> Trainer:
         """A Trainer of the class with what the task's batches and metrics need; ``options`` are its own."""
+        compute_metrics = None
+        if held_out is not None:
+            compute_metrics = partial(self.compute_metrics, examples=held_out, processor=processor)
         return trainer_class(
             model=model,
             args=args,
             data_collator=self.collator(processor),
             eval_dataset=held_out,
-            compute_metrics=None if held_out is None else partial(self.compute_metrics, examples=held_out),
+            compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=self.reduced,
             **options,
         )

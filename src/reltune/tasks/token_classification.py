@@ -43,7 +43,8 @@ class TokenClassification(Task):
     peft_task_type: ClassVar[str] = "TOKEN_CLS"
 
     def problem(self, row: Row) -> str | None:
-        words, tags = row.values.get(self.columns["tokens"]), row.values.get(self.columns["tags"])
+        words: Any = row.values.get(self.columns["tokens"])
+        tags: Any = row.values.get(self.columns["tags"])
         for column, value in ((self.columns["tokens"], words), (self.columns["tags"], tags)):
             if not value:
                 return f"an empty {column!r}"
@@ -147,15 +148,19 @@ class TokenClassification(Task):
         """The likeliest tag of each token (B, T)."""
         return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
-    def compute_metrics(self, prediction: EvalPrediction, examples: Examples | None = None) -> dict[str, float]:
+    def compute_metrics(
+        self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None
+    ) -> dict[str, float]:
         """The share of tags right; of tags that mark entities also F1, precision and recall of whole entities, as the
         CoNLL shared tasks count them."""
-        counted = prediction.label_ids != IGNORED
+        best: Any = prediction.predictions
+        wanted: Any = prediction.label_ids
+        counted = wanted != IGNORED
         pairs = [
             (self._named(labels[kept]), self._named(predicted[kept]))
-            for labels, predicted, kept in zip(prediction.label_ids, prediction.predictions, counted, strict=True)
+            for labels, predicted, kept in zip(wanted, best, counted, strict=True)
         ]
-        right = (prediction.predictions == prediction.label_ids)[counted]
+        right = (best == wanted)[counted]
         accuracy = float(right.mean()) if right.size else 0.0
         if not self.entities:
             return {"token_accuracy": accuracy}

@@ -5,8 +5,8 @@ that the forward pass is the base layer's one product, and ops/attach.py and ops
 biases are trained as tensors of their own that stand in for the base's, which is never touched.
 
 At most one adapter is *written* into the base weight at a time (written_weight.py). Whatever else is asked for
-(disabled adapters, another adapter while a graph is alive, several adapters at once) is computed as a correction beside
-the product.
+(disabled adapters, another adapter while a graph is alive, several adapters at once, a weight that is spread over
+processes) is computed as a correction beside the product.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from reltune.ops.attach import HoldWeight, LiveGraphs
 from reltune.ops.attach_elements import AttachElements, SparseProduct
 from reltune.plan.plan import ModulePlan
+from reltune.tuner.sharded import check_gathered, refuse_sharded
 from reltune.tuner.written_weight import Originals, Values, WrittenWeight, in_training
 
 BASE = "__base__"  # PEFT's name for no adapter in a mixed batch
@@ -137,8 +138,9 @@ class ReltuneLayer(WrittenWeight):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        modules = self._modules
         for kind in self.adapter_layer_names:  # as PEFT does it, without its lookups: a model has hundreds of layers
-            for name, parameter in self._modules[kind]._parameters.items():  # type: ignore[union-attr]
+            for name, parameter in modules[kind]._parameters.items():  # type: ignore[union-attr]
                 trained = name in names and not inference_mode
                 if parameter is not None and parameter.requires_grad != trained:
                     parameter.requires_grad_(trained)
@@ -181,6 +183,7 @@ class ReltuneLayer(WrittenWeight):
     # take its state for constants and compile again after every optimizer step.
     @torch.compiler.disable
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        check_gathered(self.get_base_layer())
         self._settle()
         return self._output(x, [] if self.disable_adapters else self.active_adapters, *args, **kwargs)
 
@@ -196,6 +199,7 @@ class ReltuneLayer(WrittenWeight):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {len(x)} respectively."
             )
+        check_gathered(self.get_base_layer())
         self._settle(base_only=True)
         asking = {
             name: torch.tensor([i for i, own in enumerate(adapter_names) if own == name], device=x.device)
@@ -226,29 +230,32 @@ class ReltuneLayer(WrittenWeight):
         if not self.originals:
             return y
         in_product = None if whole or copied else self._written  # the adapter whose values the product has used
-        if in_product is not None and in_product not in partial:
+        sharded = self.sharded
+        attached = None if sharded else in_product  # backward passes use the weight as it is gathered then
+        if in_product is not None and (attached is None or in_product not in partial):
             y = y - self._correction(x, in_product, self._written_values(in_product))
         for name in partial:
-            if name == in_product:
+            if name == attached:
                 if torch.is_grad_enabled():
                     y = self._attach(y, x, name)
             else:
                 y = y + self._correction(x, name, self._values_of(name))
-        if torch.is_grad_enabled() and y.requires_grad:
+        never_written = sharded and self._written is None
+        if torch.is_grad_enabled() and y.requires_grad and not never_written:
             y = HoldWeight.apply(y, self._graphs)
         return y
 
     def _attach(self, y: Tensor, x: Tensor, name: str) -> Tensor:
         columns, rows, elements = self._values_of(name)
-        row_idx = self._get("reltune_row_indices", name)
+        kept = self.originals[name]
         if columns is not None and columns.requires_grad:
-            y = self._attach_columns(y, x, columns, self.reltune_column_indices[name], row_idx)
+            y = self._attach_columns(y, x, columns, kept.column_idx, kept.row_idx)
             in_training.add(self)
         if rows is not None and rows.requires_grad:
-            y = self._attach_rows(y, x, rows, row_idx)
+            y = self._attach_rows(y, x, rows, kept.row_idx)
             in_training.add(self)
         if elements is not None and elements.requires_grad:
-            y = AttachElements.apply(y, x, elements, self.originals[name].places, self._stored_transposed)
+            y = AttachElements.apply(y, x, elements, kept.places, self._stored_transposed)
             in_training.add(self)
         return y
 
@@ -257,18 +264,17 @@ class ReltuneLayer(WrittenWeight):
 
     def _correction(self, x: Tensor, name: str, values: Values) -> Tensor:
         """What the adapter's change of the weight adds to the output, with these as its values."""
-        kept, (columns, rows, elements), dtype = self.originals[name], values, self._change_dtype(x)
+        kept, dtype = self.originals[name], self._change_dtype(x)
+        columns, rows, elements = (
+            None if own is None or base is None else (own - base).to(dtype)
+            for own, base in zip(values, self._base_values(name), strict=True)
+        )
         total: Tensor | None = None
         if columns is not None or rows is not None:
-            total = self._change_of_output(
-                x,
-                kept,
-                None if columns is None else self._outside_rows((columns - kept.columns).to(dtype), kept),
-                None if rows is None else (rows - kept.rows).to(dtype),
-            )
+            columns = None if columns is None else self._outside_rows(columns, kept)
+            total = self._change_of_output(x, kept, columns, rows)
         if elements is not None:
-            change = (elements - kept.elements).to(dtype)
-            part = SparseProduct.apply(x, change, kept.places, self._stored_transposed)
+            part = SparseProduct.apply(x, elements, kept.places, self._stored_transposed)
             total = part if total is None else total + part
         assert total is not None
         return total
@@ -281,6 +287,8 @@ class ReltuneLayer(WrittenWeight):
         names = [name for name in names if name in self._all_available_adapter_names()]
         if not names:
             return
+        if self.sharded:
+            refuse_sharded("an adapter cannot be merged into", "save it and merge in one process")
         self._refresh()
         self._check_loaded(names)
         if safe_merge:
@@ -313,6 +321,8 @@ class ReltuneLayer(WrittenWeight):
 
     def unmerge(self) -> None:
         """Undo every merge: the base layer is bit for bit what it was."""
+        if self.merged and self.sharded:
+            refuse_sharded("an adapter cannot be unmerged from", "unmerge before the model is sharded")
         with torch.no_grad():
             for name in self.merged_adapters:
                 if name in self.originals:
@@ -326,6 +336,8 @@ class ReltuneLayer(WrittenWeight):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's change of the weight, dense, in the weight's dtype."""
+        if self.sharded:
+            refuse_sharded("no change can be made dense of", "save the adapter and load it in one process")
         self._refresh()
         self._check_loaded([adapter])
         pristine = self._pristine_weight()

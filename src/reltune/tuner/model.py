@@ -14,6 +14,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, Auxil
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from reltune.layers import norm
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.float8 import Float8Linear, convertible, to_float8
 from reltune.layers.fused_norms import fuse_norms, restore_norms
@@ -29,7 +30,9 @@ from reltune.tuner.float8 import ReltuneFloat8Linear
 from reltune.tuner.layer import BASE, ReltuneLayer
 from reltune.tuner.linear import ReltuneLinear, ReltuneLinearConv1D
 from reltune.tuner.norm import ReltuneNorm
+from reltune.tuner.processes import check_agreement
 from reltune.tuner.quantised import ReltuneQuantisedLinear
+from reltune.tuner.sharded import is_shard, refuse_sharded
 from reltune.tuner.written_weight import together
 
 # Kind of module (layers/inventory.py) -> the layer that trains it; its keys are plan.TRAINABLE.
@@ -73,7 +76,15 @@ class ReltuneModel(BaseTuner):
             return key in peft_config.units
         return BaseTuner._check_target_module_exists(peft_config, key)
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DDP need not send around before every pass: indices never change. DDP asks the PeftModel, which asks here."""
+        ours = [name for name, _ in self.named_buffers() if f".{self.prefix}" in name]
+        return [*getattr(self.model, "_ddp_params_and_buffers_to_ignore", ()), *(f"base_model.{name}" for name in ours)]
+
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if any(is_shard(p) for p in model.parameters()):
+            refuse_sharded("an adapter cannot be added to", "add it before the model is sharded")
         has_adapters = any(isinstance(module, BaseTunerLayer) for module in model.modules())
         if not has_adapters:
             # Once adapters are there, the weights are no longer only the base's.
@@ -105,7 +116,7 @@ class ReltuneModel(BaseTuner):
         if has_adapters:
             raise InputError(
                 "the model has adapters on its weights in full precision, so that these cannot be held in float8 any more; "
-                "give the first adapter frozen_dtype."
+                "give the first adapter frozen_dtype, and load one with is_trainable=True."
             )
         self._to_float8 = convertible(model, config.modules_to_save or [])
 
@@ -248,9 +259,9 @@ class ReltuneModel(BaseTuner):
         for module in self._to_float8.values():
             to_float8(module)
         self._to_float8.clear()
+        _unhook(model)
         # A hook of the base model and not this class's forward, which PeftModel without a task type goes past.
-        if _before_forward not in model._forward_pre_hooks.values():
-            model.register_forward_pre_hook(_before_forward)
+        model.register_forward_pre_hook(_BeforeForward())
         self.__dict__.pop("_layers", None)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -287,23 +298,41 @@ class ReltuneModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         restore_norms(self.model)
-        for key, hook in list(self.model._forward_pre_hooks.items()):
-            if hook is _before_forward:
-                del self.model._forward_pre_hooks[key]
+        _unhook(self.model)
         for module in self.model.modules():
             if isinstance(module, ReltuneLayer):
                 module._restore()  # not every layer has the adapters that are merged
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
 
-def _before_forward(model: nn.Module, *_: Any) -> None:
-    """What others may have changed since the adapter was put in, and has to be so in training."""
-    if torch.is_grad_enabled():
-        _end_backward_at_lowest_unit(model)
-        fuse_norms(model)
+class _BeforeForward:
+    """What others may have changed since the adapter was put in, and has to be so in training.
+
+    The modules to look at are found once: a walk through all of them would leave the device idle for milliseconds.
+    """
+
+    def __init__(self) -> None:
+        self._checkpointed: list[nn.Module] | None = None
+        self._norms: list[nn.Module] = []
+
+    def __call__(self, model: nn.Module, *_: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        check_agreement(model)
+        if self._checkpointed is None:
+            self._checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+            self._norms = [module for module in model.modules() if norm.matches(module)]
+        _end_backward_at_lowest_unit(model, self._checkpointed)
+        fuse_norms(self._norms)
 
 
-def _end_backward_at_lowest_unit(model: nn.Module) -> None:
+def _unhook(model: nn.Module) -> None:
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, _BeforeForward):
+            del model._forward_pre_hooks[key]
+
+
+def _end_backward_at_lowest_unit(model: nn.Module, checkpointed: list[nn.Module]) -> None:
     """Undo that checkpointing differentiates every layer, down to the embeddings.
 
     Transformers and PEFT make the embeddings' output require a gradient when activations are checkpointed. Only
@@ -311,8 +340,8 @@ def _end_backward_at_lowest_unit(model: nn.Module) -> None:
     """
     functions = [
         getattr(module, "_gradient_checkpointing_func", None)
-        for module in model.modules()
-        if vars(module).get("gradient_checkpointing")  # getattr would take most of a forward pass's time on the host
+        for module in checkpointed
+        if module.gradient_checkpointing
     ]
     if not functions or any(getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions):
         return

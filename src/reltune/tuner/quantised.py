@@ -22,6 +22,8 @@ from reltune.tuner.linear import ReltuneLinear
 class ReltuneQuantisedLinear(ReltuneLinear):
     """bitsandbytes' Linear4bit and Linear8bitLt, and nn.Linear with a weight-only torchao tensor."""
 
+    sharded = False  # nothing is written into it anyhow
+
     def _shape(self) -> tuple[int, ...]:
         return quantised.shape(self.get_base_layer())
 

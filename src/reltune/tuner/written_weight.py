@@ -2,7 +2,7 @@
 
 At most one adapter is *written* into the base weight at a time. The base weight is changed outside any graph only:
 after an optimizer step, on loading, on switching. What it held before is kept per adapter, so that it comes back bit
-for bit.
+for bit. Into a weight that is spread over processes nothing is written at all (sharded.py).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from reltune.ops.attach import LiveGraphs
 from reltune.ops.attach_elements import Places
 from reltune.ops.index_copy import Copy, index_copy
 from reltune.records import InputError
+from reltune.tuner.sharded import is_managed, is_shard, put_in_shard
 
 # Layers whose columns, rows or single weights are being trained, for the optimizer hook below.
 in_training: weakref.WeakSet[WrittenWeight] = weakref.WeakSet()
@@ -69,7 +70,10 @@ Values = tuple[Tensor | None, Tensor | None, Tensor | None]  # of columns, rows 
 
 @dataclasses.dataclass
 class Originals:
-    """What the base weight held at an adapter's columns, rows and elements, and where: enough to undo the adapter exactly."""
+    """What the base weight held at an adapter's columns, rows and elements, and where: enough to undo the adapter exactly.
+
+    Of a weight that is spread over processes, only where: nothing is written into it, so that it still holds the rest.
+    """
 
     indices: Seen  # the adapter's index buffers that the copies below were made from
     column_idx: Any = None  # these five: Tensor, or None where the adapter has no columns, rows or elements
@@ -82,6 +86,12 @@ class Originals:
     @property
     def values(self) -> Values:
         return self.columns, self.rows, self.elements
+
+    @property
+    def index(self) -> list[Tensor]:
+        """What the adapter's index buffers held, in the order of INDEX_KINDS."""
+        places = None if self.places is None else self.places.index
+        return [idx for idx in (self.column_idx, self.row_idx, places) if idx is not None]
 
     def apply(self, function: Any) -> Originals:
         tensors = (self.column_idx, self.columns, self.row_idx, self.rows, self.elements)
@@ -242,17 +252,18 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
     @torch.inference_mode(False)  # what is kept may have to enter a graph later
     @torch.no_grad()
     def _remember(self, adapter_name: str, pristine: Tensor) -> None:
-        kept = Originals(Seen(self._indices(adapter_name)))
+        """Keep where the adapter's units lie in the base's own weight, and what is there; of a shard, only where."""
+        kept, whole = Originals(Seen(self._indices(adapter_name))), not is_shard(pristine)
         if adapter_name in self.reltune_columns:
             kept.column_idx = self.reltune_column_indices[adapter_name].to(pristine.device, copy=True)
-            kept.columns = self._columns_of(pristine, kept.column_idx)
+            kept.columns = self._columns_of(pristine, kept.column_idx) if whole else None
         if adapter_name in self.reltune_rows:
             kept.row_idx = self.reltune_row_indices[adapter_name].to(pristine.device, copy=True)
-            kept.rows = self._rows_of(pristine, kept.row_idx)
+            kept.rows = self._rows_of(pristine, kept.row_idx) if whole else None
         if adapter_name in self.reltune_elements:
             idx = self.reltune_element_indices[adapter_name].to(pristine.device, copy=True)
             kept.places = Places(idx, (pristine.shape[0], pristine.shape[1:].numel()))
-            kept.elements = self._elements_of(pristine, idx)
+            kept.elements = self._elements_of(pristine, idx) if whole else None
         self.originals[adapter_name] = kept
 
     def _refresh(self, names: Iterable[str] | None = None) -> None:
@@ -308,11 +319,11 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
     # -- the base weight -------------------------------------------------------------------------------------------
 
     def _pristine_weight(self) -> Tensor:
-        """The base's own weight; a copy when an adapter is written into it."""
+        """The base's own weight; a copy when an adapter is written into it. Of a shard only shape and place count."""
         weight = self.weight.detach()
         if "weight" in self._backup:
             return self._backup["weight"]
-        if self._written is None and not self.merged:
+        if (self._written is None and not self.merged) or is_shard(weight):
             return weight
         weight = weight.clone()
         for name in [self._written, *self.merged_adapters]:
@@ -328,6 +339,22 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
     def _trained(self, adapter_name: str) -> list[Tensor]:
         return [t for t in self._values_of(adapter_name) if t is not None]
 
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 has spread the weight, or the trained tensors, over processes."""
+        modules = self._modules
+        return any(is_managed(modules[name]) for name in ("base_layer", *VALUE_KINDS))
+
+    def _settle_shard(self) -> None:
+        """Have the base's own numbers in the shards, where they need no copy."""
+        if self.merged:
+            return
+        if not self._graphs:
+            self._restore()
+        if self._written is None:
+            for kept in self.originals.values():
+                kept.columns = kept.rows = kept.elements = None
+
     def _write(self, adapter_name: str) -> None:
         values = self._values_of(adapter_name)
         _writes.put(self, self.originals[adapter_name], *values)
@@ -341,19 +368,24 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         Parameters may have changed where no version tells: by ``.data`` or by optimizers that step on flat copies.
         When they have not, this changes nothing, and graphs that hold the weight remain valid.
         """
-        if self._written is not None:
+        if self._written is not None and not self.sharded:
             self._put(self.weight.data, self.originals[self._written], *self._values_of(self._written))
             self._graphs.differentiated = False
 
     def _restore(self) -> None:
         if self._written is not None:
             kept = self.originals[self._written]
+            if self.sharded:
+                if is_shard(self.weight):  # what is written while it is gathered would be lost
+                    put_in_shard(self.weight, lambda weight: self._put(weight, kept, *kept.values))
+                    self._written = None
+                return
             _writes.put(self, kept, *kept.values, back=True)
             self._written = None
 
     def write_back(self) -> None:
         """Bring the base weight up to date with the trained columns, rows and elements."""
-        if self._written is not None:
+        if self._written is not None and not self.sharded:
             self._write(self._written)
 
     def _settle(self, base_only: bool = False) -> None:
@@ -362,6 +394,10 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
             return
         if base_only:
             self._refresh()  # samples may ask for any adapter
+        if self.sharded:
+            self._refresh()
+            self._settle_shard()
+            return
         if self.merged_adapters:
             self._refresh()
             return
@@ -385,6 +421,11 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
             elif self._graphs.differentiated and torch.is_grad_enabled() and any(t.requires_grad for t in values):
                 self._rewrite()  # an optimizer may have stepped since, without the hook below
 
+    def _base_values(self, name: str) -> Values:
+        """What the base's own weight holds at the adapter's columns, rows and elements."""
+        kept = self.originals[name]
+        return self._written_values(name) if all(t is None for t in kept.values) else kept.values
+
     def _written_values(self, name: str) -> Values:
         """The adapter's columns, rows and elements as the product has used them; the parameters may have changed since."""
         kept, weight = self.originals[name], self.weight.detach()
@@ -405,18 +446,32 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
 
 
 def _before_save(module: Any, *_: Any) -> None:
+    if is_shard(module.weight) and module.weight.is_meta:
+        raise InputError(
+            "cpu_ram_efficient_loading loads the base model in one process only, and the columns and rows to train are taken "
+            "from it in each; set it to false."
+        )
     if not module._graphs:
         module._restore()
 
 
 def _after_save(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """What is saved as the base's weight is the base's own, as a copy where a graph needs the weight as it is."""
-    if module._written is not None and f"{prefix}base_layer.weight" in state_dict:
-        state_dict[f"{prefix}base_layer.weight"] = module._pristine_weight()
+    key = f"{prefix}base_layer.weight"
+    if module._written is None or key not in state_dict:
+        return
+    if is_shard(module.weight):
+        kept, state_dict[key] = module.originals[module._written], state_dict[key].clone()
+        put_in_shard(state_dict[key], lambda weight: module._put(weight, kept, *kept.values))
+    else:
+        state_dict[key] = module._pristine_weight()
 
 
 def _before_load(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     if f"{prefix}base_layer.weight" in state_dict and module.originals and not module.merged:
+        if module.sharded:
+            module._written = None
+            return
         module._beneath = module._pristine_weight().clone()
 
 

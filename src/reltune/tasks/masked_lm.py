@@ -1,0 +1,123 @@
+"""Masked language modelling: hidden tokens of plain texts; perplexity of the hidden tokens.
+
+Masks are drawn anew for every batch of training, by Transformers' collator (15% of the tokens, as BERT was trained), and
+once for held-out texts. A text of which none was drawn is drawn again: it would have no loss.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModelForMaskedLM,
+    DataCollatorForLanguageModeling,
+    DataCollatorForTokenClassification,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from reltune.records import InputError
+from reltune.tasks.causal_lm import token_metrics, token_sums
+from reltune.tasks.losses import IGNORED
+from reltune.tasks.pretrained import as_it_is, load_model
+from reltune.tasks.rows import Row, text_problem
+from reltune.tasks.task import Columns, Examples, Task
+from reltune.tasks.texts import encode_texts
+
+MASKED = 0.15  # of the tokens
+
+
+@dataclass
+class MaskedLM(Task):
+    """The task of guessing tokens that are hidden from a text."""
+
+    columns: Columns = field(default_factory=lambda: {"text": "text"})
+
+    name: ClassVar[str] = "masked_lm"
+    loss: ClassVar[str] = "masked_lm"
+    metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy")
+    best_is_largest: ClassVar[bool] = False
+    peft_task_type: ClassVar[str | None] = None
+
+    def problem(self, row: Row) -> str | None:
+        return text_problem(row.values, self.columns["text"])
+
+    def content(self, row: Row) -> str:
+        return str(row.values[self.columns["text"]])
+
+    def load_model(
+        self, model_name_or_path: str | os.PathLike, dtype: torch.dtype | str | None = None, **options: Any
+    ) -> tuple[PreTrainedModel, list[str]]:
+        name = os.fspath(model_name_or_path)
+        model, missing = load_model(
+            name, AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING, "masked language modelling head", as_it_is, dtype,
+            **options,
+        )  # fmt: skip
+        if missing:
+            raise InputError(
+                f"The weights of {name} have no masked language modelling head ({missing[0]} is missing); "
+                "name a model that was saved with one."
+            )
+        return model, missing
+
+    def load_tokenizer(self, model_name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
+        tokenizer: PreTrainedTokenizerBase = super().load_tokenizer(model_name_or_path)
+        if tokenizer.mask_token is None:
+            raise InputError(
+                f"The tokenizer of {os.fspath(model_name_or_path)} has no mask token; "
+                "masked_lm is for models such as BERT and RoBERTa."
+            )
+        return tokenizer
+
+    def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
+        """Token ids of each text, cut to the limit; nothing is hidden yet."""
+        lines = [row.line for row in rows]
+        items, n_truncated = encode_texts([self.content(row) for row in rows], lines, processor, max_length)
+        special = set(processor.all_special_ids)
+        lost = [line for item, line in zip(items, lines, strict=True) if special.issuperset(item["input_ids"])]
+        items = [item for item in items if not special.issuperset(item["input_ids"])]
+        return Examples(items, n_truncated, lost={"a text of unknown tokens alone": lost} if lost else {})
+
+    def held_out(self, examples: Examples, processor: PreTrainedTokenizerBase) -> Examples:
+        """The texts with tokens hidden, once and for all."""
+        hide = MaskingCollator(processor)
+        return Examples([hide.masked(item) for item in examples.items], examples.n_truncated, lost=examples.lost)
+
+    def collator(self, processor: PreTrainedTokenizerBase) -> MaskingCollator:
+        """Hides tokens of texts in which none are hidden, and pads the batch."""
+        return MaskingCollator(processor)
+
+    def reduced(self, logits: Any, labels: Tensor) -> Tensor:
+        """Of each example (B, 3): the sum of its hidden tokens' losses, their number, and how many are the likeliest."""
+        return token_sums(logits[0] if isinstance(logits, tuple) else logits, labels)
+
+    def compute_metrics(
+        self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None
+    ) -> dict[str, float]:
+        """Perplexity of all hidden tokens alike, and the share of them guessed."""
+        return token_metrics(prediction.predictions)
+
+
+class MaskingCollator:
+    """Makes a batch of texts, hiding tokens where there are no labels yet: the same for the same calls in order."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:
+        self.masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED, seed=seed)
+        self.padding = DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        return self.padding([item if "labels" in item else self.masked(item) for item in items])
+
+    def masked(self, item: dict[str, Any]) -> dict[str, Any]:
+        """The item with tokens hidden and with labels."""
+        while True:
+            batch = self.masking([item])
+            if (batch["labels"] != IGNORED).any():
+                return {**item, "input_ids": batch["input_ids"][0].tolist(), "labels": batch["labels"][0].tolist()}

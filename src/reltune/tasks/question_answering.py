@@ -1,0 +1,269 @@
+"""Extractive question answering: where in a context the answer stands; exact match and F1 as SQuAD defines them.
+
+Contexts longer than the model are read in windows that overlap by a quarter; each window is an example, whose answer is
+its first token where it holds none.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    AutoModelForQuestionAnswering,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+
+from reltune.records import InputError
+from reltune.tasks.losses import LOSSES
+from reltune.tasks.pretrained import as_it_is, load_model
+from reltune.tasks.rows import Row, text_problem
+from reltune.tasks.task import Columns, Examples, Task
+from reltune.tasks.texts import limit_of
+
+MAX_ANSWER = 30  # tokens of an answer, at most, as in the baselines for SQuAD
+
+
+class Window(NamedTuple):
+    """What is needed to read an answer off a window: the row it is of, and where its tokens stand in the context."""
+
+    row: int
+    offsets: list[tuple[int, int] | None]  # None for tokens that are no part of the context
+    context: str
+    answers: list[str]
+
+
+class SpanTrainer(Trainer):
+    """Trains by the loss in ``LOSSES``, for which padding is no place for an answer."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean, which accumulation divides
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
+        loss = LOSSES["question_answering"].per_example(outputs, inputs).mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+@dataclass
+class QuestionAnswering(Task):
+    """The task of finding the answer to a question in a context.
+
+    Answers are SQuAD's ``{"text": [...], "answer_start": [...]}`` (none: the context does not answer it), or one text.
+
+    Attributes:
+        unanswerable: whether some questions of training have no answer, so that the model may give none.
+    """
+
+    columns: Columns = field(
+        default_factory=lambda: {"question": "question", "context": "context", "answers": "answers"}
+    )
+    unanswerable: bool = False
+
+    name: ClassVar[str] = "question_answering"
+    loss: ClassVar[str] = "question_answering"
+    metrics: ClassVar[tuple[str, ...]] = ("f1", "exact_match")
+    peft_task_type: ClassVar[str] = "QUESTION_ANS"
+    unit: ClassVar[str] = "window"
+    trainer_class: ClassVar[type[Trainer]] = SpanTrainer
+
+    def problem(self, row: Row) -> str | None:
+        column = self.columns["answers"]
+        context, answers = row.values.get(self.columns["context"]), row.values.get(column)
+        for role in ("question", "context"):
+            if found := text_problem(row.values, self.columns[role]):
+                return found
+        if isinstance(answers, str):
+            return (
+                None if answers.strip() and answers in str(context) else f"a {column!r} that the context does not hold"
+            )
+        if not isinstance(answers, Mapping):
+            return f"a {column!r} that is neither a text nor has a text and an answer_start"
+        texts, starts = answers.get("text"), answers.get("answer_start")
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            return f"a {column!r} without equally many text and answer_start"
+        for text, start in zip(texts, starts, strict=True):
+            if not isinstance(text, str) or not text or not isinstance(start, int) or start < 0:
+                return f"a {column!r} with an empty text or a wrong answer_start"
+            if str(context)[start : start + len(text)] != text:
+                return f"a {column!r} that does not stand in the context where answer_start says"
+        return None
+
+    def content(self, row: Row) -> str:
+        return f"{row.values[self.columns['question']]} {row.values[self.columns['context']]}"
+
+    def answers(self, row: Row) -> list[tuple[str, int]]:
+        """Each answer with the character at which it begins."""
+        found = row.values[self.columns["answers"]]
+        if isinstance(found, str):
+            return [(found, row.values[self.columns["context"]].index(found))]
+        return list(zip(found["text"], found["answer_start"], strict=True))
+
+    def fitted(self, rows: Iterable[Row]) -> QuestionAnswering:
+        return replace(self, unanswerable=any(not self.answers(row) for row in rows))
+
+    def load_model(
+        self, model_name_or_path: str | os.PathLike, dtype: torch.dtype | str | None = None, **options: Any
+    ) -> tuple[PreTrainedModel, list[str]]:
+        return load_model(
+            os.fspath(model_name_or_path),
+            AutoModelForQuestionAnswering,
+            MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+            "question answering head",
+            as_it_is,
+            dtype,
+            lambda: self.load_tokenizer(model_name_or_path).pad_token_id,
+            **options,
+        )
+
+    def load_tokenizer(self, model_name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
+        tokenizer: PreTrainedTokenizerBase = super().load_tokenizer(model_name_or_path)
+        if not tokenizer.is_fast:
+            raise InputError(
+                f"The tokenizer of {os.fspath(model_name_or_path)} cannot tell where in the text its tokens stand; "
+                "question_answering needs a model with a fast tokenizer (tokenizer.json)."
+            )
+        tokenizer.padding_side = "right"
+        return tokenizer
+
+    def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
+        """One example per window: token ids of the question and a part of the context, and as labels the first and
+        last token of the answer. A question is cut to half the limit."""
+        limit = limit_of(processor, max_length, least=8)
+        items: list[dict[str, Any]] = []
+        sources: list[Window] = []
+        n_truncated = 0
+        for number, row in enumerate(rows):
+            context, answers = str(row.values[self.columns["context"]]), self.answers(row)
+            question, cut = _cut(str(row.values[self.columns["question"]]), processor, limit // 2)
+            n_truncated += cut
+            encoded = processor(
+                question,
+                context,
+                truncation="only_second",
+                max_length=limit,
+                stride=limit // 8,
+                return_overflowing_tokens=True,
+                return_offsets_mapping=True,
+            )
+            offsets_of, _ = encoded.pop("offset_mapping"), encoded.pop("overflow_to_sample_mapping", None)
+            for i, all_offsets in enumerate(offsets_of):
+                inside = [part == 1 for part in encoded.sequence_ids(i)]
+                offsets = [tuple(at) if held else None for at, held in zip(all_offsets, inside, strict=True)]
+                item = {key: values[i] for key, values in encoded.items()}
+                item["labels"] = _place(offsets, answers, _nowhere(item["input_ids"], processor))
+                items.append(item)
+                sources.append(Window(number, offsets, context, [text for text, _ in answers]))
+        return Examples(items, n_truncated, sources)
+
+    def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
+        """Pads a batch to its longest window; labels are (B, 2)."""
+        return DataCollatorWithPadding(processor)
+
+    def make_arguments(self, **values: Any) -> TrainingArguments:
+        return TrainingArguments(label_names=["labels"], **values)
+
+    def reduced(self, logits: Any, labels: Tensor) -> Tensor:
+        """Scores of each token as the first and as the last of the answer (B, T, 2)."""
+        return torch.stack(logits[:2], -1)
+
+    def compute_metrics(
+        self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None
+    ) -> dict[str, float]:
+        """Means over questions of the best exact match and F1 of words with any of the answers (Rajpurkar et al. 2016);
+        a question without an answer asks for none."""
+        assert examples is not None and examples.sources is not None
+        items, windows = examples.items, examples.sources
+        best: dict[int, tuple[float, str]] = {}
+        nothing: dict[int, float] = {}
+        answers: dict[int, list[str]] = {}
+        scores: Any = prediction.predictions
+        for item, window, of_tokens in zip(items, windows, scores, strict=True):
+            found = best_span(of_tokens, window.offsets)
+            if found is not None and found[0] > best.get(window.row, (-np.inf, ""))[0]:
+                best[window.row] = (found[0], window.context[found[1] : found[2]])
+            none = float(of_tokens[_nowhere(item["input_ids"], processor)].sum())
+            nothing[window.row] = min(none, nothing.get(window.row, np.inf))
+            answers[window.row] = window.answers
+        exact, f1 = [], []
+        for row, wanted in answers.items():
+            score, text = best.get(row, (-np.inf, ""))
+            if self.unanswerable and nothing[row] >= score:
+                text = ""
+            exact.append(max(float(plain(one) == plain(text)) for one in wanted or [""]))
+            f1.append(max(shared_words(one, text) for one in wanted or [""]))
+        return {"f1": float(np.mean(f1)), "exact_match": float(np.mean(exact))}
+
+
+def plain(text: str) -> str:
+    """A text as SQuAD compares it: without case, punctuation, articles and further space."""
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def shared_words(one: str, other: str) -> float:
+    """F1 of the words that two answers share, each as often as both have it; 1 where both are empty."""
+    a, b = (Counter(plain(text).split()) for text in (one, other))
+    if not a or not b:
+        return float(a == b)
+    return 2 * sum((a & b).values()) / (a.total() + b.total())
+
+
+def best_span(scores: np.ndarray, offsets: Sequence[tuple[int, int] | None]) -> tuple[float, int, int] | None:
+    """The likeliest answer in a window: its score, first character and the one after its last.
+
+    ``scores``: (T, 2) or longer, as the first and as the last token. None where the window holds no part of a context.
+    """
+    inside = np.array([at is not None for at in offsets])
+    if not inside.any():
+        return None
+    first, last = (np.where(inside, scores[: len(inside), side].astype(np.float64), -np.inf) for side in (0, 1))
+    pairs = first[:, None] + last[None, :]
+    distance = np.arange(len(inside))[None, :] - np.arange(len(inside))[:, None]
+    pairs[(distance < 0) | (distance >= MAX_ANSWER)] = -np.inf
+    start, end = np.unravel_index(pairs.argmax(), pairs.shape)
+    begins, ends = offsets[int(start)], offsets[int(end)]
+    assert begins is not None and ends is not None
+    return float(pairs[start, end]), begins[0], ends[1]
+
+
+def _place(offsets: Sequence[tuple[int, int] | None], answers: Sequence[tuple[str, int]], nowhere: int) -> list[int]:
+    """The first and last token of the first answer that the window holds whole; else ``nowhere`` twice."""
+    for text, start in answers:
+        stop = start + len(text)
+        touched = [i for i, at in enumerate(offsets) if at is not None and at[0] < stop and at[1] > start]
+        if touched and offsets[touched[0]][0] <= start and offsets[touched[-1]][1] >= stop:  # type: ignore[index]
+            return [touched[0], touched[-1]]
+    return [nowhere, nowhere]
+
+
+def _nowhere(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """The place that stands for "no answer here": [CLS], or the first token."""
+    return ids.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in ids else 0
+
+
+def _cut(question: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[str, bool]:
+    """The question's first tokens as text, and whether something was cut."""
+    offsets = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+        "offset_mapping"
+    ]
+    if len(offsets) <= tokens:
+        return question, False
+    return question[: offsets[tokens - 1][1]], True

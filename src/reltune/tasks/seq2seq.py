@@ -1,0 +1,129 @@
+"""Sequence to sequence: a text from a text by an encoder and a decoder; ROUGE and exact match of what the model writes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from transformers import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoModelForSeq2SeqLM,
+    DataCollatorForSeq2Seq,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
+
+from reltune.tasks.losses import IGNORED
+from reltune.tasks.pretrained import as_it_is, load_model
+from reltune.tasks.rows import Row, text_problem
+from reltune.tasks.task import Columns, Examples, Task
+from reltune.tasks.texts import encode_texts, limit_of
+
+ROUGE = ("rougeL", "rouge1", "rouge2")
+# Letters and digits between others are one word; of scripts without spaces every character is one.
+_UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_WORD = re.compile(f"[{_UNSPACED}]|[^\\W_{_UNSPACED}]+")
+
+
+@dataclass
+class Seq2Seq(Task):
+    """The task of writing a target for a source: a summary, a translation.
+
+    Attributes:
+        max_new_tokens: tokens that the model may write, in evaluation.
+    """
+
+    columns: Columns = field(default_factory=lambda: {"source": "source", "target": "target"})
+    max_new_tokens: int = 64
+
+    name: ClassVar[str] = "seq2seq"
+    loss: ClassVar[str] = "seq2seq"
+    metrics: ClassVar[tuple[str, ...]] = (*ROUGE, "exact_match")
+    peft_task_type: ClassVar[str] = "SEQ_2_SEQ_LM"
+    trainer_class: ClassVar[type[Trainer]] = Seq2SeqTrainer
+    fields: ClassVar[tuple[str, ...]] = ("max_new_tokens",)
+
+    def problem(self, row: Row) -> str | None:
+        return text_problem(row.values, self.columns["source"]) or text_problem(row.values, self.columns["target"])
+
+    def content(self, row: Row) -> str:
+        return str(row.values[self.columns["source"]])
+
+    def load_model(
+        self, model_name_or_path: str | os.PathLike, dtype: torch.dtype | str | None = None, **options: Any
+    ) -> tuple[PreTrainedModel, list[str]]:
+        return load_model(
+            os.fspath(model_name_or_path),
+            AutoModelForSeq2SeqLM,
+            MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+            "sequence-to-sequence head",
+            as_it_is,
+            dtype,
+            **options,
+        )
+
+    def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
+        """Token ids of sources and targets, each cut to the limit; an example's source is its target's text."""
+        limit = limit_of(processor, max_length)
+        lines = [row.line for row in rows]
+        items, n_truncated = encode_texts([self.content(row) for row in rows], lines, processor, max_length)
+        targets = [str(row.values[self.columns["target"]]) for row in rows]
+        if targets:
+            written = processor(text_target=targets, verbose=False)["input_ids"]
+            short = processor(text_target=targets, truncation=True, max_length=limit)["input_ids"]
+            n_truncated += sum(len(ids) > limit for ids in written)
+            for item, ids in zip(items, short, strict=True):
+                item["labels"] = ids
+        return Examples(items, n_truncated, targets)
+
+    def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+        """Pads sources and targets of a batch to their longest; the model makes the decoder's inputs of the targets."""
+        return DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)
+
+    def make_arguments(self, **values: Any) -> TrainingArguments:
+        return Seq2SeqTrainingArguments(
+            predict_with_generate=True,
+            generation_max_length=self.max_new_tokens + 1,  # the token that starts the decoder counts too
+            **values,
+        )
+
+    def reduced(self, logits: Any, labels: torch.Tensor) -> Any:
+        """Token ids, since Seq2SeqTrainer has the model write."""
+        return logits
+
+    def compute_metrics(
+        self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None
+    ) -> dict[str, float]:
+        """F1 of ROUGE (Lin 2004) and the share of targets written to the letter, outer space aside."""
+        assert examples is not None and examples.sources is not None
+        tokens: Any = prediction.predictions
+        tokens = np.where(tokens == IGNORED, processor.pad_token_id, tokens)  # Trainer pads with it
+        texts = processor.batch_decode(tokens, skip_special_tokens=True)
+        right = [text.strip() == target.strip() for text, target in zip(texts, examples.sources, strict=True)]
+        return {**rouge(texts, examples.sources), "exact_match": sum(right) / max(len(right), 1)}
+
+
+def rouge(texts: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
+    """The mean F1 of each measure in ``ROUGE``."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(list(ROUGE), tokenizer=_Words())
+    scores = [scorer.score(target, text) for text, target in zip(texts, targets, strict=True)]
+    return {name: sum(score[name].fmeasure for score in scores) / max(len(scores), 1) for name in ROUGE}
+
+
+class _Words:
+    """Words for ROUGE: as the library's own takes them from English, and of any script."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _WORD.findall(text.lower())
