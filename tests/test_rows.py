@@ -103,6 +103,10 @@ def test_gbk_read_as_utf8_names_the_line_and_the_option(tmp_path):
     assert "line 3" in message and "offset 16" in message and "--encoding gbk" in message
 
 
+def test_space_around_columns_is_no_part_of_their_names(tmp_path):
+    assert read_rows(written(tmp_path, "text , label\na , b\n"))[0].values == {"text": "a ", "label": " b"}
+
+
 def test_long_fields_are_read(tmp_path):
     text = "word " * 100_000  # csv refuses fields over 131,072 characters by default
     assert read_rows(written(tmp_path, f"text,label\n{text},a\n"))[0].values["text"] == text

@@ -168,7 +168,7 @@ def _naming(features: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     }
 
     def named(values: dict[str, Any]) -> dict[str, Any]:
-        changed = {name: one(values[name], names) for name, names in single.items()}
+        changed: dict[str, Any] = {name: one(values[name], names) for name, names in single.items()}
         for name, names in lists.items():
             changed[name] = None if values[name] is None else [one(value, names) for value in values[name]]
         return values | changed

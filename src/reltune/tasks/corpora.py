@@ -61,7 +61,7 @@ def _snippets(name: str, file: str, origin: str) -> Corpus:
 
     C.J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text",
     ICWSM 2014. pip does not install these files: ``path`` is the source package (``pip download --no-deps --no-binary
-    :all: vaderSentiment==0.5``), the archive inside it, or a directory with either's content. Columns: ``text``,
+    vaderSentiment vaderSentiment==0.5``), the archive inside it, or a directory with either's content. Columns: ``text``,
     ``label`` (the mean rating), ``sentiment`` (its sign as a word; "neutral" for 0).
     """
 
