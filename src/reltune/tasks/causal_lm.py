@@ -213,14 +213,16 @@ class CausalLM(Task):
         **options: Any,
     ) -> Trainer:
         """TRL's trainer. In its evaluations it gives the loss; its other metrics would take a second forward pass."""
-        from datasets import Dataset
+        from datasets import Dataset, IterableDataset
         from trl import SFTTrainer
 
         class Tuner(SFTTrainer):
             def create_model_card(self, *_: Any, **__: Any) -> None:
                 """The run writes its own, beside the adapter."""
 
-        def tokens(examples: Examples) -> Any:
+        def tokens(examples: Any) -> Any:
+            if isinstance(examples, IterableDataset):  # streamed
+                return examples.map(lambda item: {key: item[key] for key in ("input_ids", "labels")})
             return Dataset.from_list([{key: item[key] for key in ("input_ids", "labels")} for item in examples.items])
 
         if self.packing:
