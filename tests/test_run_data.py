@@ -87,8 +87,14 @@ def test_chinese_in_gbk_with_bad_rows(tmp_path: Path, model: Path) -> None:
     answer = run(model, tmp_path / "run", *words, "--on_bad_rows", "skip")
     assert "评论.csv: skipped an empty '评论' on 2 lines (6, 8); an empty '情感' on line 7." in answer.err
     assert json.loads((tmp_path / "run" / "bad_rows.json").read_text(encoding="utf-8")) == {
-        "train": {"source": str(data), "unit": "line", "skipped": {"an empty '评论'": [6, 8], "an empty '情感'": [7]}},
-        "validation": {"source": str(held), "unit": "line", "skipped": {"an empty '情感'": [8]}},
+        "train": {
+            "source": str(data),
+            "skipped": {
+                "an empty '评论'": {"count": 2, "lines": [6, 8]},
+                "an empty '情感'": {"count": 1, "lines": [7]},
+            },
+        },
+        "validation": {"source": str(held), "skipped": {"an empty '情感'": {"count": 1, "lines": [8]}}},
     }
     assert "an empty '评论' on 2 lines (6, 8)" in answer.out and "dev.csv" in answer.out
     report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
@@ -142,7 +148,8 @@ def test_streaming(tmp_path: Path, model: Path) -> None:
     assert "streamed" in answer.out
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     assert results["train_steps"] == 3 and results["eval_samples"] == 10
-    assert json.loads((tmp_path / "run" / "bad_rows.json").read_text())["train"]["skipped"] == {"an empty 'text'": [32]}
+    record = json.loads((tmp_path / "run" / "bad_rows.json").read_text())
+    assert record["train"]["skipped"] == {"an empty 'text'": {"count": 1, "lines": [32]}}
     refused = (
         "run",
         "--model_name_or_path",

@@ -135,17 +135,24 @@ def encode(task: Task, splits: Splits, processor: Any, config: RunConfig) -> Dat
 
 
 def bad_rows(splits: Splits) -> dict[str, dict[str, Any]]:
-    """What was skipped so far: split -> its source and the lines (or rows) by kind; splits without any are left out."""
-    return {
-        field.name: {"source": rows.source, "unit": rows.unit, "skipped": rows.skipped}
-        for field in dataclasses.fields(splits)
-        if (rows := getattr(splits, field.name)).skipped
-    }
+    """What was skipped so far: split -> its source, and how many lines (or rows) of each kind, and which."""
+    record = {}
+    for field in dataclasses.fields(splits):
+        rows = getattr(splits, field.name)
+        kinds = {phrase: {"count": len(lines), f"{rows.unit}s": lines} for phrase, lines in rows.skipped.items()}
+        if kinds:
+            record[field.name] = {"source": rows.source, "skipped": kinds}
+    return record
 
 
 def in_words(record: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A sentence for each split of a record of bad rows."""
-    return [f"{Path(of['source']).name}: skipped {found(of['skipped'], of['unit'])}." for of in record.values()]
+    sentences = []
+    for of in record.values():
+        unit = "line" if all("lines" in kind for kind in of["skipped"].values()) else "row"
+        lines = {phrase: kind[f"{unit}s"] for phrase, kind in of["skipped"].items()}
+        sentences.append(f"{Path(of['source']).name}: skipped {found(lines, unit)}.")
+    return sentences
 
 
 def warn_of(splits: Splits) -> None:
