@@ -77,7 +77,9 @@ def test_chinese_in_gbk_with_bad_rows(tmp_path: Path, model: Path) -> None:
     pairs = [(f"很 好 {text}" if label == "好评" else text, label) for text, label in review_rows(40, ("差评", "好评"))]
     pairs[4:4] = [("", "好评"), ("不 坏", " "), ("", "差评")]
     data = write_csv(tmp_path / "评论.csv", pairs, ("评论", "情感"), "gbk")
-    held = write_csv(tmp_path / "dev.csv", [*review_rows(6, ("差评", "好评")), ("好 film", "")], ("评论", "情感"), "gbk")
+    held = write_csv(
+        tmp_path / "dev.csv", [*review_rows(6, ("差评", "好评")), ("好 film", "")], ("评论", "情感"), "gbk"
+    )
     columns = ("--encoding", "gbk", "--text_column", "评论", "--label_column", "情感", "--train_file", data)
     words = (*columns, "--validation_file", held)
     refused = reltune("run", "--model_name_or_path", model, "--output_dir", tmp_path / "run", *QUICK, *words)
@@ -91,7 +93,11 @@ def test_chinese_in_gbk_with_bad_rows(tmp_path: Path, model: Path) -> None:
     }
     assert "an empty '评论' on 2 lines (6, 8)" in answer.out and "dev.csv" in answer.out
     report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "好评" in yaml.safe_dump(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text("utf-8")), allow_unicode=True) or report
+    assert (
+        "好评"
+        in yaml.safe_dump(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text("utf-8")), allow_unicode=True)
+        or report
+    )
     assert "on 2 lines (6, 8)" in report
 
 
@@ -143,7 +149,16 @@ def test_streaming(tmp_path: Path, model: Path) -> None:
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     assert results["train_steps"] == 3 and results["eval_samples"] == 10
     assert json.loads((tmp_path / "run" / "bad_rows.json").read_text())["train"]["skipped"] == {"an empty 'text'": [32]}
-    refused = ("run", "--model_name_or_path", model, "--output_dir", tmp_path / "new", "--train_file", data, "--streaming")
+    refused = (
+        "run",
+        "--model_name_or_path",
+        model,
+        "--output_dir",
+        tmp_path / "new",
+        "--train_file",
+        data,
+        "--streaming",
+    )
     for more, named in (((*files,), "--max_steps"), (("--max_steps", 1), "--validation_file")):
         answer = reltune(*refused, *more)
         assert answer.code == 2 and named in answer.err and answer.err.count("\n") == 1, answer.err

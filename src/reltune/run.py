@@ -6,6 +6,7 @@ config.yaml ─analyze▶ relevance/ ─select▶ plan/ ─tune▶ adapter/ ─e
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
@@ -42,6 +43,7 @@ from reltune.relevance.partial import interrupted_in
 from reltune.relevance.plugins import find_criteria
 from reltune.relevance.scores import RelevanceScores
 from reltune.relevance.streaming import analyze_checkpoint
+from reltune.report import METRICS, measured, metric
 from reltune.tasks import rows as reading
 from reltune.tasks import sources
 from reltune.tasks.columns import columns_of, guess_task
@@ -164,6 +166,7 @@ class Materials:
     train: Examples
     validation: Examples
     test: Examples
+    forgetting: Examples | None = None  # a second set for the same task
 
     @property
     def collator(self) -> Any:
@@ -185,7 +188,7 @@ class Materials:
         """The base model for the caller to change; its head starts from the same seed every time."""
         if self.model is None:
             set_seed(self.config.seed)
-            return self.task.load_model(self.config.model_name_or_path)[0]
+            return self.task.load_model(self.config.model_name_or_path, **quantisation(self.config))[0]
         model, self.model = self.model, None  # no second copy in memory while this one is trained
         return model
 
@@ -202,11 +205,11 @@ def prepare(config: RunConfig) -> Materials:
     """
     config.check()
     config.check_data()
-    task, splits = _read_splits(config)
+    task, splits, second = _read_splits(config)
     config.task = task.name
     tokenizer = task.load_tokenizer(config.model_name_or_path)
     set_seed(config.seed)
-    model, missing = task.load_model(config.model_name_or_path)
+    model, missing = task.load_model(config.model_name_or_path, **quantisation(config))
     train, validation, test = (task.encode(rows, tokenizer, config.max_length) for rows in splits)
     validation, test = task.held_out(validation, tokenizer), task.held_out(test, tokenizer)
     new_heads = head_modules(model, missing)
@@ -214,7 +217,11 @@ def prepare(config: RunConfig) -> Materials:
     not_tuned = [name for name in task.not_tuned(model) if name in inventory]
     for split, examples in zip(splits, (train, validation, test), strict=True):
         _check_lost(split, examples, config)
-    return Materials(config, task, tokenizer, model, new_heads, not_tuned, train, validation, test)
+    forgetting = None
+    if second is not None:
+        forgetting = task.held_out(task.encode(second, tokenizer, config.max_length), tokenizer)
+        _check_lost(second, forgetting, config)
+    return Materials(config, task, tokenizer, model, new_heads, not_tuned, train, validation, test, forgetting)
 
 
 def _check_lost(rows: reading.Rows, examples: Examples, config: RunConfig) -> None:
@@ -260,9 +267,25 @@ def check_choice(materials: Materials, select: bool = True) -> None:
         choose(config, relevance)
 
 
-def _read_splits(config: RunConfig) -> tuple[Task, tuple[reading.Rows, reading.Rows, reading.Rows]]:
-    """The task and its training, validation and test rows, each checked: from their files, from the source's own splits,
-    or split off."""
+def quantisation(config: RunConfig) -> dict[str, Any]:
+    """What ``from_pretrained`` is told to hold the base model in few bits."""
+    if not (config.load_in_4bit or config.load_in_8bit):
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("load_in_4bit and load_in_8bit need bitsandbytes; run: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    if config.load_in_8bit:
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return {"quantization_config": nf4}
+
+
+def _read_splits(
+    config: RunConfig,
+) -> tuple[Task, tuple[reading.Rows, reading.Rows, reading.Rows], reading.Rows | None]:
+    """The task, its training, validation and test rows, and those of the second set, each checked: from their files, from
+    the source's own splits, or split off."""
     if config.text_column == config.label_column:
         raise InputError(f"The text column and the label column are both {config.text_column!r}; name two columns.")
     found: dict[str, Any] = {}
@@ -273,6 +296,8 @@ def _read_splits(config: RunConfig) -> tuple[Task, tuple[reading.Rows, reading.R
     for split, path in (("test", config.test_file), ("validation", config.validation_file)):
         if path is not None:
             found[split] = sources.read_rows(path, config.encoding, split)
+    if config.forgetting_file is not None:
+        found["forgetting"] = sources.read_rows(config.forgetting_file, config.encoding, "test")
 
     train = found["train"]
     named = (config.text_column, config.label_column)
@@ -298,7 +323,7 @@ def _read_splits(config: RunConfig) -> tuple[Task, tuple[reading.Rows, reading.R
             train, held[split] = reading.split_off(train, fraction, config.seed, task.content, task.label)
     task = task.fitted(train)
     held = {split: reading.checked(rows, task.misfit, config.on_bad_rows) for split, rows in held.items()}
-    return task, (train, held["validation"], held["test"])
+    return task, (train, held["validation"], held["test"]), held.get("forgetting")
 
 
 # -- stages ---------------------------------------------------------------------------------------------------------
@@ -406,7 +431,8 @@ def train_heads(materials: Materials, model: nn.Module, epochs: float) -> traini
         materials.train,
         description="train the head",
     )
-    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # not what is held in few bits
     return cost
 
 
@@ -563,6 +589,8 @@ def evaluate(materials: Materials, run: RunDirectory) -> dict[str, float]:
     metrics = measure_metrics(
         model, materials.held_out, materials.task, materials.tokenizer, **placement(materials.config)
     )
+    if materials.forgetting is not None:
+        metrics |= measure_forgetting(materials, run, model)
     results = {
         **metrics,
         "trainable_parameters": plan.parameters,
@@ -577,6 +605,21 @@ def evaluate(materials: Materials, run: RunDirectory) -> dict[str, float]:
         if processes.first:
             write_json(run.results, results)
     return results
+
+
+def measure_forgetting(materials: Materials, run: RunDirectory, tuned: nn.Module) -> dict[str, float]:
+    """Metrics on the second set: of the base model with the head that was trained before the analysis, and of the tuned."""
+    assert materials.forgetting is not None
+    found: dict[str, float] = {}
+    for prefix, model in (("forgetting_before", model_with_heads(materials, run)), ("forgetting_after", tuned)):
+        found |= measure_metrics(
+            model,
+            {prefix: materials.forgetting},
+            materials.task,
+            materials.tokenizer,
+            **placement(materials.config),
+        )
+    return found
 
 
 def placement(config: RunConfig) -> dict[str, Any]:
@@ -627,6 +670,8 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
     if config.dataset_name in CORPORA:
         notes.append(CORPORA[config.dataset_name].note)
     notes += behaviour_notes(relevance)
+    results = read("all_results.json", {})
+    notes += forgetting_notes(config, results)
     if relevance.inventory.left_out:
         reasons = sorted(set(relevance.inventory.left_out.values()))
         notes.append(f"Not measured: {len(relevance.inventory.left_out)} parameter tensors ({'; '.join(reasons)}).")
@@ -638,11 +683,22 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
         depth_sentence=relevance.depth_sentence(),
         plan_lines=plan.describe(),
         selected_by_layer=plan.by_layer(relevance.inventory),
-        metrics=read("all_results.json", {}),
+        metrics=results,
         history=read("trainer_state.json", {}).get("log_history", []),
         comparison=[MethodResult(**method) for method in comparison["methods"]],
         notes=notes,
     )
+
+
+def forgetting_notes(config: RunConfig, results: dict[str, Any]) -> list[str]:
+    """How the second set fared, metric by metric."""
+    prefix = "forgetting_before_"
+    changes = [
+        f"{METRICS[name][0]} {metric(name, results[prefix + name])} before training, "
+        f"{metric(name, results[f'forgetting_after_{name}'])} after"
+        for name in measured([results], prefix)
+    ]
+    return [f"Forgetting, on {Path(str(config.forgetting_file)).name}: {'; '.join(changes)}."] if changes else []
 
 
 def behaviour_notes(relevance: RelevanceScores) -> list[str]:

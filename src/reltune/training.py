@@ -110,7 +110,7 @@ def launched_on_cpus() -> bool:
 
 def check_arguments(model: nn.Module, args: TrainingArguments, examples: Examples, collator: Any) -> None:
     """Raise InputError for training fields that cannot work here (packages, devices, ranges), before hours are spent."""
-    with tempfile.TemporaryDirectory() as scratch, _fsdp_for_itself():
+    with tempfile.TemporaryDirectory() as scratch, _fsdp_for_itself(), frozen_base(model):
         args = copy.copy(args)
         args.output_dir = scratch  # Trainer makes this directory at once
         try:
@@ -147,7 +147,7 @@ def train(
     set_seed(args.seed)
     clock = _StepClock()
     evaluated = held_out if args.eval_strategy != "no" else None
-    with _fsdp_for_itself():
+    with _fsdp_for_itself(), frozen_base(model):
         trainer = task.trainer(model, args, processor, train_examples, evaluated, callbacks=[clock, *callbacks])
     show_progress(trainer, description)
     with PeakMemory() as memory:
@@ -163,6 +163,19 @@ def train(
     return trainer, TrainingCost(
         trainer.state.global_step, len(clock.seconds), statistics.median(times) if times else None, memory.peak
     )
+
+
+@contextlib.contextmanager
+def frozen_base(model: nn.Module) -> Iterator[None]:
+    """Let a Trainer that is made inside take a quantised model without an adapter: what is trained is a new head."""
+    marked = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False)
+    if marked:
+        model._hf_peft_config_loaded = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if marked:
+            model._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 
 def stops_early(patience: int) -> TrainerCallback:
