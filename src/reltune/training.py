@@ -150,7 +150,7 @@ def train(
     with _fsdp_for_itself(), frozen_base(model):
         trainer = task.trainer(model, args, processor, train_examples, evaluated, callbacks=[clock, *callbacks])
     show_progress(trainer, description)
-    with PeakMemory() as memory:
+    with PeakMemory() as memory, frozen_statistics(model):
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     with Processes.joined().together():
         trained: list[Any] = [p.detach() for p in model.parameters() if p.requires_grad]
@@ -176,6 +176,21 @@ def frozen_base(model: nn.Module) -> Iterator[None]:
     finally:
         if marked:
             model._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Keep batch norms with frozen parameters at the statistics that they came with: an adapter does not save others."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if not any(p.requires_grad for p in norm.parameters(recurse=False))]
+    for norm in norms:
+        norm.eval()
+        norm.train = lambda mode=True, norm=norm: norm  # type: ignore[method-assign, misc]
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.train
 
 
 def stops_early(patience: int) -> TrainerCallback:
