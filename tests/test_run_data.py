@@ -7,7 +7,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-import yaml
 
 from command_line import Answer, reltune, review_rows, write_csv
 from reltune.config_file import read_config
@@ -88,16 +87,11 @@ def test_chinese_in_gbk_with_bad_rows(tmp_path: Path, model: Path) -> None:
     answer = run(model, tmp_path / "run", *words, "--on_bad_rows", "skip")
     assert "评论.csv: skipped an empty '评论' on 2 lines (6, 8); an empty '情感' on line 7." in answer.err
     assert json.loads((tmp_path / "run" / "bad_rows.json").read_text(encoding="utf-8")) == {
-        "train": {"source": str(data), "skipped": {"an empty '评论'": [6, 8], "an empty '情感'": [7]}},
-        "validation": {"source": str(held), "skipped": {"an empty '情感'": [8]}},
+        "train": {"source": str(data), "unit": "line", "skipped": {"an empty '评论'": [6, 8], "an empty '情感'": [7]}},
+        "validation": {"source": str(held), "unit": "line", "skipped": {"an empty '情感'": [8]}},
     }
     assert "an empty '评论' on 2 lines (6, 8)" in answer.out and "dev.csv" in answer.out
     report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert (
-        "好评"
-        in yaml.safe_dump(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text("utf-8")), allow_unicode=True)
-        or report
-    )
     assert "on 2 lines (6, 8)" in report
 
 

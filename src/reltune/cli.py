@@ -315,12 +315,13 @@ def _begin(config: RunConfig, overwrite: bool, select: bool = True) -> tuple[Mat
     with processes.together():
         if not resumed and processes.first:
             directory.create(config)
+            directory.record_bad_rows(materials)
     unit = materials.task.unit
     _say(
-        f"{len(materials.train):,} training, {len(materials.validation):,} validation and {len(materials.test):,} test {unit}s, "
+        f"{'streamed' if config.streaming else f'{len(materials.train):,}'} training, {len(materials.validation):,} validation and {len(materials.test):,} test {unit}s, "
         + (f"{materials.task.describe()}; " if materials.task.describe() else "")
         + (
-            f"{materials.train.n_truncated:,} training {unit}s cut to {config.max_length} tokens."
+            f"{materials.sample.n_truncated:,} training {unit}s cut to {config.max_length} tokens."
             if unit != "image"
             else ""
         )

@@ -294,6 +294,11 @@ class RunConfig:
                 f"training holds no mapping but {self.training!r}; write fields of transformers.TrainingArguments."
             )
 
+        if self.streaming and not float(self.training.get("max_steps") or 0) > 0:
+            raise InputError("streaming has no epochs, because the number of rows is not known; give --max_steps.")
+        if self.streaming and self.packing:
+            raise InputError("packing needs all examples at once; leave --packing or --streaming out.")
+
     def _measured(self) -> list[str]:
         """Criteria of the run's saved scores, which need no package of theirs any more."""
         try:

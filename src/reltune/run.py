@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import shutil
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,18 +43,15 @@ from reltune.relevance.plugins import find_criteria
 from reltune.relevance.scores import RelevanceScores
 from reltune.relevance.streaming import analyze_checkpoint
 from reltune.report import METRICS, measured, metric
-from reltune.tasks import rows as reading
-from reltune.tasks import sources
-from reltune.tasks.columns import columns_of, guess_task
 from reltune.tasks.corpora import CORPORA
 from reltune.tasks.registry import TASKS
+from reltune.tasks.splits import Splits, bad_rows, encode, in_words, read_data, warn_of
 from reltune.tasks.task import Examples, Task
 from reltune.tuner.config import ReltuneConfig
 
 WITHOUT_HEADS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # PEFT's task types that train no head by themselves
-HELD_OUT = 0.15  # share of the data split off for each of validation and test, where no file is given
 ARTEFACTS = {  # in the order of the stages; writing one makes those after it out of date
-    "analyze": ("relevance",),
+    "analyze": ("relevance", "bad_rows.json"),
     "select": ("plan",),
     "tune": ("adapter", "trainer_state.json", "training_cost.json"),
     "evaluate": ("all_results.json", "comparison.json"),
@@ -128,6 +124,11 @@ class RunDirectory:
         self.clear("analyze")
         config.save(self.config_file)
 
+    def record_bad_rows(self, materials: Materials) -> None:
+        """Write down which rows were skipped, if any were."""
+        if record := bad_rows(materials.splits):
+            write_json(self.path / "bad_rows.json", record)
+
     def clear(self, stage: str, checkpoints: bool = True) -> None:
         """Remove the artefacts of the stage and of those after it; of training's checkpoints too, unless told otherwise."""
         stages = list(ARTEFACTS)
@@ -163,9 +164,11 @@ class Materials:
     model: nn.Module | None  # until fresh_model has handed it out
     new_heads: list[str]
     not_tuned: list[str]  # modules that the task's Trainer cannot train parts of
-    train: Examples
+    train: Any  # Examples, or an iterable data set where rows are streamed
     validation: Examples
     test: Examples
+    sample: Examples  # of training: relevance is measured on them, and new heads are trained on them
+    splits: Splits
     forgetting: Examples | None = None  # a second set for the same task
 
     @property
@@ -195,7 +198,7 @@ class Materials:
     def check_training(self, model: nn.Module | None = None) -> None:
         """Raise InputError for training fields that cannot work with the model (the base model if none is given)."""
         model = model or self.model or self.fresh_model()
-        training.check_arguments(model, self.arguments("selection"), self.train, self.collator)
+        training.check_arguments(model, self.arguments("selection"), self.sample, self.collator)
 
 
 def prepare(config: RunConfig) -> Materials:
@@ -205,35 +208,44 @@ def prepare(config: RunConfig) -> Materials:
     """
     config.check()
     config.check_data()
-    task, splits, second = _read_splits(config)
+    task, splits = read_data(config)
     config.task = task.name
     tokenizer = task.load_tokenizer(config.model_name_or_path)
     set_seed(config.seed)
     model, missing = task.load_model(config.model_name_or_path, **quantisation(config))
-    train, validation, test = (task.encode(rows, tokenizer, config.max_length) for rows in splits)
-    validation, test = task.held_out(validation, tokenizer), task.held_out(test, tokenizer)
+    data = encode(task, splits, tokenizer, config)
+    warn_of(splits)
     new_heads = head_modules(model, missing)
     inventory = take_inventory(model, new_heads)
     not_tuned = [name for name in task.not_tuned(model) if name in inventory]
-    for split, examples in zip(splits, (train, validation, test), strict=True):
-        _check_lost(split, examples, config)
-    forgetting = None
-    if second is not None:
-        forgetting = task.held_out(task.encode(second, tokenizer, config.max_length), tokenizer)
-        _check_lost(second, forgetting, config)
-    return Materials(config, task, tokenizer, model, new_heads, not_tuned, train, validation, test, forgetting)
+    return Materials(
+        config,
+        task,
+        tokenizer,
+        model,
+        new_heads,
+        not_tuned,
+        data.train,
+        data.validation,
+        data.test,
+        sample=data.sample,
+        splits=splits,
+        forgetting=data.forgetting,
+    )
 
 
-def _check_lost(rows: reading.Rows, examples: Examples, config: RunConfig) -> None:
-    """Refuse rows in which there is nothing to learn, or say that they are skipped."""
-    if not examples.lost:
-        return
-    if config.on_bad_rows == "error" or not len(examples):
-        raise InputError(
-            f"{rows.source} has {reading.found(examples.lost)}, in which nothing is left to learn. Mend them (a larger "
-            "--max_length cuts less), or pass --on_bad_rows skip."
-        )
-    warnings.warn(f"{rows.source} has {reading.found(examples.lost)}; skipped.", stacklevel=2)
+def quantisation(config: RunConfig) -> dict[str, Any]:
+    """What ``from_pretrained`` is told to hold the base model in few bits."""
+    if not (config.load_in_4bit or config.load_in_8bit):
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("load_in_4bit and load_in_8bit need bitsandbytes; run: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    if config.load_in_8bit:
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return {"quantization_config": nf4}
 
 
 def check_choice(materials: Materials, select: bool = True) -> None:
@@ -267,65 +279,6 @@ def check_choice(materials: Materials, select: bool = True) -> None:
         choose(config, relevance)
 
 
-def quantisation(config: RunConfig) -> dict[str, Any]:
-    """What ``from_pretrained`` is told to hold the base model in few bits."""
-    if not (config.load_in_4bit or config.load_in_8bit):
-        return {}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError("load_in_4bit and load_in_8bit need bitsandbytes; run: pip install bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
-    if config.load_in_8bit:
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    return {"quantization_config": nf4}
-
-
-def _read_splits(
-    config: RunConfig,
-) -> tuple[Task, tuple[reading.Rows, reading.Rows, reading.Rows], reading.Rows | None]:
-    """The task, its training, validation and test rows, and those of the second set, each checked: from their files, from
-    the source's own splits, or split off."""
-    if config.text_column == config.label_column:
-        raise InputError(f"The text column and the label column are both {config.text_column!r}; name two columns.")
-    found: dict[str, Any] = {}
-    if config.dataset_name is not None:
-        found = sources.read_dataset(config.dataset_name, config.dataset_config, config.dataset_path)
-    elif config.train_file is not None:
-        found = sources.read_splits(config.train_file, config.encoding)
-    for split, path in (("test", config.test_file), ("validation", config.validation_file)):
-        if path is not None:
-            found[split] = sources.read_rows(path, config.encoding, split)
-    if config.forgetting_file is not None:
-        found["forgetting"] = sources.read_rows(config.forgetting_file, config.encoding, "test")
-
-    train = found["train"]
-    named = (config.text_column, config.label_column)
-    flags = {config.text_column: "--text_column", config.label_column: "--label_column"}
-    usual = (RunConfig.text_column, RunConfig.label_column)
-    reading.require_columns(train, {column: flag for column, flag in flags.items() if column not in usual})
-    try:
-        name = config.task or guess_task(train.columns, train, *named)[0]
-        columns = columns_of(name, train.columns, *named)
-    except InputError as error:
-        raise InputError(f"{train.source}: {error}") from error
-    task = TASKS[name](columns=columns, **{field: getattr(config, field) for field in TASKS[name].fields})
-
-    held: dict[str, reading.Rows] = {}
-    for split, rows in found.items():
-        reading.require_columns(rows, {column: flags.get(column, "") for column in columns.values()})
-        held[split] = reading.checked(rows, task.problem, config.on_bad_rows)
-    train = held.pop("train")
-    whole = len(train)
-    for split in ("test", "validation"):
-        if split not in held:
-            fraction = HELD_OUT * whole / len(train)
-            train, held[split] = reading.split_off(train, fraction, config.seed, task.content, task.label)
-    task = task.fitted(train)
-    held = {split: reading.checked(rows, task.misfit, config.on_bad_rows) for split, rows in held.items()}
-    return task, (train, held["validation"], held["test"]), held.get("forgetting")
-
-
 # -- stages ---------------------------------------------------------------------------------------------------------
 
 
@@ -344,10 +297,10 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
             if processes.first:
                 run.relevance.mkdir(parents=True, exist_ok=True)
                 save_file(head_state(model, materials.new_heads), run.head)
-    examples = min(config.analysis_examples, len(materials.train))
-    chosen = torch.randperm(len(materials.train), generator=torch.Generator().manual_seed(config.seed))[:examples]
+    examples = min(config.analysis_examples, len(materials.sample))
+    chosen = torch.randperm(len(materials.sample), generator=torch.Generator().manual_seed(config.seed))[:examples]
     loader = DataLoader(
-        Subset(materials.train, chosen.tolist()), batch_size=config.analysis_batch_size, collate_fn=materials.collator
+        Subset(materials.sample, chosen.tolist()), batch_size=config.analysis_batch_size, collate_fn=materials.collator
     )
     model.to(materials.arguments("head").device)
     relevance = measure_relevance(
@@ -428,7 +381,7 @@ def train_heads(materials: Materials, model: nn.Module, epochs: float) -> traini
         args,
         materials.task,
         materials.tokenizer,
-        materials.train,
+        materials.sample,
         description="train the head",
     )
     for parameter in model.parameters():
@@ -535,6 +488,7 @@ def tune(materials: Materials, run: RunDirectory, resume_from_checkpoint: str | 
             trainer.save_state()
             facts = {**dataclasses.asdict(cost), "learning_rate": args.learning_rate}
             write_json(run.path / "training_cost.json", facts)
+            run.record_bad_rows(materials)  # of streamed rows more are known by now
             model.save_pretrained(str(run.adapter), state_dict=state)
             materials.tokenizer.save_pretrained(str(run.adapter))
             write_text(run.adapter / "README.md", model_card(plan))
@@ -669,6 +623,7 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
     notes = [*comparison["notes"], hardware()]
     if config.dataset_name in CORPORA:
         notes.append(CORPORA[config.dataset_name].note)
+    notes += in_words(read("bad_rows.json", {}))
     notes += behaviour_notes(relevance)
     results = read("all_results.json", {})
     notes += forgetting_notes(config, results)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from sklearn.model_selection import train_test_split
 
 from reltune.records import ON_BAD_ROWS, InputError, nearest
+
+if TYPE_CHECKING:
+    from reltune.tasks.streaming import StreamedRows
 
 SHOWN = 10  # line numbers per kind of bad row in a message,
 KINDS = 3  # and kinds
@@ -83,14 +86,17 @@ class Rows(Sequence[Row]):
             choose(indices) if choose else [self.records[i] for i in indices], [self.lines[i] for i in indices]
         )
 
-    def without(self, skipped: Mapping[str, list[int]], indices: Sequence[int]) -> Rows:
+    def without(self, skipped: Mapping[str, Sequence[int]], indices: Sequence[int]) -> Rows:
         """The rows at ``indices``, with the lines that were left out by kind on record."""
         rest = self.select(indices) if len(indices) < len(self) else self._with(self.records, self.lines)
         rest.broken = []
-        rest.skipped = self.skipped | {
-            phrase: [*self.skipped.get(phrase, ()), *lines] for phrase, lines in skipped.items()
-        }
+        rest.skip(skipped)
         return rest
+
+    def skip(self, lines: Mapping[str, Sequence[int]]) -> None:
+        """Put lines that are left out on record, by kind."""
+        for phrase, more in lines.items():
+            self.skipped[phrase] = [*self.skipped.get(phrase, ()), *more]
 
     def _with(self, records: Sequence[dict[str, Any]], lines: Sequence[int]) -> Rows:
         return Rows(
@@ -109,7 +115,7 @@ class Rows(Sequence[Row]):
 # -- checking -------------------------------------------------------------------------------------------------------
 
 
-def require_columns(rows: Rows, wanted: Mapping[str, str]) -> None:
+def require_columns(rows: Rows | StreamedRows, wanted: Mapping[str, str]) -> None:
     """Raise InputError unless the rows have these columns, each once.
 
     Args:
@@ -269,7 +275,9 @@ def split_off(
     sides: tuple[list[int], list[int]] = ([], [])
     for index, key in enumerate(keys):
         sides[key in part].append(index)
-    return rows.select(sides[0]), rows.select(sides[1])
+    rest, held = rows.select(sides[0]), rows.select(sides[1])
+    held.skipped = {}  # they stay on the record of the rest
+    return rest, held
 
 
 def check_splits(

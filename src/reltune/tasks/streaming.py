@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from reltune.records import ON_BAD_ROWS, InputError, nearest
@@ -69,26 +69,34 @@ class StreamedRows(Iterable[Row]):
         """The same rows, each checked by a task's rule when it comes."""
         return StreamedRows(self.records, self.source, self.columns, problem, on_bad_rows, self.unit)
 
-    def take(self, count: int) -> Rows:
-        """The first good rows, in memory."""
-        rows = list(itertools.islice(self, count))
-        return Rows([row.values for row in rows], self.source, self.columns, [row.line for row in rows], unit=self.unit)
+    def skip(self, lines: Mapping[str, Sequence[int]]) -> None:
+        """Put lines that are left out on record, by kind."""
+        self._skipped |= {line: phrase for phrase, more in lines.items() for line in more}
 
-    def encoded(self, encode: Callable[[Rows], Sequence[dict[str, Any]]], seed: int) -> Any:
+    def take(self, count: int | None) -> Rows:
+        """The first good rows, or all of them, in memory, with what was skipped on the way on record."""
+        rows = self._held(itertools.islice(self, count))
+        rows.skip(self.skipped)
+        return rows
+
+    def _held(self, rows: Iterable[Row]) -> Rows:
+        held = list(rows)
+        return Rows([row.values for row in held], self.source, self.columns, [row.line for row in held], unit=self.unit)
+
+    def encoded(self, encode: Callable[[Rows], Any], seed: int) -> Any:
         """A ``datasets.IterableDataset`` of what a task makes of the rows, shuffled within a window, for Trainer.
 
         Args:
-            encode: a task's encoding of some rows.
+            encode: a task's encoding of some rows, which may be asked for its items by number.
             seed: of the shuffling.
         """
         import datasets
 
         def items() -> Iterator[dict[str, Any]]:
             rows = iter(self)
-            while chunk := list(itertools.islice(rows, CHUNK)):
-                encoded = encode(
-                    Rows([row.values for row in chunk], self.source, self.columns, [row.line for row in chunk])
-                )
+            while chunk := self._held(itertools.islice(rows, CHUNK)):
+                encoded = encode(chunk)
+                self.skip(chunk.skipped)
                 yield from (encoded[index] for index in range(len(encoded)))
 
         return datasets.IterableDataset.from_generator(items).shuffle(seed=seed, buffer_size=SHUFFLED)

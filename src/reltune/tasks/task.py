@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -99,7 +99,7 @@ class Task(abc.ABC):
         """The row's class, of which splits keep the proportions; the same for all where there are no classes."""
         return ""
 
-    def fitted(self, rows: Sequence[Row]) -> Task:
+    def fitted(self, rows: Iterable[Row]) -> Task:
         """The task that training rows without a problem make: with their labels, say.
 
         Raises InputError for rows that nothing can be learned from.
