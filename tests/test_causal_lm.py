@@ -174,7 +174,7 @@ def test_continuations_are_those_of_single_prompts(models: Path) -> None:
 
 def test_packed_examples_do_not_see_each_other(models: Path, tmp_path: Path) -> None:
     """The loss of two packed examples is the mean over the tokens of both, each in a batch of its own."""
-    task = CausalLM(columns={"text": "text"}, packing=True)
+    task = CausalLM(columns={"text": "text"}, packing=True, max_length=9)
     model, _ = task.load_model(models / "llama")
     tokenizer = task.load_tokenizer(models / "llama")
     texts = ["good film very", "bad book not", "fine fine fine fine fine fine fine fine"]

@@ -141,7 +141,9 @@ def test_config_files_that_are_refused(tmp_path: Path, model: Path) -> None:
 
 def test_streaming(tmp_path: Path, model: Path) -> None:
     pairs = [*review_rows(30), ("", "neg"), *review_rows(30, seed=1)]
-    data, held = write_csv(tmp_path / "train.csv", pairs), write_csv(tmp_path / "dev.csv", review_rows(10, seed=2))
+    data = write_csv(tmp_path / "train.csv", pairs)
+    data.write_text(data.read_text() + "a film,pos,more\n")
+    held = write_csv(tmp_path / "dev.csv", review_rows(10, seed=2))
     words = ("--train_file", data, "--streaming", "--on_bad_rows", "skip", "--head_epochs", 1, "--max_steps", 3)
     files = ("--validation_file", held, "--test_file", held)
     answer = run(model, tmp_path / "run", *words, *files)
@@ -149,7 +151,10 @@ def test_streaming(tmp_path: Path, model: Path) -> None:
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     assert results["train_steps"] == 3 and results["eval_samples"] == 10
     record = json.loads((tmp_path / "run" / "bad_rows.json").read_text())
-    assert record["train"]["skipped"] == {"an empty 'text'": {"count": 1, "lines": [32]}}
+    assert record["train"]["skipped"] == {
+        "an empty 'text'": {"count": 1, "lines": [32]},
+        "another number of fields than the header's 2": {"count": 1, "lines": [63]},
+    }
     refused = (
         "run",
         "--model_name_or_path",

@@ -320,7 +320,11 @@ def _begin(config: RunConfig, overwrite: bool, select: bool = True) -> tuple[Mat
     _say(
         f"{'streamed' if config.streaming else f'{len(materials.train):,}'} training, {len(materials.validation):,} validation and {len(materials.test):,} test {unit}s, "
         + (f"{materials.task.describe()}; " if materials.task.describe() else "")
-        + f"{materials.sample.n_truncated:,} training {unit}s cut to {config.max_length} tokens."
+        + (
+            f"{materials.sample.n_truncated:,} training {unit}s cut to {config.max_length} tokens."
+            if unit != "image"
+            else ""
+        )
         + (" Going on with the interrupted analysis." if resumed else "")
     )
     return materials, directory

@@ -179,6 +179,14 @@ class RunConfig:
         default=64,
         metadata=_about("Of causal_lm: examples per held-out set for which it writes, at most.", "N", least=0),
     )
+    forgetting_file: str | None = field(
+        default=None,
+        metadata=_about("A second, untouched set for the same task: measured before training and after it.", "PATH"),
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata=_about("Hold the base model's linear maps in 4 bits (NF4), by bitsandbytes.")
+    )
+    load_in_8bit: bool = field(default=False, metadata=_about("Likewise, in 8 bits."))
     early_stopping_patience: int | None = field(
         default=None,
         metadata=_about(
@@ -279,6 +287,8 @@ class RunConfig:
         held_out = self.validation_file is not None or self.test_file is not None
         if self.has_data or held_out or not set(self.criteria) <= set(WITHOUT_DATA):
             self.check_data()
+        if self.load_in_4bit and self.load_in_8bit:
+            raise InputError("load_in_4bit and load_in_8bit are both given; choose one.")
         if not isinstance(self.training, dict):
             raise InputError(
                 f"training holds no mapping but {self.training!r}; write fields of transformers.TrainingArguments."

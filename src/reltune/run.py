@@ -6,6 +6,7 @@ config.yaml ─analyze▶ relevance/ ─select▶ plan/ ─tune▶ adapter/ ─e
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
@@ -41,6 +42,7 @@ from reltune.relevance.partial import interrupted_in
 from reltune.relevance.plugins import find_criteria
 from reltune.relevance.scores import RelevanceScores
 from reltune.relevance.streaming import analyze_checkpoint
+from reltune.report import METRICS, measured, metric
 from reltune.tasks.corpora import CORPORA
 from reltune.tasks.registry import TASKS
 from reltune.tasks.splits import Splits, bad_rows, encode, in_words, read_data, warn_of
@@ -167,6 +169,7 @@ class Materials:
     test: Examples
     sample: Examples  # of training: relevance is measured on them, and new heads are trained on them
     splits: Splits
+    forgetting: Examples | None = None  # a second set for the same task
 
     @property
     def collator(self) -> Any:
@@ -188,7 +191,7 @@ class Materials:
         """The base model for the caller to change; its head starts from the same seed every time."""
         if self.model is None:
             set_seed(self.config.seed)
-            return self.task.load_model(self.config.model_name_or_path)[0]
+            return self.task.load_model(self.config.model_name_or_path, **quantisation(self.config))[0]
         model, self.model = self.model, None  # no second copy in memory while this one is trained
         return model
 
@@ -209,7 +212,7 @@ def prepare(config: RunConfig) -> Materials:
     config.task = task.name
     tokenizer = task.load_tokenizer(config.model_name_or_path)
     set_seed(config.seed)
-    model, missing = task.load_model(config.model_name_or_path)
+    model, missing = task.load_model(config.model_name_or_path, **quantisation(config))
     data = encode(task, splits, tokenizer, config)
     warn_of(splits)
     new_heads = head_modules(model, missing)
@@ -227,7 +230,22 @@ def prepare(config: RunConfig) -> Materials:
         data.test,
         sample=data.sample,
         splits=splits,
+        forgetting=data.forgetting,
     )
+
+
+def quantisation(config: RunConfig) -> dict[str, Any]:
+    """What ``from_pretrained`` is told to hold the base model in few bits."""
+    if not (config.load_in_4bit or config.load_in_8bit):
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("load_in_4bit and load_in_8bit need bitsandbytes; run: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    if config.load_in_8bit:
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return {"quantization_config": nf4}
 
 
 def check_choice(materials: Materials, select: bool = True) -> None:
@@ -366,7 +384,8 @@ def train_heads(materials: Materials, model: nn.Module, epochs: float) -> traini
         materials.sample,
         description="train the head",
     )
-    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # not what is held in few bits
     return cost
 
 
@@ -524,6 +543,8 @@ def evaluate(materials: Materials, run: RunDirectory) -> dict[str, float]:
     metrics = measure_metrics(
         model, materials.held_out, materials.task, materials.tokenizer, **placement(materials.config)
     )
+    if materials.forgetting is not None:
+        metrics |= measure_forgetting(materials, run, model)
     results = {
         **metrics,
         "trainable_parameters": plan.parameters,
@@ -538,6 +559,21 @@ def evaluate(materials: Materials, run: RunDirectory) -> dict[str, float]:
         if processes.first:
             write_json(run.results, results)
     return results
+
+
+def measure_forgetting(materials: Materials, run: RunDirectory, tuned: nn.Module) -> dict[str, float]:
+    """Metrics on the second set: of the base model with the head that was trained before the analysis, and of the tuned."""
+    assert materials.forgetting is not None
+    found: dict[str, float] = {}
+    for prefix, model in (("forgetting_before", model_with_heads(materials, run)), ("forgetting_after", tuned)):
+        found |= measure_metrics(
+            model,
+            {prefix: materials.forgetting},
+            materials.task,
+            materials.tokenizer,
+            **placement(materials.config),
+        )
+    return found
 
 
 def placement(config: RunConfig) -> dict[str, Any]:
@@ -589,6 +625,8 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
         notes.append(CORPORA[config.dataset_name].note)
     notes += in_words(read("bad_rows.json", {}))
     notes += behaviour_notes(relevance)
+    results = read("all_results.json", {})
+    notes += forgetting_notes(config, results)
     if relevance.inventory.left_out:
         reasons = sorted(set(relevance.inventory.left_out.values()))
         notes.append(f"Not measured: {len(relevance.inventory.left_out)} parameter tensors ({'; '.join(reasons)}).")
@@ -600,11 +638,22 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
         depth_sentence=relevance.depth_sentence(),
         plan_lines=plan.describe(),
         selected_by_layer=plan.by_layer(relevance.inventory),
-        metrics=read("all_results.json", {}),
+        metrics=results,
         history=read("trainer_state.json", {}).get("log_history", []),
         comparison=[MethodResult(**method) for method in comparison["methods"]],
         notes=notes,
     )
+
+
+def forgetting_notes(config: RunConfig, results: dict[str, Any]) -> list[str]:
+    """How the second set fared, metric by metric."""
+    prefix = "forgetting_before_"
+    changes = [
+        f"{METRICS[name][0]} {metric(name, results[prefix + name])} before training, "
+        f"{metric(name, results[f'forgetting_after_{name}'])} after"
+        for name in measured([results], prefix)
+    ]
+    return [f"Forgetting, on {Path(str(config.forgetting_file)).name}: {'; '.join(changes)}."] if changes else []
 
 
 def behaviour_notes(relevance: RelevanceScores) -> list[str]:

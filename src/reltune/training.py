@@ -110,7 +110,7 @@ def launched_on_cpus() -> bool:
 
 def check_arguments(model: nn.Module, args: TrainingArguments, examples: Examples, collator: Any) -> None:
     """Raise InputError for training fields that cannot work here (packages, devices, ranges), before hours are spent."""
-    with tempfile.TemporaryDirectory() as scratch, _fsdp_for_itself():
+    with tempfile.TemporaryDirectory() as scratch, _fsdp_for_itself(), frozen_base(model):
         args = copy.copy(args)
         args.output_dir = scratch  # Trainer makes this directory at once
         try:
@@ -147,10 +147,10 @@ def train(
     set_seed(args.seed)
     clock = _StepClock()
     evaluated = held_out if args.eval_strategy != "no" else None
-    with _fsdp_for_itself():
+    with _fsdp_for_itself(), frozen_base(model):
         trainer = task.trainer(model, args, processor, train_examples, evaluated, callbacks=[clock, *callbacks])
     show_progress(trainer, description)
-    with PeakMemory() as memory:
+    with PeakMemory() as memory, frozen_statistics(model):
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     with Processes.joined().together():
         trained: list[Any] = [p.detach() for p in model.parameters() if p.requires_grad]
@@ -163,6 +163,34 @@ def train(
     return trainer, TrainingCost(
         trainer.state.global_step, len(clock.seconds), statistics.median(times) if times else None, memory.peak
     )
+
+
+@contextlib.contextmanager
+def frozen_base(model: nn.Module) -> Iterator[None]:
+    """Let a Trainer that is made inside take a quantised model without an adapter: what is trained is a new head."""
+    marked = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False)
+    if marked:
+        model._hf_peft_config_loaded = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if marked:
+            model._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Keep batch norms with frozen parameters at the statistics that they came with: an adapter does not save others."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if not any(p.requires_grad for p in norm.parameters(recurse=False))]
+    for norm in norms:
+        norm.eval()
+        norm.train = lambda mode=True, norm=norm: norm  # type: ignore[method-assign, misc]
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.train
 
 
 def stops_early(patience: int) -> TrainerCallback:

@@ -66,7 +66,7 @@ def metric(name: str, value: Any) -> str:
     """One entry of ``all_results.json``: shares in percent, sizes in binary units, the rest plain."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return MISSING if value is None else str(value)
-    if METRICS.get(name.partition("_")[2], ("", "", False))[2] and 0 <= value <= 1:
+    if 0 <= value <= 1 and any(share and f"_{name}".endswith(f"_{of}") for of, (*_, share) in METRICS.items()):
         return f"{percent(value)} %"
     if name.endswith("_bytes"):
         return size(value)

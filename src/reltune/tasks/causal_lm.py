@@ -50,6 +50,7 @@ class CausalLM(Task):
 
     Attributes:
         completion_only_loss: whether the loss is taken of what follows the prompt only; None where rows have one.
+        max_length: tokens of an example, at most, and of a packed sequence.
         packing: whether training joins examples to sequences of ``max_length`` tokens, each blind to the others in it.
         max_new_tokens: tokens that the model may write for an example, in evaluation.
         generation_examples: held-out examples, at most, for which it writes.
@@ -58,6 +59,7 @@ class CausalLM(Task):
     columns: Columns = field(default_factory=lambda: {"text": "text"})
     completion_only_loss: bool | None = None
     packing: bool = False
+    max_length: int = 1024
     max_new_tokens: int = 64
     generation_examples: int = 64
 
@@ -66,7 +68,9 @@ class CausalLM(Task):
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy", "exact_match")
     best_is_largest: ClassVar[bool] = False
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
-    fields: ClassVar[tuple[str, ...]] = ("completion_only_loss", "packing", "max_new_tokens", "generation_examples")
+    fields: ClassVar[tuple[str, ...]] = (
+        *("completion_only_loss", "packing", "max_length", "max_new_tokens", "generation_examples"),
+    )
 
     @property
     def best(self) -> str:
@@ -225,8 +229,7 @@ class CausalLM(Task):
                 return examples.map(lambda item: {key: item[key] for key in ("input_ids", "labels")})
             return Dataset.from_list([{key: item[key] for key in ("input_ids", "labels")} for item in examples.items])
 
-        if self.packing:
-            args.max_length = max(len(item["input_ids"]) for item in train.items)  # type: ignore[attr-defined]
+        args.max_length = self.max_length  # type: ignore[attr-defined]
         return Tuner(
             model=model,  # type: ignore[arg-type]
             args=args,

@@ -128,6 +128,8 @@ def load_model(
     same = adapt(config)
     if dtype is not None:
         options["dtype"] = dtype
+    if "quantization_config" in options:
+        options["quantization_config"].llm_int8_skip_modules = _kept_whole(auto_class, config)
     with _held_load_report(name) as report:
         try:
             model, loading = auto_class.from_pretrained(
@@ -172,6 +174,18 @@ def load_model(
             logging.getLogger(record.name).handle(record)
     of_head = parameters - body if body else set()
     return model, sorted(missing | (parameters & mismatched) | (set() if same else of_head))
+
+
+def _kept_whole(auto_class: Any, config: PreTrainedConfig) -> list[str]:
+    """What is not held in few bits: heads, which may be new and are trained whole, as is a pooler."""
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+    children = dict(model.named_children())
+    if model.base_model_prefix in children:
+        heads = [name for name in children if name != model.base_model_prefix]
+    else:
+        heads = [name for name, child in children.items() if child is model.get_output_embeddings()]
+    return [*heads, "pooler"]
 
 
 def labelled(labels: list[str], problem_type: str | None = None) -> Callable[[Any], bool]:

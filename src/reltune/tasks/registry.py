@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from reltune.tasks.causal_lm import CausalLM
+from reltune.tasks.image_classification import ImageClassification
 from reltune.tasks.masked_lm import MaskedLM
 from reltune.tasks.multilabel_classification import MultilabelClassification
 from reltune.tasks.question_answering import QuestionAnswering
@@ -21,4 +22,5 @@ TASKS: dict[str, type[Task]] = {
     "seq2seq": Seq2Seq,
     "causal_lm": CausalLM,
     "masked_lm": MaskedLM,
+    "image_classification": ImageClassification,
 }

@@ -36,7 +36,7 @@ class SequenceClassification(Task):
     name: ClassVar[str] = "sequence_classification"
     loss: ClassVar[str] = "sequence_classification"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1_macro", "matthews")
-    peft_task_type: ClassVar[str] = "SEQ_CLS"
+    peft_task_type: ClassVar[str | None] = "SEQ_CLS"
 
     def problem(self, row: Row) -> str | None:
         return text_problem(row.values, self.columns["text"]) or label_problem(row.values, self.columns["label"])

@@ -26,6 +26,7 @@ class Splits:
     train: Rows | StreamedRows
     validation: Rows
     test: Rows
+    forgetting: Rows | None = None  # a second set for the same task
 
 
 @dataclasses.dataclass
@@ -41,6 +42,7 @@ class Data:
     sample: Examples
     validation: Examples
     test: Examples
+    forgetting: Examples | None = None
 
 
 def read_data(config: RunConfig) -> tuple[Task, Splits]:
@@ -60,6 +62,10 @@ def read_data(config: RunConfig) -> tuple[Task, Splits]:
     for split, file in (("test", config.test_file), ("validation", config.validation_file)):
         if file is not None:
             every[split] = sources.read_rows(file, config.encoding, split)
+    if config.forgetting_file is not None:
+        every["forgetting"] = sources.read_rows(config.forgetting_file, config.encoding, "test")
+    if isinstance(every["train"], StreamedRows):  # lines without a row stop no pass that may skip them
+        every["train"] = every["train"].checked(lambda row: None, config.on_bad_rows)
     task, flags = _task(config, every["train"])
 
     good: dict[str, Rows | StreamedRows] = {}
@@ -81,7 +87,7 @@ def read_data(config: RunConfig) -> tuple[Task, Splits]:
         raise InputError(f"Nothing can be split off streamed rows; give {' and '.join(missing)}.")
     task = task.fitted(train)
     held = {split: checked(rows, task.misfit, config.on_bad_rows) for split, rows in held.items()}
-    return task, Splits(train, held["validation"], held["test"])
+    return task, Splits(train, held["validation"], held["test"], held.get("forgetting"))
 
 
 def _task(config: RunConfig, train: Rows | StreamedRows) -> tuple[Task, dict[str, str]]:
@@ -127,8 +133,11 @@ def encode(task: Task, splits: Splits, processor: Any, config: RunConfig) -> Dat
     else:
         sample = examples(splits.train.take(config.analysis_examples))
         train = splits.train.encoded(some, config.seed)
-    validation, test = examples(splits.validation), examples(splits.test)
-    return Data(train, sample, task.held_out(validation, processor), task.held_out(test, processor))
+    held = [
+        None if rows is None else task.held_out(examples(rows), processor)
+        for rows in (splits.validation, splits.test, splits.forgetting)
+    ]
+    return Data(train, sample, *held)  # type: ignore[arg-type]
 
 
 # -- what was left out ----------------------------------------------------------------------------------------------
@@ -139,9 +148,10 @@ def bad_rows(splits: Splits) -> dict[str, dict[str, Any]]:
     record = {}
     for field in dataclasses.fields(splits):
         rows = getattr(splits, field.name)
+        if rows is None or not rows.skipped:
+            continue
         kinds = {phrase: {"count": len(lines), f"{rows.unit}s": lines} for phrase, lines in rows.skipped.items()}
-        if kinds:
-            record[field.name] = {"source": rows.source, "skipped": kinds}
+        record[field.name] = {"source": rows.source, "skipped": kinds}
     return record
 
 
