@@ -10,7 +10,7 @@ from typing import Any
 
 from reltune.records import InputError, RunConfig
 from reltune.tasks import sources
-from reltune.tasks.columns import columns_of, guess_task
+from reltune.tasks.columns import LOOKED_AT, columns_of, guess_task
 from reltune.tasks.registry import TASKS
 from reltune.tasks.rows import Rows, checked, found, no_good_rows, require_columns, split_off
 from reltune.tasks.streaming import StreamedRows
@@ -96,8 +96,9 @@ def _task(config: RunConfig, train: Rows | StreamedRows) -> tuple[Task, dict[str
     flags = {config.text_column: "--text_column", config.label_column: "--label_column"}
     usual = (RunConfig.text_column, RunConfig.label_column)
     require_columns(train, {column: flag for column, flag in flags.items() if column not in usual})
+    first = train if isinstance(train, Rows) or config.task else train.take(LOOKED_AT)
     try:
-        name = config.task or guess_task(train.columns, train, *named)[0]
+        name = config.task or guess_task(train.columns, first, *named)[0]
         columns = columns_of(name, train.columns, *named)
     except InputError as error:
         raise InputError(f"{train.source}: {error}") from error
