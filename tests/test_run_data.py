@@ -155,16 +155,7 @@ def test_streaming(tmp_path: Path, model: Path) -> None:
         "an empty 'text'": {"count": 1, "lines": [32]},
         "another number of fields than the header's 2": {"count": 1, "lines": [63]},
     }
-    refused = (
-        "run",
-        "--model_name_or_path",
-        model,
-        "--output_dir",
-        tmp_path / "new",
-        "--train_file",
-        data,
-        "--streaming",
-    )
+    place = ("--model_name_or_path", model, "--output_dir", tmp_path / "new", "--train_file", held, "--streaming")
     for more, named in (((*files,), "--max_steps"), (("--max_steps", 1), "--validation_file")):
-        answer = reltune(*refused, *more)
+        answer = reltune("run", *place, *more)
         assert answer.code == 2 and named in answer.err and answer.err.count("\n") == 1, answer.err
