@@ -651,7 +651,7 @@ def test_comparison_with_the_baselines(place: Path, capsys: pytest.CaptureFixtur
 
 # -- words ----------------------------------------------------------------------------------------------------------
 
-COMMANDS = ("run", "analyze", "select", "tune", "evaluate", "report", "export", "demo")
+COMMANDS = ("run", "analyze", "select", "tune", "evaluate", "report", "export", "demo", "config")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -218,7 +218,7 @@ def export(
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
 @flags("output_dir", "budget", "criteria", "granularity", "seed")
 def demo(context: typer.Context, overwrite_output_dir: Overwrite = False) -> None:
-    """The four steps and three baselines on BBC news, in demo-run unless told otherwise."""
+    """The four steps and three baselines on BBC news."""
     from reltune.demo import demo_config
 
     config = _changed(demo_config("demo-run", RunConfig.seed), context)
