@@ -87,8 +87,14 @@ def test_chinese_in_gbk_with_bad_rows(tmp_path: Path, model: Path) -> None:
     answer = run(model, tmp_path / "run", *words, "--on_bad_rows", "skip")
     assert "评论.csv: skipped an empty '评论' on 2 lines (6, 8); an empty '情感' on line 7." in answer.err
     assert json.loads((tmp_path / "run" / "bad_rows.json").read_text(encoding="utf-8")) == {
-        "train": {"source": str(data), "unit": "line", "skipped": {"an empty '评论'": [6, 8], "an empty '情感'": [7]}},
-        "validation": {"source": str(held), "unit": "line", "skipped": {"an empty '情感'": [8]}},
+        "train": {
+            "source": str(data),
+            "skipped": {
+                "an empty '评论'": {"count": 2, "lines": [6, 8]},
+                "an empty '情感'": {"count": 1, "lines": [7]},
+            },
+        },
+        "validation": {"source": str(held), "skipped": {"an empty '情感'": {"count": 1, "lines": [8]}}},
     }
     assert "an empty '评论' on 2 lines (6, 8)" in answer.out and "dev.csv" in answer.out
     report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
@@ -135,24 +141,21 @@ def test_config_files_that_are_refused(tmp_path: Path, model: Path) -> None:
 
 def test_streaming(tmp_path: Path, model: Path) -> None:
     pairs = [*review_rows(30), ("", "neg"), *review_rows(30, seed=1)]
-    data, held = write_csv(tmp_path / "train.csv", pairs), write_csv(tmp_path / "dev.csv", review_rows(10, seed=2))
+    data = write_csv(tmp_path / "train.csv", pairs)
+    data.write_text(data.read_text() + "a film,pos,more\n")
+    held = write_csv(tmp_path / "dev.csv", review_rows(10, seed=2))
     words = ("--train_file", data, "--streaming", "--on_bad_rows", "skip", "--head_epochs", 1, "--max_steps", 3)
     files = ("--validation_file", held, "--test_file", held)
     answer = run(model, tmp_path / "run", *words, *files)
     assert "streamed" in answer.out
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     assert results["train_steps"] == 3 and results["eval_samples"] == 10
-    assert json.loads((tmp_path / "run" / "bad_rows.json").read_text())["train"]["skipped"] == {"an empty 'text'": [32]}
-    refused = (
-        "run",
-        "--model_name_or_path",
-        model,
-        "--output_dir",
-        tmp_path / "new",
-        "--train_file",
-        data,
-        "--streaming",
-    )
+    record = json.loads((tmp_path / "run" / "bad_rows.json").read_text())
+    assert record["train"]["skipped"] == {
+        "an empty 'text'": {"count": 1, "lines": [32]},
+        "another number of fields than the header's 2": {"count": 1, "lines": [63]},
+    }
+    place = ("--model_name_or_path", model, "--output_dir", tmp_path / "new", "--train_file", held, "--streaming")
     for more, named in (((*files,), "--max_steps"), (("--max_steps", 1), "--validation_file")):
-        answer = reltune(*refused, *more)
+        answer = reltune("run", *place, *more)
         assert answer.code == 2 and named in answer.err and answer.err.count("\n") == 1, answer.err

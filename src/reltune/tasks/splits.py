@@ -10,7 +10,7 @@ from typing import Any
 
 from reltune.records import InputError, RunConfig
 from reltune.tasks import sources
-from reltune.tasks.columns import columns_of, guess_task
+from reltune.tasks.columns import LOOKED_AT, columns_of, guess_task
 from reltune.tasks.registry import TASKS
 from reltune.tasks.rows import Rows, checked, found, no_good_rows, require_columns, split_off
 from reltune.tasks.streaming import StreamedRows
@@ -64,6 +64,8 @@ def read_data(config: RunConfig) -> tuple[Task, Splits]:
             every[split] = sources.read_rows(file, config.encoding, split)
     if config.forgetting_file is not None:
         every["forgetting"] = sources.read_rows(config.forgetting_file, config.encoding, "test")
+    if isinstance(every["train"], StreamedRows):  # lines without a row stop no pass that may skip them
+        every["train"] = every["train"].checked(lambda row: None, config.on_bad_rows)
     task, flags = _task(config, every["train"])
 
     good: dict[str, Rows | StreamedRows] = {}
@@ -94,8 +96,9 @@ def _task(config: RunConfig, train: Rows | StreamedRows) -> tuple[Task, dict[str
     flags = {config.text_column: "--text_column", config.label_column: "--label_column"}
     usual = (RunConfig.text_column, RunConfig.label_column)
     require_columns(train, {column: flag for column, flag in flags.items() if column not in usual})
+    first = train if isinstance(train, Rows) or config.task else train.take(LOOKED_AT)
     try:
-        name = config.task or guess_task(train.columns, train, *named)[0]
+        name = config.task or guess_task(train.columns, first, *named)[0]
         columns = columns_of(name, train.columns, *named)
     except InputError as error:
         raise InputError(f"{train.source}: {error}") from error
@@ -144,17 +147,25 @@ def encode(task: Task, splits: Splits, processor: Any, config: RunConfig) -> Dat
 
 
 def bad_rows(splits: Splits) -> dict[str, dict[str, Any]]:
-    """What was skipped so far: split -> its source and the lines (or rows) by kind; splits without any are left out."""
-    return {
-        field.name: {"source": rows.source, "unit": rows.unit, "skipped": rows.skipped}
-        for field in dataclasses.fields(splits)
-        if (rows := getattr(splits, field.name)) is not None and rows.skipped
-    }
+    """What was skipped so far: split -> its source, and how many lines (or rows) of each kind, and which."""
+    record = {}
+    for field in dataclasses.fields(splits):
+        rows = getattr(splits, field.name)
+        if rows is None or not rows.skipped:
+            continue
+        kinds = {phrase: {"count": len(lines), f"{rows.unit}s": lines} for phrase, lines in rows.skipped.items()}
+        record[field.name] = {"source": rows.source, "skipped": kinds}
+    return record
 
 
 def in_words(record: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A sentence for each split of a record of bad rows."""
-    return [f"{Path(of['source']).name}: skipped {found(of['skipped'], of['unit'])}." for of in record.values()]
+    sentences = []
+    for of in record.values():
+        unit = "line" if all("lines" in kind for kind in of["skipped"].values()) else "row"
+        lines = {phrase: kind[f"{unit}s"] for phrase, kind in of["skipped"].items()}
+        sentences.append(f"{Path(of['source']).name}: skipped {found(lines, unit)}.")
+    return sentences
 
 
 def warn_of(splits: Splits) -> None:
