@@ -94,7 +94,7 @@ def _product(rounded: Rounded, weight: Tensor, scale: Tensor | None, dtype: torc
     """x̂ (T, k) and q (n, k) as int8 -> x̂ qᵀ · scale (n,) or 1, (T, n) in ``dtype``. Both are read along k."""
     q, scales = rounded
     if _has_kernels(q):
-        other = _ones(len(weight), q.device) if scale is None else scale
+        other = _ones(len(weight), q.device) if scale is None else scale.float()
         y = torch._scaled_mm(
             q,
             weight.view(E4M3).t(),
@@ -225,7 +225,7 @@ class Float8Product(torch.autograd.Function):
             if ctx.needs_input_grad[4]:
                 found[4] = g.sum(0).to(of_bias)
             if weight is not None:
-                dx = _product(quantise_rows(g, scale), transposed(weight), None, g.dtype)
+                dx = _product(quantise_rows(g, scale.float()), transposed(weight), None, g.dtype)
                 if change is not None:
                     _add_change(dx, idx, g, change)
                 found[0] = dx.to(of_x)
