@@ -26,11 +26,18 @@ class Float8Linear(nn.Linear):
 
     weight_scale: Tensor
 
-    @torch.compiler.disable  # remembers its last input in Python
     def forward(
         self, input: Tensor, columns: Tensor | None = None, idx: Tensor | None = None, own: Tensor | None = None
     ) -> Tensor:
         """``columns`` D (out, c) at ``idx`` (c,) in place of the weight's own, Ŵ[:, idx], which are given too."""
+        run = self._uncompiled if torch.compiler.is_compiling() else self._forward
+        return run(input, columns, idx, own)
+
+    @torch.compiler.disable  # remembers its last input in Python
+    def _uncompiled(self, *args: Any) -> Tensor:
+        return self._forward(*args)
+
+    def _forward(self, input: Tensor, columns: Tensor | None, idx: Tensor | None, own: Tensor | None) -> Tensor:
         scale = self.weight_scale
         wide = self.__dict__.get("_wide_scale")
         if wide is None or wide[0] is not scale or wide[1] != scale._version:

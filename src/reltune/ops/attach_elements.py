@@ -38,7 +38,7 @@ GATHERED_NUMBERS = 1 << 22  # workspace of gathered vectors where there is no ke
 # numbers in the transposed copies. By bytes per number. The copies, float32 and float64 are counted for an H200 (0.55 of
 # 5 TB/s from its cache, 2.5 TB/s for a copy, 25 and 30 × 10¹² multiplications with additions); bfloat16 follows from a
 # training step there, in which the sampled form of 0.5% of the large matrices was faster than the dense one by more than
-# its whole count (benchmarks/results/tuner_step_sampled_elements.json beside tuner_step.json).
+# its whole count (0.644 against 0.752 s; benchmarks/results/tuner_step.json, with this rule, has 0.621).
 SAMPLED_COST = {2: 80.0, 4: 33.0, 8: 80.0}
 COPY_COST = {2: 500.0, 4: 80.0, 8: 190.0}
 SAMPLED_COST_ON_CPU = 200.0  # measured, with the copies: see `is_sampled`

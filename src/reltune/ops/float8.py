@@ -79,22 +79,22 @@ def transposed(weight: Tensor) -> Tensor:
 
 def _has_kernels(x: Tensor) -> bool:
     """Whether the device multiplies float8 matrices with a scale per row: Ada, Hopper and Blackwell's B200."""
-    return (
-        x.is_cuda and x.numel() > 0 and _multiplies_float8(x.device) and importlib.util.find_spec("triton") is not None
-    )
+    return x.is_cuda and x.numel() > 0 and _multiplies_float8(x.get_device())
 
 
 @functools.cache
-def _multiplies_float8(device: torch.device) -> bool:
-    # cuBLAS refuses scales per row on compute capability 12 (pytorch/pytorch#192707); AMD's float8 is another one.
-    return torch.version.hip is None and (8, 9) <= torch.cuda.get_device_capability(device) < (12, 0)
+def _multiplies_float8(device: int) -> bool:
+    if torch.version.hip is not None or importlib.util.find_spec("triton") is None:  # AMD's float8 is another one
+        return False
+    # cuBLAS refuses scales per row on compute capability 12 (pytorch/pytorch#192707).
+    return (8, 9) <= torch.cuda.get_device_capability(device) < (12, 0)
 
 
 def _product(rounded: Rounded, weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x̂ (T, k) and q (n, k) as int8 -> x̂ qᵀ · scale (n,) or 1, (T, n) in ``dtype``. Both are read along k."""
     q, scales = rounded
     if _has_kernels(q):
-        other = _ones(len(weight), q.device) if scale is None else scale
+        other = _ones(len(weight), q.device) if scale is None else scale.float()
         y = torch._scaled_mm(
             q,
             weight.view(E4M3).t(),
@@ -164,6 +164,30 @@ class Latest:
 _latest = Latest()
 
 
+def _output(
+    x: Tensor,
+    rounded: Rounded,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    columns: Tensor | None,
+    idx: Tensor | None,
+    own: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y, and x[:, idx] and D − Ŵ[:, idx] in ``dtype`` where there are columns."""
+    selected = change = None
+    with _without_autocast(x.device.type):
+        y = _product(rounded, weight, scale, dtype)
+        if bias is not None:
+            y += bias.to(dtype)
+        if columns is not None and idx is not None and own is not None:
+            change = torch.sub(columns, own, out=torch.empty(columns.shape, dtype=dtype, device=columns.device))
+            selected = x.index_select(1, idx).to(dtype)
+            _add_columns(y, selected, change)
+    return y, selected, change
+
+
 class Float8Product(torch.autograd.Function):
     """One map; x (T, in), its rounding, q (out, in) as int8, scale (out,) in float32, bias (out,) or None, and of c columns the
     trained values D (out, c), idx (c,) and Ŵ[:, idx] (out, c), or None -> y (T, out) in ``dtype``."""
@@ -181,15 +205,7 @@ class Float8Product(torch.autograd.Function):
         own: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        selected = change = None
-        with _without_autocast(x.device.type):
-            y = _product(rounded, weight, scale, dtype)
-            if bias is not None:
-                y += bias.to(dtype)
-            if columns is not None and idx is not None and own is not None:
-                change = (columns - own).to(dtype)
-                selected = x.index_select(1, idx).to(dtype)
-                _add_columns(y, selected, change)
+        y, selected, change = _output(x, rounded, weight, scale, bias, columns, idx, own, dtype)
         differentiates_x, trains = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         ctx.save_for_backward(
             *((weight, scale, change, idx) if differentiates_x else (None,) * 4), selected if trains else None
@@ -209,7 +225,7 @@ class Float8Product(torch.autograd.Function):
             if ctx.needs_input_grad[4]:
                 found[4] = g.sum(0).to(of_bias)
             if weight is not None:
-                dx = _product(quantise_rows(g, scale), transposed(weight), None, g.dtype)
+                dx = _product(quantise_rows(g, scale.float()), transposed(weight), None, g.dtype)
                 if change is not None:
                     _add_change(dx, idx, g, change)
                 found[0] = dx.to(of_x)
@@ -236,7 +252,13 @@ def float8_linear(
         dtype = torch.get_autocast_dtype(kind)
     with torch.no_grad():
         rounded = _latest.rounded(x)
-    y = Float8Product.apply(_flat(x), rounded, weight, scale, bias, columns, idx, own, dtype)
+    given = (_flat(x), rounded, weight, scale, bias, columns, idx, own, dtype)
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, columns))
+    if needed:
+        y = Float8Product.apply(*given)
+    else:  # below the lowest column nothing is differentiated
+        with torch.no_grad():
+            y = _output(*given)[0]
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -49,7 +49,7 @@ class ReltuneFloat8Linear(ReltuneQuantisedLinear):
             return super()._output(x, names, *args, **kwargs)
         self._check_loaded(partial)
         kept = self.originals[partial[0]]
-        return self.base_layer(x, self.reltune_columns[partial[0]], kept.column_idx, kept.columns)
+        return self.base_layer(x, self._get("reltune_columns", partial[0]), kept.column_idx, kept.columns)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise InputError(

@@ -177,11 +177,16 @@ class ReltuneLayer(WrittenWeight):
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
+        # What is in the base weight, and which graphs need it, is decided anew in every call, in Python: a compiler would
+        # take its state for constants and compile again after every optimizer step.
+        if torch.compiler.is_compiling():
+            return self._forward_uncompiled(x, *args, **kwargs)
         return self._forward(x, *args, **kwargs)
 
-    # What is in the base weight, and which graphs need it, is decided anew in every call, in Python: a compiler would
-    # take its state for constants and compile again after every optimizer step.
     @torch.compiler.disable
+    def _forward_uncompiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._forward(x, *args, **kwargs)
+
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         check_gathered(self.get_base_layer())
         self._settle()
