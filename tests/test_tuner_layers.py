@@ -96,7 +96,10 @@ def _made(name: str) -> nn.Module:
 
 
 def _output(model: nn.Module, name: str) -> Tensor:
-    found = model(MODELS[name][1])
+    inputs = MODELS[name][1]
+    if inputs.is_floating_point():
+        inputs = inputs.to(next(model.parameters()).dtype)
+    found = model(inputs)
     return found if isinstance(found, Tensor) else found[0]
 
 
@@ -183,6 +186,39 @@ def test_trajectory_is_that_of_full_fine_tuning(name: str, units: str) -> None:
     assert any((merged[key] != start[key]).any() for key in merged)
     with torch.no_grad():
         torch.testing.assert_close(_output(model, name), _output(dense, name), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("units", ["columns and rows", "elements", "weight and bias"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MODELS)
+def test_under_autocast_losses_fall_as_those_of_full_fine_tuning(name: str, dtype: torch.dtype, units: str) -> None:
+    """In half precision products round, and both by the same rules: parameters and their gradients stay in float32."""
+    dense = _made(name).float()
+    selection = _selection(dense, units)
+    model = get_peft_model(_made(name).float(), _config(dense, selection)).eval()
+    steps = [[_autocast(loss, dtype)] for (loss,) in _losses(name, 6)]
+    expected = dense_update.train(dense, selection, lambda p: torch.optim.SGD(p, lr=0.2), steps)
+    optimizer, losses = torch.optim.SGD(_trained(model), lr=0.2), []
+    for (loss,) in steps:
+        optimizer.zero_grad()
+        value = loss(model)
+        (value * 1024).backward()  # as a gradient scaler does
+        for parameter in _trained(model):
+            assert parameter.dtype == torch.float32
+            if parameter.grad is not None:  # the loss does not reach a pooler
+                parameter.grad /= 1024
+        optimizer.step()
+        losses.append(value.item())
+    assert losses == pytest.approx(expected, rel=2e-2 if dtype == torch.bfloat16 else 4e-3)
+    assert abs(losses[-1] - expected[0]) > 10 * abs(losses[-1] - expected[-1])  # and they have moved
+
+
+def _autocast(loss: Callable[[nn.Module], Tensor], dtype: torch.dtype) -> Callable[[nn.Module], Tensor]:
+    def run(model: nn.Module) -> Tensor:
+        with torch.autocast(DEVICE, dtype):
+            return loss(model)
+
+    return run
 
 
 def test_the_padding_token_gets_no_gradient_in_any_way() -> None:
