@@ -217,6 +217,9 @@ def test_the_best_span_is_in_the_context_in_order_and_short() -> None:
         pairs = [(i, j) for i in range(4, 38) for j in range(i, min(i + 30, 38))]
         i, j = max(pairs, key=lambda pair: scores[pair[0], 0] + scores[pair[1], 1])
         assert best_span(scores, offsets) == (pytest.approx(scores[i, 0] + scores[j, 1]), 2 * i, 2 * j + 1)
+    scores = np.zeros((40, 2))
+    scores[4, 0], scores[33, 1], scores[34, 1] = 9, 8, 9  # up to the last it would be 31 tokens
+    assert best_span(scores, offsets)[1:] == (8, 67)
     assert best_span(np.zeros((3, 2)), [None, None]) is None
 
 
