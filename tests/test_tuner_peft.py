@@ -1225,16 +1225,28 @@ def test_init_weights_false_is_no_identity() -> None:
     [
         ({"r": 0}, "r is 0"),
         ({"layers_pattern": "layer"}, "layers_to_transform"),
+        ({"target_modules": "all-linear", "layers_to_transform": [0]}, "layers_to_transform has no effect"),
+        ({"target_modules": r".*\.first", "layers_to_transform": 0}, "layers_to_transform has no effect"),
     ],
 )
 def test_contradictory_configs_are_refused(fields: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
-        ReltuneConfig(target_modules=["first"], **fields)
+        ReltuneConfig(**{"target_modules": ["first"], **fields})
 
 
-def test_a_plan_and_target_modules_contradict_each_other() -> None:
-    with pytest.raises(ValueError, match="target_modules"):
-        ReltuneConfig(plan=_plan(_net(), FIRST), target_modules=["first"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["first"]},
+        {"exclude_modules": ["first"]},
+        {"layers_to_transform": [0]},
+        {"rank_pattern": {"first": 2}},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_plan_and_a_choice_of_modules_contradict_each_other(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"a plan names its modules.*{next(iter(fields))}"):
+        ReltuneConfig(plan=_plan(_net(), FIRST), **fields)
 
 
 # -- plans that do not fit -------------------------------------------------------------------------------------------------
