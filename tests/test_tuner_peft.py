@@ -1580,6 +1580,20 @@ def test_reference_output_while_a_graph_lives_is_the_base_to_the_bit() -> None:
     held.backward()
 
 
+@pytest.mark.parametrize("units", [{"columns": [0, 2]}, {"weight": True}, {"bias": True}], ids=lambda u: next(iter(u)))
+def test_hooks_of_the_base_layer_are_called_whatever_is_asked_for(units: dict[str, Any]) -> None:
+    model = _model({"first": units})
+    calls: list[nn.Module] = []
+    _layers(model)["first"].base_layer.register_forward_hook(lambda module, *_: calls.append(module))
+    held = model(X)
+    with torch.no_grad(), model.disable_adapter():  # while a graph holds the weight
+        model(X)
+    held.sum().backward()
+    with torch.no_grad():
+        model(X)
+    assert len(calls) == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["columns", "rows", "weight", "bias", "elements"])
 def test_half_precision_bases_train_in_float32_unless_told_otherwise(dtype: torch.dtype, kind: str) -> None:
