@@ -247,6 +247,24 @@ def test_adapters_are_switched_added_up_named_and_deleted() -> None:
         assert torch.equal(model(**batch()).logits, outputs["default"])
 
 
+def test_training_after_a_first_pass_in_inference_mode() -> None:
+    """Tensors that are made in inference mode can enter no graph; the layers must not keep any."""
+    model, alone = tuned(), tuned()
+    with torch.inference_mode():
+        model(**batch())
+    for m in (model, alone):
+        m(**batch()).loss.backward()
+    for a, b in zip(trained(model).values(), trained(alone).values(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_a_model_that_was_cast_in_inference_mode_runs() -> None:
+    model = tuned()
+    with torch.inference_mode():
+        found = model.float()(**batch()).logits
+    assert torch.equal(found, tuned().float()(**batch()).logits)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_changes_nothing(reentrant: bool) -> None:
     gradients = []

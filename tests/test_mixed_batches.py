@@ -104,6 +104,19 @@ def test_every_sample_gets_its_own_adapter(active: str, graph: bool) -> None:
     assert not any(m._forward_pre_hooks for m in model.modules() if isinstance(m, ReltuneLayer))
 
 
+def test_values_that_changed_while_a_graph_lives() -> None:
+    model = _model()
+    held = model(TOKENS)
+    held.sum().backward()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "reltune" in name and "default" in name:
+                p.mul_(1.5)
+        found = model(TOKENS, adapter_names=["default"] * 6)
+        torch.testing.assert_close(found, _alone(model, "default", TOKENS), rtol=0, atol=1e-12)
+    del held
+
+
 def test_gradients_reach_every_adapter_that_was_asked_for() -> None:
     model = _model()
     model.set_requires_grad(["default", "other"])

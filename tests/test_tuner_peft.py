@@ -1225,16 +1225,28 @@ def test_init_weights_false_is_no_identity() -> None:
     [
         ({"r": 0}, "r is 0"),
         ({"layers_pattern": "layer"}, "layers_to_transform"),
+        ({"target_modules": "all-linear", "layers_to_transform": [0]}, "layers_to_transform has no effect"),
+        ({"target_modules": r".*\.first", "layers_to_transform": 0}, "layers_to_transform has no effect"),
     ],
 )
 def test_contradictory_configs_are_refused(fields: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
-        ReltuneConfig(target_modules=["first"], **fields)
+        ReltuneConfig(**{"target_modules": ["first"], **fields})
 
 
-def test_a_plan_and_target_modules_contradict_each_other() -> None:
-    with pytest.raises(ValueError, match="target_modules"):
-        ReltuneConfig(plan=_plan(_net(), FIRST), target_modules=["first"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["first"]},
+        {"exclude_modules": ["first"]},
+        {"layers_to_transform": [0]},
+        {"rank_pattern": {"first": 2}},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_plan_and_a_choice_of_modules_contradict_each_other(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"a plan names its modules.*{next(iter(fields))}"):
+        ReltuneConfig(plan=_plan(_net(), FIRST), **fields)
 
 
 # -- plans that do not fit -------------------------------------------------------------------------------------------------
@@ -1566,6 +1578,20 @@ def test_reference_output_while_a_graph_lives_is_the_base_to_the_bit() -> None:
     with torch.no_grad(), model.disable_adapter():
         assert torch.equal(model(x), _net(dtype=torch.float32)(x))
     held.backward()
+
+
+@pytest.mark.parametrize("units", [{"columns": [0, 2]}, {"weight": True}, {"bias": True}], ids=lambda u: next(iter(u)))
+def test_hooks_of_the_base_layer_are_called_whatever_is_asked_for(units: dict[str, Any]) -> None:
+    model = _model({"first": units})
+    calls: list[nn.Module] = []
+    _layers(model)["first"].base_layer.register_forward_hook(lambda module, *_: calls.append(module))
+    held = model(X)
+    with torch.no_grad(), model.disable_adapter():  # while a graph holds the weight
+        model(X)
+    held.sum().backward()
+    with torch.no_grad():
+        model(X)
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

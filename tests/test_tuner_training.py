@@ -264,11 +264,10 @@ def test_update_written_by_hand(how: str) -> None:
                 p.data = p.data - 0.1 * grad
         losses.append(value.item())
     assert losses == pytest.approx(expected, rel=0, abs=1e-9)
-    _check_same_weights(model, dense)
-    model.eval()
-    with torch.no_grad():
+    with torch.no_grad():  # still in training mode, and nothing has looked at the weights since
         probe = torch.randn(7, 6, dtype=torch.float64)
         torch.testing.assert_close(model(probe), dense(probe), rtol=0, atol=1e-9)
+    _check_same_weights(model, dense)
 
 
 def test_parameters_set_from_a_vector_count_in_the_next_forward_pass() -> None:

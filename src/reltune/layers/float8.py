@@ -39,9 +39,11 @@ class Float8Linear(nn.Linear):
 
     def _forward(self, input: Tensor, columns: Tensor | None, idx: Tensor | None, own: Tensor | None) -> Tensor:
         scale = self.weight_scale
+        state = 0 if scale.is_inference() else scale._version
         wide = self.__dict__.get("_wide_scale")
-        if wide is None or wide[0] is not scale or wide[1] != scale._version:
-            wide = self.__dict__["_wide_scale"] = scale, scale._version, scale.float()  # what the products take
+        if wide is None or wide[0] is not scale or wide[1] != state:
+            with torch.inference_mode(False):  # it may have to enter a graph later
+                wide = self.__dict__["_wide_scale"] = scale, state, scale.float()  # what the products take
         return float8_linear(input, self.weight, wide[2], self.bias, columns, idx, own)
 
     def dequantised(self) -> Tensor:

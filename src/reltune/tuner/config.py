@@ -69,6 +69,10 @@ class ReltuneConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform; give both.")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform has no effect on target_modules given as a string; give a list of names."
+            )
         if self.frozen_dtype is not None:
             self.frozen_dtype = str(self.frozen_dtype).removeprefix("torch.")  # torch.float8_e4m3fn itself will do
             if self.frozen_dtype not in FROZEN_DTYPES:
@@ -79,8 +83,9 @@ class ReltuneConfig(PeftConfig):
             raise ValueError(f"r is {self.r}; it must be at least 1.")
 
     def _take(self, plan: Plan) -> None:
-        if self.target_modules is not None or self.exclude_modules is not None:
-            raise ValueError("a plan names its modules; leave out target_modules and exclude_modules.")
+        choices = ("target_modules", "exclude_modules", "layers_to_transform", "rank_pattern")
+        if any(getattr(self, name) not in (None, {}) for name in choices):
+            raise ValueError(f"a plan names its modules and units; leave out {', '.join(choices)}.")
         plan.check()
         self._chosen = plan.modules
         self.units = {

@@ -13,9 +13,6 @@ from reltune.tuner.written_weight import Originals
 class ReltuneLinear(ReltuneLayer):
     """nn.Linear."""
 
-    def _base_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
-
     def _attach_columns(self, y: Tensor, x: Tensor, columns: Tensor, idx: Tensor, row_idx: Tensor | None) -> Tensor:
         return AttachColumns.apply(y, x, columns, idx, row_idx)
 
@@ -37,9 +34,6 @@ class ReltuneLinearConv1D(ReltuneLinear):
     """Transformers' Conv1D. PEFT's "all-linear" knows wrapped linear maps by the word in the name of the class."""
 
     column_dim, row_dim = 0, 1
-
-    def _base_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return ReltuneLayer._base_forward(self, x, weight, bias)
 
     def _attach_columns(self, y: Tensor, x: Tensor, columns: Tensor, idx: Tensor, row_idx: Tensor | None) -> Tensor:
         return super()._attach_columns(y, x, columns.mT, idx, row_idx)

@@ -414,11 +414,11 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
             self._restore()
             if wanted is not None:
                 self._write(wanted)
-        elif self._written is not None and self._written in names:
+        elif self._written is not None and (base_only or self._written in names):
             values = self._trained(self._written)
             if not self._values.still(values):
                 self._write(self._written)  # replaced, or changed by hand
-            elif self._graphs.differentiated and torch.is_grad_enabled() and any(t.requires_grad for t in values):
+            elif self._graphs.differentiated and any(t.requires_grad for t in values):
                 self._rewrite()  # an optimizer may have stepped since, without the hook below
 
     def _base_values(self, name: str) -> Values:
