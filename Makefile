@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 SUPPORTED = 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'
 BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 
 unexport PYTHONPATH PYTHONHOME
 

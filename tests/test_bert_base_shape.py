@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import BertConfig, BertModel
 
@@ -13,6 +14,7 @@ from reltune.plan.plan import Plan
 from tiny_models import tiny_tokenizer
 
 
+@pytest.mark.slow
 def test_one_full_pass(tmp_path: Path) -> None:
     torch.manual_seed(0)
     BertModel(BertConfig()).save_pretrained(
