@@ -153,6 +153,10 @@ def load_model(
                 f"The weights of {name} cannot be loaded ({first_line(error)}); "
                 "if the files are damaged, copy or download the model again."
             ) from error
+    if "gguf_file" in place:  # its weights are plain ones by now, which Trainer would refuse as quantised
+        model.is_quantized, model.hf_quantizer = False, None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
     # heads on decoders look for the last token that is not this one; set only now, because an embedding
     # made with a padding token gives it no gradient, and here it may be the end of sequence
     pad = pad_token_id()
