@@ -296,9 +296,13 @@ def arguments(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
     return options
 
 
+# Where things lie on this machine, and what is written down elsewhere.
+NOT_RECORDED = ("commit", "output_dir", "name", "inputs", "prepare", "encoder", "decoder", "data")
+
+
 def benchmark(options: argparse.Namespace, packages: Iterable[str] = ()) -> Benchmark:
     """The benchmark that the command line describes."""
-    about = {k: v for k, v in vars(options).items() if k not in ("commit", "output_dir", "name")}
+    about = {k: v for k, v in vars(options).items() if k not in NOT_RECORDED}
     return Benchmark(options.name, about, options.commit, Machine(torch.device(options.device)), packages)
 
 

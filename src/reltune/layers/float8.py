@@ -1,5 +1,5 @@
-"""Frozen linear maps whose weight is held in float8 (ops/float8.py): half of bfloat16's memory, and products at twice its
-speed on a GPU that has them."""
+"""Frozen linear maps whose weight is held in float8 (ops/float8.py): half of bfloat16's memory, and faster
+products on a GPU that has them."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ that a change is taken from. x̂ is x rounded to e4m3 with one scale per token, 
 ∂x = (g ⊙ scales of Ŵ)^ q + g (D − Ŵ[:, idx]) in the selected columns, with ^ the same rounding per token, and ∂D = gᵀ x[:, idx];
 roundings pass gradients straight through. x[:, idx] and D − Ŵ[:, idx] are all that is kept for it, and a reference to q.
 
-Products of two float8 matrices run in tensor cores at twice bfloat16's rate (torch._scaled_mm); Hopper wants the second
+Products of two float8 matrices run in tensor cores faster than in bfloat16 (torch._scaled_mm); Hopper wants the second
 factor by columns, so the backward pass makes the transpose of q and frees it. Elsewhere the same numbers are multiplied
 in float32: slow, and equal but for the order of additions. The rounding of rows is that of torchao's rowwise float8
 training, which is no use here: its Float8Linear keeps the weight in high precision and all of x, and the product of its
@@ -32,7 +32,7 @@ E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 SMALLEST = 1e-30  # of a row's largest number, so that its scale is a normal float32
 LOWEST_EXPONENT = -24  # of a weight's scale: float16's smallest number
-FAST_ACCUMULATION = True  # sums within a tensor core's instruction are kept at fewer bits, at twice the speed
+FAST_ACCUMULATION = True  # sums within a tensor core's instruction are kept at fewer bits, which is faster
 
 Rounded = tuple[Tensor, Tensor]  # e4m3 (T, n), and scales (T, 1) in float32 that it is multiplied by
 

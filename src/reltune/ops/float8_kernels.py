@@ -3,7 +3,7 @@ GPU; see ops/float8.py.
 
 All are limited by memory: a row is read once and written once, at half of its size, a transposed tile goes through
 shared memory, so that reads and writes are of whole cache lines, and y and g are passed over once for their columns, where a
-general product of so few columns takes twice as long.
+general product of so few columns takes longer.
 """
 
 from __future__ import annotations

@@ -9,20 +9,20 @@ from typing import Any, ClassVar
 
 import torch
 from sklearn.metrics import accuracy_score, f1_score
-from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from reltune.records import InputError, nearest
 from reltune.tasks.pretrained import labelled
 from reltune.tasks.rows import Row, label_of, text_problem
 from reltune.tasks.sequence_classification import label_order, load_sequence_classifier
-from reltune.tasks.task import Columns, Examples, Task
-from reltune.tasks.texts import encode_texts
+from reltune.tasks.task import Columns, Examples
+from reltune.tasks.texts import TextTask, encode_texts
 
 SEPARATOR = "|"  # between labels where a column holds text: CSV has no lists
 
 
 @dataclass
-class MultilabelClassification(Task):
+class MultilabelClassification(TextTask):
     """The task of giving each text those of ``labels`` that fit, which may be none."""
 
     labels: list[str] = field(default_factory=list)
@@ -45,9 +45,6 @@ class MultilabelClassification(Task):
         if not isinstance(value, list) or not all(isinstance(one, str | int) for one in value):
             return f"a {column!r} that is no list of strings or integers"
         return None if all(label_of(one) for one in value) else f"an empty label in {column!r}"
-
-    def content(self, row: Row) -> str:
-        return str(row.values[self.columns["text"]])
 
     def labels_of(self, row: Row) -> list[str]:
         """The row's labels; those of a text are separated by ``|``."""
@@ -90,10 +87,6 @@ class MultilabelClassification(Task):
             own = set(self.labels_of(row))
             item["labels"] = [float(label in own) for label in self.labels]
         return Examples(items, n_truncated)
-
-    def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
-        """Pads a batch to its longest text."""
-        return DataCollatorWithPadding(processor)
 
     def compute_metrics(
         self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None

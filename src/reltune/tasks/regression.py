@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from reltune.tasks.rows import Row, text_problem
 from reltune.tasks.sequence_classification import load_sequence_classifier
-from reltune.tasks.task import Columns, Examples, Task
-from reltune.tasks.texts import encode_texts, number_of
+from reltune.tasks.task import Columns, Examples
+from reltune.tasks.texts import TextTask, encode_texts, number_of
 
 
 @dataclass
-class Regression(Task):
+class Regression(TextTask):
     """The task of giving each text a number. Numbers are learned as they are: scale large ones before."""
 
     columns: Columns = field(default_factory=lambda: {"text": "text", "label": "label"})
@@ -37,9 +37,6 @@ class Regression(Task):
             return f"an empty {column!r}"
         return None if number_of(value) is not None else f"a {column!r} that is no number"
 
-    def content(self, row: Row) -> str:
-        return str(row.values[self.columns["text"]])
-
     def load_model(
         self, model_name_or_path: str | os.PathLike, dtype: torch.dtype | str | None = None, **options: Any
     ) -> tuple[PreTrainedModel, list[str]]:
@@ -51,10 +48,6 @@ class Regression(Task):
         for item, row in zip(items, rows, strict=True):
             item["labels"] = number_of(row.values[self.columns["label"]])
         return Examples(items, n_truncated)
-
-    def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
-        """Pads a batch to its longest text."""
-        return DataCollatorWithPadding(processor)
 
     def compute_metrics(
         self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None

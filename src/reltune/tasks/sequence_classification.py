@@ -13,7 +13,6 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,11 +22,11 @@ from reltune.records import InputError, nearest
 from reltune.tasks.pretrained import labelled, load_model
 from reltune.tasks.rows import Row, label_of, label_problem, text_problem
 from reltune.tasks.task import Columns, Examples, Task
-from reltune.tasks.texts import encode_texts
+from reltune.tasks.texts import TextTask, encode_texts
 
 
 @dataclass
-class SequenceClassification(Task):
+class SequenceClassification(TextTask):
     """The task of giving each text one of ``labels``; a label's place in the list is its class index."""
 
     labels: list[str] = field(default_factory=list)
@@ -40,9 +39,6 @@ class SequenceClassification(Task):
 
     def problem(self, row: Row) -> str | None:
         return text_problem(row.values, self.columns["text"]) or label_problem(row.values, self.columns["label"])
-
-    def content(self, row: Row) -> str:
-        return str(row.values[self.columns["text"]])
 
     def label(self, row: Row) -> str:
         return label_of(row.values[self.columns["label"]])
@@ -87,10 +83,6 @@ class SequenceClassification(Task):
                 )
             item["labels"] = index[label]
         return Examples(items, n_truncated)
-
-    def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
-        """Pads a batch to its longest text."""
-        return DataCollatorWithPadding(processor)
 
     def compute_metrics(
         self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None

@@ -5,9 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from reltune.records import InputError
+from reltune.tasks.rows import Row
+from reltune.tasks.task import Task
+
+
+class TextTask(Task):
+    """A task on one text per row, in the column "text"."""
+
+    def content(self, row: Row) -> str:
+        return str(row.values[self.columns["text"]])
+
+    def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
+        """Pads a batch to its longest text."""
+        return DataCollatorWithPadding(processor)
 
 
 def number_of(value: Any) -> float | None:

@@ -32,7 +32,7 @@ class ReltuneConfig(PeftConfig):
         init_weights: True starts as the base model; False moves the selected weights at random, for tests.
         trainable_token_indices: new tokens whose embeddings are trained, as in LoraConfig.
         frozen_dtype: "float8_e4m3fn" holds the base's frozen linear maps in float8 while the adapter is trained, whether it
-            targets them or not: half the memory, and about twice the speed of their products on a GPU that multiplies
+            targets them or not: half the memory, and faster products on a GPU that multiplies
             float8. docs/float8.md says what it costs in accuracy. The base model is changed for good; an adapter that is loaded
             for inference leaves it as it is.
         units: per module, how many columns, rows and single weights and whether weight and bias are trained; filled from
