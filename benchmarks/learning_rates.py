@@ -43,9 +43,11 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
     from reltune import training
     from reltune.comparison import BASELINES
     from reltune.evaluation import evaluate
+    from reltune.materials import prepare
     from reltune.plan.lora import lora_config
     from reltune.plan.selection import select
     from reltune.records import RunConfig
+    from reltune.run_directory import RunDirectory
     from reltune.tuner.config import ReltuneConfig
 
     transformers.logging.set_verbosity_error()
@@ -62,8 +64,8 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
             seed=job["seed"],
             training={"disable_tqdm": True, "logging_strategy": "no", "report_to": "none", **job["training"]},
         )
-        materials = stages.prepare(config)
-        directory = stages.RunDirectory(config.output_dir)
+        materials = prepare(config)
+        directory = RunDirectory(config.output_dir)
         directory.create(config)
         relevance = stages.analyze(materials, directory)
 

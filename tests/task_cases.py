@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from reltune import run as stages
+from reltune.materials import prepare
 from reltune.records import RunConfig
 from reltune.report import METRICS
+from reltune.run_directory import RunDirectory
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -31,7 +33,7 @@ def run_task(place: Path, rows: Iterable[Mapping[str, Any]], training: dict[str,
         training=training,
         **{"granularity": ["module"], "budget": "100%", **fields},
     )
-    materials, run = stages.prepare(config), stages.RunDirectory(config.output_dir)
+    materials, run = prepare(config), RunDirectory(config.output_dir)
     stages.check_choice(materials)
     materials.check_training()
     run.create(config)
@@ -57,11 +59,11 @@ def check_reload(place: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     config = RunConfig.load(place / "run" / "config.yaml")
-    run = stages.RunDirectory(shutil.copytree(place / "run", place / "again"))
+    run = RunDirectory(shutil.copytree(place / "run", place / "again"))
     config.output_dir = str(run.path)
-    materials = stages.prepare(config)
+    materials = prepare(config)
     trained = stages.tune(materials, run).cpu().eval()
-    loaded = stages.load_tuned(stages.prepare(config), run).eval()
+    loaded = stages.load_tuned(prepare(config), run).eval()
     some = [materials.test[i] for i in range(min(4, len(materials.test)))]
     batch = {key: value for key, value in materials.collator(some).items() if key != "labels"}
     if hasattr(loaded.get_base_model(), "prepare_decoder_input_ids_from_labels"):

@@ -20,8 +20,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from command_line import contents, reltune, review_rows, write_csv
 from reltune import run as stages
 from reltune.export import lora_summary, to_lora, to_merged
+from reltune.materials import prepare
 from reltune.plan.plan import ModulePlan, Plan
 from reltune.records import InputError, RunConfig
+from reltune.run_directory import RunDirectory
 from reltune.tuner import ReltuneConfig
 from tiny_models import save_tiny_bert
 
@@ -111,7 +113,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tuned_model(run: Path) -> PeftModel:
-    return stages.load_tuned(stages.prepare(RunConfig.load(run / "config.yaml")), stages.RunDirectory(run)).eval()
+    return stages.load_tuned(prepare(RunConfig.load(run / "config.yaml")), RunDirectory(run)).eval()
 
 
 def logits(model: Any, texts: Sequence[str], tokenizer_of: Path) -> torch.Tensor:

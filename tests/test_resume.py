@@ -11,7 +11,7 @@ import torch
 from relevance_cases import MODELS, assert_parts_equal, data_for, measure, split
 from reltune.records import InputError, RunConfig
 from reltune.relevance.partial import FILE
-from reltune.run import RunDirectory
+from reltune.run_directory import RunDirectory
 
 CRITERIA = ["fisher", "fisher_true", "gradient", "activation"]
 

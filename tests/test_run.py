@@ -23,9 +23,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from command_line import Answer, contents, reltune, review_rows, write_csv
 from reltune import cli, training
 from reltune import run as stages
+from reltune.materials import prepare
 from reltune.plan.plan import Plan
 from reltune.records import RunConfig
 from reltune.relevance.scores import RelevanceScores
+from reltune.run_directory import RunDirectory
 from tiny_models import save_tiny_bert
 
 LEARNS = ["--granularity", "module", "--budget", "20%", "--num_train_epochs", 8, "--learning_rate", 1e-2]
@@ -180,11 +182,11 @@ def test_another_seed_gives_another_run(place: Path, quick: Path) -> None:
 def test_the_saved_adapter_gives_the_logits_that_were_trained(place: Path, quick: Path, tmp_path: Path) -> None:
     config = RunConfig.load(quick / "config.yaml")
     config.output_dir = str(tmp_path / "run")
-    run = stages.RunDirectory(config.output_dir)
+    run = RunDirectory(config.output_dir)
     shutil.copytree(quick, run.path)
-    materials = stages.prepare(config)
+    materials = prepare(config)
     trained = stages.tune(materials, run).cpu().eval()
-    loaded = stages.load_tuned(stages.prepare(config), run).eval()
+    loaded = stages.load_tuned(prepare(config), run).eval()
     batch = materials.collator([materials.test[i] for i in range(8)])
     with torch.no_grad():
         there, back = trained(**batch).logits, loaded(**batch).logits

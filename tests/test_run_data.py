@@ -11,8 +11,8 @@ import pytest
 
 from command_line import Answer, reltune, review_rows, write_csv
 from reltune.config_file import read_config
+from reltune.materials import prepare
 from reltune.records import InputError, RunConfig
-from reltune.run import prepare
 from reltune.tasks.splits import read_data
 from tiny_models import save_tiny_bert
 

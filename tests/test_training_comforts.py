@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from command_line import reltune, review_rows, write_csv
 from reltune import run as stages
 from reltune.evaluation import evaluate
+from reltune.materials import prepare
 from reltune.records import RunConfig
+from reltune.run_directory import RunDirectory
 from tiny_models import save_tiny_bert
 
 RATE = ["--granularity", "module", "--budget", "50%", "--learning_rate", 1e-2]
@@ -109,8 +111,8 @@ def test_a_second_set_is_measured_before_and_after(place: Path) -> None:
     assert results["test_accuracy"] > 0.9 and results["forgetting_after_accuracy"] < 0.1
     assert results["forgetting_before_samples"] == 40
     config = RunConfig.load(run / "config.yaml")
-    materials = stages.prepare(config)
-    before = stages.model_with_heads(materials, stages.RunDirectory(run))
+    materials = prepare(config)
+    before = stages.model_with_heads(materials, RunDirectory(run))
     found = evaluate(before, {"x": materials.forgetting}, materials.task, materials.tokenizer)
     assert found["x_accuracy"] == results["forgetting_before_accuracy"] != results["forgetting_after_accuracy"]
     page = (run / "report.html").read_text(encoding="utf-8")
@@ -131,8 +133,8 @@ def test_a_base_in_few_bits(place: Path, bits: int) -> None:
         8,
     )
     assert read(run / "all_results.json")["test_accuracy"] > 0.8
-    materials = stages.prepare(RunConfig.load(run / "config.yaml"))
-    model = stages.load_tuned(materials, stages.RunDirectory(run))
+    materials = prepare(RunConfig.load(run / "config.yaml"))
+    model = stages.load_tuned(materials, RunDirectory(run))
     kinds = {type(module).__name__ for module in model.modules()}
     assert any(("Linear4bit" if bits == 4 else "Linear8bitLt") in kind or "Quantised" in kind for kind in kinds), kinds
 

@@ -25,8 +25,9 @@ from reltune.records import InputError, RunConfig, parts
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from reltune.materials import Materials
     from reltune.records import RunRecord
-    from reltune.run import Materials, RunDirectory
+    from reltune.run_directory import RunDirectory
 
 app = typer.Typer(
     help="Measure which parameters matter for a task, choose them under a budget, train only those, evaluate.",
@@ -121,6 +122,7 @@ def run(context: typer.Context, config: ConfigFile = None, overwrite_output_dir:
 def analyze(context: typer.Context, config: ConfigFile = None, overwrite_output_dir: Overwrite = False) -> None:
     """Measure how much each unit matters: DIR/relevance."""
     from reltune import run as stages
+    from reltune.run_directory import RunDirectory
 
     made = _config(context, config)
     if made.has_data:
@@ -131,7 +133,7 @@ def analyze(context: typer.Context, config: ConfigFile = None, overwrite_output_
     elif _several():
         raise InputError("an analysis of the weights alone is for one process; start it without a launcher.")
     else:
-        directory = stages.RunDirectory(made.output_dir)
+        directory = RunDirectory(made.output_dir)
         stages.analyze_weights(made, directory, overwrite_output_dir)
     _show_relevance(made, directory)
     _say(f"Next: reltune select {made.output_dir} --budget 0.5%")
@@ -142,8 +144,9 @@ def analyze(context: typer.Context, config: ConfigFile = None, overwrite_output_
 def select(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = False) -> None:
     """Choose units under a budget: RUN/plan/plan.yaml."""
     from reltune import run as stages
+    from reltune.run_directory import RunDirectory
 
-    directory, config = stages.RunDirectory.open(run)
+    directory, config = RunDirectory.open(run)
     directory.check_stage("select", overwrite_output_dir)
     config = _changed(config, context)
     plan = stages.select(config, directory)
@@ -157,18 +160,20 @@ def select(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = F
 def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = False) -> None:
     """Train what the plan names: RUN/adapter."""
     from reltune import run as stages
+    from reltune.materials import prepare
     from reltune.plan.plan import Plan
+    from reltune.run_directory import RunDirectory
 
     if run.startswith("--"):  # the training flags came first, so that Click took one of them for RUN
         *context.args, run = run, *context.args
     with _together():
-        directory, config = stages.RunDirectory.open(run)
+        directory, config = RunDirectory.open(run)
         config = _changed(config, context)
         resume = config.training.pop("resume_from_checkpoint", None)
         _check_data(config, run)
         directory.check_stage("tune", overwrite_output_dir)
         Plan.load(directory.plan)
-        materials = stages.prepare(config)
+        materials = prepare(config)
     stages.tune(materials, directory, resume)
     _say(f"Adapter: {directory.adapter}", f"Next: reltune evaluate {run}")
 
@@ -177,11 +182,13 @@ def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = Fal
 def evaluate(run: Run) -> None:
     """Measure the adapter on held-out data: RUN/all_results.json."""
     from reltune import run as stages
+    from reltune.materials import prepare
+    from reltune.run_directory import RunDirectory
 
     with _together():
-        directory, config = stages.RunDirectory.open(run)
+        directory, config = RunDirectory.open(run)
         _adapter_exists(directory)
-        materials = stages.prepare(config)
+        materials = prepare(config)
     results = stages.evaluate(materials, directory)
     _print(_metrics_table(results))
 
@@ -190,8 +197,9 @@ def evaluate(run: Run) -> None:
 def report(run: Run) -> None:
     """Draw relevance, results and training: RUN/report.html."""
     from reltune import run as stages
+    from reltune.run_directory import RunDirectory
 
-    directory, config = stages.RunDirectory.open(run)
+    directory, config = RunDirectory.open(run)
     _show_record(stages.report(config, directory), directory)
 
 
@@ -206,12 +214,14 @@ def export(
     """Hand the tuned model to programs without reltune."""
     from reltune import run as stages
     from reltune.export import lora_summary
+    from reltune.materials import prepare
+    from reltune.run_directory import RunDirectory
 
     if to not in ("lora", "merged"):
         raise InputError(f"--to {to!r} is unknown; write lora or merged.")
-    directory, config = stages.RunDirectory.open(run)
+    directory, config = RunDirectory.open(run)
     _adapter_exists(directory)
-    path = stages.export(stages.prepare(config), directory, to, output_dir)
+    path = stages.export(prepare(config), directory, to, output_dir)
     _say(f"Exported to {path}" + (f": {lora_summary(path)}" if to == "lora" else ""))
 
 
@@ -296,26 +306,29 @@ def _training_fields(context: typer.Context) -> dict[str, Any]:
 def _begin(config: RunConfig, overwrite: bool, select: bool = True) -> tuple[Materials, RunDirectory]:
     """Check everything that can be checked, and only then make the run's directory."""
     from reltune import run as stages
+    from reltune.materials import prepare
     from reltune.relevance.parallel import Processes
+    from reltune.relevance.partial import interrupted_in
+    from reltune.run_directory import RunDirectory
 
-    directory = stages.RunDirectory(config.output_dir)
+    directory = RunDirectory(config.output_dir)
     processes = Processes.joined()
     with processes.together():
         resumed = not overwrite and directory.continues(config)
         if not resumed:
             directory.check_new(overwrite)
-        elif processes.count > 1 and stages.interrupted_in(directory.relevance):
+        elif processes.count > 1 and interrupted_in(directory.relevance):
             raise InputError(
                 f"output_dir {directory.path} holds an interrupted analysis, which goes on in one process only; start it "
                 "without a launcher, or pass --overwrite_output_dir."
             )
-        materials = stages.prepare(config)
+        materials = prepare(config)
         stages.check_choice(materials, select)
         materials.check_training()
     with processes.together():
         if not resumed and processes.first:
             directory.create(config)
-            directory.record_bad_rows(materials)
+            directory.record_bad_rows(materials.splits)
     unit = materials.task.unit
     _say(
         f"{'streamed' if config.streaming else f'{len(materials.train):,}'} training, {len(materials.validation):,} validation and {len(materials.test):,} test {unit}s, "

@@ -14,9 +14,11 @@ from torch import nn
 from reltune import training
 from reltune.evaluation import evaluate, inference_ms_per_text
 from reltune.layers.inventory import take_inventory
+from reltune.materials import Materials, placement
 from reltune.plan.plan import Plan
 from reltune.records import MethodResult, write_json
-from reltune.run import Materials, RunDirectory, disk_bytes, load_tuned, model_with_heads, placement
+from reltune.run import load_tuned, model_with_heads
+from reltune.run_directory import RunDirectory, disk_bytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A run: its directory and the stages that read one artefact and write the next.
+"""The stages of a run: each reads one artefact and writes the next.
 
 config.yaml ─analyze▶ relevance/ ─select▶ plan/ ─tune▶ adapter/ ─evaluate▶ all_results.json ─report▶ report.html
 """
@@ -6,246 +6,41 @@ config.yaml ─analyze▶ relevance/ ─select▶ plan/ ─tune▶ adapter/ ─e
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import json
-import os
-import platform
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers import TrainerCallback
 
 from reltune import export as exporting
 from reltune import training
 from reltune.evaluation import evaluate as measure_metrics
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.float8 import convertible
-from reltune.layers.inventory import head_modules, take_inventory
+from reltune.layers.inventory import take_inventory
+from reltune.materials import Materials, placement
 from reltune.plan.budget import parse_budget
 from reltune.plan.plan import Plan
 from reltune.plan.selection import check_scored, check_together
 from reltune.plan.selection import select as choose_units
-from reltune.records import InputError, MethodResult, RunConfig, RunRecord, write_json, write_text
+from reltune.records import InputError, RunConfig, RunRecord, write_json, write_text
 from reltune.relevance.measure import analyze as measure_relevance
 from reltune.relevance.parallel import Processes
 from reltune.relevance.partial import interrupted_in
 from reltune.relevance.plugins import find_criteria
 from reltune.relevance.scores import RelevanceScores
 from reltune.relevance.streaming import analyze_checkpoint
-from reltune.report import METRICS, measured, metric
-from reltune.tasks.corpora import CORPORA
+from reltune.run_directory import RunDirectory, disk_bytes, read_json
+from reltune.summary import read_record
 from reltune.tasks.registry import TASKS
-from reltune.tasks.splits import Splits, bad_rows, encode, in_words, read_data, warn_of
-from reltune.tasks.task import Examples, Task
 from reltune.tuner.config import ReltuneConfig
 
 WITHOUT_HEADS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # PEFT's task types that train no head by themselves
-ARTEFACTS = {  # in the order of the stages; writing one makes those after it out of date
-    "analyze": ("relevance", "bad_rows.json"),
-    "select": ("plan",),
-    "tune": ("adapter", "trainer_state.json", "training_cost.json"),
-    "evaluate": ("all_results.json", "comparison.json"),
-    "report": ("report.html",),
-}
-
-
-class RunDirectory:
-    """Where a run keeps its artefacts."""
-
-    def __init__(self, path: str | os.PathLike) -> None:
-        self.path = Path(path)
-        self.config_file = self.path / "config.yaml"
-        self.relevance = self.path / "relevance"
-        self.head = self.relevance / "head.safetensors"
-        self.plan = self.path / "plan"
-        self.adapter = self.path / "adapter"
-        self.results = self.path / "all_results.json"
-        self.report = self.path / "report.html"
-        self.log = self.path / "train_log.jsonl"
-
-    @classmethod
-    def open(cls, path: str | os.PathLike) -> tuple[RunDirectory, RunConfig]:
-        """An existing run and its config."""
-        run = cls(path)
-        if not run.config_file.is_file():
-            raise InputError(f"{path} holds no run (no config.yaml); make one with `reltune run` or `reltune analyze`.")
-        config = RunConfig.load(run.config_file)
-        config.output_dir = str(path)  # the directory may have been moved
-        return run, config
-
-    def check_new(self, overwrite: bool) -> None:
-        """Raise InputError unless a new run may be written here. Creates nothing."""
-        exporting.check_writable(self.path)
-        if not self.path.is_dir() or not any(self.path.iterdir()):
-            return
-        try:  # others call their files config.yaml too, and have checkpoints beside it
-            RunConfig.load(self.config_file)
-        except InputError as error:
-            raise InputError(
-                f"output_dir {self.path} is not empty and holds no run of reltune; name a new directory."
-            ) from error
-        if not overwrite:
-            raise InputError(
-                f"output_dir {self.path} already holds a run; name another directory or pass --overwrite_output_dir."
-            )
-
-    def continues(self, config: RunConfig) -> bool:
-        """Whether an analysis with this config was interrupted here: with sums to go on from, or before there were any."""
-        try:
-            finished = (self.relevance / "scores.json").exists() and not interrupted_in(self.relevance)
-            saved = RunConfig.load(self.config_file)
-            if config.task is None:
-                saved.task = None  # it was read off the columns
-            return not finished and saved == config
-        except (InputError, OSError):  # a name that is too long, say: check_new has the words for it
-            return False
-
-    def check_stage(self, stage: str, overwrite: bool) -> None:
-        """Raise InputError if the stage was done already and may not be done again."""
-        done = [name for name in ARTEFACTS[stage] if (self.path / name).exists()]
-        if done and not overwrite:
-            raise InputError(
-                f"{self.path} already holds {done[0]}; pass --overwrite_output_dir to make it and what follows from it anew."
-            )
-
-    def create(self, config: RunConfig) -> None:
-        """Make the directory and save the config, over an earlier run's if there is one."""
-        exporting.make_directory(self.path)
-        self.clear("analyze")
-        config.save(self.config_file)
-
-    def record_bad_rows(self, materials: Materials) -> None:
-        """Write down which rows were skipped, if any were."""
-        if record := bad_rows(materials.splits):
-            write_json(self.path / "bad_rows.json", record)
-
-    def clear(self, stage: str, checkpoints: bool = True) -> None:
-        """Remove the artefacts of the stage and of those after it; of training's checkpoints too, unless told otherwise."""
-        stages = list(ARTEFACTS)
-        for later in stages[stages.index(stage) :]:
-            for name in ARTEFACTS[later]:
-                target = self.path / name
-                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-        if checkpoints and stages.index(stage) <= stages.index("tune"):
-            self.log.unlink(missing_ok=True)
-            for checkpoint in self.path.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
-
-    def checkpoint(self, wanted: str) -> str:
-        """A checkpoint of this run by its path, by its name (checkpoint-30), or the newest (true)."""
-        if wanted.lower() == "true":
-            found = get_last_checkpoint(str(self.path)) or ""
-        else:
-            found = next((str(place) for place in (Path(wanted), self.path / wanted) if place.is_dir()), "")
-        if not (Path(found) / "trainer_state.json").is_file():
-            raise InputError(
-                f"resume_from_checkpoint {wanted!r} names no checkpoint of {self.path}; look there for checkpoint-N."
-            )
-        return found
-
-
-@dataclasses.dataclass
-class Materials:
-    """What a config names, read and checked: the task, its data, the model with its new heads."""
-
-    config: RunConfig
-    task: Task
-    tokenizer: Any  # or what else makes the model's inputs
-    model: nn.Module | None  # until fresh_model has handed it out
-    new_heads: list[str]
-    not_tuned: list[str]  # modules that the task's Trainer cannot train parts of
-    train: Any  # Examples, or an iterable data set where rows are streamed
-    validation: Examples
-    test: Examples
-    sample: Examples  # of training: relevance is measured on them, and new heads are trained on them
-    splits: Splits
-    forgetting: Examples | None = None  # a second set for the same task
-
-    @property
-    def collator(self) -> Any:
-        return self.task.collator(self.tokenizer)
-
-    @property
-    def held_out(self) -> dict[str, Examples]:
-        """Examples by the prefix of their metrics."""
-        return {"eval": self.validation, "test": self.test}
-
-    def arguments(self, method: str, **forced: Any) -> TrainingArguments:
-        """Training arguments of the run for a method."""
-        given = self.config.training
-        if self.config.early_stopping_patience is not None:
-            given = {"load_best_model_at_end": True, **given}
-        return training.arguments(self.config.output_dir, method, self.config.seed, given, self.task, **forced)
-
-    def fresh_model(self) -> nn.Module:
-        """The base model for the caller to change; its head starts from the same seed every time."""
-        if self.model is None:
-            set_seed(self.config.seed)
-            return self.task.load_model(self.config.model_name_or_path, **quantisation(self.config))[0]
-        model, self.model = self.model, None  # no second copy in memory while this one is trained
-        return model
-
-    def check_training(self, model: nn.Module | None = None) -> None:
-        """Raise InputError for training fields that cannot work with the model (the base model if none is given)."""
-        model = model or self.model or self.fresh_model()
-        training.check_arguments(model, self.arguments("selection"), self.sample, self.collator)
-
-
-def prepare(config: RunConfig) -> Materials:
-    """Read the data and load the model. Raises InputError for whatever is wrong with either; writes nothing.
-
-    A task that the config does not name is read off the columns and entered there.
-    """
-    config.check()
-    config.check_data()
-    task, splits = read_data(config)
-    config.task = task.name
-    tokenizer = task.load_tokenizer(config.model_name_or_path)
-    set_seed(config.seed)
-    model, missing = task.load_model(config.model_name_or_path, **quantisation(config))
-    data = encode(task, splits, tokenizer, config)
-    warn_of(splits)
-    new_heads = head_modules(model, missing)
-    inventory = take_inventory(model, new_heads)
-    not_tuned = [name for name in task.not_tuned(model) if name in inventory]
-    return Materials(
-        config,
-        task,
-        tokenizer,
-        model,
-        new_heads,
-        not_tuned,
-        data.train,
-        data.validation,
-        data.test,
-        sample=data.sample,
-        splits=splits,
-        forgetting=data.forgetting,
-    )
-
-
-def quantisation(config: RunConfig) -> dict[str, Any]:
-    """What ``from_pretrained`` is told to hold the base model in few bits."""
-    if not (config.load_in_4bit or config.load_in_8bit):
-        return {}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError("load_in_4bit and load_in_8bit need bitsandbytes; run: pip install bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
-    if config.load_in_8bit:
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    return {"quantization_config": nf4}
 
 
 def check_choice(materials: Materials, select: bool = True) -> None:
@@ -277,9 +72,6 @@ def check_choice(materials: Materials, select: bool = True) -> None:
             parse_budget(config.budget, relevance.inventory.base_parameters)
             config = dataclasses.replace(config, granularity=["column"], spread="global", budget="100%")
         choose(config, relevance)
-
-
-# -- stages ---------------------------------------------------------------------------------------------------------
 
 
 def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
@@ -488,7 +280,7 @@ def tune(materials: Materials, run: RunDirectory, resume_from_checkpoint: str | 
             trainer.save_state()
             facts = {**dataclasses.asdict(cost), "learning_rate": args.learning_rate}
             write_json(run.path / "training_cost.json", facts)
-            run.record_bad_rows(materials)  # of streamed rows more are known by now
+            run.record_bad_rows(materials.splits)  # of streamed rows more are known by now
             model.save_pretrained(str(run.adapter), state_dict=state)
             materials.tokenizer.save_pretrained(str(run.adapter))
             write_text(run.adapter / "README.md", model_card(plan))
@@ -539,7 +331,7 @@ def evaluate(materials: Materials, run: RunDirectory) -> dict[str, float]:
     with processes.together():
         model = load_tuned(materials, run)
         plan = Plan.load(run.plan)
-        cost = _read_json(run.path / "training_cost.json")
+        cost = read_json(run.path / "training_cost.json")
     metrics = measure_metrics(
         model, materials.held_out, materials.task, materials.tokenizer, **placement(materials.config)
     )
@@ -576,23 +368,6 @@ def measure_forgetting(materials: Materials, run: RunDirectory, tuned: nn.Module
     return found
 
 
-def placement(config: RunConfig) -> dict[str, Any]:
-    """The training fields that evaluation follows too."""
-    values = {**config.training, "use_cpu": True} if training.launched_on_cpus() else config.training
-    return {key: values[key] for key in ("use_cpu", "per_device_eval_batch_size") if key in values}
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); run the stage that writes it again.") from error
-
-
-def disk_bytes(directory: Path, names: Sequence[str]) -> int:
-    return sum((directory / name).stat().st_size for name in names)
-
-
 def export(materials: Materials, run: RunDirectory, to: str, output_dir: str) -> Path:
     """Write the adapter as a LoRA adapter or merged into a plain model."""
     exporting.check_destination(output_dir)
@@ -609,75 +384,3 @@ def report(config: RunConfig, run: RunDirectory) -> RunRecord:
     record = read_record(config, run)
     write_report(run.report, record)
     return record
-
-
-def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
-    """The record of a run, from its artefacts. Needs relevance and a plan; shows what else is there."""
-    relevance, plan = RelevanceScores.load(run.relevance), Plan.load(run.plan)
-
-    def read(name: str, default: Any) -> Any:
-        path = run.path / name
-        return _read_json(path) if path.is_file() else default
-
-    comparison = read("comparison.json", {"methods": [], "notes": []})
-    notes = [*comparison["notes"], hardware()]
-    if config.dataset_name in CORPORA:
-        notes.append(CORPORA[config.dataset_name].note)
-    notes += in_words(read("bad_rows.json", {}))
-    notes += behaviour_notes(relevance)
-    results = read("all_results.json", {})
-    notes += forgetting_notes(config, results)
-    if relevance.inventory.left_out:
-        reasons = sorted(set(relevance.inventory.left_out.values()))
-        notes.append(f"Not measured: {len(relevance.inventory.left_out)} parameter tensors ({'; '.join(reasons)}).")
-    data = f" on {config.dataset_name or Path(str(config.train_file)).name}" if config.has_data else ", weights alone"
-    return RunRecord(
-        title=f"reltune: {relevance.provenance['architecture']}{data}",
-        config=dataclasses.asdict(config),
-        heatmaps=[relevance.heatmap(criterion) for criterion in relevance.criteria],
-        depth_sentence=relevance.depth_sentence(),
-        plan_lines=plan.describe(),
-        selected_by_layer=plan.by_layer(relevance.inventory),
-        metrics=results,
-        history=read("trainer_state.json", {}).get("log_history", []),
-        comparison=[MethodResult(**method) for method in comparison["methods"]],
-        notes=notes,
-    )
-
-
-def forgetting_notes(config: RunConfig, results: dict[str, Any]) -> list[str]:
-    """How the second set fared, metric by metric."""
-    prefix = "forgetting_before_"
-    changes = [
-        f"{METRICS[name][0]} {metric(name, results[prefix + name])} before training, "
-        f"{metric(name, results[f'forgetting_after_{name}'])} after"
-        for name in measured([results], prefix)
-    ]
-    return [f"Forgetting, on {Path(str(config.forgetting_file)).name}: {'; '.join(changes)}."] if changes else []
-
-
-def behaviour_notes(relevance: RelevanceScores) -> list[str]:
-    """What scores measured from behaviour are changes of, and how many trials stand behind them."""
-    notes = []
-    for criterion in relevance.criteria:
-        facts = relevance.provenance.get(criterion, {})
-        if "metric" in facts:
-            note = (
-                f"{criterion} is measured by the {facts['metric']}, {facts['of_the_model']:.4g} for the untouched model"
-            )
-            trials = [
-                f"{of['trials']} trials of {kind}s, ranking {'stable' if of['stable'] else 'not yet stable'}"
-                for kind, of in facts.items()
-                if isinstance(of, dict)
-            ]
-            notes.append("; ".join([note, *trials]) + ".")
-    return notes
-
-
-def hardware() -> str:
-    """One line: where and with which versions this ran."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    return (
-        f"Run on {device}; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, peft {peft.__version__}."
-    )
