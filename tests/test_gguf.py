@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from reltune.tasks.pretrained import as_it_is, load_model
+from reltune.tasks.pretrained import as_it_is, load_model, load_tokenizer
 
 
-def test_a_file_of_llama_cpp_is_loaded_as_the_plain_model_that_it_is(tmp_path: Path) -> None:
-    """Trainer refuses to evaluate what it takes for a quantised model."""
-    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+def write_tiny(path: Path) -> dict[str, np.ndarray]:
+    """A Llama with a tokenizer of 20 tokens, of which those that begin and end a text are 1 and 2; gives its tensors."""
+    writer = gguf.GGUFWriter(path, "llama")
     for add, value in (
         (writer.add_context_length, 32),
         (writer.add_embedding_length, 16),
@@ -27,6 +28,14 @@ def test_a_file_of_llama_cpp_is_loaded_as_the_plain_model_that_it_is(tmp_path: P
     ):
         add(value)
     writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<unk>", "<begin>", "<end>", *"abcdefghijklmno", "ab", "cd"])
+    writer.add_token_types([3, 3, 3] + 17 * [1])
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
     shapes = {"token_embd": (20, 16), "output_norm": (16,), "blk.0.attn_norm": (16,), "blk.0.ffn_norm": (16,)}
     shapes |= {f"blk.0.attn_{name}": (16, 16) for name in ("q", "k", "v", "output")}
     shapes |= {"blk.0.ffn_gate": (24, 16), "blk.0.ffn_up": (24, 16), "blk.0.ffn_down": (16, 24)}
@@ -38,6 +47,21 @@ def test_a_file_of_llama_cpp_is_loaded_as_the_plain_model_that_it_is(tmp_path: P
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return tensors
+
+
+def test_its_tokenizer_begins_and_ends_texts_as_the_file_says(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "tiny.gguf")
+    tokenizer = load_tokenizer(str(tmp_path / "tiny.gguf"))
+    assert [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token] == ["<begin>", "<end>", "<unk>"]
+    assert [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id] == [1, 2, 0]
+    assert tokenizer.decode(tokenizer("abc")["input_ids"], skip_special_tokens=True) == "abc"
+    assert tokenizer.model_max_length == 32
+
+
+def test_a_file_of_llama_cpp_is_loaded_as_the_plain_model_that_it_is(tmp_path: Path) -> None:
+    """Trainer refuses to evaluate what it takes for a quantised model."""
+    tensors = write_tiny(tmp_path / "tiny.gguf")
     model, missing = load_model(
         str(tmp_path / "tiny.gguf"),
         AutoModelForCausalLM,
