@@ -23,6 +23,7 @@ from oracles.per_example_gradients import examples
 from relevance_cases import MODELS, TEXT, assert_parts_equal, data_for, made, measure, split, text_batch
 from reltune.records import InputError
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRADIENT_CRITERIA = ["fisher", "gradient", "taylor", "relative_gradient", "gradient_snr", "magnitude"]
 
 
@@ -259,6 +260,18 @@ def test_elements():
                 got = found.parts[criterion][info.name]["element"]
                 assert got.shape == value.shape == info.shape
                 assert (got - value).abs().max() <= 1e-9 * value.abs().max().clamp(min=1e-12), (criterion, info.name)
+
+
+def test_together_they_give_what_each_gives_alone():
+    """On an accelerator, statistics of single weights wait on the host and those of units do not."""
+    criteria = [*GRADIENT_CRITERIA, "activation", "fisher_true"]
+    model = MODELS["bert"]().to(DEVICE)
+    batches = [{key: value.to(DEVICE) for key, value in batch.items()} for batch in split(data_for(model), 3)]
+    for elements in (False, True):
+        together = measure(model, batches, None, criteria, elements=elements)
+        for criterion in criteria:
+            alone = measure(model, batches, None, [criterion], elements=elements)
+            assert_parts_equal(together.parts[criterion], alone.parts[criterion], 1e-12)
 
 
 def test_ratios_of_layers_are_ratios_of_sums():

@@ -42,8 +42,12 @@ from reltune.records import InputError
 from reltune.relevance.scores import RelevanceScores
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = 1e-5 if DEVICE == "cpu" else 1e-4
 CRITERIA = ["fisher", "fisher_true", "gradient", "taylor", "activation", "magnitude"]
+
+
+def tolerance(way):
+    """Relative to the largest of a kind: on a GPU bitsandbytes' 8-bit product rounds its inputs too."""
+    return 1e-5 if DEVICE == "cpu" else 5e-2 if way == "8 bits" else 1e-4
 
 
 def in_4_bits(linear, kind="nf4", double=False):
@@ -130,7 +134,7 @@ def test_as_with_the_dequantised_weights(make, way):
         "magnitude": {name: of.square() for name, of in weights.items()},
     }
     for criterion, of in wanted.items():
-        assert_parts_equal(found.parts[criterion], parts_by_formula(by_module(of, names)), TOLERANCE)
+        assert_parts_equal(found.parts[criterion], parts_by_formula(by_module(of, names)), tolerance(way))
     for name in quantised_modules(found):
         weight = plain.get_submodule(name).weight
         assert found.inventory[name].shape == weight.shape
@@ -160,7 +164,7 @@ def test_products_with_the_weights(way):
     for criterion, wanted in (("taylor", parts), ("activation", weighted)):
         for part, value in wanted.items():
             got = found.parts[criterion][name][part].to(DEVICE)
-            assert (got - value).abs().max() <= TOLERANCE * value.abs().max(), (criterion, part)
+            assert (got - value).abs().max() <= tolerance(way) * value.abs().max(), (criterion, part)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -55,7 +55,10 @@ def quantise_rows_reference(x: Tensor, factor: Tensor | None = None) -> Rounded:
     if factor is not None:
         wide = wide * factor
     largest = wide.abs().amax(-1, keepdim=True).clamp(min=SMALLEST).float()
-    return (wide * (LARGEST / largest)).to(E4M3), largest / LARGEST
+    factor_up = (
+        torch.full_like(largest, LARGEST) / largest
+    )  # of a plain number torch takes the reciprocal, and rounds twice
+    return (wide * factor_up).to(E4M3), largest / LARGEST
 
 
 def quantise_rows(x: Tensor, factor: Tensor | None = None) -> Rounded:
