@@ -25,7 +25,6 @@ from reltune.layers.inventory import (
     new_parameters,
     take_inventory,
 )
-from reltune.layers.per_example import Statistics
 from reltune.layers.quantised import stops_the_gradient
 from reltune.records import InputError
 from reltune.relevance.batches import batch_size, chained, contents, frozen
@@ -192,9 +191,9 @@ def analyze(
     context = Context(examples, seed)
     assemblies = {name: Assembly(of, context, elements, inventory.heads) for name, of in statistical.items()}
     for info in inventory.modules:
-        weights, measured = canonical_weights(info, modules[info.owner]), _in_one_place(sums.get(info.name, {}))
+        weights = canonical_weights(info, modules[info.owner])
         for assembly in assemblies.values():
-            assembly.add(info, weights, measured)
+            assembly.add(info, weights, sums.get(info.name, {}))
     parts |= {name: assembly.finished() for name, assembly in assemblies.items()}
     check_parts({name: parts[name] for name in statistical}, inventory.modules)
     known = {name for info in inventory.modules for name in (info.name, info.layer)}
@@ -215,13 +214,6 @@ def analyze(
         },
     }
     return RelevanceScores(parts, inventory, heads, fingerprint(model, heads), provenance)
-
-
-def _in_one_place(sums: Statistics) -> Statistics:
-    """A module's statistics on the host if any is there: those with a number for every weight do not wait on an accelerator."""
-    if not any(value.device.type == "cpu" for of in sums.values() for value in of.values()):
-        return sums
-    return {need: {part: value.cpu() for part, value in of.items()} for need, of in sums.items()}
 
 
 def _stream(batches: Iterable[Any]) -> str:

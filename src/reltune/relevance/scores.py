@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -272,6 +272,22 @@ class RelevanceScores:
             ) from error
 
 
+class _OnHost(Mapping[str, Tensor]):
+    """Tensors that are copied to the host when they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name].cpu()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
 class Assembly:
     """One criterion's ``parts`` from each module's weights and statistics (relevance/__init__.py says what it has), which
     come one module at a time; keeps none of them."""
@@ -289,6 +305,7 @@ class Assembly:
 
     def add(self, info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]]) -> None:
         combine = self.combine
+        weights, sums = self._in_one_place(weights, sums)
         quantities = tuple(
             {part: value.detach().cpu() for part, value in of.items()}
             for of in self.criterion.quantities(info, weights, sums, self.context)
@@ -312,6 +329,16 @@ class Assembly:
             self.parts[info.name]["element"] = single["weight"].detach().cpu()
             if "bias" in single:
                 self.parts[info.name]["element_bias"] = single["bias"].detach().cpu()
+
+    def _in_one_place(
+        self, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]]
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Mapping[str, Tensor]]]:
+        """All on the host where some of what the criterion needs is: statistics of single weights never wait on an
+        accelerator."""
+        needs = (*self.criterion.NEEDS, *(self.criterion.ELEMENT_NEEDS if self.elements else ()))
+        if not any(value.device.type == "cpu" for need in needs for value in sums.get(need, {}).values()):
+            return weights, sums
+        return _OnHost(weights), {need: _OnHost(sums[need]) for need in needs if need in sums}
 
     def finished(self) -> dict[str, dict[str, Tensor]]:
         if self.combine is not None:
