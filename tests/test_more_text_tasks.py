@@ -92,7 +92,10 @@ def test_the_loss_of_a_translation_is_the_models(tmp_path: Path) -> None:
     tokenizer = task.load_tokenizer(tmp_path)
     rows = [Row({"source": "good film", "target": "bad"}, 1), Row({"source": "fine", "target": "poor"}, 2)]
     examples = task.encode(rows, tokenizer, 8)
-    assert examples[0]["labels"] == tokenizer("bad")["input_ids"] and examples.sources == ["bad", "poor"]
+    assert examples[0]["labels"] == tokenizer("bad")["input_ids"] and examples.sources == [
+        ("good film", "bad"),
+        ("fine", "poor"),
+    ]
     batch = task.collator(tokenizer)([examples[0], examples[1]])
     outputs = model.eval()(**batch)
     assert LOSSES[task.loss].per_example(outputs, batch).mean().item() == pytest.approx(outputs.loss.item())
