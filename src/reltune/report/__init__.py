@@ -82,7 +82,7 @@ def before_and_after(metrics: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
 
     ``test_before_loss`` belongs to ``test_loss``, ``forgetting_before_loss`` to ``forgetting_after_loss``.
     """
-    before = {}
+    before: dict[str, str] = {}
     for name in metrics:
         data, found, rest = name.partition("_before_")
         after = [key for key in (f"{data}_{rest}", f"{data}_after_{rest}") if found and key in metrics]

@@ -123,7 +123,7 @@ class Seq2Seq(Task):
         assert examples.sources is not None
         tokens = np.where(tokens == IGNORED, processor.pad_token_id, tokens)  # Trainer pads with it
         texts = processor.batch_decode(tokens, skip_special_tokens=True)
-        return [Written(*source, text) for source, text in zip(examples.sources, texts, strict=True)]
+        return [Written(source, target, text) for (source, target), text in zip(examples.sources, texts, strict=True)]
 
 
 def rouge(texts: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
