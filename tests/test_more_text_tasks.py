@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
@@ -114,6 +115,16 @@ def test_a_run_of_translation(tmp_path: Path) -> None:
     ]
     results = run_task(tmp_path, rows, {**LEARNS, "learning_rate": 1e-2}, max_new_tokens=8)
     assert results["test_rougeL"] > 0.5 and results["test_exact_match"] > 0.5, results
+    outputs = [
+        json.loads(line) for line in (tmp_path / "run" / "outputs.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    wanted = {row["source"]: row["target"] for row in rows}
+    assert len(outputs) == results["test_samples"]
+    assert all(output["reference"] == wanted[output["prompt"]] for output in outputs)
+    for key, name in (("base", "test_before_exact_match"), ("tuned", "test_exact_match")):
+        right = [output[key].strip() == output["reference"] for output in outputs]
+        assert results[name] == pytest.approx(sum(right) / len(right))
+    assert results["test_before_rougeL"] < results["test_rougeL"]
     check_reload(tmp_path)
 
 
