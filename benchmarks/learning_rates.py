@@ -73,7 +73,9 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
             args = materials.arguments("selection", learning_rate=rate, save_strategy="no", eval_strategy="no")
             started = time.perf_counter()
             _, cost = training.train(model, args, materials.task, materials.tokenizer, materials.train)
-            metrics = evaluate(model, materials.held_out, materials.task, materials.tokenizer, disable_tqdm=True)
+            metrics = evaluate(
+                model, materials.held_out, materials.task, materials.tokenizer, disable_tqdm=True
+            ).metrics
             records.append(
                 {
                     "data": job["data"],

@@ -99,7 +99,9 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
             try:
                 _, cost = training.train(model, args, materials.task, materials.tokenizer, materials.train)
                 record["steps"] = cost.steps
-                metrics = evaluate(model, materials.held_out, materials.task, materials.tokenizer, disable_tqdm=True)
+                metrics = evaluate(
+                    model, materials.held_out, materials.task, materials.tokenizer, disable_tqdm=True
+                ).metrics
                 record |= {k: v for k, v in metrics.items() if "samples" not in k and "generations" not in k}
             except ArithmeticError as error:  # training diverged
                 record["error"] = str(error)
@@ -111,7 +113,7 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
         if job["method"] == "full" and job["seed"] == 0:
             metrics = evaluate(
                 materials.fresh_model(), materials.held_out, materials.task, materials.tokenizer, disable_tqdm=True
-            )
+            ).metrics
             untuned = {
                 "data": job["data"],
                 "seed": 0,

@@ -56,7 +56,7 @@ def test_the_loss_is_of_the_completion(models: Path) -> None:
     task = CausalLM(columns=COMPLETION)
     words, kept, source = encoded(task, models / "llama", prompt="good film", completion=" bad book")
     assert words == "good film bad book <|endoftext|>" and kept == "bad book <|endoftext|>"
-    assert source[1] == " bad book"
+    assert source[1:] == ("good film", " bad book")
     whole = CausalLM(columns=COMPLETION, completion_only_loss=False)
     assert encoded(whole, models / "llama", prompt="good film", completion=" bad book")[1] == words
     text = encoded(CausalLM(columns={"text": "text"}), models / "llama", text="very good film")
@@ -71,12 +71,13 @@ def test_chats_and_instructions_follow_the_template(models: Path) -> None:
         {"role": "assistant", "content": "poor book"},
     ]
     task = CausalLM(columns={"messages": "messages"})
-    words, kept, (prompt, reference) = encoded(task, models / "chat", messages=turns)
+    words, kept, (prompt, shown, reference) = encoded(task, models / "chat", messages=turns)
     assert (
         words
         == "<|user|> good film <|end|> <|assistant|> bad <|end|> <|user|> fine <|end|> <|assistant|> poor book <|end|>"
     )
     assert kept == "bad <|end|> poor book <|end|>" and reference == "poor book"
+    assert shown == "user: good film\nassistant: bad\nuser: fine"
     tokenizer = task.load_tokenizer(models / "chat")
     assert tokenizer.decode(prompt) == words.removesuffix(" poor book <|end|>")
     # a template that marks what the assistant writes is taken at its word
@@ -91,7 +92,8 @@ def test_chats_and_instructions_follow_the_template(models: Path) -> None:
     assert encoded(pair, models / "chat", prompt=turns[:3], completion=turns[3:])[1] == "poor book <|end|>"
     instruction = CausalLM(columns={"instruction": "instruction", "input": "input", "output": "output"})
     given = {"instruction": "very good", "input": "film", "output": "bad"}
-    words, kept, _ = encoded(instruction, models / "chat", **given)
+    words, kept, source = encoded(instruction, models / "chat", **given)
+    assert source.prompt == "very good\n\nfilm"
     assert words == "<|user|> very good film <|end|> <|assistant|> bad <|end|>" and kept == "bad <|end|>"
     # without a template, Alpaca's headings, which this vocabulary has no words for
     assert encoded(instruction, models / "llama", **given)[1] == "bad <|endoftext|>"

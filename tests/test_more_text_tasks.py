@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
@@ -92,7 +93,10 @@ def test_the_loss_of_a_translation_is_the_models(tmp_path: Path) -> None:
     tokenizer = task.load_tokenizer(tmp_path)
     rows = [Row({"source": "good film", "target": "bad"}, 1), Row({"source": "fine", "target": "poor"}, 2)]
     examples = task.encode(rows, tokenizer, 8)
-    assert examples[0]["labels"] == tokenizer("bad")["input_ids"] and examples.sources == ["bad", "poor"]
+    assert examples[0]["labels"] == tokenizer("bad")["input_ids"] and examples.sources == [
+        ("good film", "bad"),
+        ("fine", "poor"),
+    ]
     batch = task.collator(tokenizer)([examples[0], examples[1]])
     outputs = model.eval()(**batch)
     assert LOSSES[task.loss].per_example(outputs, batch).mean().item() == pytest.approx(outputs.loss.item())
@@ -111,6 +115,16 @@ def test_a_run_of_translation(tmp_path: Path) -> None:
     ]
     results = run_task(tmp_path, rows, {**LEARNS, "learning_rate": 1e-2}, max_new_tokens=8)
     assert results["test_rougeL"] > 0.5 and results["test_exact_match"] > 0.5, results
+    outputs = [
+        json.loads(line) for line in (tmp_path / "run" / "outputs.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    wanted = {row["source"]: row["target"] for row in rows}
+    assert len(outputs) == results["test_samples"]
+    assert all(output["reference"] == wanted[output["prompt"]] for output in outputs)
+    for key, name in (("base", "test_before_exact_match"), ("tuned", "test_exact_match")):
+        right = [output[key].strip() == output["reference"] for output in outputs]
+        assert results[name] == pytest.approx(sum(right) / len(right))
+    assert results["test_before_rougeL"] < results["test_rougeL"]
     check_reload(tmp_path)
 
 

@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from reltune import report
-from reltune.records import Heatmap, InputError, MethodResult, RunRecord
+from reltune.records import Heatmap, InputError, MethodResult, Output, RunRecord
 from reltune.report.html import write_report
-from reltune.report.terminal import comparison_table, heatmap, metrics_table
+from reltune.report.terminal import comparison_table, heatmap, metrics_table, outputs
 
 BERT = [
     *("attention.self.query", "attention.self.key", "attention.self.value"),
@@ -89,19 +89,27 @@ class Page(HTMLParser):
     def __init__(self, page):
         super().__init__()
         self.text, self.elements, self.code, self.inside = [], [], [], False
+        self.cells, self.cell = [], None  # of the outputs' table: attributes, and text with its tags left out
         self.feed(page)
         self.close()
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
+        if tag == "td" and ("dir", "auto") in attrs:
+            self.cell = ""
         if tag in ("script", "style"):
             self.inside = True
             self.code.append((tag, dict(attrs).get("id"), ""))
 
     def handle_endtag(self, tag):
         self.inside = False
+        if tag == "td" and self.cell is not None:
+            self.cells.append(self.cell)
+            self.cell = None
 
     def handle_data(self, data):
+        if self.cell is not None:
+            self.cell += data
         if self.inside:
             tag, name, code = self.code.pop()
             self.code.append((tag, name, code + data))
@@ -243,6 +251,59 @@ def test_metrics_table_shows_every_metric_in_its_unit():
         assert line in lines
 
 
+def test_metrics_before_training_stand_beside_those_after():
+    metrics = {
+        **{"test_before_loss": 1.5, "test_before_accuracy": 0.25, "other_before_loss": 3.0},
+        **{"test_loss": 0.5, "test_accuracy": 0.75, "train_steps": 7},
+        **{"forgetting_before_accuracy": 0.5, "forgetting_after_accuracy": 0.125},
+    }
+    assert report.before_and_after(metrics) == [
+        ("other_before_loss", None, 3.0),  # nothing to stand beside
+        *[("test_loss", 1.5, 0.5), ("test_accuracy", 0.25, 0.75), ("train_steps", None, 7)],
+        ("forgetting_after_accuracy", 0.5, 0.125),
+    ]
+    lines = [line.split() for line in shown(metrics_table(metrics), 80)]
+    for line in ("metric before after", "test_accuracy 25.00 % 75.00 %", "train_steps 7", "test_loss 1.5 0.5"):
+        assert line.split() in lines
+
+
+def test_a_text_is_cut_where_it_can_be_read():
+    words = " ".join(["word"] * 60)
+    start, rest = report.opening(f" {words}\n")
+    assert len(start) <= 200 and f"{start} {rest}" == words
+    assert report.opening("字" * 250) == ("字" * 200, "字" * 50)
+    assert report.opening("a\nb\nc\nd\n\ne\n") == ("a\nb\nc\nd", "e")
+    assert report.opening("a\nb\n") == ("a\nb", "") and report.opening(" ") == ("", "")
+
+
+OUTPUTS = [
+    Output("Wie viel ist 1 + 1?", "2", " 2\n", "zwei"),
+    Output("كم يساوي ٢ + ٢؟", "٤", "", "٤"),
+    Output("写\n" * 9, "好", "很" * 300, "[bold]好[/bold] \x1b[31m"),
+    *[Output(f"question {i}", "answer", "base", "tuned") for i in range(5)],
+]
+
+
+def test_outputs_stand_side_by_side(tmp_path):
+    page = page_of(tmp_path, dataclasses.replace(EMPTY, outputs=OUTPUTS))
+    rows = [page.cells[i : i + 4] for i in range(0, len(page.cells), 4)]
+    assert rows[0] == ["Wie viel ist 1 + 1?", "2", "2 ✓", "zwei"]
+    assert rows[1] == ["كم يساوي ٢ + ٢؟", "٤", "", "٤ ✓"]
+    assert [text.replace("\n", "") for text in rows[2][:3]] == ["写" * 9, "好", "很" * 300]
+    assert rows[2][3] == "[bold]好[/bold] \x1b[31m" and len(rows) == 8
+    assert sum(tag == "details" for tag, _ in page.elements) == 2  # the two long ones are folded
+    assert "Outputs" not in page_of(tmp_path, EMPTY).text
+
+
+def test_the_terminal_shows_a_few_outputs():
+    lines = shown(outputs(OUTPUTS), 80)
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    assert [line.split()[0] for line in lines[1:6] if line.strip()] == ["prompt", "reference", "base", "tuned"]
+    assert "[bold]好[/bold]" in text and "\x1b" not in text  # neither markup nor what a terminal would obey
+    assert "question 0" not in text and text.count("很") == 200 and "…" in text
+
+
 def test_report_loads_nothing(tmp_path):
     page = page_of(tmp_path, FULL)
     assert not [(tag, attrs) for tag, attrs in page.elements if attrs.keys() & {"src", "href", "srcset", "data"}]
@@ -294,6 +355,7 @@ def test_report_escapes_what_users_wrote(tmp_path):
     record = RunRecord(
         *(EVIL, {"model_name_or_path": EVIL, EVIL: [EVIL]}, [h, h], EVIL, [EVIL], {EVIL: 3}, {EVIL: 1.0}),
         *([], [MethodResult(EVIL, 1, 2, scores(0.5, 0.5), 0.1, None, None, None, None, note=EVIL)], [EVIL]),
+        [Output(EVIL, EVIL + "!", f'<b title="{EVIL}">' + 300 * "x", f"</td></table>{EVIL}")],
     )
     page = page_of(tmp_path, record)
     assert [tag for tag, _ in page.elements].count("script") == [
@@ -301,6 +363,7 @@ def test_report_escapes_what_users_wrote(tmp_path):
     ].count("script")
     assert "b" not in {tag for tag, _ in page.elements}
     assert page.text.count(EVIL) >= 12
+    assert page.cells == [EVIL, EVIL + "!", f'<b title="{EVIL}">' + 300 * "x", f"</td></table>{EVIL}"]
     # Plotly reads text as HTML: there it is escaped once more.
     figure = page.figures["heatmap-0"]
     assert not any("<" in code for _, name, code in page.code if name == "figures")

@@ -383,13 +383,15 @@ def _show_relevance(config: RunConfig, directory: RunDirectory) -> None:
 
 
 def _show_record(record: RunRecord, directory: RunDirectory) -> None:
-    from reltune.report.terminal import comparison_table, heatmap
+    from reltune.report.terminal import comparison_table, heatmap, outputs
 
     _print(heatmap(record.heatmaps[0]))
     if record.comparison:
         _print(comparison_table(record.comparison), width=100)  # its lines would break in the wrong places
     else:
         _print(_metrics_table(record.metrics))
+    if record.outputs:
+        _print(outputs(record.outputs))
     _say(record.depth_sentence, *record.notes, f"Report: {directory.report}")
 
 

@@ -130,7 +130,7 @@ def _train(materials: Materials, run: RunDirectory, baseline: Baseline, scratch:
         materials.task,
         materials.tokenizer,
         **placement(materials.config),
-    )
+    ).metrics
     save_model(model, str(scratch / f"{baseline.name}.safetensors"))
     save_file({k: v.detach().cpu().contiguous() for k, v in chosen.items()}, scratch / "trained.safetensors")
     head = sum(p.numel() for name, p in chosen.items() if name.startswith(heads))

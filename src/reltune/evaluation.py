@@ -6,7 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 
 from reltune.progress import show_progress
-from reltune.tasks.task import Examples, Task
+from reltune.tasks.task import Examples, Task, Written
 
 DEFAULTS: dict[str, Any] = {
     "per_device_eval_batch_size": 64,
@@ -26,30 +26,43 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+class Evaluation(NamedTuple):
+    """Metrics by name, and by the prefix of a data set what the model wrote for its examples."""
+
+    metrics: dict[str, float]
+    written: dict[str, list[Written]]
+
+
 def evaluate(
     model: nn.Module,
     datasets: Mapping[str, Examples],
     task: Task,
     processor: Any,
     **arguments: Any,
-) -> dict[str, float]:
-    """Loss and the task's metrics on each data set, keyed as transformers does: ``eval_loss``, ``test_accuracy``.
+) -> Evaluation:
+    """Loss and the task's metrics on each data set, keyed as transformers does: ``eval_loss``, ``test_accuracy``; and the
+    texts that the metrics of what the model writes were computed from.
 
     ``datasets`` maps the prefix ("eval", "test") to the examples, ``arguments`` are fields of TrainingArguments. Run
     times are left out: they are no property of the model.
     """
-    results: dict[str, float] = {}
+    found = Evaluation({}, {})
     with tempfile.TemporaryDirectory() as scratch:
         args = task.make_arguments(output_dir=scratch, **{**DEFAULTS, **task.defaults, **arguments})
         for prefix, examples in datasets.items():
             trainer = task.make_trainer(_counting_once(task.trainer_class), model, args, processor, examples)
             show_progress(trainer, "evaluate")
-            metrics = trainer.predict(examples, metric_key_prefix=prefix).metrics or {}
-            results.update({k: v for k, v in metrics.items() if not k.endswith(("_runtime", "_per_second", "_time"))})
-            written = task.generation_metrics(model, examples, processor, args.per_device_eval_batch_size)
-            results.update({f"{prefix}_{name}": value for name, value in written.items()})
-            results[f"{prefix}_samples"] = len(examples)
-    return results
+            output = trainer.predict(examples, metric_key_prefix=prefix)
+            metrics = {
+                name: value
+                for name, value in (output.metrics or {}).items()
+                if not name.endswith(("_runtime", "_per_second", "_time"))
+            }
+            written = task.written(model, examples, processor, args.per_device_eval_batch_size, output.predictions)
+            metrics |= {f"{prefix}_{name}": value for name, value in task.written_metrics(written).items()}
+            found.metrics.update(metrics, **{f"{prefix}_samples": len(examples)})
+            found.written[prefix] = written
+    return found
 
 
 def _counting_once(trainer_class: type[Trainer]) -> type[Trainer]:

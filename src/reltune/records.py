@@ -179,6 +179,10 @@ class RunConfig:
         default=64,
         metadata=_about("Of causal_lm: examples per held-out set for which it writes, at most.", "N", least=0),
     )
+    report_examples: int = field(
+        default=8,
+        metadata=_about("Of causal_lm and seq2seq: outputs that the report shows side by side, at most.", "N", least=0),
+    )
     forgetting_file: str | None = field(
         default=None,
         metadata=_about("A second, untouched set for the same task: measured before training and after it.", "PATH"),
@@ -435,6 +439,16 @@ class Heatmap:
 
 
 @dataclasses.dataclass
+class Output:
+    """What two models wrote for one test example, and what they should have: a line of ``outputs.jsonl``."""
+
+    prompt: str
+    reference: str
+    base: str  # the base model, before training
+    tuned: str
+
+
+@dataclasses.dataclass
 class RunRecord:
     """What the report shows of a run; assembled from the artefacts, never from memory of the training process."""
 
@@ -448,3 +462,4 @@ class RunRecord:
     history: list[dict[str, Any]]  # log_history of trainer_state.json
     comparison: list[MethodResult]  # empty when no baselines were run
     notes: list[str]  # data licence, hardware, what was not measured
+    outputs: list[Output] = field(default_factory=list)  # the first ones

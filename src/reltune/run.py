@@ -315,30 +315,35 @@ adapter becomes a plain model by `--to merged`.
 """
 
 
-def load_tuned(materials: Materials, run: RunDirectory) -> PeftModel:
-    """The base model with the run's adapter, both from disk."""
+def load_tuned(materials: Materials, run: RunDirectory, base: nn.Module | None = None) -> PeftModel:
+    """The base model (another copy than ``base`` if none is given) with the run's adapter from disk."""
     if not (run.adapter / "adapter_config.json").is_file():
         raise InputError(f"{run.path} holds no adapter; run `reltune tune` first.")
-    return PeftModel.from_pretrained(materials.fresh_model(), str(run.adapter))
+    return PeftModel.from_pretrained(materials.fresh_model() if base is None else base, str(run.adapter))
 
 
 def evaluate(materials: Materials, run: RunDirectory) -> dict[str, float]:
-    """Metrics of the saved adapter on validation and test data, written to ``all_results.json``.
+    """Metrics on held-out data before training and after it, written to ``all_results.json``; and what the model wrote for
+    test examples, to ``outputs.jsonl``.
 
-    Several processes, each with the whole model, share the data, and the first one writes.
+    Before training means: the base model with the heads that relevance was measured with. It is the tuned one with its
+    adapter disabled, which has the base's weights to the bit. Several processes, each with the whole model, share the data, and the first one writes.
     """
     processes = Processes.joined()
     with processes.together():
-        model = load_tuned(materials, run)
+        model = load_tuned(materials, run, model_with_heads(materials, run))
         plan = Plan.load(run.plan)
         cost = read_json(run.path / "training_cost.json")
-    metrics = measure_metrics(
-        model, materials.held_out, materials.task, materials.tokenizer, **placement(materials.config)
-    )
-    if materials.forgetting is not None:
-        metrics |= measure_forgetting(materials, run, model)
+    second = {} if materials.forgetting is None else {"forgetting": materials.forgetting}
+    task, processor, placed = materials.task, materials.tokenizer, placement(materials.config)
+    with model.disable_adapter():
+        held_out = {f"{name}_before": examples for name, examples in (materials.held_out | second).items()}
+        before = measure_metrics(model, held_out, task, processor, **placed)
+    held_out = materials.held_out | {f"{name}_after": examples for name, examples in second.items()}
+    after = measure_metrics(model, held_out, task, processor, **placed)
     results = {
-        **metrics,
+        **before.metrics,
+        **after.metrics,
         "trainable_parameters": plan.parameters,
         "head_parameters": plan.head_parameters,
         "adapter_bytes": disk_bytes(run.adapter, ("adapter_model.safetensors", "adapter_config.json")),
@@ -349,23 +354,9 @@ def evaluate(materials: Materials, run: RunDirectory) -> dict[str, float]:
     }
     with processes.together():
         if processes.first:
+            run.write_outputs(before.written["test_before"], after.written["test"])
             write_json(run.results, results)
     return results
-
-
-def measure_forgetting(materials: Materials, run: RunDirectory, tuned: nn.Module) -> dict[str, float]:
-    """Metrics on the second set: of the base model with the head that was trained before the analysis, and of the tuned."""
-    assert materials.forgetting is not None
-    found: dict[str, float] = {}
-    for prefix, model in (("forgetting_before", model_with_heads(materials, run)), ("forgetting_after", tuned)):
-        found |= measure_metrics(
-            model,
-            {prefix: materials.forgetting},
-            materials.task,
-            materials.tokenizer,
-            **placement(materials.config),
-        )
-    return found
 
 
 def export(materials: Materials, run: RunDirectory, to: str, output_dir: str) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -12,15 +14,16 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from reltune import export as exporting
-from reltune.records import InputError, RunConfig, write_json
+from reltune.records import InputError, Output, RunConfig, write_json, write_text
 from reltune.relevance.partial import interrupted_in
 from reltune.tasks.splits import Splits, bad_rows
+from reltune.tasks.task import Written
 
 ARTEFACTS = {  # in the order of the stages; writing one makes those after it out of date
     "analyze": ("relevance", "bad_rows.json"),
     "select": ("plan",),
     "tune": ("adapter", "trainer_state.json", "training_cost.json"),
-    "evaluate": ("all_results.json", "comparison.json"),
+    "evaluate": ("all_results.json", "outputs.jsonl", "comparison.json"),
     "report": ("report.html",),
 }
 
@@ -36,6 +39,7 @@ class RunDirectory:
         self.plan = self.path / "plan"
         self.adapter = self.path / "adapter"
         self.results = self.path / "all_results.json"
+        self.outputs = self.path / "outputs.jsonl"
         self.report = self.path / "report.html"
         self.log = self.path / "train_log.jsonl"
 
@@ -94,6 +98,24 @@ class RunDirectory:
         """Write down which rows were skipped, if any were."""
         if record := bad_rows(splits):
             write_json(self.path / "bad_rows.json", record)
+
+    def write_outputs(self, base: Sequence[Written], tuned: Sequence[Written]) -> None:
+        """Write what two models wrote for the same examples, a line for each; if they wrote nothing, no file."""
+        self.outputs.unlink(missing_ok=True)
+        found = [Output(*one[:2], base=one.text, tuned=other.text) for one, other in zip(base, tuned, strict=True)]
+        if found:
+            lines = [json.dumps(dataclasses.asdict(output), ensure_ascii=False) + "\n" for output in found]
+            write_text(self.outputs, "".join(lines))
+
+    def read_outputs(self, count: int) -> list[Output]:
+        """The first of what was written, if anything was."""
+        if not self.outputs.is_file():
+            return []
+        try:
+            with self.outputs.open(encoding="utf-8") as lines:
+                return [Output(**json.loads(line)) for line in itertools.islice(lines, count)]
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{self.outputs} cannot be read ({error}); run `reltune evaluate` again.") from error
 
     def clear(self, stage: str, checkpoints: bool = True) -> None:
         """Remove the artefacts of the stage and of those after it; of training's checkpoints too, unless told otherwise."""

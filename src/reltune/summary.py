@@ -52,6 +52,7 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
         history=read("trainer_state.json", {}).get("log_history", []),
         comparison=[MethodResult(**method) for method in comparison["methods"]],
         notes=notes,
+        outputs=run.read_outputs(config.report_examples),
     )
 
 

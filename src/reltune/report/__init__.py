@@ -77,6 +77,23 @@ def metric(name: str, value: Any) -> str:
     return f"{value:.4g}"
 
 
+def before_and_after(metrics: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, value before training, value) of each metric in the order given; None where it was not measured before.
+
+    ``test_before_loss`` belongs to ``test_loss``, ``forgetting_before_loss`` to ``forgetting_after_loss``.
+    """
+    before: dict[str, str] = {}
+    for name in metrics:
+        data, found, rest = name.partition("_before_")
+        after = [key for key in (f"{data}_{rest}", f"{data}_after_{rest}") if found and key in metrics]
+        before |= dict.fromkeys(after, name)
+    return [
+        (name, metrics[before[name]] if name in before else None, value)
+        for name, value in metrics.items()
+        if name not in before.values()
+    ]
+
+
 def score(name: str, value: float | None) -> str:
     """A task's metric for a table whose head names its unit."""
     if value is None or not math.isfinite(value):
@@ -116,6 +133,16 @@ def share(value: float | None) -> str:
 def of_what(h: Heatmap) -> str:
     """What the shares are shares of."""
     return "all relevance" if h.adds_up else "the sum of absolute values"
+
+
+def opening(text: str, characters: int = 200, lines: int = 4) -> tuple[str, str]:
+    """A text without the space around it, cut in two: what is shown of it at once, and the rest."""
+    text = text.strip()
+    end = len("\n".join(text.split("\n")[:lines]))
+    if end > characters:
+        space = text.rfind(" ", characters - 40, characters)
+        end = space if space > 0 else characters
+    return text[:end], text[end:].lstrip()
 
 
 def layer_labels(rows: Sequence[str], width: int = 20) -> tuple[list[str], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import math
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from reltune import report
-from reltune.records import Heatmap, InputError, MethodResult, RunRecord, write_text
+from reltune.records import Heatmap, InputError, MethodResult, Output, RunRecord, write_text
 
 ROW = 22  # pixels per layer
 # Pixels around the cells. Heat map and bars share TOP, so that their rows line up.
@@ -52,12 +53,16 @@ def write_report(path: str | os.PathLike, record: RunRecord) -> None:
         figures["layers"] = layers_figure(list(record.selected_by_layer), None, record.selected_by_layer)
     figures.update(curve_figures(record.history))
 
-    columns = comparison_columns(record.comparison)
+    columns, metrics = comparison_columns(record.comparison), report.before_and_after(record.metrics)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(count=report.count, percent=report.percent, metric=report.metric)
     page = environment.from_string(PAGE).render(
         record=record,
         key_figures=key_figures(record),
+        metrics=metrics,
+        compared=any(before is not None for _, before, _ in metrics),
+        outputs=[_cells_of(output) for output in record.outputs],
+        output_heads=[field.name for field in dataclasses.fields(Output)],
         comparison_heads=[head for head, _ in columns],
         comparison_rows=[(row, [text(row) for _, text in columns]) for row in record.comparison],
         panels=panels,
@@ -95,21 +100,33 @@ COSTS: tuple[tuple[str, Callable[[MethodResult], str]], ...] = (
 )
 
 
-def key_figures(record: RunRecord) -> list[tuple[str, str, str]]:
-    """(name, value, unit) of what a reader looks for first; those that the run has."""
+def _cells_of(output: Output) -> list[tuple[str, str, bool]]:
+    """(start, rest, whether a model has written the reference) of each text in the outputs' table."""
+    wanted = output.reference.strip()
+    return [
+        (*report.opening(text), name in ("base", "tuned") and text.strip() == wanted)
+        for name, text in vars(output).items()
+    ]
+
+
+def key_figures(record: RunRecord) -> list[tuple[str, str, str, str]]:
+    """(name, value, unit, value before training) of what a reader looks for first; those that the run has."""
     found = []
     for prefix, split in (("test", "Test"), ("eval", "Validation")):
         for name in report.measured([record.metrics], f"{prefix}_"):
             label, _, is_share = report.METRICS[name]
             value = report.score(name, record.metrics[f"{prefix}_{name}"])
-            found.append((f"{split} {label}", value, "%" if is_share else ""))
+            before = record.metrics.get(f"{prefix}_before_{name}")
+            unit = "%" if is_share else ""
+            earlier = "" if before is None else f"{report.score(name, before)} {unit}".strip()
+            found.append((f"{split} {label}", value, unit, earlier))
         if found:
             break
     trainable = record.metrics.get("trainable_parameters")
     if trainable is None and record.selected_by_layer:
         trainable = sum(record.selected_by_layer.values())
     if trainable is not None:
-        found.append(("Trainable parameters", report.count(trainable), ""))
+        found.append(("Trainable parameters", report.count(trainable), "", ""))
     return found
 
 
@@ -418,6 +435,7 @@ ul { padding-left: 20px; }
 .key dt { color: var(--soft); font-size: 14px; }
 .key dd { margin: 0; font-size: 26px; font-weight: 600; line-height: 1.25; }
 .key small { font-size: 16px; font-weight: 400; }
+.key .before { color: var(--soft); font-size: 14px; font-weight: 400; }
 fieldset { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 0 0 16px; padding: 0; border: 0; }
 legend { float: left; margin-right: 4px; color: var(--soft); }
 input { accent-color: var(--accent); }
@@ -448,6 +466,13 @@ tbody th { font-weight: 500; }
 details th { white-space: normal; }
 .facts { width: 100%; }
 .facts td { text-align: right; overflow-wrap: anywhere; padding-right: 0; }
+.facts td + td { padding-left: 16px; }
+.texts { width: 100%; min-width: 640px; table-layout: fixed; }
+.texts td { white-space: pre-wrap; overflow-wrap: anywhere; }
+.texts details { margin: 0; }
+.texts summary { color: inherit; font-size: inherit; list-style: none; }
+.texts details:not([open]) summary::after { content: " … more"; color: var(--accent); }
+.right { color: var(--soft); }
 details, .scroll + p { margin-top: 12px; }
 summary { cursor: pointer; color: var(--soft); font-size: 14px; }
 /* Set by the script before printing: a page's width is not known to it, and charts do not shrink on paper. */
@@ -462,7 +487,7 @@ summary { cursor: pointer; color: var(--soft); font-size: 14px; }
   .scroll { overflow: visible; background: none; }
   table, td .soft, th .soft { font-size: 10px; }
   th, td { padding: 4px 8px 4px 0; }
-  fieldset, details { display: none; }
+  fieldset, details:not(.texts details) { display: none; }
 }
 </style>
 </head>
@@ -474,8 +499,12 @@ summary { cursor: pointer; color: var(--soft); font-size: 14px; }
 {% endif %}
 {% if key_figures %}
 <dl class="key">
-{% for name, value, unit in key_figures %}
-<div><dt>{{ name }}</dt><dd>{{ value }}{% if unit %} <small>{{ unit }}</small>{% endif %}</dd></div>
+{% for name, value, unit, before in key_figures %}
+<div><dt>{{ name }}</dt><dd>{{ value }}{% if unit %} <small>{{ unit }}</small>{% endif %}</dd>
+{% if before %}
+<dd class="before">before training {{ before }}</dd>
+{% endif %}
+</div>
 {% endfor %}
 </dl>
 {% endif %}
@@ -584,13 +613,36 @@ An empty cell means that the layer has no such module.</p>
 <p class="soft">No training history was recorded.</p>
 {% endif %}
 
+{% if outputs %}
+<h2>Outputs</h2>
+<p>What the base model and the tuned one write for the first test examples. ✓ marks what is the reference to the letter.</p>
+<div class="scroll"><table class="texts">
+<thead><tr>
+{% for head in output_heads %}
+<th>{{ head }}</th>
+{% endfor %}
+</tr></thead>
+<tbody>
+{% for cells in outputs %}
+<tr>
+{% for start, rest, right in cells %}
+<td dir="auto">{% if rest %}<details><summary>{{ start }}</summary>{{ rest }}</details>{% else %}{{ start }}{% endif %}{% if right %} <span class="right" title="the reference">✓</span>{% endif %}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody></table></div>
+{% endif %}
+
 <div class="pair">
 <section>
 <h2>Metrics</h2>
-{% if record.metrics %}
+{% if metrics %}
 <table class="facts">
-{% for name, value in record.metrics.items() %}
-<tr><th>{{ name }}</th><td>{{ name | metric(value) }}</td></tr>
+{% if compared %}
+<thead><tr><th></th><th class="number">before</th><th class="number">after</th></tr></thead>
+{% endif %}
+{% for name, before, value in metrics %}
+<tr><th>{{ name }}</th>{% if compared %}<td>{{ name | metric(before) if before is not none }}</td>{% endif %}<td>{{ name | metric(value) }}</td></tr>
 {% endfor %}
 </table>
 {% else %}

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reltune import report
-from reltune.records import Heatmap, MethodResult
+from reltune.records import Heatmap, MethodResult, Output
 
 # Viridis (van der Walt and Smith 2015, CC0): perceptually uniform, readable with colour-vision deficiencies.
 VIRIDIS = (
@@ -22,6 +22,7 @@ VIRIDIS = (
 )
 WIDTH = 80
 CELL = 6
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal would act upon
 HEAD = CELL - 1  # one blank between heads
 
 
@@ -96,13 +97,32 @@ def comparison_table(results: Sequence[MethodResult]) -> Table:
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> Table:
-    """Every metric by name, in the order given."""
+    """Every metric by name, in the order given, beside the same before training where that was measured."""
+    rows = report.before_and_after(metrics)
+    compared = any(before is not None for _, before, _ in rows)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("metric", overflow="fold")
-    table.add_column("value", justify="right", overflow="fold")
-    for name, value in metrics.items():
-        table.add_row(Text(name), Text(report.metric(name, value)))
+    for head in ("metric", "before", "after") if compared else ("metric", "value"):
+        table.add_column(head, justify="left" if head == "metric" else "right", overflow="fold")
+    for name, *values in rows:
+        if not compared or values[0] is None:
+            cells = ["", report.metric(name, values[1])]
+        else:
+            cells = [report.metric(name, value) for value in values]
+        table.add_row(Text(name), *map(Text, cells[0 if compared else 1 :]))
     return table
+
+
+def outputs(found: Sequence[Output], few: int = 3) -> RenderableType:
+    """The first few outputs, each as prompt, reference, base and tuned model's text, one below the other."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold", max_width=WIDTH - 12)
+    for output in found[:few]:
+        for name, text in vars(output).items():
+            start, rest = report.opening(CONTROL.sub("\ufffd", text))
+            table.add_row(name, Text(f"{start} …" if rest else start), end_section=name == "tuned")
+        table.add_row()
+    return Group(Text("Outputs for the first test examples", style="bold"), table)
 
 
 def _abbreviate(names: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +30,11 @@ from transformers import (
 )
 
 from reltune.records import InputError
-from reltune.tasks.generation import continuations
+from reltune.tasks.generation import continuations, exact_match
 from reltune.tasks.losses import IGNORED
 from reltune.tasks.pretrained import as_it_is, load_config, load_model
 from reltune.tasks.rows import Row, text_problem
-from reltune.tasks.task import Columns, Examples, Task
+from reltune.tasks.task import Columns, Examples, Task, Written
 from reltune.tasks.texts import limit_of
 
 # The prompt of Alpaca (Taori et al. 2023), for tokenizers without a chat template.
@@ -42,6 +42,14 @@ INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"
 INSTRUCTION_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 
 Messages = list[dict[str, Any]]
+
+
+class Source(NamedTuple):
+    """What the model is asked to continue: the prompt's token ids, the prompt to read, and the text that should follow."""
+
+    ids: list[int]
+    prompt: str
+    reference: str
 
 
 @dataclass
@@ -140,7 +148,7 @@ class CausalLM(Task):
         return [name for name, module in model.named_modules() if module is head]
 
     def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
-        """Token ids and labels of each row. An example's source is its prompt's ids and the text that should follow.
+        """Token ids and labels of each row. An example's source is its ``Source``, or None where it has no prompt.
 
         Rows of which no label is left when they are cut are left out, and their lines are in ``lost``.
         """
@@ -158,9 +166,7 @@ class CausalLM(Task):
                 lost.append(row.line)
         return Examples(items, n_truncated, sources, {f"a prompt of {limit} tokens or more": lost} if lost else {})
 
-    def _encoded(
-        self, row: Row, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[list[int], list[int], tuple[list[int], str] | None]:
+    def _encoded(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], Source | None]:
         values: dict[str, Any] = {role: row.values.get(column) for role, column in self.columns.items()}
         if "instruction" in values:
             values = instruction_as_prompt(values, tokenizer)
@@ -173,7 +179,8 @@ class CausalLM(Task):
             ids = _ended(tokenizer(str(values["prompt"]) + str(values["completion"]))["input_ids"], tokenizer)
             # tokens may merge where the two meet: the completion starts at the first that differs
             start = _shared(prompt, ids)
-            return ids, _labels(ids, [(start, len(ids))] if only else None), (prompt, str(values["completion"]))
+            source = Source(prompt, values["prompt"], str(values["completion"]))
+            return ids, _labels(ids, [(start, len(ids))] if only else None), source
         if "prompt" in values:
             before, after = values["prompt"], values["completion"]
             prompt, ids = _rendered(before, tokenizer, prompt=True), _rendered([*before, *after], tokenizer)
@@ -183,9 +190,10 @@ class CausalLM(Task):
             messages = values["messages"]
             ids, spans = assistant_spans(messages, tokenizer, row.line)
             last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-            prompt, reference = _rendered(messages[:last], tokenizer, prompt=True), messages[last]["content"]
+            before, reference = messages[:last], messages[last]["content"]
+            prompt = _rendered(before, tokenizer, prompt=True)
         labels = _labels(ids, spans if only else None)
-        return ids, labels, (prompt, reference) if isinstance(reference, str) else None
+        return ids, labels, Source(prompt, to_read(before), reference) if isinstance(reference, str) else None
 
     def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
         """Pads a batch to its longest example, and the labels with it."""
@@ -251,16 +259,27 @@ class CausalLM(Task):
         """Perplexity (of all label tokens alike, whatever example they are in) and the share of tokens guessed."""
         return token_metrics(prediction.predictions)
 
-    def generation_metrics(
-        self, model: nn.Module, examples: Examples, processor: Any, batch_size: int
-    ) -> dict[str, float]:
-        """The share of examples whose completion the model writes to the letter, outer space aside."""
+    def written(
+        self, model: nn.Module, examples: Examples, processor: Any, batch_size: int, predictions: Any
+    ) -> list[Written]:
+        """Completions, of the last turn in chats, for ``generation_examples`` at most."""
         some = [source for source in examples.sources or () if source is not None][: self.generation_examples]
-        if not some:
+        texts = continuations(model, processor, [source.ids for source in some], self.max_new_tokens, batch_size)
+        return [Written(source.prompt, source.reference, text) for source, text in zip(some, texts, strict=True)]
+
+    def written_metrics(self, written: Sequence[Written]) -> dict[str, float]:
+        """The share of examples whose completion the model writes to the letter, outer space aside."""
+        if not written:
             return {}
-        texts = continuations(model, processor, [prompt for prompt, _ in some], self.max_new_tokens, batch_size)
-        right = [text.strip() == reference.strip() for text, (_, reference) in zip(texts, some, strict=True)]
-        return {"exact_match": sum(right) / len(right), "generations": len(right)}
+        return {"exact_match": exact_match(written), "generations": len(written)}
+
+
+def to_read(messages: Messages) -> str:
+    """Messages as a text to look at: a single one's words, or each behind its role."""
+    words = [message.get("content") or message.get("tool_calls") for message in messages]
+    if len(words) == 1 and isinstance(words[0], str):
+        return words[0]
+    return "\n".join(f"{message['role']}: {said}" for message, said in zip(messages, words, strict=True))
 
 
 def messages_problem(messages: list[Any], column: str) -> str | None:

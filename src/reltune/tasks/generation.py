@@ -1,4 +1,4 @@
-"""What a model writes by itself: greedy decoding of many prompts."""
+"""What a model writes by itself: greedy decoding of many prompts, and how much of it is right."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from reltune.tasks.task import Written
 
 
 @torch.no_grad()
@@ -50,6 +52,11 @@ def continuations(
             texts[place] = text
     model.train(training)
     return texts
+
+
+def exact_match(written: Sequence[Written]) -> float:
+    """The share of texts that are the reference to the letter, outer space aside; 0 of none."""
+    return sum(of.text.strip() == of.reference.strip() for of in written) / max(len(written), 1)
 
 
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

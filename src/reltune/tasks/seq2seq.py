@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoModelForSeq2SeqLM,
@@ -23,10 +24,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from reltune.tasks.generation import exact_match
 from reltune.tasks.losses import IGNORED
 from reltune.tasks.pretrained import as_it_is, load_model
 from reltune.tasks.rows import Row, text_problem
-from reltune.tasks.task import Columns, Examples, Task
+from reltune.tasks.task import Columns, Examples, Task, Written
 from reltune.tasks.texts import encode_texts, limit_of
 
 ROUGE = ("rougeL", "rouge1", "rouge2")
@@ -73,10 +75,11 @@ class Seq2Seq(Task):
         )
 
     def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
-        """Token ids of sources and targets, each cut to the limit; an example's source is its target's text."""
+        """Token ids of sources and targets, each cut to the limit; an example's source is both, as texts."""
         limit = limit_of(processor, max_length)
         lines = [row.line for row in rows]
-        items, n_truncated = encode_texts([self.content(row) for row in rows], lines, processor, max_length)
+        texts = [self.content(row) for row in rows]
+        items, n_truncated = encode_texts(texts, lines, processor, max_length)
         targets = [str(row.values[self.columns["target"]]) for row in rows]
         if targets:
             written = processor(text_target=targets, verbose=False)["input_ids"]
@@ -84,7 +87,7 @@ class Seq2Seq(Task):
             n_truncated += sum(len(ids) > limit for ids in written)
             for item, ids in zip(items, short, strict=True):
                 item["labels"] = ids
-        return Examples(items, n_truncated, targets)
+        return Examples(items, n_truncated, list(zip(texts, targets, strict=True)))
 
     def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
         """Pads sources and targets of a batch to their longest; the model makes the decoder's inputs of the targets."""
@@ -105,12 +108,22 @@ class Seq2Seq(Task):
         self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None
     ) -> dict[str, float]:
         """F1 of ROUGE (Lin 2004) and the share of targets written to the letter, outer space aside."""
-        assert examples is not None and examples.sources is not None
-        tokens: Any = prediction.predictions
+        assert examples is not None
+        found = self._decoded(prediction.predictions, examples, processor)
+        return {**rouge([of.text for of in found], [of.reference for of in found]), "exact_match": exact_match(found)}
+
+    def written(
+        self, model: nn.Module, examples: Examples, processor: Any, batch_size: int, predictions: Any
+    ) -> list[Written]:
+        """What the Trainer had the model write for every example."""
+        return self._decoded(predictions, examples, processor)
+
+    def _decoded(self, tokens: Any, examples: Examples, processor: PreTrainedTokenizerBase) -> list[Written]:
+        """The texts of token ids (N, T), one row per example."""
+        assert examples.sources is not None
         tokens = np.where(tokens == IGNORED, processor.pad_token_id, tokens)  # Trainer pads with it
         texts = processor.batch_decode(tokens, skip_special_tokens=True)
-        right = [text.strip() == target.strip() for text, target in zip(texts, examples.sources, strict=True)]
-        return {**rouge(texts, examples.sources), "exact_match": sum(right) / max(len(right), 1)}
+        return [Written(source, target, text) for (source, target), text in zip(examples.sources, texts, strict=True)]
 
 
 def rouge(texts: Sequence[str], targets: Sequence[str]) -> dict[str, float]:

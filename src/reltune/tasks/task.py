@@ -9,7 +9,7 @@ import abc
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,14 @@ from reltune.tasks.pretrained import load_tokenizer
 from reltune.tasks.rows import Row
 
 Columns = Mapping[str, str]  # role -> the column that plays it
+
+
+class Written(NamedTuple):
+    """What a model wrote for an example by itself: the prompt to read, the text that should follow, the text that did."""
+
+    prompt: str
+    reference: str
+    text: str
 
 
 class Examples(Dataset):
@@ -55,7 +63,7 @@ class Task(abc.ABC):
         columns: role -> column, of the layouts in ``columns.py``.
         name: key of ``registry.TASKS``.
         loss: key of ``losses.LOSSES``: the loss per example that relevance is measured by.
-        metrics: names of what ``compute_metrics`` and ``generation_metrics`` give, the main one first.
+        metrics: names of what ``compute_metrics`` and ``written_metrics`` give, the main one first.
         best_is_largest: how checkpoints compare by ``best``.
         peft_task_type: a value of ``peft.TaskType``, or None.
         unit: what one example is called.
@@ -195,8 +203,16 @@ class Task(abc.ABC):
         """The Trainer that trains the model on ``train`` with what ``make_arguments`` made."""
         return self.make_trainer(self.trainer_class, model, args, processor, held_out, train_dataset=train, **options)
 
-    def generation_metrics(
-        self, model: nn.Module, examples: Examples, processor: Any, batch_size: int
-    ) -> dict[str, float]:
-        """Metrics of what the model writes by itself; they take longer, and are measured once, after training."""
+    def written(
+        self, model: nn.Module, examples: Examples, processor: Any, batch_size: int, predictions: Any
+    ) -> list[Written]:
+        """What the model writes by itself for the examples, or for the first of them that have a prompt.
+
+        Taken of ``predictions`` (what ``compute_metrics`` sees) where the Trainer had the model write already. Elsewhere it
+        takes longer than they do, and is asked for before and after training only.
+        """
+        return []
+
+    def written_metrics(self, written: Sequence[Written]) -> dict[str, float]:
+        """Metrics of what the model wrote, beside those of ``compute_metrics``."""
         return {}
