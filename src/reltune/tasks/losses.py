@@ -2,7 +2,8 @@
 
 ``outputs`` is a model's output with ``logits``, or the logits themselves; ``batch`` is a mapping with ``labels``, or
 an ``(inputs, labels)`` pair. Losses are computed in float32 at least. The loss of an example with n label tokens is
-the mean of their cross entropies, so its squared gradients are those of the example's log likelihood over n².
+the mean of their cross entropies, so its squared gradients are those of the example's log likelihood over n². That of a
+preference pair, which is one example of two sequences, sums over their tokens.
 """
 
 from __future__ import annotations
