@@ -410,6 +410,10 @@ def test_rows_that_the_cut_leaves_nothing_of(models: Path) -> None:
         "a prompt of 3 tokens or more": [2],
     }
     assert len(found) == 1 and found.n_truncated == 4
+    whole = Preference(columns=IMPLICIT)
+    row = Row({"chosen": "good film", "rejected": "great film"}, 5)  # alike in their first letter alone
+    assert whole.problem(row) is None
+    assert whole.encode([row], tokenizer, 30).lost == {"answers that share no token of a prompt": [5]}
     assert [len(found[0][key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")] == [1, 2, 2]
 
 

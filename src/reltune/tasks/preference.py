@@ -126,7 +126,8 @@ class Preference(DecoderTask):
     def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
         """Token ids of each row's prompt and both answers, these cut to the limit with the prompt before them.
 
-        Rows of which the cut leaves no answer, or two that are the same, are left out, and their lines are in ``lost``.
+        Rows whose answers have no token before them, which nothing would predict, and those of which the cut leaves no answer, or
+        two that are the same, are left out, and their lines are in ``lost``.
         """
         limit = limit_of(processor, max_length, least=2)
         full, alike = f"a prompt of {limit} tokens or more", f"answers that are the same in the first {limit} tokens"
@@ -136,7 +137,9 @@ class Preference(DecoderTask):
             start, *pair = self._encoded(row, processor)
             n_truncated += any(len(ids) > limit for ids in pair)
             chosen, rejected = (ids[start:limit] for ids in pair)
-            if not chosen or not rejected:
+            if not start:
+                lost.setdefault("answers that share no token of a prompt", []).append(row.line)
+            elif not chosen or not rejected:
                 lost.setdefault(full, []).append(row.line)
             elif chosen == rejected:
                 lost.setdefault(alike, []).append(row.line)
