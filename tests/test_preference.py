@@ -298,8 +298,11 @@ def test_labels_are_drawn_from_the_rewards() -> None:
             preference_loss(0.5, name).sample_labels(logits, batch, None)
     with pytest.raises(InputError, match="did you mean 'sigmoid'"):
         preference_loss(loss_type="sigmoidal")
-    with pytest.raises(InputError, match="none of preference pairs"):
-        LOSSES["preference"].per_example(logits, {"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2)})
+    with pytest.raises(InputError, match="add completion_mask"):
+        LOSSES["preference"].per_example(logits, {"input_ids": torch.ones(1, 2, 3).long(), "labels": torch.ones(2)})
+    for flat in ({"input_ids": torch.ones(2, 3).long()}, (torch.ones(1, 2, 3).long(), torch.ones(1)), {}):
+        with pytest.raises(InputError, match="takes 2 rows for each example"):
+            rows_of(flat, loss)
 
 
 def test_the_contents_of_pairs_depend_on_no_padding() -> None:

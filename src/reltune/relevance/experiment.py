@@ -194,7 +194,8 @@ def in_halves(batch: Any, compute: Callable[[Any], Any]) -> Iterator[tuple[Any, 
 
 
 def with_untouched(model: nn.Module, loss: Loss, batches: list[Any]) -> list[Any]:
-    """The batches with what the loss needs of the model as it is now, if anything: a few numbers per example."""
+    """The batches with what the loss needs of the model as it is now, if anything: a few numbers per example. What they
+    have already, of a reference of the caller's own, stays."""
     note = getattr(loss, "of_untouched", None)
     if note is None:
         return batches
@@ -206,7 +207,7 @@ def with_untouched(model: nn.Module, loss: Loss, batches: list[Any]) -> list[Any
     found = []
     for batch in batches:
         parts = [of for _, of in in_halves(moved(batch, device), noted)]
-        found.append({**batch, **{key: torch.cat([part[key] for part in parts]) for key in parts[0]}})
+        found.append({**{key: torch.cat([part[key] for part in parts]) for key in parts[0]}, **batch})
     return found
 
 

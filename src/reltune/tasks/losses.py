@@ -55,10 +55,17 @@ class Loss:
 def rows_of(batch: Any, loss: Any) -> Any:
     """The batch as a model takes it for this loss: (B, rows, …) as (B · rows, …), an example's rows one after the other,
     and nothing that the loss alone reads."""
-    if getattr(loss, "rows_per_example", 1) == 1:
+    rows = getattr(loss, "rows_per_example", 1)
+    if rows == 1:
         return batch
     own = ("labels", *loss.beside)
-    return {key: value.flatten(0, 1) for key, value in batch.items() if key not in own}
+    inputs = {key: value for key, value in batch.items() if key not in own} if isinstance(batch, Mapping) else {}
+    if not inputs or any(not isinstance(of, Tensor) or of.ndim < 2 or of.shape[1] != rows for of in inputs.values()):
+        raise InputError(
+            f"the loss takes {rows} rows for each example; give batches as mappings, with input_ids and all else that the "
+            f"model reads of shape (examples, {rows}, …)."
+        )
+    return {key: value.flatten(0, 1) for key, value in inputs.items()}
 
 
 def as_loss(loss: str | nn.Module | Callable[[Any, Any], Tensor] | Loss | None) -> Loss:
@@ -307,11 +314,9 @@ def completion_log_probs(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
     ``batch`` has ``input_ids`` and ``completion_mask``, both (B, rows, T).
     """
     logits = getattr(outputs, "logits", outputs)
-    missing = [name for name in ("input_ids", COMPLETION) if name not in batch]
-    if missing or batch["input_ids"].ndim != 3 or batch["input_ids"].flatten(0, 1).shape != logits.shape[:-1]:
+    if COMPLETION not in batch or batch[COMPLETION].shape != batch["input_ids"].shape:
         raise InputError(
-            "the batch is none of preference pairs; give input_ids, attention_mask and completion_mask of shape "
-            "(pairs, 2, tokens), the chosen sequence first, and labels (pairs,) of ones."
+            "the batch does not say which tokens are the answers'; add completion_mask, of the shape of input_ids with 1 at these."
         )
     labels = batch["input_ids"].masked_fill(batch[COMPLETION] == 0, IGNORED).flatten(0, 1).to(logits.device)
     labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
