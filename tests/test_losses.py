@@ -32,8 +32,8 @@ from reltune.records import InputError
 from reltune.tasks.losses import LOSSES, Loss, as_loss
 
 TOKEN_TASKS = ("token_classification", "causal_lm", "masked_lm", "seq2seq")
-# Of answers in a context there are two logits per token: tests/test_more_text_tasks.py.
-OF_LOGITS = [task for task in LOSSES if task != "question_answering"]
+# Of answers in a context there are two logits per token: tests/test_more_text_tasks.py. Pairs: tests/test_preference.py.
+OF_LOGITS = [task for task in LOSSES if task not in ("question_answering", "preference")]
 LENGTHS = (3, 11, 6, 2, 9)
 N = 40_000  # copies of one example in the tests of sampling
 
@@ -197,6 +197,7 @@ def test_metrics_by_hand():
         "multilabel_classification": "label accuracy",
         "regression": "negative absolute error",
         "question_answering": "share of ends right",
+        "preference": "negative loss",
         **dict.fromkeys(TOKEN_TASKS, "token accuracy"),
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -12,8 +11,7 @@ import pytest
 from command_line import Answer, reltune, review_rows, write_csv
 from reltune.config_file import read_config
 from reltune.materials import prepare
-from reltune.records import InputError, RunConfig
-from reltune.tasks.splits import read_data
+from reltune.records import RunConfig
 from tiny_models import save_tiny_bert
 
 QUICK = ("--criteria", "depth", "--budget", "5%", "--max_steps", "1", "--head_epochs", "0", "--eval_strategy", "no")
@@ -161,12 +159,3 @@ def test_streaming(tmp_path: Path, model: Path) -> None:
     for more, named in (((*files,), "--max_steps"), (("--max_steps", 1), "--validation_file")):
         answer = reltune("run", *place, *more)
         assert answer.code == 2 and named in answer.err and answer.err.count("\n") == 1, answer.err
-
-
-def test_preference_rows_are_refused_by_name(tmp_path: Path) -> None:
-    file = tmp_path / "pairs.jsonl"
-    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
-    config = RunConfig(model_name_or_path="none", output_dir=str(tmp_path / "run"), train_file=str(file))
-    for task in (None, "preference"):
-        with pytest.raises(InputError, match="the task preference, which cannot be run yet; known: sequence"):
-            read_data(dataclasses.replace(config, task=task))

@@ -144,13 +144,14 @@ def json_schema() -> str:
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
+LIMITS = (("minimum", "least"), ("maximum", "most"), ("exclusiveMinimum", "above"))
 NUMBER_WORD = {"type": "string", "pattern": r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"}  # "1e-3" is a word in YAML 1.1
 
 
 def _own_schema(field: dataclasses.Field) -> dict[str, Any]:
     about = field.metadata
     kind = str(field.type).removesuffix(" | None")
-    limits = {key: about[name] for key, name in (("minimum", "least"), ("maximum", "most")) if name in about}
+    limits = {key: about[name] for key, name in LIMITS if name in about}
     word: dict[str, Any] = {"enum": list(about["choices"])} if about["choices"] else {"type": ["string", "number"]}
     wanted = {
         "str": word,

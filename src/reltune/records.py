@@ -51,6 +51,7 @@ DATASETS = (
     "digits",
 )
 ON_BAD_ROWS = ("error", "skip")
+PREFERENCE_LOSSES = ("sigmoid", "hinge", "ipo")
 TASKS = (
     "sequence_classification",
     "multilabel_classification",
@@ -112,7 +113,7 @@ def _about(help: str, metavar: str = "", choices: Sequence[str] = (), **more: An
         help: one line.
         metavar: what stands for the value in a flag's help.
         choices: the words that it can be, or that a list can hold.
-        more: ``least`` of a number, ``most`` of a number.
+        more: ``least`` of a number, ``most`` of a number, ``above`` which it must be.
     """
     return {"help": help, "metavar": metavar, "choices": tuple(choices), **more}
 
@@ -182,6 +183,14 @@ class RunConfig:
     report_examples: int = field(
         default=8,
         metadata=_about("Of causal_lm and seq2seq: outputs that the report shows side by side, at most.", "N", least=0),
+    )
+    beta: float = field(
+        default=0.1,
+        metadata=_about("Of preference: how much of a reward a change of log probability is.", "N", above=0),
+    )
+    loss_type: str = field(
+        default="sigmoid",
+        metadata=_about("Of preference: the loss of a pair, under TRL's names.", "NAME", PREFERENCE_LOSSES),
     )
     forgetting_file: str | None = field(
         default=None,
@@ -282,6 +291,8 @@ class RunConfig:
                     raise InputError(f"{name} {word!r} is unknown; {nearest(str(word), about.metadata['choices'])}")
             if "least" in about.metadata and value is not None and value < about.metadata["least"]:
                 raise InputError(f"{name} is {value}; it must be at least {about.metadata['least']}.")
+            if "above" in about.metadata and not value > about.metadata["above"]:
+                raise InputError(f"{name} is {value}; it must be above {about.metadata['above']}.")
         for name, known in (("criteria", CRITERIA), ("granularity", GRANULARITIES)):
             if not getattr(self, name):
                 raise InputError(f"{name} is empty; name at least one of {', '.join(known)}.")

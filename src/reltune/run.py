@@ -98,7 +98,7 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
     relevance = measure_relevance(
         model,
         loader,
-        materials.task.loss,
+        materials.task.relevance_loss,
         config.criteria,
         elements=config.scores_elements,
         target_modules=config.target_modules,

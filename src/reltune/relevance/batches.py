@@ -29,13 +29,15 @@ def contents(batch: Any) -> int:
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     names = list(batch) if isinstance(batch, Mapping) else range(len(batch))
     tensors = {n: v.detach().cpu() for n, v in zip(names, values_of(batch), strict=True) if isinstance(v, Tensor)}
-    kept = tensors["attention_mask"].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    kept = tensors["attention_mask"].bool() if isinstance(mask, Tensor) and mask.ndim in (2, 3) else None
     total = 0
     for s in range(size):
         digest = hashlib.sha256()
         for name, value in tensors.items():
             one = value[s] if value.ndim and len(value) == size else value
-            if kept is not None and one is not value and value.shape[:2] == kept.shape:
+            if kept is not None and one is not value and value.shape[: kept.ndim] == kept.shape:
+                if kept.ndim > 2:  # of several rows each example
+                    digest.update(f"{kept[s].sum(-1).tolist()} ".encode())
                 one = one[kept[s]]
             digest.update(f"{name} {one.dtype} {tuple(one.shape)} ".encode())
             digest.update(one.contiguous().view(-1).view(torch.uint8).numpy().tobytes())

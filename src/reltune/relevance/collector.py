@@ -104,10 +104,14 @@ class Collector:
 
     A module called once per pass is done as soon as its gradient comes; one called several times waits for all of its
     calls, because its gradient is the sum over them. With ``recompute``, inputs that autograd can make again are not
-    kept: on an accelerator memory is dearer than the few operations, on a CPU it is not.
+    kept: on an accelerator memory is dearer than the few operations, on a CPU it is not. The ``rows_per_example`` rows of an
+    example follow each other; their positions count as positions of one example.
     """
 
-    def __init__(self, model: nn.Module, measured: list[ModuleInfo], recompute: bool | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, measured: list[ModuleInfo], recompute: bool | None = None, rows_per_example: int = 1
+    ) -> None:
+        self.rows_per_example = rows_per_example
         # All experts of a projection are measured together, under the projection's name, until they are told apart at the
         # end; their statistics have one dimension more.
         self.experts: dict[str, list[ModuleInfo]] = {}
@@ -181,9 +185,10 @@ class Collector:
         self.witnesses: list[tuple[str, str, Tensor]] = []  # module, part, a number that is finite if all are
 
     def expect(self, examples: int, wanted: set[str], prefix: str, batch: Any, probe: bool = False) -> None:
-        """Get ready for a forward pass of so many examples."""
+        """Get ready for a forward pass of so many examples. ``batch`` is what the model sees of them."""
         self._clear()
         self.examples, self.wanted, self.prefix, self.probe = examples, wanted, prefix, probe
+        self.rows = examples * self.rows_per_example
         self.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if not probe:
             self.seen |= {prefix + need for need in wanted}
@@ -229,9 +234,9 @@ class Collector:
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> Any:
             ids = args[0] if args else next(iter(kwargs.values()))
-            if not shared or ids.ndim != 2 or len(ids) != 1 or self.examples == 1:
+            if not shared or ids.ndim != 2 or len(ids) != 1 or self.rows == 1:
                 return None
-            ids = ids.expand(self.examples, -1)
+            ids = ids.expand(self.rows, -1)
             return ((ids, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): ids})
 
         return hook
@@ -317,10 +322,12 @@ class Collector:
         info, module = self.infos[name], self.modules[name]
         handler = LAYER_TYPES[info.kind]
         try:
-            pairs = [handler.by_example(module, x, g, self.examples) for x, g in uses]
+            pairs = [handler.by_example(module, x, g, self.rows) for x, g in uses]
         except ValueError as error:
-            self.mixing[name] = f"{error} for {self.examples} examples"
+            self.mixing[name] = f"{error} for {self.rows} examples"
             return
+        if self.rows > self.examples:
+            pairs = [(self._of_examples(x), self._of_examples(g)) for x, g in pairs]
         if self.probe:
             if any(g[1:].any() for _, g in pairs):
                 self.mixing[name] = "an example's loss depends on rows that belong to another"
@@ -332,6 +339,10 @@ class Collector:
             found = handler.statistics(info, module, canonical_weights(info, module), x, g, self.wanted, shared)
         self._keep(name, {self.prefix + need: parts for need, parts in found.items()})
         self.done.add((self.prefix, name))
+
+    def _of_examples(self, values: Tensor) -> Tensor:
+        """The positions (rows, T, …) of all rows of an example as positions of one, (B, rows per example · T, …)."""
+        return values.unflatten(0, (self.examples, self.rows_per_example)).flatten(1, 2)
 
     def _add_experts(self, name: str, uses: list[tuple]) -> None:
         info, module = self.infos[name], self.modules[name]

@@ -27,7 +27,7 @@ from reltune.relevance.collector import AnalysisError, Collector, mixing_sentenc
 from reltune.relevance.not_finite import where_not_finite
 from reltune.relevance.parallel import Processes
 from reltune.relevance.partial import Partial, deferred_signals, flat, nested
-from reltune.tasks.losses import Loss
+from reltune.tasks.losses import Loss, rows_of
 
 SAMPLED = "sampled_"  # statistics of the pass whose labels are drawn from the model
 INPUTS = "inputs"  # the statistic that needs no backward pass
@@ -49,7 +49,7 @@ class DataPass:
         self.model, self.loss, self.seed, self.processes = model, loss, seed, processes
         self.sampled = {need for need in needs if need.startswith(SAMPLED)}
         self.observed = needs - self.sampled
-        self.collector = Collector(model, measured)
+        self.collector = Collector(model, measured, rows_per_example=getattr(loss, "rows_per_example", 1))
         self.device = next(model.parameters()).device
         self.generator = torch.Generator(self.device)
 
@@ -161,8 +161,9 @@ class DataPass:
 
     def _run(self, batch: Any, wanted: set[str], prefix: str) -> int:
         with torch.set_grad_enabled(wanted != {INPUTS}):
-            self.collector.expect(batch_size(batch), wanted, prefix, batch)
-            outputs = forward(self.model, batch)
+            rows = rows_of(batch, self.loss)
+            self.collector.expect(batch_size(batch), wanted, prefix, rows)
+            outputs = forward(self.model, rows)
             self.collector.forward_done()
             if wanted == {INPUTS}:
                 return batch_size(batch)
@@ -189,7 +190,7 @@ class DataPass:
             bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
             raise AnalysisError(
                 f"the loss of batch {self.collector.batch} is not finite at examples {bad[:8]} of the batch: "
-                f"{where_not_finite(self.model, batch)}."
+                f"{where_not_finite(self.model, rows_of(batch, self.loss))}."
             )
         if not losses.requires_grad:
             if self.collector.mixing:
@@ -200,8 +201,9 @@ class DataPass:
     def _probe(self, pair: Any) -> None:
         """Differentiate the loss of the first of two examples: where the second's rows get a gradient too, the module
         mixes examples, or its input's first axis is not the examples."""
-        self.collector.expect(2, self.backward_needs, "", pair, probe=True)
-        self.collector.backward(self.loss.per_example(forward(self.model, pair), pair)[:1])
+        rows = rows_of(pair, self.loss)
+        self.collector.expect(2, self.backward_needs, "", rows, probe=True)
+        self.collector.backward(self.loss.per_example(forward(self.model, rows), pair)[:1])
 
 
 def _seed(seed: int, batch: int) -> int:

@@ -21,7 +21,7 @@ from reltune.records import InputError, nearest
 from reltune.relevance.batches import batch_size, forward, moved, part_of
 from reltune.relevance.collector import AnalysisError
 from reltune.relevance.partial import Partial
-from reltune.tasks.losses import Loss
+from reltune.tasks.losses import Loss, rows_of
 
 Parts = dict[str, dict[str, Tensor]]  # module, layer or attention module -> part -> scores
 
@@ -114,32 +114,20 @@ class Experiment:
     def forward(self, before: Callable[[Any], None] | None = None) -> Iterator[tuple[Any, Tensor]]:
         """One pass: every batch (halved where memory does not hold it) with the metric of each of its examples.
 
-        ``before`` is told the batch before its forward pass.
+        ``before`` is told what the model sees of the batch before its forward pass.
         """
         seeded(self.device, self.seed)
-        for batch in self.batches:
-            yield from self._forward(moved(batch, self.device), before)
 
-    def _forward(self, batch: Any, before: Callable[[Any], None] | None) -> Iterator[tuple[Any, Tensor]]:
-        if before is not None:
-            before(batch)
-        try:
-            with torch.no_grad():
-                metrics = self._metrics(batch).cpu().double()
-        except (torch.OutOfMemoryError, MemoryError):
-            if batch_size(batch) < 2:
-                raise
-        else:
-            yield batch, metrics
-            return
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        half = batch_size(batch) // 2
-        for part in (part_of(batch, 0, half), part_of(batch, half, batch_size(batch))):
-            yield from self._forward(part, before)
+        def metrics(batch: Any) -> Tensor:
+            if before is not None:
+                before(rows_of(batch, self.loss))
+            return self._metrics(batch).cpu().double()
+
+        for batch in self.batches:
+            yield from in_halves(moved(batch, self.device), metrics)
 
     def _metrics(self, batch: Any) -> Tensor:
-        outputs = forward(self.model, batch)
+        outputs = forward(self.model, rows_of(batch, self.loss))
         metric = getattr(self.loss, "metric", None)
         metrics = -self.loss.per_example(outputs, batch) if metric is None else metric(outputs, batch)
         if metrics.shape != (batch_size(batch),):
@@ -185,6 +173,42 @@ class Experiment:
         tensors = {k: torch.tensor(values, dtype=torch.float64) for k, values in self.passes_done.items() if values}
         if self.partial and tensors:
             self.partial.save({"data": self.data}, tensors)
+
+
+def in_halves(batch: Any, compute: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
+    """The batch with what is computed of it, without gradients; halves of it where memory does not hold the whole."""
+    try:
+        with torch.no_grad():
+            found = compute(batch)
+    except (torch.OutOfMemoryError, MemoryError):
+        if batch_size(batch) < 2:
+            raise
+    else:
+        yield batch, found
+        return
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = batch_size(batch) // 2
+    for part in (part_of(batch, 0, half), part_of(batch, half, batch_size(batch))):
+        yield from in_halves(part, compute)
+
+
+def with_untouched(model: nn.Module, loss: Loss, batches: list[Any]) -> list[Any]:
+    """The batches with what the loss needs of the model as it is now, if anything: a few numbers per example. What they
+    have already, of a reference of the caller's own, stays."""
+    note = getattr(loss, "of_untouched", None)
+    if note is None:
+        return batches
+    device = next(model.parameters()).device
+
+    def noted(batch: Any) -> dict[str, Tensor]:
+        return {k: v.cpu() for k, v in note(forward(model, rows_of(batch, loss)), batch).items()}
+
+    found = []
+    for batch in batches:
+        parts = [of for _, of in in_halves(moved(batch, device), noted)]
+        found.append({**{key: torch.cat([part[key] for part in parts]) for key in parts[0]}, **batch})
+    return found
 
 
 def seeded(device: torch.device, seed: int) -> None:

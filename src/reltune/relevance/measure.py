@@ -31,7 +31,7 @@ from reltune.relevance.batches import batch_size, chained, contents, frozen
 from reltune.relevance.collector import AnalysisError, Sums, first_and_others, mixing_sentence
 from reltune.relevance.context import Context
 from reltune.relevance.data_pass import NO_DATA, DataPass
-from reltune.relevance.experiment import Experiment, Parts, checked_options, random_state_kept
+from reltune.relevance.experiment import Experiment, Parts, checked_options, random_state_kept, with_untouched
 from reltune.relevance.parallel import Processes, unwrapped
 from reltune.relevance.partial import Partial
 from reltune.relevance.plugins import Criterion, check_parts, find_criteria
@@ -151,12 +151,15 @@ def analyze(
         examples, data = sum(map(batch_size, loader)), f"{sum(map(contents, loader)) % (1 << 128):032x}"
         if examples == 0:
             raise InputError(NO_DATA)
+        loss = as_loss(loss_fn)
+        with frozen(model), random_state_kept(next(model.parameters()).device):
+            batches = with_untouched(model, loss, loader)
         experiment = Experiment(
             criterion="",
             model=model,
-            loss=as_loss(loss_fn),
+            loss=loss,
             inventory=inventory,
-            batches=loader,
+            batches=batches,
             options=None,
             seed=seed,
             progress=progress,

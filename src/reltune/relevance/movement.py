@@ -36,6 +36,7 @@ from reltune.records import InputError
 from reltune.relevance.batches import batch_size, forward, moved
 from reltune.relevance.collector import AnalysisError
 from reltune.relevance.experiment import Experiment, Parts, seeded, whole_number
+from reltune.tasks.losses import rows_of
 
 SCORES = ("layer", "module", "head", "column", "row", "element", "bias", "norm")
 
@@ -83,7 +84,7 @@ def _tune(experiment: Experiment, options: Options) -> dict[str, Tensor]:
     for step in tqdm(range(options.steps), desc=experiment.criterion, unit="step", disable=not experiment.progress):
         index = step % len(experiment.batches)
         batch = moved(experiment.batches[index], experiment.device)
-        losses = loss.per_example(forward(model, batch), batch)
+        losses = loss.per_example(forward(model, rows_of(batch, loss)), batch)
         if losses.shape != (batch_size(batch),):
             raise InputError(
                 f"loss_fn gave a tensor of shape {tuple(losses.shape)} for {batch_size(batch)} examples; it must give one "

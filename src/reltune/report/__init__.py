@@ -29,6 +29,9 @@ METRICS: dict[str, tuple[str, str, bool]] = {
     "token_accuracy": ("token accuracy", "token\nacc.", True),
     "exact_match": ("exact match", "exact\nmatch", True),
     "matthews": ("Matthews correlation", "Matth.\ncorr.", False),
+    "reward_accuracy": ("reward accuracy", "reward\nacc.", True),
+    "reward_margin": ("reward margin", "reward\nmargin", False),
+    "chosen_likelier": ("chosen likelier", "chosen\nlikelier", True),
 }
 
 

@@ -8,40 +8,40 @@ writes. Packing joins examples for training alone.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
     EvalPrediction,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
 )
 
 from reltune.records import InputError
+from reltune.tasks.decoder import (
+    DecoderTask,
+    Messages,
+    as_transformers_has_them,
+    ended,
+    messages_problem,
+    rendered,
+    shared,
+)
 from reltune.tasks.generation import continuations, exact_match
 from reltune.tasks.losses import IGNORED
-from reltune.tasks.pretrained import as_it_is, load_config, load_model
 from reltune.tasks.rows import Row, text_problem
-from reltune.tasks.task import Columns, Examples, Task, Written
+from reltune.tasks.task import Columns, Examples, Written
 from reltune.tasks.texts import limit_of
 
 # The prompt of Alpaca (Taori et al. 2023), for tokenizers without a chat template.
 INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"
 INSTRUCTION_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-
-Messages = list[dict[str, Any]]
 
 
 class Source(NamedTuple):
@@ -53,7 +53,7 @@ class Source(NamedTuple):
 
 
 @dataclass
-class CausalLM(Task):
+class CausalLM(DecoderTask):
     """The task of continuing a text.
 
     Attributes:
@@ -74,15 +74,9 @@ class CausalLM(Task):
     name: ClassVar[str] = "causal_lm"
     loss: ClassVar[str] = "causal_lm"
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy", "exact_match")
-    best_is_largest: ClassVar[bool] = False
-    peft_task_type: ClassVar[str] = "CAUSAL_LM"
     fields: ClassVar[tuple[str, ...]] = (
         *("completion_only_loss", "packing", "max_length", "max_new_tokens", "generation_examples"),
     )
-
-    @property
-    def best(self) -> str:
-        return "loss"
 
     def problem(self, row: Row) -> str | None:
         for role in ("text", "instruction"):
@@ -116,37 +110,6 @@ class CausalLM(Task):
     def content(self, row: Row) -> str:
         return " ".join(str(row.values.get(column)) for column in self.columns.values())
 
-    def load_model(
-        self, model_name_or_path: str | os.PathLike, dtype: torch.dtype | str | None = None, **options: Any
-    ) -> tuple[PreTrainedModel, list[str]]:
-        name = os.fspath(model_name_or_path)
-        config = load_config(name)
-        if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
-            raise InputError(
-                f"{name} is a {config.model_type!r} model, which sees the whole text at once and cannot continue one; "
-                "use a decoder such as Llama or GPT-2, or --task masked_lm."
-            )
-        return load_model(
-            name,
-            AutoModelForCausalLM,
-            MODEL_FOR_CAUSAL_LM_MAPPING,
-            "causal language modelling head",
-            as_it_is,
-            dtype,
-            lambda: self.load_tokenizer(name).pad_token_id,
-            **options,
-        )
-
-    def load_tokenizer(self, model_name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
-        tokenizer: PreTrainedTokenizerBase = super().load_tokenizer(model_name_or_path)
-        tokenizer.padding_side = "right"  # positions count from the first token
-        return tokenizer
-
-    def not_tuned(self, model: nn.Module) -> list[str]:
-        """The output embedding: SFTTrainer takes its weight for the loss, past any adapter."""
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        return [name for name, module in model.named_modules() if module is head]
-
     def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
         """Token ids and labels of each row. An example's source is its ``Source``, or None where it has no prompt.
 
@@ -172,26 +135,26 @@ class CausalLM(Task):
             values = instruction_as_prompt(values, tokenizer)
         only = self.completion_only_loss is not False
         if "text" in values:
-            ids = _ended(tokenizer(str(values["text"]))["input_ids"], tokenizer)
+            ids = ended(tokenizer(str(values["text"]))["input_ids"], tokenizer)
             return ids, list(ids), None
         if isinstance(values.get("prompt"), str):
             prompt = tokenizer(values["prompt"])["input_ids"]
-            ids = _ended(tokenizer(str(values["prompt"]) + str(values["completion"]))["input_ids"], tokenizer)
+            ids = ended(tokenizer(str(values["prompt"]) + str(values["completion"]))["input_ids"], tokenizer)
             # tokens may merge where the two meet: the completion starts at the first that differs
-            start = _shared(prompt, ids)
+            start = shared(prompt, ids)
             source = Source(prompt, values["prompt"], str(values["completion"]))
             return ids, _labels(ids, [(start, len(ids))] if only else None), source
         if "prompt" in values:
             before, after = values["prompt"], values["completion"]
-            prompt, ids = _rendered(before, tokenizer, prompt=True), _rendered([*before, *after], tokenizer)
-            spans = [(_shared(prompt, ids), len(ids))]
+            prompt, ids = rendered(before, tokenizer, prompt=True), rendered([*before, *after], tokenizer)
+            spans = [(shared(prompt, ids), len(ids))]
             reference = after[0]["content"] if len(after) == 1 else None
         else:
             messages = values["messages"]
             ids, spans = assistant_spans(messages, tokenizer, row.line)
             last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
             before, reference = messages[:last], messages[last]["content"]
-            prompt = _rendered(before, tokenizer, prompt=True)
+            prompt = rendered(before, tokenizer, prompt=True)
         labels = _labels(ids, spans if only else None)
         return ids, labels, Source(prompt, to_read(before), reference) if isinstance(reference, str) else None
 
@@ -202,17 +165,11 @@ class CausalLM(Task):
     def make_arguments(self, **values: Any) -> TrainingArguments:
         from trl import SFTConfig
 
-        # What Transformers leaves off and TRL turns on. The second name is what newer Transformers calls the first.
-        values = {"bf16": False, **values}
-        names = ("gradient_checkpointing", "activation_checkpointing")
-        known = [name for name in names if name in TrainingArguments.__dataclass_fields__]
-        if not set(names) & set(values):
-            values[known[-1]] = False
         return SFTConfig(
             packing=self.packing,
             eval_packing=False,
             dataset_kwargs={"skip_prepare_dataset": not self.packing},
-            **values,
+            **as_transformers_has_them(values),
         )
 
     def trainer(
@@ -282,18 +239,6 @@ def to_read(messages: Messages) -> str:
     return "\n".join(f"{message['role']}: {said}" for message, said in zip(messages, words, strict=True))
 
 
-def messages_problem(messages: list[Any], column: str) -> str | None:
-    """What is wrong with a list that should be messages, as a phrase, or None."""
-    if not messages:
-        return f"an empty {column!r}"
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            return f"a {column!r} with a message that has no role"
-        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
-            return f"a {column!r} with a message that has no content"
-    return None
-
-
 def instruction_as_prompt(values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """An instruction, its input and output as prompt and completion: a chat's where the tokenizer has a template."""
     instruction, given, output = values["instruction"], values.get("input") or "", values["output"]
@@ -321,43 +266,19 @@ def assistant_spans(
         )
         mask = marked["assistant_masks"]
         return marked["input_ids"], [(i, i + 1) for i, written in enumerate(mask) if written]
-    ids = _rendered(messages, tokenizer)
+    ids = rendered(messages, tokenizer)
     spans = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, upto = _rendered(messages[:i], tokenizer, prompt=True), _rendered(messages[: i + 1], tokenizer)
+        before, upto = rendered(messages[:i], tokenizer, prompt=True), rendered(messages[: i + 1], tokenizer)
         if ids[: len(upto)] != upto:
             raise InputError(
                 f"The chat template renders the turns of line {line} otherwise when more turns follow, so that it cannot be "
                 "told what the assistant wrote; use rows of prompt and completion, or a template with generation marks."
             )
-        spans.append((_shared(before, upto), len(upto)))
+        spans.append((shared(before, upto), len(upto)))
     return ids, spans
-
-
-def _rendered(messages: Messages, tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> list[int]:
-    if tokenizer.chat_template is None:
-        raise InputError(
-            "the model's tokenizer has no chat template, which rows of messages need; use an instruction-tuned model, or "
-            "rows of prompt and completion texts."
-        )
-    if not messages:
-        return []
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, add_generation_prompt=prompt
-    )
-    return list(encoded["input_ids"])
-
-
-def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    end = tokenizer.eos_token_id
-    return ids if end is None or ids[-1:] == [end] else [*ids, end]
-
-
-def _shared(ids: Sequence[int], others: Sequence[int]) -> int:
-    """How many leading tokens both have."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, others, strict=False)))
 
 
 def _labels(ids: list[int], spans: Iterable[tuple[int, int]] | None) -> list[int]:

@@ -2,7 +2,8 @@
 
 ``outputs`` is a model's output with ``logits``, or the logits themselves; ``batch`` is a mapping with ``labels``, or
 an ``(inputs, labels)`` pair. Losses are computed in float32 at least. The loss of an example with n label tokens is
-the mean of their cross entropies, so its squared gradients are those of the example's log likelihood over n².
+the mean of their cross entropies, so its squared gradients are those of the example's log likelihood over n². That of a
+preference pair, which is one example of two sequences, sums over their tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from reltune.records import InputError, nearest
+from reltune.records import PREFERENCE_LOSSES, InputError, nearest
 
 IGNORED = -100  # the label of tokens that are no part of the loss, as in transformers
 
@@ -35,12 +36,36 @@ class Loss:
             Balles, NeurIPS 2019, equations 2 and 3). The generator may be on another device, or None.
         metric: ``(outputs, batch) -> (B,)``, the task metric of each example; higher is better.
         metric_name: what ``metric`` measures.
+        rows_per_example: rows that the model takes for one example. Where there are several, the model's inputs are
+            (B, rows, …) in the batch, and ``rows_of`` gives them as (B · rows, …).
+        beside: entries of the batch that the loss reads and the model does not, other than ``labels``.
+        of_untouched: ``(outputs, batch) -> entries`` that the loss needs of the untouched model when another one, changed
+            since, is judged. A batch without them is one that the untouched model itself is run on.
     """
 
     per_example: Callable[[Any, Any], Tensor]
     sample_labels: Callable[[Any, Any, torch.Generator | None], Tensor]
     metric: Callable[[Any, Any], Tensor]
     metric_name: str
+    rows_per_example: int = 1
+    beside: tuple[str, ...] = ()
+    of_untouched: Callable[[Any, Any], dict[str, Tensor]] | None = None
+
+
+def rows_of(batch: Any, loss: Any) -> Any:
+    """The batch as a model takes it for this loss: (B, rows, …) as (B · rows, …), an example's rows one after the other,
+    and nothing that the loss alone reads."""
+    rows = getattr(loss, "rows_per_example", 1)
+    if rows == 1:
+        return batch
+    own = ("labels", *loss.beside)
+    inputs = {key: value for key, value in batch.items() if key not in own} if isinstance(batch, Mapping) else {}
+    if not inputs or any(not isinstance(of, Tensor) or of.ndim < 2 or of.shape[1] != rows for of in inputs.values()):
+        raise InputError(
+            f"the loss takes {rows} rows for each example; give batches as mappings, with input_ids and all else that the "
+            f"model reads of shape (examples, {rows}, …)."
+        )
+    return {key: value.flatten(0, 1) for key, value in inputs.items()}
 
 
 def as_loss(loss: str | nn.Module | Callable[[Any, Any], Tensor] | Loss | None) -> Loss:
@@ -279,6 +304,84 @@ def _share_of_ends_right(outputs: Any, batch: Any) -> Tensor:
     return _each((logits.argmax(-1) == labels).float())
 
 
+REFERENCE = "reference_log_probs"
+COMPLETION = "completion_mask"
+
+
+def completion_log_probs(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """The log probability of each completion, the sum over its tokens: (B, rows), of logits (B · rows, T, classes).
+
+    ``batch`` has ``input_ids`` and ``completion_mask``, both (B, rows, T).
+    """
+    logits = getattr(outputs, "logits", outputs)
+    if COMPLETION not in batch or batch[COMPLETION].shape != batch["input_ids"].shape:
+        raise InputError(
+            "the batch does not say which tokens are the answers'; add completion_mask, of the shape of input_ids with 1 at these."
+        )
+    labels = batch["input_ids"].masked_fill(batch[COMPLETION] == 0, IGNORED).flatten(0, 1).to(logits.device)
+    labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    counted = labels != IGNORED
+    losses = _CrossEntropy.apply(logits, labels.where(counted, 0))
+    return -losses.where(counted, 0).sum(1).unflatten(0, batch["input_ids"].shape[:2])
+
+
+def _margins(log_probs: Tensor, batch: Mapping[str, Tensor], beta: float, by_token: bool = False) -> Tensor:
+    """The first sequence's reward less the second's, of each pair."""
+    reference = batch.get(REFERENCE)
+    rewards = beta * (log_probs - (log_probs.detach() if reference is None else reference))
+    if by_token:
+        rewards = rewards / batch[COMPLETION].sum(-1).clamp(min=1)
+    return rewards[:, 0] - rewards[:, 1]
+
+
+def preference_losses(log_probs: Tensor, batch: Mapping[str, Tensor], beta: float, loss_type: str) -> Tensor:
+    """What ``preference_loss`` gives, from the completions' log probabilities (B, 2)."""
+    h = _margins(log_probs, batch, beta, by_token=loss_type == "ipo")
+    h = torch.where(batch["labels"].to(h.device) > 0, h, -h)
+    if loss_type == "sigmoid":
+        return -F.logsigmoid(h)
+    return F.relu(1 - h) if loss_type == "hinge" else ((h - 1 / 2) / beta).square()
+
+
+def preference_loss(beta: float = 0.1, loss_type: str = "sigmoid") -> Loss:
+    """Direct preference optimisation (Rafailov et al., NeurIPS 2023, equation 7), one loss per pair.
+
+    A sequence's reward is r = β (log π(y | x) − log π_ref(y | x)), π_ref being the untouched model. With h the chosen
+    sequence's reward less the rejected one's, the loss is −log σ(h) for "sigmoid", max(0, 1 − h) for "hinge" (SLiC-HF, Zhao et al.
+    2023), and for "ipo" (Azar et al. 2023, equation 17) the square of (h' − 1/2) / β, h' having each reward divided by its
+    sequence's number of tokens, as in TRL. Label 1 says that the first sequence of a pair is the preferred one, 0 the second.
+
+    A batch without ``reference_log_probs`` (B, 2) is of the untouched model: rewards are 0 and only their gradient is not.
+    """
+    if loss_type not in PREFERENCE_LOSSES:
+        raise InputError(f"loss_type {loss_type!r} is unknown; {nearest(loss_type, PREFERENCE_LOSSES)}")
+
+    def per_example(outputs: Any, batch: Any) -> Tensor:
+        return preference_losses(completion_log_probs(outputs, batch), batch, beta, loss_type)
+
+    @torch.no_grad()
+    def sample_labels(outputs: Any, batch: Any, generator: torch.Generator | None = None) -> Tensor:
+        """From the Bradley-Terry model: the first sequence is preferred with probability σ(h), 1/2 at the untouched model."""
+        if loss_type != "sigmoid":
+            raise InputError(
+                f"labels cannot be drawn for the preference loss {loss_type!r}, which is no log likelihood; use the criterion "
+                "fisher, or loss_type sigmoid."
+            )
+        h = _margins(completion_log_probs(outputs, batch), batch, beta)
+        return (_random(torch.rand, h, generator) < h.sigmoid()).to(batch["labels"].dtype)
+
+    @torch.no_grad()
+    def metric(outputs: Any, batch: Any) -> Tensor:
+        return -per_example(outputs, batch)
+
+    @torch.no_grad()
+    def of_untouched(outputs: Any, batch: Any) -> dict[str, Tensor]:
+        return {REFERENCE: completion_log_probs(outputs, batch)}
+
+    own = (COMPLETION, REFERENCE)
+    return Loss(per_example, sample_labels, metric, "negative loss", 2, own, of_untouched)
+
+
 LOSSES: dict[str, Loss] = {
     "sequence_classification": _cross_entropy("accuracy"),
     "multilabel_classification": Loss(_binary_cross_entropy, _bernoulli, _share_of_labels_right, "label accuracy"),
@@ -288,6 +391,7 @@ LOSSES: dict[str, Loss] = {
     "masked_lm": _cross_entropy("token accuracy"),
     "seq2seq": _cross_entropy("token accuracy"),
     "question_answering": Loss(_span_cross_entropy, _spans, _share_of_ends_right, "share of ends right"),
+    "preference": preference_loss(),
 }
 
 

@@ -6,6 +6,7 @@ from reltune.tasks.causal_lm import CausalLM
 from reltune.tasks.image_classification import ImageClassification
 from reltune.tasks.masked_lm import MaskedLM
 from reltune.tasks.multilabel_classification import MultilabelClassification
+from reltune.tasks.preference import Preference
 from reltune.tasks.question_answering import QuestionAnswering
 from reltune.tasks.regression import Regression
 from reltune.tasks.seq2seq import Seq2Seq
@@ -22,5 +23,6 @@ TASKS: dict[str, type[Task]] = {
     "seq2seq": Seq2Seq,
     "causal_lm": CausalLM,
     "masked_lm": MaskedLM,
+    "preference": Preference,
     "image_classification": ImageClassification,
 }

@@ -102,8 +102,6 @@ def _task(config: RunConfig, train: Rows | StreamedRows) -> tuple[Task, dict[str
         columns = columns_of(name, train.columns, *named)
     except InputError as error:
         raise InputError(f"{train.source}: {error}") from error
-    if name not in TASKS:
-        raise InputError(f"{train.source} is for the task {name}, which cannot be run yet; known: {', '.join(TASKS)}.")
     return TASKS[name](columns=columns, **{field: getattr(config, field) for field in TASKS[name].fields}), flags
 
 

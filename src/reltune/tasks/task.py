@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
+from reltune.tasks.losses import Loss
 from reltune.tasks.pretrained import load_tokenizer
 from reltune.tasks.rows import Row
 
@@ -92,6 +93,11 @@ class Task(abc.ABC):
     def best(self) -> str:
         """The metric of an evaluation during training by which checkpoints are compared."""
         return self.metrics[0]
+
+    @property
+    def relevance_loss(self) -> str | Loss:
+        """The loss per example with the task's own settings, where it has any."""
+        return self.loss
 
     # -- rows --
 
