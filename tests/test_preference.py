@@ -262,7 +262,7 @@ def test_losses_are_those_of_trl(loss_type: str, tmp_path: Path) -> None:
             ours = loss.per_example(tuned(**rows_of(batch, loss)), batch)
         assert float(theirs) == pytest.approx(float(ours), rel=1e-4)
     # all of them together, and their metrics, by the trainer that evaluates
-    found = evaluate(tuned, {"test": examples}, task, tokenizer, use_cpu=True, per_device_eval_batch_size=2)
+    found = evaluate(tuned, {"test": examples}, task, tokenizer, use_cpu=True, per_device_eval_batch_size=2).metrics
     with torch.no_grad():
         batch = collate(examples.items)
         ours = {}

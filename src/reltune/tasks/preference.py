@@ -36,7 +36,7 @@ ITEM = ("prompt_ids", "chosen_ids", "rejected_ids")  # TRL's names
 class PairTrainer(Trainer):
     """Evaluates pairs: of each its loss, and (B, 4) the log probabilities of both answers under the model and the reference.
 
-    Those of the reference are nan where the model has no adapter to switch off. ``args`` is TRL's DPOConfig.
+    Those of the reference are nan where the model has no adapter to switch off, or it is off. ``args`` is TRL's DPOConfig.
     """
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -50,7 +50,7 @@ class PairTrainer(Trainer):
         rows = {**rows_of(batch, preference_loss(beta, loss_type)), "use_cache": False}
         own: Any = self.accelerator.unwrap_model(model)
         with torch.no_grad(), self.compute_loss_context_manager():
-            if isinstance(own, PeftModel):
+            if isinstance(own, PeftModel) and own.get_model_status().enabled is not False:
                 with own.disable_adapter():
                     batch[REFERENCE] = completion_log_probs(model(**rows), batch)
             log_probs = completion_log_probs(model(**rows), batch)
@@ -214,8 +214,8 @@ class Preference(DecoderTask):
     ) -> dict[str, float]:
         """The shares of pairs in which the chosen answer has the larger reward, and is the likelier one as it stands.
 
-        Log probabilities are sums over an answer's tokens, as in the loss. A model without an adapter is the reference itself
-        and has no rewards.
+        Log probabilities are sums over an answer's tokens, as in the loss. A model without an adapter, or with its adapter off,
+        is the reference itself and has no rewards.
         """
         chosen, rejected, *reference = torch.as_tensor(prediction.predictions).double().unbind(1)
         found = {"chosen_likelier": (chosen > rejected).double().mean().item()}

@@ -77,8 +77,10 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **place, **options)
     except Exception as error:  # the tokenizers library raises bare Exceptions on a damaged file
         raise InputError(f"{name} has no usable tokenizer ({first_line(error)}). {mend}") from error
-    if place:
-        _name_special_tokens(tokenizer, name)
+    if place:  # the file's own: transformers 5.17 takes the token that begins a text for the one that ends it
+        for kind in ("bos", "eos", "pad"):
+            if (token_id := getattr(config, f"{kind}_token_id", None)) is not None:
+                setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(token_id))
     # without any file transformers returns a tokenizer of special tokens only (T5's: one more)
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
         raise InputError(f"{name} has no tokenizer files. {mend}")
@@ -95,17 +97,6 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
         offset = 2 if tokenizer.pad_token_id == 1 and tokenizer.model_max_length > positions else 0
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions - offset)
     return tokenizer
-
-
-def _name_special_tokens(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Those that a file of llama.cpp names: transformers 5.17 takes the token that begins a text for the one that ends it."""
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    facts = load_gguf_checkpoint(path)["tokenizer"]
-    for name in ("bos", "eos", "unk", "pad"):
-        token_id = facts.get(f"{name}_token_id")
-        if token_id is not None:
-            setattr(tokenizer, f"{name}_token", facts["tokens"][token_id])
 
 
 def load_model(
