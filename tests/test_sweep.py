@@ -98,7 +98,9 @@ def test_the_best_is_what_tuning_with_it_gives(swept: tuple[Path, Answer], plain
     assert {f for f in contents(plain["1e-2"]) if not f.startswith("checkpoint")} == {
         f for f in contents(run) if not f.startswith(("checkpoint", "sweep"))
     }
-    assert (run / "train_log.jsonl").read_text().count("\n") == (plain["1e-2"] / "train_log.jsonl").read_text().count("\n")
+    assert (run / "train_log.jsonl").read_text().count("\n") == (plain["1e-2"] / "train_log.jsonl").read_text().count(
+        "\n"
+    )
     configs = [RunConfig.load(of / "config.yaml") for of in (run, plain["1e-2"])]
     configs[1].output_dir = configs[0].output_dir
     assert configs[0] == configs[1] and configs[0].training["learning_rate"] == 1e-2
@@ -120,10 +122,15 @@ def test_a_diverged_trial_is_shown(swept: tuple[Path, Answer], place: Path) -> N
 def test_only_the_best_keeps_what_it_trained(swept: tuple[Path, Answer]) -> None:
     run, _ = swept
     heavy = [path for path in run.rglob("*") if path.suffix in (".safetensors", ".pt", ".bin")]
-    assert {path.relative_to(run).parts[0].partition("-")[0] for path in heavy} == {"relevance", "adapter", "checkpoint"}
+    assert {path.relative_to(run).parts[0].partition("-")[0] for path in heavy} == {
+        "relevance",
+        "adapter",
+        "checkpoint",
+    }
     assert (run / "sweep" / "trial-0" / "train_log.jsonl").is_file()
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_best(swept: tuple[Path, Answer], plain: dict[str, Path], place: Path) -> None:
     words = ["--resume_from_checkpoint", "true", "--num_train_epochs", 8, "--overwrite_output_dir"]
     for name, source in (("more", swept[0]), ("more_plain", plain["1e-2"])):
@@ -145,7 +152,7 @@ def test_when_all_fail(place: Path) -> None:
 
 
 def test_all_combinations_by_another_metric(place: Path) -> None:
-    words = ["--sweep", "learning_rate=1e-3,3e-2", "--sweep", "lr-scheduler-type=linear,constant", "--max_steps", 8]
+    words = ["--sweep", "learning_rate=1e-3,3e-2", "--sweep", "lr-scheduler-type=linear,constant", "--max_steps", 4]
     run, _ = tuned(place, "two", *words, "--metric_for_best_model", "loss")
     record = read(run / "sweep.json")
     assert [list(trial["values"].values()) for trial in record["trials"]] == [
@@ -169,6 +176,7 @@ def test_what_counts_as_better() -> None:
     assert training.compared_by({"metric_for_best_model": "loss", "greater_is_better": True}, reviews) == ("loss", True)
 
 
+@pytest.mark.slow
 def test_a_budget(place: Path) -> None:
     """The plan is the best trial's; values that were given before give way."""
     words = ["--sweep", "budget=0.5%,30%", "--learning_rate", 3e-2, *SHORT]
@@ -202,10 +210,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
     seen: list[tuple[str, str | None]] = []
     train = training.train
 
-    def noted(model: Any, args: Any, *others: Any) -> Any:
+    def noted(model: Any, args: Any, *others: Any, **more: Any) -> Any:
         checkpoint = others[4] if len(others) > 4 else None
         seen.append((Path(args.output_dir).name, checkpoint and Path(checkpoint).name))
-        return train(model, args, *others)
+        return train(model, args, *others, **more)
 
     monkeypatch.setattr(training, "train", noted)
     return seen
@@ -237,6 +245,11 @@ def test_an_interrupted_sweep_goes_on(
     assert answer.code == 2 and "already holds sweep" in answer.err  # of other values
     answer = reltune("tune", run, "--learning_rate", 1e-3)
     assert answer.code == 2 and contents(run) == before
+    plan = (run / "plan" / "plan.yaml").read_text(encoding="utf-8")
+    (run / "plan" / "plan.yaml").write_text(plan + "# edited\n", encoding="utf-8")
+    answer = reltune("tune", run)
+    assert answer.code == 2 and "has changed since the sweep began" in answer.err
+    (run / "plan" / "plan.yaml").write_text(plan, encoding="utf-8")
     trained.clear()
     assert reltune("tune", run).code == 0  # config.yaml has the rest
     assert [name for name, _ in trained] == ["trial-1", "trial-2"]
@@ -247,6 +260,7 @@ def test_an_interrupted_sweep_goes_on(
     assert answer.code == 2 and "already holds adapter" in answer.err
 
 
+@pytest.mark.slow
 def test_the_same_run_command_goes_on(place: Path, trained: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*files(place), "--sweep", "learning_rate=1e-3,1e-2", "--sweep", "budget=1%,5%", "--num_train_epochs", 3]
     with monkeypatch.context() as patch:
@@ -267,6 +281,7 @@ def test_the_same_run_command_goes_on(place: Path, trained: list[Any], monkeypat
     assert len(trained) == 5  # all of it
 
 
+@pytest.mark.slow
 def test_interrupted_while_the_best_is_taken_over(
     place: Path, swept: tuple[Path, Answer], trained: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,7 +346,9 @@ def test_ranges_are_drawn_from_and_learned(tmp_path: Path) -> None:
 
 def test_whole_numbers_words_and_the_number_of_trials() -> None:
     space = sweeps.space(
-        ranges(sweep={"max_steps": ["2..9"], "bf16": ["true", "False"], "optim": ["sgd", "adamw_torch"]}, sweep_trials=None)
+        ranges(
+            sweep={"max_steps": ["2..9"], "bf16": ["true", "False"], "optim": ["sgd", "adamw_torch"]}, sweep_trials=None
+        )
     )
     assert space["max_steps"] == optuna.distributions.IntDistribution(2, 9, log=True)
     assert space["bf16"].choices == (True, False) and space["optim"].choices == ("sgd", "adamw_torch")
@@ -343,7 +360,9 @@ def test_a_range_end_to_end(place: Path) -> None:
     record = read(run / "sweep.json")
     rates = [trial["values"]["learning_rate"] for trial in record["trials"]]
     assert len(rates) == 2 and all(1e-3 <= rate <= 1e-1 for rate in rates)
-    plain, _ = tuned(place, "range_plain", "--learning_rate", record["best"]["values"]["learning_rate"], "--max_steps", 3)
+    plain, _ = tuned(
+        place, "range_plain", "--learning_rate", record["best"]["values"]["learning_rate"], "--max_steps", 3
+    )
     assert same_adapter(run, plain)
     config = RunConfig.load(run / "config.yaml")
     assert config.sweep == {} and config.sweep_trials is None
@@ -428,7 +447,11 @@ def test_in_a_config_file(place: Path, tmp_path: Path) -> None:
     answer = reltune(*words, "--learning_rate", 2e-3)  # the flag wins: it has a value now
     assert answer.code == 0, answer
     trials = read(tmp_path / "run" / "sweep.json")["trials"]
-    assert len(trials) == 1 and trials[0]["values"].keys() == {"max_steps"} and trials[0]["values"]["max_steps"] in (1, 2, 3)
+    assert (
+        len(trials) == 1
+        and trials[0]["values"].keys() == {"max_steps"}
+        and trials[0]["values"]["max_steps"] in (1, 2, 3)
+    )
     assert RunConfig.load(tmp_path / "run" / "config.yaml").training["learning_rate"] == 2e-3
     file.write_text(text + "sweep: {learning_rate: [1e-3, 0.01]}\nlearning_rate: 1e-3\n")
     answer = reltune("run", "--config", file, "--overwrite_output_dir")
@@ -443,6 +466,7 @@ def config_with(tmp_path: Path, line: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_trial_that_does_not_fit(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tune = stages.tune
 

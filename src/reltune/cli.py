@@ -174,6 +174,7 @@ def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = Fal
         config = _changed(config, context)
         resume = config.training.pop("resume_from_checkpoint", None)
         _check_data(config, run)
+        _check_space(config)
         selects = "budget" in config.sweep
         if overwrite_output_dir or not directory.sweeping(config):
             directory.check_stage("select" if selects else "tune", overwrite_output_dir)
@@ -343,6 +344,7 @@ def _begin(config: RunConfig, overwrite: bool, select: bool = True) -> tuple[Mat
     directory = RunDirectory(config.output_dir)
     processes = Processes.joined()
     with processes.together():
+        _check_space(config)
         resumed = not overwrite and directory.continues(config)
         if not resumed:
             directory.check_new(overwrite)
@@ -399,6 +401,13 @@ def _all_stages(config: RunConfig, overwrite: bool, baselines: bool = False) -> 
     with _together():
         if _first():
             _show_record(stages.report(config, directory), directory)
+
+
+def _check_space(config: RunConfig) -> None:
+    if config.sweep:
+        from reltune.sweep import space
+
+        space(config)
 
 
 def _check_sweep(materials: Materials, relevance: RelevanceScores | None = None) -> None:

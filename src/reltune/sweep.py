@@ -1,7 +1,7 @@
 """Sweeps: training once for each value of some fields, and keeping what is best on validation data.
 
 Each trial is ``tune`` in a directory of its own, so that the adapter that is kept is the one that ``tune`` with the best
-values gives. Optuna keeps the study (``sweep/study.jsonl``, a journal that its dashboard reads) and draws from ranges by
+values gives. Optuna keeps the study (``sweep/study.jsonl``, a journal) and draws from ranges by
 TPE (Bergstra et al. 2011). Trainer.hyperparameter_search does not fit: it sets values on finished TrainingArguments,
 which nothing checks again, wants a model_init, which TRL's trainers do not take, and knows no budget.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import hashlib
 import itertools
 import json
 import math
@@ -170,6 +171,8 @@ def sweep(materials: Materials, run: RunDirectory, anew: bool = False) -> Materi
                 run.clear("select" if "budget" in distributions else "tune")
                 config.save(run.config_file)
             study = _study(run, _compared_by(materials)[1])
+            if "budget" not in distributions:
+                _check_plan(study, run)
     while True:
         asked = None
         with processes.together():
@@ -225,6 +228,14 @@ def _study(run: RunDirectory, largest: bool) -> optuna.Study:
         )
     except (ValueError, KeyError) as error:
         raise InputError(f"{run.study} cannot be read ({error}); begin anew with --overwrite_output_dir.") from error
+
+
+def _check_plan(study: optuna.Study, run: RunDirectory) -> None:
+    """Raise InputError unless all trials train by one plan, which may be edited by hand."""
+    plan = hashlib.sha256((run.plan / "plan.yaml").read_bytes()).hexdigest()
+    if study.user_attrs.get("plan", plan) != plan:
+        raise InputError(f"{run.plan} has changed since the sweep began; pass --overwrite_output_dir to begin it anew.")
+    study.set_user_attr("plan", plan)
 
 
 def _ask(study: optuna.Study, distributions: dict[str, Any], config: RunConfig) -> tuple[int, dict[str, Any]] | None:
