@@ -387,6 +387,7 @@ WRONG = [
     (["--sweep", "budget=1%..5%"], "budget holds no numbers"),
     (["--sweep", "budget=1%,much"], "much"),
     (["--sweep", "max_steps=1,2", "--sweep_trials", 3], "sweep_trials is for ranges"),
+    (["--sweep_trials", 3], "nothing is swept"),
     (["--sweep", "learning_rate=1e-3,-1"], "sweep, learning_rate=-1: training fields: Invalid learning rate"),
     (["--sweep", "max_steps=0,1"], "sweep, max_steps=0: max_steps is 0"),
     (["--sweep", "lr_scheduler_type=linear,cosin"], "did you mean 'cosine'"),

@@ -302,7 +302,9 @@ def _combined(stored: dict[str, Any], given: dict[str, Any], training: dict[str,
         raise InputError(f"{twice[0]} has a value and is swept too; leave out --{twice[0]} or that --sweep.")
     left = {name: values for name, values in stored.get("sweep", {}).items() if name not in {**given, **training}}
     kept = {name: value for name, value in stored.get("training", {}).items() if name not in swept}
-    return {**stored, **given, "sweep": swept or left, "training": {**kept, **training}}
+    sweep = swept or left
+    trials = given.get("sweep_trials", stored.get("sweep_trials") if sweep else None)
+    return {**stored, **given, "sweep": sweep, "sweep_trials": trials, "training": {**kept, **training}}
 
 
 def _given(context: typer.Context) -> dict[str, Any]:

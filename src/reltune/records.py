@@ -321,6 +321,10 @@ class RunConfig:
                 f"training holds no mapping but {self.training!r}; write fields of transformers.TrainingArguments."
             )
 
+        if self.sweep_trials is not None and not self.sweep:
+            raise InputError(
+                "sweep_trials says how often to draw from a range, and nothing is swept; give a sweep too."
+            )
         if twice := [name for name in self.sweep if name in self.training]:
             raise InputError(f"{twice[0]} has a value and is swept too; keep one of them.")
         steps = "max_steps" in self.sweep or float(self.training.get("max_steps") or 0) > 0

@@ -152,9 +152,9 @@ def _compared_by(materials: Materials) -> tuple[str, bool]:
 def sweep(materials: Materials, run: RunDirectory, anew: bool = False) -> Materials:
     """Train for each combination of the swept values (of ranges, ``sweep_trials`` draws) and keep the best as the run's.
 
-    An interrupted sweep goes on, unless told to begin ``anew``: finished trials are not repeated, the one that was cut short goes on from its last
-    checkpoint. A training that diverges, or does not fit in the accelerator's memory, is a failed trial. Of several
-    processes the first one keeps the study and writes.
+    An interrupted sweep goes on, unless told to begin ``anew``: finished trials are not repeated, the one that was cut
+    short goes on from its last checkpoint. A training that diverges, or does not fit in the accelerator's memory, is a
+    failed trial. Of several processes the first one keeps the study and writes.
 
     Returns:
         The materials with the best values in their config, which is the run's from then on.
@@ -324,7 +324,10 @@ def _trial(materials: Materials, run: RunDirectory, number: int, values: dict[st
     try:
         if "budget" in values and not (trial.plan / "plan.yaml").is_file():
             select(config, trial)
-        tune(own, trial, trial.newest_checkpoint(), f"trial {number}")
+        whole = not config.training.get(
+            "save_only_model"
+        )  # checkpoints that training can go on from as if nothing had been
+        tune(own, trial, trial.newest_checkpoint() if whole else None, f"trial {number}")
         model = load_tuned(own, trial)
         metrics = measure_metrics(
             model, {"eval": own.validation}, own.task, own.tokenizer, generate=False, **placement(config)
