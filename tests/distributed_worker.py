@@ -457,7 +457,15 @@ def by_command(directory: Path) -> None:
         (directory / f"{kind}-{dist.get_rank()}.txt").write_text("".join(answer.out for answer in answers))
 
 
+def swept(directory: Path) -> None:
+    """reltune tune with a sweep, on a run that the test has made."""
+    answer = command("tune", directory / "run", *SWEEP, "--per_device_train_batch_size", 4)
+    assert answer.code == 0, answer
+    (directory / f"{dist.get_rank()}.txt").write_text(answer.out)
+
+
 TUNE = ["--max_steps", 4, "--per_device_eval_batch_size", 5, "--eval_strategy", "no", "--learning_rate", 0.02]
+SWEEP = [*TUNE[:-2], "--sweep", "learning_rate=0.05,0.02,1e30", "--metric_for_best_model", "loss"]
 
 
 def refusals(directory: Path) -> None:

@@ -34,6 +34,8 @@ granularity: [column, bias]
 target_modules: ['layer\\.(1|2)', query]
 head_epochs: 1e-1
 seed: 7
+sweep: {adam_beta1: [0, 1e-2, 0.1], optim: "sgd, adamw_torch", warmup_steps: 1..9, tf32: [true, false]}
+sweep_trials: 5
 learning_rate: 1e-3
 max_steps: 5
 training:
@@ -82,6 +84,13 @@ def test_every_kind_of_field(tmp_path: Path) -> None:
         "target_modules": ["layer\\.(1|2)", "query"],
         "head_epochs": 0.1,
         "seed": 7,
+        "sweep": {
+            "adam_beta1": ["0", "1e-2", "0.1"],
+            "optim": ["sgd", "adamw_torch"],
+            "warmup_steps": ["1..9"],
+            "tf32": ["True", "False"],
+        },
+        "sweep_trials": 5,
     }
     jsonschema.validate(
         yaml.safe_load(FULL.replace("save_strategy: no", "save_strategy: 'no'")), json.loads(json_schema())
@@ -102,6 +111,10 @@ WRONG = [
     ("elements: 'yes please'", "elements is 'yes please'; it must be true or false"),
     ("train_file: [a.csv]", "train_file is ['a.csv']; it must be text"),
     ("criteria: {fisher: 1}", "criteria is {'fisher': 1}; it must be a list of words"),
+    ("sweep: learning_rate=1e-3", "sweep is 'learning_rate=1e-3'; it must be a mapping of fields to lists of values"),
+    ("sweep: {learning_rate: [[1e-3]]}", "it must be a mapping of fields to lists of values"),
+    ("sweep: {learning_rate: []}", "it must be a mapping of fields to lists of values"),
+    ("sweep_trials: some", "sweep_trials is 'some'; it must be a whole number"),
     ("training: fast", "training is 'fast'; it must be a mapping"),
     ("learning_rate: fast", "learning_rate: invalid float value: 'fast'"),
     ("max_steps: 2.5", "max_steps: invalid int value: '2.5'"),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from command_line import contents, review_rows, write_csv
 from command_line import reltune as command
-from distributed_worker import SELECTIONS, TUNE, adam, batches, bert, loss_of, net, sgd, trainer, with_saved
+from distributed_worker import SELECTIONS, SWEEP, TUNE, adam, batches, bert, loss_of, net, sgd, trainer, with_saved
 from oracles import dense_update
 from tiny_models import save_tiny_bert
 
@@ -79,6 +79,7 @@ FUNCTIONS = (
     "checkpointed",
     "by_trainer",
     "by_command",
+    "swept",
     "refusals",
 )
 
@@ -113,6 +114,7 @@ def by_two(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("by_two")
     for kind in ("ddp", "full", "sharded"):
         shutil.copytree(run, directory / "by_command" / kind)
+    shutil.copytree(run, directory / "swept" / "run")
     done = torchrun(TESTS / "distributed_worker.py", directory, *FUNCTIONS)
     assert done.returncode == 0, done.stderr
     return directory
@@ -212,6 +214,21 @@ def test_tune_and_evaluate_under_torchrun(kind: str, by_two: Path, run: Path, al
     assert "Adapter: " in printed[0] and "test_accuracy" in printed[0] and printed[1] == ""
     written, usual = ({f for f in contents(p) if not f.startswith("checkpoint")} for p in (place / kind, alone))
     assert written == usual
+
+
+def test_a_sweep_under_torchrun(by_two: Path, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "alone")
+    assert command("tune", tmp_path / "alone", *SWEEP, "--per_device_train_batch_size", 8).code == 0
+    place = by_two / "swept" / "run"
+    found, wanted = (load_file(p / "adapter" / "adapter_model.safetensors") for p in (place, tmp_path / "alone"))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    one, two = (json.loads((p / "sweep.json").read_text()) for p in (tmp_path / "alone", place))
+    assert two["best"]["number"] == one["best"]["number"] == 1
+    for mine, theirs in zip(two["trials"], one["trials"], strict=True):
+        assert mine.pop("metric") == pytest.approx(theirs.pop("metric"), abs=1e-6) and mine == theirs
+    printed = [(by_two / "swept" / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert "Best on validation data: learning_rate=0.02." in printed[0] and printed[1] == ""
 
 
 @pytest.mark.slow

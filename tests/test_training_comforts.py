@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from command_line import reltune, review_rows, write_csv
 from reltune import run as stages
@@ -63,6 +64,10 @@ def test_training_stops_when_nothing_gets_better(place: Path) -> None:
     state = read(run / "trainer_state.json")
     evaluations = [entry for entry in log_of(run) if "eval_accuracy" in entry]
     assert state["epoch"] == len(evaluations) == 3  # the first is the best; two more are not better
+    # tune has the flag too: patience 1 stops one evaluation earlier
+    assert reltune("tune", run, "--early_stopping_patience", 1, "--overwrite_output_dir").code == 0
+    assert read(run / "trainer_state.json")["epoch"] == 2
+    assert RunConfig.load(run / "config.yaml").early_stopping_patience == 1
     answer = reltune("run", "--model_name_or_path", place / "model", "--train_file", place / "train.csv",
                      "--output_dir", place / "none", "--early_stopping_patience", 0)  # fmt: skip
     assert answer.code == 2 and "early_stopping_patience" in answer.err
@@ -89,6 +94,17 @@ def test_evaluation_by_steps_takes_checkpoints_with_it(place: Path) -> None:
     answer = reltune("tune", run, "--resume_from_checkpoint", "true", "--max_steps", 8, "--overwrite_output_dir")
     assert answer.code == 0, answer.err
     assert [entry["step"] for entry in log_of(run) if "loss" in entry] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_tensorboard_sees_what_is_logged(place: Path) -> None:
+    words = ["--max_steps", 4, "--logging_steps", 1, "--eval_strategy", "steps", "--eval_steps", 2, "--budget", "5%"]
+    run = new_run(place, "board", *words, "--report_to", "tensorboard")
+    (folder,) = (run / "runs").iterdir()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    for tag, key in (("train/loss", "loss"), ("eval/loss", "eval_loss"), ("eval/accuracy", "eval_accuracy")):
+        wanted = {entry["step"]: entry[key] for entry in log_of(run) if key in entry}
+        assert wanted and {event.step: event.value for event in events.Scalars(tag)} == pytest.approx(wanted)
 
 
 def test_half_precision_and_checkpointing_train(place: Path) -> None:

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from reltune import __version__
-from reltune.records import InputError, RunConfig, parts
+from reltune.records import InputError, RunConfig, assignments, parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from reltune.materials import Materials
     from reltune.records import RunRecord
+    from reltune.relevance.scores import RelevanceScores
     from reltune.run_directory import RunDirectory
 
 app = typer.Typer(
@@ -96,6 +97,7 @@ def _flag(field: dataclasses.Field) -> tuple[Any, Any]:
     default = None if field.default is dataclasses.MISSING else field.default
     words = [] if field.default_factory is dataclasses.MISSING else field.default_factory()
     types = {"str": str, "int": int, "float": float, "bool": bool, "list[str]": list[str]}
+    types["dict[str, list[str]]"] = list[str]
     option = typer.Option(
         f"--{field.name}/--no_{field.name}" if kind == "bool" else f"--{field.name}",
         metavar=about["metavar"] or None,
@@ -156,12 +158,13 @@ def select(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = F
 
 
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
-@flags("frozen_dtype")
+@flags("frozen_dtype", "early_stopping_patience", "sweep", "sweep_trials")
 def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = False) -> None:
     """Train what the plan names: RUN/adapter."""
     from reltune import run as stages
     from reltune.materials import prepare
     from reltune.plan.plan import Plan
+    from reltune.relevance.scores import RelevanceScores
     from reltune.run_directory import RunDirectory
 
     if run.startswith("--"):  # the training flags came first, so that Click took one of them for RUN
@@ -171,10 +174,25 @@ def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = Fal
         config = _changed(config, context)
         resume = config.training.pop("resume_from_checkpoint", None)
         _check_data(config, run)
-        directory.check_stage("tune", overwrite_output_dir)
-        Plan.load(directory.plan)
+        _check_space(config)
+        selects = "budget" in config.sweep
+        if overwrite_output_dir or not directory.sweeping(config):
+            directory.check_stage("select" if selects else "tune", overwrite_output_dir)
+            directory.check_stage("tune", overwrite_output_dir)
+        relevance = RelevanceScores.load(directory.relevance) if selects else None
+        if not selects:
+            Plan.load(directory.plan)
         materials = prepare(config)
-    stages.tune(materials, directory, resume)
+        if config.sweep:
+            if resume:
+                raise InputError(
+                    "resume_from_checkpoint is for one training; a sweep goes on by itself where it stopped."
+                )
+            _check_sweep(materials, relevance)
+    if config.sweep:
+        _sweep(materials, directory, overwrite_output_dir)
+    else:
+        stages.tune(materials, directory, resume)
     _say(f"Adapter: {directory.adapter}", f"Next: reltune evaluate {run}")
 
 
@@ -258,23 +276,35 @@ def _config(context: typer.Context, file: str | None = None) -> RunConfig:
         from reltune.config_file import read_config
 
         fields = read_config(file)
-    training = {**fields.pop("training", {}), **_training_fields(context)}
-    fields |= _given(context)
+    fields = _combined(fields, _given(context), _training_fields(context))
     for name in ("model_name_or_path", "output_dir"):
         if name not in fields:
             raise InputError(f"--{name} is missing; give it as a flag or in a file named with --config.")
-    if "resume_from_checkpoint" in training:
+    if "resume_from_checkpoint" in fields["training"]:
         raise InputError("a new run has no checkpoint to resume from; resume with `reltune tune RUN` instead.")
-    config = RunConfig(**fields, training=training)
+    config = RunConfig(**fields)
     config.check()
     return config
 
 
 def _changed(config: RunConfig, context: typer.Context) -> RunConfig:
     """The config with what was given on this command line."""
-    config = dataclasses.replace(config, **_given(context), training={**config.training, **_training_fields(context)})
+    config = RunConfig(**_combined(vars(config), _given(context), _training_fields(context)))
     config.check()
     return config
+
+
+def _combined(stored: dict[str, Any], given: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
+    """A config's fields with what was given on the command line: what has a value there is not swept any more, and what is
+    swept there has no value any more."""
+    swept = given.get("sweep", {})
+    if twice := [name for name in swept if name in training or name in given]:
+        raise InputError(f"{twice[0]} has a value and is swept too; leave out --{twice[0]} or that --sweep.")
+    left = {name: values for name, values in stored.get("sweep", {}).items() if name not in {**given, **training}}
+    kept = {name: value for name, value in stored.get("training", {}).items() if name not in swept}
+    sweep = swept or left
+    trials = given.get("sweep_trials", stored.get("sweep_trials") if sweep else None)
+    return {**stored, **given, "sweep": sweep, "sweep_trials": trials, "training": {**kept, **training}}
 
 
 def _given(context: typer.Context) -> dict[str, Any]:
@@ -285,6 +315,8 @@ def _given(context: typer.Context) -> dict[str, Any]:
         source = context.get_parameter_source(name)
         if name in fields and source is not None and source.name == "COMMANDLINE":
             given[name] = parts(value) if isinstance(value, list | tuple) else value
+            if name == "sweep":
+                given[name] = assignments(value)
             if given[name] in ("", []):
                 raise InputError(f"--{name} is empty; give it a value or leave it out.")
     return given
@@ -314,6 +346,7 @@ def _begin(config: RunConfig, overwrite: bool, select: bool = True) -> tuple[Mat
     directory = RunDirectory(config.output_dir)
     processes = Processes.joined()
     with processes.together():
+        _check_space(config)
         resumed = not overwrite and directory.continues(config)
         if not resumed:
             directory.check_new(overwrite)
@@ -325,6 +358,8 @@ def _begin(config: RunConfig, overwrite: bool, select: bool = True) -> tuple[Mat
         materials = prepare(config)
         stages.check_choice(materials, select)
         materials.check_training()
+        if config.sweep:
+            _check_sweep(materials)
     with processes.together():
         if not resumed and processes.first:
             directory.create(config)
@@ -338,7 +373,11 @@ def _begin(config: RunConfig, overwrite: bool, select: bool = True) -> tuple[Mat
             if unit != "image"
             else ""
         )
-        + (" Going on with the interrupted analysis." if resumed else "")
+        + (
+            f" Going on with the interrupted {'sweep' if directory.sweeping(config) else 'analysis'}."
+            if resumed
+            else ""
+        )
     )
     return materials, directory
 
@@ -347,10 +386,15 @@ def _all_stages(config: RunConfig, overwrite: bool, baselines: bool = False) -> 
     from reltune import run as stages
 
     materials, directory = _begin(config, overwrite)
-    stages.analyze(materials, directory)
-    plan = stages.select(config, directory)
-    _say(*plan.describe())
-    stages.tune(materials, directory)
+    if not directory.sweeping(config):
+        stages.analyze(materials, directory)
+        if "budget" not in config.sweep:
+            _say(*stages.select(config, directory).describe())
+    if config.sweep:
+        materials = _sweep(materials, directory)
+        config = materials.config
+    else:
+        stages.tune(materials, directory)
     results = stages.evaluate(materials, directory)
     if baselines:
         from reltune.comparison import compare
@@ -359,6 +403,31 @@ def _all_stages(config: RunConfig, overwrite: bool, baselines: bool = False) -> 
     with _together():
         if _first():
             _show_record(stages.report(config, directory), directory)
+
+
+def _check_space(config: RunConfig) -> None:
+    if config.sweep:
+        from reltune.sweep import space
+
+        space(config)
+
+
+def _check_sweep(materials: Materials, relevance: RelevanceScores | None = None) -> None:
+    from reltune.sweep import check
+
+    check(materials, relevance)
+
+
+def _sweep(materials: Materials, directory: RunDirectory, anew: bool = False) -> Materials:
+    from reltune.report.terminal import sweep_table
+    from reltune.run_directory import read_json
+    from reltune.sweep import in_words, sweep
+
+    materials = sweep(materials, directory, anew)
+    record = read_json(directory.trials)
+    _print(sweep_table(record))
+    _say(f"Best on validation data: {in_words(record['best']['values'])}.")
+    return materials
 
 
 def _check_data(config: RunConfig, run: str) -> None:
@@ -481,7 +550,7 @@ def main() -> None:
         _fail(error.format_message() if isinstance(error, USAGE_ERROR) else str(error), 2, common=True)
     except (KeyboardInterrupt, typer.Abort):
         _fail(
-            "interrupted; what was finished is kept, and the same command goes on with an analysis that was cut short.",
+            "interrupted; what was finished is kept, and the same command goes on with an analysis or a sweep that was cut short.",
             130,
             common=True,
         )

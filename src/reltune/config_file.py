@@ -148,6 +148,10 @@ LIMITS = (("minimum", "least"), ("maximum", "most"), ("exclusiveMinimum", "above
 NUMBER_WORD = {"type": "string", "pattern": r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"}  # "1e-3" is a word in YAML 1.1
 
 
+VALUE = {"type": ["string", "number", "boolean"]}
+VALUES = {"anyOf": [VALUE, {"type": "array", "items": VALUE, "minItems": 1}]}
+
+
 def _own_schema(field: dataclasses.Field) -> dict[str, Any]:
     about = field.metadata
     kind = str(field.type).removesuffix(" | None")
@@ -160,6 +164,7 @@ def _own_schema(field: dataclasses.Field) -> dict[str, Any]:
         "float": {"anyOf": [{"type": "number", **limits}, NUMBER_WORD]},
         "list[str]": {"anyOf": [{"type": "array", "items": word}, {"type": "string"}]},
         "dict[str, Any]": {"type": "object"},
+        "dict[str, list[str]]": {"type": "object", "additionalProperties": VALUES},
     }
     assert set(wanted) == set(KINDS), "every kind of field has its schema"
     schema: dict[str, Any] = {"description": about["help"], **wanted[kind]}

@@ -38,13 +38,15 @@ def evaluate(
     datasets: Mapping[str, Examples],
     task: Task,
     processor: Any,
+    generate: bool = True,
     **arguments: Any,
 ) -> Evaluation:
     """Loss and the task's metrics on each data set, keyed as transformers does: ``eval_loss``, ``test_accuracy``; and the
     texts that the metrics of what the model writes were computed from.
 
     ``datasets`` maps the prefix ("eval", "test") to the examples, ``arguments`` are fields of TrainingArguments. Run
-    times are left out: they are no property of the model.
+    times are left out: they are no property of the model. Without ``generate``, so are the metrics of what the model writes
+    after training.
     """
     found = Evaluation({}, {})
     with tempfile.TemporaryDirectory() as scratch:
@@ -58,10 +60,11 @@ def evaluate(
                 for name, value in (output.metrics or {}).items()
                 if not name.endswith(("_runtime", "_per_second", "_time"))
             }
-            written = task.written(model, examples, processor, args.per_device_eval_batch_size, output.predictions)
-            metrics |= {f"{prefix}_{name}": value for name, value in task.written_metrics(written).items()}
+            if generate:
+                written = task.written(model, examples, processor, args.per_device_eval_batch_size, output.predictions)
+                metrics |= {f"{prefix}_{name}": value for name, value in task.written_metrics(written).items()}
+                found.written[prefix] = written
             found.metrics.update(metrics, **{f"{prefix}_samples": len(examples)})
-            found.written[prefix] = written
     return found
 
 

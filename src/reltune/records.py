@@ -206,6 +206,18 @@ class RunConfig:
             "End training after so many evaluations without a better one, and keep the best.", "N", least=1
         ),
     )
+    sweep: dict[str, list[str]] = field(
+        default_factory=dict,
+        metadata=_about(
+            "Train once per value of a field of training (or of budget) and keep the best on validation data: values with "
+            "commas between, or a range to draw from. Again for another field: all combinations. docs/sweeps.md.",
+            "FIELD=1e-4,1e-3 or FIELD=1e-4..1e-2",
+        ),
+    )
+    sweep_trials: int | None = field(
+        default=None,
+        metadata=_about("Where ranges are swept: how often to draw and train; 20 by default.", "N", least=1),
+    )
     budget: str = field(
         default="0.5%",
         metadata=_about("Trainable parameters: a share of the base model (0.5%) or a count (100k).", "BUDGET"),
@@ -309,7 +321,14 @@ class RunConfig:
                 f"training holds no mapping but {self.training!r}; write fields of transformers.TrainingArguments."
             )
 
-        if self.streaming and not float(self.training.get("max_steps") or 0) > 0:
+        if self.sweep_trials is not None and not self.sweep:
+            raise InputError(
+                "sweep_trials says how often to draw from a range, and nothing is swept; give a sweep too."
+            )
+        if twice := [name for name in self.sweep if name in self.training]:
+            raise InputError(f"{twice[0]} has a value and is swept too; keep one of them.")
+        steps = "max_steps" in self.sweep or float(self.training.get("max_steps") or 0) > 0
+        if self.streaming and not steps:
             raise InputError("streaming has no epochs, because the number of rows is not known; give --max_steps.")
         if self.streaming and self.packing:
             raise InputError("packing needs all examples at once; leave --packing or --streaming out.")
@@ -375,9 +394,11 @@ def _of_kind(about: dataclasses.Field, value: Any) -> Any:
             return float(value)
         if kind == "list[str]" and (plain or isinstance(value, list)):
             return parts(map(str, value) if isinstance(value, list) else [str(value)])
-        if kind.startswith("dict") and isinstance(value, Mapping):
+        if kind == "dict[str, Any]" and isinstance(value, Mapping):
             return dict(value)
-    except ValueError:  # a word that is no number
+        if kind == "dict[str, list[str]]" and isinstance(value, Mapping):
+            return {str(name): _words(of) for name, of in value.items()}
+    except ValueError:  # a word that is no number, a list of more than words
         pass
     raise InputError(f"{about.name} is {value!r}; it must be {KINDS[kind]}.")
 
@@ -389,7 +410,29 @@ KINDS = {
     "float": "a number",
     "list[str]": "a list of words",
     "dict[str, Any]": "a mapping of fields of transformers.TrainingArguments",
+    "dict[str, list[str]]": "a mapping of fields to lists of values",
 }
+
+
+def _words(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(of, str | int | float) for of in values):
+        raise ValueError
+    return parts(map(str, values))
+
+
+def assignments(words: Iterable[str]) -> dict[str, list[str]]:
+    """Words like ``learning_rate=1e-4,1e-3`` as a mapping of names to values. Raises InputError for others."""
+    found: dict[str, list[str]] = {}
+    for word in words:
+        name, _, values = word.partition("=")
+        name = name.strip().replace("-", "_")
+        if not name or not parts([values]):
+            raise InputError(f"{word!r} names no values of a field; write it like learning_rate=1e-4,1e-3.")
+        if name in found:
+            raise InputError(f"{name} is given twice; write all its values at once, with commas between.")
+        found[name] = parts([values])
+    return found
 
 
 def parts(values: Iterable[str]) -> list[str]:
@@ -474,3 +517,4 @@ class RunRecord:
     comparison: list[MethodResult]  # empty when no baselines were run
     notes: list[str]  # data licence, hardware, what was not measured
     outputs: list[Output] = field(default_factory=list)  # the first ones
+    sweep: dict[str, Any] | None = None  # sweep.json

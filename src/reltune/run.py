@@ -67,11 +67,14 @@ def check_choice(materials: Materials, select: bool = True) -> None:
         convertible(materials.model, materials.new_heads)
     if select:
         relevance.provenance |= restrictions(config)
+        budgets = config.sweep.get("budget", [config.budget])
         if "element" in config.granularity:
             # One weight always fits, wherever a column could be chosen; a number for every weight would be made for nothing.
-            parse_budget(config.budget, relevance.inventory.base_parameters)
-            config = dataclasses.replace(config, granularity=["column"], spread="global", budget="100%")
-        choose(config, relevance)
+            for budget in budgets:
+                parse_budget(budget, relevance.inventory.base_parameters)
+            config, budgets = dataclasses.replace(config, granularity=["column"], spread="global"), ["100%"]
+        for budget in budgets:
+            choose(dataclasses.replace(config, budget=budget), relevance)
 
 
 def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
@@ -234,8 +237,10 @@ def choose(config: RunConfig, relevance: RelevanceScores, criterion: str | None 
     )
 
 
-def tune(materials: Materials, run: RunDirectory, resume_from_checkpoint: str | None = None) -> PeftModel:
-    """Train what the plan names and save the adapter, with the tokenizer beside it.
+def tune(
+    materials: Materials, run: RunDirectory, resume_from_checkpoint: str | None = None, description: str = "tune"
+) -> PeftModel:
+    """Train what the plan names and save the adapter, with the tokenizer beside it. ``description`` names the progress bar.
 
     Whatever can be wrong with the plan, the training fields or the checkpoint is found before anything of an earlier
     adapter is removed. Of several processes the first one writes.
@@ -271,7 +276,7 @@ def tune(materials: Materials, run: RunDirectory, resume_from_checkpoint: str | 
         materials.train,
         materials.validation,
         checkpoint,
-        "tune",
+        description,
         callbacks,
     )
     state = training.gathered_state(trainer)

@@ -22,7 +22,7 @@ from reltune.tasks.task import Written
 ARTEFACTS = {  # in the order of the stages; writing one makes those after it out of date
     "analyze": ("relevance", "bad_rows.json"),
     "select": ("plan",),
-    "tune": ("adapter", "trainer_state.json", "training_cost.json"),
+    "tune": ("adapter", "trainer_state.json", "training_cost.json", "sweep.json", "sweep"),
     "evaluate": ("all_results.json", "outputs.jsonl", "comparison.json"),
     "report": ("report.html",),
 }
@@ -42,6 +42,9 @@ class RunDirectory:
         self.outputs = self.path / "outputs.jsonl"
         self.report = self.path / "report.html"
         self.log = self.path / "train_log.jsonl"
+        self.sweep = self.path / "sweep"  # a directory per trial
+        self.study = self.sweep / "study.jsonl"
+        self.trials = self.path / "sweep.json"
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> tuple[RunDirectory, RunConfig]:
@@ -70,15 +73,31 @@ class RunDirectory:
             )
 
     def continues(self, config: RunConfig) -> bool:
-        """Whether an analysis with this config was interrupted here: with sums to go on from, or before there were any."""
+        """Whether an analysis with this config was interrupted here: with sums to go on from, or before there were any; or
+        a sweep."""
         try:
             finished = (self.relevance / "scores.json").exists() and not interrupted_in(self.relevance)
-            saved = RunConfig.load(self.config_file)
-            if config.task is None:
-                saved.task = None  # it was read off the columns
-            return not finished and saved == config
+            return self.sweeping(config) or (not finished and self._is_of(config))
         except (InputError, OSError):  # a name that is too long, say: check_new has the words for it
             return False
+
+    def sweeping(self, config: RunConfig) -> bool:
+        """Whether a sweep with this config was interrupted here."""
+        return self.study.is_file() and not self.adapter.exists() and self._is_of(config)
+
+    def _is_of(self, config: RunConfig) -> bool:
+        saved = dataclasses.replace(RunConfig.load(self.config_file), output_dir=config.output_dir)
+        if config.task is None:
+            saved.task = None  # it was read off the columns
+        return saved == config
+
+    def trial(self, number: int, selects: bool) -> RunDirectory:
+        """The directory of a sweep's trial, with this run's relevance and, unless it ``selects`` its own, plan."""
+        trial = RunDirectory(self.sweep / f"trial-{number}")
+        trial.relevance, trial.head = self.relevance, self.head
+        if not selects:
+            trial.plan = self.plan
+        return trial
 
     def check_stage(self, stage: str, overwrite: bool) -> None:
         """Raise InputError if the stage was done already and may not be done again."""
@@ -140,6 +159,11 @@ class RunDirectory:
                 f"resume_from_checkpoint {wanted!r} names no checkpoint of {self.path}; look there for checkpoint-N."
             )
         return found
+
+    def newest_checkpoint(self) -> str | None:
+        """The newest checkpoint that was written whole, if there is one: its trainer_state.json comes last."""
+        whole = [path.parent for path in self.path.glob("checkpoint-*/trainer_state.json")]
+        return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 def read_json(path: Path) -> Any:

@@ -53,6 +53,7 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
         comparison=[MethodResult(**method) for method in comparison["methods"]],
         notes=notes,
         outputs=run.read_outputs(config.report_examples),
+        sweep=read("sweep.json", None),
     )
 
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from reltune.tasks.task import Examples, Task
 # Learning rates measured per method (docs/learning_rates.md): the best one differs by more than an order of magnitude
 # between methods, so one default for all would decide every comparison.
 LEARNING_RATES = {"head": 3e-2, "full": 2e-4, "layer": 1e-3, "selection": 2e-3}
+
+SMALLEST_IS_BEST = ("loss", "mse", "perplexity")
 
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 3.0,
@@ -69,8 +71,7 @@ def arguments(
     """
     values = {**DEFAULTS, **task.defaults, "learning_rate": LEARNING_RATES[method], **given, **forced}
     if values.get("load_best_model_at_end"):
-        if "metric_for_best_model" not in values:
-            values.update(metric_for_best_model=task.best, greater_is_better=task.best_is_largest)
+        values["metric_for_best_model"], values["greater_is_better"] = compared_by(values, task)
         if "save_strategy" not in {**given, **forced}:
             values["save_strategy"] = values["eval_strategy"]
             if "eval_steps" in values:
@@ -97,6 +98,15 @@ def arguments(
             "copy of the model."
         )
     return args
+
+
+def compared_by(given: Mapping[str, Any], task: Task) -> tuple[str, bool]:
+    """The metric by which checkpoints and trials are compared, and whether the best is the largest: the task's, unless the
+    training fields name another. Transformers would take the largest perplexity for the best."""
+    metric = given.get("metric_for_best_model") or task.best
+    largest = task.best_is_largest if metric == task.best else not metric.endswith(SMALLEST_IS_BEST)
+    chosen = given.get("greater_is_better")
+    return metric, largest if chosen is None else chosen
 
 
 def _on_cpus(args: TrainingArguments) -> bool:

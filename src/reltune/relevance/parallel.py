@@ -152,7 +152,7 @@ class Processes:
             return _agreed(own)
         if kind == "KeyboardInterrupt":
             return _agreed(KeyboardInterrupt())
-        for known in (InputError, AnalysisError):
+        for known in (InputError, AnalysisError, ArithmeticError):
             if kind == known.__name__:
                 return _agreed(known(f"process {rank}: {message}"))
         return _agreed(RuntimeError(f"process {rank}: {kind}: {message}"))

@@ -111,6 +111,20 @@ def head(name: str, short: bool = False) -> str:
     return label + ((" %" if "\n" in label else "\n%") if is_share else "")
 
 
+def sweep_rows(record: Mapping[str, Any]) -> tuple[list[str], list[tuple[list[str], bool]]]:
+    """The head and the rows of a table of ``sweep.json``, each row with whether it is the best trial's: the trial's number,
+    its values, its metric on validation data or why it failed."""
+    fields = list(record["sweep"])
+    rows = []
+    for trial in record["trials"]:
+        values = [trial["values"][name] for name in fields]
+        cells = [f"{value:.6g}" if isinstance(value, float) else str(value) for value in values]
+        result = f"failed: {trial['failed']}" if trial["failed"] else metric(record["metric"], trial["metric"])
+        rows.append(([str(trial["number"]), *cells, result], trial == record["best"]))
+    name = record["metric"]
+    return ["trial", *fields, f"validation {METRICS[name][0] if name in METRICS else name}"], rows
+
+
 def measured(results: Iterable[Mapping[str, Any]], prefix: str = "") -> list[str]:
     """Names of the tasks' metrics that any of the results has behind the prefix, in the order found."""
     keys = dict.fromkeys(key for found in results for key in found)

@@ -68,6 +68,7 @@ def write_report(path: str | os.PathLike, record: RunRecord) -> None:
         panels=panels,
         figures=figures,
         config=list(flatten(record.config)),
+        sweep=report.sweep_rows(record.sweep) if record.sweep else None,
         # "<" as an escape: no string in the data can close the script element.
         figures_json=Markup(json.dumps(figures, allow_nan=False).replace("<", "\\u003c")),
         wbr=Markup(".<wbr>"),  # a long module name may break after its dots
@@ -611,6 +612,25 @@ An empty cell means that the layer has no such module.</p>
 </div>
 {% else %}
 <p class="soft">No training history was recorded.</p>
+{% endif %}
+{% if sweep %}
+<h3>Sweep</h3>
+<div class="scroll"><table>
+<thead><tr>
+{% for head in sweep[0] %}
+<th class="number">{{ head }}</th>
+{% endfor %}
+</tr></thead>
+<tbody>
+{% for cells, best in sweep[1] %}
+<tr>
+{% for cell in cells %}
+<td class="number">{% if best %}<strong>{{ cell }}</strong>{% else %}{{ cell }}{% endif %}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody></table></div>
+<p class="soft">One training per row, compared on validation data; the run is the one in bold.</p>
 {% endif %}
 
 {% if outputs %}

@@ -125,6 +125,17 @@ def outputs(found: Sequence[Output], few: int = 3) -> RenderableType:
     return Group(Text("Outputs for the first test examples", style="bold"), table)
 
 
+def sweep_table(record: Mapping[str, Any]) -> Table:
+    """One row per trial of ``sweep.json``, the best one marked."""
+    heads, rows = report.sweep_rows(record)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for head in (*heads, ""):
+        table.add_column(head, justify="right", overflow="fold")
+    for cells, best in rows:
+        table.add_row(*map(Text, cells), "best" if best else "", style="bold" if best else "")
+    return table
+
+
 def _abbreviate(names: Sequence[str]) -> list[str]:
     """Heads of at most HEAD characters, no two the same: attention.self.query -> as.q."""
     heads: list[str] = []
