@@ -462,6 +462,26 @@ class MethodResult:
     note: str = ""
 
 
+@dataclasses.dataclass
+class LMEvalScore:
+    """One metric of one task of lm-evaluation-harness, for the base model and for the tuned one.
+
+    ``None`` where the harness gives no finite number, or does not say.
+    """
+
+    task: str
+    version: str  # the task's, as its file has it
+    metric: str
+    filter: str  # what the harness does to an answer before it is judged
+    higher_is_better: bool | None
+    num_fewshot: int | None
+    samples: int
+    base: float | None
+    base_stderr: float | None
+    tuned: float | None
+    tuned_stderr: float | None
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a file whole or not at all: into a neighbour first, then renamed."""
     path = Path(path)
