@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from reltune.materials import Materials
-    from reltune.records import RunRecord
+    from reltune.records import LMEvalRecord, RunRecord
     from reltune.relevance.scores import RelevanceScores
     from reltune.run_directory import RunDirectory
 
@@ -196,19 +196,23 @@ def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = Fal
     _say(f"Adapter: {directory.adapter}", f"Next: reltune evaluate {run}")
 
 
-@app.command()
-def evaluate(run: Run) -> None:
+@app.command(epilog="What is not given stays as config.yaml in RUN has it.")
+@flags(*(name for name in EVERY if name.startswith("lm_eval_")))
+def evaluate(context: typer.Context, run: Run) -> None:
     """Measure the adapter on held-out data: RUN/all_results.json."""
     from reltune import run as stages
     from reltune.materials import prepare
     from reltune.run_directory import RunDirectory
+    from reltune.summary import read_lm_eval
 
     with _together():
         directory, config = RunDirectory.open(run)
         _adapter_exists(directory)
-        materials = prepare(config)
+        materials = prepare(_changed(config, context))
     results = stages.evaluate(materials, directory)
     _print(_metrics_table(results))
+    if materials.lm_eval_tasks and _first():
+        _show_lm_eval(read_lm_eval(directory))
 
 
 @app.command()
@@ -360,6 +364,8 @@ def _begin(config: RunConfig, overwrite: bool, select: bool = True) -> tuple[Mat
         materials.check_training()
         if config.sweep:
             _check_sweep(materials)
+        if select:
+            _ = materials.lm_eval_tasks  # checked here, and measured on at the end
     with processes.together():
         if not resumed and processes.first:
             directory.create(config)
@@ -461,7 +467,15 @@ def _show_record(record: RunRecord, directory: RunDirectory) -> None:
         _print(_metrics_table(record.metrics))
     if record.outputs:
         _print(outputs(record.outputs))
+    _show_lm_eval(record.lm_eval)
     _say(record.depth_sentence, *record.notes, f"Report: {directory.report}")
+
+
+def _show_lm_eval(record: LMEvalRecord | None) -> None:
+    if record is not None:
+        from reltune.report.terminal import lm_eval_table
+
+        _print(lm_eval_table(record), width=100)
 
 
 def _metrics_table(metrics: dict[str, float]) -> Any:

@@ -22,7 +22,6 @@ from reltune.relevance.parallel import Processes
 from reltune.tasks.pretrained import first_line
 
 BACKENDS = {"CAUSAL_LM": "causal", "SEQ_2_SEQ_LM": "seq2seq"}  # PEFT's task type -> the harness's kind of model
-BATCH_SIZE = 8
 
 
 def check_model(peft_task_type: str | None, tokenizer: Any, apply_chat_template: bool) -> None:
@@ -51,25 +50,36 @@ def load_tasks(words: Sequence[str], limit: int | None = None) -> list[Any]:
     from lm_eval.tasks import TaskManager
 
     files = {word: _task_files(word) for word in words}
+    configs = {file: _read(file) for of in files.values() for file in of}
+    for word, of in files.items():
+        if not Path(word).is_dir() and any("group" in configs[file] for file in of):
+            raise InputError(f"lm_eval_tasks {word!r} is a group of tasks; name the directory that holds it and them.")
+    written = {str(config.get("group") or config.get("task")) for config in configs.values()}
+    members = {
+        str(member if isinstance(member, str) else member.get("task") or member.get("group"))
+        for config in configs.values()
+        if "group" in config
+        for member in config.get("task") or []
+    }
     with _quiet("lm_eval.tasks"):
         manager = TaskManager(
             include_path=[word for word in words if Path(word).is_dir() and files[word]],
-            include_defaults=not all(files.values()),  # an index of thousands, which takes a while
+            # an index of thousands of files, which takes a while
+            include_defaults=not all(files.values()) or not members <= written,
         )
     known: dict[str, Any] = {}
     places: dict[str, str] = {}
     for word in words:
-        specs = [str(file) for file in files[word]] or manager.match_tasks([word])
+        specs = files[word] or manager.match_tasks([word])
         if not specs:
             raise InputError(
                 f"lm_eval_tasks {word!r} is neither a task of lm-evaluation-harness nor a YAML file or a directory of them; "
                 + nearest(word, manager.all_tasks)
             )
-        for spec in specs:
-            loaded = _load(manager, spec)
-            groups = loaded.get("groups") or {}
+        for spec in map(str, specs):
+            loaded = _load(manager, spec, configs.get(Path(spec), {}).get("group") or spec)
             # a group comes before those that it holds
-            for name, task in list(groups.items())[:1] or loaded["tasks"].items():
+            for name, task in list(loaded["groups"].items())[:1] or loaded["tasks"].items():
                 if places.setdefault(name, spec) != spec:
                     raise InputError(
                         f"lm_eval_tasks has two tasks {name!r}, of {places[name]} and of {spec}; give one of them another name."
@@ -99,11 +109,25 @@ def _task_files(word: str) -> list[Path]:
     return [path]
 
 
-def _load(manager: Any, spec: str) -> Any:
+def _read(file: Path) -> dict[str, Any]:
+    """What a task file says, with what it includes; the functions that it names are not looked for."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
     try:
-        return manager.load([spec])
-    except Exception as error:  # YAML, data sets and the functions that a task brings each raise their own
-        mend = "correct its file, or the paths of its data, which count from the directory that the command is started in."
+        return load_yaml(file, resolve_func=False)
+    except Exception as error:  # the YAML reader's, the file system's and the harness's own
+        raise InputError(
+            f"lm_eval_tasks: {file} cannot be read as a task file ({type(error).__name__}: {first_line(error)}); correct it."
+        ) from error
+
+
+def _load(manager: Any, spec: str, name: str) -> Any:
+    try:
+        return manager.load([name])
+    except Exception as error:  # data sets and the functions that a task brings each raise their own
+        mend = (
+            "correct its file, or the paths of its data, which count from the directory that the command is started in."
+        )
         if not spec.endswith((".yaml", ".yml")):
             mend = "check the network, and the login if its data set asks for one."
         if is_offline_mode():
@@ -121,14 +145,10 @@ def _check(task: Any, limit: int | None) -> None:
             "(reltune export --to merged) and measure it with lm_eval itself."
         )
     if getattr(task, "MULTIMODAL", False):
-        raise InputError(f"lm_eval_tasks {name!r} shows the model more than text, and this one reads text; leave it out.")
-    try:
-        count = len(task.eval_docs)
-    except Exception as error:
         raise InputError(
-            f"lm_eval_tasks {name!r} has no examples to measure on ({type(error).__name__}: {first_line(error)}); name a split "
-            "of its data as test_split or validation_split."
-        ) from error
+            f"lm_eval_tasks {name!r} shows the model more than text, and this one reads text; leave it out."
+        )
+    count = len(task.eval_docs)
     count = count if limit is None else min(count, limit)
     processes = Processes.joined().count
     if count < processes:
@@ -143,19 +163,19 @@ def evaluate(
     tasks: Sequence[Any],
     peft_task_type: str,
     *,
-    batch_size: int | None = None,
+    batch_size: int = 8,
     num_fewshot: int | None = None,
     limit: int | None = None,
     apply_chat_template: bool = False,
-) -> list[LMEvalScore]:
+) -> list[LMEvalScore] | None:
     """What the harness measures of the model without its adapter and with it, on the tasks of ``load_tasks``.
 
     Several processes, each with the whole model, share the examples, and the first one gets the scores, the others
-    none. The model runs where it is. Seeds are the harness's own defaults.
+    None. The model runs where it is. Seeds are the harness's own defaults.
 
     Args:
         peft_task_type: a key of ``BACKENDS``.
-        batch_size: requests per forward pass; ``BATCH_SIZE`` if not given.
+        batch_size: requests per forward pass.
         num_fewshot: examples in a prompt, in place of the tasks' own number; not for tasks that set 0.
         limit: examples per task, at most: the first ones.
         apply_chat_template: give prompts as turns of a chat, through the tokenizer's template.
@@ -167,10 +187,10 @@ def evaluate(
 
     with _quiet("lm_eval.models.huggingface"):  # which warns of every model that comes loaded
         harness_model = HFLM(
-            pretrained=model,  # type: ignore[arg-type]
+            pretrained=model,
             backend=BACKENDS[peft_task_type],
             tokenizer=tokenizer,
-            batch_size=batch_size or BATCH_SIZE,
+            batch_size=batch_size,
         )
     processes = Processes.joined()
     if processes.count > 1:  # for a model that comes loaded, HFLM leaves this to its caller
@@ -191,7 +211,7 @@ def evaluate(
                 )
             )
     base, tuned = found
-    return [] if base is None or tuned is None else scores(base, tuned)
+    return None if base is None or tuned is None else scores(base, tuned)
 
 
 def scores(base: dict[str, Any], tuned: dict[str, Any]) -> list[LMEvalScore]:

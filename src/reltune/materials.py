@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import set_seed
 
-from reltune import training
+from reltune import lm_evaluation, training
 from reltune.layers.inventory import head_modules, take_inventory
 from reltune.records import InputError, RunConfig
 from reltune.tasks.splits import Splits, encode, read_data, warn_of
@@ -43,6 +44,17 @@ class Materials:
     def held_out(self) -> dict[str, Examples]:
         """Examples by the prefix of their metrics."""
         return {"eval": self.validation, "test": self.test}
+
+    @functools.cached_property
+    def lm_eval_tasks(self) -> list[Any]:
+        """lm-evaluation-harness's tasks that the config names, with their data.
+
+        Raises InputError for those that the model cannot be measured on, or that cannot be read.
+        """
+        if not self.config.lm_eval_tasks:
+            return []
+        lm_evaluation.check_model(self.task.peft_task_type, self.tokenizer, self.config.lm_eval_apply_chat_template)
+        return lm_evaluation.load_tasks(self.config.lm_eval_tasks, self.config.lm_eval_limit)
 
     def arguments(self, method: str, **forced: Any) -> TrainingArguments:
         """Training arguments of the run for a method."""

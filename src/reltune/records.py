@@ -196,6 +196,26 @@ class RunConfig:
         default=None,
         metadata=_about("A second, untouched set for the same task: measured before training and after it.", "PATH"),
     )
+    lm_eval_tasks: list[str] = field(
+        default_factory=list,
+        metadata=_about(
+            "Tasks of lm-evaluation-harness (names, YAML files, directories of them) that evaluation measures the base and the "
+            "tuned language model on too.",
+            "NAMES",
+        ),
+    )
+    lm_eval_num_fewshot: int | None = field(
+        default=None, metadata=_about("Of lm_eval_tasks: examples in a prompt, in place of a task's own.", "N", least=0)
+    )
+    lm_eval_limit: int | None = field(
+        default=None, metadata=_about("Of lm_eval_tasks: examples per task, at most.", "N", least=1)
+    )
+    lm_eval_batch_size: int = field(
+        default=8, metadata=_about("Of lm_eval_tasks: requests per forward pass.", "N", least=1)
+    )
+    lm_eval_apply_chat_template: bool = field(
+        default=False, metadata=_about("Of lm_eval_tasks: give prompts as turns of a chat.")
+    )
     load_in_4bit: bool = field(
         default=False, metadata=_about("Hold the base model's linear maps in 4 bits (NF4), by bitsandbytes.")
     )
@@ -482,6 +502,21 @@ class LMEvalScore:
     tuned_stderr: float | None
 
 
+@dataclasses.dataclass
+class LMEvalRecord:
+    """``lm_eval.json``: what lm-evaluation-harness measured, and how it was asked to."""
+
+    lm_eval_version: str
+    limit: int | None  # examples per task, at most
+    batch_size: int
+    apply_chat_template: bool
+    scores: list[LMEvalScore]
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> LMEvalRecord:
+        return cls(**{**values, "scores": [LMEvalScore(**score) for score in values["scores"]]})
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a file whole or not at all: into a neighbour first, then renamed."""
     path = Path(path)
@@ -538,3 +573,4 @@ class RunRecord:
     notes: list[str]  # data licence, hardware, what was not measured
     outputs: list[Output] = field(default_factory=list)  # the first ones
     sweep: dict[str, Any] | None = None  # sweep.json
+    lm_eval: LMEvalRecord | None = None

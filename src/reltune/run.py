@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 
 from reltune import export as exporting
-from reltune import training
+from reltune import lm_evaluation, training
 from reltune.evaluation import evaluate as measure_metrics
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.float8 import convertible
@@ -28,7 +29,7 @@ from reltune.plan.budget import parse_budget
 from reltune.plan.plan import Plan
 from reltune.plan.selection import check_scored, check_together
 from reltune.plan.selection import select as choose_units
-from reltune.records import InputError, RunConfig, RunRecord, write_json, write_text
+from reltune.records import InputError, LMEvalRecord, RunConfig, RunRecord, write_json, write_text
 from reltune.relevance.measure import analyze as measure_relevance
 from reltune.relevance.parallel import Processes
 from reltune.relevance.partial import interrupted_in
@@ -339,6 +340,7 @@ def evaluate(materials: Materials, run: RunDirectory) -> dict[str, float]:
         model = load_tuned(materials, run, model_with_heads(materials, run))
         plan = Plan.load(run.plan)
         cost = read_json(run.path / "training_cost.json")
+        tasks = materials.lm_eval_tasks
     second = {} if materials.forgetting is None else {"forgetting": materials.forgetting}
     task, processor, placed = materials.task, materials.tokenizer, placement(materials.config)
     with model.disable_adapter():
@@ -361,7 +363,31 @@ def evaluate(materials: Materials, run: RunDirectory) -> dict[str, float]:
         if processes.first:
             run.write_outputs(before.written["test_before"], after.written["test"])
             write_json(run.results, results)
+    if tasks:
+        measured = measure_lm_eval(materials, model)
+        with processes.together():
+            if measured is not None:
+                write_json(run.lm_eval, dataclasses.asdict(measured))
     return results
+
+
+def measure_lm_eval(materials: Materials, tuned: PeftModel) -> LMEvalRecord | None:
+    """What lm-evaluation-harness says of the base and the tuned model; of several processes the first one is told."""
+    config = materials.config
+    settings: dict[str, Any] = {
+        "batch_size": config.lm_eval_batch_size,
+        "limit": config.lm_eval_limit,
+        "apply_chat_template": config.lm_eval_apply_chat_template,
+    }
+    scores = lm_evaluation.evaluate(
+        tuned,
+        materials.tokenizer,
+        materials.lm_eval_tasks,
+        str(materials.task.peft_task_type),
+        num_fewshot=config.lm_eval_num_fewshot,
+        **settings,
+    )
+    return LMEvalRecord(metadata.version("lm_eval"), scores=scores, **settings) if scores is not None else None
 
 
 def export(materials: Materials, run: RunDirectory, to: str, output_dir: str) -> Path:

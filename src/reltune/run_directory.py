@@ -23,7 +23,7 @@ ARTEFACTS = {  # in the order of the stages; writing one makes those after it ou
     "analyze": ("relevance", "bad_rows.json"),
     "select": ("plan",),
     "tune": ("adapter", "trainer_state.json", "training_cost.json", "sweep.json", "sweep"),
-    "evaluate": ("all_results.json", "outputs.jsonl", "comparison.json"),
+    "evaluate": ("all_results.json", "outputs.jsonl", "comparison.json", "lm_eval.json"),
     "report": ("report.html",),
 }
 
@@ -40,6 +40,7 @@ class RunDirectory:
         self.adapter = self.path / "adapter"
         self.results = self.path / "all_results.json"
         self.outputs = self.path / "outputs.jsonl"
+        self.lm_eval = self.path / "lm_eval.json"
         self.report = self.path / "report.html"
         self.log = self.path / "train_log.jsonl"
         self.sweep = self.path / "sweep"  # a directory per trial

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from reltune.plan.plan import Plan
-from reltune.records import MethodResult, RunConfig, RunRecord
+from reltune.records import LMEvalRecord, MethodResult, RunConfig, RunRecord
 from reltune.relevance.scores import RelevanceScores
 from reltune.report import METRICS, measured, metric
 from reltune.run_directory import RunDirectory, read_json
@@ -54,7 +54,13 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
         notes=notes,
         outputs=run.read_outputs(config.report_examples),
         sweep=read("sweep.json", None),
+        lm_eval=read_lm_eval(run),
     )
+
+
+def read_lm_eval(run: RunDirectory) -> LMEvalRecord | None:
+    """What lm-evaluation-harness measured, if it did."""
+    return LMEvalRecord.from_json(read_json(run.lm_eval)) if run.lm_eval.is_file() else None
 
 
 def forgetting_notes(config: RunConfig, results: dict[str, Any]) -> list[str]:

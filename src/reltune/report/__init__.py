@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from reltune.records import Heatmap
+from reltune.records import Heatmap, LMEvalScore
 
 MISSING = "—"
 # Metrics of tasks: name -> (label, the label where there is little room, whether it is a share (0..1)).
@@ -129,6 +129,26 @@ def measured(results: Iterable[Mapping[str, Any]], prefix: str = "") -> list[str
     """Names of the tasks' metrics that any of the results has behind the prefix, in the order found."""
     keys = dict.fromkeys(key for found in results for key in found)
     return [key.removeprefix(prefix) for key in keys if key.startswith(prefix) and key.removeprefix(prefix) in METRICS]
+
+
+def lm_eval_cells(score: LMEvalScore) -> tuple[str, ...]:
+    """Task, metric (with what is done to an answer, and which way is better), base, tuned, examples, few-shot examples."""
+    direction = {True: " ↑", False: " ↓", None: ""}[score.higher_is_better]
+    metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
+    return (
+        score.task,
+        metric + direction,
+        _with_error(score.base, score.base_stderr),
+        _with_error(score.tuned, score.tuned_stderr),
+        count(score.samples),
+        count(score.num_fewshot),
+    )
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return MISSING
+    return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
 
 
 def shares(h: Heatmap) -> list[list[float | None]]:

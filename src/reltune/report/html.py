@@ -69,6 +69,7 @@ def write_report(path: str | os.PathLike, record: RunRecord) -> None:
         figures=figures,
         config=list(flatten(record.config)),
         sweep=report.sweep_rows(record.sweep) if record.sweep else None,
+        lm_eval_rows=[report.lm_eval_cells(score) for score in record.lm_eval.scores] if record.lm_eval else [],
         # "<" as an escape: no string in the data can close the script element.
         figures_json=Markup(json.dumps(figures, allow_nan=False).replace("<", "\\u003c")),
         wbr=Markup(".<wbr>"),  # a long module name may break after its dots
@@ -601,6 +602,29 @@ An empty cell means that the layer has no such module.</p>
 — means that it does not apply or was not measured.</p>
 {% else %}
 <p class="soft">No other methods were run for comparison.</p>
+{% endif %}
+
+{% if lm_eval_rows %}
+<h2>lm-evaluation-harness</h2>
+<div class="scroll"><table>
+<thead><tr><th>task</th><th>metric</th>
+{% for head in ("base", "tuned", "examples", "few-shot") %}
+<th class="number">{{ head }}</th>
+{% endfor %}
+</tr></thead>
+<tbody>
+{% for row in lm_eval_rows %}
+<tr><th>{{ row[0] }}</th><td>{{ row[1] }}</td>
+{% for cell in row[2:] %}
+<td class="number">{{ cell }}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody></table></div>
+<p class="soft">Base is the same model without the adapter. ± is the harness's standard error of a score by itself; both models
+answered the same examples. lm_eval {{ record.lm_eval.lm_eval_version }}
+{{- ", chat template applied" if record.lm_eval.apply_chat_template }}
+{{- ", at most " ~ record.lm_eval.limit ~ " examples of each task" if record.lm_eval.limit }}.</p>
 {% endif %}
 
 <h2>Training</h2>

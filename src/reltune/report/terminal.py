@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reltune import report
-from reltune.records import Heatmap, MethodResult, Output
+from reltune.records import Heatmap, LMEvalRecord, MethodResult, Output
 
 # Viridis (van der Walt and Smith 2015, CC0): perceptually uniform, readable with colour-vision deficiencies.
 VIRIDIS = (
@@ -93,6 +93,18 @@ def comparison_table(results: Sequence[MethodResult]) -> Table:
             report.fixed(result.inference_ms_per_text, 2),
             report.fixed(result.inference_ms_per_text_merged, 2),
         )
+    return table
+
+
+def lm_eval_table(record: LMEvalRecord) -> Table:
+    """One row per task and metric; at most 100 columns wide."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("lm-evaluation-harness", overflow="fold", max_width=28)
+    table.add_column("metric", overflow="fold", max_width=24)
+    for head in ("base", "tuned", "examples", "few-shot"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for score in record.scores:
+        table.add_row(*map(Text, report.lm_eval_cells(score)))
     return table
 
 
