@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import json
@@ -16,8 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
+import reltune
 from command_line import reltune as command
 from reltune import lm_evaluation
 from reltune.records import InputError
@@ -86,7 +89,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     task_file(place, "write", "generate_until", WRITE)
     answer = command(
         *("run", "--model_name_or_path", place / "model", "--train_file", place / "train.jsonl"),
-        *("--output_dir", place / "run", "--granularity", "module", "--budget", "90%"),
+        *("--output_dir", place / "run", "--granularity", "column,row,norm", "--budget", "70%"),
         *("--learning_rate", "1e-2", "--num_train_epochs", 20, "--eval_strategy", "no", "--analysis_examples", 32),
     )
     assert answer.code == 0, answer.err
@@ -166,32 +169,59 @@ def test_record_and_report(place: Path, measured: dict) -> None:
     # what is measured of an adapter goes with it
     from reltune.run_directory import RunDirectory
 
-    copy = shutil.copytree(place / "run", place / "copy")
-    RunDirectory(copy).clear("tune")
-    assert not (copy / "lm_eval.json").exists()
+    other = shutil.copytree(place / "run", place / "copy")
+    RunDirectory(other).clear("tune")
+    assert not (other / "lm_eval.json").exists()
 
 
 def test_limit_and_examples_in_the_prompt(place: Path, measured: dict) -> None:
-    copy = shutil.copytree(place / "run", place / "few")
+    other = shutil.copytree(place / "run", place / "few")
     choose = place / "tasks" / "choose.yaml"
-    answer = command(*("evaluate", copy, "--lm_eval_tasks", choose, "--lm_eval_num_fewshot", 2, "--lm_eval_limit", 12))
+    answer = command(*("evaluate", other, "--lm_eval_tasks", choose, "--lm_eval_num_fewshot", 2, "--lm_eval_limit", 12))
     assert answer.code == 0, answer.err
-    row = scores(copy)["choose", "acc"]
+    row = scores(other)["choose", "acc"]
     assert (row["samples"], row["num_fewshot"]) == (12, 2)
-    assert json.loads((copy / "all_results.json").read_text()) == json.loads(
+    assert json.loads((other / "all_results.json").read_text()) == json.loads(
         (place / "run" / "all_results.json").read_text()
     )
     assert row["base"] != measured["choose", "acc"]["base"] or row["tuned"] != measured["choose", "acc"]["tuned"]
 
 
 def test_prompts_as_turns_of_a_chat(place: Path, measured: dict) -> None:
-    copy = shutil.copytree(place / "run", place / "chat")
-    answer = command("evaluate", copy, "--lm_eval_tasks", place / "tasks", "--lm_eval_apply_chat_template")
+    other = shutil.copytree(place / "run", place / "chat")
+    answer = command("evaluate", other, "--lm_eval_tasks", place / "tasks", "--lm_eval_apply_chat_template")
     assert answer.code == 0, answer.err
     for key, model in (("base", "model"), ("tuned", "merged")):
         right = by_hand(place, model, chat=True)
-        for (_, metric), row in scores(copy).items():
+        for (_, metric), row in scores(other).items():
             assert row[key] == pytest.approx(sum(right[metric]) / 20), (key, metric)
+
+
+def test_encoders_with_decoders(place: Path) -> None:
+    """The question goes to the encoder, the choice to the decoder; columns and rows are chosen."""
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    torch.manual_seed(0)
+    marks = {"decoder_start_token_id": tokenizer.pad_token_id, "pad_token_id": tokenizer.pad_token_id}
+    base = T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), eos_token_id=0, **marks, **sizes)).eval()
+    relevance = reltune.analyze(base, criteria=["magnitude"])
+    plan = reltune.select(relevance, budget="30%", granularity=["column", "row"])
+    tuned = get_peft_model(copy.deepcopy(base), reltune.ReltuneConfig(plan=plan, init_weights=False))
+    tasks = lm_evaluation.load_tasks([str(place / "tasks" / "choose.yaml")])
+    found = lm_evaluation.evaluate(tuned, tokenizer, tasks, "SEQ_2_SEQ_LM", batch_size=5)
+    assert found is not None and [row.metric for row in found] == ["acc", "acc_norm"]
+    for key, model in (("base", base), ("tuned", tuned.merge_and_unload().eval())):
+        right = []
+        for row in map(json.loads, (place / "questions.jsonl").read_text().splitlines()):
+            logs = []
+            for choice in row["choices"]:
+                ids, labels = (tokenizer(text, return_tensors="pt")["input_ids"] for text in (row["question"], choice))
+                with torch.no_grad():
+                    of_words = model(input_ids=ids, labels=labels).logits.double().log_softmax(-1)
+                logs.append(float(of_words.gather(2, labels[..., None]).sum()))
+            right.append(logs.index(max(logs)) == row["gold"])
+        assert getattr(found[0], key) == pytest.approx(sum(right) / len(right)), key
+    assert found[0].base != found[0].tuned
 
 
 def test_groups_and_files_beside_them(place: Path) -> None:
@@ -270,7 +300,7 @@ def test_names_of_the_harness(place: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_share_the_examples(place: Path, measured: dict) -> None:
-    copy = shutil.copytree(place / "run", place / "shared")
+    other = shutil.copytree(place / "run", place / "shared")
     words = [
         "--standalone",
         "--nproc_per_node=2",
@@ -286,8 +316,8 @@ def test_two_processes_share_the_examples(place: Path, measured: dict) -> None:
     done = subprocess.run(line, env=surroundings, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("lm-evaluation-harness") == 1
-    assert scores(copy).keys() == measured.keys()
-    for key, row in scores(copy).items():
+    assert scores(other).keys() == measured.keys()
+    for key, row in scores(other).items():
         assert row == pytest.approx(measured[key]), key
     done = subprocess.run(
         [*line, "--lm_eval_limit", "1"], env=surroundings, capture_output=True, text=True, timeout=300
