@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -282,6 +283,34 @@ def test_fsdp_is_refused_where_it_cannot_be(run: Path, tmp_path: Path, monkeypat
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     answer = command("tune", run)
     assert answer.code == 2 and "accelerate launch was told to use FSDP" in answer.err
+    assert contents(run) == before
+
+
+def test_deepspeed_is_refused_where_it_cannot_be(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(run)
+    config = tmp_path / "ds.json"
+
+    def refused(words: str) -> None:
+        answer = command("tune", run, "--deepspeed", config)
+        assert answer.code == 2 and words in answer.err, answer.err
+
+    refused("cannot be read as a DeepSpeed config")
+    config.write_text("{")
+    refused("cannot be read as a DeepSpeed config")
+    config.write_text('{"zero_optimization": {"stage": 3}}')
+    refused("write stage 0, 1 or 2")
+    config.write_text('{"zero_optimization": {"stage": 2}}')
+    found = importlib.util.find_spec
+    for spec, words in ((None, "pip install deepspeed"), (found("json"), "wants a launcher")):
+        changed = {"deepspeed": spec}
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                importlib.util, "find_spec", lambda name, *a, c=changed: c[name] if name in c else found(name, *a)
+            )
+            refused(words)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    answer = command("tune", run)
+    assert answer.code == 2 and "accelerate launch was told to use DeepSpeed" in answer.err
     assert contents(run) == before
 
 

@@ -7,6 +7,7 @@ import copy
 import ctypes
 import dataclasses
 import gc
+import importlib.util
 import json
 import os
 import statistics
@@ -78,11 +79,14 @@ def arguments(
                 values.setdefault("save_steps", values["eval_steps"])
     if launched_on_cpus():
         values["use_cpu"] = True
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise InputError(
-            "accelerate launch was told to use FSDP, which would hold for all that a command does; leave it out there, and pass "
-            "--fsdp and --fsdp_config, which hold for training."
-        )
+    for name, mend in (("FSDP", "--fsdp and --fsdp_config, which hold"), ("DeepSpeed", "--deepspeed, which holds")):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
+            raise InputError(
+                f"accelerate launch was told to use {name}, which would hold for all that a command does; leave it out there, "
+                f"and pass {mend} for training."
+            )
+    if values.get("deepspeed"):
+        _check_deepspeed(values["deepspeed"])
     try:
         args = task.make_arguments(output_dir=output_dir, seed=seed, **values)
     except (ValueError, TypeError, ImportError) as error:
@@ -109,6 +113,27 @@ def compared_by(given: Mapping[str, Any], task: Task) -> tuple[str, bool]:
     return metric, largest if chosen is None else chosen
 
 
+def _check_deepspeed(config: str | dict[str, Any]) -> None:
+    """Raise InputError for a DeepSpeed config (or its JSON file) that training cannot follow here."""
+    if isinstance(config, str):
+        try:
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"deepspeed {config} cannot be read as a DeepSpeed config in JSON ({error}).") from error
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    if isinstance(zero, dict) and zero.get("stage") == 3:
+        raise InputError(
+            "deepspeed asks for ZeRO-3, which spreads the weights to train over processes; write stage 0, 1 or 2, or train under "
+            "FSDP2 (--fsdp)."
+        )
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InputError("deepspeed is given, and the package is not installed; run: pip install deepspeed")
+    if "RANK" not in os.environ:
+        raise InputError(
+            "deepspeed wants a launcher, for one process too; start reltune with torchrun --nproc_per_node N -m reltune."
+        )
+
+
 def _on_cpus(args: TrainingArguments) -> bool:
     return args.device.type == "cpu"
 
@@ -120,7 +145,7 @@ def launched_on_cpus() -> bool:
 
 def check_arguments(model: nn.Module, args: TrainingArguments, examples: Examples, collator: Any) -> None:
     """Raise InputError for training fields that cannot work here (packages, devices, ranges), before hours are spent."""
-    with tempfile.TemporaryDirectory() as scratch, _fsdp_for_itself(), frozen_base(model):
+    with tempfile.TemporaryDirectory() as scratch, _sharing_for_itself(), frozen_base(model):
         args = copy.copy(args)
         args.output_dir = scratch  # Trainer makes this directory at once
         try:
@@ -157,7 +182,7 @@ def train(
     set_seed(args.seed)
     clock = _StepClock()
     evaluated = held_out if args.eval_strategy != "no" else None
-    with _fsdp_for_itself(), frozen_base(model):
+    with _sharing_for_itself(), frozen_base(model):
         trainer = task.trainer(model, args, processor, train_examples, evaluated, callbacks=[clock, *callbacks])
     show_progress(trainer, description)
     with PeakMemory() as memory, frozen_statistics(model):
@@ -232,12 +257,14 @@ def gathered_state(trainer: Trainer) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _fsdp_for_itself() -> Iterator[None]:
-    """Let a Trainer that is made inside spread its model without every later one doing so: accelerate sets a variable."""
+def _sharing_for_itself() -> Iterator[None]:
+    """Let a Trainer that is made inside share its model by FSDP or DeepSpeed without every later one doing so: accelerate
+    sets a variable."""
     try:
         yield
     finally:
-        os.environ.pop("ACCELERATE_USE_FSDP", None)
+        for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+            os.environ.pop(name, None)
 
 
 class _StepClock(TrainerCallback):
