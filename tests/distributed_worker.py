@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.pytorch_utils import Conv1D
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -466,6 +473,27 @@ def swept(directory: Path) -> None:
 
 TUNE = ["--max_steps", 4, "--per_device_eval_batch_size", 5, "--eval_strategy", "no", "--learning_rate", 0.02]
 SWEEP = [*TUNE[:-2], "--sweep", "learning_rate=0.05,0.02,1e30", "--metric_for_best_model", "loss"]
+
+
+def generations(directory: Path) -> None:
+    """What a decoder writes for seven prompts, for one and for none, and how many prompts this process took."""
+    from reltune.tasks.generation import continuations
+
+    model, tokenizer, prompts = decoder(directory.parent / "decoder")
+    taken = []
+    generate = model.generate
+    model.generate = lambda **inputs: (taken.append(len(inputs["input_ids"])), generate(**inputs))[1]
+    texts = [continuations(model, tokenizer, some, 6, batch_size=3) for some in (prompts, prompts[:1], [])]
+    (directory / f"{dist.get_rank()}.json").write_text(json.dumps([texts, taken]))
+
+
+def decoder(directory: Path) -> tuple[Any, Any, list[list[int]]]:
+    """A saved decoder with larger weights, so that what it writes depends on the prompt, its tokenizer, and prompts."""
+    model, tokenizer = (of.from_pretrained(directory) for of in (AutoModelForCausalLM, AutoTokenizer))
+    for parameter in model.parameters():
+        parameter.data.mul_(20)
+    drawn = torch.Generator().manual_seed(0)
+    return model, tokenizer, [torch.randint(1, 12, (n,), generator=drawn).tolist() for n in (5, 1, 8, 2, 4, 3, 6)]
 
 
 def refusals(directory: Path) -> None:

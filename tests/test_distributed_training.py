@@ -20,9 +20,23 @@ from torch import Tensor, nn
 
 from command_line import contents, review_rows, write_csv
 from command_line import reltune as command
-from distributed_worker import SELECTIONS, SWEEP, TUNE, adam, batches, bert, loss_of, net, sgd, trainer, with_saved
+from distributed_worker import (
+    SELECTIONS,
+    SWEEP,
+    TUNE,
+    adam,
+    batches,
+    bert,
+    decoder,
+    loss_of,
+    net,
+    sgd,
+    trainer,
+    with_saved,
+)
 from oracles import dense_update
-from tiny_models import save_tiny_bert
+from reltune.tasks.generation import continuations
+from tiny_models import save_tiny_bert, save_tiny_llama
 
 TESTS = Path(__file__).parent
 
@@ -81,6 +95,7 @@ FUNCTIONS = (
     "by_trainer",
     "by_command",
     "swept",
+    "generations",
     "refusals",
 )
 
@@ -116,6 +131,7 @@ def by_two(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("ddp", "full", "sharded"):
         shutil.copytree(run, directory / "by_command" / kind)
     shutil.copytree(run, directory / "swept" / "run")
+    save_tiny_llama(directory / "decoder")
     done = torchrun(TESTS / "distributed_worker.py", directory, *FUNCTIONS)
     assert done.returncode == 0, done.stderr
     return directory
@@ -230,6 +246,15 @@ def test_a_sweep_under_torchrun(by_two: Path, run: Path, tmp_path: Path) -> None
         assert mine.pop("metric") == pytest.approx(theirs.pop("metric"), abs=1e-6) and mine == theirs
     printed = [(by_two / "swept" / f"{rank}.txt").read_text() for rank in (0, 1)]
     assert "Best on validation data: learning_rate=0.02." in printed[0] and printed[1] == ""
+
+
+def test_processes_share_what_is_written(by_two: Path) -> None:
+    model, tokenizer, prompts = decoder(by_two / "decoder")
+    expected = [continuations(model, tokenizer, some, 6, batch_size=8) for some in (prompts, prompts[:1], [])]
+    assert len(set(expected[0])) > 3
+    found = [json.loads((by_two / "generations" / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert [texts for texts, _ in found] == [expected, expected]
+    assert [taken for _, taken in found] == [[3, 1, 1], [3]]
 
 
 @pytest.mark.slow

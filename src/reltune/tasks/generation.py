@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -24,14 +25,18 @@ def continuations(
     """The text that a decoder adds to each prompt (token ids), special tokens left out.
 
     Prompts of like length share a batch, padded on the left; every text ends at the end-of-sequence token, after
-    ``max_new_tokens`` or where the model's positions do.
+    ``max_new_tokens`` or where the model's positions do. The processes of torch.distributed, each of which calls this with
+    the whole model, share the prompts, and all get all texts.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    texts = [""] * len(prompts)
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    batch_size = max(1, min(batch_size, -(-len(order) // processes)))
+    texts: dict[int, str] = {}
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    for start in tqdm(range(0, len(order), batch_size), desc="generate", unit="batch", leave=False):
+    starts = range(0, len(order), batch_size)[rank::processes]
+    for start in tqdm(starts, desc="generate", unit="batch", leave=False, disable=rank > 0):
         places = order[start : start + batch_size]
         batch = tokenizer.pad(
             {"input_ids": [list(prompts[i]) for i in places]}, padding_side="left", return_tensors="pt"
@@ -48,10 +53,13 @@ def continuations(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=settings
         )
         decoded = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
-        for place, text in zip(places, decoded, strict=True):
-            texts[place] = text
+        texts |= zip(places, decoded, strict=True)
     model.train(training)
-    return texts
+    if processes > 1:
+        shares: list[Any] = [None] * processes
+        dist.all_gather_object(shares, texts)
+        texts = {place: text for share in shares for place, text in share.items()}
+    return [texts[i] for i in range(len(prompts))]
 
 
 def exact_match(written: Sequence[Written]) -> float:
