@@ -4,7 +4,8 @@
 
 PREFIX_train.jsonl, PREFIX_validation.jsonl and PREFIX_test.jsonl hold rows of prompt and completion. Every (method, rate, seed)
 is one training run through the program's own path; the rate is chosen by the loss on validation data (mean over seeds), and the
-loss and exact match on test data are reported at that rate. All runs, good and bad, are in the JSON.
+loss and exact match on test data are reported at that rate. All runs, good and bad, are in the JSON. Runs that the log in
+``--output_dir`` has already are not repeated.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(job["threads"])
     torch.backends.cuda.matmul.allow_tf32 = True
-    records: list[dict[str, Any]] = []
+    keys = ("data", "seed", "method", "rank")
+    records = [r for r in job["known"] if all(r[key] == job[key] for key in keys)]
+    rates = (FULL_RATES if job["method"] == "full" else SMALL_RATES)[: job["rates"]]
+    rates = tuple(rate for rate in rates if rate not in [r["learning_rate"] for r in records])
     with tempfile.TemporaryDirectory() as scratch:
         config = RunConfig(
             model_name_or_path=job["model"],
@@ -70,9 +74,9 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
         materials = prepare(config)
         directory = RunDirectory(config.output_dir)
         directory.create(config)
-        relevance = stages.analyze(materials, directory) if " " in job["method"] else None
+        relevance = stages.analyze(materials, directory) if " " in job["method"] and rates else None
 
-        for rate in (FULL_RATES if job["method"] == "full" else SMALL_RATES)[: job["rates"]]:
+        for rate in rates:
             model: Any = materials.fresh_model()
             if job["method"] == "full":
                 model.requires_grad_(True)
@@ -92,7 +96,7 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
                 "data": job["data"],
                 "seed": job["seed"],
                 "method": job["method"],
-                "rank_of_equal_size": job["rank"],
+                "rank": job["rank"],
                 "learning_rate": rate,
                 "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             }
@@ -118,7 +122,7 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
                 "data": job["data"],
                 "seed": 0,
                 "method": "untuned",
-                "rank_of_equal_size": 0,
+                "rank": job["rank"],
                 "learning_rate": 0.0,
             }
             records.append({**untuned, "trainable_parameters": 0, **metrics})
@@ -128,7 +132,7 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
 def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per data set, method and size: the rate with the best mean validation loss, and the test figures at it."""
     rows = []
-    keys = ("data", "method", "rank_of_equal_size")
+    keys = ("data", "method", "rank")
     for case in dict.fromkeys(tuple(r[key] for key in keys) for r in records):
         mine = [r for r in records if tuple(r[key] for key in keys) == case]
         rates = sorted({r["learning_rate"] for r in mine})
@@ -180,8 +184,11 @@ def main() -> None:
     head = base.get_output_embeddings()
     maps = [m for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     of_rank_one = sum(m.in_features + m.out_features for m in maps)
+    log = Path(options.output_dir) / "learning_rates_decoder.jsonl"
+    known = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
     jobs = [
         {
+            "known": known,
             "model": options.model,
             "data": item.split("=")[0],
             "prefix": item.split("=")[1],
@@ -193,7 +200,7 @@ def main() -> None:
             "generations": options.generations,
             "threads": options.threads,
             "training": {"max_steps": options.max_steps},
-            "log": str(Path(options.output_dir) / "learning_rates_decoder.jsonl"),
+            "log": str(log),
         }
         for seed, item, rank, method in itertools.product(
             range(options.seeds), options.data, sorted(options.ranks, reverse=True), options.methods
