@@ -68,10 +68,9 @@ for name, (form, path) in exports.items():
         torch.manual_seed(len(name))  # the base's own head is random, and must not matter
         model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
         model = PeftModel.from_pretrained(model, path)
-        tokenizer = AutoTokenizer.from_pretrained(base)
     else:
         model = AutoModelForSequenceClassification.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
     with torch.no_grad():
         logits[name] = model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits
 assert not any(name.partition(".")[0] == "reltune" for name in sys.modules)

@@ -72,6 +72,13 @@ def test_weights_are_rounded_to_the_nearest(out: int, features: int, dtype: torc
     assert torch.equal(again.to(dtype) * once_more[:, None], held)
 
 
+def test_rows_that_are_rounded_up_to_the_largest_number_stay_as_they_are() -> None:
+    weight = torch.tensor([[447.0, 2.0**-9, -3.0], [448.0, 2.0**-9, 1.0]])
+    q, scale = quantise_weight(weight)
+    again, once_more = quantise_weight(q.float() * scale[:, None])
+    assert scale.tolist() == [1, 1] and torch.equal(once_more, scale) and torch.equal(again.float(), q.float())
+
+
 def test_what_is_not_finite_is_not_hidden() -> None:
     x = numbers(4, 16)
     x[0, 3], x[2, 5] = torch.nan, torch.inf

@@ -25,8 +25,8 @@ def recomputing(monkeypatch):
     made = []
 
     class Recomputing(Collector):
-        def __init__(self, model, measured):
-            super().__init__(model, measured, recompute=True)
+        def __init__(self, model, measured, **options):
+            super().__init__(model, measured, recompute=True, **options)
             made.append(self)
 
     monkeypatch.setattr(data_pass, "Collector", Recomputing)

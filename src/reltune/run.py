@@ -395,7 +395,9 @@ def export(materials: Materials, run: RunDirectory, to: str, output_dir: str) ->
     exporting.check_destination(output_dir)
     model = load_tuned(materials, run)
     if to == "lora":
-        return exporting.to_lora(model, output_dir)
+        path = exporting.to_lora(model, output_dir)
+        materials.tokenizer.save_pretrained(str(path))
+        return path
     return exporting.to_merged(model, materials.tokenizer, output_dir)
 
 

@@ -28,11 +28,11 @@ def nearest(x: Tensor) -> Tensor:
 
 
 def rounded_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Ŵ (out, in) and the scales (out,), the smallest powers of two with which each row stays below 448 (or 2^-24)."""
+    """Ŵ (out, in) and the scales (out,), the smallest powers of two with which no number of a row is above 448 (or 2^-24)."""
     scales = []
     for row in weight.double():
         scale = 2.0**-24
-        while float(row.abs().max()) / scale >= 448:
+        while float(row.abs().max()) / scale > 448:
             scale *= 2
         scales.append(scale if float(row.abs().max()) > 0 else 1.0)
     scale = torch.tensor(scales, dtype=torch.float64)
@@ -42,7 +42,8 @@ def rounded_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 def rounded_rows(x: Tensor) -> Tensor:
     """x̂ (…, n): each vector with its largest number at 448."""
     largest = x.abs().amax(-1, keepdim=True).clamp(min=1e-30).float()
-    return nearest(x * (448 / largest)) * (largest / 448).double()
+    factor = torch.full_like(largest, 448) / largest  # a number over a tensor would be its reciprocal, times that
+    return nearest(x * factor) * (largest / 448).double()
 
 
 class Rounding(torch.autograd.Function):

@@ -44,7 +44,10 @@ def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     largest = wide.abs().amax(1).float()
-    exponent = torch.frexp(largest / LARGEST).exponent.clamp(min=LOWEST_EXPONENT)
+    mantissa, exponent = torch.frexp(largest / LARGEST)
+    exponent = (exponent - (mantissa == 0.5).int()).clamp(
+        min=LOWEST_EXPONENT
+    )  # of 448 itself, to which rows may be rounded
     scale = (exponent + 127).bitwise_left_shift(23).view(torch.float32)  # 2^exponent; exp2 may be off by a bit
     return (wide / scale[:, None]).to(E4M3), scale.to(weight.dtype)
 
@@ -55,10 +58,10 @@ def quantise_rows_reference(x: Tensor, factor: Tensor | None = None) -> Rounded:
     if factor is not None:
         wide = wide * factor
     largest = wide.abs().amax(-1, keepdim=True).clamp(min=SMALLEST).float()
-    factor_up = (
+    up = (
         torch.full_like(largest, LARGEST) / largest
-    )  # of a plain number torch takes the reciprocal, and rounds twice
-    return (wide * factor_up).to(E4M3), largest / LARGEST
+    )  # of a plain number torch multiplies the reciprocal: it rounds twice
+    return (wide * up).to(E4M3), largest / LARGEST
 
 
 def quantise_rows(x: Tensor, factor: Tensor | None = None) -> Rounded:
