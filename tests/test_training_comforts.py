@@ -13,10 +13,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from command_line import reltune, review_rows, write_csv
 from reltune import run as stages
+from reltune import training
 from reltune.evaluation import evaluate
 from reltune.materials import prepare
 from reltune.records import RunConfig
 from reltune.run_directory import RunDirectory
+from reltune.tasks.causal_lm import CausalLM
+from reltune.tasks.sequence_classification import SequenceClassification
+from reltune.tasks.task import Task
 from tiny_models import save_tiny_bert
 
 RATE = ["--granularity", "module", "--budget", "50%", "--learning_rate", 1e-2]
@@ -159,3 +163,12 @@ def test_four_and_eight_bits_at_once(place: Path) -> None:
     answer = reltune("run", "--model_name_or_path", place / "model", "--train_file", place / "train.csv",
                      "--output_dir", place / "both", "--load_in_4bit", "--load_in_8bit")  # fmt: skip
     assert answer.code == 2 and "choose one" in answer.err
+
+
+def test_a_task_s_own_rates_are_defaults(tmp_path: Path) -> None:
+    def rate(task: Task, method: str, **given: float) -> float:
+        return training.arguments(str(tmp_path), method, 0, {"use_cpu": True, **given}, task).learning_rate
+
+    assert [rate(CausalLM(), "selection"), rate(CausalLM(), "full")] == [1e-3, training.LEARNING_RATES["full"]]
+    assert rate(SequenceClassification(), "selection") == training.LEARNING_RATES["selection"]
+    assert rate(CausalLM(), "selection", learning_rate=5e-4) == 5e-4

@@ -70,7 +70,8 @@ def arguments(
     The best checkpoint is the one with the best ``task.best``, and checkpoints follow evaluations, unless told otherwise.
     Raises InputError for values that contradict each other or leave nothing to train.
     """
-    values = {**DEFAULTS, **task.defaults, "learning_rate": LEARNING_RATES[method], **given, **forced}
+    rates = {**LEARNING_RATES, **task.learning_rates}
+    values = {**DEFAULTS, **task.defaults, "learning_rate": rates[method], **given, **forced}
     if values.get("load_best_model_at_end"):
         values["metric_for_best_model"], values["greater_is_better"] = compared_by(values, task)
         if "save_strategy" not in {**given, **forced}:

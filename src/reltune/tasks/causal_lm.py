@@ -74,6 +74,7 @@ class CausalLM(DecoderTask):
     name: ClassVar[str] = "causal_lm"
     loss: ClassVar[str] = "causal_lm"
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy", "exact_match")
+    learning_rates: ClassVar[dict[str, float]] = {"selection": 1e-3}
     fields: ClassVar[tuple[str, ...]] = (
         *("completion_only_loss", "packing", "max_length", "max_new_tokens", "generation_examples"),
     )

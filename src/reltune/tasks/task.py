@@ -70,6 +70,7 @@ class Task(abc.ABC):
         unit: what one example is called.
         trainer_class: the Trainer that evaluates, and that trains where ``trainer`` is not another one.
         defaults: this task's defaults for its arguments.
+        learning_rates: method -> rate, where those of ``training.LEARNING_RATES`` do not suit (docs/learning_rates.md).
         fields: fields of ``RunConfig`` that the task has too.
     """
 
@@ -81,6 +82,7 @@ class Task(abc.ABC):
     unit: ClassVar[str] = "text"
     trainer_class: ClassVar[type[Trainer]] = Trainer
     defaults: ClassVar[Mapping[str, Any]] = {}
+    learning_rates: ClassVar[Mapping[str, float]] = {}
     fields: ClassVar[tuple[str, ...]] = ()
 
     columns: Columns
