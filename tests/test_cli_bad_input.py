@@ -102,6 +102,8 @@ def test_missing_columns(place: Place) -> None:
         (b"text,label\ngood \xb5\xe7\xd3\xb0,pos\nbad film,neg\n", "line 2"),
         (b"\x89PNG\r\n\x1a\n\x00\x00\x00", "binary"),
         ("text,label\n好,pos\n坏,neg\n".encode("utf-16"), "utf-16"),
+        (b"text;label\ngood film;pos\nbad film;neg\n", "separator seems to be ';'"),
+        (b"text\tlabel\ngood film\tpos\nbad film\tneg\n", "separator seems to be"),
     ],
 )
 def test_files_that_hold_no_labelled_texts(place: Place, tmp_path: Path, content: bytes, named: str) -> None:
@@ -132,7 +134,9 @@ def test_one_class_only(place: Place, tmp_path: Path) -> None:
 
 
 def test_too_few_rows_to_split(place: Place, tmp_path: Path) -> None:
-    refuse(place, "too few", train_file=write_csv(tmp_path / "few.csv", review_rows(2)))
+    refuse(place, "few.csv", "too few", train_file=write_csv(tmp_path / "few.csv", review_rows(2)))
+    alone = write_csv(tmp_path / "alone.csv", [(text, f"name {i}") for i, (text, _) in enumerate(review_rows(30))])
+    refuse(place, "30 of which are the only one of their label", train_file=alone)
 
 
 def test_nothing_or_two_things_to_train_on(place: Place) -> None:
@@ -246,6 +250,9 @@ def test_flags(place: Place, words: list[str], named: str) -> None:
         (["--lr_scheduler_kwargs", '{"warmth": 1}'], "'warmth'"),
         (["--report_to", "a_friend"], "a_friend is not supported"),
         (["--save_strategy", "steps", "--load_best_model_at_end", "true"], "load_best_model_at_end"),
+        (["--early_stopping_patience", "1", "--eval_strategy", "no"], "eval_strategy is no"),
+        (["--early_stopping_patience", "1", "--load_best_model_at_end", "false"], "leave out load_best_model_at_end"),
+        (["--load_best_model_at_end", "true", "--metric_for_best_model", "acuracy"], "did you mean 'accuracy'"),
     ],
 )
 def test_training_fields_that_cannot_work(place: Place, words: list[str], named: str) -> None:

@@ -66,6 +66,12 @@ def test_labels_that_could_be_both(labels):
         guess_task(["text", "label"], labelled(labels))
 
 
+@pytest.mark.parametrize("labels", [["0.5", "1.5", "n/a"], [0.5, 2, float("nan")], ["0.5", None, "1", "nan"]])
+def test_a_slip_among_fractions_makes_no_classes_of_them(labels):
+    with pytest.raises(InputError, match=f"such as {labels[-1]!r} on line {len(labels)}; say with --task regression"):
+        guess_task(["text", "label"], labelled(labels))
+
+
 def test_lists_that_are_no_classes():
     for labels in ([[0.5], [1.0]], [["a"], "b"]):
         with pytest.raises(InputError, match="multilabel_classification wants"):

@@ -14,7 +14,7 @@ from transformers.trainer_utils import set_seed
 
 from reltune import lm_evaluation, training
 from reltune.layers.inventory import head_modules, take_inventory
-from reltune.records import InputError, RunConfig
+from reltune.records import InputError, RunConfig, nearest
 from reltune.tasks.splits import Splits, encode, read_data, warn_of
 from reltune.tasks.task import Examples, Task
 
@@ -74,7 +74,24 @@ class Materials:
     def check_training(self, model: nn.Module | None = None) -> None:
         """Raise InputError for training fields that cannot work with the model (the base model if none is given)."""
         model = model or self.model or self.fresh_model()
-        training.check_arguments(model, self.arguments("selection"), self.sample, self.collator)
+        args = self.arguments("selection")
+        if self.config.early_stopping_patience is not None:
+            # the callback would say so by an assertion, after the analysis
+            if args.eval_strategy == "no":
+                raise InputError(
+                    "early_stopping_patience counts evaluations, and eval_strategy is no; write epoch or steps."
+                )
+            if not args.load_best_model_at_end:
+                raise InputError(
+                    "early_stopping_patience keeps the best checkpoint; leave out load_best_model_at_end false."
+                )
+        if args.load_best_model_at_end:
+            name, known = str(args.metric_for_best_model).removeprefix("eval_"), ["loss", *self.task.metrics]
+            if name not in known:
+                raise InputError(
+                    f"metric_for_best_model {name!r} is no metric of {self.task.name}; {nearest(name, known)}"
+                )
+        training.check_arguments(model, args, self.sample, self.collator)
 
 
 def prepare(config: RunConfig) -> Materials:

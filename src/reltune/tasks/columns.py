@@ -157,8 +157,9 @@ def _named(text_column: str, label_column: str) -> tuple[Convention, ...]:
 
 def _by_labels(rows: Iterable[Row], column: str) -> str:
     """Which of LABELLED the labels are made for; empty ones say nothing."""
-    labels = [row.values.get(column) for row in rows]
-    labels = [label for label in labels if label is not None and label != ""]
+    filled = [(row.line, row.values.get(column)) for row in rows]
+    filled = [(line, label) for line, label in filled if label is not None and label != ""]
+    labels = [label for _, label in filled]
     if any(isinstance(label, list) for label in labels):
         if all(isinstance(label, list) and not any(isinstance(one, float) for one in label) for label in labels):
             return "multilabel_classification"
@@ -167,9 +168,17 @@ def _by_labels(rows: Iterable[Row], column: str) -> str:
             "a list of classes in every row."
         )
     numbers = [_number(label) for label in labels]
-    if not labels or any(number is None for number in numbers):
+    fractional = any(number != int(number) for number in numbers if number is not None)
+    words = [(line, label) for (line, label), number in zip(filled, numbers, strict=True) if number is None]
+    if words and fractional:  # scores with a slip of the pen, or version numbers among other names
+        raise InputError(
+            f"The labels in {column!r} are fractions and other things, such as {words[0][1]!r} on line {words[0][0]}; say with "
+            "--task regression that they are numbers (rows with others are then bad rows), or with --task sequence_classification "
+            "that they are classes."
+        )
+    if not labels or words:
         return "sequence_classification"
-    if any(number != int(number) for number in numbers if number is not None):
+    if fractional:
         return "regression"
     values = set(numbers)
     fractions = any(isinstance(label, float) or (isinstance(label, str) and "." in label) for label in labels)

@@ -125,17 +125,21 @@ def require_columns(rows: Rows | StreamedRows, wanted: Mapping[str, str]) -> Non
     for name, option in wanted.items():
         if name not in rows.columns:
             found = ", ".join(map(repr, rows.columns[:12])) + (", …" if len(rows.columns) > 12 else "")
-            only = rows.columns[0] if len(rows.columns) == 1 else ""
-            other = next((mark for mark in ";\t" if mark in only), None)
-            if other:
-                mend = f"Its separator seems to be {other!r}: save it with commas (.csv) or tabs (.tsv)."
-            else:
+            mend = other_separator(rows.columns)
+            if not mend:
                 close = nearest(name, rows.columns)
                 mend = f"Name the right one with {option}" if option else "Rename the right one"
                 mend += f"; {close}" if close.startswith("did") else "."
             raise InputError(f"{place} has no column {name!r}, only {found or 'none'}. {mend}")
         if name in rows.repeated:
             raise InputError(f"{place} names the column {name!r} twice; rename one of the two.")
+
+
+def other_separator(columns: Sequence[str]) -> str:
+    """The mend for a file whose header is one column because other marks than its suffix promises stand between; else ""."""
+    only = columns[0] if len(columns) == 1 else ""
+    other = next((mark for mark in ";\t," if mark in only), None)
+    return f"Its separator seems to be {other!r}: save it with commas (.csv) or tabs (.tsv)." if other else ""
 
 
 def checked(rows: Rows, problem: Callable[[Row], str | None], on_bad_rows: str = "error") -> Rows:
@@ -265,8 +269,9 @@ def split_off(
     size = max(1, round(fraction * len(labels)))
     if size >= len(contents):
         raise InputError(
-            f"{len(rows)} rows with {len(labels)} different texts are too few to split off {fraction:.0%}; "
-            "add rows or name a validation file and a test file."
+            f"{rows.source}: {len(labels)} different texts"
+            + (f", {alone} of which are the only one of their label," if (alone := len(labels) - len(contents)) else "")
+            + f" are too few to split off {fraction:.0%}; add rows or name a validation file and a test file."
         )
     classes = [labels[key] for key in contents]
     enough = min(size, len(contents) - size) >= len(set(classes))

@@ -12,7 +12,7 @@ from reltune.records import InputError, RunConfig
 from reltune.tasks import sources
 from reltune.tasks.columns import LOOKED_AT, columns_of, guess_task
 from reltune.tasks.registry import TASKS
-from reltune.tasks.rows import Rows, checked, found, no_good_rows, require_columns, split_off
+from reltune.tasks.rows import Rows, checked, found, no_good_rows, other_separator, require_columns, split_off
 from reltune.tasks.streaming import StreamedRows
 from reltune.tasks.task import Examples, Task
 
@@ -96,6 +96,8 @@ def _task(config: RunConfig, train: Rows | StreamedRows) -> tuple[Task, dict[str
     flags = {config.text_column: "--text_column", config.label_column: "--label_column"}
     usual = (RunConfig.text_column, RunConfig.label_column)
     require_columns(train, {column: flag for column, flag in flags.items() if column not in usual})
+    if train.columns[:1] != [config.text_column] and (mend := other_separator(train.columns)):
+        raise InputError(f"{train.source} has one column only, {train.columns[0]!r}. {mend}")
     first = train if isinstance(train, Rows) or config.task else train.take(LOOKED_AT)
     try:
         name = config.task or guess_task(train.columns, first, *named)[0]
