@@ -125,6 +125,8 @@ WRONG = [
 ]
 BESIDE_THE_SCHEMA = [
     ("max_steps: 1\ntraining: {max_steps: 2}", "max_steps stands both in training and outside it"),
+    ("max_length: 1\nseed: 2\nmax_length: 3", "line 3 gives 'max_length' a second time"),
+    ("training:\n  max_steps: 1\n  max_steps: 1", "line 3 gives 'max_steps' a second time"),
     ("- max_length", "holds no mapping"),
     ("max_length: [", "line 1 is not valid YAML"),
     ("", "holds no mapping"),

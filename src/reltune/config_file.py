@@ -26,7 +26,9 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
         InputError: no YAML mapping, an unknown key (naming the nearest), or a value of the wrong kind.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        repeated = _repeated(yaml.compose(text, Loader=yaml.SafeLoader))
+        values = yaml.safe_load(text)
     except FileNotFoundError as error:
         raise InputError(f"config {path} does not exist; check the path.") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -35,6 +37,8 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
         raise InputError(f"config {path}{place} is not valid YAML ({getattr(error, 'problem', error)}).") from error
+    if repeated:
+        raise InputError(f"config {path} line {repeated[1]} gives {repeated[0]!r} a second time; keep one.")
     if not isinstance(values, dict):
         raise InputError(f"config {path} holds no mapping; write one field on each line, like max_length: 128.")
     own = {field.name for field in dataclasses.fields(RunConfig)}
@@ -55,6 +59,19 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"config {path}: {error}") from error
     return fields
+
+
+def _repeated(node: yaml.Node | None) -> tuple[str, int] | None:
+    """The first key of a mapping, or of one in it, that stands there twice, and its line: YAML would keep the last value."""
+    seen = set()
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if isinstance(key, yaml.ScalarNode) and key.value in seen:
+            return key.value, key.start_mark.line + 1
+        if isinstance(key, yaml.ScalarNode):
+            seen.add(key.value)
+        if found := _repeated(value):
+            return found
+    return None
 
 
 # -- the commented file ---------------------------------------------------------------------------------------------
