@@ -60,7 +60,13 @@ class Materials:
         """Training arguments of the run for a method."""
         given = self.config.training
         if self.config.early_stopping_patience is not None:
+            if given.get("eval_strategy") == "no":
+                raise InputError(
+                    "early_stopping_patience counts evaluations while training, and eval_strategy is no; write epoch or steps."
+                )
+            metric, largest = training.compared_by(given, self.task)  # also where the last model is to be kept
             given = {"load_best_model_at_end": True, **given}
+            given |= {"metric_for_best_model": metric, "greater_is_better": largest}
         return training.arguments(self.config.output_dir, method, self.config.seed, given, self.task, **forced)
 
     def fresh_model(self) -> nn.Module:
@@ -74,6 +80,8 @@ class Materials:
     def check_training(self, model: nn.Module | None = None) -> None:
         """Raise InputError for training fields that cannot work with the model (the base model if none is given)."""
         model = model or self.model or self.fresh_model()
+        if found := self.task.misfit_of_model(model):
+            raise InputError(found)
         training.check_arguments(model, self.arguments("selection"), self.sample, self.collator)
 
 

@@ -164,6 +164,10 @@ class Task(abc.ABC):
         """Modules that the task's Trainer cannot train parts of, beside new heads."""
         return []
 
+    def misfit_of_model(self, model: nn.Module) -> str | None:
+        """What keeps the task's Trainer from training the model as the task's fields say, as a sentence; or None."""
+        return None
+
     def reduced(self, logits: Any, labels: torch.Tensor) -> Any:
         """What metrics need of a batch's outputs, so that they alone are kept until the end."""
         return logits[0] if isinstance(logits, tuple) else logits  # models that also return hidden states
