@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import EvalPrediction
+from transformers import EvalPrediction, OPTConfig, OPTForCausalLM
 
+from command_line import reltune
 from reltune.records import InputError
 from reltune.tasks.causal_lm import CausalLM, token_metrics, token_sums
 from reltune.tasks.generation import continuations
 from reltune.tasks.rows import Row
 from reltune.training import arguments
-from task_cases import check_reload, run_task
+from task_cases import check_reload, run_task, write_rows
 from tiny_models import CHAT, save_tiny_bert, save_tiny_gpt2, save_tiny_llama
 
 MARKED = (
@@ -196,6 +197,51 @@ def test_packed_examples_do_not_see_each_other(models: Path, tmp_path: Path) -> 
             ids = torch.tensor([item["input_ids"]])
             losses += F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none").tolist()
     assert float(packed) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_packing_is_refused_where_packed_examples_see_each_other(models: Path, tmp_path: Path) -> None:
+    packed = CausalLM(columns={"text": "text"}, packing=True)
+    assert packed.misfit_of_model(packed.load_model(models / "llama")[0]) is None
+    save_tiny_opt(tmp_path / "opt")
+    opt = packed.load_model(tmp_path / "opt")[0].train()
+    assert "'opt' model, in which packed examples see each other" in str(packed.misfit_of_model(opt))
+    assert opt.training and CausalLM(columns={"text": "text"}).misfit_of_model(opt) is None
+    rows = write_rows(tmp_path / "rows.jsonl", opposites(40))
+    words = ["--train_file", rows, "--output_dir", tmp_path / "run", "--task", "causal_lm", "--packing"]
+    answer = reltune("run", "--model_name_or_path", tmp_path / "opt", *words)
+    assert answer.code == 2 and "leave --packing out" in answer.err and not (tmp_path / "run").exists()
+
+
+def test_a_turn_that_the_cut_takes_is_not_asked_for(models: Path) -> None:
+    """The model writes the last turn: not where the turns before it are cut, or where there are none."""
+    task = CausalLM(columns={"messages": "messages"})
+    tokenizer = task.load_tokenizer(models / "chat")
+    first, last = (
+        [{"role": "user", "content": "good"}, {"role": "assistant", "content": word}] for word in ("bad", "poor")
+    )
+    rows = [Row({"messages": turns}, 1) for turns in ([*first, *last], first, first[1:])]
+    found = task.encode(rows, tokenizer, 8)
+    assert [source and source.reference for source in found.sources or ()] == [None, "bad", None]
+    # of a turn with nothing before it, its own words are the answer, not the marks before them
+    labels = found.items[2]["labels"]
+    assert tokenizer.decode([of for of in labels if of != -100]).split() == ["bad", "<|end|>"]
+
+
+def save_tiny_opt(path: Path) -> None:
+    """Save an OPT, which counts positions by itself, with the tokenizer of a GPT-2."""
+    save_tiny_gpt2(path)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = OPTConfig(
+        vocab_size=14,
+        word_embed_proj_dim=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=0,
+        bos_token_id=0,
+        **sizes,
+    )
+    OPTForCausalLM(config).save_pretrained(path)
 
 
 def opposites(count: int, seed: int = 0) -> list[dict[str, str]]:

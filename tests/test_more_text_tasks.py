@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import (
     BertConfig,
-    BertForMaskedLM,
     BertForQuestionAnswering,
     BertModel,
     EvalPrediction,
@@ -31,7 +30,7 @@ from reltune.tasks.question_answering import QuestionAnswering, best_span, share
 from reltune.tasks.rows import Row
 from reltune.tasks.seq2seq import Seq2Seq, rouge
 from task_cases import check_reload, run_task
-from tiny_models import WORDS, save_tiny_bert, tiny_tokenizer
+from tiny_models import WORDS, save_tiny_bert, save_tiny_masked, tiny_tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 LEARNS: dict[str, Any] = {"num_train_epochs": 20, "learning_rate": 5e-3, "per_device_train_batch_size": 8}
@@ -280,14 +279,6 @@ def test_a_run_of_questions(reader: Path, tmp_path: Path) -> None:
 # -- masked tokens --------------------------------------------------------------------------------------------------
 
 
-def save_tiny_masked(path: Path) -> None:
-    torch.manual_seed(0)
-    tokenizer = tiny_tokenizer(["[MASK]", *WORDS])
-    tokenizer.mask_token = "[MASK]"
-    tokenizer.save_pretrained(path)
-    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **SIZES)).save_pretrained(path)
-
-
 def test_held_out_masks_stay_and_others_move(tmp_path: Path) -> None:
     save_tiny_masked(tmp_path)
     task = MaskedLM()
@@ -299,7 +290,10 @@ def test_held_out_masks_stay_and_others_move(tmp_path: Path) -> None:
     collate = task.collator(tokenizer)
     one, two = (collate([held[0], held[1]]) for _ in range(2))
     assert all(torch.equal(one[key], two[key]) for key in one)
-    assert not torch.equal(collate([examples[0]])["labels"], collate([examples[0]])["labels"])
+    drawn = collate([examples[0]])["labels"]
+    assert torch.equal(task.collator(tokenizer)([examples[0], examples[1]])["labels"][:1], drawn), "of the text alone"
+    collate.epoch = 1
+    assert not torch.equal(collate([examples[0]])["labels"], drawn)
     for batch in (one, collate([examples[0], examples[1]])):
         hidden = batch["labels"] != -100
         assert hidden.any(1).all()

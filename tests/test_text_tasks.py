@@ -143,6 +143,17 @@ def test_multilabel_metrics() -> None:
     assert found == pytest.approx({"f1_micro": 6 / 8, "f1_macro": (4 / 5 + 2 / 3 + 0) / 3, "subset_accuracy": 2 / 4})
 
 
+def test_a_single_label_is_one_and_not_two_classes() -> None:
+    """Found 3 times, of which 2 rightly, where 4 texts have it: F1 by hand. Where nothing is found it is 0."""
+    labels = np.array([[1.0], [1], [1], [1], [0], [0]])
+    found = MultilabelClassification(["x"]).compute_metrics(
+        EvalPrediction(np.array([[1.0], [1], [-1], [-1], [1], [-1]]), labels)
+    )
+    assert found == pytest.approx({"f1_micro": 4 / 7, "f1_macro": 4 / 7, "subset_accuracy": 1 / 2})
+    nothing = MultilabelClassification(["x"]).compute_metrics(EvalPrediction(-np.ones((6, 1)), labels))
+    assert nothing["f1_micro"] == nothing["f1_macro"] == 0
+
+
 def test_a_run_of_several_labels(model: Path, tmp_path: Path) -> None:
     rows = [{"text": " ".join(words), "label": sorted(set(words) & set(WEIGHTS))} for words in texts(160)]
     results = run_task(place_with(model, tmp_path), rows, LEARNS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from reltune.run_directory import RunDirectory
 from reltune.tasks.causal_lm import CausalLM
 from reltune.tasks.sequence_classification import SequenceClassification
 from reltune.tasks.task import Task
-from tiny_models import save_tiny_bert
+from tiny_models import save_tiny_bert, save_tiny_masked
 
 RATE = ["--granularity", "module", "--budget", "50%", "--learning_rate", 1e-2]
 
@@ -98,6 +99,48 @@ def test_evaluation_by_steps_takes_checkpoints_with_it(place: Path) -> None:
     answer = reltune("tune", run, "--resume_from_checkpoint", "true", "--max_steps", 8, "--overwrite_output_dir")
     assert answer.code == 0, answer.err
     assert [entry["step"] for entry in log_of(run) if "loss" in entry] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_checkpoints_follow_evaluations_that_follow_the_log(place: Path) -> None:
+    """Without eval_steps Transformers evaluates as often as it logs."""
+    words = ["--max_steps", 6, "--eval_strategy", "steps", "--logging_steps", 2, "--load_best_model_at_end"]
+    run = new_run(place, "as_logged", *words, "--budget", "5%")
+    state = read(run / "trainer_state.json")
+    assert state["best_model_checkpoint"].endswith(f"checkpoint-{state['best_global_step']}")
+
+
+def test_the_best_needs_evaluations(place: Path) -> None:
+    run = new_run(place, "unseen", "--max_steps", 1, "--budget", "5%")
+    for words in (["--early_stopping_patience", 1], ["--load_best_model_at_end"]):
+        answer = reltune("tune", run, *words, "--eval_strategy", "no", "--overwrite_output_dir")
+        assert answer.code == 2 and f"{words[0][2:]} c" in answer.err and "eval_strategy is no" in answer.err
+    # stopping early does not ask for the best to be loaded
+    words = ["--early_stopping_patience", 1, "--load_best_model_at_end", "false", "--learning_rate", 1e-9]
+    assert reltune("tune", run, *words, "--max_steps", 60, "--overwrite_output_dir").code == 0
+    state = read(run / "trainer_state.json")
+    assert state["epoch"] == 2 and state["global_step"] < 60
+
+
+@pytest.mark.parametrize("task", ["sequence_classification", "masked_lm"])
+def test_training_that_goes_on_is_training_that_was_never_stopped(task: str, tmp_path: Path) -> None:
+    """To the bit, with dropout: from inside an epoch, in which a batch is gathered in parts; and from an end of one, where the
+    checkpoint is older than the evaluation."""
+    if task == "masked_lm":
+        save_tiny_masked(tmp_path / "model")
+    else:
+        save_tiny_bert(tmp_path / "model")
+    write_csv(tmp_path / "train.csv", review_rows(40))
+    words = ["--task", task, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 3, "--num_train_epochs", 2,
+             "--save_strategy", "steps", "--save_steps", 1, "--save_total_limit", 9, *RATE]  # fmt: skip
+    run = new_run(tmp_path, "whole", *words)
+    whole = load_file(run / "adapter" / "adapter_model.safetensors")
+    last = read(run / "trainer_state.json")["global_step"]
+    for step in (1, last // 2, last // 2 + 1):
+        again = shutil.copytree(run, tmp_path / f"from_{step}")
+        answer = reltune("tune", again, "--resume_from_checkpoint", f"checkpoint-{step}", "--overwrite_output_dir")
+        assert answer.code == 0, answer.err
+        found = load_file(again / "adapter" / "adapter_model.safetensors")
+        assert all(torch.equal(found[name], whole[name]) for name in whole), step
 
 
 def test_tensorboard_sees_what_is_logged(place: Path) -> None:

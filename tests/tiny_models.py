@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
     GPT2Config,
@@ -72,6 +73,16 @@ def save_tiny_bert(
         config.label2id = {label: index for index, label in enumerate(labels)}
         BertForSequenceClassification(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+def save_tiny_masked(path: str | os.PathLike) -> None:
+    """Save a BERT with its masked language modelling head, and a tokenizer that has a mask."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer(["[MASK]", *WORDS])
+    tokenizer.mask_token = "[MASK]"
+    tokenizer.save_pretrained(path)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)).save_pretrained(path)
 
 
 def save_tiny_gpt2(

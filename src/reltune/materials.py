@@ -60,7 +60,13 @@ class Materials:
         """Training arguments of the run for a method."""
         given = self.config.training
         if self.config.early_stopping_patience is not None:
+            if given.get("eval_strategy") == "no":
+                raise InputError(
+                    "early_stopping_patience counts evaluations while training, and eval_strategy is no; write epoch or steps."
+                )
+            metric, largest = training.compared_by(given, self.task)  # also where the last model is to be kept
             given = {"load_best_model_at_end": True, **given}
+            given |= {"metric_for_best_model": metric, "greater_is_better": largest}
         return training.arguments(self.config.output_dir, method, self.config.seed, given, self.task, **forced)
 
     def fresh_model(self) -> nn.Module:
@@ -74,22 +80,14 @@ class Materials:
     def check_training(self, model: nn.Module | None = None) -> None:
         """Raise InputError for training fields that cannot work with the model (the base model if none is given)."""
         model = model or self.model or self.fresh_model()
+        if found := self.task.misfit_of_model(model):
+            raise InputError(found)
         args = self.arguments("selection")
-        if self.config.early_stopping_patience is not None:
-            # the callback would say so by an assertion, after the analysis
-            if args.eval_strategy == "no":
-                raise InputError(
-                    "early_stopping_patience counts evaluations, and eval_strategy is no; write epoch or steps."
-                )
-            if not args.load_best_model_at_end:
-                raise InputError(
-                    "early_stopping_patience keeps the best checkpoint; leave out load_best_model_at_end false."
-                )
-        if args.load_best_model_at_end:
-            name, known = str(args.metric_for_best_model).removeprefix("eval_"), ["loss", *self.task.metrics]
+        if args.load_best_model_at_end or self.config.early_stopping_patience is not None:
+            name, known = str(args.metric_for_best_model).removeprefix("eval_"), self.task.training_metrics
             if name not in known:
                 raise InputError(
-                    f"metric_for_best_model {name!r} is no metric of {self.task.name}; {nearest(name, known)}"
+                    f"metric_for_best_model {name!r} is not measured while {self.task.name} is trained; {nearest(name, known)}"
                 )
         training.check_arguments(model, args, self.sample, self.collator)
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import functools
 import gc
 import importlib.util
 import json
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,15 @@ def arguments(
     rates = {**LEARNING_RATES, **task.learning_rates}
     values = {**DEFAULTS, **task.defaults, "learning_rate": rates[method], **given, **forced}
     if values.get("load_best_model_at_end"):
+        if values["eval_strategy"] == "no":
+            raise InputError(
+                "load_best_model_at_end compares evaluations while training, and eval_strategy is no; write epoch or steps."
+            )
         values["metric_for_best_model"], values["greater_is_better"] = compared_by(values, task)
         if "save_strategy" not in {**given, **forced}:
             values["save_strategy"] = values["eval_strategy"]
-            if "eval_steps" in values:
-                values.setdefault("save_steps", values["eval_steps"])
+        if values["eval_strategy"] == "steps":  # Transformers evaluates as often as it logs, and saves every 500 steps
+            values.setdefault("save_steps", values.get("eval_steps") or values["logging_steps"])
     if launched_on_cpus():
         values["use_cpu"] = True
     for name, mend in (("FSDP", "--fsdp and --fsdp_config, which hold"), ("DeepSpeed", "--deepspeed, which holds")):
@@ -185,6 +190,7 @@ def train(
     evaluated = held_out if args.eval_strategy != "no" else None
     with _sharing_for_itself(), frozen_base(model):
         trainer = task.trainer(model, args, processor, train_examples, evaluated, callbacks=[clock, *callbacks])
+    trainer.evaluate = _apart(trainer.evaluate)  # type: ignore[method-assign]
     show_progress(trainer, description)
     with PeakMemory() as memory, frozen_statistics(model):
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
@@ -199,6 +205,19 @@ def train(
     return trainer, TrainingCost(
         trainer.state.global_step, len(clock.seconds), statistics.median(times) if times else None, memory.peak
     )
+
+
+def _apart(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, leaving torch's random state as it was: every loader that it starts draws a seed. Training that goes on
+    from a checkpoint written before an evaluation does without that evaluation, and must draw the same numbers after it."""
+
+    @functools.wraps(evaluate)
+    def evaluated(*args: Any, **options: Any) -> Any:
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices, device_type="cuda"):
+            return evaluate(*args, **options)
+
+    return evaluated
 
 
 @contextlib.contextmanager

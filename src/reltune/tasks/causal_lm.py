@@ -79,6 +79,11 @@ class CausalLM(DecoderTask):
         *("completion_only_loss", "packing", "max_length", "max_new_tokens", "generation_examples"),
     )
 
+    @property
+    def training_metrics(self) -> tuple[str, ...]:
+        """Those of TRL's trainer."""
+        return ("loss", "mean_token_accuracy", "entropy")
+
     def problem(self, row: Row) -> str | None:
         for role in ("text", "instruction"):
             if role in self.columns and (found := text_problem(row.values, self.columns[role])):
@@ -112,7 +117,8 @@ class CausalLM(DecoderTask):
         return " ".join(str(row.values.get(column)) for column in self.columns.values())
 
     def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
-        """Token ids and labels of each row. An example's source is its ``Source``, or None where it has no prompt.
+        """Token ids and labels of each row. An example's source is its ``Source``, or None where it has no prompt, or one that
+        is cut itself.
 
         Rows of which no label is left when they are cut are left out, and their lines are in ``lost``.
         """
@@ -125,7 +131,8 @@ class CausalLM(DecoderTask):
             ids, labels = ids[:limit], labels[:limit]
             if any(label != IGNORED for label in labels[1:]):  # nothing predicts the first
                 items.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
-                sources.append(source)
+                # a chat's last turn may come after the cut, and may be the first
+                sources.append(source if source is not None and 0 < len(source.ids) < limit else None)
             else:
                 lost.append(row.line)
         return Examples(items, n_truncated, sources, {f"a prompt of {limit} tokens or more": lost} if lost else {})
@@ -162,6 +169,34 @@ class CausalLM(DecoderTask):
     def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
         """Pads a batch to its longest example, and the labels with it."""
         return DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)
+
+    @torch.no_grad()
+    def misfit_of_model(self, model: nn.Module) -> str | None:
+        """Of packing: whether a packed example changes with the one before it, as it does in models that count positions by
+        themselves or carry a state along."""
+        if not self.packing:
+            return None
+        from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+        collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)  # as it is in training
+        training, logits = model.training, []
+        model.eval()
+        try:
+            for first in (0, 1):
+                batch = collate([{"input_ids": [first] * 4 + [0, 1, 0, 1], "seq_lengths": [4, 4]}])
+                inputs = {
+                    key: value.to(next(model.parameters()).device) if isinstance(value, Tensor) else value
+                    for key, value in batch.items()
+                    if key != "labels"
+                }
+                logits.append(model(**inputs, use_cache=False).logits[0].float())
+        finally:
+            model.train(training)
+        moved = (logits[0] - logits[1]).abs().amax(-1)
+        if moved[4:].max() > 0.02 * moved[:4].max():  # not 0 where rounding depends on the whole batch
+            name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+            return f"packing cannot be with a {name!r} model, in which packed examples see each other; leave --packing out."
+        return None
 
     def make_arguments(self, **values: Any) -> TrainingArguments:
         from trl import SFTConfig
@@ -272,7 +307,11 @@ def assistant_spans(
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, upto = rendered(messages[:i], tokenizer, prompt=True), rendered(messages[: i + 1], tokenizer)
+        # Before a first turn there is what the template puts before any: a system prompt of its own, the turn's marks.
+        before = (
+            rendered(messages[:i], tokenizer, prompt=True) if i else rendered([{**message, "content": ""}], tokenizer)
+        )
+        upto = rendered(messages[: i + 1], tokenizer)
         if ids[: len(upto)] != upto:
             raise InputError(
                 f"The chat template renders the turns of line {line} otherwise when more turns follow, so that it cannot be "

@@ -1,18 +1,20 @@
 """Masked language modelling: hidden tokens of plain texts; perplexity of the hidden tokens.
 
-Masks are drawn anew for every batch of training, by Transformers' collator (15% of the tokens, as BERT was trained), and
-once for held-out texts. A text of which none was drawn is drawn again: it would have no loss.
+Masks are drawn anew in every epoch of training, by Transformers' collator (15% of the tokens, as BERT was trained), and
+once for held-out texts. A text of which none was drawn is drawn again: it would have no loss. The draw depends on the text
+and the epoch alone, so that training that was interrupted, or is shared by processes, hides the same tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForMaskedLM,
@@ -21,6 +23,9 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
 )
 
 from reltune.records import InputError
@@ -94,6 +99,20 @@ class MaskedLM(Task):
         """Hides tokens of texts in which none are hidden, and pads the batch."""
         return MaskingCollator(processor)
 
+    def trainer(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        processor: Any,
+        train: Examples,
+        held_out: Examples | None = None,
+        **options: Any,
+    ) -> Trainer:
+        """A Trainer whose collator knows the epoch."""
+        trainer = super().trainer(model, args, processor, train, held_out, **options)
+        trainer.add_callback(_EpochOfMasks(trainer.data_collator))
+        return trainer
+
     def reduced(self, logits: Any, labels: Tensor) -> Tensor:
         """Of each example (B, 3): the sum of its hidden tokens' losses, their number, and how many are the likeliest."""
         return token_sums(logits[0] if isinstance(logits, tuple) else logits, labels)
@@ -106,10 +125,12 @@ class MaskedLM(Task):
 
 
 class MaskingCollator:
-    """Makes a batch of texts, hiding tokens where there are no labels yet: the same for the same calls in order."""
+    """Makes a batch of texts, hiding tokens where there are no labels yet: the same ones of a text within an ``epoch``."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:
-        self.masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED, seed=seed)
+        self.seed, self.epoch = seed, 0
+        self.masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED)
+        self.masking.generator = self.generator = torch.Generator()
         self.padding = DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -117,7 +138,22 @@ class MaskingCollator:
 
     def masked(self, item: dict[str, Any]) -> dict[str, Any]:
         """The item with tokens hidden and with labels."""
+        drawn_by = hashlib.sha256(f"{self.seed}/{self.epoch}/{list(item['input_ids'])}".encode()).digest()
+        self.generator.manual_seed(int.from_bytes(drawn_by[:8], "big") >> 1)
         while True:
             batch = self.masking([item])
             if (batch["labels"] != IGNORED).any():
                 return {**item, "input_ids": batch["input_ids"][0].tolist(), "labels": batch["labels"][0].tolist()}
+
+
+class _EpochOfMasks(TrainerCallback):
+    """Tells the collator which pass over the texts begins, also where training goes on in the middle of one."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.collator.epoch = int(state.epoch or 0) - 1
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.collator.epoch += 1

@@ -95,8 +95,10 @@ class MultilabelClassification(TextTask):
         logits: Any = prediction.predictions
         labels: Any = prediction.label_ids
         predicted, labels = logits > 0, labels > 0.5
+        # scikit-learn takes one column for two classes, whose mean would count its absence as a label too
+        one = labels.shape[1] == 1
         return {
-            "f1_micro": float(f1_score(labels, predicted, average="micro", zero_division=0)),
-            "f1_macro": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+            "f1_micro": float(f1_score(labels, predicted, average="binary" if one else "micro", zero_division=0)),
+            "f1_macro": float(f1_score(labels, predicted, average="binary" if one else "macro", zero_division=0)),
             "subset_accuracy": float(accuracy_score(labels, predicted)),
         }

@@ -84,6 +84,12 @@ class Preference(DecoderTask):
     fields: ClassVar[tuple[str, ...]] = ("beta", "loss_type")
 
     @property
+    def training_metrics(self) -> tuple[str, ...]:
+        """Those of TRL's trainer."""
+        rewards = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+        return ("loss", *rewards, "mean_token_accuracy", "entropy")
+
+    @property
     def relevance_loss(self) -> Loss:
         return preference_loss(self.beta, self.loss_type)
 

@@ -97,6 +97,11 @@ class Task(abc.ABC):
         return self.metrics[0]
 
     @property
+    def training_metrics(self) -> tuple[str, ...]:
+        """What an evaluation during training measures."""
+        return ("loss", *self.metrics)
+
+    @property
     def relevance_loss(self) -> str | Loss:
         """The loss per example with the task's own settings, where it has any."""
         return self.loss
@@ -163,6 +168,10 @@ class Task(abc.ABC):
     def not_tuned(self, model: nn.Module) -> list[str]:
         """Modules that the task's Trainer cannot train parts of, beside new heads."""
         return []
+
+    def misfit_of_model(self, model: nn.Module) -> str | None:
+        """What keeps the task's Trainer from training the model as the task's fields say, as a sentence; or None."""
+        return None
 
     def reduced(self, logits: Any, labels: torch.Tensor) -> Any:
         """What metrics need of a batch's outputs, so that they alone are kept until the end."""
