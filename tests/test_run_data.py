@@ -155,6 +155,14 @@ def test_streaming(tmp_path: Path, model: Path) -> None:
         "an empty 'text'": {"count": 1, "lines": [32]},
         "another number of fields than the header's 2": {"count": 1, "lines": [63]},
     }
+    # a third step would have ended the first pass over 60 rows in batches of 32; the log's last line was cut short
+    log = tmp_path / "run" / "train_log.jsonl"
+    log.write_text(log.read_text() + '{"step": 3, "lo')
+    answer = reltune(
+        "tune", tmp_path / "run", "--overwrite_output_dir", "--resume_from_checkpoint", "true", "--max_steps", 4
+    )
+    assert answer.code == 0 and "read from the beginning" in answer.err
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()][-1] == 4
     place = ("--model_name_or_path", model, "--output_dir", tmp_path / "new", "--train_file", held, "--streaming")
     for more, named in (((*files,), "--max_steps"), (("--max_steps", 1), "--validation_file")):
         answer = reltune("run", *place, *more)

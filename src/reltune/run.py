@@ -6,6 +6,7 @@ config.yaml ─analyze▶ relevance/ ─select▶ plan/ ─tune▶ adapter/ ─e
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -249,6 +250,16 @@ def tune(
     processes = Processes.joined()
     with processes.together():
         checkpoint = run.checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+        if (
+            checkpoint
+            and materials.config.streaming
+            and read_json(Path(checkpoint) / "trainer_state.json")["epoch"] >= 1
+        ):
+            warnings.warn(
+                "streamed rows are read from the beginning where training goes on after the first pass over them, so that the "
+                "result is not that of a training without an interruption.",
+                stacklevel=2,
+            )
         plan = Plan.load(run.plan)
         if sorted(plan.always_trained) != sorted(materials.new_heads):
             heads = ", ".join(materials.new_heads) or "nothing"
