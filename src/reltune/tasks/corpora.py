@@ -9,17 +9,18 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-import shutil
+import io
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 from reltune.records import DATASETS, InputError, nearest
 from reltune.tasks.rows import Rows
+
+ARCHIVES = (".zip", ".tar.gz", ".tgz")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,15 +104,34 @@ def _search(path: Path, name: str) -> bytes | None:
         if file.name == name:
             return file.read_bytes()
     for file in files:
-        if file.name.endswith((".zip", ".tar.gz", ".tgz")):
-            with tempfile.TemporaryDirectory() as scratch:
-                safely = {} if file.suffix == ".zip" else {"filter": "data"}
-                try:
-                    shutil.unpack_archive(file, scratch, **safely)  # type: ignore[arg-type]
-                except (OSError, ValueError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
-                    raise InputError(f"{file} cannot be unpacked ({error}); download it again.") from error
-                if (data := _search(Path(scratch), name)) is not None:
-                    return data
+        if file.name.endswith(ARCHIVES):
+            try:
+                with file.open("rb") as stream:
+                    data = _search_archive(file.name, stream, name)
+            except (OSError, ValueError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
+                raise InputError(f"{file} cannot be unpacked ({error}); download it again.") from error
+            if data is not None:
+                return data
+    return None
+
+
+def _search_archive(archive_name: str, stream: IO[bytes], name: str) -> bytes | None:
+    """The file of that name in the archive, or in one that it holds; nothing is written to the disk."""
+    if archive_name.endswith(".zip"):
+        with zipfile.ZipFile(stream) as archive:
+            return _search_members(archive.namelist(), archive.read, name)
+    with tarfile.open(fileobj=stream) as tar:
+        files = {member.name: tar.extractfile(member) for member in tar if member.isfile()}
+        return _search_members(list(files), lambda member: files[member].read(), name)  # type: ignore[union-attr]
+
+
+def _search_members(members: list[str], read: Callable[[str], bytes], name: str) -> bytes | None:
+    for member in members:
+        if PurePosixPath(member).name == name:
+            return read(member)
+    for member in members:
+        if member.endswith(ARCHIVES) and (data := _search_archive(member, io.BytesIO(read(member)), name)) is not None:
+            return data
     return None
 
 
