@@ -107,7 +107,10 @@ def score(name: str, value: float | None) -> str:
 def head(name: str, short: bool = False) -> str:
     """A metric's label and unit as the head of a column."""
     label, narrow, is_share = METRICS[name]
-    label = narrow if short else label
+    if short:
+        label = narrow
+    elif len(label) > 12:  # in two lines
+        label = label.replace(" ", "\n", 1)
     return label + ((" %" if "\n" in label else "\n%") if is_share else "")
 
 

@@ -584,7 +584,7 @@ An empty cell means that the layer has no such module.</p>
 <h2>Comparison</h2>
 {% if record.comparison %}
 <div class="scroll"><table>
-<thead><tr><th>method</th>
+<thead><tr><th style="min-width: 170px">method</th>
 {% for head in comparison_heads %}
 <th class="number">{{ head }}</th>
 {% endfor %}
