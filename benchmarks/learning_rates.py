@@ -39,15 +39,14 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    from reltune import run as stages
-    from reltune import training
-    from reltune.comparison import BASELINES
-    from reltune.evaluation import evaluate
-    from reltune.materials import prepare
+    from reltune.config.run_config import RunConfig
     from reltune.plan.lora import lora_config
     from reltune.plan.selection import select
-    from reltune.records import RunConfig
-    from reltune.run_directory import RunDirectory
+    from reltune.runs import stages, training
+    from reltune.runs.comparison import BASELINES
+    from reltune.runs.directory import RunDirectory
+    from reltune.runs.evaluation import evaluate
+    from reltune.runs.materials import prepare
     from reltune.tuner.config import ReltuneConfig
 
     transformers.logging.set_verbosity_error()

@@ -41,7 +41,7 @@ import reltune
 from harness import Benchmark, Method, Timed, TimedLoader, arguments, benchmark
 from llama import PROJECTIONS, TINY, Shape, described, llama, texts, weights_bytes
 from reltune.layers.fused_norms import fused_norms
-from reltune.tasks.losses import LOSSES
+from reltune.losses import LOSSES
 
 LOSS = LOSSES["causal_lm"].per_example
 

@@ -41,7 +41,7 @@ import reltune
 from harness import Benchmark, Method, Timed, TimedLoader, arguments, benchmark, described
 from llama import PROJECTIONS, TINY, Shape, llama, texts
 from peers import FLOOR, PEERS, PIP, Case, Peer, Sums, mean_cross_entropy, mean_next_token_cross_entropy
-from reltune.tasks.losses import LOSSES
+from reltune.losses import LOSSES
 
 PACKAGES = ("backpack-for-pytorch", "opacus")
 SHARES = {"cpu": (1.0, 0.25), "cuda": (1.0, 0.5, 0.25, 0.125, 0.0)}  # of the batch at a time, to try; 0: one example
@@ -54,8 +54,8 @@ OURS, WHOLE = "reltune, one batch", "reltune.analyze, whole call"
 
 def minilm_case(tokens: int, examples: int, tiny: bool) -> Case:
     """A real encoder with a new head of five classes, on real texts cut to ``tokens`` tokens each: no padding."""
-    from reltune.demo import demo_config
-    from reltune.tasks.corpora import bbc_news
+    from reltune.data.packages import bbc_news
+    from reltune.runs.demo import demo_config
 
     path = demo_config("", 0).model_name_or_path
     options: dict[str, Any] = {"num_labels": 5, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -82,7 +82,7 @@ def one_run(path: str, how: str, criteria: list[str], device: str, target_module
     from transformers import AutoModelForCausalLM
 
     from reltune.relevance.measure import analyze
-    from reltune.relevance.streaming import analyze_checkpoint
+    from reltune.relevance.weights.scan import analyze_checkpoint
 
     if device == "cuda" and not torch.cuda.is_available():
         return {"error": "no CUDA device"}

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 import reltune
-from reltune.tasks.corpora import bbc_news
+from reltune.data.packages import bbc_news
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"

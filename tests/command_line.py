@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import random
+import re
 import signal
 import sys
 import warnings
@@ -18,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from reltune.cli import main
+from reltune.cli.commands import main
 
 GOOD, BAD, OTHER = ("good", "great", "fine"), ("bad", "poor", "dull"), ("film", "book", "very", "not")
 
@@ -89,3 +90,16 @@ def contents(folder: Path) -> dict[str, str]:
         if not directories and not files:
             found[str(Path(place).relative_to(folder))] = "empty directory"
     return found
+
+
+def assert_refused(answer: Answer, *named: str) -> None:
+    assert answer.code == 2, answer
+    assert answer.out == ""
+    message = answer.err.removeprefix("reltune: error: ")
+    assert message != answer.err, answer.err
+    assert message.count("\n") == 1 and message.endswith("\n"), answer.err
+    # paths aside, it can be read at a glance
+    assert len(re.sub(r"/\S*/", "", message)) < 400, message
+    assert len(re.findall(r"[.?!](?= [A-Z]|\n)", message)) <= 2, message
+    for part in named:
+        assert part in message, message

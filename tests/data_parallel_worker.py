@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 sys.path.insert(0, str(Path(__file__).parent))
 
 from relevance_cases import MODELS, data_for, measure, split
-from reltune.relevance.measure import AnalysisError
-from reltune.relevance.parallel import Processes, unwrapped
+from reltune.errors import AnalysisError
+from reltune.processes import Processes, unwrapped
 
 CRITERIA = ["fisher", "fisher_true", "gradient", "taylor", "gradient_snr", "activation", "random"]
 

@@ -37,9 +37,9 @@ from transformers.pytorch_utils import Conv1D
 sys.path.insert(0, str(Path(__file__).parent))
 
 from command_line import reltune as command
-from reltune import training
+from reltune.errors import InputError
 from reltune.plan.plan import ModulePlan, Plan
-from reltune.records import InputError
+from reltune.runs import training
 from reltune.tuner import ReltuneConfig
 from reltune.tuner.layer import ReltuneLayer
 

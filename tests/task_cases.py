@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from reltune import run as stages
-from reltune.materials import prepare
-from reltune.records import RunConfig
-from reltune.report import METRICS
-from reltune.run_directory import RunDirectory
+from reltune.config.run_config import RunConfig
+from reltune.report.numbers import METRICS
+from reltune.runs import stages
+from reltune.runs.directory import RunDirectory
+from reltune.runs.materials import prepare
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:

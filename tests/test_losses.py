@@ -28,8 +28,8 @@ from transformers import (
 from transformers.models.bert import BertConfig
 
 from relevance_cases import LABELS, TEXT, VOCAB, made, text_batch
-from reltune.records import InputError
-from reltune.tasks.losses import LOSSES, Loss, as_loss
+from reltune.errors import InputError
+from reltune.losses import LOSSES, Loss, as_loss
 
 TOKEN_TASKS = ("token_classification", "causal_lm", "masked_lm", "seq2seq")
 # Of answers in a context there are two logits per token: tests/test_more_text_tasks.py. Pairs: tests/test_preference.py.

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from reltune.layers.units import ModuleInfo, Parts, by_unit
-from reltune.relevance.context import Context
+from reltune.relevance.criteria.context import Context
 
 NEEDS = ("sums",)  # Σ_s ∂ℓ_s/∂w per weight; reltune/layers/per_example.py lists what there is
 ELEMENT_NEEDS = NEEDS

@@ -22,14 +22,14 @@ __version__ = "0.1.0"
 
 _HOME = {
     "analyze": "reltune.relevance.measure",
-    "analyze_checkpoint": "reltune.relevance.streaming",
+    "analyze_checkpoint": "reltune.relevance.weights.scan",
     "AnalysisError": "reltune.relevance.measure",
     "RelevanceScores": "reltune.relevance.scores",
     "select": "reltune.plan.selection",
     "Plan": "reltune.plan.plan",
     "lora_config": "reltune.plan.lora",
     "ReltuneConfig": "reltune.tuner.config",
-    "InputError": "reltune.records",
+    "InputError": "reltune.config.run_config",
 }
 __all__ = [
     "AnalysisError",
@@ -45,13 +45,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from reltune.errors import AnalysisError, InputError
     from reltune.plan.lora import lora_config
     from reltune.plan.plan import Plan
     from reltune.plan.selection import select
-    from reltune.records import InputError
-    from reltune.relevance.measure import AnalysisError, analyze
+    from reltune.relevance.measure import analyze
     from reltune.relevance.scores import RelevanceScores
-    from reltune.relevance.streaming import analyze_checkpoint
+    from reltune.relevance.weights.scan import analyze_checkpoint
     from reltune.tuner.config import ReltuneConfig
 
 

@@ -1,5 +1,5 @@
 """``python -m reltune`` is the ``reltune`` command."""
 
-from reltune.cli import main
+from reltune.cli.commands import main
 
 main()

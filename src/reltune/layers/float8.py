@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reltune.errors import InputError
 from reltune.layers import linear
 from reltune.ops.float8 import E4M3, float8_linear, quantise_weight
-from reltune.records import InputError
 
 MULTIPLE = 16  # of features: what the tensor cores' products ask for
 

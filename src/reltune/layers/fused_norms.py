@@ -75,7 +75,7 @@ def _may_be(module: nn.Module) -> bool:
 
 
 def _has_kernel(x: Any) -> bool:
-    from reltune.ops.rms_norm import LARGEST
+    from reltune.ops.kernels.rms_norm import LARGEST
 
     spread = hasattr(x, "to_local")  # over processes: such a norm stays as it is
     return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] <= LARGEST and not spread
@@ -87,7 +87,7 @@ def _epsilon(module: nn.Module) -> float | None:
 
 def _forward(module: nn.Module, own: Any, x: Tensor) -> Tensor:
     """``own``: a forward that stood in the place of the class's, or None."""
-    from reltune.ops.rms_norm import RMSNorm
+    from reltune.ops.kernels.rms_norm import RMSNorm
 
     gain: Any = module.weight
     # The kernel gives the gain no gradient, and compilers make kernels of their own.

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from reltune.errors import InputError, nearest
 from reltune.layers import conv1d, conv2d, embedding, experts, linear, norm, quantised, router
-from reltune.layers.heads import HeadGroup, heads_and_reasons
+from reltune.layers.attention_heads import HeadGroup, heads_and_reasons
 from reltune.layers.units import ModuleInfo
-from reltune.records import InputError, nearest
 
 # Kind of module -> the file that knows it. The first whose `matches` says yes is taken.
 LAYER_TYPES: dict[str, ModuleType] = {

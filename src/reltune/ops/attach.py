@@ -64,7 +64,7 @@ class AttachRows(torch.autograd.Function):
 def gradient_of_columns(g: Tensor, selected: Tensor) -> Tensor:
     """g (T, out), selected (T, c) -> gᵀ selected (out, c)."""
     if g.is_cuda and importlib.util.find_spec("triton") is not None:
-        from reltune.ops.column_gradient import column_gradient, fits
+        from reltune.ops.kernels.column_gradient import column_gradient, fits
 
         if fits(g, selected.shape[1]):
             return column_gradient(g, selected)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reltune.records import InputError
+from reltune.errors import InputError
 
 Form = Literal["dense", "sampled"]
 
@@ -116,7 +116,7 @@ def element_gradient(a: Tensor, b: Tensor, places: Places, form: Form | None = N
         return _dense(a, b, places)
     if a.is_cuda:
         # Imported where it is used: Triton is no part of torch for CPUs, and takes a while to import.
-        from reltune.ops.sampled_product import sampled_product
+        from reltune.ops.kernels.sampled_product import sampled_product
 
         return sampled_product(a, b, places.index)
     return sampled_product_reference(a, b, places.index)

@@ -67,7 +67,7 @@ def quantise_rows_reference(x: Tensor, factor: Tensor | None = None) -> Rounded:
 def quantise_rows(x: Tensor, factor: Tensor | None = None) -> Rounded:
     """x (T, n), factor (n,) in float32 or None -> x · factor, rounded per row with its largest number at 448."""
     if _has_kernels(x):
-        from reltune.ops.float8_kernels import LONGEST, quantise_rows
+        from reltune.ops.kernels.float8 import LONGEST, quantise_rows
 
         if x.shape[1] <= LONGEST:
             return quantise_rows(x, factor, LARGEST, SMALLEST)
@@ -77,7 +77,7 @@ def quantise_rows(x: Tensor, factor: Tensor | None = None) -> Rounded:
 def transposed(weight: Tensor) -> Tensor:
     """q (out, in) as int8 -> a contiguous (in, out)."""
     if _has_kernels(weight):
-        from reltune.ops.float8_kernels import transposed
+        from reltune.ops.kernels.float8 import transposed
 
         return transposed(weight)
     return weight.t().contiguous()
@@ -118,7 +118,7 @@ def _product(rounded: Rounded, weight: Tensor, scale: Tensor | None, dtype: torc
 def _add_columns(y: Tensor, selected: Tensor, change: Tensor) -> None:
     """y (T, out) += selected (T, c) changeᵀ (c, out)."""
     if _has_column_kernels(y, selected, change):
-        from reltune.ops.float8_kernels import add_columns
+        from reltune.ops.kernels.float8 import add_columns
 
         add_columns(y, selected, change)
     else:
@@ -128,7 +128,7 @@ def _add_columns(y: Tensor, selected: Tensor, change: Tensor) -> None:
 def _add_change(dx: Tensor, idx: Tensor, g: Tensor, change: Tensor) -> None:
     """dx (T, in)[:, idx] += g (T, out) change (out, c)."""
     if _has_column_kernels(dx, g.contiguous(), change):
-        from reltune.ops.float8_kernels import add_change
+        from reltune.ops.kernels.float8 import add_change
 
         add_change(dx, idx, g.contiguous(), change)
     else:
@@ -136,7 +136,7 @@ def _add_change(dx: Tensor, idx: Tensor, g: Tensor, change: Tensor) -> None:
 
 
 def _has_column_kernels(of: Tensor, factor: Tensor, change: Tensor) -> bool:
-    from reltune.ops.float8_kernels import MOST
+    from reltune.ops.kernels.float8 import MOST
 
     return _has_kernels(of) and of.dtype == factor.dtype == change.dtype == torch.bfloat16 and change.shape[1] <= MOST
 

@@ -52,7 +52,7 @@ def index_copy(copies: Iterable[Copy]) -> None:
         if len(group) == 1:
             group[0].alone()
         else:
-            from reltune.ops.index_copy_kernel import copy_all
+            from reltune.ops.kernels.index_copy import copy_all
 
             copy_all(group)
             torch.autograd.graph.increment_version([copy.weight for copy in group])

@@ -119,7 +119,7 @@ def input_gram(x: Tensor) -> Gram:
     """K_x = x xᵀ for inputs x (B, T, in): (B, T, T) in the accumulator's dtype, or as the fused kernel takes it."""
     if is_fused(x):
         # Imported where it is used: Triton is no part of torch for CPUs, and takes a while to import.
-        from reltune.ops.quadratic_form import triangle
+        from reltune.ops.kernels.quadratic_form import triangle
 
         return triangle(x)
     return _product(x, x.mT)
@@ -180,7 +180,7 @@ def _examples_of(gram: Gram, some: slice) -> Gram:
 def _forms(k: Gram, x: Tensor) -> Tensor:
     """Σ_b Σ_t x[b, t, d] (K_b x_b)[t, d] for every feature d."""
     if isinstance(k, tuple):
-        from reltune.ops.quadratic_form import quadratic_forms
+        from reltune.ops.kernels.quadratic_form import quadratic_forms
 
         return quadratic_forms(k, x)
     return _product(k, x.to(k.dtype)).mul_(x).sum((0, 1)).clamp_min_(0)
@@ -188,7 +188,7 @@ def _forms(k: Gram, x: Tensor) -> Tensor:
 
 def _add_directly(x: Tensor, g: Tensor, columns: Tensor | None, rows: Tensor | None) -> None:
     if is_fused(x):
-        from reltune.ops.squared_product import squared_product_sums
+        from reltune.ops.kernels.squared_product import squared_product_sums
 
         for total, found in zip((columns, rows), squared_product_sums(x, g), strict=True):
             if total is not None:

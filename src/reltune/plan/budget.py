@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-from reltune.records import InputError
+from reltune.errors import InputError
 
 _SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from peft import LoraConfig
 
+from reltune.errors import InputError
 from reltune.plan.plan import ModulePlan, Plan
-from reltune.records import InputError
 
 
 def lora_config(plan: Plan, scaling: float = 2.0, **fields: Any) -> LoraConfig:

@@ -16,8 +16,9 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from reltune.errors import InputError, nearest
+from reltune.files import write_text
 from reltune.layers.inventory import Inventory
-from reltune.records import InputError, nearest, write_text
 
 FORMAT = "reltune-plan-1"
 # Kinds of module that the tuner can train; others are measured only.

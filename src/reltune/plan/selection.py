@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reltune.errors import InputError, nearest
 from reltune.layers.inventory import Inventory, ModuleInfo, choose
+from reltune.names import GRANULARITIES, SPREADS
 from reltune.plan.budget import parse_budget
 from reltune.plan.plan import TRAINABLE, WITH_ELEMENTS, ModulePlan, Plan
 from reltune.plan.threshold import above, largest
-from reltune.records import GRANULARITIES, SPREADS, InputError, nearest
-from reltune.relevance import CRITERIA
+from reltune.relevance.criteria.registry import CRITERIA
 from reltune.relevance.scores import RelevanceScores
 
 WHOLE = ("layer", "module", "norm")  # kinds that take everything a module has, in the place of its parts

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reltune.errors import InputError
 from reltune.layers.quantised import compute_as_in_training
-from reltune.records import InputError
 
 
 def chained(before: str, batch: Any) -> str:

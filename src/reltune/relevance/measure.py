@@ -16,28 +16,21 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from reltune.errors import AnalysisError, InputError
 from reltune.layers.fingerprint import fingerprint
-from reltune.layers.inventory import (
-    Inventory,
-    canonical_weights,
-    choose,
-    head_modules,
-    new_parameters,
-    take_inventory,
-)
+from reltune.layers.inventory import Inventory, canonical_weights, choose, head_modules, new_parameters, take_inventory
 from reltune.layers.quantised import stops_the_gradient
-from reltune.records import InputError
+from reltune.losses import Loss, as_loss
+from reltune.processes import Processes, unwrapped
 from reltune.relevance.batches import batch_size, chained, contents, frozen
-from reltune.relevance.collector import AnalysisError, Sums, first_and_others, mixing_sentence
-from reltune.relevance.context import Context
-from reltune.relevance.data_pass import NO_DATA, DataPass
-from reltune.relevance.experiment import Experiment, Parts, checked_options, random_state_kept, with_untouched
-from reltune.relevance.parallel import Processes, unwrapped
-from reltune.relevance.partial import Partial
-from reltune.relevance.plugins import Criterion, check_parts, find_criteria
+from reltune.relevance.behaviour.experiment import Experiment, Parts, checked_options, random_state_kept, with_untouched
+from reltune.relevance.criteria.context import Context
+from reltune.relevance.criteria.finding import Criterion, check_parts, find_criteria
+from reltune.relevance.resumption import Partial
 from reltune.relevance.scores import Assembly, RelevanceScores
-from reltune.relevance.streaming import analyze_checkpoint
-from reltune.tasks.losses import Loss, as_loss
+from reltune.relevance.statistics.collector import Sums, first_and_others, mixing_sentence
+from reltune.relevance.statistics.data_pass import NO_DATA, DataPass
+from reltune.relevance.weights.scan import analyze_checkpoint
 
 __all__ = ["AnalysisError", "analyze"]
 
@@ -67,10 +60,10 @@ def analyze(
             that look at no data (``analyze_checkpoint``, which takes the model's class too).
         loader: batches, either mappings of tensors (``labels`` among them) or ``(inputs, labels)`` pairs; may be
             None when no criterion looks at data.
-        loss_fn: a name from ``reltune.tasks.losses.LOSSES`` (``"causal_lm"``); or ``loss_fn(outputs, batch)``, which
+        loss_fn: a name from ``reltune.losses.LOSSES`` (``"causal_lm"``); or ``loss_fn(outputs, batch)``, which
             gives one loss per example, shape (B,); or a torch loss module, which is applied to logits and labels
             without reduction; None means cross entropy.
-        criteria: names from ``reltune.relevance.CRITERIA`` or of an installed package's criterion, or criteria
+        criteria: names from ``reltune.relevance.criteria.CRITERIA`` or of an installed package's criterion, or criteria
             themselves (``relevance/plugins.py`` says what one has); the first is what ``select`` uses by default. Several
             share one pass over the data (``fisher_true`` has its own).
         elements: score every single weight too, which takes one number per weight and criterion.

@@ -17,11 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reltune.layers.heads import HeadGroup
+from reltune.errors import InputError, nearest
+from reltune.files import write_json
+from reltune.layers.attention_heads import HeadGroup
 from reltune.layers.inventory import Inventory
 from reltune.layers.units import ModuleInfo, Parts, part_shapes
-from reltune.records import Heatmap, InputError, nearest, write_json
-from reltune.relevance.context import Context
+from reltune.relevance.criteria.context import Context
+from reltune.relevance.heatmap import Heatmap
 
 FORMAT = "reltune-relevance-3"
 KINDS = ("layer", "module", "head", "column", "row", "element", "bias", "norm")

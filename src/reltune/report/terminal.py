@@ -12,8 +12,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from reltune import report
-from reltune.records import Heatmap, LMEvalRecord, MethodResult, Output
+from reltune.relevance.heatmap import Heatmap
+from reltune.report import numbers
+from reltune.report.record import LMEvalRecord, MethodResult, Output
 
 # Viridis (van der Walt and Smith 2015, CC0): perceptually uniform, readable with colour-vision deficiencies.
 VIRIDIS = (
@@ -31,9 +32,9 @@ def heatmap(h: Heatmap) -> RenderableType:
 
     Never wider than 80 columns: more modules than fit continue in a table below.
     """
-    cells = report.shares(h)
+    cells = numbers.shares(h)
     spare = WIDTH - CELL * (len(h.columns) + 1)  # for labels, with every module and the layer's sum beside them
-    labels, numbered = report.layer_labels(h.rows, width=min(max(spare, 10), 20))
+    labels, numbered = numbers.layer_labels(h.rows, width=min(max(spare, 10), 20))
     heads = _abbreviate(h.columns)
     label_width = max([len("layer"), *map(len, labels)])
     across = max(1, (WIDTH - label_width - CELL) // CELL)
@@ -50,10 +51,12 @@ def heatmap(h: Heatmap) -> RenderableType:
         table.add_column("all", width=CELL, justify="right", no_wrap=True, style="bold")
         for i in reversed(range(len(h.rows))):
             row = [_cell(value, least, most) for value in cells[i][start : start + across]]
-            table.add_row(Text(labels[i]), *row, report.share(h.share_by_layer[i]))
+            table.add_row(Text(labels[i]), *row, numbers.share(h.share_by_layer[i]))
         tables.append(table)
 
-    scale = Text(f"{report.share(least)} " if least else "0 ").append_text(_scale()).append(f" {report.share(most)} %")
+    scale = (
+        Text(f"{numbers.share(least)} " if least else "0 ").append_text(_scale()).append(f" {numbers.share(most)} %")
+    )
     if any(value is None for row in cells for value in row):
         scale.append("   blank: no such module")
     legend = [f"{head} {name}" for head, name in zip(heads, h.columns, strict=True) if head != name]
@@ -63,7 +66,7 @@ def heatmap(h: Heatmap) -> RenderableType:
         legend.append(f"N {numbered}")
     return Group(
         Text(
-            f"{h.criterion} relevance: share of {report.of_what(h) if not h.adds_up else 'the total'}, %", style="bold"
+            f"{h.criterion} relevance: share of {numbers.of_what(h) if not h.adds_up else 'the total'}, %", style="bold"
         ),
         Text("deepest layer at the top, input at the bottom", style="dim"),
         *tables,
@@ -76,22 +79,22 @@ def comparison_table(results: Sequence[MethodResult]) -> Table:
     """One row per method; at most 100 columns wide. ``—`` where nothing was measured."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("method", overflow="fold", max_width=20)
-    scores = report.measured(result.metrics for result in results)[:2]  # the main one first; more would be too wide
-    quality = ("trainable", "+ head", *(report.head(name, short=True) for name in scores))
+    scores = numbers.measured(result.metrics for result in results)[:2]  # the main one first; more would be too wide
+    quality = ("trainable", "+ head", *(numbers.head(name, short=True) for name in scores))
     cost = ("s /\nstep", "peak\nmemory", "disk", "ms /\ntext", "ms,\nmerged")
     for head in quality + cost:
         table.add_column(head, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
             Text(result.method),
-            report.short_count(result.trainable_parameters),
-            report.short_count(result.head_parameters),
-            *(report.score(name, result.metrics.get(name)) for name in scores),
-            report.fixed(result.seconds_per_step, 4),
-            report.size(result.peak_memory_bytes),
-            report.size(result.disk_bytes),
-            report.fixed(result.inference_ms_per_text, 2),
-            report.fixed(result.inference_ms_per_text_merged, 2),
+            numbers.short_count(result.trainable_parameters),
+            numbers.short_count(result.head_parameters),
+            *(numbers.score(name, result.metrics.get(name)) for name in scores),
+            numbers.fixed(result.seconds_per_step, 4),
+            numbers.size(result.peak_memory_bytes),
+            numbers.size(result.disk_bytes),
+            numbers.fixed(result.inference_ms_per_text, 2),
+            numbers.fixed(result.inference_ms_per_text_merged, 2),
         )
     return table
 
@@ -104,22 +107,22 @@ def lm_eval_table(record: LMEvalRecord) -> Table:
     for head in ("base", "tuned", "examples", "few-shot"):
         table.add_column(head, justify="right", no_wrap=True)
     for score in record.scores:
-        table.add_row(*map(Text, report.lm_eval_cells(score)))
+        table.add_row(*map(Text, numbers.lm_eval_cells(score)))
     return table
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> Table:
     """Every metric by name, in the order given, beside the same before training where that was measured."""
-    rows = report.before_and_after(metrics)
+    rows = numbers.before_and_after(metrics)
     compared = any(before is not None for _, before, _ in rows)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for head in ("metric", "before", "after") if compared else ("metric", "value"):
         table.add_column(head, justify="left" if head == "metric" else "right", overflow="fold")
     for name, *values in rows:
         if not compared or values[0] is None:
-            cells = ["", report.metric(name, values[1])]
+            cells = ["", numbers.metric(name, values[1])]
         else:
-            cells = [report.metric(name, value) for value in values]
+            cells = [numbers.metric(name, value) for value in values]
         table.add_row(Text(name), *map(Text, cells[0 if compared else 1 :]))
     return table
 
@@ -131,7 +134,7 @@ def outputs(found: Sequence[Output], few: int = 3) -> RenderableType:
     table.add_column(overflow="fold", max_width=WIDTH - 12)
     for output in found[:few]:
         for name, text in vars(output).items():
-            start, rest = report.opening(CONTROL.sub("\ufffd", text))
+            start, rest = numbers.opening(CONTROL.sub("\ufffd", text))
             table.add_row(name, Text(f"{start} …" if rest else start), end_section=name == "tuned")
         table.add_row()
     return Group(Text("Outputs for the first test examples", style="bold"), table)
@@ -139,7 +142,7 @@ def outputs(found: Sequence[Output], few: int = 3) -> RenderableType:
 
 def sweep_table(record: Mapping[str, Any]) -> Table:
     """One row per trial of ``sweep.json``, the best one marked."""
-    heads, rows = report.sweep_rows(record)
+    heads, rows = numbers.sweep_rows(record)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for head in (*heads, ""):
         table.add_column(head, justify="right", overflow="fold")
@@ -175,7 +178,7 @@ def _cell(value: float | None, least: float, most: float) -> Text:
     r, g, b = (c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in (red, green, blue))
     light = 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179
     style = f"{'#000000' if light else '#ffffff'} on #{red:02x}{green:02x}{blue:02x}"
-    return Text(f"{report.share(value):>{HEAD}} ", style=style)
+    return Text(f"{numbers.share(value):>{HEAD}} ", style=style)
 
 
 def _scale(steps: int = 20) -> Text:

@@ -23,7 +23,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from reltune.records import InputError
+from reltune.data.rows import Row, text_problem
+from reltune.errors import InputError
+from reltune.losses import IGNORED
 from reltune.tasks.decoder import (
     DecoderTask,
     Messages,
@@ -34,8 +36,6 @@ from reltune.tasks.decoder import (
     shared,
 )
 from reltune.tasks.generation import continuations, exact_match
-from reltune.tasks.losses import IGNORED
-from reltune.tasks.rows import Row, text_problem
 from reltune.tasks.task import Columns, Examples, Written
 from reltune.tasks.texts import limit_of
 

@@ -18,8 +18,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from reltune.records import InputError
-from reltune.tasks.pretrained import as_it_is, load_config, load_model
+from reltune.errors import InputError
+from reltune.pretrained import as_it_is, load_config, load_model
 from reltune.tasks.task import Task
 
 Messages = list[dict[str, Any]]

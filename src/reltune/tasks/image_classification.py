@@ -20,10 +20,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from reltune.records import InputError
-from reltune.tasks.images import image_problem, open_image
-from reltune.tasks.pretrained import first_line, labelled, load_config, load_model
-from reltune.tasks.rows import Row, label_problem
+from reltune.data.images import image_problem, open_image
+from reltune.data.rows import Row, label_problem
+from reltune.errors import InputError, first_line
+from reltune.pretrained import labelled, load_config, load_model
 from reltune.tasks.sequence_classification import SequenceClassification
 from reltune.tasks.task import Columns, Examples
 

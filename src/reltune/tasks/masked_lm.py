@@ -28,11 +28,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from reltune.records import InputError
+from reltune.data.rows import Row, text_problem
+from reltune.errors import InputError
+from reltune.losses import IGNORED
+from reltune.pretrained import as_it_is, load_model
 from reltune.tasks.causal_lm import token_metrics, token_sums
-from reltune.tasks.losses import IGNORED
-from reltune.tasks.pretrained import as_it_is, load_model
-from reltune.tasks.rows import Row, text_problem
 from reltune.tasks.task import Columns, Examples, Task
 from reltune.tasks.texts import encode_texts
 

@@ -11,9 +11,9 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from reltune.records import InputError, nearest
-from reltune.tasks.pretrained import labelled
-from reltune.tasks.rows import Row, label_of, text_problem
+from reltune.data.rows import Row, label_of, text_problem
+from reltune.errors import InputError, nearest
+from reltune.pretrained import labelled
 from reltune.tasks.sequence_classification import label_order, load_sequence_classifier
 from reltune.tasks.task import Columns, Examples
 from reltune.tasks.texts import TextTask, encode_texts

@@ -16,8 +16,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from reltune.tasks.decoder import DecoderTask, as_transformers_has_them, ended, messages_problem, rendered, shared
-from reltune.tasks.losses import (
+from reltune.data.rows import Row, text_problem
+from reltune.losses import (
     COMPLETION,
     REFERENCE,
     Loss,
@@ -26,7 +26,7 @@ from reltune.tasks.losses import (
     preference_losses,
     rows_of,
 )
-from reltune.tasks.rows import Row, text_problem
+from reltune.tasks.decoder import DecoderTask, as_transformers_has_them, ended, messages_problem, rendered, shared
 from reltune.tasks.task import Columns, Examples
 from reltune.tasks.texts import limit_of
 

@@ -28,10 +28,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from reltune.records import InputError
-from reltune.tasks.losses import LOSSES
-from reltune.tasks.pretrained import as_it_is, load_model
-from reltune.tasks.rows import Row, text_problem
+from reltune.data.rows import Row, text_problem
+from reltune.errors import InputError
+from reltune.losses import LOSSES
+from reltune.pretrained import as_it_is, load_model
 from reltune.tasks.task import Columns, Examples, Task
 from reltune.tasks.texts import limit_of
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from reltune.tasks.rows import Row, text_problem
+from reltune.data.rows import Row, text_problem
 from reltune.tasks.sequence_classification import load_sequence_classifier
 from reltune.tasks.task import Columns, Examples
 from reltune.tasks.texts import TextTask, encode_texts, number_of

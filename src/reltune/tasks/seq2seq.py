@@ -24,10 +24,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from reltune.data.rows import Row, text_problem
+from reltune.losses import IGNORED
+from reltune.pretrained import as_it_is, load_model
 from reltune.tasks.generation import exact_match
-from reltune.tasks.losses import IGNORED
-from reltune.tasks.pretrained import as_it_is, load_model
-from reltune.tasks.rows import Row, text_problem
 from reltune.tasks.task import Columns, Examples, Task, Written
 from reltune.tasks.texts import encode_texts, limit_of
 

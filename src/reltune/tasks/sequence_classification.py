@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from reltune.records import InputError, nearest
-from reltune.tasks.pretrained import labelled, load_model
-from reltune.tasks.rows import Row, label_of, label_problem, text_problem
+from reltune.data.rows import Row, label_of, label_problem, text_problem
+from reltune.errors import InputError, nearest
+from reltune.pretrained import labelled, load_model
 from reltune.tasks.task import Columns, Examples, Task
 from reltune.tasks.texts import TextTask, encode_texts
 

@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 
-from reltune.tasks.losses import Loss
-from reltune.tasks.pretrained import load_tokenizer
-from reltune.tasks.rows import Row
+from reltune.data.rows import Row
+from reltune.losses import Loss
+from reltune.pretrained import load_tokenizer
 
 Columns = Mapping[str, str]  # role -> the column that plays it
 

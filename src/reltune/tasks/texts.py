@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from reltune.records import InputError
-from reltune.tasks.rows import Row
+from reltune.data.rows import Row
+from reltune.errors import InputError
 from reltune.tasks.task import Task
 
 

@@ -20,10 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from reltune.records import InputError, nearest
-from reltune.tasks.losses import IGNORED
-from reltune.tasks.pretrained import labelled, load_model, load_tokenizer
-from reltune.tasks.rows import Row, label_of
+from reltune.data.rows import Row, label_of
+from reltune.errors import InputError, nearest
+from reltune.losses import IGNORED
+from reltune.pretrained import labelled, load_model, load_tokenizer
 from reltune.tasks.task import Columns, Examples, Task
 from reltune.tasks.texts import limit_of
 

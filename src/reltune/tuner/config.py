@@ -8,8 +8,9 @@ from typing import Any
 
 from peft.config import PeftConfig
 
+from reltune.errors import InputError, nearest
+from reltune.names import FROZEN_DTYPES
 from reltune.plan.plan import ModulePlan, Plan
-from reltune.records import FROZEN_DTYPES, InputError, nearest
 from reltune.tuner.registration import peft_type
 
 

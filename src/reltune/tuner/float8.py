@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from reltune.errors import InputError
 from reltune.layers.float8 import Float8Linear
 from reltune.plan.plan import ModulePlan
-from reltune.records import InputError
 from reltune.tuner.quantised import ReltuneQuantisedLinear
 
 

@@ -14,6 +14,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, Auxil
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from reltune.errors import InputError, nearest
 from reltune.layers import norm
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.float8 import Float8Linear, convertible, to_float8
@@ -22,7 +23,6 @@ from reltune.layers.inventory import layer_type, module_info
 from reltune.layers.quantised import dequantised
 from reltune.layers.units import ModuleInfo, by_unit
 from reltune.plan.plan import TRAINABLE, WITH_ELEMENTS, ModulePlan
-from reltune.records import InputError, nearest
 from reltune.tuner.config import ReltuneConfig
 from reltune.tuner.conv2d import ReltuneConv2d
 from reltune.tuner.embedding import ReltuneEmbedding

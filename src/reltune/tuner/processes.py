@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from reltune.layers.fingerprint import samples
-from reltune.relevance.parallel import Processes
+from reltune.processes import Processes
 from reltune.tuner.written_weight import WrittenWeight
 
 _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reltune.errors import InputError
 from reltune.layers import quantised
 from reltune.plan.plan import ModulePlan
-from reltune.records import InputError
 from reltune.tuner.linear import ReltuneLinear
 
 

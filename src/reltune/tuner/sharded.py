@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from reltune.records import InputError
+from reltune.errors import InputError
 
 # FSDP2 leaves this on every module that has a parameter of its care; the gathered parameters themselves bear no mark.
 _MANAGER = "torch.distributed.fsdp._fully_shard._fsdp_param"

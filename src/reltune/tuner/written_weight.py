@@ -19,10 +19,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from reltune.errors import InputError
 from reltune.ops.attach import LiveGraphs
 from reltune.ops.attach_elements import Places
 from reltune.ops.index_copy import Copy, index_copy
-from reltune.records import InputError
 from reltune.tuner.sharded import is_managed, is_shard, put_in_shard
 
 # Layers whose columns, rows or single weights are being trained, for the optimizer hook below.

@@ -1,0 +1,222 @@
+"""A run's config as a file that people write: read, printed with its defaults, and described for editors."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import os
+import re
+import textwrap
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from reltune.config.parsing import KINDS, checked_kinds
+from reltune.config.run_config import RunConfig
+from reltune.errors import InputError, nearest
+
+WIDTH = 118
+
+
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """The fields of RunConfig that a YAML file gives, all of TrainingArguments' under ``training``.
+
+    Raises:
+        InputError: no YAML mapping, an unknown key (naming the nearest), or a value of the wrong kind.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        repeated = _repeated(yaml.compose(text, Loader=yaml.SafeLoader))
+        values = yaml.safe_load(text)
+    except FileNotFoundError as error:
+        raise InputError(f"config {path} does not exist; check the path.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path} cannot be read ({error}); save it as UTF-8 text.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        raise InputError(f"config {path}{place} is not valid YAML ({getattr(error, 'problem', error)}).") from error
+    if repeated:
+        raise InputError(f"config {path} line {repeated[1]} gives {repeated[0]!r} a second time; keep one.")
+    if not isinstance(values, dict):
+        raise InputError(f"config {path} holds no mapping; write one field on each line, like max_length: 128.")
+    own = {field.name for field in dataclasses.fields(RunConfig)}
+    outside = {name: value for name, value in values.items() if name not in own}
+    try:
+        fields = checked_kinds(
+            {name: value for name, value in values.items() if name in own}, dataclasses.fields(RunConfig)
+        )
+        inside = fields.get("training", {})
+        if outside or inside:
+            from reltune.config.training_fields import checked_training_fields, training_field_kinds
+
+            known = training_field_kinds()
+            for name in outside:
+                if name not in known:
+                    raise InputError(f"{name!r} is no field; {nearest(str(name), [*own, *known])}")
+                if name in inside:
+                    raise InputError(f"{name} stands both in training and outside it; keep one.")
+            fields["training"] = checked_training_fields({**inside, **outside})
+    except InputError as error:
+        raise InputError(f"config {path}: {error}") from error
+    return fields
+
+
+def _repeated(node: yaml.Node | None) -> tuple[str, int] | None:
+    """The first key of a mapping, or of one in it, that stands there twice, and its line: YAML would keep the last value."""
+    seen = set()
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if isinstance(key, yaml.ScalarNode) and key.value in seen:
+            return key.value, key.start_mark.line + 1
+        if isinstance(key, yaml.ScalarNode):
+            seen.add(key.value)
+        if found := _repeated(value):
+            return found
+    return None
+
+
+# -- the commented file ---------------------------------------------------------------------------------------------
+
+
+def defaults_yaml() -> str:
+    """Every field with its default and its help, as a file that ``read_config`` reads.
+
+    Of TrainingArguments' fields those stand uncommented that reltune has defaults of its own for.
+    """
+    from reltune.config.training_fields import DEFAULTS
+
+    blocks = [
+        _comment(
+            "A config for `reltune run --config FILE`. Flags of the same names win over it. Empty fields have no value unless "
+            "given; relative paths are relative to the directory that the command is started in."
+        )
+    ]
+    for field in dataclasses.fields(RunConfig):
+        if field.name != "training":
+            blocks.append(_comment(field.metadata["help"]) + _line(field.name, _default(field)))
+    training = _comment(_field("training").metadata["help"]) + "training:\n"
+    for field in _training_fields():
+        default = DEFAULTS.get(field.name, _default(field))
+        line = _line(field.name, default)
+        training += textwrap.indent(_comment(_help(field)), "  ")
+        training += textwrap.indent(line, "  " if field.name in DEFAULTS else "  # ")
+    return "\n".join([*blocks, training])
+
+
+def _comment(text: str) -> str:
+    return "".join(f"# {line}\n" for line in textwrap.wrap(text, WIDTH - 2, break_long_words=False))
+
+
+def _line(name: str, value: Any) -> str:
+    if value is None:
+        return f"{name}:\n"
+    return (
+        f"{name}: {yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10_000).strip()[1:-1]}\n"
+    )
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    value = None if field.default in (dataclasses.MISSING, "") else field.default
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+def _field(name: str) -> dataclasses.Field:
+    return next(field for field in dataclasses.fields(RunConfig) if field.name == name)
+
+
+def _training_fields() -> list[dataclasses.Field]:
+    """Those of TrainingArguments that a run can be given."""
+    from transformers import TrainingArguments
+
+    from reltune.config.training_fields import NOT_FOR_RUNS
+
+    return [field for field in dataclasses.fields(TrainingArguments) if field.name not in NOT_FOR_RUNS]
+
+
+def _help(field: dataclasses.Field) -> str:
+    """The first sentence of transformers' help."""
+    words = " ".join(str(field.metadata.get("help", "")).split()).replace("%%", "%")
+    return re.split(r"(?<=[.?!])\s+(?=[A-Z`])", words)[0]
+
+
+# -- the schema -----------------------------------------------------------------------------------------------------
+
+
+def json_schema() -> str:
+    """A JSON Schema (draft 2020-12) of the file that ``read_config`` reads."""
+    from reltune.config.training_fields import training_field_kinds
+
+    kinds = training_field_kinds()
+    training = {field.name: _training_schema(kinds[field.name], _help(field)) for field in _training_fields()}
+    own = {field.name: _own_schema(field) for field in dataclasses.fields(RunConfig)}
+    own["training"] |= {"properties": training, "additionalProperties": False}
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Config of a reltune run",
+        "type": "object",
+        "properties": {**training, **own},
+        "additionalProperties": False,
+    }
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+LIMITS = (("minimum", "least"), ("maximum", "most"), ("exclusiveMinimum", "above"))
+NUMBER_WORD = {"type": "string", "pattern": r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"}  # "1e-3" is a word in YAML 1.1
+
+
+VALUE = {"type": ["string", "number", "boolean"]}
+VALUES = {"anyOf": [VALUE, {"type": "array", "items": VALUE, "minItems": 1}]}
+
+
+def _own_schema(field: dataclasses.Field) -> dict[str, Any]:
+    about = field.metadata
+    kind = str(field.type).removesuffix(" | None")
+    limits = {key: about[name] for key, name in LIMITS if name in about}
+    word: dict[str, Any] = {"enum": list(about["choices"])} if about["choices"] else {"type": ["string", "number"]}
+    wanted = {
+        "str": word,
+        "bool": {"type": "boolean"},
+        "int": {"type": "integer", **limits},
+        "float": {"anyOf": [{"type": "number", **limits}, NUMBER_WORD]},
+        "list[str]": {"anyOf": [{"type": "array", "items": word}, {"type": "string"}]},
+        "dict[str, Any]": {"type": "object"},
+        "dict[str, list[str]]": {"type": "object", "additionalProperties": VALUES},
+    }
+    assert set(wanted) == set(KINDS), "every kind of field has its schema"
+    schema: dict[str, Any] = {"description": about["help"], **wanted[kind]}
+    if kind.startswith("dict"):
+        schema["type"] = ["object", "null"]
+        return schema
+    rest = {key: schema.pop(key) for key in list(schema) if key != "description"}
+    schema["anyOf"] = [rest, {"type": "null"}] if "anyOf" not in rest else [*rest["anyOf"], {"type": "null"}]
+    default = _default(field)
+    return schema if default is None else {**schema, "default": default}
+
+
+def _training_schema(annotation: Any, help: str) -> dict[str, Any]:
+    """What a field of TrainingArguments may be."""
+    kinds: list[dict[str, Any]] = [{"type": "null"}]
+    members = (annotation,) if typing.get_origin(annotation) in (None, list, dict) else typing.get_args(annotation)
+    for kind in members:
+        origin = typing.get_origin(kind) or kind
+        if isinstance(origin, type) and issubclass(origin, enum.Enum):
+            kinds = [known for known in kinds if known != {"type": "string"}]
+            kinds.append({"enum": [member.value for member in origin]})
+        elif origin is bool:
+            kinds.append({"type": "boolean"})
+        elif origin is int:
+            kinds.append({"type": "integer"})
+        elif origin is float:
+            kinds += [{"type": "number"}, NUMBER_WORD]
+        elif origin is list:
+            kinds.append({"type": "array"})
+        elif origin is dict:
+            kinds.append({"type": "object"})
+        elif origin is str and not any("enum" in known for known in kinds):
+            kinds.append({"type": "string"})
+    return {"description": help, "anyOf": kinds}

@@ -1,0 +1,176 @@
+"""Rows that the library ``datasets`` holds: Parquet files, saved data sets, folders of images, data sets of the Hub.
+
+They stay on the disk, memory-mapped; a row is read when it is asked for. Class numbers are given as their names, and
+images as they were stored (path or bytes): a picture that cannot be decoded must not stop a pass over the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers.utils.hub import is_offline_mode
+
+from reltune.data.rows import Rows
+from reltune.data.streams import StreamedRows
+from reltune.errors import InputError, first_line, nearest
+from reltune.names import DATASETS
+
+SPLITS = {  # names in use -> what they are here
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def read_parquet(path: Path, streaming: bool = False) -> dict[str, Rows | StreamedRows]:
+    """The rows of a Parquet file, as one split."""
+    with _reading(str(path), "check that it is whole"):
+        data = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
+    return {"train": _rows(data, str(path))}
+
+
+def read_folder(path: Path, streaming: bool = False) -> dict[str, Rows | StreamedRows]:
+    """The splits of a directory: one that ``save_to_disk`` wrote, or images.
+
+    Images lie in a folder for each label, under a folder for each split if there are several; or beside a
+    ``metadata.csv`` or ``metadata.jsonl`` with a column ``file_name``, as the ``imagefolder`` of ``datasets`` has it.
+    """
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        with _reading(str(path), "save it again with save_to_disk"):
+            data = datasets.load_from_disk(str(path))
+            if streaming:
+                data = _each(data, lambda split: split.to_iterable_dataset())
+    elif any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
+        with _reading(str(path), "give each label a folder, or write a metadata.csv with file_name and label"):
+            data = datasets.load_dataset("imagefolder", data_dir=str(path), streaming=streaming)
+    else:
+        raise InputError(
+            f"{path} is a directory with neither a data set that datasets saved nor images; name one file in it, or save "
+            "the data set with save_to_disk."
+        )
+    return _splits(data, str(path))
+
+
+def read_hub(name: str, config: str | None = None, streaming: bool = False) -> dict[str, Rows | StreamedRows]:
+    """The splits of a data set of the Hugging Face Hub, from its cache where it is there."""
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):  # the form of ids on the Hub
+        raise InputError(f"dataset_name {name!r} is no id of a data set; pass files and directories as --train_file.")
+    try:
+        data = datasets.load_dataset(name, config, streaming=streaming)
+    except Exception as error:  # of the network, of the Hub, of the files
+        if "Config name is missing" in str(error):
+            names = first_line(Exception(str(error).partition("available configs: ")[2])).strip("[]")
+            raise InputError(
+                f"dataset_name {name!r} has several configurations; name one with --dataset_config: {names}."
+            ) from error
+        offline = " while HF_HUB_OFFLINE is set" if is_offline_mode() else f" ({first_line(error)})"
+        close = nearest(name, DATASETS)
+        mend = (
+            close if close.startswith("did") else "check the name, the network, and your login if access is restricted."
+        )
+        raise InputError(
+            f"dataset_name {name!r} comes with no package and cannot be loaded from the Hugging Face Hub{offline}; {mend}"
+        ) from error
+    return _splits(data, name)
+
+
+@contextlib.contextmanager
+def _reading(source: str, mend: str) -> Iterator[None]:
+    """Turn what ``datasets`` and pyarrow raise into InputError, and keep their progress bars off the terminal."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    except (MemoryError, InputError):
+        raise
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        raise InputError(f"{source} cannot be read ({first_line(cause or error)}); {mend}.") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _each(data: Any, change: Callable[[Any], Any]) -> Any:
+    return {name: change(split) for name, split in data.items()} if isinstance(data, dict) else change(data)
+
+
+def _splits(data: Any, source: str) -> dict[str, Rows | StreamedRows]:
+    """The splits under the names train, validation and test."""
+    if not isinstance(data, dict):
+        return {"train": _rows(data, source)}
+    if len(data) == 1:
+        return {"train": _rows(next(iter(data.values())), source)}
+    known = {SPLITS[str(name)]: split for name, split in data.items() if str(name) in SPLITS}
+    if "train" not in known:
+        raise InputError(f"{source} has the splits {', '.join(map(str, data))} and none called train; rename one.")
+    return {name: _rows(split, source) for name, split in known.items()}
+
+
+def _rows(data: Any, source: str) -> Rows | StreamedRows:
+    if isinstance(data, datasets.IterableDataset):
+        if data.features is None:
+            data = data._resolve_features()
+        named = _naming(data.features)
+        stored = _stored(data)
+        return StreamedRows(lambda: enumerate(map(named, stored), start=1), source, list(data.features), unit="row")
+    return Rows(_Records(_stored(data), _naming(data.features)), source, unit="row")
+
+
+def _stored(data: Any) -> Any:
+    """The data with images as they are stored."""
+    for name, feature in data.features.items():
+        if isinstance(feature, datasets.Image):
+            data = data.cast_column(name, datasets.Image(decode=False))
+    return data
+
+
+class _Records(Sequence[dict[str, Any]]):
+    """The rows of a Dataset with names for class numbers."""
+
+    def __init__(self, data: Any, named: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self.data, self.named = data, named
+        self.column_names = data.column_names
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.named(self.data[index])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self.named, self.data)
+
+    def select(self, indices: Sequence[int]) -> _Records:
+        return _Records(self.data.select(indices), self.named)
+
+
+def _naming(features: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What puts names for class numbers into a row; a number below 0 means no class."""
+
+    def one(value: int | None, names: list[str]) -> str | None:
+        return None if value is None or value < 0 else names[value]
+
+    single = {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
+    lists = {
+        name: feature.feature.names
+        for name, feature in features.items()
+        if isinstance(getattr(feature, "feature", None), datasets.ClassLabel)
+    }
+
+    def named(values: dict[str, Any]) -> dict[str, Any]:
+        changed: dict[str, Any] = {name: one(values[name], names) for name, names in single.items()}
+        for name, names in lists.items():
+            changed[name] = None if values[name] is None else [one(value, names) for value in values[name]]
+        return values | changed
+
+    return named if single or lists else dict

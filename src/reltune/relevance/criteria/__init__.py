@@ -1,0 +1,1 @@
+"""The criteria: one file each, with its formula, paper, scaling and cost."""

@@ -1,0 +1,34 @@
+"""Criteria that installed packages offer by entry points: found by name, not imported."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from reltune.errors import InputError
+from reltune.names import CRITERIA
+
+CRITERIA_GROUP = "reltune.criteria"  # entry points of installed packages with criteria of their own
+
+
+def criterion_of_package(name: str) -> metadata.EntryPoint | None:
+    """The entry point of an installed package's criterion, not imported; None for reltune's own and unknown names.
+
+    A name that two have is an InputError: whoever asks for it should know which one measures.
+    """
+    found = list(dict.fromkeys(metadata.entry_points(group=CRITERIA_GROUP, name=name)))
+    owners = (["reltune itself"] if name in CRITERIA else []) + sorted(map(owner_of, found))
+    if len(owners) > 1:
+        raise InputError(
+            f"criterion {name!r} comes from {' and from '.join(owners)}; uninstall one, or have it renamed in its package."
+        )
+    return found[0] if found else None
+
+
+def owner_of(point: metadata.EntryPoint) -> str:
+    """A phrase for the package and the place that an entry point names."""
+    return f"the package {point.dist.name} ({point.value})" if point.dist else point.value
+
+
+def known_criteria() -> list[str]:
+    """reltune's own criteria, then those of installed packages, none of which is imported."""
+    return list(dict.fromkeys([*CRITERIA, *sorted(metadata.entry_points(group=CRITERIA_GROUP).names)]))

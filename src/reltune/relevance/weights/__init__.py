@@ -1,0 +1,1 @@
+"""Relevance from a checkpoint's weights alone, read tensor by tensor."""

@@ -1,0 +1,121 @@
+"""Relevance from the weights alone, with no model in memory: every tensor is read, scored and dropped.
+
+Memory beside the scores: the largest tensor in its own type, and what the criterion takes for it (``magnitude``: one block
+of its rows in float32; ``spectral_snr``, ``principal``: ops/singular_vectors.py; ``elements``: one number per weight of
+the whole model, for they are the result). Parameters that loading makes of several tensors (the experts of a mixture) count
+as the tensor that they become, twice while they are made. The scores and the fingerprint are those of the loaded model, number for number.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from tqdm.auto import tqdm
+
+from reltune.errors import InputError
+from reltune.layers.fingerprint import fingerprint_of, outside, samples
+from reltune.layers.inventory import canonical_weights, choose, head_modules, take_inventory
+from reltune.layers.units import ModuleInfo
+from reltune.relevance.criteria.context import Context
+from reltune.relevance.criteria.finding import Criterion, check_parts, find_criteria, needs_data
+from reltune.relevance.scores import Assembly, RelevanceScores
+from reltune.relevance.weights.checkpoint import Checkpoint
+
+
+def analyze_checkpoint(
+    model_name_or_path: str | os.PathLike,
+    criteria: str | Criterion | Sequence[str | Criterion] = ("magnitude",),
+    *,
+    model_class: Any = None,
+    elements: bool = False,
+    target_modules: str | Sequence[str] = (),
+    exclude_modules: str | Sequence[str] = (),
+    always_trained: str | Sequence[str] | None = None,
+    seed: int = 42,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> RelevanceScores:
+    """``analyze`` for criteria that look at no data, of a checkpoint that is never loaded.
+
+    Args:
+        model_name_or_path: a directory that ``save_pretrained`` wrote, or a hub id; safetensors, in one file or several.
+        model_class: the transformers class, or Auto class, whose parameters are scored; None takes the one in config.json.
+            Modules that the checkpoint lacks (a new head) are ``always_trained``.
+        device: where the scores are computed; each tensor is moved there alone.
+
+    Everything else is as in ``analyze``.
+
+    Raises:
+        InputError: a criterion that needs data, files that are missing or do not fit the config, quantised weights.
+    """
+    found = find_criteria(criteria, elements)
+    for name, criterion in found.items():
+        if needs_data(criterion):
+            raise InputError(f"criterion {name!r} needs data and so a loaded model; pass the model and a loader.")
+    checkpoint = Checkpoint(model_name_or_path, model_class)
+    model = checkpoint.model
+    heads = checkpoint.heads if always_trained is None else head_modules(model, always_trained)
+    inventory = take_inventory(model, heads)
+    chosen = set(choose(inventory, target_modules, exclude_modules))
+    inventory = inventory.only(chosen)
+
+    parameters = dict(model.named_parameters())  # of tied ones the first name, as in the fingerprint
+    stored = [name for name in outside(parameters, heads) if name not in checkpoint.missing]
+    read: dict[str, tuple[tuple[int, ...], bytes]] = {}
+
+    def take(name: str) -> torch.Tensor:
+        tensor = checkpoint.read(name)
+        read[name] = tuple(tensor.shape), samples(tensor)
+        return tensor.to(device)
+
+    context = Context(0, seed)
+    assemblies = {name: Assembly(of, context, elements, inventory.heads) for name, of in found.items()}
+    bar = tqdm(inventory.modules, desc="analyze", unit="module", disable=not progress)
+    for (owner, keys), infos in itertools.groupby(bar, lambda info: (info.owner, _parameters(model, info))):
+        module = copy.copy(model.get_submodule(owner))  # a stand-in, so that the model itself never holds a weight
+        module._parameters = {
+            **module._parameters,
+            **{key: nn.Parameter(take(f"{owner}.{key}" if owner else key), requires_grad=False) for key in keys},
+        }
+        for info in infos:
+            weights = canonical_weights(info, module)
+            for assembly in assemblies.values():
+                assembly.add(info, weights, {})
+        del module, weights
+    for name in stored:
+        if name not in read:
+            take(name)
+
+    provenance = {
+        "model": checkpoint.name,
+        "architecture": type(model).__name__,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "examples": 0,
+        "data": "",
+        "seed": seed,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    parts = {name: assembly.finished() for name, assembly in assemblies.items()}
+    check_parts(parts, inventory.modules)
+    return RelevanceScores(parts, inventory, heads, fingerprint_of(read), provenance)
+
+
+def _parameters(model: nn.Module, info: ModuleInfo) -> tuple[str, ...]:
+    """The parameters of the module's owner that hold its weights; of experts, those of one projection."""
+    if info.kind == "experts":
+        projection = info.name.split(".")[-2]
+        return (projection, f"{projection}_bias") if info.bias else (projection,)
+    own = dict(model.get_submodule(info.owner).named_parameters(recurse=False))
+    return tuple(key for key in ("weight", "bias") if key in own)

@@ -1,0 +1,212 @@
+"""What a run is shown as, on the terminal and as a page; here, the numbers and labels of both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+from reltune.relevance.heatmap import Heatmap
+from reltune.report.record import LMEvalScore
+
+MISSING = "—"
+# Metrics of tasks: name -> (label, the label where there is little room, whether it is a share (0..1)).
+METRICS: dict[str, tuple[str, str, bool]] = {
+    "accuracy": ("accuracy", "acc.", True),
+    "f1_macro": ("macro F1", "macro\nF1", True),
+    "pearson": ("Pearson correlation", "Pearson", False),
+    "spearman": ("Spearman correlation", "Spear-\nman", False),
+    "mse": ("mean squared error", "MSE", False),
+    "f1_micro": ("micro F1", "micro\nF1", True),
+    "subset_accuracy": ("subset accuracy", "all\nright", True),
+    "f1": ("F1", "F1", True),
+    "precision": ("precision", "prec.", True),
+    "recall": ("recall", "recall", True),
+    "rougeL": ("ROUGE-L", "ROUGE\nL", True),
+    "rouge1": ("ROUGE-1", "ROUGE\n1", True),
+    "rouge2": ("ROUGE-2", "ROUGE\n2", True),
+    "perplexity": ("perplexity", "perpl.", False),
+    "token_accuracy": ("token accuracy", "token\nacc.", True),
+    "exact_match": ("exact match", "exact\nmatch", True),
+    "matthews": ("Matthews correlation", "Matth.\ncorr.", False),
+    "reward_accuracy": ("reward accuracy", "reward\nacc.", True),
+    "reward_margin": ("reward margin", "reward\nmargin", False),
+    "chosen_likelier": ("chosen likelier", "chosen\nlikelier", True),
+}
+
+
+def count(value: float | None) -> str:
+    return MISSING if value is None else f"{value:,.0f}"
+
+
+def short_count(value: int) -> str:
+    """Exact below ten million, then in millions: at most ten characters up to a trillion."""
+    return f"{value:,}" if value < 10_000_000 else f"{value / 1e6:,.1f} M"
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """A share (0..1) in percent, without the sign."""
+    return MISSING if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}"
+
+
+def fixed(value: float | None, decimals: int) -> str:
+    """For columns of seconds, milliseconds and losses."""
+    return MISSING if value is None or not math.isfinite(value) else f"{value:,.{decimals}f}"
+
+
+def size(value: float | None) -> str:
+    """Bytes in binary units."""
+    if value is None:
+        return MISSING
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def metric(name: str, value: Any) -> str:
+    """One entry of ``all_results.json``: shares in percent, sizes in binary units, the rest plain."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return MISSING if value is None else str(value)
+    if 0 <= value <= 1 and any(share and f"_{name}".endswith(f"_{of}") for of, (*_, share) in METRICS.items()):
+        return f"{percent(value)} %"
+    if name.endswith("_bytes"):
+        return size(value)
+    if not math.isfinite(value):
+        return MISSING
+    if abs(value) < 1e12 and (abs(value) >= 1000 or float(value).is_integer()):
+        return count(value)
+    return f"{value:.4g}"
+
+
+def before_and_after(metrics: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, value before training, value) of each metric in the order given; None where it was not measured before.
+
+    ``test_before_loss`` belongs to ``test_loss``, ``forgetting_before_loss`` to ``forgetting_after_loss``.
+    """
+    before: dict[str, str] = {}
+    for name in metrics:
+        data, found, rest = name.partition("_before_")
+        after = [key for key in (f"{data}_{rest}", f"{data}_after_{rest}") if found and key in metrics]
+        before |= dict.fromkeys(after, name)
+    return [
+        (name, metrics[before[name]] if name in before else None, value)
+        for name, value in metrics.items()
+        if name not in before.values()
+    ]
+
+
+def score(name: str, value: float | None) -> str:
+    """A task's metric for a table whose head names its unit."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    return percent(value) if METRICS[name][2] else f"{value:.4g}"
+
+
+def head(name: str, short: bool = False) -> str:
+    """A metric's label and unit as the head of a column."""
+    label, narrow, is_share = METRICS[name]
+    if short:
+        label = narrow
+    elif len(label) > 12:  # in two lines
+        label = label.replace(" ", "\n", 1)
+    return label + ((" %" if "\n" in label else "\n%") if is_share else "")
+
+
+def sweep_rows(record: Mapping[str, Any]) -> tuple[list[str], list[tuple[list[str], bool]]]:
+    """The head and the rows of a table of ``sweep.json``, each row with whether it is the best trial's: the trial's number,
+    its values, its metric on validation data or why it failed."""
+    fields = list(record["sweep"])
+    rows = []
+    for trial in record["trials"]:
+        values = [trial["values"][name] for name in fields]
+        cells = [f"{value:.6g}" if isinstance(value, float) else str(value) for value in values]
+        result = f"failed: {trial['failed']}" if trial["failed"] else metric(record["metric"], trial["metric"])
+        rows.append(([str(trial["number"]), *cells, result], trial == record["best"]))
+    name = record["metric"]
+    return ["trial", *fields, f"validation {METRICS[name][0] if name in METRICS else name}"], rows
+
+
+def measured(results: Iterable[Mapping[str, Any]], prefix: str = "") -> list[str]:
+    """Names of the tasks' metrics that any of the results has behind the prefix, in the order found."""
+    keys = dict.fromkeys(key for found in results for key in found)
+    return [key.removeprefix(prefix) for key in keys if key.startswith(prefix) and key.removeprefix(prefix) in METRICS]
+
+
+def lm_eval_cells(score: LMEvalScore) -> tuple[str, ...]:
+    """Task, metric (with what is done to an answer, and which way is better), base, tuned, examples, few-shot examples."""
+    direction = {True: " ↑", False: " ↓", None: ""}[score.higher_is_better]
+    metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
+    return (
+        score.task,
+        metric + direction,
+        _with_error(score.base, score.base_stderr),
+        _with_error(score.tuned, score.tuned_stderr),
+        count(score.samples),
+        count(score.num_fewshot),
+    )
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return MISSING
+    return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"
+
+
+def shares(h: Heatmap) -> list[list[float | None]]:
+    """Each cell's share of all relevance (0..1), or, where it may be negative, of the sum of absolute values (−1..1);
+    zeros when there is none."""
+    total = math.fsum(abs(value) for row in h.values for value in row if value is not None) or 1.0
+    return [[None if value is None else value / total for value in row] for row in h.values]
+
+
+def share(value: float | None) -> str:
+    """A cell's share in percent with one decimal, so that a column lines up; at most five characters."""
+    if value is None:
+        return ""
+    if 0 < abs(value) < 0.0005:
+        return "<0.1" if value > 0 else ">-0.1"
+    return f"{100 * value:.1f}"
+
+
+def of_what(h: Heatmap) -> str:
+    """What the shares are shares of."""
+    return "all relevance" if h.adds_up else "the sum of absolute values"
+
+
+def opening(text: str, characters: int = 200, lines: int = 4) -> tuple[str, str]:
+    """A text without the space around it, cut in two: what is shown of it at once, and the rest."""
+    text = text.strip()
+    end = len("\n".join(text.split("\n")[:lines]))
+    if end > characters:
+        space = text.rfind(" ", characters - 40, characters)
+        end = space if space > 0 else characters
+    return text[:end], text[end:].lstrip()
+
+
+def layer_labels(rows: Sequence[str], width: int = 20) -> tuple[list[str], str]:
+    """Short row labels, and what a bare number among them stands for (``encoder.layer.N``, or nothing).
+
+    A numbered layer keeps only what sets it apart: ``11``, or ``decoder.11`` beside ``encoder.11``. Labels
+    are for reading: clipped to ``width``, they need not differ from each other.
+    """
+    numbered = {tuple(name.split(".")[:-1]) for name in rows if name.rpartition(".")[2].isdigit()}
+    lead = _shared(numbered)
+    tail = _shared({parts[lead:][::-1] for parts in numbered})
+    labels = []
+    for name in rows:
+        *parts, last = name.split(".")
+        if tuple(parts) in numbered and last.isdigit():
+            label = ".".join([*parts[lead : len(parts) - tail], last])
+        else:
+            label = ".".join([*parts[-1:], last])
+        labels.append(label if len(label) <= width else "…" + label[1 - width :])
+    prefix = ".".join(numbered.pop()) if len(numbered) == 1 else ""
+    return labels, f"{prefix}.N" if prefix else ""
+
+
+def _shared(paths: set[tuple[str, ...]]) -> int:
+    """How many leading parts all paths have in common."""
+    return sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))

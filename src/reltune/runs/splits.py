@@ -1,0 +1,175 @@
+"""A run's data: the task that they are for, the splits with every row checked, and what had to be left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from reltune.config.run_config import RunConfig
+from reltune.data import sources
+from reltune.data.columns import LOOKED_AT, columns_of, guess_task
+from reltune.data.rows import Rows, checked, found, no_good_rows, other_separator, require_columns, split_off
+from reltune.data.streams import StreamedRows
+from reltune.errors import InputError
+from reltune.tasks.registry import TASKS
+from reltune.tasks.task import Examples, Task
+
+HELD_OUT = 0.15  # share of the data split off for each of validation and test, where there is none
+
+
+@dataclasses.dataclass
+class Splits:
+    """Rows without a problem. ``train`` may be streamed."""
+
+    train: Rows | StreamedRows
+    validation: Rows
+    test: Rows
+    forgetting: Rows | None = None  # a second set for the same task
+
+
+@dataclasses.dataclass
+class Data:
+    """The splits as a model takes them.
+
+    Attributes:
+        train: all training examples; a ``datasets.IterableDataset`` where rows are streamed.
+        sample: the training examples that relevance is measured on and new heads are trained on.
+    """
+
+    train: Any
+    sample: Examples
+    validation: Examples
+    test: Examples
+    forgetting: Examples | None = None
+
+
+def read_data(config: RunConfig) -> tuple[Task, Splits]:
+    """The task of a config and its rows: of their files, else of the source's own splits, else split off.
+
+    Raises:
+        InputError: a source that cannot be read, columns that no task fits, bad rows, or too few good ones.
+    """
+    if config.text_column == config.label_column:
+        raise InputError(f"The text column and the label column are both {config.text_column!r}; name two columns.")
+    every: dict[str, Rows | StreamedRows] = {}
+    if config.dataset_name is not None:
+        name, variant, path = config.dataset_name, config.dataset_config, config.dataset_path
+        every = sources.read_dataset(name, variant, path, config.streaming)
+    elif config.train_file is not None:
+        every = sources.read_splits(config.train_file, config.encoding, config.streaming)
+    for split, file in (("test", config.test_file), ("validation", config.validation_file)):
+        if file is not None:
+            every[split] = sources.read_rows(file, config.encoding, split)
+    if config.forgetting_file is not None:
+        every["forgetting"] = sources.read_rows(config.forgetting_file, config.encoding, "test")
+    if isinstance(every["train"], StreamedRows):  # lines without a row stop no pass that may skip them
+        every["train"] = every["train"].checked(lambda row: None, config.on_bad_rows)
+    task, flags = _task(config, every["train"])
+
+    good: dict[str, Rows | StreamedRows] = {}
+    for split, rows in every.items():
+        require_columns(rows, {column: flags.get(column, "") for column in task.columns.values()})
+        if isinstance(rows, Rows):
+            good[split] = checked(rows, task.problem, config.on_bad_rows)
+        else:
+            good[split] = rows.checked(task.problem, config.on_bad_rows)
+    train = good.pop("train")
+    held = {split: rows if isinstance(rows, Rows) else rows.take(None) for split, rows in good.items()}
+    if isinstance(train, Rows):
+        whole = len(train)
+        for split in ("test", "validation"):
+            if split not in held:
+                fraction = HELD_OUT * whole / len(train)
+                train, held[split] = split_off(train, fraction, config.seed, task.content, task.label)
+    elif missing := [f"--{split}_file" for split in ("validation", "test") if split not in held]:
+        raise InputError(f"Nothing can be split off streamed rows; give {' and '.join(missing)}.")
+    task = task.fitted(train)
+    held = {split: checked(rows, task.misfit, config.on_bad_rows) for split, rows in held.items()}
+    return task, Splits(train, held["validation"], held["test"], held.get("forgetting"))
+
+
+def _task(config: RunConfig, train: Rows | StreamedRows) -> tuple[Task, dict[str, str]]:
+    """The task that the config names or the columns are for, and the flags that name columns."""
+    named = (config.text_column, config.label_column)
+    flags = {config.text_column: "--text_column", config.label_column: "--label_column"}
+    usual = (RunConfig.text_column, RunConfig.label_column)
+    require_columns(train, {column: flag for column, flag in flags.items() if column not in usual})
+    if train.columns[:1] != [config.text_column] and (mend := other_separator(train.columns)):
+        raise InputError(f"{train.source} has one column only, {train.columns[0]!r}. {mend}")
+    first = train if isinstance(train, Rows) or config.task else train.take(LOOKED_AT)
+    try:
+        name = config.task or guess_task(train.columns, first, *named)[0]
+        columns = columns_of(name, train.columns, *named)
+    except InputError as error:
+        raise InputError(f"{train.source}: {error}") from error
+    return TASKS[name](columns=columns, **{field: getattr(config, field) for field in TASKS[name].fields}), flags
+
+
+def encode(task: Task, splits: Splits, processor: Any, config: RunConfig) -> Data:
+    """The examples of every split. Rows in which cutting left nothing to learn join those that were skipped.
+
+    Raises:
+        InputError: such rows where bad rows are refused, or no others.
+    """
+
+    def some(rows: Rows) -> Examples:
+        made = task.encode(rows, processor, config.max_length)
+        if made.lost and config.on_bad_rows == "error":
+            raise InputError(
+                f"{rows.source} has {found(made.lost, rows.unit)}, in which nothing is left to learn. Mend them (a larger "
+                "--max_length cuts less), or pass --on_bad_rows skip."
+            )
+        rows.skip(made.lost)
+        return made
+
+    def examples(rows: Rows) -> Examples:
+        made = some(rows)
+        if not len(made):
+            raise InputError(no_good_rows(rows.source, rows.skipped, rows.unit))
+        return made
+
+    if isinstance(splits.train, Rows):
+        train: Any = examples(splits.train)
+        sample = train
+    else:
+        sample = examples(splits.train.take(config.analysis_examples))
+        train = splits.train.encoded(some, config.seed)
+    held = [
+        None if rows is None else task.held_out(examples(rows), processor)
+        for rows in (splits.validation, splits.test, splits.forgetting)
+    ]
+    return Data(train, sample, *held)  # type: ignore[arg-type]
+
+
+# -- what was left out ----------------------------------------------------------------------------------------------
+
+
+def bad_rows(splits: Splits) -> dict[str, dict[str, Any]]:
+    """What was skipped so far: split -> its source, and how many lines (or rows) of each kind, and which."""
+    record = {}
+    for field in dataclasses.fields(splits):
+        rows = getattr(splits, field.name)
+        if rows is None or not rows.skipped:
+            continue
+        kinds = {phrase: {"count": len(lines), f"{rows.unit}s": lines} for phrase, lines in rows.skipped.items()}
+        record[field.name] = {"source": rows.source, "skipped": kinds}
+    return record
+
+
+def in_words(record: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence for each split of a record of bad rows."""
+    sentences = []
+    for of in record.values():
+        unit = "line" if all("lines" in kind for kind in of["skipped"].values()) else "row"
+        lines = {phrase: kind[f"{unit}s"] for phrase, kind in of["skipped"].items()}
+        sentences.append(f"{Path(of['source']).name}: skipped {found(lines, unit)}.")
+    return sentences
+
+
+def warn_of(splits: Splits) -> None:
+    """Say what is skipped."""
+    for sentence in in_words(bad_rows(splits)):
+        warnings.warn(sentence, stacklevel=2)

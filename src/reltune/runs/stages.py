@@ -1,0 +1,424 @@
+"""The stages of a run: each reads one artefact and writes the next.
+
+config.yaml ─analyze▶ relevance/ ─select▶ plan/ ─tune▶ adapter/ ─evaluate▶ all_results.json ─report▶ report.html
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from transformers import TrainerCallback
+
+from reltune.config.run_config import RunConfig
+from reltune.errors import InputError
+from reltune.files import check_destination, disk_bytes, read_json, write_json, write_text
+from reltune.layers.fingerprint import fingerprint
+from reltune.layers.float8 import convertible
+from reltune.layers.inventory import take_inventory
+from reltune.plan.budget import parse_budget
+from reltune.plan.plan import Plan
+from reltune.plan.selection import check_scored, check_together
+from reltune.plan.selection import select as choose_units
+from reltune.processes import Processes
+from reltune.relevance.criteria.finding import find_criteria
+from reltune.relevance.measure import analyze as measure_relevance
+from reltune.relevance.resumption import interrupted_in
+from reltune.relevance.scores import RelevanceScores
+from reltune.relevance.weights.scan import analyze_checkpoint
+from reltune.report.record import LMEvalRecord, RunRecord
+from reltune.runs import export as exporting
+from reltune.runs import lm_evaluation, training
+from reltune.runs.directory import RunDirectory
+from reltune.runs.evaluation import evaluate as measure_metrics
+from reltune.runs.materials import Materials, placement
+from reltune.runs.summary import read_record
+from reltune.tasks.registry import TASKS
+from reltune.tuner.config import ReltuneConfig
+
+WITHOUT_HEADS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # PEFT's task types that train no head by themselves
+
+
+def check_choice(materials: Materials, select: bool = True) -> None:
+    """Raise InputError for patterns that match no module and budgets that no unit fits, before hours are spent.
+
+    Select on relevance that looks at no data: whatever fails here would fail after the analysis. Without ``select``
+    the patterns alone are checked.
+    """
+    config = materials.config
+    find_criteria(config.criteria, config.scores_elements)
+    assert materials.model is not None, "checked before it is changed"
+    if select:
+        check_scored(config.granularity, config.criteria[0])
+        check_together(config.granularity, config.spread)
+    relevance = measure_relevance(
+        materials.model,
+        criteria=["depth"],
+        target_modules=config.target_modules,
+        exclude_modules=[*config.exclude_modules, *materials.not_tuned],
+        always_trained=materials.new_heads,
+        progress=False,
+    )
+    if config.frozen_dtype is not None:
+        convertible(materials.model, materials.new_heads)
+    if select:
+        relevance.provenance |= restrictions(config)
+        budgets = config.sweep.get("budget", [config.budget])
+        if "element" in config.granularity:
+            # One weight always fits, wherever a column could be chosen; a number for every weight would be made for nothing.
+            for budget in budgets:
+                parse_budget(budget, relevance.inventory.base_parameters)
+            config, budgets = dataclasses.replace(config, granularity=["column"], spread="global"), ["100%"]
+        for budget in budgets:
+            choose(dataclasses.replace(config, budget=budget), relevance)
+
+
+def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
+    """Train the new heads briefly, then measure relevance: before the head means something, no gradient does.
+
+    Of several processes the first one's heads count, and the first one writes.
+    """
+    config, model, processes = materials.config, materials.fresh_model(), Processes.joined()
+    if materials.new_heads and interrupted_in(run.relevance) and run.head.is_file():
+        model = model_with_heads(materials, run)  # the interrupted analysis was of this head
+    elif materials.new_heads:
+        train_heads(materials, model, config.head_epochs)
+        processes.take_from_first(model.get_submodule(name) for name in materials.new_heads)
+        with processes.together():
+            if processes.first:
+                run.relevance.mkdir(parents=True, exist_ok=True)
+                save_file(head_state(model, materials.new_heads), run.head)
+    examples = min(config.analysis_examples, len(materials.sample))
+    chosen = torch.randperm(len(materials.sample), generator=torch.Generator().manual_seed(config.seed))[:examples]
+    loader = DataLoader(
+        Subset(materials.sample, chosen.tolist()), batch_size=config.analysis_batch_size, collate_fn=materials.collator
+    )
+    model.to(materials.arguments("head").device)
+    relevance = measure_relevance(
+        model,
+        loader,
+        materials.task.relevance_loss,
+        config.criteria,
+        elements=config.scores_elements,
+        target_modules=config.target_modules,
+        exclude_modules=[*config.exclude_modules, *materials.not_tuned],
+        always_trained=materials.new_heads,
+        seed=config.seed,
+        resume_directory=run.relevance if processes.count == 1 else None,
+        options={name: given for name, given in options_of(config).items() if name in config.criteria},
+    )
+    relevance.provenance |= restrictions(config)
+    with processes.together():
+        if processes.first:
+            relevance.save(run.relevance)
+    return relevance
+
+
+def options_of(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """What the config says about single criteria."""
+    return {"correlation": {"max_trials": config.max_trials}, "movement": {"steps": config.probe_steps}}
+
+
+def analyze_weights(config: RunConfig, run: RunDirectory, overwrite: bool = False) -> RelevanceScores:
+    """Measure relevance by criteria that look at no data, tensor by tensor, with no model in memory.
+
+    The run's directory is made when everything is measured.
+    """
+    run.check_new(overwrite)
+    relevance = analyze_checkpoint(
+        config.model_name_or_path,
+        config.criteria,
+        elements=config.scores_elements,
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        seed=config.seed,
+    )
+    relevance.provenance |= restrictions(config)
+    run.create(config)
+    relevance.save(run.relevance)
+    return relevance
+
+
+def restrictions(config: RunConfig) -> dict[str, Any]:
+    """What keeps modules out of the analysis and, later, out of the choice."""
+    return {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
+
+
+def train_heads(materials: Materials, model: nn.Module, epochs: float) -> training.TrainingCost | None:
+    """Train the new heads alone, with everything else frozen."""
+    if epochs == 0:
+        return None
+    model.requires_grad_(False)
+    for name in materials.new_heads:
+        model.get_submodule(name).requires_grad_(True)
+    args = training.arguments(
+        materials.config.output_dir,
+        "head",
+        materials.config.seed,
+        {
+            key: materials.config.training[key]
+            for key in ("per_device_train_batch_size", "use_cpu")
+            if key in materials.config.training
+        },
+        materials.task,
+        num_train_epochs=epochs,
+        save_strategy="no",
+        eval_strategy="no",
+    )
+    # Of several processes, as many steps on the same texts as one takes; dropout alone differs.
+    args.per_device_train_batch_size = max(1, args.per_device_train_batch_size // args.world_size)
+    _, cost = training.train(
+        model,
+        args,
+        materials.task,
+        materials.tokenizer,
+        materials.sample,
+        description="train the head",
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # not what is held in few bits
+    return cost
+
+
+def head_state(model: nn.Module, heads: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The heads' tensors under their names in the model."""
+    return {
+        k: v.detach().cpu().clone()
+        for k, v in model.state_dict().items()
+        if k.startswith(tuple(f"{h}." for h in heads))
+    }
+
+
+def model_with_heads(materials: Materials, run: RunDirectory) -> nn.Module:
+    """The base model with the heads that the relevance was measured with."""
+    model = materials.fresh_model()
+    if materials.new_heads:
+        if not run.head.is_file():
+            raise InputError(f"{run.head} is missing; run `reltune analyze` again.")
+        model.load_state_dict(load_file(run.head), strict=False)
+    return model
+
+
+def select(config: RunConfig, run: RunDirectory) -> Plan:
+    """Choose units under the budget from the saved relevance. Of several processes the first one chooses."""
+    processes = Processes.joined()
+    with processes.together():
+        if processes.first:
+            plan = choose(config, RelevanceScores.load(run.relevance), config.criteria[0])
+            run.clear("tune")
+            plan.save(run.plan)
+    return Plan.load(run.plan)
+
+
+def choose(config: RunConfig, relevance: RelevanceScores, criterion: str | None = None) -> Plan:
+    """The plan for a config. Patterns that the analysis has followed already are not matched again: it kept only what
+    they allow, so that nothing is left for ``exclude_modules`` to match."""
+    wanted = restrictions(config)
+    for name, patterns in wanted.items():
+        if patterns and patterns == relevance.provenance.get(name):
+            measured = [info.name for info in relevance.inventory.modules]
+            wanted[name] = measured if name == "target_modules" else []
+    task_type = TASKS[config.task].peft_task_type if config.task else None
+    if not relevance.always_trained and task_type not in WITHOUT_HEADS:
+        task_type = None
+    return choose_units(
+        relevance,
+        config.budget,
+        config.granularity,
+        criterion=criterion,
+        spread=config.spread,
+        model_name_or_path=config.model_name_or_path,
+        task_type=task_type,
+        **wanted,
+    )
+
+
+def tune(
+    materials: Materials, run: RunDirectory, resume_from_checkpoint: str | None = None, description: str = "tune"
+) -> PeftModel:
+    """Train what the plan names and save the adapter, with the tokenizer beside it. ``description`` names the progress bar.
+
+    Whatever can be wrong with the plan, the training fields or the checkpoint is found before anything of an earlier
+    adapter is removed. Of several processes the first one writes.
+    """
+    processes = Processes.joined()
+    with processes.together():
+        checkpoint = run.checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+        if (
+            checkpoint
+            and materials.config.streaming
+            and read_json(Path(checkpoint) / "trainer_state.json")["epoch"] >= 1
+        ):
+            warnings.warn(
+                "streamed rows are read from the beginning where training goes on after the first pass over them, so that the "
+                "result is not that of a training without an interruption.",
+                stacklevel=2,
+            )
+        plan = Plan.load(run.plan)
+        if sorted(plan.always_trained) != sorted(materials.new_heads):
+            heads = ", ".join(materials.new_heads) or "nothing"
+            raise InputError(
+                f"plan: always_trained must name this model's new heads ({heads}); they cannot be left out."
+            )
+        model = model_with_heads(materials, run)
+        plan.check_model(take_inventory(model, materials.new_heads), fingerprint(model, materials.new_heads))
+        model = get_peft_model(model, ReltuneConfig(plan=plan, frozen_dtype=materials.config.frozen_dtype))
+        materials.check_training(model)
+        # Whole matrices want a lower rate than columns and rows do.
+        whole = any(module.weight and len(module.shape) == 2 for module in plan.modules.values())
+        args = materials.arguments("layer" if whole else "selection")
+    callbacks: list[TrainerCallback] = [training.LogFile(run.log)]
+    if materials.config.early_stopping_patience is not None:
+        callbacks.append(training.stops_early(materials.config.early_stopping_patience))
+    with processes.together():
+        if processes.first:
+            run.clear("tune", checkpoints=checkpoint is None)
+            materials.config.save(run.config_file)
+    trainer, cost = training.train(
+        model,
+        args,
+        materials.task,
+        materials.tokenizer,
+        materials.train,
+        materials.validation,
+        checkpoint,
+        description,
+        callbacks,
+    )
+    state = training.gathered_state(trainer)
+    with processes.together():
+        if processes.first:
+            trainer.save_state()
+            facts = {**dataclasses.asdict(cost), "learning_rate": args.learning_rate}
+            write_json(run.path / "training_cost.json", facts)
+            run.record_bad_rows(materials.splits)  # of streamed rows more are known by now
+            model.save_pretrained(str(run.adapter), state_dict=state)
+            materials.tokenizer.save_pretrained(str(run.adapter))
+            write_text(run.adapter / "README.md", model_card(plan))
+    return model
+
+
+def model_card(plan: Plan) -> str:
+    """What a reader of the adapter's directory must know, in place of PEFT's empty form."""
+    facts = "\n".join(f"- {line}" for line in plan.describe())
+    return f"""---
+base_model: {plan.model_name_or_path}
+library_name: peft
+tags:
+- reltune
+---
+
+# Adapter for {plan.model_name_or_path}
+
+{facts}
+
+PEFT loads it once reltune is imported (without, it says `KeyError: 'RELTUNE'`):
+
+```python
+import reltune
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this directory")
+```
+
+An adapter of columns and rows (no single weights) becomes a standard LoRA adapter, which needs no reltune, by `reltune export RUN --to lora`; any
+adapter becomes a plain model by `--to merged`.
+"""
+
+
+def load_tuned(materials: Materials, run: RunDirectory, base: nn.Module | None = None) -> PeftModel:
+    """The base model (another copy than ``base`` if none is given) with the run's adapter from disk."""
+    if not (run.adapter / "adapter_config.json").is_file():
+        raise InputError(f"{run.path} holds no adapter; run `reltune tune` first.")
+    return PeftModel.from_pretrained(materials.fresh_model() if base is None else base, str(run.adapter))
+
+
+def evaluate(materials: Materials, run: RunDirectory) -> dict[str, float]:
+    """Metrics on held-out data before training and after it, written to ``all_results.json``; and what the model wrote for
+    test examples, to ``outputs.jsonl``.
+
+    Before training means: the base model with the heads that relevance was measured with. It is the tuned one with its
+    adapter disabled, which has the base's weights to the bit. Several processes, each with the whole model, share the data, and the first one writes.
+    """
+    processes = Processes.joined()
+    with processes.together():
+        model = load_tuned(materials, run, model_with_heads(materials, run))
+        plan = Plan.load(run.plan)
+        cost = read_json(run.path / "training_cost.json")
+        tasks = materials.lm_eval_tasks
+    second = {} if materials.forgetting is None else {"forgetting": materials.forgetting}
+    task, processor, placed = materials.task, materials.tokenizer, placement(materials.config)
+    with model.disable_adapter():
+        held_out = {f"{name}_before": examples for name, examples in (materials.held_out | second).items()}
+        before = measure_metrics(model, held_out, task, processor, **placed)
+    held_out = materials.held_out | {f"{name}_after": examples for name, examples in second.items()}
+    after = measure_metrics(model, held_out, task, processor, **placed)
+    results = {
+        **before.metrics,
+        **after.metrics,
+        "trainable_parameters": plan.parameters,
+        "head_parameters": plan.head_parameters,
+        "adapter_bytes": disk_bytes(run.adapter, ("adapter_model.safetensors", "adapter_config.json")),
+        "train_steps": cost["steps"],
+        "train_seconds_per_step": cost["seconds_per_step"],
+        "train_peak_memory_bytes": cost["peak_memory_bytes"],
+        "learning_rate": cost["learning_rate"],
+    }
+    with processes.together():
+        if processes.first:
+            run.write_outputs(before.written["test_before"], after.written["test"])
+            write_json(run.results, results)
+    if tasks:
+        measured = measure_lm_eval(materials, model)
+        with processes.together():
+            if measured is not None:
+                write_json(run.lm_eval, dataclasses.asdict(measured))
+    return results
+
+
+def measure_lm_eval(materials: Materials, tuned: PeftModel) -> LMEvalRecord | None:
+    """What lm-evaluation-harness says of the base and the tuned model; of several processes the first one is told."""
+    config = materials.config
+    settings: dict[str, Any] = {
+        "batch_size": config.lm_eval_batch_size,
+        "limit": config.lm_eval_limit,
+        "apply_chat_template": config.lm_eval_apply_chat_template,
+    }
+    scores = lm_evaluation.evaluate(
+        tuned,
+        materials.tokenizer,
+        materials.lm_eval_tasks,
+        str(materials.task.peft_task_type),
+        num_fewshot=config.lm_eval_num_fewshot,
+        **settings,
+    )
+    return LMEvalRecord(metadata.version("lm_eval"), scores=scores, **settings) if scores is not None else None
+
+
+def export(materials: Materials, run: RunDirectory, to: str, output_dir: str) -> Path:
+    """Write the adapter as a LoRA adapter or merged into a plain model."""
+    check_destination(output_dir)
+    model = load_tuned(materials, run)
+    if to == "lora":
+        path = exporting.to_lora(model, output_dir)
+        materials.tokenizer.save_pretrained(str(path))
+        return path
+    return exporting.to_merged(model, materials.tokenizer, output_dir)
+
+
+def report(config: RunConfig, run: RunDirectory) -> RunRecord:
+    """Assemble the record of a run from its artefacts and write ``report.html``."""
+    from reltune.report.page import write_report
+
+    record = read_record(config, run)
+    write_report(run.report, record)
+    return record

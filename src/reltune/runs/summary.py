@@ -1,0 +1,103 @@
+"""What a run's artefacts say of it: the record that its report shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+from reltune.config.run_config import RunConfig
+from reltune.data.packages import CORPORA
+from reltune.files import read_json
+from reltune.plan.plan import Plan
+from reltune.relevance.scores import RelevanceScores
+from reltune.report.numbers import METRICS, measured, metric
+from reltune.report.record import LMEvalRecord, MethodResult, RunRecord
+from reltune.runs.directory import RunDirectory
+from reltune.runs.splits import in_words
+
+
+def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
+    """The record of a run, from its artefacts. Needs relevance and a plan; shows what else is there."""
+    relevance, plan = RelevanceScores.load(run.relevance), Plan.load(run.plan)
+
+    def read(name: str, default: Any) -> Any:
+        path = run.path / name
+        return read_json(path) if path.is_file() else default
+
+    comparison = read("comparison.json", {"methods": [], "notes": []})
+    notes = [*comparison["notes"], hardware()]
+    if config.dataset_name in CORPORA:
+        notes.append(CORPORA[config.dataset_name].note)
+    notes += in_words(read("bad_rows.json", {}))
+    notes += behaviour_notes(relevance)
+    results = read("all_results.json", {})
+    notes += forgetting_notes(config, results)
+    if relevance.inventory.left_out:
+        reasons = sorted(set(relevance.inventory.left_out.values()))
+        notes.append(f"Not measured: {len(relevance.inventory.left_out)} parameter tensors ({'; '.join(reasons)}).")
+    data = f" on {config.dataset_name or Path(str(config.train_file)).name}" if config.has_data else ", weights alone"
+    return RunRecord(
+        title=f"reltune: {relevance.provenance['architecture']}{data}",
+        config=dataclasses.asdict(config),
+        heatmaps=[relevance.heatmap(criterion) for criterion in relevance.criteria],
+        depth_sentence=relevance.depth_sentence(),
+        plan_lines=plan.describe(),
+        selected_by_layer=plan.by_layer(relevance.inventory),
+        metrics=results,
+        history=read("trainer_state.json", {}).get("log_history", []),
+        comparison=[MethodResult(**method) for method in comparison["methods"]],
+        notes=notes,
+        outputs=run.read_outputs(config.report_examples),
+        sweep=read("sweep.json", None),
+        lm_eval=read_lm_eval(run),
+    )
+
+
+def read_lm_eval(run: RunDirectory) -> LMEvalRecord | None:
+    """What lm-evaluation-harness measured, if it did."""
+    return LMEvalRecord.from_json(read_json(run.lm_eval)) if run.lm_eval.is_file() else None
+
+
+def forgetting_notes(config: RunConfig, results: dict[str, Any]) -> list[str]:
+    """How the second set fared, metric by metric."""
+    prefix = "forgetting_before_"
+    changes = [
+        f"{METRICS[name][0]} {metric(name, results[prefix + name])} before training, "
+        f"{metric(name, results[f'forgetting_after_{name}'])} after"
+        for name in measured([results], prefix)
+    ]
+    return [f"Forgetting, on {Path(str(config.forgetting_file)).name}: {'; '.join(changes)}."] if changes else []
+
+
+def behaviour_notes(relevance: RelevanceScores) -> list[str]:
+    """What scores measured from behaviour are changes of, and how many trials stand behind them."""
+    notes = []
+    for criterion in relevance.criteria:
+        facts = relevance.provenance.get(criterion, {})
+        if "metric" in facts:
+            note = (
+                f"{criterion} is measured by the {facts['metric']}, {facts['of_the_model']:.4g} for the untouched model"
+            )
+            trials = [
+                f"{of['trials']} trials of {kind}s, ranking {'stable' if of['stable'] else 'not yet stable'}"
+                for kind, of in facts.items()
+                if isinstance(of, dict)
+            ]
+            notes.append("; ".join([note, *trials]) + ".")
+    return notes
+
+
+def hardware() -> str:
+    """One line: where and with which versions this ran."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return (
+        f"Run on {device}; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, peft {peft.__version__}."
+    )

@@ -1,0 +1,325 @@
+"""One training path for every method: transformers.Trainer, with defaults per method and what a step cost."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import dataclasses
+import functools
+import gc
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import set_seed
+
+from reltune.config.training_fields import DEFAULTS
+from reltune.errors import InputError
+from reltune.files import write_text
+from reltune.processes import Processes
+from reltune.runs.progress import show_progress
+from reltune.tasks.task import Examples, Task
+
+# Learning rates measured per method (docs/learning_rates.md): the best one differs by more than an order of magnitude
+# between methods, so one default for all would decide every comparison.
+LEARNING_RATES = {"head": 3e-2, "full": 2e-4, "layer": 1e-3, "selection": 2e-3}
+
+SMALLEST_IS_BEST = ("loss", "mse", "perplexity")
+
+
+@dataclasses.dataclass
+class TrainingCost:
+    """What training took. Seconds per step is the median; peak memory is the accelerator's, or the process's on a CPU."""
+
+    steps: int
+    timed_steps: int  # those that this process ran, which are fewer after a resumption
+    seconds_per_step: float | None
+    peak_memory_bytes: int | None
+
+
+def arguments(
+    output_dir: str, method: str, seed: int, given: dict[str, Any], task: Task, **forced: Any
+) -> TrainingArguments:
+    """The task's TrainingArguments for a method: defaults, over them what the user gave, over that what must be so.
+
+    The best checkpoint is the one with the best ``task.best``, and checkpoints follow evaluations, unless told otherwise.
+    Raises InputError for values that contradict each other or leave nothing to train.
+    """
+    rates = {**LEARNING_RATES, **task.learning_rates}
+    values = {**DEFAULTS, **task.defaults, "learning_rate": rates[method], **given, **forced}
+    if values.get("load_best_model_at_end"):
+        if values["eval_strategy"] == "no":
+            raise InputError(
+                "load_best_model_at_end compares evaluations while training, and eval_strategy is no; write epoch or steps."
+            )
+        values["metric_for_best_model"], values["greater_is_better"] = compared_by(values, task)
+        if "save_strategy" not in {**given, **forced}:
+            values["save_strategy"] = values["eval_strategy"]
+        if values["eval_strategy"] == "steps":  # Transformers evaluates as often as it logs, and saves every 500 steps
+            values.setdefault("save_steps", values.get("eval_steps") or values["logging_steps"])
+    if launched_on_cpus():
+        values["use_cpu"] = True
+    for name, mend in (("FSDP", "--fsdp and --fsdp_config, which hold"), ("DeepSpeed", "--deepspeed, which holds")):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
+            raise InputError(
+                f"accelerate launch was told to use {name}, which would hold for all that a command does; leave it out there, "
+                f"and pass {mend} for training."
+            )
+    if values.get("deepspeed"):
+        _check_deepspeed(values["deepspeed"])
+    try:
+        args = task.make_arguments(output_dir=output_dir, seed=seed, **values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"training fields: {error}") from error
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+        field = "max_steps" if args.max_steps == 0 else "num_train_epochs"
+        raise InputError(f"{field} is {getattr(args, field):g}, so that nothing would be trained; write more.")
+    if (args.fsdp_plugin_args or {}).get("fsdp_version") == 1:
+        raise InputError("fsdp_config asks for FSDP1, under which reltune cannot train; write version 2, or none.")
+    if args.fsdp and _on_cpus(args):
+        raise InputError(
+            "fsdp spreads a model over accelerators, of which there are none; leave it out, and every process trains a whole "
+            "copy of the model."
+        )
+    return args
+
+
+def compared_by(given: Mapping[str, Any], task: Task) -> tuple[str, bool]:
+    """The metric by which checkpoints and trials are compared, and whether the best is the largest: the task's, unless the
+    training fields name another. Transformers would take the largest perplexity for the best."""
+    metric = given.get("metric_for_best_model") or task.best
+    largest = task.best_is_largest if metric == task.best else not metric.endswith(SMALLEST_IS_BEST)
+    chosen = given.get("greater_is_better")
+    return metric, largest if chosen is None else chosen
+
+
+def _check_deepspeed(config: str | dict[str, Any]) -> None:
+    """Raise InputError for a DeepSpeed config (or its JSON file) that training cannot follow here."""
+    if isinstance(config, str):
+        try:
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"deepspeed {config} cannot be read as a DeepSpeed config in JSON ({error}).") from error
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    if isinstance(zero, dict) and zero.get("stage") == 3:
+        raise InputError(
+            "deepspeed asks for ZeRO-3, which spreads the weights to train over processes; write stage 0, 1 or 2, or train under "
+            "FSDP2 (--fsdp)."
+        )
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InputError("deepspeed is given, and the package is not installed; run: pip install deepspeed")
+    if "RANK" not in os.environ:
+        raise InputError(
+            "deepspeed wants a launcher, for one process too; start reltune with torchrun --nproc_per_node N -m reltune."
+        )
+
+
+def _on_cpus(args: TrainingArguments) -> bool:
+    return args.device.type == "cpu"
+
+
+def launched_on_cpus() -> bool:
+    """Whether a launcher started several processes with no accelerator: told nothing, each would work by itself."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1 and not torch.accelerator.is_available()
+
+
+def check_arguments(model: nn.Module, args: TrainingArguments, examples: Examples, collator: Any) -> None:
+    """Raise InputError for training fields that cannot work here (packages, devices, ranges), before hours are spent."""
+    with tempfile.TemporaryDirectory() as scratch, _sharing_for_itself(), frozen_base(model):
+        args = copy.copy(args)
+        args.output_dir = scratch  # Trainer makes this directory at once
+        try:
+            trainer = Trainer(
+                model=model, args=args, train_dataset=examples, eval_dataset=examples, data_collator=collator
+            )
+            trainer.get_train_dataloader()
+            trainer.get_eval_dataloader()
+            trainer.create_optimizer_and_scheduler(num_training_steps=1)
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            raise InputError(f"training fields: {error}") from error
+
+
+def train(
+    model: nn.Module,
+    args: TrainingArguments,
+    task: Task,
+    processor: Any,
+    train_examples: Examples,
+    held_out: Examples | None = None,
+    resume_from_checkpoint: str | None = None,
+    description: str = "train",
+    callbacks: Sequence[TrainerCallback] = (),
+) -> tuple[Trainer, TrainingCost]:
+    """Train whatever of ``model`` requires a gradient. ``description`` names the progress bar. Of several processes each
+    calls this; the cost is each one's own.
+
+    Raises ArithmeticError when a trained weight ends up infinite or not a number.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("nothing in the model requires a gradient, so there is nothing to train.")
+    set_seed(args.seed)
+    clock = _StepClock()
+    evaluated = held_out if args.eval_strategy != "no" else None
+    with _sharing_for_itself(), frozen_base(model):
+        trainer = task.trainer(model, args, processor, train_examples, evaluated, callbacks=[clock, *callbacks])
+    trainer.evaluate = _apart(trainer.evaluate)  # type: ignore[method-assign]
+    show_progress(trainer, description)
+    with PeakMemory() as memory, frozen_statistics(model):
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    with Processes.joined().together():
+        trained: list[Any] = [p.detach() for p in model.parameters() if p.requires_grad]
+        if not all(torch.isfinite(getattr(p, "_local_tensor", p)).all() for p in trained):
+            raise ArithmeticError(
+                "training diverged, some weights are not finite any more; try a lower --learning_rate."
+            )
+    # The first steps pay for warming up, once.
+    times = clock.seconds[2:] or clock.seconds
+    return trainer, TrainingCost(
+        trainer.state.global_step, len(clock.seconds), statistics.median(times) if times else None, memory.peak
+    )
+
+
+def _apart(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, leaving torch's random state as it was: every loader that it starts draws a seed. Training that goes on
+    from a checkpoint written before an evaluation does without that evaluation, and must draw the same numbers after it."""
+
+    @functools.wraps(evaluate)
+    def evaluated(*args: Any, **options: Any) -> Any:
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices, device_type="cuda"):
+            return evaluate(*args, **options)
+
+    return evaluated
+
+
+@contextlib.contextmanager
+def frozen_base(model: nn.Module) -> Iterator[None]:
+    """Let a Trainer that is made inside take a quantised model without an adapter: what is trained is a new head."""
+    marked = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False)
+    if marked:
+        model._hf_peft_config_loaded = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if marked:
+            model._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Keep batch norms with frozen parameters at the statistics that they came with: an adapter does not save others."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if not any(p.requires_grad for p in norm.parameters(recurse=False))]
+    for norm in norms:
+        norm.eval()
+        norm.train = lambda mode=True, norm=norm: norm  # type: ignore[method-assign, misc]
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.train
+
+
+def stops_early(patience: int) -> TrainerCallback:
+    """Ends training when the best metric has not improved for so many evaluations."""
+    return EarlyStoppingCallback(early_stopping_patience=patience)
+
+
+class LogFile(TrainerCallback):
+    """Writes everything that the Trainer logs to a file, one JSON object per line; resuming goes on after the checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            found = self.path.read_text(encoding="utf-8") if state.global_step and self.path.exists() else ""
+            whole = found[: found.rfind("\n") + 1].splitlines()  # the last line may have been cut short
+            kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+def gathered_state(trainer: Trainer) -> dict[str, Any] | None:
+    """The trained model's whole state, for the first process to save, where FSDP has spread it; else None. All call this."""
+    return trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+
+
+@contextlib.contextmanager
+def _sharing_for_itself() -> Iterator[None]:
+    """Let a Trainer that is made inside share its model by FSDP or DeepSpeed without every later one doing so: accelerate
+    sets a variable."""
+    try:
+        yield
+    finally:
+        for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+            os.environ.pop(name, None)
+
+
+class _StepClock(TrainerCallback):
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.started = self._now()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(self._now() - self.started)
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class PeakMemory:
+    """Peak memory of what runs inside: CUDA's own count, or the process's resident memory, sampled every 10 ms."""
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        self.peak: int | None = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            return self
+        if sys.platform == "linux":
+            # Hand freed memory back first, or this method would be charged for the one before it.
+            with contextlib.suppress(OSError, AttributeError):  # another C library has no such call
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
+        self._process = psutil.Process()
+        self.peak = self._process.memory_info().rss
+        self._stop = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+        self._sampler.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.01):
+            self.peak = max(self.peak or 0, self._process.memory_info().rss)
+
+    def __exit__(self, *_: object) -> None:
+        if torch.cuda.is_available():
+            self.peak = torch.cuda.max_memory_allocated()
+            return
+        self._stop.set()
+        self._sampler.join()

@@ -1,0 +1,110 @@
+import pytest
+
+from reltune.data.columns import columns_of, guess_task
+from reltune.data.rows import Row
+from reltune.errors import InputError
+
+
+def labelled(labels):
+    return [Row({"text": "t", "label": label}, line) for line, label in enumerate(labels, start=1)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "task", "roles"),
+    [
+        ("chosen rejected", "preference", "chosen=chosen rejected=rejected"),
+        ("prompt chosen rejected score", "preference", "chosen=chosen rejected=rejected prompt=prompt"),
+        (
+            "id title context question answers",
+            "question_answering",
+            "question=question context=context answers=answers",
+        ),
+        ("id tokens pos_tags chunk_tags ner_tags", "token_classification", "tokens=tokens tags=ner_tags"),
+        ("tokens pos_tags", "token_classification", "tokens=tokens tags=pos_tags"),
+        ("messages", "causal_lm", "messages=messages"),
+        ("prompt completion", "causal_lm", "prompt=prompt completion=completion"),
+        ("instruction input output", "causal_lm", "instruction=instruction output=output input=input"),
+        ("instruction output text", "causal_lm", "instruction=instruction output=output"),
+        ("source target", "seq2seq", "source=source target=target"),
+        ("document summary id", "seq2seq", "source=document target=summary"),
+        ("article highlights", "seq2seq", "source=article target=highlights"),
+        ("image label", "image_classification", "image=image label=label"),
+        ("text", "causal_lm", "text=text"),
+        ("id text url", "causal_lm", "text=text"),
+    ],
+)
+def test_layouts(columns, task, roles):
+    roles = dict(pair.split("=") for pair in roles.split())
+    assert guess_task(columns.split(), []) == (task, roles)
+    assert columns_of(task, columns.split()) == roles
+
+
+@pytest.mark.parametrize(
+    ("labels", "task"),
+    [
+        (["good", "bad"], "sequence_classification"),
+        (["好", "1"], "sequence_classification"),
+        (["0", "1", "1"], "sequence_classification"),
+        ([0, 1, 4], "sequence_classification"),
+        ([True, False], "sequence_classification"),
+        ([*range(77)] * 5, "sequence_classification"),
+        ([None, "", "a"], "sequence_classification"),
+        ([], "sequence_classification"),
+        (["0.5", "1", "-2e-1"], "regression"),
+        ([0.5, 1, 2], "regression"),
+        ([["a"], [], ["a", "b"]], "multilabel_classification"),
+        ([[0, 1], [1, 1]], "multilabel_classification"),
+    ],
+)
+def test_labels_decide(labels, task):
+    assert guess_task(["text", "label"], labelled(labels)) == (task, {"text": "text", "label": "label"})
+
+
+@pytest.mark.parametrize("labels", [["1.0", "2.0"], [1.0, 2.0], [*range(50)], ["nan", "1.0", 2.0][1:]])
+def test_labels_that_could_be_both(labels):
+    with pytest.raises(InputError, match="--task sequence_classification or --task regression"):
+        guess_task(["text", "label"], labelled(labels))
+
+
+@pytest.mark.parametrize("labels", [["0.5", "1.5", "n/a"], [0.5, 2, float("nan")], ["0.5", None, "1", "nan"]])
+def test_a_slip_among_fractions_makes_no_classes_of_them(labels):
+    with pytest.raises(InputError, match=f"such as {labels[-1]!r} on line {len(labels)}; say with --task regression"):
+        guess_task(["text", "label"], labelled(labels))
+
+
+def test_lists_that_are_no_classes():
+    for labels in ([[0.5], [1.0]], [["a"], "b"]):
+        with pytest.raises(InputError, match="multilabel_classification wants"):
+            guess_task(["text", "label"], labelled(labels))
+
+
+def test_columns_that_the_user_named():
+    rows = [Row({"评论": "好", "得分": score}, 1) for score in ("0.5", "1.5")]
+    assert guess_task(["评论", "得分"], rows, "评论", "得分") == ("regression", {"text": "评论", "label": "得分"})
+    assert guess_task(["评论"], [], "评论") == ("causal_lm", {"text": "评论"})
+    with pytest.raises(InputError, match="'text', 'label'"):
+        guess_task(["text", "label"], rows, label_column="得分")
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ([], "none are of no layout"),
+        (["text", "sentiment"], "'text', 'sentiment' are of no layout.*text, label.*--label_column"),
+        (["messages", "prompt", "chosen", "rejected"], "preference or causal_lm; say which with --task"),
+        ([f"c{n}" for n in range(40)], "'c11', … are"),
+    ],
+)
+def test_columns_that_say_nothing_or_too_much(columns, words):
+    with pytest.raises(InputError, match=words) as caught:
+        guess_task(columns, [])
+    assert len(str(caught.value)) < 500
+
+
+def test_columns_of_a_known_task():
+    assert columns_of("masked_lm", ["text", "label"]) == {"text": "text"}
+    assert columns_of("causal_lm", ["messages", "chosen", "rejected"]) == {"messages": "messages"}
+    with pytest.raises(
+        InputError, match="'text', 'tag' are none that token_classification can use; it wants tokens, ner_tags"
+    ):
+        columns_of("token_classification", ["text", "tag"])

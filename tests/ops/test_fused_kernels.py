@@ -1,0 +1,215 @@
+"""The Triton kernels for sums of squared gradients, against their PyTorch references: on the GPU, or else in Triton's interpreter."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+from reltune.layers import fused_norms as fused_norms_module
+from reltune.layers.fused_norms import fuse_norms, fused_norms, restore_norms
+from reltune.ops import squared_gradient
+from reltune.ops.index_copy import Copy, index_copy
+from reltune.ops.kernels.column_gradient import column_gradient
+from reltune.ops.kernels.index_copy import copy_all
+from reltune.ops.kernels.quadratic_form import quadratic_forms, quadratic_forms_reference, triangle
+from reltune.ops.kernels.rms_norm import RMSNorm, rms_norm, rms_norm_reference
+from reltune.ops.kernels.squared_product import squared_product_sums
+from reltune.ops.squared_gradient import input_gram, squared_gradient_sums, squared_gradient_sums_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Blocks are 128 tokens by 128 features: sizes around them, and far below.
+TOKENS = st.one_of(st.integers(1, 9), st.integers(125, 131), st.just(259))
+FEATURES = st.one_of(st.integers(1, 9), st.integers(126, 131))
+
+
+def rows(batch, tokens, features, seed, dtype=torch.float32):
+    return torch.randn(batch, tokens, features, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def gram(g):
+    return g.double() @ g.double().mT
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 3), TOKENS, FEATURES, FEATURES, st.sampled_from([torch.float32, torch.float16]), st.integers(0, 99)
+)
+def test_kernels_equal_the_reference(batch, tokens, features, others, dtype, seed):
+    # float16 tells whether K's second half arrives: K in one float16 would be off by 1e-4.
+    g, x = rows(batch, tokens, others, seed, dtype), rows(batch, tokens, features, seed + 1, dtype)
+    found = quadratic_forms(triangle(g), x)
+    wanted = quadratic_forms_reference(gram(g), x)
+    assert found.shape == (features,) and found.dtype == torch.float32
+    assert (found - wanted).abs().max() <= 5e-6 * wanted.abs().max()
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 3), TOKENS, FEATURES, st.integers(0, 99))
+def test_triangle_is_the_lower_one_doubled_below_the_diagonal(batch, tokens, features, seed):
+    g = rows(batch, tokens, features, seed)
+    high, low = (half[:, :tokens, :tokens].tril().double() for half in triangle(g))
+    k = gram(g)
+    wanted = k.tril() + k.tril(-1)
+    assert (high + low - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
+def test_inputs_need_not_be_contiguous():
+    g, x = rows(2, 5, 40, 0).mT, rows(2, 7, 40, 1).mT
+    assert torch.allclose(quadratic_forms(triangle(g), x).double(), quadratic_forms_reference(gram(g), x), rtol=1e-5)
+
+
+def test_zeros_give_zeros_and_nothing_is_negative():
+    g, x = rows(2, 40, 5, 0), rows(2, 40, 7, 1)
+    assert not quadratic_forms(triangle(g), torch.zeros_like(x)).any()
+    assert not quadratic_forms(triangle(torch.zeros_like(g)), x).any()
+    high, low = triangle(g)
+    assert not quadratic_forms((-high, -low), x).any()
+
+
+def test_a_number_that_is_not_finite_is_not_hidden():
+    g, x = rows(2, 40, 5, 0), rows(2, 40, 7, 1)
+    x[1, 3, 4] = torch.nan
+    assert quadratic_forms(triangle(g), x).isnan().nonzero().flatten().tolist() == [4]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 3), TOKENS, FEATURES, FEATURES, st.sampled_from([torch.float32, torch.float16]), st.integers(0, 99)
+)
+def test_squared_products_equal_the_definition(batch, tokens, features, others, dtype, seed):
+    g, x = rows(batch, tokens, others, seed, dtype), rows(batch, tokens, features, seed + 1, dtype)
+    for found, wanted in zip(
+        squared_product_sums(x, g), squared_gradient_sums_reference(x.double(), g.double()), strict=True
+    ):
+        assert found.shape == wanted.shape and found.dtype == torch.float32
+        assert (found - wanted).abs().max() <= 2e-6 * wanted.max()
+
+
+@pytest.mark.parametrize("gram", [True, False])
+@pytest.mark.parametrize("cancels", [False, True])
+def test_sums_of_the_narrowest_type_are_those_of_float64(cancels, gram, monkeypatch):
+    """bfloat16 on a GPU; the interpreter has no bfloat16 products, so float16 goes through the same code there."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    monkeypatch.setattr(squared_gradient, "is_fused", lambda x: True)
+    x, g = rows(3, 200, 60, 0), rows(3, 200, 40, 1) / 16
+    if cancels:
+        x, g = x + 10, g - g.mean(1, keepdim=True)
+    x, g = x.to(dtype), g.to(dtype)
+    wanted = squared_gradient_sums_reference(x.double(), g.double())
+    monkeypatch.setattr(squared_gradient, "gram_is_cheaper", lambda *_: gram)
+    for given_gram in (None, input_gram(x)):
+        for a, b in zip(squared_gradient_sums(x, g, given_gram), wanted, strict=True):
+            assert (a - b).abs().max() <= (2e-3 if cancels else 1e-4) * b.max()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 5), st.integers(8, 600), st.sampled_from([torch.float32, torch.float16]), st.integers(0, 99))
+def test_rms_norm_and_its_gradient_equal_the_reference(tokens, features, dtype, seed):
+    x, gain = rows(2, tokens, features, seed, dtype), 1 + rows(1, 1, features, seed + 1, dtype)[0, 0] / 4
+    g = rows(2, tokens, features, seed + 2, dtype)
+    found, wanted = x.clone().requires_grad_(), x.double().requires_grad_()
+    y = RMSNorm.apply(found, gain, 1e-3)
+    reference = rms_norm_reference(wanted, gain.double(), 1e-3)
+    y.backward(g)
+    reference.backward(g.double())
+    scale = 1 if dtype == torch.float32 else 2**12
+    assert (y - reference).abs().max() <= scale * 1e-6 * reference.abs().max()
+    assert (found.grad - wanted.grad).abs().max() <= scale * 2e-6 * wanted.grad.abs().max().clamp(min=1)
+    assert torch.equal(rms_norm(x, gain, 1e-3), y)
+
+
+def test_fused_norms_take_what_computes_the_same_and_leave_the_rest(monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(fused_norms_module, "_has_kernel", lambda x: True)
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    model = nn.ModuleDict(
+        {"llama": LlamaRMSNorm(48), "gemma": Gemma2RMSNorm(48), "t5": T5LayerNorm(48), "layer": nn.LayerNorm(48)}
+    )
+    model["own"], model["liger"] = LlamaRMSNorm(48), LlamaRMSNorm(48)
+    model.to(DEVICE, dtype).requires_grad_(False)
+    model["own"].forward = own = model["t5"].forward
+
+    def theirs(self, x):
+        return LlamaRMSNorm.forward(self, x)
+
+    theirs.__module__ = "liger_kernel.transformers.rms_norm"  # which puts its forwards into the modules of a model
+    model["liger"].forward = liger = theirs.__get__(model["liger"])
+    x = rows(2, 3, 48, 0, dtype)
+    before = {name: module(x) for name, module in model.items()}
+    with pytest.raises(KeyError), fused_norms(model):
+        unpatched = {name for name, module in model.items() if module.__dict__.get("forward") in (None, own)}
+        assert unpatched == {"gemma", "layer", "own"} and model["liger"].forward is not liger
+        for name, module in model.items():
+            assert torch.allclose(module(x), before[name], rtol=2**-7, atol=0)
+        raise KeyError
+    assert {name: module.__dict__.get("forward") for name, module in model.items() if "forward" in module.__dict__} == {
+        "own": own,
+        "liger": liger,
+    }
+
+
+def test_a_norm_that_is_trained_gets_its_gradient_although_it_was_fused_frozen(monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(fused_norms_module, "_has_kernel", lambda x: True)
+    norm = LlamaRMSNorm(48).to(DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float16).requires_grad_(False)
+    x = rows(2, 3, 48, 0, norm.weight.dtype)
+    model = nn.Sequential(norm)
+    assert fuse_norms(model.modules()) == [norm] and fuse_norms(model.modules()) == []
+    fused = norm(x)
+    norm.requires_grad_(True)
+    norm(x).sum().backward()
+    assert norm.weight.grad is not None and norm.weight.grad.abs().sum() > 0
+    restore_norms(model)
+    assert "forward" not in norm.__dict__ and torch.allclose(norm(x), fused, rtol=2**-7, atol=0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.one_of(st.integers(0, 9), st.integers(125, 131), st.just(700)),
+    st.one_of(st.integers(1, 9), st.integers(62, 67), st.just(200)),
+    st.one_of(st.integers(1, 4), st.integers(15, 33)),
+    st.sampled_from([torch.float32, torch.float16]),
+    st.integers(0, 99),
+)
+def test_column_gradient_equals_the_product(tokens, out_features, columns, dtype, seed):
+    g, selected = rows(1, tokens, out_features, seed, dtype)[0], rows(1, tokens, columns, seed + 1, dtype)[0]
+    found = column_gradient(g, selected)
+    wanted = g.double().mT @ selected.double()
+    assert found.shape == (out_features, columns) and found.dtype == torch.float32
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1e-30)
+    assert torch.equal(found, column_gradient(g, selected))  # added up in a fixed order
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float16, torch.float32)], ids=str)
+def test_many_columns_and_rows_are_written_at_once(dtypes):
+    shapes, dims, counts = [(130, 70), (3, 100), (5, 5), (64, 200)], [1, 0, 1, 0], [40, 1, 5, 33]
+    copies, wanted = [], []
+    for seed, (shape, dim, count) in enumerate(zip(shapes, dims, counts, strict=True)):
+        weight = rows(1, *shape, seed, dtypes[0])[0]
+        idx = torch.randperm(shape[dim], generator=torch.Generator().manual_seed(seed))[:count].to(DEVICE)
+        values = rows(1, *(count if d == dim else size for d, size in enumerate(shape)), seed + 9, dtypes[1])[0]
+        copies.append(Copy(weight, dim, idx, values))
+        wanted.append(weight.clone().index_copy_(dim, idx, values.to(weight.dtype)))
+    strided = Copy(copies[0].weight.mT.contiguous().mT, *copies[0][1:])  # which the kernel does not take
+    index_copy([*copies, strided])
+    assert torch.equal(strided.weight, wanted[0])
+    assert all(torch.equal(copy.weight, want) for copy, want in zip(copies, wanted, strict=True))
+    for copy in copies:
+        copy.weight.zero_()
+    copy_all(copies)
+    for copy, want in zip(copies, wanted, strict=True):
+        want.copy_(torch.zeros_like(want).index_copy_(copy.dim, copy.idx, copy.values.to(want.dtype)))
+    assert all(torch.equal(copy.weight, want) for copy, want in zip(copies, wanted, strict=True))
+
+
+def test_writing_counts_as_a_change_of_the_weight():
+    weights = [torch.zeros(4, 4, device=DEVICE) for _ in range(3)]
+    idx = torch.tensor([1, 3], device=DEVICE)
+    versions = [weight._version for weight in weights]
+    index_copy(Copy(weight, 1, idx, torch.ones(4, 2, device=DEVICE)) for weight in weights)
+    assert all(float(weight.sum()) == 8 for weight in weights)
+    assert all(weight._version > version for weight, version in zip(weights, versions, strict=True))

@@ -1,0 +1,330 @@
+"""The plan file: written, read, edited by hand, and held against a model."""
+
+import dataclasses
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from relevance_cases import data_for, measure, tiny_bert, tiny_llama, tiny_sequential
+from reltune.errors import InputError
+from reltune.layers.inventory import take_inventory
+from reltune.plan import plan as plan_file
+from reltune.plan.plan import ModulePlan, Plan
+from reltune.plan.selection import select
+
+
+@pytest.fixture(scope="module")
+def scores():
+    return measure(tiny_bert(), [data_for(tiny_bert())], always_trained=["classifier"])
+
+
+@pytest.fixture(scope="module")
+def plan(scores):
+    return select(scores, "10%", ["column", "row", "module", "bias", "norm"], task_type="SEQ_CLS")
+
+
+KEY = "bert.encoder.layer.1.attention.self.key"
+VALUE = "bert.encoder.layer.1.attention.self.value"
+INTERMEDIATE = "bert.encoder.layer.0.intermediate.dense"
+NORM = "bert.encoder.layer.1.output.LayerNorm"
+
+
+@pytest.fixture
+def by_hand(scores):
+    """A small plan with one of everything."""
+    modules = {
+        INTERMEDIATE: ModulePlan((40, 16), columns=[1, 3], rows=[39], bias=True),
+        KEY: ModulePlan((16, 16), weight=True, bias=True),
+        VALUE: ModulePlan((16, 16), columns=[1], rows=[15], elements=[7, 255 - 16, 0]),
+        NORM: ModulePlan((16,), weight=True, bias=True),
+    }
+    parameters = 2 * 40 + 16 + 40 + 16 * 16 + 16 + 2 * 16 + 3 + 32
+    return Plan(modules, str(parameters), parameters, 10**6, scores.fingerprint, always_trained=["classifier"])
+
+
+@pytest.mark.parametrize("inline", [20_000, 0])
+def test_save_and_load_give_the_same(plan, tmp_path, inline, monkeypatch):
+    monkeypatch.setattr(plan_file, "INLINE_INDICES", inline)
+    assert {(bool(m.columns), bool(m.rows), m.weight, m.bias) for m in plan.modules.values()} >= {
+        (True, False, False, False),
+        (False, False, True, True),
+    }
+    plan.save(tmp_path)
+    names = {"plan.yaml"} if inline else {"plan.yaml", "indices.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    for path in (tmp_path, tmp_path / "plan.yaml", str(tmp_path)):
+        assert dataclasses.asdict(Plan.load(path)) == dataclasses.asdict(plan)
+    monkeypatch.setattr(plan_file, "INLINE_INDICES", 20_000)
+    plan.save(tmp_path)  # written again with fewer indices, it leaves no file of old ones
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.yaml"}
+    assert Plan.load(tmp_path) == plan
+
+
+def test_the_file_is_readable(by_hand, tmp_path):
+    by_hand.save(tmp_path)
+    text = (tmp_path / "plan.yaml").read_text()
+    assert text.startswith("# What reltune will train.")
+    assert f"  {INTERMEDIATE}:\n    shape: [40, 16]\n    columns: [1, 3]\n    rows: [39]\n    bias: true\n" in text
+    assert yaml.safe_load(text)["predicted"]["backward_ends_at"] == INTERMEDIATE
+
+
+def test_parameters_are_counted_by_hand(by_hand):
+    assert by_hand.modules[INTERMEDIATE].parameters == 2 * 40 + 16 + 40
+    assert by_hand.modules[KEY].parameters == 16 * 16 + 16
+    assert by_hand.modules[NORM].parameters == 32
+    assert by_hand.modules[VALUE].parameters == 2 * 16 + 3
+    assert by_hand.parameters == 136 + 272 + 35 + 32 and by_hand.indices == 8
+    assert by_hand.adapter_bytes() == 4 * 475 + 8 * 5 + 4 * 3
+    assert "3 columns, 2 rows, 3 single weights, 1 whole matrices" in by_hand.describe()[0]
+    by_hand.check()
+
+
+def edited(plan, folder, change):
+    """Save the plan, change its YAML as by hand, and load it again."""
+    plan.save(folder)
+    path = folder / "plan.yaml"
+    values = yaml.safe_load(path.read_text())
+    change(values)
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return Plan.load(folder)
+
+
+def set_in(*keys, value):
+    def change(values):
+        for key in keys[:-1]:
+            values = values[key]
+        values[keys[-1]] = value
+
+    return change
+
+
+def removed(*keys):
+    def change(values):
+        for key in keys[:-1]:
+            values = values[key]
+        del values[keys[-1]]
+
+    return change
+
+
+def test_edits_that_make_sense_are_taken(by_hand, tmp_path):
+    edit = set_in("modules", INTERMEDIATE, value={"shape": [40, 16], "columns": [0], "rows": []})
+    loaded = edited(by_hand, tmp_path, edit)
+    assert loaded.modules[INTERMEDIATE] == ModulePlan((40, 16), columns=[0])
+    assert loaded.parameters == 40 + 272 + 35 + 32
+    assert NORM not in edited(by_hand, tmp_path, removed("modules", NORM)).modules
+    loaded = edited(by_hand, tmp_path, set_in("modules", VALUE, "elements", value=[9, 3, 4]))
+    assert list(loaded.modules[VALUE].elements) == [3, 4, 9]
+    loaded = edited(by_hand, tmp_path, set_in("budget", "parameters", value=5000))
+    assert loaded.budget_parameters == 5000
+    loaded = edited(by_hand, tmp_path, removed("always_trained"))
+    assert loaded.always_trained == []
+
+
+@pytest.mark.parametrize(
+    ("edit", "why"),
+    [
+        (set_in("colour", value="red"), "unknown field 'colour'"),
+        (set_in("model", "fingerprnt", value="x"), "model has an unknown field 'fingerprnt'.*'fingerprint'"),
+        (set_in("budget", "percent", value=1), "budget has an unknown field 'percent'"),
+        (set_in("modules", KEY, "column", value=[1]), f"{KEY} has an unknown field 'column'.*'columns'"),
+        (set_in("modules", KEY, value=None), f"{KEY} must be a mapping"),
+        (set_in("modules", KEY, value=[1, 2]), f"{KEY} must be a mapping"),
+        (set_in("modules", INTERMEDIATE, "columns", value=[0, 16]), f"{INTERMEDIATE} has 16 columns.*16 is none"),
+        (set_in("modules", INTERMEDIATE, "rows", value=[40]), f"{INTERMEDIATE} has 40 rows.*40 is none"),
+        (set_in("modules", INTERMEDIATE, "rows", value=[-1]), f"{INTERMEDIATE} has 40 rows.*-1 is none"),
+        (set_in("modules", INTERMEDIATE, "columns", value=[3, 1, 3]), f"columns of {INTERMEDIATE} name 3 twice"),
+        (set_in("modules", INTERMEDIATE, "columns", value=[1.0]), f"columns of {INTERMEDIATE} must be.*whole"),
+        (set_in("modules", INTERMEDIATE, "columns", value=["1"]), f"columns of {INTERMEDIATE} must be.*whole"),
+        (set_in("modules", INTERMEDIATE, "columns", value=[True]), f"columns of {INTERMEDIATE} must be.*whole"),
+        (set_in("modules", INTERMEDIATE, "columns", value=3), f"columns of {INTERMEDIATE} must be a list"),
+        (set_in("modules", INTERMEDIATE, "rows", value={0: 1}), f"rows of {INTERMEDIATE} must be a list"),
+        (set_in("modules", INTERMEDIATE, "bias", value="yes please"), f"bias of {INTERMEDIATE} must be true"),
+        (set_in("modules", INTERMEDIATE, "weight", value=0), f"weight of {INTERMEDIATE} must be true or false"),
+        (set_in("modules", KEY, "columns", value=[1]), f"{KEY} trains the whole weight and columns or rows"),
+        (set_in("modules", NORM, value={"shape": [16], "columns": [1]}), f"{NORM} is a norm and has no columns"),
+        (set_in("modules", NORM, value={"shape": [16], "elements": [1]}), f"{NORM} is a norm and has no .*elements"),
+        (set_in("modules", KEY, "elements", value=[1]), f"{KEY} trains the whole weight and .*elements of it"),
+        (
+            set_in("modules", VALUE, "elements", value=[0, 256]),
+            f"{VALUE} has 256 elements, counted from 0; 256 is none",
+        ),
+        (set_in("modules", VALUE, "elements", value=[-1, 3]), f"{VALUE} has 256 elements.*-1 is none"),
+        (set_in("modules", VALUE, "elements", value=[5, 3, 5]), f"elements of {VALUE} name 5 twice"),
+        (
+            set_in("modules", VALUE, "elements", value=[0, 33]),
+            f"element 33 of {VALUE} lies in one of its chosen columns",
+        ),
+        (set_in("modules", VALUE, "elements", value=[242]), f"element 242 of {VALUE} lies in one of its chosen rows"),
+        (set_in("modules", VALUE, "elements", value=[1.0]), f"elements of {VALUE} must be a list of whole numbers"),
+        (set_in("modules", VALUE, "elements", value=[10**30]), f"elements of {VALUE} must be a list of whole numbers"),
+        (set_in("modules", VALUE, "elements", value=None), f"elements of {VALUE} must be a list of whole numbers"),
+        (set_in("modules", KEY, value={"shape": [16, 16]}), f"{KEY} trains nothing"),
+        (removed("modules", KEY, "shape"), f"{KEY} lacks its shape"),
+        (set_in("modules", KEY, "shape", value=[]), f"shape of {KEY} must be"),
+        (set_in("modules", KEY, "shape", value=[16, 16, 1]), f"shape of {KEY} must be"),
+        (set_in("modules", KEY, "shape", value=["16", "16"]), f"shape of {KEY} must be"),
+        (set_in("modules", KEY, "shape", value=[-16, 16]), f"shape of {KEY} must be"),
+        (set_in("modules", KEY, "shape", value=16), "field of the wrong kind"),
+        (set_in("modules", INTERMEDIATE, "weight", value=None), f"weight of {INTERMEDIATE} must be true or false"),
+        (set_in("budget", "parameters", value=474), "trains 475 parameters, above its budget of 474"),
+        (set_in("budget", "parameters", value="many"), "wrong kind"),
+        (set_in("budget", "parameters", value=float("inf")), "wrong kind"),
+        (set_in("budget", value=475), "budget must be a mapping"),
+        (set_in("model", value=None), "model must be a mapping"),
+        (set_in("model", "head_parameters", value="none"), "wrong kind"),
+        (set_in("modules", value={}), "chooses no module"),
+        (set_in("modules", value=None), "modules must map"),
+        (set_in("modules", value=[KEY]), "modules must map"),
+        (set_in("always_trained", value="classifier"), "always_trained must be a list of names"),
+        (set_in("always_trained", value=[1]), "always_trained must be a list of names"),
+        (set_in("granularity", value="column"), "granularity must be a list of names"),
+        (removed("modules"), "lacks the field 'modules'"),
+        (removed("budget"), "lacks the field 'budget'"),
+        (removed("budget", "asked"), "lacks the field 'asked'"),
+        (removed("budget", "parameters"), "lacks the field 'parameters'"),
+        (removed("model"), "lacks the field 'model'"),
+        (removed("model", "fingerprint"), "lacks the field 'fingerprint'"),
+        (removed("format"), "no plan of format 'reltune-plan-1'"),
+        (set_in("format", value="reltune-plan-2"), "no plan of format 'reltune-plan-1'"),
+    ],
+)
+def test_edits_that_make_none_are_refused(by_hand, tmp_path, edit, why):
+    with pytest.raises(InputError, match=why) as caught:
+        edited(by_hand, tmp_path, edit)
+    assert str(tmp_path / "plan.yaml") in str(caught.value)
+
+
+def test_elements_beside_the_plan_take_four_bytes_each(by_hand, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_file, "INLINE_INDICES", 0)
+    wide = ModulePlan((65_536, 65_536), elements=[65_536**2 - 1, 2])  # more weights than int32 counts
+    by_hand.modules["wide"] = wide
+    by_hand.budget_parameters += 2
+    by_hand.save(tmp_path)
+    held = load_file(tmp_path / "indices.safetensors")
+    assert held[f"{VALUE}/elements"].equal(torch.tensor([0, 7, 239], dtype=torch.int32))
+    assert held["wide/elements"].equal(torch.tensor([2, 65_536**2 - 1]))
+    assert wide.index_bytes == 16 and Plan.load(tmp_path) == by_hand
+    tensors = dict(held)
+    tensors[f"{VALUE}/elements"] = torch.tensor([239, 7])
+    save_file(tensors, tmp_path / "indices.safetensors")
+    assert list(Plan.load(tmp_path).modules[VALUE].elements) == [7, 239]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"modules: {", "cannot be read as a plan"),
+        (b"modules:\n\t- tab", "cannot be read as a plan"),
+        (b"\xff\xfe\x00", "cannot be read as a plan"),
+        (b"criterion: 2020-13-45", "cannot be read as a plan"),  # to YAML a date, and none
+        (b"!!python/object/apply:os.getcwd []", "cannot be read as a plan"),
+        (b"", "no plan of format"),
+        (b"just words", "no plan of format"),
+        (b"- a\n- list", "no plan of format"),
+    ],
+)
+def test_files_that_are_no_plan(tmp_path, content, why):
+    path = tmp_path / "plan.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=why) as caught:
+        Plan.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    for path in (tmp_path, tmp_path / "other.yaml"):
+        with pytest.raises(InputError, match="does not exist; run `reltune select`"):
+            Plan.load(path)
+
+
+def save_indices(folder, change):
+    tensors = load_file(folder / "indices.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "indices.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda folder: (folder / "indices.safetensors").unlink(), "indices.safetensors cannot be read"),
+        (lambda folder: (folder / "indices.safetensors").write_bytes(b"x"), "indices.safetensors cannot be read"),
+        (
+            lambda folder: save_indices(folder, lambda tensors: tensors.pop(f"{INTERMEDIATE}/rows")),
+            f"indices.safetensors holds no rows of {INTERMEDIATE}",
+        ),
+        (
+            lambda folder: save_indices(
+                folder, lambda tensors: tensors.update({f"{INTERMEDIATE}/rows": torch.tensor([40])})
+            ),
+            f"{INTERMEDIATE} has 40 rows.*40 is none",
+        ),
+        (
+            lambda folder: save_indices(
+                folder, lambda tensors: tensors.update({f"{INTERMEDIATE}/rows": torch.tensor([1.0])})
+            ),
+            f"rows of {INTERMEDIATE} must be a list of whole numbers",
+        ),
+        (
+            lambda folder: save_indices(
+                folder, lambda tensors: tensors.update({f"{INTERMEDIATE}/rows": torch.tensor([[1]])})
+            ),
+            f"rows of {INTERMEDIATE} must be a list of whole numbers",
+        ),
+        (
+            lambda folder: save_indices(
+                folder, lambda tensors: tensors.update({f"{VALUE}/elements": torch.tensor([1.0])})
+            ),
+            f"elements of {VALUE} must be a list of whole numbers",
+        ),
+    ],
+)
+def test_a_damaged_index_file(by_hand, tmp_path, damage, why, monkeypatch):
+    monkeypatch.setattr(plan_file, "INLINE_INDICES", 1)
+    by_hand.save(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(InputError, match=why) as caught:
+        Plan.load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+# Against a model
+
+
+def inventory_of(model):
+    return take_inventory(model, ["classifier"] if hasattr(model, "classifier") else [])
+
+
+def test_the_model_it_was_made_for(plan, by_hand, scores):
+    for each in (plan, by_hand):
+        each.check_model(inventory_of(tiny_bert()), scores.fingerprint)
+        each.check_model(inventory_of(tiny_bert()), "")  # where no fingerprint can be taken
+
+
+@pytest.mark.parametrize("model", [tiny_llama, tiny_sequential])
+def test_another_model_has_no_such_module(by_hand, scores, model):
+    with pytest.raises(InputError, match=f"no module '{INTERMEDIATE}'; "):
+        by_hand.check_model(inventory_of(model()), scores.fingerprint)
+
+
+def test_another_size_weight_or_kind_of_the_same_model(by_hand, scores):
+    with pytest.raises(InputError, match=rf"{INTERMEDIATE} has shape \[24, 16\] in this model and \[40, 16\]"):
+        by_hand.check_model(inventory_of(tiny_bert(intermediate_size=24)), scores.fingerprint)
+    with pytest.raises(InputError, match=r"fingerprint .*…\), not for this model \(0123456"):
+        by_hand.check_model(inventory_of(tiny_bert()), "0123456789")
+    model = tiny_bert()
+    model.get_submodule(KEY).bias = None
+    with pytest.raises(InputError, match=f"{KEY} has no bias in this model; set bias: false"):
+        by_hand.check_model(inventory_of(model), scores.fingerprint)
+
+
+def test_units_that_the_model_has_and_a_plan_cannot_train(by_hand, scores):
+    inventory = inventory_of(tiny_bert())
+    inventory._by_name[KEY] = dataclasses.replace(inventory[KEY], kind="router")
+    for name, why in (("classifier", "new head"), (KEY, "kind router")):
+        by_hand.modules = {name: ModulePlan((3, 16), columns=[0])}
+        with pytest.raises(InputError, match=f"{name} cannot be trained by this plan: .*{why}"):
+            by_hand.check_model(inventory, scores.fingerprint)

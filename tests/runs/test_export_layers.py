@@ -1,0 +1,94 @@
+"""Adapters of embeddings, Conv1D and convolutions as LoRA adapters that plain PEFT loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from reltune.errors import InputError
+from reltune.plan.plan import ModulePlan, Plan
+from reltune.runs.export import to_lora
+from reltune.tuner import ReltuneConfig
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(9, 6, padding_idx=2)
+        self.mixed = Conv1D(8, 6)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mixed(self.words(tokens))))
+
+
+class Picture(nn.Module):
+    def __init__(self, **fields: Any) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0))
+        self.second = nn.Conv2d(6, 4, 1, bias=False)
+        self.special = nn.Conv2d(4, 4, 2, **fields)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.special(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+TOKENS = torch.tensor([[1, 2, 7, 7], [0, 4, 2, 8]])
+IMAGES = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+PLANS: dict[str, dict[str, ModulePlan]] = {
+    "tokens": {"words": ModulePlan((9, 6), rows=[7, 2, 0])},
+    "features": {"words": ModulePlan((9, 6), columns=[1, 5])},
+    "tokens and features": {"words": ModulePlan((9, 6), columns=[1], rows=[8, 7])},
+    "linear maps stored both ways": {
+        "mixed": ModulePlan((8, 6), columns=[0, 5], rows=[7, 2]),
+        "head": ModulePlan((3, 8), columns=[3]),
+        "words": ModulePlan((9, 6), rows=[1]),
+    },
+    "channels": {"first": ModulePlan((6, 4, 3, 2), columns=[3, 1]), "second": ModulePlan((4, 6, 1, 1), columns=[5])},
+    "filters": {"first": ModulePlan((6, 4, 3, 2), rows=[0, 5]), "special": ModulePlan((4, 4, 2, 2), rows=[2])},
+    "channels and filters": {
+        "first": ModulePlan((6, 4, 3, 2), columns=[2], rows=[4, 1]),
+        "second": ModulePlan((4, 6, 1, 1), columns=[0, 1], rows=[3]),
+    },
+}
+WORDS = ("words", "mixed")
+
+
+def _base(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return (Words() if set(PLANS[name]) & set(WORDS) else Picture()).double().eval()
+
+
+def _adapted(base: nn.Module, modules: dict[str, ModulePlan]) -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(base, ReltuneConfig(plan=Plan(modules, "all", 9999, 9999, ""), init_weights=False)).eval()
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plain_peft_computes_what_was_tuned(name: str, tmp_path: Path) -> None:
+    inputs = TOKENS if isinstance(_base(name), Words) else IMAGES
+    model = _adapted(_base(name), PLANS[name])
+    to_lora(model, tmp_path / "lora")
+    loaded = PeftModel.from_pretrained(_base(name), tmp_path / "lora", autocast_adapter_dtype=False).eval()
+    assert sum(isinstance(m, LoraLayer) for m in loaded.modules()) == len(PLANS[name])
+    with torch.no_grad():
+        expected, unchanged = model(inputs), _base(name)(inputs)
+        assert (expected - unchanged).abs().max() > 1e-3
+        torch.testing.assert_close(loaded(inputs), expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(loaded.merge_and_unload()(inputs), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("fields", [{"groups": 2}, {"dilation": 2}, {"padding": 1, "padding_mode": "reflect"}])
+def test_convolutions_that_lora_cannot_follow_are_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+    groups = fields.get("groups", 1)
+    plan = {"special": ModulePlan((4, 4 // groups, 2, 2), rows=[1], groups=groups)}
+    with pytest.raises(InputError, match=r"special is a convolution with groups, dilation .*--to merged"):
+        to_lora(_adapted(Picture(**fields), plan), tmp_path / "new")
+    assert not (tmp_path / "new").exists()

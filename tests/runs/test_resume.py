@@ -1,0 +1,98 @@
+"""An interrupted analysis goes on where it stopped, with the result of one that was not."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+
+import pytest
+import torch
+
+from relevance_cases import MODELS, assert_parts_equal, data_for, measure, split
+from reltune.config.run_config import RunConfig
+from reltune.errors import InputError
+from reltune.relevance.resumption import FILE
+from reltune.runs.directory import RunDirectory
+
+CRITERIA = ["fisher", "fisher_true", "gradient", "activation"]
+
+
+def interrupted(batches, after, number=signal.SIGINT):
+    for index, batch in enumerate(batches):
+        if index == after:
+            signal.raise_signal(number)  # in the middle of the analysis: this batch is still counted
+        yield batch
+
+
+@pytest.mark.parametrize("after", [0, 2, 5])
+def test_goes_on_with_the_same_result(tmp_path, after):
+    model = MODELS["bert"]()
+    batches = split(data_for(model), 1) + split(data_for(model, seed=1), 3)
+    wanted = measure(model, batches, None, CRITERIA)
+    with pytest.raises(KeyboardInterrupt):
+        measure(model, interrupted(batches, after), None, CRITERIA, resume_directory=tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert (tmp_path / FILE).is_file()
+    assert not model.bert.pooler.dense._forward_hooks and model.training
+    seen = []
+    handle = model.register_forward_hook(lambda *_: seen.append(1))
+    found = measure(model, batches, None, CRITERIA, resume_directory=tmp_path)
+    handle.remove()
+    # two passes a batch, and one to tell examples apart where batches have several
+    assert len(seen) == 2 * (len(batches) - after - 1) + 1
+    assert found.provenance == wanted.provenance
+    for criterion in CRITERIA:
+        assert_parts_equal(found.parts[criterion], wanted.parts[criterion], relative=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_signal_takes_effect_at_once(tmp_path):
+    model = MODELS["sequential"]()
+
+    def twice():
+        yield data_for(model)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the second signal was held back")
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(model, twice(), resume_directory=tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_sums_of_something_else_are_not_continued(tmp_path):
+    model = MODELS["sequential"]()
+    batches = split(data_for(model), 2)
+    with pytest.raises(KeyboardInterrupt):
+        measure(model, interrupted(batches, 1), resume_directory=tmp_path)
+    with pytest.raises(InputError, match="not what the interrupted analysis"):
+        measure(model, split(data_for(model, seed=5), 2), resume_directory=tmp_path)
+    with torch.no_grad():
+        model[0].weight += 1
+    found = measure(model, batches, resume_directory=tmp_path)
+    wanted = measure(model, batches)
+    assert_parts_equal(found.parts["fisher"], wanted.parts["fisher"], relative=0)
+
+
+def test_a_damaged_file_is_begun_again(tmp_path):
+    model = MODELS["sequential"]()
+    batches = split(data_for(model), 2)
+    (tmp_path / FILE).write_bytes(b"{")
+    found = measure(model, batches, resume_directory=tmp_path)
+    assert_parts_equal(found.parts["fisher"], measure(model, batches).parts["fisher"], relative=0)
+
+
+def test_a_run_goes_on_only_with_its_own_config(tmp_path):
+    run = RunDirectory(tmp_path)
+    config = RunConfig("model", str(tmp_path), train_file="train.csv")
+    assert not run.continues(config)
+    run.create(config)
+    assert run.continues(config), "interrupted while the head was trained"
+    assert not run.continues(dataclasses.replace(config, seed=1))
+    run.relevance.mkdir()
+    (run.relevance / FILE).touch()
+    assert run.continues(config)
+    assert not run.continues(dataclasses.replace(config, seed=1))
+    (run.relevance / FILE).unlink()
+    (run.relevance / "scores.json").touch()
+    assert not run.continues(config), "finished"

@@ -1,0 +1,230 @@
+"""Single weights through PEFT: trained as masked full fine-tuning and PEFT's own SHiRA train them, in both forms."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, ShiraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from oracles import dense_update
+from reltune.errors import InputError
+from reltune.layers.inventory import take_inventory
+from reltune.ops import attach_elements
+from reltune.ops.attach_elements import force
+from reltune.plan.plan import ModulePlan, Plan
+from reltune.tuner import ReltuneConfig
+from reltune.tuner.layer import ReltuneLayer
+
+Selection = dict[str, dict[str, Any]]
+FORMS = ("dense", "sampled")
+SELECTIONS: dict[str, Selection] = {
+    "alone": {"0": {"elements": [3, 4, 7, 95, 50]}, "2": {"elements": [0, 17, 190, 191]}},
+    "with columns, rows and bias": {
+        "0": {"columns": [0, 5], "elements": [1, 2, 94], "bias": True},
+        "2": {"columns": [3], "rows": [2], "elements": [0, 31, 188]},
+    },
+}
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
+    "fused": lambda p: torch.optim.AdamW(p, lr=0.03, weight_decay=0, fused=True),
+    "foreach": lambda p: torch.optim.AdamW(p, lr=0.03, weight_decay=0, foreach=True),
+    "plain": lambda p: torch.optim.AdamW(p, lr=0.03, weight_decay=0, foreach=False),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of rows and of places in every layer."""
+    monkeypatch.setattr(attach_elements, "BLOCK_NUMBERS", 40)
+    monkeypatch.setattr(attach_elements, "GATHERED_NUMBERS", 30)
+
+
+def net(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 3)).to(dtype)
+
+
+def plan_of(model: nn.Module, selection: Selection) -> Plan:
+    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in selection}  # type: ignore[union-attr,arg-type]
+    return Plan({name: ModulePlan(shapes[name], **units) for name, units in selection.items()}, "all", 10**9, 10**9, "")
+
+
+def tuned(selection: Selection, base: nn.Module | None = None, **fields: Any) -> PeftModel:
+    base = base or net()
+    return get_peft_model(base, ReltuneConfig(plan=plan_of(base, selection), **fields))
+
+
+def steps(count: int, each: int) -> list[list[Callable[[nn.Module], Tensor]]]:
+    g = torch.Generator().manual_seed(1)
+
+    def one() -> Callable[[nn.Module], Tensor]:
+        x, y = torch.randn(2, 5, 6, generator=g, dtype=torch.float64), torch.randint(0, 3, (10,), generator=g)
+        return lambda model: nn.functional.cross_entropy(model(x).flatten(0, 1), y)
+
+    return [[one() for _ in range(each)] for _ in range(count)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("chosen", SELECTIONS)
+def test_twenty_steps_with_accumulation_and_clipping(chosen: str, optimizer: str, form: Any) -> None:
+    selection, batches = SELECTIONS[chosen], steps(20, 2)
+    dense, model = net(), tuned(selection)
+    expected = dense_update.train(dense, selection, OPTIMIZERS[optimizer], batches, max_norm=0.3)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found, opt = [], OPTIMIZERS[optimizer](trained)
+    with force(form):
+        for losses in batches:
+            opt.zero_grad()
+            values = [loss(model) for loss in losses]
+            for value in values:
+                value.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 0.3)
+            opt.step()
+            found.append(sum(value.item() for value in values))
+    assert found == pytest.approx(expected, rel=0, abs=1e-9) and abs(found[-1] - found[0]) > 1e-2
+    merged = model.merge_and_unload().state_dict()
+    for name, tensor in dense.state_dict().items():
+        torch.testing.assert_close(merged[name], tensor, rtol=0, atol=1e-9)
+
+
+def test_the_same_weights_chosen_train_as_in_shira() -> None:
+    shira = get_peft_model(net(), ShiraConfig(r=2, target_modules=["0", "2"], random_seed=0)).double()
+    selection: Selection = {}
+    for name in ("0", "2"):
+        layer: Any = shira.get_submodule(f"base_model.model.{name}")
+        row, column = layer.shira_indices["default"].long()
+        selection[name] = {"elements": (row * layer.in_features + column).tolist()}
+    model = tuned(selection)
+    assert model.get_nb_trainable_parameters()[0] == shira.get_nb_trainable_parameters()[0]
+    losses = []
+    for each in (shira, model):
+        optimizer = OPTIMIZERS["plain"]([p for p in each.parameters() if p.requires_grad])
+        losses.append([])
+        for (loss,) in steps(10, 1):
+            optimizer.zero_grad()
+            value = loss(each)
+            value.backward()
+            optimizer.step()
+            losses[-1].append(value.item())
+    assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-12) and losses[0][0] != losses[0][-1]
+
+
+def test_forward_is_one_product_and_makes_nothing_of_the_weight_s_size() -> None:
+    wide = nn.Sequential(nn.Linear(64, 64))
+    model = tuned({"0": {"elements": [5, 100, 4000]}}, wide)
+    x = torch.randn(3, 64)
+    model(x).sum().backward()
+    weight = model.get_submodule("base_model.model.0.base_layer").weight
+    sizes: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.untyped_storage().data_ptr() != weight.data_ptr():  # no view of it
+                sizes.append(result.numel())
+            return result
+
+    with Watch():
+        model(x)
+        with model.disable_adapter():  # the graph is gone: the base's weight comes back, at the elements alone
+            model(x)
+    assert sizes and max(sizes) < 64 * 64
+
+
+def test_disabling_while_a_graph_is_alive_corrects_at_the_elements_cost() -> None:
+    model, base = tuned(SELECTIONS["alone"], init_weights=False), net()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    pending = model(x)
+    with torch.no_grad(), model.disable_adapter():
+        torch.testing.assert_close(model(x), base(x), rtol=0, atol=1e-12)
+    pending.square().sum().backward()
+    reference = copy.deepcopy(model).merge_and_unload().requires_grad_(True)
+    reference(x).square().sum().backward()
+    for name in SELECTIONS["alone"]:
+        layer: Any = model.get_submodule(f"base_model.model.{name}")
+        wanted = reference.get_submodule(name).weight.grad.flatten()[layer.reltune_element_indices["default"].long()]  # type: ignore[union-attr]
+        torch.testing.assert_close(layer.reltune_elements["default"].grad, wanted, rtol=0, atol=1e-12)
+
+
+def test_int32_indices_survive_moves_and_dtypes() -> None:
+    model = tuned(SELECTIONS["alone"], init_weights=False)
+    x = torch.randn(4, 6)
+    before = model(x.double())
+    layer: Any = model.get_submodule("base_model.model.0")
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        model.to(dtype)
+        assert layer.reltune_element_indices["default"].dtype == torch.int32
+        assert layer.originals["default"].places.index.dtype == torch.int32
+        assert layer.originals["default"].elements.dtype == dtype
+    torch.testing.assert_close(model(x.double()), before, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_saved_and_loaded(tmp_path: Path, low_cpu_mem_usage: bool) -> None:
+    model = tuned(SELECTIONS["with columns, rows and bias"], init_weights=False)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(net(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage, torch_device="cpu")
+    assert torch.equal(again(x), model(x))
+    fresh: Any = get_peft_model(net(), ReltuneConfig.from_pretrained(tmp_path))
+    with pytest.raises(InputError, match="single weights are trained but not which"):
+        fresh(x)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for damaged in ([95, 1, 2], [1, 1, 2], [1, 2, 96], [-1, 1, 2]):
+        key = "base_model.model.0.reltune_element_indices"
+        save_file({**tensors, key: torch.tensor(damaged, dtype=torch.int32)}, path)
+        with pytest.raises((InputError, IndexError, RuntimeError), match=r"file is damaged|out of range|out of bounds"):
+            PeftModel.from_pretrained(net(), tmp_path)(x)
+
+
+def test_a_weight_that_is_not_contiguous() -> None:
+    base = net()
+    base[0].weight = nn.Parameter(base[0].weight.detach().mT.contiguous().mT)
+    model = tuned(SELECTIONS["alone"], base, init_weights=False)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    layer: Any = model.get_submodule("base_model.model.0")
+    assert not layer.weight.is_contiguous()
+    expected = net()
+    with torch.no_grad():
+        for name in SELECTIONS["alone"]:
+            of: Any = model.get_submodule(f"base_model.model.{name}")
+            expected.get_submodule(name).weight.view(-1)[of.reltune_element_indices["default"].long()] = (  # type: ignore[operator,union-attr]
+                of.reltune_elements["default"]
+            )
+    torch.testing.assert_close(model(x), expected(x), rtol=0, atol=1e-12)
+
+
+def test_a_plan_of_elements_is_for_linear_maps_only() -> None:
+    base = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6))
+    plan = Plan({"1": ModulePlan((6,), elements=[1])}, "all", 100, 100, "")
+    with pytest.raises(InputError, match="1 is a norm and has no columns or rows or elements"):
+        get_peft_model(base, ReltuneConfig(plan=plan))
+    assert not any(isinstance(module, ReltuneLayer) for module in base.modules())
+
+
+def test_elements_of_other_layer_types_are_refused_by_name() -> None:
+    words = nn.Sequential(nn.Embedding(5, 6))
+    with pytest.raises(InputError, match="single weights of 0, a Embedding, of which only columns and rows"):
+        tuned({"0": {"elements": [7]}}, words)
+    with pytest.raises(InputError, match="0 is a convolution, whose single weights cannot be trained; choose columns"):
+        tuned({"0": {"elements": [7]}}, nn.Sequential(nn.Conv2d(3, 4, 2)))
+    plan = plan_of(words, {"0": {"elements": [7]}})
+    with pytest.raises(InputError, match="single weights of 0 cannot be trained, which is of kind embedding"):
+        plan.check_model(take_inventory(words), "")
