@@ -221,4 +221,4 @@ CORPORA = {
         "that scikit-learn ships.",
     ),
 }
-assert tuple(CORPORA) == DATASETS, "records.py lists them for the command line"
+assert tuple(CORPORA) == DATASETS, "names.py lists them for the command line"

@@ -47,7 +47,7 @@ def select(
 
     Args:
         budget: "0.5%" of the base model's parameters, or a count of trainable parameters.
-        granularity: one or several of layer, module, head, column, row, element, bias, norm. A head (layers/heads.py)
+        granularity: one or several of layer, module, head, column, row, element, bias, norm. A head (layers/attention_heads.py)
             becomes rows of the query, key and value projections and columns of the output projection. An element is a
             single weight of a matrix (not of a bias or norm), and goes with bias and norm only: of any larger unit the
             best single weights would come first.

@@ -64,7 +64,7 @@ def analyze(
             gives one loss per example, shape (B,); or a torch loss module, which is applied to logits and labels
             without reduction; None means cross entropy.
         criteria: names from ``reltune.relevance.criteria.CRITERIA`` or of an installed package's criterion, or criteria
-            themselves (``relevance/plugins.py`` says what one has); the first is what ``select`` uses by default. Several
+            themselves (``relevance/criteria/finding.py`` says what one has); the first is what ``select`` uses by default. Several
             share one pass over the data (``fisher_true`` has its own).
         elements: score every single weight too, which takes one number per weight and criterion.
         target_modules, exclude_modules: runs of whole name parts (``layer.5``, ``query``), or regular expressions.

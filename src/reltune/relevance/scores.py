@@ -63,7 +63,7 @@ class RelevanceScores:
         """Relevance of every unit of a kind, by layer or module name.
 
         ``layer``, ``module``, ``bias`` and ``norm`` give one number () per name; ``column`` (in,) and ``row`` (out,)
-        give one number per feature; ``head`` (heads,) gives one number per head of each attention module (layers/heads.py).
+        give one number per feature; ``head`` (heads,) gives one number per head of each attention module (layers/attention_heads.py).
         Empty for a kind that the criterion does not score.
         """
         criterion = self.criterion(criterion)
@@ -291,7 +291,7 @@ class _OnHost(Mapping[str, Tensor]):
 
 
 class Assembly:
-    """One criterion's ``parts`` from each module's weights and statistics (relevance/__init__.py says what it has), which
+    """One criterion's ``parts`` from each module's weights and statistics (relevance/criteria/registry.py says what it has), which
     come one module at a time; keeps none of them."""
 
     def __init__(

@@ -1,6 +1,6 @@
 """Ablation: how much the task metric falls when a unit is taken out of the model.
 
-A(u) = m(model) − m(model without u), m being the mean over the examples of the task metric (tasks/losses.py: accuracy for
+A(u) = m(model) − m(model without u), m being the mean over the examples of the task metric (losses.py: accuracy for
 classes, higher is better; minus the loss for a loss that has no metric). Signed: positive matters, negative means that
 the model does better without. Not the sum of its parts: a layer, a module and a head are each taken out by themselves,
 and what taking out means for each is in neutral.py. For heads Michel, Levy and Neubig (NeurIPS 2019, section 3.2); for

@@ -1,7 +1,7 @@
 """Correlation between a unit's being perturbed and the task metric, over many trials in which random units are perturbed.
 
 In trial t each unit u of a kind is perturbed with probability ``share``, independently (z_tu ∈ {0, 1}), all of them at once,
-and the task metric m_t is recorded, the mean over all examples (tasks/losses.py; higher is better, minus the loss for a
+and the task metric m_t is recorded, the mean over all examples (losses.py; higher is better, minus the loss for a
 loss without a metric). R(u) = −corr_t(z_tu, m_t), Pearson's coefficient, which is point-biserial here. Signed, from −1 to 1:
 positive matters; a layer's is no sum of its modules', since each kind has trials of its own. Unlike ``ablation`` it counts
 what a unit does when others are perturbed too: in expectation, the metric's drop times √(share (1 − share)), averaged over

@@ -1,6 +1,6 @@
 """Criteria by name: reltune's own, those of installed packages, and objects handed over directly.
 
-A criterion is a module, or any object, with what ``relevance/__init__.py`` lists: ``NEEDS`` and ``quantities``, and for
+A criterion is a module, or any object, with what ``relevance/criteria/registry.py`` lists: ``NEEDS`` and ``quantities``, and for
 single weights ``ELEMENT_NEEDS`` and ``elements``. A package offers one by an entry point, whose name is the criterion's:
 
     [project.entry-points."reltune.criteria"]
