@@ -140,7 +140,7 @@ def test_the_fingerprint_of_the_data_is_that_of_its_examples():
 
 # -- the command line -------------------------------------------------------------------------------------------------
 
-COMMAND = "from reltune.cli import main; main()"
+COMMAND = "from reltune.cli.commands import main; main()"
 
 
 @pytest.fixture(scope="module")

@@ -122,7 +122,7 @@ def test_the_command_line_finds_it_and_reads_its_scores_without_it(installed, tm
     words += ["--train_file", tmp_path / "train.csv", "--max_length", "16", "--use_cpu", "true"]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(installed), *filter(None, sys.path)]))
     done = subprocess.run(
-        [sys.executable, "-c", "from reltune.cli import main; main()", "analyze", *map(str, words)],
+        [sys.executable, "-c", "from reltune.cli.commands import main; main()", "analyze", *map(str, words)],
         capture_output=True,
         text=True,
         cwd=tmp_path,

@@ -589,7 +589,7 @@ def test_resuming_gives_the_adapter_of_an_uninterrupted_run(place: Path, monkeyp
 
 
 def test_termination_ends_the_process_with_143(place: Path) -> None:
-    code = "import sys; from reltune.cli import main; main()"
+    code = "import sys; from reltune.cli.commands import main; main()"
     words = ["run", "--model_name_or_path", place / "model", "--train_file", place / "train.csv", "--budget", "5%"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, [*words, "--output_dir", place / "ended", "--num_train_epochs", 9999])],
