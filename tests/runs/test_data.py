@@ -101,6 +101,17 @@ def test_chinese_in_gbk_with_bad_rows(tmp_path: Path, model: Path) -> None:
     assert "on 2 lines (6, 8)" in report
 
 
+def test_columns_that_are_left_out_are_named_once(tmp_path: Path, model: Path) -> None:
+    data = tmp_path / "reviews.jsonl"
+    rows = [{"text": text, "label": label, "id": n, "": n} for n, (text, label) in enumerate(review_rows(40))]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answer = run(model, tmp_path / "run", "--train_file", data)
+    sentence = "reviews.jsonl: not used: columns 'id', 'an unnamed one'."
+    assert answer.err.count(sentence) == 1 and f"reltune: note: {sentence}" in answer.err
+    assert json.loads((tmp_path / "run" / "notes.json").read_text()) == {"notes": [sentence]}
+    assert "not used: columns" in answer.out and "not used: columns" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_a_config_file(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_csv(tmp_path / "train.csv", review_rows(40))
     (tmp_path / "run.yaml").write_text(

@@ -23,6 +23,7 @@ from reltune import __version__
 from reltune.config.parsing import assignments, parts
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
+from reltune.notes import Note
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -372,6 +373,7 @@ def _begin(config: RunConfig, overwrite: bool, select: bool = True) -> tuple[Mat
         if not resumed and processes.first:
             directory.create(config)
             directory.record_bad_rows(materials.splits)
+            directory.record_notes(materials.notes)
     unit = materials.task.unit
     _say(
         f"{'streamed' if config.streaming else f'{len(materials.train):,}'} training, {len(materials.validation):,} validation and {len(materials.test):,} test {unit}s, "
@@ -533,7 +535,10 @@ def _warn(
     line: str | None = None,
 ) -> None:
     """reltune's own warnings are sentences for the user; of a library's it matters where they come from."""
-    if f"{os.sep}reltune{os.sep}" in filename:
+    if issubclass(category, Note):
+        if _first():
+            print(f"reltune: note: {message}", file=sys.stderr)
+    elif f"{os.sep}reltune{os.sep}" in filename:
         print(f"reltune: warning: {message}", file=sys.stderr)
     else:
         print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr)

@@ -6,10 +6,13 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from reltune.data.rows import Row
+from reltune.data.rows import Row, Rows
+from reltune.data.streams import StreamedRows
 from reltune.errors import InputError
+from reltune.notes import note
 
 LOOKED_AT = 1000  # rows whose labels decide between classes, numbers and lists
 CLASSES = 20  # integers of more values than this are classes only where they repeat
@@ -133,6 +136,13 @@ def columns_of(
         f"The columns {_shown(columns)} are none that {task} can use; it wants {' or '.join(map(str, mine))}. "
         "Rename them, or name them with --text_column and --label_column."
     )
+
+
+def note_left_out(rows: Rows | StreamedRows, used: Iterable[str]) -> None:
+    """Name the columns that the task does not use."""
+    unused = [name or "an unnamed one" for name in rows.columns if name not in set(used)]
+    if unused:
+        note(f"{Path(rows.source).name}: not used: {'columns' if len(unused) > 1 else 'column'} {_shown(unused)}.")
 
 
 def _shown(columns: Sequence[str]) -> str:

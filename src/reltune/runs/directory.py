@@ -21,7 +21,7 @@ from reltune.runs.splits import Splits, bad_rows
 from reltune.tasks.task import Written
 
 ARTEFACTS = {  # in the order of the stages; writing one makes those after it out of date
-    "analyze": ("relevance", "bad_rows.json"),
+    "analyze": ("relevance", "bad_rows.json", "notes.json"),
     "select": ("plan",),
     "tune": ("adapter", "trainer_state.json", "training_cost.json", "sweep.json", "sweep"),
     "evaluate": ("all_results.json", "outputs.jsonl", "comparison.json", "lm_eval.json"),
@@ -119,6 +119,11 @@ class RunDirectory:
         """Write down which rows were skipped, if any were."""
         if record := bad_rows(splits):
             write_json(self.path / "bad_rows.json", record)
+
+    def record_notes(self, notes: Sequence[str]) -> None:
+        """Write down what was assumed or left out, if anything was."""
+        if notes:
+            write_json(self.path / "notes.json", {"notes": list(notes)})
 
     def write_outputs(self, base: Sequence[Written], tuned: Sequence[Written]) -> None:
         """Write what two models wrote for the same examples, a line for each; if they wrote nothing, no file."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from transformers.trainer_utils import set_seed
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError, nearest
 from reltune.layers.inventory import head_modules, take_inventory
+from reltune.notes import Note, collecting
 from reltune.runs import lm_evaluation, training
 from reltune.runs.splits import Splits, encode, read_data, warn_of
 from reltune.tasks.task import Examples, Task
@@ -36,6 +39,7 @@ class Materials:
     sample: Examples  # of training: relevance is measured on them, and new heads are trained on them
     splits: Splits
     forgetting: Examples | None = None  # a second set for the same task
+    notes: Sequence[str] = ()  # what was assumed or left out
 
     @property
     def collator(self) -> Any:
@@ -100,12 +104,15 @@ def prepare(config: RunConfig) -> Materials:
     """
     config.check()
     config.check_data()
-    task, splits = read_data(config)
-    config.task = task.name
-    tokenizer = task.load_tokenizer(config.model_name_or_path)
-    set_seed(config.seed)
-    model, missing = task.load_model(config.model_name_or_path, **quantisation(config))
-    data = encode(task, splits, tokenizer, config)
+    with collecting() as notes:
+        task, splits = read_data(config)
+        config.task = task.name
+        tokenizer = task.load_tokenizer(config.model_name_or_path)
+        set_seed(config.seed)
+        model, missing = task.load_model(config.model_name_or_path, **quantisation(config))
+        data = encode(task, splits, tokenizer, config)
+    for sentence in notes:
+        warnings.warn(sentence, Note, stacklevel=2)
     warn_of(splits)
     new_heads = head_modules(model, missing)
     inventory = take_inventory(model, new_heads)
@@ -123,6 +130,7 @@ def prepare(config: RunConfig) -> Materials:
         sample=data.sample,
         splits=splits,
         forgetting=data.forgetting,
+        notes=notes,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from reltune.config.run_config import RunConfig
 from reltune.data import sources
-from reltune.data.columns import LOOKED_AT, columns_of, guess_task
+from reltune.data.columns import LOOKED_AT, columns_of, guess_task, note_left_out
 from reltune.data.rows import Rows, checked, found, no_good_rows, other_separator, require_columns, split_off
 from reltune.data.streams import StreamedRows
 from reltune.errors import InputError
@@ -68,6 +68,7 @@ def read_data(config: RunConfig) -> tuple[Task, Splits]:
     if isinstance(every["train"], StreamedRows):  # lines without a row stop no pass that may skip them
         every["train"] = every["train"].checked(lambda row: None, config.on_bad_rows)
     task, flags = _task(config, every["train"])
+    note_left_out(every["train"], task.columns.values())
 
     good: dict[str, Rows | StreamedRows] = {}
     for split, rows in every.items():

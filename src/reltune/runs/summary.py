@@ -35,6 +35,7 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
     notes = [*comparison["notes"], hardware()]
     if config.dataset_name in CORPORA:
         notes.append(CORPORA[config.dataset_name].note)
+    notes += read("notes.json", {"notes": []})["notes"]
     notes += in_words(read("bad_rows.json", {}))
     notes += behaviour_notes(relevance)
     results = read("all_results.json", {})
