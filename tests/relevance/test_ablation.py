@@ -251,13 +251,13 @@ def test_batches_and_their_order_do_not_matter():
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        ({"ablatoin": {}}, "options name 'ablatoin'.*did you mean 'ablation'"),
-        ({"fisher": {}}, "options name 'fisher', which is no criterion asked for that has any"),
+        ({"ablatoin": {}}, "options are given for 'ablatoin'.*did you mean 'ablation'"),
+        ({"fisher": {}}, "options are given for 'fisher', which is no criterion of this analysis that has options"),
         ({"ablation": {"kind": ["layer"]}}, "ablation has no option 'kind'; did you mean 'kinds'"),
         ({"ablation": {"kinds": "layer"}}, "kinds is 'layer'; give a list"),
         ({"ablation": {"kinds": ["layers"]}}, "kinds 'layers' is unknown; did you mean 'layer'"),
         ({"ablation": {"replace_by": "noise"}}, "replace_by 'noise' is unknown"),
-        ({"ablation": 3}, "options of ablation are a int"),
+        ({"ablation": 3}, "options of ablation are of type int"),
     ],
 )
 def test_bad_options(options, sentence):

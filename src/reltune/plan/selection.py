@@ -15,6 +15,7 @@ from reltune.names import GRANULARITIES, SPREADS
 from reltune.plan.budget import parse_budget
 from reltune.plan.plan import TRAINABLE, WITH_ELEMENTS, ModulePlan, Plan
 from reltune.plan.threshold import above, largest
+from reltune.relevance.criteria.contract import granularities_of
 from reltune.relevance.criteria.registry import CRITERIA
 from reltune.relevance.scores import RelevanceScores
 
@@ -156,8 +157,7 @@ def select(
 def check_scored(kinds: Sequence[str], criterion: str) -> None:
     """Raise InputError for granularities that the criterion never scores."""
     known = CRITERIA.get(criterion)
-    has = [kind for kind in GRANULARITIES if kind != "element" or known is None or hasattr(known, "elements")]
-    scored = getattr(known, "SCORES", has)
+    scored = GRANULARITIES if known is None else granularities_of(known)
     missing = [kind for kind in kinds if kind not in scored]
     if missing:
         raise InputError(

@@ -30,7 +30,7 @@ from reltune.plan.plan import Plan
 from reltune.plan.selection import check_scored, check_together
 from reltune.plan.selection import select as choose_units
 from reltune.processes import Processes
-from reltune.relevance.criteria.finding import find_criteria
+from reltune.relevance.criteria.registry import find_criteria
 from reltune.relevance.measure import analyze as measure_relevance
 from reltune.relevance.resumption import interrupted_in
 from reltune.relevance.scores import RelevanceScores

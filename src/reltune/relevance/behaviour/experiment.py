@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,35 +20,6 @@ from reltune.layers.inventory import Inventory
 from reltune.losses import Loss, rows_of
 from reltune.relevance.batches import batch_size, forward, moved, part_of
 from reltune.relevance.resumption import Partial
-
-Parts = dict[str, dict[str, Tensor]]  # module, layer or attention module -> part -> scores
-
-
-def checked_options(
-    criteria: Mapping[str, ModuleType], options: Mapping[str, Mapping[str, Any]] | None
-) -> dict[str, Any]:
-    """Each criterion's ``Options`` object, where it has any; InputError for criteria and keys that there are not."""
-    having = [name for name, criterion in criteria.items() if hasattr(criterion, "Options")]
-    for name in options or {}:
-        if name not in having:
-            raise InputError(
-                f"options name {name!r}, which is no criterion asked for that has any; {_known(name, having)}"
-            )
-    found = {}
-    for name in having:
-        fields = [field.name for field in dataclasses.fields(criteria[name].Options)]
-        given = (options or {}).get(name, {})
-        if not isinstance(given, Mapping):
-            raise InputError(f"options of {name} are a {type(given).__name__}; give a mapping of {', '.join(fields)}.")
-        for key in given:
-            if key not in fields:
-                raise InputError(f"{name} has no option {key!r}; {nearest(str(key), fields)}")
-        found[name] = criteria[name].Options(**given)
-    return found
-
-
-def _known(name: str, having: Sequence[str]) -> str:
-    return nearest(str(name), having) if having else "leave them out."
 
 
 def whole_number(name: str, value: Any, least: int) -> None:

@@ -29,7 +29,8 @@ from reltune.layers import experts, router
 from reltune.layers.attention_heads import HeadGroup
 from reltune.layers.norm import normalised
 from reltune.relevance.batches import batch_size
-from reltune.relevance.behaviour.experiment import Experiment, Parts
+from reltune.relevance.behaviour.experiment import Experiment
+from reltune.relevance.criteria.contract import ScoresByName
 
 KINDS = ("layer", "module", "head")
 REPLACEMENTS = ("zero", "mean")
@@ -178,7 +179,7 @@ class Neutral:
 
         return see
 
-    def enter(self, parts: Parts, kind: str, part: str, scores: Tensor) -> None:
+    def enter(self, parts: ScoresByName, kind: str, part: str, scores: Tensor) -> None:
         """Put one score per unit of a kind into ``parts``: () per layer and module, (heads,) per attention module."""
         by_name: dict[str, list[Tensor]] = {}
         for unit, score in zip(self.units[kind], scores, strict=True):
@@ -324,4 +325,4 @@ def warn_of(neutral: Neutral, criterion: str) -> None:
         by_reason.setdefault((unit.kind, reason), []).append(unit)
     for (_, reason), units in by_reason.items():
         others = f" and {len(units) - 1} more" if len(units) > 1 else ""
-        warnings.warn(f"{units[0]}{others} not scored by {criterion}: {reason}.", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"{units[0]}{others} not scored by {criterion}: {reason}.", RuntimeWarning, stacklevel=5)

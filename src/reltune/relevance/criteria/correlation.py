@@ -41,9 +41,10 @@ import torch
 from torch import Tensor
 
 from reltune.errors import InputError
-from reltune.relevance.behaviour.experiment import Experiment, Parts, known_words, whole_number
+from reltune.relevance.behaviour.experiment import Experiment, known_words, whole_number
 from reltune.relevance.behaviour.neutral import KINDS, REPLACEMENTS, Neutral, Unit, warn_of
-from reltune.relevance.scores import spearman
+from reltune.relevance.criteria.contract import ScoresByName
+from reltune.relevance.rank_correlation import spearman
 
 SCORES = KINDS
 LEVEL = 0.95
@@ -75,11 +76,11 @@ class Options:
             raise InputError(f"agreement is {self.agreement}; it must be between 0 and 1.")
 
 
-def measure(experiment: Experiment) -> tuple[Parts, dict[str, Any]]:
+def measure(experiment: Experiment) -> tuple[ScoresByName, dict[str, Any]]:
     options: Options = experiment.options
     neutral = Neutral(experiment, options.kinds, options.replace_by)
     warn_of(neutral, experiment.criterion)
-    parts: Parts = {}
+    parts: ScoresByName = {}
     facts: dict[str, Any] = {"metric": experiment.metric_name, "of_the_model": neutral.baseline, "level": LEVEL}
     for kind, units in neutral.units.items():
         if not units:
@@ -110,7 +111,7 @@ def measure(experiment: Experiment) -> tuple[Parts, dict[str, Any]]:
                 f"the ranking of {kind}s by {experiment.criterion} is not stable after {len(values)} trials (agreement of "
                 f"halves {agreement:.2f}); look at the intervals, or raise max_trials.",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
     return parts, facts
 

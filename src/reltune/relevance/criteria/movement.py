@@ -35,7 +35,8 @@ from reltune.layers.quantised import is_quantised
 from reltune.layers.units import by_unit
 from reltune.losses import rows_of
 from reltune.relevance.batches import batch_size, forward, moved
-from reltune.relevance.behaviour.experiment import Experiment, Parts, seeded, whole_number
+from reltune.relevance.behaviour.experiment import Experiment, seeded, whole_number
+from reltune.relevance.criteria.contract import ScoresByName
 
 SCORES = ("layer", "module", "head", "column", "row", "element", "bias", "norm")
 
@@ -51,10 +52,10 @@ class Options:
             raise InputError(f"learning_rate is {self.learning_rate!r}; it must be a number above 0.")
 
 
-def measure(experiment: Experiment) -> tuple[Parts, dict[str, Any]]:
+def measure(experiment: Experiment) -> tuple[ScoresByName, dict[str, Any]]:
     options: Options = experiment.options
     model = experiment.model
-    parts: Parts = {}
+    parts: ScoresByName = {}
     with _rewound(model) as before, torch.enable_grad():
         masters = _tune(experiment, options)
         with torch.no_grad():  # the moves in the place of the weights: read out as each layer type lays its weights out

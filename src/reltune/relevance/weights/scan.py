@@ -11,12 +11,10 @@ from __future__ import annotations
 import copy
 import itertools
 import os
-import platform
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -24,9 +22,11 @@ from reltune.errors import InputError
 from reltune.layers.fingerprint import fingerprint_of, outside, samples
 from reltune.layers.inventory import canonical_weights, choose, head_modules, take_inventory
 from reltune.layers.units import ModuleInfo
+from reltune.relevance.assembly import Assembly
 from reltune.relevance.criteria.context import Context
-from reltune.relevance.criteria.finding import Criterion, check_parts, find_criteria, needs_data
-from reltune.relevance.scores import Assembly, RelevanceScores
+from reltune.relevance.criteria.contract import Criterion, StatisticalCriterion, needs_data
+from reltune.relevance.criteria.registry import check_scores, find_criteria
+from reltune.relevance.scores import RelevanceScores, provenance
 from reltune.relevance.weights.checkpoint import Checkpoint
 
 
@@ -56,10 +56,11 @@ def analyze_checkpoint(
     Raises:
         InputError: a criterion that needs data, files that are missing or do not fit the config, quantised weights.
     """
-    found = find_criteria(criteria, elements)
-    for name, criterion in found.items():
-        if needs_data(criterion):
+    by_name: dict[str, StatisticalCriterion] = {}
+    for name, criterion in find_criteria(criteria, elements).items():
+        if needs_data(criterion) or not isinstance(criterion, StatisticalCriterion):
             raise InputError(f"criterion {name!r} needs data and so a loaded model; pass the model and a loader.")
+        by_name[name] = criterion
     checkpoint = Checkpoint(model_name_or_path, model_class)
     model = checkpoint.model
     heads = checkpoint.heads if always_trained is None else head_modules(model, always_trained)
@@ -77,7 +78,7 @@ def analyze_checkpoint(
         return tensor.to(device)
 
     context = Context(0, seed)
-    assemblies = {name: Assembly(of, context, elements, inventory.heads) for name, of in found.items()}
+    assemblies = {name: Assembly(criterion, context, elements, inventory.heads) for name, criterion in by_name.items()}
     bar = tqdm(inventory.modules, desc="analyze", unit="module", disable=not progress)
     for (owner, keys), infos in itertools.groupby(bar, lambda info: (info.owner, _parameters(model, info))):
         module = copy.copy(model.get_submodule(owner))  # a stand-in, so that the model itself never holds a weight
@@ -94,22 +95,10 @@ def analyze_checkpoint(
         if name not in read:
             take(name)
 
-    provenance = {
-        "model": checkpoint.name,
-        "architecture": type(model).__name__,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "examples": 0,
-        "data": "",
-        "seed": seed,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-    parts = {name: assembly.finished() for name, assembly in assemblies.items()}
-    check_parts(parts, inventory.modules)
-    return RelevanceScores(parts, inventory, heads, fingerprint_of(read), provenance)
+    scores = {name: assembly.finished() for name, assembly in assemblies.items()}
+    check_scores(scores, inventory.modules)
+    facts = provenance(model, checkpoint.name, 0, "", seed)
+    return RelevanceScores(scores, inventory, heads, fingerprint_of(read), facts)
 
 
 def _parameters(model: nn.Module, info: ModuleInfo) -> tuple[str, ...]:
