@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from reltune import __version__
-from reltune.config.parsing import assignments, parts
-from reltune.config.run_config import RunConfig
+from reltune.config.fields import assignments, checked, kind_of
+from reltune.config.precedence import combined
+from reltune.config.run_config import FIELDS, RunConfig
 from reltune.errors import InputError
 from reltune.notes import Note
 
@@ -83,7 +84,7 @@ def flags(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
         keyword = inspect.Parameter.KEYWORD_ONLY
         parameters = [parameter.replace(kind=keyword) for parameter in own.parameters.values()]
-        for field in dataclasses.fields(RunConfig):
+        for field in FIELDS:
             if field.name in names:
                 default, annotation = _flag(field)
                 parameters.insert(-1, inspect.Parameter(field.name, keyword, default=default, annotation=annotation))
@@ -95,23 +96,19 @@ def flags(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 
 def _flag(field: dataclasses.Field) -> tuple[Any, Any]:
-    """The default and the annotation that make Typer's flag of a field."""
-    about, kind = field.metadata, str(field.type).removesuffix(" | None")
-    default = None if field.default is dataclasses.MISSING else field.default
+    """The default and the annotation that make Typer's flag of a field. Values stay words, which ``checked`` reads."""
+    kind, default = kind_of(field), None if field.default is dataclasses.MISSING else field.default
     words = [] if field.default_factory is dataclasses.MISSING else field.default_factory()
-    types = {"str": str, "int": int, "float": float, "bool": bool, "list[str]": list[str]}
-    types["dict[str, list[str]]"] = list[str]
+    types: dict[str, Any] = {"bool": bool, "list[str]": list[str], "dict[str, list[str]]": list[str]}
     option = typer.Option(
         f"--{field.name}/--no_{field.name}" if kind == "bool" else f"--{field.name}",
-        metavar=about["metavar"] or None,
-        help=about["help"] + (f"  [default: {','.join(words)}]" if words else ""),
-        min=about.get("least") if "most" in about else None,
-        max=about.get("most"),
+        metavar=field.metadata["metavar"] or None,
+        help=field.metadata["help"] + (f"  [default: {','.join(words)}]" if words else ""),
     )
-    return default, Annotated[types[kind] | None, option]
+    return default, Annotated[types.get(kind, str) | None, option]
 
 
-EVERY = tuple(field.name for field in dataclasses.fields(RunConfig) if field.name != "training")
+EVERY = tuple(field.name for field in FIELDS if field.name != "training")
 CHOICE = ("criteria", "budget", "granularity", "spread", "target_modules", "exclude_modules")
 
 
@@ -283,7 +280,7 @@ def _config(context: typer.Context, file: str | None = None) -> RunConfig:
         from reltune.config.file import read_config
 
         fields = read_config(file)
-    fields = _combined(fields, _given(context), _training_fields(context))
+    fields = combined(fields, _given(context), _training_fields(context))
     for name in ("model_name_or_path", "output_dir"):
         if name not in fields:
             raise InputError(f"--{name} is missing; give it as a flag or in a file named with --config.")
@@ -296,36 +293,19 @@ def _config(context: typer.Context, file: str | None = None) -> RunConfig:
 
 def _changed(config: RunConfig, context: typer.Context) -> RunConfig:
     """The config with what was given on this command line."""
-    config = RunConfig(**_combined(vars(config), _given(context), _training_fields(context)))
+    config = RunConfig(**combined(vars(config), _given(context), _training_fields(context)))
     config.check()
     return config
 
 
-def _combined(stored: dict[str, Any], given: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
-    """A config's fields with what was given on the command line: what has a value there is not swept any more, and what is
-    swept there has no value any more."""
-    swept = given.get("sweep", {})
-    if twice := [name for name in swept if name in training or name in given]:
-        raise InputError(f"{twice[0]} has a value and is swept too; leave out --{twice[0]} or that --sweep.")
-    left = {name: values for name, values in stored.get("sweep", {}).items() if name not in {**given, **training}}
-    kept = {name: value for name, value in stored.get("training", {}).items() if name not in swept}
-    sweep = swept or left
-    trials = given.get("sweep_trials", stored.get("sweep_trials") if sweep else None)
-    return {**stored, **given, "sweep": sweep, "sweep_trials": trials, "training": {**kept, **training}}
-
-
 def _given(context: typer.Context) -> dict[str, Any]:
     """The fields of RunConfig that were given on this command line."""
-    fields = {field.name for field in dataclasses.fields(RunConfig)}
     given = {}
-    for name, value in context.params.items():
-        source = context.get_parameter_source(name)
-        if name in fields and source is not None and source.name == "COMMANDLINE":
-            given[name] = parts(value) if isinstance(value, list | tuple) else value
-            if name == "sweep":
-                given[name] = assignments(value)
-            if given[name] in ("", []):
-                raise InputError(f"--{name} is empty; give it a value or leave it out.")
+    for field in FIELDS:
+        source = context.get_parameter_source(field.name)
+        if source is not None and source.name == "COMMANDLINE":
+            value = context.params[field.name]
+            given[field.name] = checked(field, assignments(value) if field.name == "sweep" else value)
     return given
 
 
@@ -335,8 +315,6 @@ def _training_fields(context: typer.Context) -> dict[str, Any]:
     if not words:
         return {}
     own = [option for parameter in context.command.params for option in parameter.opts if option.startswith("--")]
-    if not words[0].startswith("--"):
-        raise InputError(f"unexpected argument {words[0]!r}; flags begin with --.")
     from reltune.config.training_fields import parse_training_fields
 
     return parse_training_fields(words, own)
