@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from reltune.config.run_config import RunConfig
-from reltune.report.numbers import METRICS
+from reltune.metrics import METRICS
 from reltune.runs import stages
 from reltune.runs.directory import RunDirectory
 from reltune.runs.materials import prepare
@@ -47,7 +47,7 @@ def run_task(place: Path, rows: Iterable[Mapping[str, Any]], training: dict[str,
     main = materials.task.metrics[0]
     assert {f"eval_{main}", f"test_{main}"} <= set(results)
     page = run.report.read_text(encoding="utf-8")
-    assert METRICS[main][0] in page
+    assert METRICS[main].label in page
     log = [json.loads(line) for line in run.log.read_text(encoding="utf-8").splitlines()]
     assert any("loss" in entry for entry in log) and any("eval_loss" in entry for entry in log)
     assert [entry["step"] for entry in log] == sorted(entry["step"] for entry in log)

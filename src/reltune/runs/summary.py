@@ -15,9 +15,10 @@ import transformers
 from reltune.config.run_config import RunConfig
 from reltune.data.packages import CORPORA
 from reltune.files import read_json
+from reltune.metrics import METRICS
 from reltune.plan.plan import Plan
 from reltune.relevance.scores import RelevanceScores
-from reltune.report.numbers import METRICS, measured, metric
+from reltune.report.numbers import measured, metric
 from reltune.report.record import LMEvalRecord, MethodResult, RunRecord
 from reltune.runs.directory import RunDirectory
 from reltune.runs.splits import in_words
@@ -70,7 +71,7 @@ def forgetting_notes(config: RunConfig, results: dict[str, Any]) -> list[str]:
     """How the second set fared, metric by metric."""
     prefix = "forgetting_before_"
     changes = [
-        f"{METRICS[name][0]} {metric(name, results[prefix + name])} before training, "
+        f"{METRICS[name].label} {metric(name, results[prefix + name])} before training, "
         f"{metric(name, results[f'forgetting_after_{name}'])} after"
         for name in measured([results], prefix)
     ]

@@ -29,6 +29,7 @@ from transformers.trainer_utils import set_seed
 from reltune.config.training_fields import DEFAULTS
 from reltune.errors import InputError
 from reltune.files import write_text
+from reltune.metrics import largest_is_best
 from reltune.processes import Processes
 from reltune.runs.progress import show_progress
 from reltune.tasks.task import Examples, Task
@@ -36,8 +37,6 @@ from reltune.tasks.task import Examples, Task
 # Learning rates measured per method (docs/learning_rates.md): the best one differs by more than an order of magnitude
 # between methods, so one default for all would decide every comparison.
 LEARNING_RATES = {"head": 3e-2, "full": 2e-4, "layer": 1e-3, "selection": 2e-3}
-
-SMALLEST_IS_BEST = ("loss", "mse", "perplexity")
 
 
 @dataclasses.dataclass
@@ -101,9 +100,8 @@ def compared_by(given: Mapping[str, Any], task: Task) -> tuple[str, bool]:
     """The metric by which checkpoints and trials are compared, and whether the best is the largest: the task's, unless the
     training fields name another. Transformers would take the largest perplexity for the best."""
     metric = given.get("metric_for_best_model") or task.best
-    largest = task.best_is_largest if metric == task.best else not metric.endswith(SMALLEST_IS_BEST)
     chosen = given.get("greater_is_better")
-    return metric, largest if chosen is None else chosen
+    return metric, largest_is_best(metric) if chosen is None else chosen
 
 
 def _check_deepspeed(config: str | dict[str, Any]) -> None:

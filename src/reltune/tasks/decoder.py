@@ -28,7 +28,6 @@ Messages = list[dict[str, Any]]
 class DecoderTask(Task):
     """A task on a language model that continues texts, trained by one of TRL's trainers."""
 
-    best_is_largest: ClassVar[bool] = False
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
 
     @property
