@@ -76,7 +76,7 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
         relevance = stages.analyze(materials, directory) if " " in job["method"] and rates else None
 
         for rate in rates:
-            model: Any = materials.fresh_model()
+            model: Any = materials.base.take()
             if job["method"] == "full":
                 model.requires_grad_(True)
             elif job["method"] == "LoRA":
@@ -115,7 +115,7 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
             del model
         if job["method"] == "full" and job["seed"] == 0:
             metrics = evaluate(
-                materials.fresh_model(), materials.held_out, materials.task, materials.tokenizer, disable_tqdm=True
+                materials.base.take(), materials.held_out, materials.task, materials.tokenizer, disable_tqdm=True
             ).metrics
             untuned = {
                 "data": job["data"],

@@ -16,6 +16,8 @@ from transformers.utils.hub import is_offline_mode
 
 from reltune.errors import InputError, first_line
 
+HEADS = ("classifier.", "score.", "fc.", "head.")  # of models that keep their body under no name of its own
+
 
 def load_config(name: str) -> PreTrainedConfig:
     path, options = _place(name)
@@ -129,28 +131,7 @@ def load_model(
     if "quantization_config" in options:
         options["quantization_config"].llm_int8_skip_modules = _kept_whole(auto_class, config)
     with _held_load_report(name) as report:
-        try:
-            model, loading = auto_class.from_pretrained(
-                path,
-                config=config,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                trust_remote_code=False,
-                **place,
-                **options,
-            )
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except OSError as error:
-            raise InputError(
-                f"The weights of {name} cannot be found or read: "
-                "it needs a complete model.safetensors; copy or download the model again."
-            ) from error
-        except Exception as error:  # safetensors, pickle and quantisation packages each raise their own
-            raise InputError(
-                f"The weights of {name} cannot be loaded ({first_line(error)}); "
-                "if the files are damaged, copy or download the model again."
-            ) from error
+        model, loading = _loaded(name, auto_class, path, config=config, **place, **options)
     if "gguf_file" in place:  # its weights are plain ones by now, which Trainer would refuse as quantised
         model.is_quantized, model.hf_quantizer = False, None
         if hasattr(model.config, "quantization_config"):
@@ -174,8 +155,47 @@ def load_model(
     if any(".pooler." not in key for key in body & missing):
         for record in report:
             logging.getLogger(record.name).handle(record)
-    of_head = parameters - body if body else set()
-    return model, sorted(missing | (parameters & mismatched) | (set() if same else of_head))
+    new = missing | (parameters & mismatched)
+    if not same:
+        of_head = parameters - body if body else {key for key in parameters if key.startswith(HEADS)}
+        if not of_head | new:
+            raise InputError(
+                f"{name} has a {head} for something else, and in a {config.model_type!r} model reltune cannot tell it from the "
+                "rest to make it anew; name a model without one."
+            )
+        _make_anew(model, of_head - new)
+        new |= of_head
+    return model, sorted(new)
+
+
+def _loaded(name: str, auto_class: Any, path: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The model and what loading reports, or the reason why there is none as an InputError."""
+    try:
+        return auto_class.from_pretrained(
+            path, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except OSError as error:
+        raise InputError(
+            f"The weights of {name} cannot be found or read: "
+            "it needs a complete model.safetensors; copy or download the model again."
+        ) from error
+    except Exception as error:  # safetensors, pickle and quantisation packages each raise their own
+        raise InputError(
+            f"The weights of {name} cannot be loaded ({first_line(error)}); "
+            "if the files are damaged, copy or download the model again."
+        ) from error
+
+
+@torch.no_grad()
+def _make_anew(model: Any, names: set[str]) -> None:
+    """Draw these parameters again, as in a model that comes from no checkpoint, from torch's global generator."""
+    for owner in sorted({name.rpartition(".")[0] for name in names}):
+        module = model.get_submodule(owner)
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = False  # else transformers leaves it as it was loaded
+        model._init_weights(module)
 
 
 def _kept_whole(auto_class: Any, config: PreTrainedConfig) -> list[str]:
@@ -190,19 +210,37 @@ def _kept_whole(auto_class: Any, config: PreTrainedConfig) -> list[str]:
     return [*heads, "pooler"]
 
 
-def labelled(labels: list[str], problem_type: str | None = None) -> Callable[[Any], bool]:
-    """An ``adapt`` for ``load_model``: as many outputs as labels, a label's place in the list being its index."""
+def labelled(
+    labels: list[str], problem_type: str | None = None, head_labels: list[str] | None = None
+) -> Callable[[Any], bool]:
+    """An ``adapt`` for ``load_model``: one output for each label, a label's place in the list being its index.
+
+    A loaded head was made for the same labels if its own names for them are ``head_labels`` (``labels`` if None), in the
+    same order, and if its outputs mean the same kind of answer.
+    """
 
     def adapt(config: Any) -> bool:
-        label2id = {label: index for index, label in enumerate(labels)}
-        same = config.label2id == label2id
+        same = class_names(config) == (head_labels or labels) and means_the_same(config, problem_type)
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
-        config.label2id = label2id
+        config.label2id = {label: index for index, label in enumerate(labels)}
         config.problem_type = problem_type
-        return bool(same)
+        return same
 
     return adapt
+
+
+def class_names(config: PreTrainedConfig) -> list[str]:
+    """A checkpoint's names for its classes, in the order of its outputs."""
+    return [str(name) for _, name in sorted((config.id2label or {}).items())]
+
+
+def means_the_same(config: PreTrainedConfig, problem_type: str | None) -> bool:
+    """Whether a checkpoint's outputs were made for the same kind of answer: one class of several, or any number of them."""
+    before = getattr(config, "problem_type", None)
+    if problem_type == "single_label_classification":
+        return before in (None, problem_type)
+    return problem_type is None or before == problem_type
 
 
 def as_it_is(config: Any) -> bool:

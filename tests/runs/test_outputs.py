@@ -202,7 +202,7 @@ def test_new_heads_are_measured_as_they_were_before(tmp_path: Path) -> None:
     assert answer.code == 0, answer.err
     results, run = results_of(tmp_path / "run"), RunDirectory(tmp_path / "run")
     materials = prepare(RunConfig.load(run.config_file))
-    model = materials.fresh_model()
+    model = materials.base.take()
     first = evaluate(model, materials.held_out, materials.task, materials.tokenizer).metrics
     model.load_state_dict(load_file(run.head), strict=False)
     found = evaluate(model, materials.held_out, materials.task, materials.tokenizer).metrics

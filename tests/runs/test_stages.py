@@ -103,6 +103,10 @@ def test_run_leaves_every_artefact(learned: Path) -> None:
         "adapter/adapter_config.json",
         "adapter/tokenizer.json",
         "adapter/tokenizer_config.json",
+        "adapter/task.json",
+        "task.json",
+        "held_out/validation.jsonl",
+        "held_out/test.jsonl",
         "trainer_state.json",
         "all_results.json",
         "report.html",
@@ -441,7 +445,7 @@ def test_select_again_takes_away_what_it_outdates(place: Path, quick: Path) -> N
     run = place / "reselected"
     shutil.copytree(quick, run)
     assert reltune("select", run, "--budget", 640, "--overwrite_output_dir").code == 0
-    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "plan", "relevance"]
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "held_out", "plan", "relevance", "task.json"]
     assert RunConfig.load(run / "config.yaml").budget == "640"
     assert Plan.load(run / "plan").budget_parameters == 640
 

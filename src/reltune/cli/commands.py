@@ -109,6 +109,7 @@ def _flag(field: dataclasses.Field) -> tuple[Any, Any]:
 
 
 EVERY = tuple(field.name for field in FIELDS if field.name != "training")
+HELD_OUT = ("validation_file", "test_file", "on_bad_rows")
 CHOICE = ("criteria", "budget", "granularity", "spread", "target_modules", "exclude_modules")
 
 
@@ -182,7 +183,7 @@ def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = Fal
         relevance = RelevanceScores.load(directory.relevance) if selects else None
         if not selects:
             Plan.load(directory.plan)
-        materials = prepare(config)
+        materials = prepare(config, directory)
         if config.sweep:
             if resume:
                 raise InputError(
@@ -197,18 +198,18 @@ def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = Fal
 
 
 @app.command(epilog="What is not given stays as config.yaml in RUN has it.")
-@flags(*(name for name in EVERY if name.startswith("lm_eval_")))
+@flags(*HELD_OUT, *(name for name in EVERY if name.startswith("lm_eval_")))
 def evaluate(context: typer.Context, run: Run) -> None:
     """Measure the adapter on held-out data: RUN/all_results.json."""
     from reltune.runs import stages
     from reltune.runs.directory import RunDirectory
-    from reltune.runs.materials import prepare
+    from reltune.runs.materials import prepare_evaluation
     from reltune.runs.summary import read_lm_eval
 
     with _together():
         directory, config = RunDirectory.open(run)
         _adapter_exists(directory)
-        materials = prepare(_changed(config, context))
+        materials = prepare_evaluation(_changed(config, context), directory)
     results = stages.evaluate(materials, directory)
     _print(_metrics_table(results))
     if materials.lm_eval_tasks and _first():
@@ -237,13 +238,13 @@ def export(
     from reltune.runs import stages
     from reltune.runs.directory import RunDirectory
     from reltune.runs.export import lora_summary
-    from reltune.runs.materials import prepare
+    from reltune.runs.materials import prepare_export
 
     if to not in ("lora", "merged"):
         raise InputError(f"--to {to!r} is unknown; write lora or merged.")
     directory, config = RunDirectory.open(run)
     _adapter_exists(directory)
-    path = stages.export(prepare(config), directory, to, output_dir)
+    path = stages.export(prepare_export(config, directory), directory, to, output_dir)
     _say(f"Exported to {path}" + (f": {lora_summary(path)}" if to == "lora" else ""))
 
 
@@ -340,7 +341,7 @@ def _begin(config: RunConfig, overwrite: bool, select: bool = True) -> tuple[Mat
                 f"output_dir {directory.path} holds an interrupted analysis, which goes on in one process only; start it "
                 "without a launcher, or pass --overwrite_output_dir."
             )
-        materials = prepare(config)
+        materials = prepare(config, directory if resumed and directory.relevance.exists() else None)
         stages.check_choice(materials, select)
         materials.check_training()
         if config.sweep:
@@ -350,8 +351,6 @@ def _begin(config: RunConfig, overwrite: bool, select: bool = True) -> tuple[Mat
     with processes.together():
         if not resumed and processes.first:
             directory.create(config)
-            directory.record_bad_rows(materials.splits)
-            directory.record_notes(materials.notes)
     unit = materials.task.unit
     _say(
         f"{'streamed' if config.streaming else f'{len(materials.train):,}'} training, {len(materials.validation):,} validation and {len(materials.test):,} test {unit}s, "

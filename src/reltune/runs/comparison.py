@@ -53,10 +53,10 @@ def compare(materials: Materials, run: RunDirectory, results: dict[str, Any]) ->
         # Trained models wait on disk, so that the next method's peak memory is its own.
         for baseline in BASELINES:
             rows.append(_train(materials, run, baseline, Path(scratch)))
-        timed = {baseline.name: materials.fresh_model() for baseline in BASELINES}
+        timed = {baseline.name: materials.base.take() for baseline in BASELINES}
         for name, model in timed.items():
             load_model(model, Path(scratch) / f"{name}.safetensors")
-    timed["base"] = materials.fresh_model()
+    timed["base"] = materials.base.take()
     timed["adapter"] = load_tuned(materials, run)
     timed["merged"] = load_tuned(materials, run).merge_and_unload()
     device = materials.arguments("full").device

@@ -9,19 +9,27 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers.trainer_utils import get_last_checkpoint
 
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
-from reltune.files import check_writable, make_directory, write_json, write_text
+from reltune.files import check_writable, make_directory, read_json, write_json, write_text
 from reltune.relevance.resumption import interrupted_in
 from reltune.report.record import Output
+from reltune.runs.kept_rows import keep
 from reltune.runs.splits import Splits, bad_rows
-from reltune.tasks.task import Written
+from reltune.tasks.registry import task_of_record
+from reltune.tasks.task import Task, Written
+
+if TYPE_CHECKING:
+    from reltune.runs.materials import Materials
+
+TASK = "task.json"  # in a run's directory, beside its adapter and in exports
 
 ARTEFACTS = {  # in the order of the stages; writing one makes those after it out of date
-    "analyze": ("relevance", "bad_rows.json", "notes.json"),
+    "analyze": ("relevance", "task.json", "held_out", "bad_rows.json", "notes.json"),
     "select": ("plan",),
     "tune": ("adapter", "trainer_state.json", "training_cost.json", "sweep.json", "sweep"),
     "evaluate": ("all_results.json", "outputs.jsonl", "comparison.json", "lm_eval.json"),
@@ -35,6 +43,8 @@ class RunDirectory:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
+        self.task = self.path / TASK
+        self.kept_rows = self.path / "held_out"
         self.relevance = self.path / "relevance"
         self.head = self.relevance / "head.safetensors"
         self.plan = self.path / "plan"
@@ -96,7 +106,7 @@ class RunDirectory:
     def trial(self, number: int, selects: bool) -> RunDirectory:
         """The directory of a sweep's trial, with this run's relevance and, unless it ``selects`` its own, plan."""
         trial = RunDirectory(self.sweep / f"trial-{number}")
-        trial.relevance, trial.head = self.relevance, self.head
+        trial.relevance, trial.head, trial.kept_rows = self.relevance, self.head, self.kept_rows
         if not selects:
             trial.plan = self.plan
         return trial
@@ -115,15 +125,34 @@ class RunDirectory:
         self.clear("analyze")
         config.save(self.config_file)
 
+    def record_data(self, materials: Materials) -> None:
+        """Write down what the run is made with: its task with the classes, held-out rows that have no file of their own, what
+        was skipped, assumed or left out."""
+        write_json(self.task, materials.task.record())
+        for split in ("validation", "test"):
+            if getattr(materials.config, f"{split}_file") is None:
+                rows = getattr(materials.splits, split)
+                keep(self.kept_rows / f"{split}.jsonl", rows, materials.task.columns.values())
+        self.record_bad_rows(materials.splits)
+        if materials.notes:
+            write_json(self.path / "notes.json", {"notes": list(materials.notes)})
+
     def record_bad_rows(self, splits: Splits) -> None:
         """Write down which rows were skipped, if any were."""
         if record := bad_rows(splits):
             write_json(self.path / "bad_rows.json", record)
 
-    def record_notes(self, notes: Sequence[str]) -> None:
-        """Write down what was assumed or left out, if anything was."""
-        if notes:
-            write_json(self.path / "notes.json", {"notes": list(notes)})
+    def read_task(self, config: RunConfig) -> Task | None:
+        """The task that the run was made with; None where a version that did not write it down made the run.
+
+        Raises InputError for a file that is damaged.
+        """
+        if not self.task.is_file():
+            return None
+        try:
+            return task_of_record(read_json(self.task), **vars(config))
+        except (InputError, AttributeError, TypeError) as error:
+            raise InputError(f"{self.task} cannot be used ({error}); run `reltune analyze` again.") from error
 
     def write_outputs(self, base: Sequence[Written], tuned: Sequence[Written]) -> None:
         """Write what two models wrote for the same examples, a line for each; if they wrote nothing, no file."""

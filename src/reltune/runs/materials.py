@@ -1,12 +1,16 @@
-"""What a config names, read and checked: the task, its data, and the model with its new heads."""
+"""What a config names, read and checked: the task, the base model with its new heads, and the data.
+
+Stages want different amounts of it: an export the model alone, an evaluation held-out data too, training everything.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,37 +22,62 @@ from reltune.config.run_config import RunConfig
 from reltune.errors import InputError, nearest
 from reltune.layers.inventory import head_modules, take_inventory
 from reltune.notes import Note, collecting
+from reltune.pretrained import load_config
 from reltune.runs import lm_evaluation, training
-from reltune.runs.splits import Splits, encode, read_data, warn_of
+from reltune.runs.directory import RunDirectory
+from reltune.runs.splits import HeldOut, Splits, encode, encode_held_out, read_data, read_held_out, warn_of
 from reltune.tasks.task import Examples, Task
 
 
+class BaseModel:
+    """A run's untouched base model, loaded whenever there is none in memory: to look at, or to take and change.
+
+    Attributes:
+        new_heads: the modules that no checkpoint has values for. They start from the same values with every load.
+    """
+
+    def __init__(self, config: RunConfig, task: Task) -> None:
+        self.config, self.task = config, task
+        self._model: nn.Module | None
+        self._model, missing = self._load()
+        self.new_heads = head_modules(self._model, missing)
+
+    def _load(self) -> tuple[nn.Module, list[str]]:
+        set_seed(self.config.seed)
+        return self.task.load_model(self.config.model_name_or_path, **quantisation(self.config))
+
+    def look(self) -> nn.Module:
+        """The model, for a caller that leaves it as it is."""
+        if self._model is None:
+            self._model, _ = self._load()
+        return self._model
+
+    def take(self) -> nn.Module:
+        """The model, for a caller that changes it. Nothing else holds it from then on, so that one copy is in memory."""
+        model, self._model = self.look(), None
+        return model
+
+
 @dataclasses.dataclass
-class Materials:
-    """What a config names, read and checked: the task, its data, the model with its new heads."""
+class ModelMaterials:
+    """The task and the model of a run.
+
+    Attributes:
+        tokenizer: or what else makes the model's inputs.
+    """
 
     config: RunConfig
     task: Task
-    tokenizer: Any  # or what else makes the model's inputs
-    model: nn.Module | None  # until fresh_model has handed it out
-    new_heads: list[str]
-    not_tuned: list[str]  # modules that the task's Trainer cannot train parts of
-    train: Any  # Examples, or an iterable data set where rows are streamed
-    validation: Examples
-    test: Examples
-    sample: Examples  # of training: relevance is measured on them, and new heads are trained on them
-    splits: Splits
-    forgetting: Examples | None = None  # a second set for the same task
-    notes: Sequence[str] = ()  # what was assumed or left out
+    tokenizer: Any
+    base: BaseModel
+
+    @property
+    def new_heads(self) -> list[str]:
+        return self.base.new_heads
 
     @property
     def collator(self) -> Any:
         return self.task.collator(self.tokenizer)
-
-    @property
-    def held_out(self) -> dict[str, Examples]:
-        """Examples by the prefix of their metrics."""
-        return {"eval": self.validation, "test": self.test}
 
     @functools.cached_property
     def lm_eval_tasks(self) -> list[Any]:
@@ -60,6 +89,43 @@ class Materials:
             return []
         lm_evaluation.check_model(self.task.peft_task_type, self.tokenizer, self.config.lm_eval_apply_chat_template)
         return lm_evaluation.load_tasks(self.config.lm_eval_tasks, self.config.lm_eval_limit)
+
+
+@dataclasses.dataclass
+class EvaluationMaterials(ModelMaterials):
+    """The task, the model and the held-out data of a run.
+
+    Attributes:
+        forgetting: a second set for the same task.
+    """
+
+    validation: Examples
+    test: Examples
+    forgetting: Examples | None
+
+    @property
+    def held_out(self) -> dict[str, Examples]:
+        """Examples by the prefix of their metrics."""
+        return {"eval": self.validation, "test": self.test}
+
+
+@dataclasses.dataclass
+class Materials(EvaluationMaterials):
+    """Everything that a run trains with.
+
+    Attributes:
+        train: ``Examples``, or an iterable data set where rows are streamed.
+        sample: the training examples that relevance is measured on and new heads are trained on.
+        splits: the rows that all of these were made of.
+        not_tuned: modules that the task's Trainer cannot train parts of.
+        notes: what was assumed or left out.
+    """
+
+    train: Any
+    sample: Examples
+    splits: Splits
+    not_tuned: list[str]
+    notes: Sequence[str] = ()
 
     def arguments(self, method: str, **forced: Any) -> TrainingArguments:
         """Training arguments of the run for a method."""
@@ -74,19 +140,11 @@ class Materials:
             given |= {"metric_for_best_model": metric, "greater_is_better": largest}
         return training.arguments(self.config.output_dir, method, self.config.seed, given, self.task, **forced)
 
-    def fresh_model(self) -> nn.Module:
-        """The base model for the caller to change; its head starts from the same seed every time."""
-        if self.model is None:
-            set_seed(self.config.seed)
-            return self.task.load_model(self.config.model_name_or_path, **quantisation(self.config))[0]
-        model, self.model = self.model, None  # no second copy in memory while this one is trained
-        return model
-
     def check_training(self, model: nn.Module | None = None) -> None:
         """Raise InputError for training fields that cannot work with the model (the base model if none is given)."""
-        model = model or self.model or self.fresh_model()
-        if found := self.task.misfit_of_model(model):
-            raise InputError(found)
+        model = model or self.base.look()
+        if misfit := self.task.misfit_of_model(model):
+            raise InputError(misfit)
         args = self.arguments("selection")
         if args.load_best_model_at_end or self.config.early_stopping_patience is not None:
             name, known = str(args.metric_for_best_model).removeprefix("eval_"), self.task.training_metrics
@@ -97,41 +155,93 @@ class Materials:
         training.check_arguments(model, args, self.sample, self.collator)
 
 
-def prepare(config: RunConfig) -> Materials:
-    """Read the data and load the model. Raises InputError for whatever is wrong with either; writes nothing.
+def prepare(config: RunConfig, run: RunDirectory | None = None) -> Materials:
+    """Read the data and load the model. Writes nothing.
 
     A task that the config does not name is read off the columns and entered there.
+
+    Args:
+        run: an existing run, whose task is kept with its classes; None for a new run.
+
+    Raises:
+        InputError: whatever is wrong with either.
     """
     config.check()
     config.check_data()
-    with collecting() as notes:
-        task, splits = read_data(config)
+    with _noting() as notes:
+        task, splits = read_data(config, run.read_task(config) if run else None)
         config.task = task.name
+        if run is None:
+            task = task.suited_to(load_config(config.model_name_or_path))
         tokenizer = task.load_tokenizer(config.model_name_or_path)
-        set_seed(config.seed)
-        model, missing = task.load_model(config.model_name_or_path, **quantisation(config))
+        base = BaseModel(config, task)
         data = encode(task, splits, tokenizer, config)
-    for sentence in notes:
-        warnings.warn(sentence, Note, stacklevel=2)
     warn_of(splits)
-    new_heads = head_modules(model, missing)
-    inventory = take_inventory(model, new_heads)
-    not_tuned = [name for name in task.not_tuned(model) if name in inventory]
+    inventory = take_inventory(base.look(), base.new_heads)
     return Materials(
         config,
         task,
         tokenizer,
-        model,
-        new_heads,
-        not_tuned,
-        data.train,
+        base,
         data.validation,
         data.test,
+        data.forgetting,
+        train=data.train,
         sample=data.sample,
         splits=splits,
-        forgetting=data.forgetting,
+        not_tuned=[name for name in task.not_tuned(base.look()) if name in inventory],
         notes=notes,
     )
+
+
+def prepare_evaluation(config: RunConfig, run: RunDirectory) -> EvaluationMaterials:
+    """Read a run's held-out data and load its base model. Writes nothing.
+
+    The training data are not read, unless the run has kept no held-out rows and no file of them is named.
+
+    Raises:
+        InputError: whatever is wrong with either.
+    """
+    with _noting():
+        task, rows = _held_out(config, run)
+        config.task = task.name
+        tokenizer = task.load_tokenizer(config.model_name_or_path)
+        base = BaseModel(config, task)
+        held_out = encode_held_out(task, rows, tokenizer, config)
+    warn_of(rows)
+    return EvaluationMaterials(config, task, tokenizer, base, *held_out)
+
+
+def _held_out(config: RunConfig, run: RunDirectory) -> tuple[Task, HeldOut]:
+    task = run.read_task(config)
+    if task is not None:
+        return task, read_held_out(config, task, run.kept_rows)
+    config.check_data()
+    task, splits = read_data(config)  # an older version made the run, and wrote down neither its classes nor these rows
+    return task, HeldOut(splits.validation, splits.test, splits.forgetting)
+
+
+def prepare_export(config: RunConfig, run: RunDirectory) -> ModelMaterials:
+    """Load a run's tokenizer and base model; no data are read.
+
+    Raises:
+        InputError: whatever is wrong with them.
+    """
+    task = run.read_task(config)
+    if task is None:
+        config.check_data()
+        task = read_data(config)[0]  # an older version made the run, and did not write down its classes
+    config.task = task.name
+    return ModelMaterials(config, task, task.load_tokenizer(config.model_name_or_path), BaseModel(config, task))
+
+
+@contextlib.contextmanager
+def _noting() -> Iterator[Sequence[str]]:
+    """Collect the notes that are made inside, and say them at the end."""
+    with collecting() as notes:
+        yield notes
+    for sentence in notes:
+        warnings.warn(sentence, Note, stacklevel=2)
 
 
 def quantisation(config: RunConfig) -> dict[str, Any]:

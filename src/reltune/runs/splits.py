@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from reltune.config.run_config import RunConfig
 from reltune.data import sources
 from reltune.data.columns import LOOKED_AT, columns_of, guess_task, note_left_out
-from reltune.data.rows import Rows, checked, found, no_good_rows, other_separator, require_columns, split_off
+from reltune.data.rows import Row, Rows, checked, found, no_good_rows, other_separator, require_columns, split_off
 from reltune.data.streams import StreamedRows
 from reltune.errors import InputError
+from reltune.runs.kept_rows import kept
 from reltune.tasks.registry import TASKS
 from reltune.tasks.task import Examples, Task
 
@@ -28,6 +29,15 @@ class Splits:
     validation: Rows
     test: Rows
     forgetting: Rows | None = None  # a second set for the same task
+
+
+@dataclasses.dataclass
+class HeldOut:
+    """The rows that a run is measured on, without a problem."""
+
+    validation: Rows
+    test: Rows
+    forgetting: Rows | None = None
 
 
 @dataclasses.dataclass
@@ -46,8 +56,11 @@ class Data:
     forgetting: Examples | None = None
 
 
-def read_data(config: RunConfig) -> tuple[Task, Splits]:
+def read_data(config: RunConfig, fitted: Task | None = None) -> tuple[Task, Splits]:
     """The task of a config and its rows: of their files, else of the source's own splits, else split off.
+
+    Args:
+        fitted: the task of an existing run, to which the rows must fit; else one is made that fits the training rows.
 
     Raises:
         InputError: a source that cannot be read, columns that no task fits, bad rows, or too few good ones.
@@ -67,16 +80,17 @@ def read_data(config: RunConfig) -> tuple[Task, Splits]:
         every["forgetting"] = sources.read_rows(config.forgetting_file, config.encoding, "test")
     if isinstance(every["train"], StreamedRows):  # lines without a row stop no pass that may skip them
         every["train"] = every["train"].checked(lambda row: None, config.on_bad_rows)
-    task, flags = _task(config, every["train"])
+    task, flags = (fitted, {}) if fitted else _task(config, every["train"])
     note_left_out(every["train"], task.columns.values())
 
+    rule = _rule(fitted) if fitted else task.problem
     good: dict[str, Rows | StreamedRows] = {}
     for split, rows in every.items():
         require_columns(rows, {column: flags.get(column, "") for column in task.columns.values()})
         if isinstance(rows, Rows):
-            good[split] = checked(rows, task.problem, config.on_bad_rows)
+            good[split] = checked(rows, rule, config.on_bad_rows)
         else:
-            good[split] = rows.checked(task.problem, config.on_bad_rows)
+            good[split] = rows.checked(rule, config.on_bad_rows)
     train = good.pop("train")
     held = {split: rows if isinstance(rows, Rows) else rows.take(None) for split, rows in good.items()}
     if isinstance(train, Rows):
@@ -87,9 +101,38 @@ def read_data(config: RunConfig) -> tuple[Task, Splits]:
                 train, held[split] = split_off(train, fraction, config.seed, task.content, task.label)
     elif missing := [f"--{split}_file" for split in ("validation", "test") if split not in held]:
         raise InputError(f"Nothing can be split off streamed rows; give {' and '.join(missing)}.")
-    task = task.fitted(train)
-    held = {split: checked(rows, task.misfit, config.on_bad_rows) for split, rows in held.items()}
+    if fitted is None:
+        task = task.fitted(train)
+        held = {split: checked(rows, task.misfit, config.on_bad_rows) for split, rows in held.items()}
     return task, Splits(train, held["validation"], held["test"], held.get("forgetting"))
+
+
+def read_held_out(config: RunConfig, task: Task, kept_rows: Path) -> HeldOut:
+    """The held-out rows of an existing run: of their files, else those in the directory ``kept_rows``, else read with the
+    training data as they were when the run was made.
+
+    Raises:
+        InputError: as ``read_data``; bad rows are also those that do not fit the task.
+    """
+    held: dict[str, Rows] = {}
+    for split in ("validation", "test", "forgetting"):
+        file = getattr(config, f"{split}_file")
+        if file is not None:
+            rows = sources.read_rows(file, config.encoding, "test" if split == "forgetting" else split)
+            require_columns(rows, dict.fromkeys(task.columns.values(), ""))
+            held[split] = checked(rows, _rule(task), config.on_bad_rows)
+        elif own := kept(kept_rows / f"{split}.jsonl", str(config.train_file or config.dataset_name)):
+            held[split] = own
+    if not {"validation", "test"} <= set(held):
+        config.check_data()
+        _, splits = read_data(config, task)
+        held = {"validation": splits.validation, "test": splits.test, **held}
+    return HeldOut(**held)
+
+
+def _rule(task: Task) -> Callable[[Row], str | None]:
+    """What is wrong with a row for a fitted task: by itself, or because training had nothing like it."""
+    return lambda row: task.problem(row) or task.misfit(row)
 
 
 def _task(config: RunConfig, train: Rows | StreamedRows) -> tuple[Task, dict[str, str]]:
@@ -116,39 +159,51 @@ def encode(task: Task, splits: Splits, processor: Any, config: RunConfig) -> Dat
         InputError: such rows where bad rows are refused, or no others.
     """
 
-    def some(rows: Rows) -> Examples:
-        made = task.encode(rows, processor, config.max_length)
-        if made.lost and config.on_bad_rows == "error":
-            raise InputError(
-                f"{rows.source} has {found(made.lost, rows.unit)}, in which nothing is left to learn. Mend them (a larger "
-                "--max_length cuts less), or pass --on_bad_rows skip."
-            )
-        rows.skip(made.lost)
-        return made
-
-    def examples(rows: Rows) -> Examples:
-        made = some(rows)
-        if not len(made):
-            raise InputError(no_good_rows(rows.source, rows.skipped, rows.unit))
-        return made
-
     if isinstance(splits.train, Rows):
-        train: Any = examples(splits.train)
+        train: Any = _examples(task, splits.train, processor, config)
         sample = train
     else:
-        sample = examples(splits.train.take(config.analysis_examples))
-        train = splits.train.encoded(some, config.seed)
-    held = [
-        None if rows is None else task.held_out(examples(rows), processor)
-        for rows in (splits.validation, splits.test, splits.forgetting)
-    ]
-    return Data(train, sample, *held)  # type: ignore[arg-type]
+        sample = _examples(task, splits.train.take(config.analysis_examples), processor, config)
+        train = splits.train.encoded(lambda rows: _encoded(task, rows, processor, config), config.seed)
+    held_out = HeldOut(splits.validation, splits.test, splits.forgetting)
+    return Data(train, sample, *encode_held_out(task, held_out, processor, config))
+
+
+def encode_held_out(
+    task: Task, rows: HeldOut, processor: Any, config: RunConfig
+) -> tuple[Examples, Examples, Examples | None]:
+    """The examples of validation, test and, where there is one, the second set, as ``encode`` makes them."""
+
+    def examples(rows: Rows) -> Examples:
+        return task.held_out(_examples(task, rows, processor, config), processor)
+
+    forgetting = None if rows.forgetting is None else examples(rows.forgetting)
+    return examples(rows.validation), examples(rows.test), forgetting
+
+
+def _examples(task: Task, rows: Rows, processor: Any, config: RunConfig) -> Examples:
+    made = _encoded(task, rows, processor, config)
+    if not len(made):
+        raise InputError(no_good_rows(rows.source, rows.skipped, rows.unit))
+    return made
+
+
+def _encoded(task: Task, rows: Rows, processor: Any, config: RunConfig) -> Examples:
+    """The rows' examples, of which there may be none."""
+    made = task.encode(rows, processor, config.max_length)
+    if made.lost and config.on_bad_rows == "error":
+        raise InputError(
+            f"{rows.source} has {found(made.lost, rows.unit)}, in which nothing is left to learn. Mend them (a larger "
+            "--max_length cuts less), or pass --on_bad_rows skip."
+        )
+    rows.skip(made.lost)
+    return made
 
 
 # -- what was left out ----------------------------------------------------------------------------------------------
 
 
-def bad_rows(splits: Splits) -> dict[str, dict[str, Any]]:
+def bad_rows(splits: Splits | HeldOut) -> dict[str, dict[str, Any]]:
     """What was skipped so far: split -> its source, and how many lines (or rows) of each kind, and which."""
     record = {}
     for field in dataclasses.fields(splits):
@@ -170,7 +225,7 @@ def in_words(record: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return sentences
 
 
-def warn_of(splits: Splits) -> None:
+def warn_of(splits: Splits | HeldOut) -> None:
     """Say what is skipped."""
     for sentence in in_words(bad_rows(splits)):
         warnings.warn(sentence, stacklevel=2)

@@ -38,11 +38,12 @@ from reltune.relevance.weights.scan import analyze_checkpoint
 from reltune.report.record import LMEvalRecord, RunRecord
 from reltune.runs import export as exporting
 from reltune.runs import lm_evaluation, training
-from reltune.runs.directory import RunDirectory
+from reltune.runs.directory import TASK, RunDirectory
 from reltune.runs.evaluation import evaluate as measure_metrics
-from reltune.runs.materials import Materials, placement
+from reltune.runs.materials import EvaluationMaterials, Materials, ModelMaterials, placement
 from reltune.runs.summary import read_record
 from reltune.tasks.registry import TASKS
+from reltune.tasks.task import Task
 from reltune.tuner.config import ReltuneConfig
 
 WITHOUT_HEADS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # PEFT's task types that train no head by themselves
@@ -56,12 +57,12 @@ def check_choice(materials: Materials, select: bool = True) -> None:
     """
     config = materials.config
     find_criteria(config.criteria, config.scores_elements)
-    assert materials.model is not None, "checked before it is changed"
+    model = materials.base.look()
     if select:
         check_scored(config.granularity, config.criteria[0])
         check_together(config.granularity, config.spread)
     relevance = measure_relevance(
-        materials.model,
+        model,
         criteria=["depth"],
         target_modules=config.target_modules,
         exclude_modules=[*config.exclude_modules, *materials.not_tuned],
@@ -69,7 +70,7 @@ def check_choice(materials: Materials, select: bool = True) -> None:
         progress=False,
     )
     if config.frozen_dtype is not None:
-        convertible(materials.model, materials.new_heads)
+        convertible(model, materials.new_heads)
     if select:
         relevance.provenance |= restrictions(config)
         budgets = config.sweep.get("budget", [config.budget])
@@ -87,7 +88,10 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
 
     Of several processes the first one's heads count, and the first one writes.
     """
-    config, model, processes = materials.config, materials.fresh_model(), Processes.joined()
+    config, model, processes = materials.config, materials.base.take(), Processes.joined()
+    with processes.together():
+        if processes.first:
+            run.record_data(materials)
     if materials.new_heads and interrupted_in(run.relevance) and run.head.is_file():
         model = model_with_heads(materials, run)  # the interrupted analysis was of this head
     elif materials.new_heads:
@@ -198,9 +202,9 @@ def head_state(model: nn.Module, heads: Sequence[str]) -> dict[str, torch.Tensor
     }
 
 
-def model_with_heads(materials: Materials, run: RunDirectory) -> nn.Module:
+def model_with_heads(materials: ModelMaterials, run: RunDirectory) -> nn.Module:
     """The base model with the heads that the relevance was measured with."""
-    model = materials.fresh_model()
+    model = materials.base.take()
     if materials.new_heads:
         if not run.head.is_file():
             raise InputError(f"{run.head} is missing; run `reltune analyze` again.")
@@ -283,6 +287,7 @@ def tune(
         if processes.first:
             run.clear("tune", checkpoints=checkpoint is None)
             materials.config.save(run.config_file)
+            run.record_data(materials)
     trainer, cost = training.train(
         model,
         args,
@@ -303,13 +308,20 @@ def tune(
             run.record_bad_rows(materials.splits)  # of streamed rows more are known by now
             model.save_pretrained(str(run.adapter), state_dict=state)
             materials.tokenizer.save_pretrained(str(run.adapter))
-            write_text(run.adapter / "README.md", model_card(plan))
+            describe(run.adapter, materials.task, model_card(plan, materials.task))
     return model
 
 
-def model_card(plan: Plan) -> str:
-    """What a reader of the adapter's directory must know, in place of PEFT's empty form."""
-    facts = "\n".join(f"- {line}" for line in plan.describe())
+def describe(path: Path, task: Task, card: str) -> None:
+    """Write what must be known of an adapter beside it: for programs the task with its classes, for readers a card in place of
+    PEFT's empty form."""
+    write_json(path / TASK, task.record())
+    write_text(path / "README.md", card)
+
+
+def model_card(plan: Plan, task: Task) -> str:
+    """The card of reltune's own adapter."""
+    facts = "\n".join(f"- {line}" for line in [*plan.describe(), *task.facts()])
     return f"""---
 base_model: {plan.model_name_or_path}
 library_name: peft
@@ -335,14 +347,14 @@ adapter becomes a plain model by `--to merged`.
 """
 
 
-def load_tuned(materials: Materials, run: RunDirectory, base: nn.Module | None = None) -> PeftModel:
-    """The base model (another copy than ``base`` if none is given) with the run's adapter from disk."""
+def load_tuned(materials: ModelMaterials, run: RunDirectory, base: nn.Module | None = None) -> PeftModel:
+    """The run's adapter from disk on a base model: on ``base``, or on the untouched one if none is given."""
     if not (run.adapter / "adapter_config.json").is_file():
         raise InputError(f"{run.path} holds no adapter; run `reltune tune` first.")
-    return PeftModel.from_pretrained(materials.fresh_model() if base is None else base, str(run.adapter))
+    return PeftModel.from_pretrained(materials.base.take() if base is None else base, str(run.adapter))
 
 
-def evaluate(materials: Materials, run: RunDirectory) -> dict[str, float]:
+def evaluate(materials: EvaluationMaterials, run: RunDirectory) -> dict[str, float]:
     """Metrics on held-out data before training and after it, written to ``all_results.json``; and what the model wrote for
     test examples, to ``outputs.jsonl``.
 
@@ -385,7 +397,7 @@ def evaluate(materials: Materials, run: RunDirectory) -> dict[str, float]:
     return results
 
 
-def measure_lm_eval(materials: Materials, tuned: PeftModel) -> LMEvalRecord | None:
+def measure_lm_eval(materials: ModelMaterials, tuned: PeftModel) -> LMEvalRecord | None:
     """What lm-evaluation-harness says of the base and the tuned model; of several processes the first one is told."""
     config = materials.config
     settings: dict[str, Any] = {
@@ -404,15 +416,36 @@ def measure_lm_eval(materials: Materials, tuned: PeftModel) -> LMEvalRecord | No
     return LMEvalRecord(metadata.version("lm_eval"), scores=scores, **settings) if scores is not None else None
 
 
-def export(materials: Materials, run: RunDirectory, to: str, output_dir: str) -> Path:
+def export(materials: ModelMaterials, run: RunDirectory, to: str, output_dir: str) -> Path:
     """Write the adapter as a LoRA adapter or merged into a plain model."""
     check_destination(output_dir)
     model = load_tuned(materials, run)
-    if to == "lora":
-        path = exporting.to_lora(model, output_dir)
-        materials.tokenizer.save_pretrained(str(path))
-        return path
-    return exporting.to_merged(model, materials.tokenizer, output_dir)
+    if to != "lora":
+        return exporting.to_merged(model, materials.tokenizer, output_dir)
+    path = exporting.to_lora(model, output_dir)
+    materials.tokenizer.save_pretrained(str(path))
+    describe(path, materials.task, lora_card(materials))
+    return path
+
+
+def lora_card(materials: ModelMaterials) -> str:
+    """The card of an exported LoRA adapter."""
+    task, name = materials.task, materials.config.model_name_or_path
+    facts = "\n".join(f"- {line}" for line in task.facts())
+    return f"""---
+base_model: {name}
+library_name: peft
+tags:
+- lora
+---
+
+# LoRA adapter for {name}
+
+{facts}
+
+PEFT loads it without reltune, on the base model above: `PeftModel.from_pretrained(base_model, "this directory")`.
+`{TASK}` has the task in a form that programs can read.
+"""
 
 
 def report(config: RunConfig, run: RunDirectory) -> RunRecord:

@@ -124,21 +124,17 @@ def in_words(values: dict[str, Any]) -> str:
 
 
 def check(materials: Materials, relevance: RelevanceScores | None = None) -> None:
-    """Raise InputError for values that cannot be trained with, before anything is; budgets only if there is relevance.
-
-    Call it while ``materials`` has the model.
-    """
+    """Raise InputError for values that cannot be trained with, before anything is; budgets only if there is relevance."""
     name = _compared_by(materials)[0]
     if name not in (known := ["loss", *materials.task.metrics]):
         raise InputError(
             f"metric_for_best_model {name!r} is no metric of {materials.task.name}; {nearest(name, known)}"
         )
-    assert materials.model is not None, "checked before it is changed"
     for values in _combinations(space(materials.config)):
         config = with_values(materials.config, values)
         try:
             config.check()
-            dataclasses.replace(materials, config=config).check_training(materials.model)
+            dataclasses.replace(materials, config=config).check_training()
             if relevance is not None and "budget" in values:
                 choose(config, relevance, config.criteria[0])
         except InputError as error:
@@ -321,7 +317,6 @@ def _trial(materials: Materials, run: RunDirectory, number: int, values: dict[st
     trial = run.trial(number, "budget" in values)
     config = dataclasses.replace(with_values(materials.config, values), output_dir=str(trial.path))
     own = dataclasses.replace(materials, config=config)
-    materials.model = None  # this trial's to change
     name = _compared_by(materials)[0]
     try:
         if "budget" in values and not (trial.plan / "plan.yaml").is_file():
@@ -361,7 +356,7 @@ def _make_light(trial: RunDirectory) -> None:
 
 def _adopt(trial: RunDirectory, run: RunDirectory, config: RunConfig) -> None:
     """Make the trial's training the run's, the adapter last: until it is there, the sweep counts as interrupted."""
-    names = ["trainer_state.json", "training_cost.json", trial.log.name, "bad_rows.json"]
+    names = ["trainer_state.json", "training_cost.json", trial.log.name, trial.task.name, "bad_rows.json", "notes.json"]
     names += [path.name for path in trial.path.glob("checkpoint-*")]
     names += [] if trial.plan == run.plan else [trial.plan.name]
     for name in names:

@@ -16,27 +16,29 @@ from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoImageProcessor,
     AutoModelForImageClassification,
-    PreTrainedModel,
     TrainingArguments,
 )
 
 from reltune.data.images import image_problem, open_image
 from reltune.data.rows import Row, label_problem
 from reltune.errors import InputError, first_line
-from reltune.pretrained import labelled, load_config, load_model
+from reltune.pretrained import load_config
 from reltune.tasks.sequence_classification import SequenceClassification
 from reltune.tasks.task import Columns, Examples
 
 
 @dataclass
 class ImageClassification(SequenceClassification):
-    """The task of giving each image one of ``labels``; a label's place in the list is its class index."""
+    """The task of giving each image one of ``labels``."""
 
     columns: Columns = field(default_factory=lambda: {"image": "image", "label": "label"})
 
     name: ClassVar[str] = "image_classification"
     peft_task_type: ClassVar[str | None] = None
     unit: ClassVar[str] = "image"
+    auto_class: ClassVar[Any] = AutoModelForImageClassification
+    mapping: ClassVar[Any] = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    head: ClassVar[str] = "image classification head"
 
     def problem(self, row: Row) -> str | None:
         return image_problem(row.values, self.columns["image"]) or label_problem(row.values, self.columns["label"])
@@ -49,18 +51,9 @@ class ImageClassification(SequenceClassification):
             return hashlib.sha256(data).hexdigest()
         return str(image["path"] if isinstance(image, Mapping) else image)
 
-    def load_model(
-        self, model_name_or_path: str | os.PathLike, dtype: torch.dtype | str | None = None, **options: Any
-    ) -> tuple[PreTrainedModel, list[str]]:
-        return load_model(
-            os.fspath(model_name_or_path),
-            AutoModelForImageClassification,
-            MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-            "image classification head",
-            labelled(self.labels, "single_label_classification"),
-            dtype,
-            **options,
-        )
+    def pad_token_id(self, model_name_or_path: str | os.PathLike) -> int | None:
+        """None: images are not padded."""
+        return None
 
     def load_tokenizer(self, model_name_or_path: str | os.PathLike) -> Any:
         """The model's image processor, which resizes and normalises."""

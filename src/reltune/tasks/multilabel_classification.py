@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
 from sklearn.metrics import accuracy_score, f1_score
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+)
 
 from reltune.data.rows import Row, label_of, text_problem
-from reltune.errors import InputError, nearest
-from reltune.pretrained import labelled
-from reltune.tasks.sequence_classification import label_order, load_sequence_classifier
+from reltune.errors import InputError
+from reltune.tasks.classes import ClassTask
+from reltune.tasks.sequence_classification import label_order
 from reltune.tasks.task import Columns, Examples
 from reltune.tasks.texts import TextTask, encode_texts
 
@@ -22,16 +25,19 @@ SEPARATOR = "|"  # between labels where a column holds text: CSV has no lists
 
 
 @dataclass
-class MultilabelClassification(TextTask):
+class MultilabelClassification(ClassTask, TextTask):
     """The task of giving each text those of ``labels`` that fit, which may be none."""
 
-    labels: list[str] = field(default_factory=list)
     columns: Columns = field(default_factory=lambda: {"text": "text", "label": "label"})
 
     name: ClassVar[str] = "multilabel_classification"
     loss: ClassVar[str] = "multilabel_classification"
     metrics: ClassVar[tuple[str, ...]] = ("f1_micro", "f1_macro", "subset_accuracy")
     peft_task_type: ClassVar[str] = "SEQ_CLS"
+    problem_type: ClassVar[str | None] = "multi_label_classification"
+    auto_class: ClassVar[Any] = AutoModelForSequenceClassification
+    mapping: ClassVar[Any] = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    head: ClassVar[str] = "sequence classification head"
 
     def problem(self, row: Row) -> str | None:
         column = self.columns["label"]
@@ -61,23 +67,10 @@ class MultilabelClassification(TextTask):
 
     def misfit(self, row: Row) -> str | None:
         unknown = next((label for label in self.labels_of(row) if label not in self.labels), None)
-        if unknown is None:
-            return None
-        return f"the label {unknown!r}, which does not occur in training ({nearest(unknown, self.labels).rstrip('.')})"
+        return None if unknown is None else self.unknown(unknown)
 
     def describe(self) -> str:
         return f"{len(self.labels)} labels"
-
-    def load_model(
-        self, model_name_or_path: str | os.PathLike, dtype: torch.dtype | str | None = None, **options: Any
-    ) -> tuple[PreTrainedModel, list[str]]:
-        kind = "multi_label_classification"
-
-        def adapt(config: Any) -> bool:
-            before = config.problem_type  # a head that chose one label of several is another one
-            return labelled(self.labels, kind)(config) and before == kind
-
-        return load_sequence_classifier(self, model_name_or_path, adapt, dtype, **options)
 
     def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
         """Token ids of each text, and 1.0 for each label that it has, 0.0 for the others."""

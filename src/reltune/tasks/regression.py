@@ -9,11 +9,20 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    EvalPrediction,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from reltune.data.rows import Row, text_problem
-from reltune.tasks.sequence_classification import load_sequence_classifier
-from reltune.tasks.task import Columns, Examples
+from reltune.notes import note
+from reltune.pretrained import load_model
+from reltune.tasks.classes import ANEW, has_head
+from reltune.tasks.task import Columns, Examples, Task
 from reltune.tasks.texts import TextTask, encode_texts, number_of
 
 
@@ -37,10 +46,24 @@ class Regression(TextTask):
             return f"an empty {column!r}"
         return None if number_of(value) is not None else f"a {column!r} that is no number"
 
+    def suited_to(self, config: PreTrainedConfig) -> Task:
+        if has_head(config, AutoModelForSequenceClassification) and not is_one_number(config):
+            note(f"The model's own head is for classes and not for one number; {ANEW}.")
+        return self
+
     def load_model(
         self, model_name_or_path: str | os.PathLike, dtype: torch.dtype | str | None = None, **options: Any
     ) -> tuple[PreTrainedModel, list[str]]:
-        return load_sequence_classifier(self, model_name_or_path, one_number, dtype, **options)
+        return load_model(
+            os.fspath(model_name_or_path),
+            AutoModelForSequenceClassification,
+            MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+            "sequence classification head",
+            one_number,
+            dtype,
+            lambda: self.load_tokenizer(model_name_or_path).pad_token_id,
+            **options,
+        )
 
     def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
         texts = [self.content(row) for row in rows]
@@ -65,9 +88,14 @@ class Regression(TextTask):
         }
 
 
+def is_one_number(config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint's head has one output that was trained by squared error."""
+    return config.num_labels == 1 and getattr(config, "problem_type", None) in (None, "regression")
+
+
 def one_number(config: Any) -> bool:
     """An ``adapt`` for ``load_model``: one output, trained by squared error."""
-    same = config.num_labels == 1 and config.problem_type in (None, "regression")
+    same = is_one_number(config)
     config.num_labels = 1
     config.problem_type = "regression"
     return same

@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForSequenceClassification,
     EvalPrediction,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from reltune.data.rows import Row, label_of, label_problem, text_problem
 from reltune.errors import InputError, nearest
-from reltune.pretrained import labelled, load_model
-from reltune.tasks.task import Columns, Examples, Task
+from reltune.tasks.classes import ClassTask
+from reltune.tasks.task import Columns, Examples
 from reltune.tasks.texts import TextTask, encode_texts
 
 
 @dataclass
-class SequenceClassification(TextTask):
-    """The task of giving each text one of ``labels``; a label's place in the list is its class index."""
+class SequenceClassification(ClassTask, TextTask):
+    """The task of giving each text one of ``labels``."""
 
-    labels: list[str] = field(default_factory=list)
     columns: Columns = field(default_factory=lambda: {"text": "text", "label": "label"})
 
     name: ClassVar[str] = "sequence_classification"
     loss: ClassVar[str] = "sequence_classification"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1_macro", "matthews")
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"
+    problem_type: ClassVar[str | None] = "single_label_classification"
+    auto_class: ClassVar[Any] = AutoModelForSequenceClassification
+    mapping: ClassVar[Any] = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    head: ClassVar[str] = "sequence classification head"
 
     def problem(self, row: Row) -> str | None:
         return text_problem(row.values, self.columns["text"]) or label_problem(row.values, self.columns["label"])
@@ -55,20 +55,10 @@ class SequenceClassification(TextTask):
 
     def misfit(self, row: Row) -> str | None:
         label = self.label(row)
-        if label in self.labels:
-            return None
-        known = nearest(label, self.labels).rstrip(".")
-        return f"the label {label!r}, which does not occur in training ({known})"
+        return None if label in self.labels else self.unknown(label)
 
     def describe(self) -> str:
         return f"{len(self.labels)} classes"
-
-    def load_model(
-        self, model_name_or_path: str | os.PathLike, dtype: torch.dtype | str | None = None, **options: Any
-    ) -> tuple[PreTrainedModel, list[str]]:
-        return load_sequence_classifier(
-            self, model_name_or_path, labelled(self.labels, "single_label_classification"), dtype, **options
-        )
 
     def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
         """Token ids of each text, cut to ``max_length`` tokens or the tokenizer's limit if that is less."""
@@ -98,22 +88,6 @@ class SequenceClassification(TextTask):
             "f1_macro": float(f1),
             "matthews": float(matthews_corrcoef(labels, predicted)),
         }
-
-
-def load_sequence_classifier(
-    task: Task, model_name_or_path: str | os.PathLike, adapt: Any, dtype: Any = None, **options: Any
-) -> tuple[PreTrainedModel, list[str]]:
-    """The model with a head for one vector per text."""
-    return load_model(
-        os.fspath(model_name_or_path),
-        AutoModelForSequenceClassification,
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-        "sequence classification head",
-        adapt,
-        dtype,
-        lambda: task.load_tokenizer(model_name_or_path).pad_token_id,
-        **options,
-    )
 
 
 def label_order(label: str) -> tuple[bool, float, str]:

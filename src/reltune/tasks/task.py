@@ -6,6 +6,7 @@ One file per task implements this; everything outside ``tasks`` knows this inter
 from __future__ import annotations
 
 import abc
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
+from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from reltune.data.rows import Row
 from reltune.losses import Loss
@@ -128,6 +129,22 @@ class Task(abc.ABC):
     def misfit(self, row: Row) -> str | None:
         """What keeps a held-out row from this task, as a phrase: a label that training does not have, say; or None."""
         return None
+
+    def suited_to(self, config: PreTrainedConfig) -> Task:
+        """The task for a new run on the checkpoint with this config: with its classes in the order of the checkpoint's own head,
+        say. A run that exists keeps the task that it was made with."""
+        return self
+
+    def record(self) -> dict[str, Any]:
+        """What the task learned from its training rows and its checkpoint, for ``task.json``: all of its fields that a run's
+        config does not have. ``registry.task_of_record`` makes the task again."""
+        names = [field.name for field in dataclasses.fields(self)] if dataclasses.is_dataclass(self) else ["columns"]
+        values = {name: getattr(self, name) for name in names if name not in self.fields}
+        return {"name": self.name, **values, "columns": dict(self.columns)}
+
+    def facts(self) -> list[str]:
+        """Lines for a reader of the adapter: what it is for, and what the model's outputs mean."""
+        return [f"Task: {self.name}"]
 
     def describe(self) -> str:
         """What sets this task apart from others of its name ("3 classes"), or nothing."""

@@ -9,38 +9,39 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from transformers import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoModelForTokenClassification,
     DataCollatorForTokenClassification,
     EvalPrediction,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from reltune.data.rows import Row, label_of
-from reltune.errors import InputError, nearest
+from reltune.errors import InputError
 from reltune.losses import IGNORED
-from reltune.pretrained import labelled, load_model, load_tokenizer
-from reltune.tasks.task import Columns, Examples, Task
+from reltune.pretrained import load_tokenizer
+from reltune.tasks.classes import ClassTask
+from reltune.tasks.task import Columns, Examples
 from reltune.tasks.texts import limit_of
 
 CHUNKS = re.compile(r"O|[BIESLU]-.+")  # tags of entities: IOB and its kin
 
 
 @dataclass
-class TokenClassification(Task):
+class TokenClassification(ClassTask):
     """The task of giving each word one of ``labels``. Words are a list, or a text with spaces between; so are tags."""
 
-    labels: list[str] = field(default_factory=list)
     columns: Columns = field(default_factory=lambda: {"tokens": "tokens", "tags": "ner_tags"})
 
     name: ClassVar[str] = "token_classification"
     loss: ClassVar[str] = "token_classification"
     metrics: ClassVar[tuple[str, ...]] = ("f1", "precision", "recall", "token_accuracy")
     peft_task_type: ClassVar[str] = "TOKEN_CLS"
+    auto_class: ClassVar[Any] = AutoModelForTokenClassification
+    mapping: ClassVar[Any] = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    head: ClassVar[str] = "token classification head"
 
     def problem(self, row: Row) -> str | None:
         words: Any = row.values.get(self.columns["tokens"])
@@ -76,9 +77,7 @@ class TokenClassification(Task):
 
     def misfit(self, row: Row) -> str | None:
         unknown = next((tag for tag in self.tags(row) if tag not in self.labels), None)
-        if unknown is None:
-            return None
-        return f"the tag {unknown!r}, which does not occur in training ({nearest(unknown, self.labels).rstrip('.')})"
+        return None if unknown is None else self.unknown(unknown, "tag")
 
     def describe(self) -> str:
         return f"{len(self.labels)} tags"
@@ -91,20 +90,6 @@ class TokenClassification(Task):
     @property
     def best(self) -> str:
         return "f1" if self.entities else "token_accuracy"
-
-    def load_model(
-        self, model_name_or_path: str | os.PathLike, dtype: torch.dtype | str | None = None, **options: Any
-    ) -> tuple[PreTrainedModel, list[str]]:
-        return load_model(
-            os.fspath(model_name_or_path),
-            AutoModelForTokenClassification,
-            MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-            "token classification head",
-            labelled(self.labels),
-            dtype,
-            lambda: self.load_tokenizer(model_name_or_path).pad_token_id,
-            **options,
-        )
 
     def load_tokenizer(self, model_name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = super().load_tokenizer(model_name_or_path)
