@@ -335,8 +335,32 @@ def test_modes_and_weights_are_left_as_they_were(way):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_probe_of_full_tuning_refuses_it_by_name(way):
     quantised, _ = pair(tiny_bert, way)
-    with pytest.raises(InputError, match=r"movement trains every weight, and bert\.\S+ is quantised"):
-        measure(quantised, batches(), None, ["movement"])
+    with pytest.raises(InputError, match=r"the probe by AdamW trains every weight, and bert\.\S+ is quantised"):
+        measure(quantised, batches(), None, ["movement"], options={"movement": {"update": "adamw"}})
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("make", [tiny_bert, tiny_llama])
+def test_a_sign_probe_moves_it_as_if_it_were_unpacked(make, way):
+    quantised, plain = pair(make, way)
+    weights = {
+        info.name: canonical_weights(info, quantised.get_submodule(info.name)) for info in inventoried(quantised)
+    }
+    before = {name: of["weight"].clone() for name, of in weights.items()}
+    options = {"movement": {"steps": 4, "step_size": 0.01}}
+    found, wanted = (
+        measure(m, batches(), None, ["movement"], options=options, elements=True) for m in (quantised, plain)
+    )
+    modules = quantised_modules(found)
+    assert modules
+    votes = [[of.parts["movement"][name]["element"].floor() for name in modules] for of in (found, wanted)]
+    a, b = (torch.cat([of.flatten() for of in own]) for own in votes)
+    assert (a != b).float().mean() <= 0.01  # roundings of float32
+    assert all(torch.equal(of["weight"], before[name]) for name, of in weights.items())
+
+
+def inventoried(model):
+    return take_inventory(model).modules
 
 
 def test_a_layer_that_is_not_quantised_yet_is_left_out_by_name():
