@@ -106,7 +106,7 @@ def refusals(directory: Path) -> None:
         try:
             Processes.joined().share(DataLoader(Examples(), sampler=sampler))
         except ValueError as error:
-            assert "DistributedSampler is of process 0 of 2" in str(error)
+            assert "DistributedSampler is for process 0 of 2" in str(error)
     model = MODELS[name]()
     with torch.no_grad():
         model[0].weight += rank

@@ -227,8 +227,8 @@ def _measure_behaviour(
             elements=analysis.elements,
         )
         with frozen(model), random_state_kept(experiment.device):
-            scores[name], found = criterion.measure(experiment)
-        facts[name] = {**values, **found}
+            scores[name], measured = criterion.measure(experiment)
+        facts[name] = {**values, **measured}
     return scores, facts, kept
 
 

@@ -1,9 +1,10 @@
-"""Relevance from the weights alone, with no model in memory: every tensor is read, scored and dropped.
+"""Relevance from the weights alone, without the model in memory: each tensor is read, scored and dropped.
 
-Memory beside the scores: the largest tensor in its own type, and what the criterion takes for it (``magnitude``: one block
+Memory beside the scores: the largest tensor in its own dtype, and what the criterion takes for it (``magnitude``: one block
 of its rows in float32; ``spectral_snr``, ``principal``: ops/singular_vectors.py; ``elements``: one number per weight of
-the whole model, for they are the result). Parameters that loading makes of several tensors (the experts of a mixture) count
-as the tensor that they become, twice while they are made. The scores and the fingerprint are those of the loaded model, number for number.
+the whole model, because these are the result). A parameter that loading makes of several tensors (the experts of a mixture)
+counts as the tensor that it becomes, and twice while it is made. The scores and the fingerprint are exactly those of the
+loaded model.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ def analyze_checkpoint(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> RelevanceScores:
-    """``analyze`` for criteria that look at no data, of a checkpoint that is never loaded.
+    """Measure relevance from the weights of a checkpoint that is never loaded, by criteria that look at no data.
 
     Args:
         model_name_or_path: a directory that ``save_pretrained`` wrote, or a hub id; safetensors, in one file or several.
-        model_class: the transformers class, or Auto class, whose parameters are scored; None takes the one in config.json.
-            Modules that the checkpoint lacks (a new head) are ``always_trained``.
-        device: where the scores are computed; each tensor is moved there alone.
+        model_class: the transformers class, or Auto class, whose parameters are scored; None means the one in config.json.
+            Modules that the checkpoint lacks (a new head) count as ``always_trained``.
+        device: where the scores are computed; one tensor at a time is moved there.
 
-    Everything else is as in ``analyze``.
+    All other arguments are as in ``analyze``.
 
     Raises:
         InputError: a criterion that needs data, files that are missing or do not fit the config, quantised weights.
@@ -81,7 +82,9 @@ def analyze_checkpoint(
     assemblies = {name: Assembly(criterion, context, elements, inventory.heads) for name, criterion in by_name.items()}
     bar = tqdm(inventory.modules, desc="analyze", unit="module", disable=not progress)
     for (owner, keys), infos in itertools.groupby(bar, lambda info: (info.owner, _parameters(model, info))):
-        module = copy.copy(model.get_submodule(owner))  # a stand-in, so that the model itself never holds a weight
+        module = copy.copy(
+            model.get_submodule(owner)
+        )  # a copy takes the weights, so that the model itself never holds any
         module._parameters = {
             **module._parameters,
             **{key: nn.Parameter(take(f"{owner}.{key}" if owner else key), requires_grad=False) for key in keys},
