@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -57,6 +58,10 @@ def _why_no_config(name: str, error: Exception) -> str:
 def _place(name: str) -> tuple[str, dict[str, Any]]:
     """Where to load from, and what to say of it: a file in llama.cpp's format lies in a directory."""
     if name.endswith(".gguf") and Path(name).is_file():
+        if importlib.util.find_spec("gguf") is None:
+            raise InputError(
+                f'{name} is in llama.cpp\'s format, and the package gguf is not installed; run: pip install "reltune[gguf]"'
+            )
         return str(Path(name).parent), {"gguf_file": Path(name).name}
     return name, {}
 

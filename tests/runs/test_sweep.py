@@ -165,6 +165,10 @@ def test_all_combinations_by_another_metric(place: Path) -> None:
     assert len(set(losses)) == 4 and record["best"]["metric"] == min(losses) == metrics(run)["eval_loss"]
     config = RunConfig.load(run / "config.yaml")
     assert {name: config.training[name] for name in record["sweep"]} == record["best"]["values"]
+    # The best trial's checkpoints moved here with it, and its records name them where they are now.
+    states = [run / "trainer_state.json", *run.glob("checkpoint-*/trainer_state.json")]
+    best = [Path(read(file)["best_model_checkpoint"]) for file in states]
+    assert len(states) > 1 and all(path.parent == run and path.is_dir() for path in best)
 
 
 def test_what_counts_as_better() -> None:
