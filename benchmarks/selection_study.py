@@ -34,6 +34,7 @@ import study_data
 import study_training as st
 
 HEAD_RATE = 1e-3
+MAIN = "main 0 50"  # the probe of the second round: fixed steps of 1e-4, 50 batches of 32 in training mode
 PROBE_STEPS = 50
 HALF_DECADE = 10**0.5
 SMALL = (5e-3, 1e-2, 2e-2, 4e-2)
@@ -90,13 +91,13 @@ class Phase:
     statistics: bool = False
     max_replicas: int = 20
     workers: int = 3
+    main: str = MAIN  # the probe whose movement and votes other choices are made from
 
 
 def even(score: str, share: float = 0.0025) -> str:
     return f"{score}|even|{share}"
 
 
-MAIN = "main 0 50"  # the probe of the second round: fixed steps of 1e-4, 50 batches of 32 in training mode
 ENCODER_CLASSES = ("movie", "amazon", "nyt", "tweets", "bbc")
 EXPLORE = Phase(
     "encoder",
@@ -167,29 +168,45 @@ EXPLORE = Phase(
     },
     statistics=True,
 )
-GOAL_PROBE = {"main": ProbeRun(((1e-4, False),))}
+ALL = "all 0 50"  # the best of the exploration: everything moves, not the linear maps alone
+ALL_RELATIVE = "all 1 50"  # the same, each matrix by a share of its root mean square
 ENCODER = Phase(
     "encoder",
     (*ENCODER_CLASSES, "movie_score", "capitals"),
     3,
-    GOAL_PROBE,
     {
-        "single weights 0.25%": Method(even(MAIN)),
+        "all": ProbeRun(((1e-4, False), (2e-3, True)), (50, 100), scope="all"),
+        "linear": ProbeRun(((1e-4, False),)),
+    },
+    {
+        "weights 0.25%": Method(even(ALL)),
         "LoRA 4": Method(lora=4, rates=LORA),
         "full": Method("all", FULL),
         "random 0.25%": Method(even("random")),
-        "LoRA 1": Method(lora=1, rates=LORA),
-        "LoRA 8": Method(lora=8, rates=LORA),
+        "weights 0.25%, relative": Method(even(ALL_RELATIVE)),
+        "weights 0.25%, columns first": Method(f"{ALL}|columns|0.0025"),
+        "weights 0.25%, relative, columns first": Method(f"{ALL_RELATIVE}|columns|0.0025"),
+        "weights 0.25%, linear maps moved": Method(even("linear 0 50")),
+        "weights 0.25%, 100 steps": Method(even("all 0 100")),
         "LoRA 4, equal cost": Method(lora=4, rates=LORA, more_steps=PROBE_STEPS),
         "full, equal cost": Method("all", FULL, more_steps=PROBE_STEPS),
         "random 0.25%, equal cost": Method(even("random"), more_steps=PROBE_STEPS),
-        "LoRA 1, equal cost": Method(lora=1, rates=LORA, more_steps=PROBE_STEPS),
-        "columns 1%": Method("diverse gradient|column|0.0104", COLUMN),
+        "LoRA 1": Method(lora=1, rates=LORA),
+        "LoRA 8": Method(lora=8, rates=LORA),
+        "weights 1%": Method(even(ALL, 0.01)),
+        "weights 0.1%": Method(even(ALL, 0.001)),
         "LoRA 3": Method(lora=3, rates=LORA),
-        "single weights 1%": Method(even(MAIN, 0.01)),
+        "columns 1%, diverse movement": Method("diverse movement|column|0.0104", COLUMN),
+        "columns 1%, diverse": Method("diverse|column|0.0104", COLUMN),
+        "LoRA 5, A from movement and fixed": Method(lora=5, rates=LORA, start_a=ALL, fixed_a=True),
+        "tiles 8, 1%, random": Method("random|tile8|0.01"),
+        "weights 0.25%, from movement": Method(even(ALL), from_movement=True),
     },
     statistics=True,
+    max_replicas=12,
+    main=ALL,
 )
+GOAL_PROBE = {"all": ProbeRun(((1e-4, False), (2e-3, True)), scope="all")}
 DECODER_LORA = (1e-3, 2e-3, 4e-3, 8e-3)
 DECODER = Phase(
     "decoder",
@@ -197,23 +214,24 @@ DECODER = Phase(
     2,
     GOAL_PROBE,
     {
-        "single weights 1%": Method(even(MAIN, 0.01)),
+        "weights 1%": Method(even(ALL, 0.01)),
         "LoRA 8": Method(lora=8, rates=DECODER_LORA),
         "full": Method("all", (3e-5, 1e-4, 3e-4, 1e-3)),
-        "single weights 0.25%": Method(even(MAIN)),
+        "weights 0.25%": Method(even(ALL)),
         "LoRA 1": Method(lora=1, rates=DECODER_LORA),
         "random 1%": Method(even("random", 0.01)),
         "random 0.25%": Method(even("random")),
         "LoRA 8, equal cost": Method(lora=8, rates=DECODER_LORA, more_steps=PROBE_STEPS),
         "full, equal cost": Method("all", (3e-5, 1e-4, 3e-4, 1e-3), more_steps=PROBE_STEPS),
+        "weights 1%, global": Method(f"{ALL}|global|0.01"),
+        "weights 0.25%, global": Method(f"{ALL}|global|0.0025"),
         "LoRA 1, equal cost": Method(lora=1, rates=DECODER_LORA, more_steps=PROBE_STEPS),
-        "single weights 1%, global": Method(f"{MAIN}|global|0.01"),
-        "single weights 0.25%, global": Method(f"{MAIN}|global|0.0025"),
+        "weights 1%, relative": Method(even(ALL_RELATIVE, 0.01)),
         "random 1%, equal cost": Method(even("random", 0.01), more_steps=PROBE_STEPS),
-        "random 0.25%, equal cost": Method(even("random"), more_steps=PROBE_STEPS),
     },
     max_replicas=6,
     workers=1,
+    main=ALL,
 )
 PHASES = {"explore": EXPLORE, "encoder": ENCODER, "decoder": DECODER}
 
@@ -230,8 +248,8 @@ def batches(task: dict[str, np.ndarray], seed: int, steps: int, batch: int, purp
 class Worker:
     """What one process keeps: the base model and the tasks on its GPU."""
 
-    def __init__(self, phase: Phase, seeds: int, device: str, scratch: Path, epochs_scale: float):
-        self.phase, self.seeds, self.scratch = phase, seeds, scratch
+    def __init__(self, phase: Phase, seeds: int, first_seed: int, device: str, scratch: Path, epochs_scale: float):
+        self.phase, self.seeds, self.first_seed, self.scratch = phase, seeds, first_seed, scratch
         self.device = torch.device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
         weights = study_data.load_model(phase.kind)
@@ -256,10 +274,10 @@ class Worker:
 
     def orders(self, task: str, seeds: list[int], steps: int, purpose: int, batch: int = st.BATCH) -> Tensor:
         batch = batch if self.scale == 1 else 2
-        return torch.stack([batches(self.tasks[task], seed, steps, batch, purpose) for seed in seeds])
+        return torch.stack([batches(self.tasks[task], self.first_seed + seed, steps, batch, purpose) for seed in seeds])
 
     def rows(self, task: str, seeds: list[int], part: str) -> Tensor:
-        rows = np.stack([study_data.split(self.tasks[task], seed)[part] for seed in seeds])
+        rows = np.stack([study_data.split(self.tasks[task], self.first_seed + seed)[part] for seed in seeds])
         if self.scale < 1:
             rows = rows[:, :8]
         return torch.from_numpy(rows).to(self.device)
@@ -315,7 +333,7 @@ class Worker:
                     mine = slice(setting * self.seeds, (setting + 1) * self.seeds)
                     at = f"{name} {setting} {stop}"
                     self._choose(wanted, chosen, at, score[mine])
-                    if at == MAIN:
+                    if at == self.phase.main:
                         n_linear = self.base.size["linear"]
                         self._choose(wanted, chosen, f"{at} sum", run.sums[mine].abs())
                         self._choose(
@@ -326,7 +344,7 @@ class Worker:
                             if key.startswith(f"{at}|even"):
                                 movement[key] = moved.gather(1, chosen[key].to(self.device)).cpu()
                         for source, rank in starts_a:
-                            assert source == MAIN
+                            assert source == self.phase.main
                             factors[f"{source} {rank}"] = torch.stack(
                                 [st.right_vectors(self.base, row, rank) for row in run.votes[mine]]
                             ).cpu()
@@ -450,7 +468,7 @@ class Worker:
         for record in records:
             if record["rate"] == best:
                 record |= {f"test_{key}": value for key, value in figures[record["seed"]].items()}
-            yield record
+            yield {**record, "seed": self.first_seed + record["seed"]}
 
     def _replicas(
         self, task: str, method: Method, measured: dict[str, Any], seeds: list[int], steps: int
@@ -598,7 +616,9 @@ def work(number: int, options: argparse.Namespace, jobs: Any, answers: Any) -> N
             torch.cuda.set_device(device)
         torch.set_num_threads(2)
         known = finished(Path(options.output_dir) / f"{options.phase}.jsonl")
-        worker = Worker(PHASES[options.phase], options.seeds, device, Path(options.scratch), options.scale)
+        worker = Worker(
+            PHASES[options.phase], options.seeds, options.first_seed, device, Path(options.scratch), options.scale
+        )
         answers.put(("ready", number, None, 0.0))
         while (job := jobs.get()) is not None:
             began = time.perf_counter()
@@ -633,6 +653,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--phase", choices=PHASES, required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--first_seed", type=int, default=0, help="of the confirmation: seeds that no exploration has seen"
+    )
     parser.add_argument("--minutes", type=float, default=8.5, help="no job starts that would end later")
     parser.add_argument("--workers", type=int, default=0, help="processes per GPU; the phase's own number by default")
     parser.add_argument("--tasks", nargs="*", default=[])
