@@ -207,33 +207,51 @@ ENCODER = Phase(
     main=ALL,
 )
 GOAL_PROBE = {"all": ProbeRun(((1e-4, False), (2e-3, True)), scope="all")}
-DECODER_LORA = (1e-3, 2e-3, 4e-3, 8e-3)
+DECODER_LORA = (1e-3, 2e-3, 4e-3)
+DECODER_WEIGHTS = (5e-3, 1e-2, 2e-2)
+DECODER_FULL = (3e-5, 1e-4, 3e-4)
 DECODER = Phase(
     "decoder",
-    ("chain_sum", "number_sequence", "gcd", "movie_word"),
+    ("chain_sum", "number_sequence", "movie_word", "gcd"),
     2,
     GOAL_PROBE,
     {
-        "weights 1%": Method(even(ALL, 0.01)),
+        "weights 1%": Method(even(ALL, 0.01), DECODER_WEIGHTS),
         "LoRA 8": Method(lora=8, rates=DECODER_LORA),
-        "full": Method("all", (3e-5, 1e-4, 3e-4, 1e-3)),
-        "weights 0.25%": Method(even(ALL)),
+        "full": Method("all", DECODER_FULL),
+        "weights 0.25%": Method(even(ALL), DECODER_WEIGHTS),
         "LoRA 1": Method(lora=1, rates=DECODER_LORA),
-        "random 1%": Method(even("random", 0.01)),
-        "random 0.25%": Method(even("random")),
         "LoRA 8, equal cost": Method(lora=8, rates=DECODER_LORA, more_steps=PROBE_STEPS),
-        "full, equal cost": Method("all", (3e-5, 1e-4, 3e-4, 1e-3), more_steps=PROBE_STEPS),
-        "weights 1%, global": Method(f"{ALL}|global|0.01"),
-        "weights 0.25%, global": Method(f"{ALL}|global|0.0025"),
+        "full, equal cost": Method("all", DECODER_FULL, more_steps=PROBE_STEPS),
+        "weights 1%, columns first": Method(f"{ALL}|columns|0.01", DECODER_WEIGHTS),
         "LoRA 1, equal cost": Method(lora=1, rates=DECODER_LORA, more_steps=PROBE_STEPS),
-        "weights 1%, relative": Method(even(ALL_RELATIVE, 0.01)),
-        "random 1%, equal cost": Method(even("random", 0.01), more_steps=PROBE_STEPS),
+        "random 1%": Method(even("random", 0.01), DECODER_WEIGHTS),
+        "weights 1%, global": Method(f"{ALL}|global|0.01", DECODER_WEIGHTS),
+        "weights 1%, relative": Method(even(ALL_RELATIVE, 0.01), DECODER_WEIGHTS),
+        "weights 0.25%, global": Method(f"{ALL}|global|0.0025", DECODER_WEIGHTS),
+        "weights 0.25%, columns first": Method(f"{ALL}|columns|0.0025", DECODER_WEIGHTS),
+        "random 0.25%": Method(even("random"), DECODER_WEIGHTS),
     },
     max_replicas=6,
     workers=1,
     main=ALL,
 )
-PHASES = {"explore": EXPLORE, "encoder": ENCODER, "decoder": DECODER}
+CONFIRM = dataclasses.replace(  # what the phase before found best, put together, on seeds that nothing has seen
+    ENCODER,
+    methods={
+        "weights 0.25%, 100 steps, relative, columns first": Method("all 1 100|columns|0.0025"),
+        "LoRA 4": Method(lora=4, rates=LORA),
+        "full": Method("all", FULL),
+        "random 0.25%": Method(even("random")),
+        "LoRA 4, equal cost": Method(lora=4, rates=LORA, more_steps=100),
+        "full, equal cost": Method("all", FULL, more_steps=100),
+        "weights 0.25%, 100 steps, columns first": Method("all 0 100|columns|0.0025"),
+        "weights 0.25%, 100 steps": Method(even("all 0 100")),
+        "weights 1%, 100 steps, relative, columns first": Method("all 1 100|columns|0.01"),
+    },
+    statistics=False,
+)
+PHASES = {"confirm": CONFIRM, "explore": EXPLORE, "encoder": ENCODER, "decoder": DECODER}
 
 
 def batches(task: dict[str, np.ndarray], seed: int, steps: int, batch: int, purpose: int) -> Tensor:
