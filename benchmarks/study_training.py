@@ -53,7 +53,7 @@ class Base:
         self.size = {"linear": sum(count[n] for n in maps), "all": at, "none": 0}
         self.size["layers"] = self.size["linear"] + sum(count[n] for n in small)
         self.weights = {n: self.flat[a : a + s.numel()].view(s) for n, (a, s) in self.place.items()}
-        self.hidden = next(weights[n].shape[1] for n in names if "embed" in n)
+        self.hidden = next(weights[n].shape[1] for n in names if "embed" in n and weights[n].dim() == 2)
         self.n_layers = 1 + max(int(n.removeprefix(inside).split(".")[0]) for n in maps)
 
     def rms(self) -> Tensor:
