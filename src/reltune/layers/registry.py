@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -102,12 +102,12 @@ def is_packed(module: nn.Module) -> bool:
     return its_type is not None and its_type.packed
 
 
-def unpacked(module: nn.Module) -> Tensor:
-    """The weight (out, in) of a module that holds it in few bits, a floating-point copy."""
+def unpacking(module: nn.Module) -> Callable[[], Tensor]:
+    """What gives the weight (out, in) of a module that holds it in few bits, a floating-point copy each time."""
     its_type = layer_type_of(module)
     assert its_type is not None
     (info,) = its_type.infos("", module, "", 0)
-    return its_type.weights(info, module)["weight"]
+    return lambda: its_type.weights(info, module)["weight"]
 
 
 def canonical_weights(info: ModuleInfo, module: nn.Module) -> Mapping[str, Tensor]:

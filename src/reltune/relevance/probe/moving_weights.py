@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from reltune.errors import AnalysisError, InputError
 from reltune.layers.inventory import Inventory
 from reltune.layers.quantised import is_quantised
-from reltune.layers.registry import is_packed, layer_type, unpacked
+from reltune.layers.registry import is_packed, layer_type, unpacking
 from reltune.layers.units import ModuleInfo
 from reltune.ops import votes as ops
 
@@ -39,7 +39,7 @@ class MovingWeight:
     """One parameter of the model, wherever it is used.
 
     ``places`` are the modules that own it, with its name there; tied weights have several. ``base`` is the parameter's
-    data, or None where its one owner holds it in few bits. ``votes`` V has the weight's shape, a quantised one's as it
+    data, or None where its one owner holds it in few bits; ``unpack`` then gives it. ``votes`` V has the weight's shape, a quantised one's as it
     computes. ``step`` is η. Autograd adds up the gradient in ``leaf``, which takes no memory.
     """
 
@@ -48,6 +48,7 @@ class MovingWeight:
     base: Tensor | None
     votes: Tensor
     dtype: torch.dtype
+    unpack: Callable[[], Tensor] | None = None
     step: float = 0.0
 
     def __post_init__(self) -> None:
@@ -58,7 +59,8 @@ class MovingWeight:
         """W₀ − η V."""
         base = self.base
         if base is None:
-            base = unpacked(self.places[0][0]).to(self.dtype)
+            assert self.unpack is not None
+            base = self.unpack().to(self.dtype)
         return ops.moved(base, self.votes, self.step)
 
     def view_now(self, size: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
@@ -72,7 +74,10 @@ class MovingWeight:
 
     def size(self) -> float:
         """The root of the mean square of W₀."""
-        base = self.base if self.base is not None else unpacked(self.places[0][0])
+        base = self.base
+        if base is None:
+            assert self.unpack is not None
+            base = self.unpack()
         wide = torch.promote_types(base.dtype, torch.float32)
         return float(torch.linalg.vector_norm(base, dtype=wide)) / max(base.numel(), 1) ** 0.5
 
@@ -272,8 +277,9 @@ def _moving_weight(
         return MovingWeight(name, [(module, key)], parameter.detach(), zero, parameter.dtype)
     if "forward" in vars(module):
         raise InputError(f"{name} is quantised, and its module has a forward of its own; load it on one device.")
-    weight = unpacked(module)
+    unpack = unpacking(module)
+    weight = unpack()
     # Layers that unpack to float32 compute in their input's type, the model's.
     dtype = dtype if weight.dtype == torch.float32 else weight.dtype
     zero = torch.zeros(weight.shape, dtype=votes, device=parameter.device)
-    return MovingWeight(name, [(module, key)], None, zero, dtype)
+    return MovingWeight(name, [(module, key)], None, zero, dtype, unpack)
