@@ -36,8 +36,9 @@ from relevance_cases import (
     tiny_llama,
 )
 from reltune.errors import InputError
-from reltune.layers.inventory import canonical_weights, take_inventory
+from reltune.layers.inventory import take_inventory
 from reltune.layers.quantised import compute_as_in_training, dequantised
+from reltune.layers.registry import canonical_weights
 from reltune.plan.plan import ModulePlan, Plan
 from reltune.relevance.scores import RelevanceScores
 
@@ -116,7 +117,7 @@ def batches():
 
 
 def quantised_modules(scores):
-    return [info.name for info in scores.inventory.modules if info.kind == "quantised"]
+    return [info.name for info in scores.inventory.modules if info.layer_type == "quantised"]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -186,7 +187,7 @@ def test_the_weight_is_made_only_when_asked_for(monkeypatch):
     monkeypatch.setattr("reltune.layers.quantised.dequantised", lambda module: made.append(module) or 1 / 0)
     measure(quantised, batches(), None, ["fisher", "random"])
     assert not made
-    info = next(info for info in take_inventory(quantised).modules if info.kind == "quantised")
+    info = next(info for info in take_inventory(quantised).modules if info.layer_type == "quantised")
     weights = canonical_weights(info, quantised.get_submodule(info.name))
     assert list(weights) == ["weight", "bias"] and not made
 

@@ -323,8 +323,8 @@ def test_another_size_weight_or_kind_of_the_same_model(by_hand, scores):
 
 def test_units_that_the_model_has_and_a_plan_cannot_train(by_hand, scores):
     inventory = inventory_of(tiny_bert())
-    inventory._by_name[KEY] = dataclasses.replace(inventory[KEY], kind="router")
-    for name, why in (("classifier", "new head"), (KEY, "kind router")):
+    inventory.by_name[KEY] = dataclasses.replace(inventory[KEY], layer_type="router")
+    for name, why in (("classifier", "new head"), (KEY, "layer type router")):
         by_hand.modules = {name: ModulePlan((3, 16), columns=[0])}
         with pytest.raises(InputError, match=f"{name} cannot be trained by this plan: .*{why}"):
             by_hand.check_model(inventory, scores.fingerprint)

@@ -45,7 +45,7 @@ def changed(kind, model, found, name, head, **mean):
         return without_layer(model, name, **mean)
     if kind == "module":
         return without_module(model, name, **mean)
-    group = next(group for group in found.inventory.heads if group.name == name)
+    group = next(group for group in found.inventory.attention_heads if group.name == name)
     return without_head(model, group.output, group.output_columns(head), **mean)
 
 
@@ -79,12 +79,12 @@ def test_experts_and_routers():
     whole = mean_metric(model, examples(batch), lambda *of: -causal_of_one(*of))
     scores, seen = found.by("module"), 0
     for info in found.inventory.modules:
-        if info.kind not in ("experts", "router"):
+        if info.layer_type not in ("experts", "router"):
             continue
         changed_model = copy.deepcopy(model)
         owner = changed_model.get_submodule(info.owner)
         with torch.no_grad():
-            if info.kind == "router":
+            if info.layer_type == "router":
                 owner.weight.zero_()
             else:
                 projection, expert = info.name.split(".")[-2:]
@@ -108,10 +108,10 @@ def test_with_the_mean_in_place_of_zero():
     outputs = {
         "layer": (list(found.by("layer")), lambda args, kwargs, output: output - args[0]),
         "module": (
-            [info.name for info in found.inventory.modules if info.kind != "norm"],
+            [info.name for info in found.inventory.modules if info.layer_type != "norm"],
             lambda args, kwargs, output: output,
         ),
-        "head": ([group.output for group in found.inventory.heads], lambda args, kwargs, output: args[0]),
+        "head": ([group.output for group in found.inventory.attention_heads], lambda args, kwargs, output: args[0]),
     }
     for kind, (names, what) in outputs.items():
         mean = means(model, names, examples(batch), what)
@@ -119,7 +119,11 @@ def test_with_the_mean_in_place_of_zero():
             if kind == "module" and unit not in mean:
                 continue  # norms, as with zero
             for head, value in enumerate(score.reshape(-1).tolist()):
-                place = next(g.output for g in found.inventory.heads if g.name == unit) if kind == "head" else unit
+                place = (
+                    next(g.output for g in found.inventory.attention_heads if g.name == unit)
+                    if kind == "head"
+                    else unit
+                )
                 key = "added" if kind == "layer" else "mean"
                 without = changed(kind, model, found, unit, head, **{key: mean[place]})
                 wanted = whole - mean_metric(without, examples(batch), metric_of)

@@ -57,10 +57,10 @@ def laid_out(info, model, values):
     """One module's weight and bias, (out, in) and so on, out of values by parameter name."""
     owner = model.get_submodule(info.owner)
     own = {key: values[f"{info.owner}.{key}"] for key, _ in owner.named_parameters(recurse=False)}
-    if info.kind == "experts":
+    if info.layer_type == "experts":
         *_, projection, expert = info.name.split(".")
         return of_expert(owner, projection, int(expert), own)
-    return {key: value.mT if info.kind == "conv1d" and value.ndim == 2 else value for key, value in own.items()}
+    return {key: value.mT if info.layer_type == "conv1d" and value.ndim == 2 else value for key, value in own.items()}
 
 
 def without_noise(name):
@@ -90,7 +90,7 @@ def assert_is_the_probe(found, model, votes, gradients):
     for name in parts:
         if not without_noise(name) and "bias" in formula[name]:
             del parts[name]["bias"], formula[name]["bias"]
-    convolutions = {info.name for info in infos if info.kind == "conv2d"}  # their columns: test_criteria.py
+    convolutions = {info.name for info in infos if info.layer_type == "conv2d"}  # their columns: test_criteria.py
     for name in convolutions:
         del parts[name]["column"], formula[name]["column"]
     assert_parts_equal(parts, formula, relative=1e-6)
@@ -102,7 +102,7 @@ def test_is_the_way_that_signs_go(name):
     batches = split(batch, 3)
     options = {"movement": {"steps": 5, "step_size": RATE}}
     found = measure(model, batches, loss, MINE, options=options, elements=True, always_trained=())
-    assert {info.kind for info in found.inventory.modules} >= {"mixtral": {"experts", "router"}}.get(name, set())
+    assert {info.layer_type for info in found.inventory.modules} >= {"mixtral": {"experts", "router"}}.get(name, set())
     moving = {
         f"{info.owner}.{key}"
         for info in found.inventory.modules

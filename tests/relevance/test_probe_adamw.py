@@ -61,7 +61,7 @@ def test_is_the_way_that_adamw_goes(name):
     options = {"movement": {"steps": 4, "learning_rate": 1e-3}}
     found = measure(model, batches, loss, MINE, options=options, elements=True)
     moves = moved_by_hand(model, batches, loss_of_one, 4, 1e-3)
-    conv1d = {info.name for info in found.inventory.modules if info.kind == "conv1d"}
+    conv1d = {info.name for info in found.inventory.modules if info.layer_type == "conv1d"}
     moves = {
         key: move.mT if key.removesuffix(".weight") in conv1d and key.endswith("weight") else move
         for key, move in moves.items()

@@ -226,7 +226,7 @@ def test_tied_and_foreign_weights_are_left_out_with_a_reason():
     assert [info.name for info in take_inventory(shared).modules] == ["3"]
 
     gpt2 = take_inventory(GPT2Model(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=8)))
-    assert gpt2["h.0.mlp.c_fc"].shape == (32, 8) and gpt2["h.0.mlp.c_fc"].kind == "conv1d"
+    assert gpt2["h.0.mlp.c_fc"].shape == (32, 8) and gpt2["h.0.mlp.c_fc"].layer_type == "conv1d"
     lstm = take_inventory(nn.Sequential(nn.LSTM(4, 4), nn.Linear(4, 4)))
     assert lstm.left_out["0.weight_ih_l0"] == "layer type LSTM has no units yet"
 

@@ -119,7 +119,7 @@ def by_module(model: nn.Module, infos: list[Any], values: dict[str, Any]) -> dic
     for info in infos:
         module = model.get_submodule(info.owner)
         own = {name: values[f"{info.owner}.{name}"] for name, _ in module.named_parameters(recurse=False)}
-        if info.kind == "experts":
+        if info.layer_type == "experts":
             projection, expert = info.name.split(".")[-2:]
             found[info.name] = of_expert(module, projection, int(expert), own)
         else:
@@ -137,7 +137,7 @@ def test_relevance_is_that_of_pairs(make: Any, size: int) -> None:
     batches = [part(batch, *range(start, min(start + size, 5))) for start in range(0, 5, size)]
     found = measure(model, batches, "preference", [*CRITERIA, "fisher_true"])
     infos = found.inventory.modules
-    kinds = {info.kind for info in infos}
+    kinds = {info.layer_type for info in infos}
     assert {"linear", "norm", "embedding"} <= kinds
     gradients = pair_gradients(model, batch)
     each = [by_module(model, infos, {k: of[i] for k, of in gradients.items()}) for i in range(5)]
@@ -145,7 +145,7 @@ def test_relevance_is_that_of_pairs(make: Any, size: int) -> None:
     for criterion in CRITERIA:
         wanted = {}
         for info in infos:
-            shell = nn.LayerNorm(1) if info.kind == "norm" else nn.Linear(1, 1, bias=info.bias)
+            shell = nn.LayerNorm(1) if info.layer_type == "norm" else nn.Linear(1, 1, bias=info.bias)
             wanted[info.name] = expected(criterion, shell, [of[info.name] for of in each], weights[info.name])
         own = {
             name: {p: v for p, v in parts.items() if p in wanted[name]}
@@ -162,7 +162,7 @@ def test_single_weights_of_pairs() -> None:
     found = measure(model, [part(batch, 0, 1, 2), part(batch, 3, 4)], "preference", ["fisher"], elements=True)
     gradients = pair_gradients(model, batch)
     for info in found.inventory.modules:
-        of = torch.stack([g.mT if info.kind == "conv1d" else g for g in gradients[f"{info.name}.weight"]])
+        of = torch.stack([g.mT if info.layer_type == "conv1d" else g for g in gradients[f"{info.name}.weight"]])
         wanted = of.square().mean(0)
         assert (found.parts["fisher"][info.name]["element"] - wanted).abs().max() <= 1e-9 * wanted.abs().max(), info
 

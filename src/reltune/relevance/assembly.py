@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from reltune.layers.attention_heads import HeadGroup
+from reltune.layers.head_group import HeadGroup
 from reltune.layers.units import ModuleInfo, Parts
 from reltune.relevance.criteria.context import Context
 from reltune.relevance.criteria.contract import (

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from reltune.errors import AnalysisError, InputError
 from reltune.layers.fingerprint import fingerprint
-from reltune.layers.inventory import Inventory, canonical_weights, choose, head_modules, new_parameters, take_inventory
-from reltune.layers.quantised import stops_the_gradient
+from reltune.layers.inventory import Inventory, choose, head_modules, new_parameters, take_inventory
+from reltune.layers.quantised import check_not_packed
+from reltune.layers.registry import canonical_weights
 from reltune.losses import Loss, as_loss
 from reltune.processes import Processes, unwrapped
 from reltune.relevance.assembly import Assembly
@@ -238,9 +239,7 @@ def _add_up_statistics(
     """One pass over the data. Gives the number of examples, their fingerprint, the statistics of each module, and the
     modules that mix examples, with the reasons."""
     model, modules = analysis.model, analysis.inventory.modules
-    for name, module in model.named_modules():
-        if reason := stops_the_gradient(module):  # everything below it would look irrelevant
-            raise InputError(f"{name} ({type(module).__name__}) lets no gradient through, because it {reason}.")
+    check_not_packed(model)
     if processes.count > 1:  # only then: the fingerprint waits for the device
         processes.agree_on(
             [fingerprint(model), sorted(needs), [info.name for info in modules], analysis.seed],
@@ -263,7 +262,8 @@ def _assemble(
     """The scores by each statistical criterion."""
     modules = dict(analysis.model.named_modules())
     assemblies = {
-        name: Assembly(criterion, context, analysis.elements, inventory.heads) for name, criterion in criteria.items()
+        name: Assembly(criterion, context, analysis.elements, inventory.attention_heads)
+        for name, criterion in criteria.items()
     }
     for info in inventory.modules:
         weights = canonical_weights(info, modules[info.owner])
@@ -277,7 +277,7 @@ def _assemble(
 def _of_inventory(scores: ScoresByName, inventory: Inventory) -> ScoresByName:
     """The scores of what the inventory holds: behaviour is measured of modules that mix examples too."""
     known = {name for info in inventory.modules for name in (info.name, info.layer)}
-    known |= {group.name for group in inventory.heads}
+    known |= {group.name for group in inventory.attention_heads}
     return {name: parts for name, parts in scores.items() if name in known}
 
 

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from reltune.errors import InputError, nearest
 from reltune.files import write_json
-from reltune.layers.attention_heads import HeadGroup
 from reltune.layers.inventory import Inventory
-from reltune.layers.units import ModuleInfo, part_shapes
+from reltune.layers.units import part_shapes
 from reltune.names import GRANULARITIES
 from reltune.relevance.criteria.contract import ScoresByName
 from reltune.relevance.heatmap import Heatmap
@@ -77,7 +76,7 @@ class RelevanceScores:
             raise InputError(f"granularity {kind!r} is unknown; {nearest(kind, GRANULARITIES)}")
         scores = {name: parts[kind] for name, parts in by_name.items() if kind in parts}
         if kind == "head" and not scores:
-            sums = {group.name: group.add_up(by_name) for group in self.inventory.heads}
+            sums = {group.name: group.add_up(by_name) for group in self.inventory.attention_heads}
             return {name: total for name, total in sums.items() if total is not None}
         if scores or kind not in ("module", "layer"):
             return scores
@@ -220,7 +219,7 @@ class RelevanceScores:
                 "fingerprint": self.fingerprint,
                 "always_trained": self.always_trained,
                 "provenance": self.provenance,
-                **dataclasses.asdict(self.inventory),
+                **self.inventory.to_dict(),
             },
         )
 
@@ -241,12 +240,7 @@ class RelevanceScores:
         try:
             if len(tensors) != values["tensors"]:
                 raise ValueError(f"scores.safetensors has {len(tensors)} tensors and not {values['tensors']}")
-            modules = [ModuleInfo(**{**info, "shape": tuple(info["shape"])}) for info in values["modules"]]
-            heads = [HeadGroup(**group) for group in values["heads"]]
-            counts = values["base_parameters"], values["head_parameters"]
-            inventory = Inventory(modules, values["left_out"], *counts, heads, values["without_heads"])
-            for group in heads:
-                group.check(inventory)
+            inventory = Inventory.from_dict(values)
             parts = _sorted_by_criterion(tensors, values["criteria"], inventory)
             return cls(parts, inventory, values["always_trained"], values["fingerprint"], values["provenance"])
         except (KeyError, TypeError, ValueError) as error:
@@ -281,7 +275,7 @@ def _shapes_by_name(inventory: Inventory) -> dict[str, dict[str, tuple[int, ...]
     """The shape of every part that a module, a layer or an attention module may have."""
     shapes = {info.name: part_shapes(info) for info in inventory.modules}
     shapes |= {info.layer: {"layer": ()} for info in inventory.modules if info.in_block}
-    for group in inventory.heads:
+    for group in inventory.attention_heads:
         shapes[group.name] = {**shapes.get(group.name, {}), "head": (group.heads,)}
     for by_part in shapes.values():
         with_interval = [part for part in GRANULARITIES if part in by_part]

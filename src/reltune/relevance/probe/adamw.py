@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from reltune.errors import AnalysisError, InputError
-from reltune.layers.inventory import canonical_weights
 from reltune.layers.quantised import is_quantised
+from reltune.layers.registry import canonical_weights
 from reltune.layers.units import by_unit
 from reltune.losses import rows_of
 from reltune.relevance.batches import batch_size, forward, moved

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reltune.errors import AnalysisError, InputError
-from reltune.layers import quantised
 from reltune.layers.inventory import Inventory
+from reltune.layers.quantised import is_quantised
+from reltune.layers.registry import is_packed, layer_type, unpacking
 from reltune.layers.units import ModuleInfo
 from reltune.ops import votes as ops
 
@@ -38,7 +39,7 @@ class MovingWeight:
     """One parameter of the model, wherever it is used.
 
     ``places`` are the modules that own it, with its name there; tied weights have several. ``base`` is the parameter's
-    data, or None where its one owner holds it in few bits. ``votes`` V has the weight's shape, a quantised one's as it
+    data, or None where its one owner holds it in few bits; ``unpack`` then gives it. ``votes`` V has the weight's shape, a quantised one's as it
     computes. ``step`` is η. Autograd adds up the gradient in ``leaf``, which takes no memory.
     """
 
@@ -47,6 +48,7 @@ class MovingWeight:
     base: Tensor | None
     votes: Tensor
     dtype: torch.dtype
+    unpack: Callable[[], Tensor] | None = None
     step: float = 0.0
 
     def __post_init__(self) -> None:
@@ -57,7 +59,8 @@ class MovingWeight:
         """W₀ − η V."""
         base = self.base
         if base is None:
-            base = quantised.dequantised(self.places[0][0]).to(self.dtype)
+            assert self.unpack is not None
+            base = self.unpack().to(self.dtype)
         return ops.moved(base, self.votes, self.step)
 
     def view_now(self, size: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
@@ -71,7 +74,10 @@ class MovingWeight:
 
     def size(self) -> float:
         """The root of the mean square of W₀."""
-        base = self.base if self.base is not None else quantised.dequantised(self.places[0][0])
+        base = self.base
+        if base is None:
+            assert self.unpack is not None
+            base = self.unpack()
         wide = torch.promote_types(base.dtype, torch.float32)
         return float(torch.linalg.vector_norm(base, dtype=wide)) / max(base.numel(), 1) ** 0.5
 
@@ -244,19 +250,15 @@ def weights_that_move(
 
 def parameters_of(info: ModuleInfo, model: nn.Module) -> list[nn.Parameter]:
     """The parameters that hold the module's weights; of an expert, those of all experts of its projection."""
-    held = model.get_submodule(info.owner)._parameters
-    keys = ("weight", "bias")
-    if info.kind == "experts":
-        projection = info.name.split(".")[-2]
-        keys = (projection, f"{projection}_bias")
-    return [parameter for key in keys if (parameter := held.get(key)) is not None]
+    owner = model.get_submodule(info.owner)
+    return [owner.get_parameter(key) for key in layer_type(info.layer_type).parameters(info, owner)]
 
 
 def _is_packed(name: str, module: nn.Module, key: str, parameter: Tensor) -> bool:
     """Whether the module holds this parameter in few bits. Raises InputError where the probe does not know how."""
-    if not quantised.is_quantised(parameter):
+    if not is_quantised(parameter):
         return False
-    if key != "weight" or not quantised.matches(module):
+    if key != "weight" or not is_packed(module):
         kind = parameter.dtype if type(parameter) is nn.Parameter else type(parameter).__name__
         raise InputError(
             f"{name} is quantised ({kind}) in a way that cannot be probed; load the base in bitsandbytes' 4 or 8 bits, "
@@ -275,8 +277,9 @@ def _moving_weight(
         return MovingWeight(name, [(module, key)], parameter.detach(), zero, parameter.dtype)
     if "forward" in vars(module):
         raise InputError(f"{name} is quantised, and its module has a forward of its own; load it on one device.")
-    unpacked = quantised.dequantised(module).dtype
+    unpack = unpacking(module)
+    weight = unpack()
     # Layers that unpack to float32 compute in their input's type, the model's.
-    dtype = dtype if unpacked == torch.float32 else unpacked
-    zero = torch.zeros(quantised.shape(module), dtype=votes, device=parameter.device)
-    return MovingWeight(name, [(module, key)], None, zero, dtype)
+    dtype = dtype if weight.dtype == torch.float32 else weight.dtype
+    zero = torch.zeros(weight.shape, dtype=votes, device=parameter.device)
+    return MovingWeight(name, [(module, key)], None, zero, dtype, unpack)

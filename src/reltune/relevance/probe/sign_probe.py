@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from reltune.errors import AnalysisError, InputError
 from reltune.layers.fused_norms import fused_norms
-from reltune.layers.inventory import canonical_weights
-from reltune.layers.units import ModuleInfo, by_unit
+from reltune.layers.registry import layer_type
+from reltune.layers.units import by_unit
 from reltune.losses import rows_of
 from reltune.ops import votes as ops
 from reltune.relevance.batches import batch_size, forward, moved, part_of
@@ -136,12 +135,13 @@ class SignProbe:
         for info in self.experiment.inventory.modules:
             owner = self.model.get_submodule(info.owner)
             own = {key: by_place[id(owner), key] for key in owner._parameters if (id(owner), key) in by_place}
-            sizes = _as_weights(info, owner, {key: weight.votes.abs() for key, weight in own.items()})
+            its_type = layer_type(info.layer_type)
+            sizes = its_type.laid_out(info, owner, {key: weight.votes.abs() for key, weight in own.items()})
             parts[info.name] = {part: value.float().cpu() for part, value in by_unit(info, sizes).items()}
             if self.experiment.elements:
                 single = {key: self._single(weight) for key, weight in own.items()}
                 names = {"weight": "element", "bias": "element_bias"}
-                found = _as_weights(info, owner, single)
+                found = its_type.laid_out(info, owner, single)
                 parts[info.name] |= {names[key]: value.contiguous() for key, value in found.items()}
         return parts
 
@@ -149,15 +149,6 @@ class SignProbe:
         if weight not in self.single:  # the last step gave it no gradient
             self.single[weight] = ops.score(weight.votes, None)
         return self.single[weight]
-
-
-def _as_weights(info: ModuleInfo, owner: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Numbers in the place of the owner's parameters, laid out as the layer type lays its weights out."""
-    if info.kind == "quantised":
-        return values
-    stand_in = copy.copy(owner)
-    stand_in._parameters = {key: nn.Parameter(value, requires_grad=False) for key, value in values.items()}
-    return dict(canonical_weights(info, stand_in))
 
 
 def _seed(seed: int, step: int) -> int:

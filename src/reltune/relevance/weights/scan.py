@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 
 from reltune.errors import InputError
 from reltune.layers.fingerprint import fingerprint_of, outside, samples
-from reltune.layers.inventory import canonical_weights, choose, head_modules, take_inventory
+from reltune.layers.inventory import choose, head_modules, take_inventory
+from reltune.layers.registry import canonical_weights, layer_type
 from reltune.layers.units import ModuleInfo
 from reltune.relevance.assembly import Assembly
 from reltune.relevance.criteria.context import Context
@@ -79,7 +80,9 @@ def analyze_checkpoint(
         return tensor.to(device)
 
     context = Context(0, seed)
-    assemblies = {name: Assembly(criterion, context, elements, inventory.heads) for name, criterion in by_name.items()}
+    assemblies = {
+        name: Assembly(criterion, context, elements, inventory.attention_heads) for name, criterion in by_name.items()
+    }
     bar = tqdm(inventory.modules, desc="analyze", unit="module", disable=not progress)
     for (owner, keys), infos in itertools.groupby(bar, lambda info: (info.owner, _parameters(model, info))):
         module = copy.copy(
@@ -105,9 +108,5 @@ def analyze_checkpoint(
 
 
 def _parameters(model: nn.Module, info: ModuleInfo) -> tuple[str, ...]:
-    """The parameters of the module's owner that hold its weights; of experts, those of one projection."""
-    if info.kind == "experts":
-        projection = info.name.split(".")[-2]
-        return (projection, f"{projection}_bias") if info.bias else (projection,)
-    own = dict(model.get_submodule(info.owner).named_parameters(recurse=False))
-    return tuple(key for key in ("weight", "bias") if key in own)
+    """The parameters of the module's owner that hold its weights."""
+    return layer_type(info.layer_type).parameters(info, model.get_submodule(info.owner))
