@@ -95,6 +95,13 @@ class Processes:
                 layouts[name] = (shape, torch.promote_types(getattr(torch, dtype), before), device)
         return dict(sorted(layouts.items(), key=lambda item: (str(item[1][1:]), item[0])))
 
+    def add_up_in_place(self, tensor: Tensor) -> None:
+        """Make the tensor the sum of all processes' tensors. They call this for tensors of one shape in one order."""
+        sent = _reachable(tensor.contiguous())
+        dist.all_reduce(sent)
+        if sent is not tensor:
+            tensor.copy_(sent)
+
     def take_from_first(self, modules: Iterable[nn.Module]) -> None:
         """Make the modules' parameters and buffers the first process's."""
         if self.count == 1:

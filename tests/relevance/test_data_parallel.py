@@ -20,15 +20,9 @@ from relevance_cases import MODELS, data_for, measure
 from reltune.relevance.scores import RelevanceScores
 from reltune.runs.stages import train_heads
 from tiny_models import save_tiny_bert
+from two_processes import torchrun
 
 TESTS = Path(__file__).parents[1]
-
-
-def torchrun(*words: object) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    environment["TQDM_MININTERVAL"] = "1000"  # a bar writes its end once, however slow the machine is
-    return subprocess.run([*launcher, *map(str, words)], env=environment, capture_output=True, text=True, timeout=300)
 
 
 def assert_same(found: RelevanceScores, wanted: RelevanceScores, relative: float = 1e-12, skip: tuple = ()) -> None:

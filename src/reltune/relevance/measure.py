@@ -21,8 +21,9 @@ from reltune.layers.registry import canonical_weights
 from reltune.losses import Loss, as_loss
 from reltune.processes import Processes, unwrapped
 from reltune.relevance.assembly import Assembly
-from reltune.relevance.batches import batch_size, chained, contents, frozen
+from reltune.relevance.batches import frozen
 from reltune.relevance.behaviour.experiment import Experiment, random_state_kept, with_untouched
+from reltune.relevance.behaviour.held_batches import HeldBatches, hold_batches
 from reltune.relevance.criteria.context import Context
 from reltune.relevance.criteria.contract import (
     BehaviourCriterion,
@@ -38,7 +39,7 @@ from reltune.relevance.resumption import Partial
 from reltune.relevance.scores import RelevanceScores, provenance
 from reltune.relevance.statistics.collector import Sums, first_and_others, mixing_sentence
 from reltune.relevance.statistics.data_pass import DataPass
-from reltune.relevance.statistics.shared_pass import NO_DATA, measure_loader
+from reltune.relevance.statistics.shared_pass import measure_loader
 from reltune.relevance.weights.scan import analyze_checkpoint
 
 __all__ = ["AnalysisError", "analyze"]
@@ -84,7 +85,7 @@ def analyze(
         progress: show a progress bar on stderr.
         resume_directory: where intermediate results are kept, every few minutes and when the analysis is interrupted.
             Called again with the same model, data and arguments, it goes on from there and gives the same result. The
-            files are removed at the end. For one process only.
+            files are removed at the end. For one process only, but for criteria that share the data (movement).
         parallel: under ``torchrun`` or ``accelerate launch``, how the processes share the data. ``"auto"``: of P
             processes each takes every P-th batch of the same loader, unless a ``DistributedSampler`` or accelerate's
             ``prepare`` has already dealt out the data; examples that the sampler repeats count once. ``"split"``: every
@@ -94,7 +95,7 @@ def analyze(
             list theirs.
 
     Criteria measured from behaviour (ablation, correlation, movement) pass over the data many times. All batches are
-    then held in host memory, and only one process may run.
+    then held in host memory; movement runs in several processes too, the others in one.
 
     The model is analysed in evaluation mode (no dropout) on the device where it is, and handed back as it was. Gradient
     checkpointing that was enabled on it takes effect. A batch that does not fit in memory is halved, with a warning.
@@ -137,9 +138,10 @@ def analyze(
     kept: list[Partial] = []
     if behaviour:
         assert loader is not None
-        loader = list(loader)
-        examples, data = _examples_and_fingerprint(loader)
-        scores, facts, kept = _measure_behaviour(analysis, behaviour, option_objects, loader)
+        held = hold_batches(loader, processes, parallel)
+        examples, data = held.examples, held.fingerprint
+        scores, facts, kept = _measure_behaviour(analysis, behaviour, option_objects, held, processes)
+        loader, parallel = held.batches, parallel if held.same_on_all else "sharded"
     if needs:
         assert loader is not None
         examples, data, sums, mixing = _add_up_statistics(analysis, needs, loader, processes, parallel)
@@ -152,6 +154,11 @@ def analyze(
     model_name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     facts |= provenance(model, model_name, examples, data, seed)  # a criterion's name does not hide any of these
     return RelevanceScores(scores, inventory, new_heads, fingerprint(model, new_heads), facts)
+
+
+DIFFERENT_PROCESSES = (
+    "the processes have different models or arguments; load the same weights and ask for the same in each."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,28 +194,27 @@ def _check_data_and_processes(
         # Where none needs data for its units, single weights are asked for, and the first one needs it for them.
         name = next((name for name, criterion in criteria.items() if needs_data(criterion)), next(iter(criteria)))
         raise InputError(f"criterion {name!r} needs data; pass a loader.")
-    if processes.count > 1 and behaviour:
-        raise InputError(f"criterion {behaviour[0]!r} runs in one process, and there are {processes.count}.")
+    alone = [name for name in behaviour if not getattr(criteria[name], "SHARES_DATA", False)]
+    if processes.count > 1 and alone:
+        raise InputError(f"criterion {alone[0]!r} runs in one process, and there are {processes.count}.")
     if processes.count > 1 and resume_directory is not None and needs:
         raise InputError(f"resume_directory is for one process, and there are {processes.count}; leave it out.")
 
 
-def _examples_and_fingerprint(batches: Sequence[Any]) -> tuple[int, str]:
-    examples = sum(map(batch_size, batches))
-    if examples == 0:
-        raise InputError(NO_DATA)
-    return examples, f"{sum(map(contents, batches)) % (1 << 128):032x}"
-
-
 def _measure_behaviour(
-    analysis: _Analysis, criteria: Mapping[str, BehaviourCriterion], options: Mapping[str, Any], batches: list[Any]
+    analysis: _Analysis,
+    criteria: Mapping[str, BehaviourCriterion],
+    options: Mapping[str, Any],
+    held: HeldBatches,
+    processes: Processes,
 ) -> tuple[dict[str, ScoresByName], dict[str, Any], list[Partial]]:
     """Let each criterion run the model. Gives scores and facts by criterion, and where intermediate results are kept."""
-    model, loss, stream = analysis.model, as_loss(analysis.loss_fn), ""
-    for batch in batches:
-        stream = chained(stream, batch)
-    with frozen(model), random_state_kept(next(model.parameters()).device):
-        batches = with_untouched(model, loss, batches)
+    model, loss = analysis.model, as_loss(analysis.loss_fn)
+    if processes.count > 1:
+        names = [info.name for info in analysis.inventory.modules]
+        processes.agree_on([fingerprint(model), sorted(criteria), names, analysis.seed], DIFFERENT_PROCESSES)
+    with processes.together(), frozen(model), random_state_kept(next(model.parameters()).device):
+        batches = with_untouched(model, loss, held.batches)
     scores, facts, kept = {}, {}, []
     for name, criterion in criteria.items():
         values = dataclasses.asdict(options[name]) if name in options else {}
@@ -224,8 +230,10 @@ def _measure_behaviour(
             seed=analysis.seed,
             progress=analysis.progress,
             partial=partial,
-            data=stream,
+            data=held.stream,
             elements=analysis.elements,
+            processes=processes,
+            same_batches=held.same_on_all,
         )
         with frozen(model), random_state_kept(experiment.device):
             scores[name], measured = criterion.measure(experiment)
@@ -242,8 +250,7 @@ def _add_up_statistics(
     check_not_packed(model)
     if processes.count > 1:  # only then: the fingerprint waits for the device
         processes.agree_on(
-            [fingerprint(model), sorted(needs), [info.name for info in modules], analysis.seed],
-            "the processes have different models or arguments; load the same weights and ask for the same in each.",
+            [fingerprint(model), sorted(needs), [info.name for info in modules], analysis.seed], DIFFERENT_PROCESSES
         )
     data_pass = DataPass(model, as_loss(analysis.loss_fn), modules, needs, analysis.seed)
     partial = analysis.partial(sorted(needs))

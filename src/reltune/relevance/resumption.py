@@ -42,6 +42,14 @@ class Partial:
         except (OSError, KeyError, ValueError, SafetensorError):
             return None
 
+    def of_something_else(self) -> bool:
+        """Whether the file is there and of another key."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                return json.loads((file.metadata() or {})["state"])["key"] != self.key
+        except (OSError, KeyError, ValueError, SafetensorError):
+            return False
+
     def due(self) -> bool:
         return time.monotonic() - self.saved >= EVERY
 

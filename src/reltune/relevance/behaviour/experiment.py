@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 from reltune.errors import AnalysisError, InputError, nearest
 from reltune.layers.inventory import Inventory
 from reltune.losses import Loss, rows_of
+from reltune.processes import Processes
 from reltune.relevance.batches import batch_size, forward, moved, part_of
 from reltune.relevance.resumption import Partial
 
@@ -51,19 +53,27 @@ class Experiment:
     data: str  # hash of the batches
     elements: bool = False  # whether single weights are asked for, of criteria that score them
 
+    processes: Processes = dataclasses.field(default_factory=Processes)
+    same_batches: bool = True  # whether all processes have these batches, or each has batches of its own
+
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
-        self.passes_done: dict[str, list[float]] = {}
+
+    def resumed(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What an interrupted call with the same arguments has saved. InputError where its data was another."""
         found = self.partial.load() if self.partial else None
-        if found is None:
-            return
-        state, tensors = found
-        if state["data"] != self.data:
+        if found is not None and found[0]["data"] != self.data:
             raise InputError(
                 f"the data is not what the interrupted analysis in {self.partial and self.partial.path.parent} has seen; "
                 "give it the same data, or remove that directory."
             )
-        self.passes_done = {name: tensor.tolist() for name, tensor in tensors.items()}
+        return found
+
+    @functools.cached_property
+    def passes_done(self) -> dict[str, list[float]]:
+        """What ``passes`` has, by its names."""
+        found = self.resumed()
+        return {} if found is None else {name: tensor.tolist() for name, tensor in found[1].items()}
 
     @property
     def layers(self) -> list[str]:

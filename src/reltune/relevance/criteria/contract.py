@@ -76,7 +76,11 @@ class ElementCriterion(StatisticalCriterion, Protocol):
 
 @runtime_checkable
 class BehaviourCriterion(Protocol):
-    """Relevance from running the model: by trying (``ablation``), or along a path of training steps (``movement``)."""
+    """Relevance from running the model: by trying (``ablation``), or along a path of training steps (``movement``).
+
+    One that shares the data between several processes has an attribute ``SHARES_DATA`` that is true; of the others, an
+    analysis in several processes is refused.
+    """
 
     @property
     def SCORES(self) -> Sequence[str]:

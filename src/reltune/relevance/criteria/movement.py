@@ -14,9 +14,22 @@ never written: W₀ − η V is computed where W₀ is read (probe/moving_weight
 Memory beside the weights: one byte for each that may move (two from 128 steps on), and one weight's gradient; more where a
 step is several pieces, whose gradients wait for one another. Cost: k forward and backward passes.
 
-Options: ``steps``; ``update`` (``sign``, or ``adamw``: the distance |Δw| that torch's AdamW goes, at ``learning_rate``,
-probe/adamw.py; it is also taken where a learning rate is given and no update); ``step_size``; ``batch_size`` (examples
-per step; as the loader's batches are, if None); ``move`` (``allowed``: the modules that target_modules leaves, or ``all``).
+``steps: auto`` ends when the choice has settled: every 10 steps, of a sample of a million weights drawn evenly over all
+that move, the 1% with the most votes are compared with those of the check before (equal votes in the order of the summed
+gradient's size); if they have at least the share ``agreement`` in common, one more step closes the probe. At most 120.
+
+Options:
+
+- ``steps``: a number, or ``auto``.
+- ``update``: ``sign``, of a step's gradient; ``momentum``, of the running mean of gradients, which is the sign of Adam's step
+  and takes one more number per weight; or ``adamw``, which scores the distance |Δw| that torch's AdamW goes
+  (probe/adamw.py). None: ``adamw`` where a learning rate is given, else ``sign``.
+- ``step_size``: of sign and momentum. ``learning_rate``: of adamw.
+- ``batch_size``: examples of a step, over all processes; None: the loader's batches.
+- ``move``: ``allowed``, the modules that target_modules leaves, or ``all``: new heads and what has no units too.
+- ``training``: whether the model is in training mode, with dropout.
+- ``ties``: equal votes in the order of the ``last`` step's gradient or of the ``sum``, which takes four more bytes per weight.
+- ``agreement``: see above. ``diverged``: how far the mean loss of ten steps may rise over that of the first ten.
 """
 
 from __future__ import annotations
@@ -32,38 +45,53 @@ from reltune.relevance.probe import adamw
 from reltune.relevance.probe.sign_probe import SignProbe
 
 SCORES = ("layer", "module", "head", "column", "row", "element", "bias", "norm")
-UPDATES = ("sign", "adamw")
+SHARES_DATA = True  # several processes may measure it together
+UPDATES = ("sign", "momentum", "adamw")
 MOVES = ("allowed", "all")
+TIES = ("last", "sum")
+MOST_STEPS = 120  # of a probe that ends by itself
 LEARNING_RATE = 5e-5  # transformers' own default for full tuning
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    steps: int = 50
+    steps: int | str = 50
     update: str | None = None
     step_size: float = 2e-3
     learning_rate: float | None = None
     batch_size: int | None = None
     move: str = "allowed"
+    training: bool = False
+    ties: str = "last"
+    agreement: float = 0.9
+    diverged: float = 2.0
 
     def __post_init__(self) -> None:
-        whole_number("steps", self.steps, 1)
+        if self.steps != "auto":
+            whole_number("steps", self.steps, 1)
         if self.update is None:
             object.__setattr__(self, "update", "sign" if self.learning_rate is None else "adamw")
-        known_words("update", [str(self.update)], UPDATES)
-        known_words("move", [self.move], MOVES)
+        for name, known in (("update", UPDATES), ("move", MOVES), ("ties", TIES)):
+            known_words(name, [getattr(self, name)], known)
+        if self.update == "adamw" and self.steps == "auto":
+            raise InputError("a probe by adamw does not end by itself; give steps a number.")
         if self.batch_size is not None:
             whole_number("batch_size", self.batch_size, 1)
-        for name in ("step_size", "learning_rate"):
+        for name in ("step_size", "learning_rate", "agreement", "diverged"):
             value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (value is None and name == "learning_rate") and not (number and 0 < value < math.inf):
                 raise InputError(f"{name} is {value!r}; it must be a number above 0.")
+
+    @property
+    def most_steps(self) -> int:
+        return MOST_STEPS if isinstance(self.steps, str) else self.steps
 
 
 def measure(experiment: Experiment) -> tuple[ScoresByName, dict[str, Any]]:
     options: Options = experiment.options
     if options.update == "adamw":
-        return adamw.run(experiment, options.steps, options.learning_rate or LEARNING_RATE)
-    return SignProbe(experiment, options.steps).run()
+        if experiment.processes.count > 1:
+            raise InputError("a probe by adamw runs in one process; take update: sign.")
+        return adamw.run(experiment, options.most_steps, options.learning_rate or LEARNING_RATE)
+    return SignProbe(experiment).run()

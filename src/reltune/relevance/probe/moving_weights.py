@@ -108,7 +108,7 @@ class Readings:
 
     def __init__(self) -> None:
         self.order: dict[MovingWeight, None] = {}
-        self._standing: dict[int, tuple[MovingWeight, weakref.ref]] = {}
+        self.standing: dict[int, tuple[MovingWeight, weakref.ref]] = {}
 
     def forget(self) -> None:
         self.order.clear()
@@ -119,10 +119,10 @@ class Readings:
         place = found.untyped_storage().data_ptr()
 
         def gone(of: weakref.ref) -> None:
-            if place in self._standing and self._standing[place][1] is of:
-                del self._standing[place]
+            if place in self.standing and self.standing[place][1] is of:
+                del self.standing[place]
 
-        self._standing[place] = (weight, weakref.ref(found, gone))
+        self.standing[place] = (weight, weakref.ref(found, gone))
         return found
 
     def not_kept(self) -> contextlib.AbstractContextManager[Any]:
@@ -132,7 +132,7 @@ class Readings:
     def _pack(self, tensor: Tensor) -> Any:
         if type(tensor) is not Tensor or tensor.layout is not torch.strided:
             return tensor
-        known = self._standing.get(tensor.untyped_storage().data_ptr())
+        known = self.standing.get(tensor.untyped_storage().data_ptr())
         if known is None or tensor.dtype != known[0].dtype:
             return tensor
         return _Saved(known[0], tensor.size(), tensor.stride(), int(tensor.storage_offset()))

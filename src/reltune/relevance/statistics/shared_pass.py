@@ -58,7 +58,7 @@ def measure_loader(
             data = chained(data, batch)
             if index == 0 and share.every > 1:
                 still_at_work()
-                _check_same_stream(processes, data)
+                check_same_stream(processes, data)
             if index < tally.batches:
                 if index == tally.batches - 1:
                     _check_same_data(tally, data, partial)
@@ -77,9 +77,9 @@ def measure_loader(
             data_pass.expect_all()  # a process that got no batch needs its zeros too
             if data == "":
                 still_at_work()
-                _check_same_stream(processes, data)
+                check_same_stream(processes, data)
     if share.every > 1:
-        _check_same_stream(processes, data)
+        check_same_stream(processes, data)
     return _added_up(data_pass, processes, tally, partial)
 
 
@@ -107,7 +107,7 @@ def _added_up(data_pass: DataPass, processes: Processes, tally: _Tally, partial:
     return examples, f"{sum(int(content, 16) for _, content, _ in tallies) % (1 << 128):032x}"
 
 
-def _check_same_stream(processes: Processes, data: str) -> None:
+def check_same_stream(processes: Processes, data: str) -> None:
     """Where every process takes its batches from the same loader, all loaders must give the same batches."""
     processes.agree_on(
         data,
