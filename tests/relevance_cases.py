@@ -25,8 +25,6 @@ from transformers import (
 from reltune.relevance.measure import analyze
 from reltune.relevance.scores import RelevanceScores
 
-torch.set_num_threads(1)  # for tensors this small a second thread only waits
-
 VOCAB, LABELS = 20, 3
 TEXT = {
     "vocab_size": VOCAB,

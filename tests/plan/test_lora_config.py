@@ -15,14 +15,6 @@ from reltune.plan.lora import rank
 from reltune.plan.plan import ModulePlan, Plan
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def ranks(model: nn.Module) -> dict[str, tuple[int, float]]:
     """Rank and scaling of every LoRA in the model, counted from its tensors."""
     return {

@@ -36,8 +36,6 @@ from reltune.tuner import ReltuneConfig
 from task_cases import run_task, write_rows
 from tiny_models import CHAT, save_tiny_llama
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BETA = 0.1
 OPPOSITES = {"good": "bad", "great": "dull", "fine": "poor", "好": "坏"}
 LENGTHS = ((3, 9, 5), (2, 3, 8), (4, 6, 6), (1, 4, 2), (5, 11, 7))  # of prompts, and of both sequences
