@@ -20,10 +20,10 @@ from transformers import (
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from expert_cases import SIZES, of_expert, tiny_mixtral
+from measured_models import LANGUAGE_MODEL, made, tiny_mixtral
 from oracles.criteria import expected
 from oracles.per_example_gradients import examples
-from relevance_cases import assert_parts_equal, made, measure, split, text_batch
+from relevance_cases import assert_parts_equal, measure, of_expert, split, text_batch
 from reltune.errors import AnalysisError, InputError
 from reltune.layers import experts, router
 from reltune.layers.inventory import take_inventory
@@ -36,14 +36,26 @@ CRITERIA = ["fisher", "gradient", "taylor", "relative_gradient", "magnitude"]
 
 def tiny_qwen3_moe(**changes):
     """One layer without experts, and one with more of them than most examples have tokens."""
-    sizes = {**SIZES, "num_key_value_heads": 1, "moe_intermediate_size": 8, "num_experts": 8, "num_experts_per_tok": 3}
+    sizes = {
+        **LANGUAGE_MODEL,
+        "num_key_value_heads": 1,
+        "moe_intermediate_size": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+    }
     more = {"mlp_only_layers": [0], "norm_topk_prob": True, "experts_implementation": "eager"}
     return made(Qwen3MoeForCausalLM, Qwen3MoeConfig(**{**sizes, **more, **changes}))
 
 
 def tiny_gpt_oss(**changes):
     """Transposed weights with biases, a router with a bias."""
-    sizes = {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+    sizes = {
+        **LANGUAGE_MODEL,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
     return made(GptOssForCausalLM, GptOssConfig(**{**sizes, "experts_implementation": "eager", **changes}))
 
 

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import reltune
-from relevance_cases import data_for, measure, tiny_bert
+from measured_models import tiny_bert
+from relevance_cases import data_for, measure
 from reltune.errors import InputError
 from reltune.plan.lora import rank
 from reltune.plan.plan import ModulePlan, Plan

@@ -29,7 +29,8 @@ from transformers import (
 )
 
 import reltune
-from relevance_cases import TEXT, measure
+from measured_models import CLASSIFIER
+from relevance_cases import measure
 from reltune.errors import InputError
 from reltune.layers.fingerprint import fingerprint
 from reltune.names import WITHOUT_DATA
@@ -38,16 +39,16 @@ from reltune.relevance.weights.scan import analyze_checkpoint
 GPT2 = {"vocab_size": 20, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
 T5 = {"vocab_size": 20, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
 VIT = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
-LLAMA = {**TEXT, "num_key_value_heads": 1}
+LLAMA = {**CLASSIFIER, "num_key_value_heads": 1}
 
 CASES = {
     # what is saved, its config, and the class that it is analysed as
-    "bert with its head": (BertForSequenceClassification, BertConfig(**TEXT), None),
-    "bert without a head": (BertModel, BertConfig(**TEXT), BertForSequenceClassification),
-    "bert by an auto class": (BertModel, BertConfig(**TEXT), AutoModelForSequenceClassification),
-    "bert without its head": (BertForSequenceClassification, BertConfig(**TEXT), AutoModel),
-    "bert without a pooler": (BertForMaskedLM, BertConfig(**TEXT), BertForSequenceClassification),
-    "bert tied": (BertForMaskedLM, BertConfig(**TEXT), None),
+    "bert with its head": (BertForSequenceClassification, BertConfig(**CLASSIFIER), None),
+    "bert without a head": (BertModel, BertConfig(**CLASSIFIER), BertForSequenceClassification),
+    "bert by an auto class": (BertModel, BertConfig(**CLASSIFIER), AutoModelForSequenceClassification),
+    "bert without its head": (BertForSequenceClassification, BertConfig(**CLASSIFIER), AutoModel),
+    "bert without a pooler": (BertForMaskedLM, BertConfig(**CLASSIFIER), BertForSequenceClassification),
+    "bert tied": (BertForMaskedLM, BertConfig(**CLASSIFIER), None),
     "gpt2": (GPT2LMHeadModel, GPT2Config(**GPT2), None),
     "gpt2 untied": (GPT2LMHeadModel, GPT2Config(**GPT2, tie_word_embeddings=False), None),
     "llama": (LlamaForCausalLM, LlamaConfig(**LLAMA), None),
