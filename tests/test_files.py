@@ -82,3 +82,5 @@ def test_an_export_goes_to_an_empty_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="already holds files"):
         check_destination(tmp_path)
+    with pytest.raises(InputError, match="is a file"):
+        check_destination(tmp_path / "file")
