@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from relevance_cases import MODELS, data_for, measure, split
+from measured_models import MODELS
+from relevance_cases import data_for, measure, split
 from reltune.errors import AnalysisError
 from reltune.processes import Processes, unwrapped
 

@@ -24,8 +24,6 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 def run_task(place: Path, rows: Iterable[Mapping[str, Any]], training: dict[str, Any], **fields: Any) -> dict[str, Any]:
     """All stages on the rows with the model in ``place``/model; the results that they wrote to ``place``/run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     config = RunConfig(
         model_name_or_path=str(place / "model"),
         output_dir=str(place / "run"),
@@ -42,7 +40,6 @@ def run_task(place: Path, rows: Iterable[Mapping[str, Any]], training: dict[str,
     stages.tune(materials, run)
     results = stages.evaluate(materials, run)
     stages.report(config, run)
-    torch.set_num_threads(threads)
     assert results == json.loads(run.results.read_text(encoding="utf-8"))
     main = materials.task.metrics[0]
     assert {f"eval_{main}", f"test_{main}"} <= set(results)
@@ -56,8 +53,6 @@ def run_task(place: Path, rows: Iterable[Mapping[str, Any]], training: dict[str,
 
 def check_reload(place: Path) -> None:
     """Tuning again gives the adapter that is on disk, and loading it the outputs of the model that was trained."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     config = RunConfig.load(place / "run" / "config.yaml")
     run = RunDirectory(shutil.copytree(place / "run", place / "again"))
     config.output_dir = str(run.path)
@@ -72,7 +67,6 @@ def check_reload(place: Path) -> None:
         there, back = trained(**batch), loaded(**batch)
         with loaded.disable_adapter():
             base = loaded(**batch)
-    torch.set_num_threads(threads)
     names = [name for name in ("logits", "start_logits", "end_logits") if getattr(back, name, None) is not None]
     assert names
     for name in names:

@@ -13,37 +13,34 @@ from transformers import (
     BartModel,
     DistilBertConfig,
     DistilBertForSequenceClassification,
-    GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXModel,
     GptOssConfig,
     GptOssModel,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    MixtralConfig,
     MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 from transformers.pytorch_utils import Conv1D
 
-from oracles.heads import head_relevance
-from oracles.per_example_gradients import examples
-from relevance_cases import (
+from measured_models import (
+    CLASSIFIER,
     LABELS,
-    TEXT,
+    LANGUAGE_MODEL,
     VOCAB,
-    data_for,
     made,
-    measure,
-    split,
-    text_batch,
     tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mixtral,
     tiny_qwen2,
     tiny_roberta,
     tiny_vit,
 )
+from oracles.heads import head_relevance
+from oracles.per_example_gradients import examples
+from relevance_cases import data_for, measure, split, text_batch
 from reltune.errors import InputError
 from reltune.layers.inventory import take_inventory
 from reltune.plan.selection import select
@@ -60,27 +57,17 @@ def tiny_distilbert():
     return made(DistilBertForSequenceClassification, config)
 
 
-def tiny_gpt2(**changes):
-    sizes = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 1}
-    return made(GPT2LMHeadModel, GPT2Config(**sizes, eos_token_id=1, tie_word_embeddings=False, **changes))
-
-
-def tiny_llama(**changes):
+def llama_of_wide_heads():
     """Two heads of 12 numbers each, which is not the hidden size over the heads."""
-    sizes = {**TEXT, "head_dim": 12, "num_key_value_heads": 2, **changes}
-    return made(LlamaForSequenceClassification, LlamaConfig(**sizes))
+    return tiny_llama(head_dim=12, num_key_value_heads=2)
 
 
 def tiny_shared_llama():
     return tiny_llama(num_attention_heads=4, num_key_value_heads=2, head_dim=4)
 
 
-def tiny_mixtral():
-    sizes = {**TEXT, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3}
-    return made(
-        MixtralForCausalLM,
-        MixtralConfig(**sizes, num_experts_per_tok=2, eos_token_id=1, experts_implementation="eager"),
-    )
+def mixtral_of_shared_heads():
+    return tiny_mixtral(num_attention_heads=4, num_key_value_heads=2)
 
 
 def tiny_t5():
@@ -96,12 +83,12 @@ MODELS = {
     "roberta": (tiny_roberta, (*QKV, "dense"), False),
     "distilbert": (tiny_distilbert, ("q_lin", "k_lin", "v_lin", "out_lin"), False),
     "gpt2": (tiny_gpt2, ("c_attn", "c_attn", "c_attn", "c_proj"), False),
-    "llama": (tiny_llama, LLAMA, False),
+    "llama": (llama_of_wide_heads, LLAMA, False),
     "shared_llama": (tiny_shared_llama, LLAMA, True),
     "qwen2": (tiny_qwen2, LLAMA, True),
     "t5": (tiny_t5, ("q", "k", "v", "o"), False),
     "vit": (tiny_vit, LLAMA, False),
-    "mixtral": (tiny_mixtral, LLAMA, True),
+    "mixtral": (mixtral_of_shared_heads, LLAMA, True),
 }
 
 
@@ -219,8 +206,7 @@ def test_heads_agree_with_the_sum_over_their_weights(name):
 
 
 def test_structures_that_are_not_known_have_no_heads():
-    sizes = {key: value for key, value in TEXT.items() if key != "num_labels"}
-    fused = made(GPTNeoXModel, GPTNeoXConfig(**sizes, bos_token_id=1, eos_token_id=1))
+    fused = made(GPTNeoXModel, GPTNeoXConfig(**LANGUAGE_MODEL, bos_token_id=1, eos_token_id=1))
     inventory = take_inventory(fused)
     assert inventory.attention_heads == []
     assert inventory.without_attention_heads == {
@@ -264,12 +250,11 @@ def test_cross_attention_and_decoders_with_other_numbers_of_heads():
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 4, "max_position_embeddings": 32}
     model = made(BartModel, BartConfig(vocab_size=VOCAB, **sizes, **heads, pad_token_id=0))
-    assert [(group.heads, group.head_size) for group in take_inventory(model).attention_heads] == [
-        (2, 8),
-        (4, 4),
-        (4, 4),
-    ]
-    config = GptOssConfig(**{**TEXT, "head_dim": 8, "num_key_value_heads": 1}, num_local_experts=2, eos_token_id=1)
+    heads = [(group.heads, group.head_size) for group in take_inventory(model).attention_heads]
+    assert heads == [(2, 8), (4, 4), (4, 4)]
+    config = GptOssConfig(
+        **{**CLASSIFIER, "head_dim": 8, "num_key_value_heads": 1}, num_local_experts=2, eos_token_id=1
+    )
     assert [group.heads for group in take_inventory(made(GptOssModel, config)).attention_heads] == [
         2,
         2,
@@ -324,8 +309,7 @@ def test_choosing_a_head_takes_its_rows_and_columns():
 
 
 def test_heads_that_cannot_be_trained_are_refused_by_name():
-    sizes = {key: value for key, value in TEXT.items() if key != "num_labels"}
-    fused = made(GPTNeoXModel, GPTNeoXConfig(**sizes, bos_token_id=1, eos_token_id=1))
+    fused = made(GPTNeoXModel, GPTNeoXConfig(**LANGUAGE_MODEL, bos_token_id=1, eos_token_id=1))
     with pytest.raises(InputError, match="projections of GPTNeoXAttention are not known"):
         select(measure(fused, criteria=["magnitude"]), "50%", "head")
 

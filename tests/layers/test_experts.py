@@ -20,10 +20,10 @@ from transformers import (
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from expert_cases import SIZES, of_expert, tiny_mixtral
+from measured_models import LANGUAGE_MODEL, made, tiny_mixtral
 from oracles.criteria import expected
 from oracles.per_example_gradients import examples
-from relevance_cases import assert_parts_equal, made, measure, split, text_batch
+from relevance_cases import assert_parts_equal, measure, of_expert, split, text_batch
 from reltune.errors import AnalysisError, InputError
 from reltune.layers import experts
 from reltune.layers.inventory import take_inventory
@@ -39,14 +39,26 @@ CRITERIA = ["fisher", "gradient", "taylor", "relative_gradient", "magnitude"]
 
 def tiny_qwen3_moe(**changes):
     """One layer without experts, and one with more of them than most examples have tokens."""
-    sizes = {**SIZES, "num_key_value_heads": 1, "moe_intermediate_size": 8, "num_experts": 8, "num_experts_per_tok": 3}
+    sizes = {
+        **LANGUAGE_MODEL,
+        "num_key_value_heads": 1,
+        "moe_intermediate_size": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+    }
     more = {"mlp_only_layers": [0], "norm_topk_prob": True, "experts_implementation": "eager"}
     return made(Qwen3MoeForCausalLM, Qwen3MoeConfig(**{**sizes, **more, **changes}))
 
 
 def tiny_gpt_oss(**changes):
     """Transposed weights with biases, a router with a bias."""
-    sizes = {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+    sizes = {
+        **LANGUAGE_MODEL,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
     return made(GptOssForCausalLM, GptOssConfig(**{**sizes, "experts_implementation": "eager", **changes}))
 
 
@@ -459,7 +471,8 @@ def test_a_router_is_measured_if_it_is_a_linear_map_and_else_refused_by_name(how
         for s in range(6):
             loss = F.cross_entropy(model(batch[0][s : s + 1]), batch[1][s : s + 1])
             wanted += torch.autograd.grad(loss, model[1].weight)[0].square() / 6
-        torch.testing.assert_close(found["column"], wanted.sum(0).to(found["column"]))
+        # both in float32, in which a sum of 6 · 3 products is right to some 1e-7 of itself
+        torch.testing.assert_close(found["column"].float(), wanted.sum(0))
         return
     with pytest.warns(RuntimeWarning, match="1 not measured: its weight is used otherwise"):
         found = measure(model, [batch], None, ["fisher"])

@@ -23,6 +23,7 @@ from torchao.quantization import (
 from transformers import BertForSequenceClassification, BitsAndBytesConfig
 
 import reltune
+from measured_models import tiny_bert, tiny_llama
 from oracles.per_example_gradients import examples, gradient_sums
 from relevance_cases import (
     assert_parts_equal,
@@ -32,8 +33,6 @@ from relevance_cases import (
     parts_by_formula,
     split,
     text_batch,
-    tiny_bert,
-    tiny_llama,
 )
 from reltune.errors import InputError
 from reltune.layers.inventory import take_inventory

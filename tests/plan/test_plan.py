@@ -7,7 +7,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from relevance_cases import data_for, measure, tiny_bert, tiny_llama, tiny_sequential
+from measured_models import tiny_bert, tiny_llama, tiny_sequential
+from relevance_cases import data_for, measure
 from reltune.errors import InputError
 from reltune.layers.inventory import take_inventory
 from reltune.plan import plan as plan_file

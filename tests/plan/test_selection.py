@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relevance_cases import data_for, measure, tiny_bert, tiny_sequential
+from measured_models import tiny_bert, tiny_sequential
+from relevance_cases import data_for, measure
 from reltune.errors import InputError
 from reltune.layers.head_group import HeadGroup
 from reltune.layers.inventory import Inventory

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from criteria_cases import causal_of_one, lm_batch, own_loss, tiny_gpt2, tiny_mixtral
+from measured_models import LABELS, MODELS, tiny_bert, tiny_gpt2, tiny_mixtral
 from oracles.ablated import mean_metric, means, without_head, without_layer, without_module
 from oracles.per_example_gradients import examples
-from relevance_cases import LABELS, MODELS, cross_entropy_of_one, data_for, labels_of, measure, split, tiny_bert
+from relevance_cases import causal_of_one, cross_entropy_of_one, data_for, labels_of, lm_batch, measure, own_loss, split
 from reltune.errors import AnalysisError, InputError
 from reltune.plan.selection import select
 from reltune.relevance.resumption import FILE
@@ -92,7 +92,7 @@ def test_experts_and_routers():
         wanted = whole - mean_metric(changed_model, examples(batch), lambda *of: -causal_of_one(*of))
         assert float(scores[info.name]) == pytest.approx(wanted, rel=1e-8, abs=1e-11), info.name
         seen += 1
-    assert seen == 2 * (1 + 2 * 3)
+    assert seen == 2 * (1 + 2 * 4)
     means = measure(
         model, [batch], causal_loss, MINE, options={"ablation": {"kinds": ["module"], "replace_by": "mean"}}
     )

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from criteria_cases import own_loss
-from relevance_cases import MODELS, data_for, measure, split
+from measured_models import MODELS
+from relevance_cases import data_for, measure, own_loss, split
 from reltune.errors import InputError
 from reltune.relevance.criteria.correlation import EVERY, Options, correlations, drawn, reliability, stable
 from reltune.relevance.resumption import FILE

@@ -13,10 +13,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from criteria_cases import Convolutions, canonical, causal_of_one, lm_batch, tiny_gpt2, tiny_mixtral
+from measured_models import MODELS, Convolutions, made, tiny_gpt2, tiny_mixtral
 from oracles.criteria import expected
 from oracles.per_example_gradients import examples
-from relevance_cases import MODELS, assert_parts_equal, data_for, made, measure, split, text_batch
+from relevance_cases import assert_parts_equal, canonical, causal_of_one, data_for, lm_batch, measure, split, text_batch
 from reltune.errors import InputError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

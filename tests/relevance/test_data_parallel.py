@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from command_line import contents, review_rows, write_csv
 from command_line import reltune as command
 from data_parallel_worker import Examples, batches_of, scores
-from relevance_cases import MODELS, data_for, measure
+from measured_models import MODELS
+from relevance_cases import data_for, measure
 from reltune.relevance.scores import RelevanceScores
 from reltune.runs.stages import train_heads
 from tiny_models import save_tiny_bert

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from measured_models import tiny_bert, tiny_llama, tiny_sequential
 from oracles.per_example_gradients import gradient_sums
 from relevance_cases import (
     assert_parts_equal,
@@ -15,9 +16,6 @@ from relevance_cases import (
     parts_by_formula,
     split,
     text_batch,
-    tiny_bert,
-    tiny_llama,
-    tiny_sequential,
 )
 from reltune.errors import AnalysisError, InputError
 from reltune.layers.linear import LinearType

@@ -5,16 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from criteria_cases import Convolutions, causal_of_one, lm_batch, own_loss, tiny_gpt2, tiny_mixtral
-from expert_cases import of_expert
+from measured_models import MODELS, Convolutions, tiny_gpt2, tiny_mixtral
 from oracles.per_example_gradients import examples
 from oracles.sign_probe import sign_probe, steps_by_rule
 from relevance_cases import (
-    MODELS,
     assert_parts_equal,
+    causal_of_one,
     cross_entropy_of_one,
     data_for,
+    lm_batch,
     measure,
+    of_expert,
+    own_loss,
     parts_by_formula,
     split,
 )

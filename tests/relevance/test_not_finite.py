@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from relevance_cases import MODELS, data_for, measure, split
+from measured_models import MODELS
+from relevance_cases import data_for, measure, split
 from reltune.errors import AnalysisError
 
 

@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from criteria_cases import Convolutions, causal_of_one, lm_batch, own_loss, tiny_gpt2
+from measured_models import MODELS, Convolutions, tiny_gpt2
 from oracles.per_example_gradients import examples
 from relevance_cases import (
-    MODELS,
     assert_parts_equal,
     by_module,
+    causal_of_one,
     cross_entropy_of_one,
     data_for,
+    lm_batch,
     measure,
+    own_loss,
     parts_by_formula,
     split,
 )

@@ -17,17 +17,8 @@ from transformers import (
     RobertaModel,
 )
 
-from relevance_cases import (
-    MODELS,
-    data_for,
-    measure,
-    text_batch,
-    tiny_bert,
-    tiny_llama,
-    tiny_roberta,
-    tiny_sequential,
-    tiny_vit,
-)
+from measured_models import MODELS, tiny_bert, tiny_llama, tiny_roberta, tiny_sequential, tiny_vit
+from relevance_cases import data_for, measure, text_batch
 from reltune.errors import InputError
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.inventory import choose, head_modules, matching, take_inventory

@@ -13,9 +13,9 @@ import pytest
 import reltune
 from command_line import reltune as command
 from command_line import review_rows, write_csv
+from measured_models import MODELS
 from oracles.per_example_gradients import gradient_sums
 from relevance_cases import (
-    MODELS,
     assert_parts_equal,
     by_module,
     cross_entropy_of_one,

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from criteria_cases import Convolutions, tiny_gpt2
+from measured_models import MODELS, Convolutions, tiny_gpt2
 from oracles.singular_values import marchenko_pastur_median, parts_of_spectrum, published_parts, reduced
-from relevance_cases import MODELS, measure
+from relevance_cases import measure
 from reltune.errors import InputError
 from reltune.layers.inventory import take_inventory
 from reltune.names import CRITERIA as NAMES

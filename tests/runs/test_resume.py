@@ -8,7 +8,8 @@ import signal
 import pytest
 import torch
 
-from relevance_cases import MODELS, assert_parts_equal, data_for, measure, split
+from measured_models import MODELS
+from relevance_cases import assert_parts_equal, data_for, measure, split
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
 from reltune.relevance.resumption import FILE

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,6 @@ def quick(place: Path) -> Path:
     """A run of few steps that selects columns. Likewise."""
     assert new_run(place, "quick", *QUICK).code == 0
     return place / "quick"
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def new_run(place: Path, name: str, *words: object, command: str = "run", train: str = "train.csv") -> Answer:
@@ -182,7 +174,6 @@ def test_another_seed_gives_another_run(place: Path, quick: Path) -> None:
         torch.testing.assert_close(*(RelevanceScores.load(place / n / "relevance").parts for n in ("seed_7", "quick")))
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_saved_adapter_gives_the_logits_that_were_trained(place: Path, quick: Path, tmp_path: Path) -> None:
     config = RunConfig.load(quick / "config.yaml")
     config.output_dir = str(tmp_path / "run")
@@ -619,7 +610,6 @@ def test_termination_ends_the_process_with_143(place: Path) -> None:
 # -- comparison -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_comparison_with_the_baselines(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = RunConfig(
         model_name_or_path=str(place / "model"),

@@ -32,7 +32,6 @@ from reltune.plan.plan import ModulePlan, Plan
 from reltune.runs.export import to_lora
 from reltune.tuner.float8 import ReltuneFloat8Linear
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TARGETS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
 FLOAT8 = "float8_e4m3fn"
 

@@ -28,9 +28,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNITS = ["columns", "rows", "columns and rows", "elements", "columns, rows and elements", "weight and bias", "bias"]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 class Words(nn.Module):
     """An embedding with a padding token, and Transformers' Conv1D behind it."""
 
