@@ -150,6 +150,9 @@ class _Records(Sequence[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return map(self.named, self.data)
 
+    def mapped(self, convert: Callable[[dict[str, Any]], dict[str, Any]]) -> _Records:
+        return _Records(self.data, lambda values: convert(self.named(values)))
+
     def select(self, indices: Sequence[int]) -> _Records:
         return _Records(self.data.select(indices), self.named)
 
