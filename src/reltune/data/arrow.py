@@ -15,16 +15,11 @@ from typing import Any
 import datasets
 from transformers.utils.hub import is_offline_mode
 
-from reltune.data.rows import Rows
+from reltune.data.rows import SPLITS, Rows
 from reltune.data.streams import StreamedRows
 from reltune.errors import InputError, first_line, nearest
 from reltune.names import DATASETS
 
-SPLITS = {  # names in use -> what they are here
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -49,6 +44,9 @@ def read_folder(path: Path, streaming: bool = False) -> dict[str, Rows | Streame
     elif any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
         with _reading(str(path), "give each label a folder, or write a metadata.csv with file_name and label"):
             data = datasets.load_dataset("imagefolder", data_dir=str(path), streaming=streaming)
+    elif any(path.rglob("*.parquet")):  # a data set of the Hub as it is downloaded: its splits are in the files' names
+        with _reading(str(path), "check that its files are whole"):
+            data = datasets.load_dataset("parquet", data_dir=str(path), streaming=streaming)
     else:
         raise InputError(
             f"{path} is a directory with neither a data set that datasets saved nor images; name one file in it, or save "

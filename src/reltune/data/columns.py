@@ -143,7 +143,7 @@ def guess_task(
     alone = all(name == text_column or BESIDE.fullmatch(name) for name in columns)
     if text_column in columns and alone and label_column in LABEL:
         return TEXT_ALONE.tasks[0], {"text": text_column}
-    if any(len(name.split()) > 3 for name in columns):
+    if any(len(name.split()) > 3 or any(row.values.get(name) == name for row in rows) for name in columns):
         raise InputError(
             f"The columns {_shown(columns)} look like data; put a line above them that names the columns (text,label)."
         )

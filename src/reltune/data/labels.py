@@ -28,6 +28,7 @@ NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 WHOLE = re.compile(r"([+-]?\d+)(\.0*)?")
 WITH_COMMA = re.compile(r"[+-]?\d+,\d+")
 THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
+TYPOGRAPHIC = "“”„‟«»‘’"
 TRUTH = {"true": "True", "false": "False"}
 
 
@@ -219,9 +220,13 @@ class ClassNames:
                 note(f"The labels {shown} in {self.column!r} are read as one class, {name!r}.")
         if self.whole and {"-1", "2"} <= set(self.spellings):  # with 0 and 1 alone it is mostly a class
             note(f"The label -1 in {self.column!r} is read as a class; if it marks rows without a label, delete them.")
+        if quoted := next((name for name in self.spellings if name[0] in TYPOGRAPHIC and name[-1] in TYPOGRAPHIC), ""):
+            note(
+                f'Labels such as {quoted!r} in {self.column!r} keep their quotes, which are no marks of CSV; write them as ".'
+            )
         alike = defaultdict(list)
         for name in self.spellings:
-            alike[" ".join(name.strip("\"'“”‘’«»„").lower().split())].append(name)
+            alike[" ".join(name.strip(f"\"'{TYPOGRAPHIC}").lower().split())].append(name)
         for names in alike.values():
             if len(names) > 1:
                 shown = " and ".join(map(repr, sorted(names)))

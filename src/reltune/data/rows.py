@@ -14,6 +14,13 @@ from reltune.names import ON_BAD_ROWS
 if TYPE_CHECKING:
     from reltune.data.streams import StreamedRows
 
+# A line number with the values of the row that starts there, or with a phrase that says why there is none.
+Record = tuple[int, dict[str, Any] | str]
+SPLITS = {  # names in use for the parts of a data set -> what they are here
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 SHOWN = 10  # line numbers per kind of bad row in a message,
 KINDS = 3  # and kinds
 
