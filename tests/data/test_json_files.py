@@ -9,7 +9,7 @@ from typing import Any
 import pandas
 import pytest
 
-from reltune.data.rows import Rows
+from reltune.data.rows import Rows, checked
 from reltune.data.sources import read_rows, read_splits
 from reltune.errors import InputError
 from reltune.notes import collecting
@@ -47,8 +47,16 @@ def read(tmp_path: Path, content: Any, name: str = "d.json") -> Rows:
     ],
 )
 def test_shapes(tmp_path: Path, content: Any, name: str) -> None:
-    rows = read(tmp_path, content, name)
+    with collecting():
+        rows = read(tmp_path, content, name)
     assert [row.values for row in rows] == ROWS and rows.columns == ["text", "label"]
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl"])
+def test_conversations_without_a_name(tmp_path: Path, name: str) -> None:
+    chats = [[{"from": "human", "value": text}, {"from": "gpt", "value": "yes"}] for text in "abc"]
+    for content in (chats, json.dumps(chats, indent=1), "\n".join(map(json.dumps, chats))):
+        assert [row.values for row in read(tmp_path, content, name)] == [{"messages": chat} for chat in chats]
 
 
 def test_pandas_tables(tmp_path: Path) -> None:
@@ -122,7 +130,5 @@ def test_squad(tmp_path: Path) -> None:
     ],
 )
 def test_other_shapes_are_refused(tmp_path: Path, content: Any, words: str) -> None:
-    from reltune.data.rows import checked
-
     with pytest.raises(InputError, match=words):
         checked(read(tmp_path, content), lambda row: None)

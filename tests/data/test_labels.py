@@ -15,6 +15,7 @@ from reltune.data.labels import (
     Numbers,
     is_empty,
     is_minus_one,
+    note_odd_labels,
     note_rare_classes,
     switch_of,
     task_of_labels,
@@ -97,20 +98,30 @@ def test_class_names_that_are_none() -> None:
 
 def test_spellings_are_said_once() -> None:
     read = ClassNames(["1", 1.0], "y")
-    for label in ("1", 1.0, 1.0, 2, "-1"):
+    for label in ("1", 1.0, 1.0, 2, "2 ", "-1"):
         read(label)
-    words = ClassNames(["Good", "good", '"bad"', "bad", "fine"], "y")
-    for label in ("Good", "good", '"bad"', "bad", "fine", "fine "):
-        words(label)
     with collecting() as notes:
         read.note_spellings()
-        words.note_spellings()
-    assert notes == [
-        "The labels '1', '1.0' in 'y' are read as one class, '1'.",
-        "The label -1 in 'y' is read as a class; if it marks rows without a label, delete them.",
-        "The labels 'Good' and 'good' in 'y' are different classes, although they look alike.",
-        "The labels '\"bad\"' and 'bad' in 'y' are different classes, although they look alike.",
-    ]
+    assert notes == ["The labels '1', '1.0' in 'y' are read as one class, '1'."]
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (["-1", "0", "1", "2"], "'-1' in 'y' is read as a class; if it marks rows without a label, delete them"),
+        (["a", "nan"], "'nan' in 'y' is read as a class"),
+        (["bad", "Good", "good"], "'Good' and 'good' in 'y' are different ones, although they look alike"),
+        (['"bad"', "bad"], "look alike"),
+        (["B-PER", "O", "o"], "'O' and 'o' in 'y' are different ones"),
+        (["“bad”", "“good”"], "keep their quotes, which are no marks of CSV"),
+        (["-1", "0", "1"], None),
+        (["bad", "good"], None),
+    ],
+)
+def test_odd_labels(labels: list[str], words: str | None) -> None:
+    with collecting() as notes:
+        note_odd_labels(labels, "y")
+    assert len(notes) == bool(words) and (words or "") in " ".join(notes)
 
 
 @pytest.mark.parametrize(

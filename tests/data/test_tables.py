@@ -76,6 +76,11 @@ def test_byte_order_marks_and_line_ends(tmp_path: Path, encoding: str, end: str)
     assert read(tmp_path, content, "d.tsv") == ([("好", "p"), *ROWS[1:]], [])
 
 
+def test_a_byte_order_mark_too_many(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_bytes("\ufeff\ufefftext,label\na,p\n".encode())
+    assert read_rows(tmp_path / "d.csv").columns == ["text", "label"]
+
+
 def test_space_before_quotes(tmp_path: Path) -> None:
     assert read(tmp_path, 'text, label\na, "p"\n"b, c",  "q, r"\n')[0] == [("a", "p"), ("b, c", "q, r")]
     assert read(tmp_path, 'label, text\np, "a, b, c"\nq, "d"\n')[0] == [("p", "a, b, c"), ("q", "d")]
@@ -165,8 +170,8 @@ def test_compressed_files(tmp_path: Path, suffix: str, pack: object) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("d.xlsx", "is a spreadsheet; save it as CSV"),
-        ("d.csv.zip", "is an archive; unpack it"),
+        ("d.xlsx", "the suffix '.xlsx': a spreadsheet; save it as CSV"),
+        ("d.csv.zip", "an archive; unpack it"),
         ("d.pkl", "can run code"),
         ("d.gz", "unknown suffix"),
         ("d.txt", "unknown suffix '.txt'"),

@@ -392,3 +392,21 @@ def test_an_existing_run_reads_held_out_rows_alike(
     with collecting() as notes:
         rows = read_held_out(config, task, tmp_path / "kept").test
     assert [row.values[task.columns["label"]] for row in rows][:2] == values and notes == []
+
+
+def test_texts_that_are_values_of_a_program(csv: Csv, jsonl: Jsonl) -> None:
+    for cell, words in (
+        ("\"['good', 'film']\"", "lists or objects written as text"),
+        ("b'good film'", "bytes as Python"),
+    ):
+        read = Read(csv("text,label", lambda number, text, cell=cell: f"{cell.replace('film', text)},{number % 2}"))
+        assert len(read.notes) == 1 and words in read.notes[0]
+    mixed = Read(csv("text,label", lambda number, text: f"{'[' if number else ''}{text}],{number % 2}"))
+    assert mixed.notes == []
+
+
+def test_held_out_rows_of_training(csv: Csv) -> None:
+    path = csv("text,label", lambda number, text: f"{text},{number % 2}")
+    read = Read(path, test_file=str(path), validation_file=str(path))
+    assert read.notes == ["data.csv: 20 of 20 held-out rows are in the training data too."]
+    assert Read(path).notes == []

@@ -15,10 +15,11 @@ from typing import Any
 import datasets
 from transformers.utils.hub import is_offline_mode
 
-from reltune.data.rows import SPLITS, Rows
+from reltune.data.rows import SHOWN, SPLITS, Rows
 from reltune.data.streams import StreamedRows
 from reltune.errors import InputError, first_line, nearest
 from reltune.names import DATASETS
+from reltune.notes import note
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -46,7 +47,11 @@ def read_folder(path: Path, streaming: bool = False) -> dict[str, Rows | Streame
             data = datasets.load_dataset("imagefolder", data_dir=str(path), streaming=streaming)
     elif any(path.rglob("*.parquet")):  # a data set of the Hub as it is downloaded: its splits are in the files' names
         with _reading(str(path), "check that its files are whole"):
-            data = datasets.load_dataset("parquet", data_dir=str(path), streaming=streaming)
+            files = datasets.load_dataset_builder("parquet", data_dir=str(path)).config.data_files
+            data = datasets.load_dataset("parquet", data_files=files, streaming=streaming)
+        taken = {Path(file) for split in files.values() for file in split}
+        if unused := sorted(file.name for file in path.rglob("*.parquet") if file.resolve() not in taken):
+            note(f"{path.name}: not used, because their names say no split: {', '.join(map(repr, unused[:SHOWN]))}.")
     else:
         raise InputError(
             f"{path} is a directory with neither a data set that datasets saved nor images; name one file in it, or save "
@@ -111,6 +116,10 @@ def _splits(data: Any, source: str) -> dict[str, Rows | StreamedRows]:
     known = {SPLITS[str(name)]: split for name, split in data.items() if str(name) in SPLITS}
     if "train" not in known:
         raise InputError(f"{source} has the splits {', '.join(map(str, data))} and none called train; rename one.")
+    if unknown := [str(name) for name in data if str(name) not in SPLITS]:
+        note(
+            f"{Path(source).name}: not used: {'splits' if len(unknown) > 1 else 'split'} {', '.join(map(repr, unknown))}."
+        )
     return {name: _rows(split, source) for name, split in known.items()}
 
 

@@ -36,9 +36,9 @@ class Convention:
         """role -> column, or None if one is missing."""
         chosen: dict[str, str] = {}
         for role, names in (self.roles | self.optional).items():
-            name = next((name for name in names if name in found), None)
-            if name is not None:
-                chosen[role] = name
+            column = _called(names, found)
+            if column is not None:
+                chosen[role] = column
             elif role in self.roles:
                 return None
         return chosen
@@ -48,12 +48,21 @@ class Convention:
         return ", ".join(names)
 
 
+def _called(names: Iterable[str], columns: Sequence[str]) -> str | None:
+    """The column with one of these names, if need be in other case."""
+    exact = next((name for name in names if name in columns), None)
+    if exact is not None:
+        return exact
+    folded = [column.casefold() for column in columns]
+    wanted = next((name.casefold() for name in names if folded.count(name.casefold()) == 1), None)
+    return None if wanted is None else columns[folded.index(wanted)]
+
+
 LABEL = ("label", "labels")
 TEXT = ("text", "sentence")
 PAIRS = (  # two texts that are read together -> the names of their label, if they have one of their own
     (("sentence1", "sentence2"), ("score", "similarity_score")),
-    (("sentence_A", "sentence_B"), ("relatedness_score",)),
-    (("sentence_a", "sentence_b"), ()),
+    (("sentence_a", "sentence_b"), ("relatedness_score",)),
     (("premise", "hypothesis"), ()),
     (("question1", "question2"), ("is_duplicate",)),
     (("question", "passage"), ("answer",)),
@@ -81,7 +90,7 @@ CONVENTIONS = (
     Convention(("causal_lm",), {"prompt": ("prompt",), "completion": ("completion",)}),
     Convention(
         ("causal_lm",),
-        {"instruction": ("instruction",), "output": ("output", "response")},
+        {"instruction": ("instruction", "query"), "output": ("output", "response")},
         {"input": ("input", "context"), "system": ("system",), "history": ("history",)},
     ),
     Convention(("seq2seq",), {"source": ("source",), "target": ("target",)}),
@@ -95,7 +104,7 @@ CONVENTIONS = (
     ),
 )
 # Columns that say nothing of a text alone beside them: numbers of rows, as programs write them, and where a text is from.
-BESIDE = re.compile(r"|id|idx|index|url|title|date|timestamp|meta|metadata|Unnamed: ?\d+|__index_level_\d+__|_c0")
+BESIDE = re.compile(r"|id|idx|index|url|title|date|timestamp|meta|metadata|Unnamed: ?\d+|__index_level_\d+__|_c0", re.I)
 TEXT_ALONE = Convention(("causal_lm", "masked_lm"), {"text": ("text",)})
 
 
@@ -140,14 +149,21 @@ def guess_task(
     if wider:
         convention, chosen = wider[0]
         return task_of_labels(rows, chosen["label"]) if convention.tasks == LABELLED else convention.tasks[0], chosen
-    alone = all(name == text_column or BESIDE.fullmatch(name) for name in columns)
-    if text_column in columns and alone and label_column in LABEL:
-        return TEXT_ALONE.tasks[0], {"text": text_column}
+    text = _called([text_column], columns)
+    if text is not None and label_column in LABEL and all(name == text or BESIDE.fullmatch(name) for name in columns):
+        return TEXT_ALONE.tasks[0], {"text": text}
     if any(len(name.split()) > 3 or any(row.values.get(name) == name for row in rows) for name in columns):
         raise InputError(
             f"The columns {_shown(columns)} look like data; put a line above them that names the columns (text,label)."
         )
-    layouts = "; ".join(str(convention) for convention in (*CONVENTIONS[: 1 - len(PAIRS)], TEXT_ALONE))
+    text = _called(TEXT if text_column == "text" else [text_column], columns)
+    if text is not None and label_column in LABEL:
+        raise InputError(
+            f"The columns {_shown(columns)} are of no layout that is known, because {text!r} has no label beside it (text, label). "
+            "Name the label with --label_column, or pass --task causal_lm to learn to write the texts."
+        )
+    known = (*CONVENTIONS[: 1 - len(PAIRS)], TEXT_ALONE)
+    layouts = "; ".join(str(dataclasses.replace(convention, optional={})) for convention in known)
     raise InputError(
         f"The columns {_shown(columns)} are of no layout that is known ({layouts}). Name yours with --text_column and "
         "--label_column, or rename them."
@@ -188,7 +204,7 @@ def label_columns(
     """
     if "," in label_column and label_column not in columns:
         return text_column, [name for part in label_column.split(",") if (name := part.strip())]
-    if label_column not in LABEL or set(LABEL) & set(columns):
+    if label_column not in LABEL or _called(LABEL, columns):
         return None
     rows = list(itertools.islice(rows, LOOKED_AT))
     rest = [name for name in columns if not BESIDE.fullmatch(name)]
@@ -218,7 +234,7 @@ def _named(text_column: str, label_column: str, text_pair_column: str | None) ->
         if "text_pair" in roles:
             if text_pair_column is not None:
                 roles |= {"text": TEXT if text_column == "text" else (text_column,), "text_pair": (text_pair_column,)}
-            elif text_column not in ("text", *roles["text"]):
+            elif text_column != "text" and not _called(roles["text"], [text_column]):
                 continue
         elif "text" in roles and text_column != "text":
             roles["text"] = (text_column,)

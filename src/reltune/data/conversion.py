@@ -5,6 +5,7 @@ A cell that cannot be read becomes ``Unreadable``, which makes its row a bad one
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,10 +14,12 @@ from reltune.data.cells import Unreadable, looks_structured, structure_in
 from reltune.data.conversations import as_messages, with_system
 from reltune.data.labels import READERS, ClassNames, switch_of
 from reltune.data.rows import Row
+from reltune.notes import note
 
 SYSTEM = "system"  # the column whose text opens a conversation beside it
 VERDICTS = ("label", "labels", "kto_tag")  # columns that say of a single answer whether it is good
 JUDGED = ("completion", "messages", "output")  # roles of single answers
+BYTES = re.compile(r"b(['\"]).*\1", re.DOTALL)
 ANNOTATED = "answer"  # the column in which Prodigy has accept, reject or ignore
 
 
@@ -56,6 +59,8 @@ class Conversion:
                 self.labels = reader.labels
                 self.cells[column] = reader
                 self.class_names = reader if isinstance(reader, ClassNames) else None
+            elif role in ("text", "text_pair"):
+                _note_code([row.values.get(column) for row in rows], column)
             elif role in CELLS:
                 self.cells[column] = partial(CELLS[role], column=column)
         free = [name for name in every if name not in columns.values()]
@@ -90,7 +95,7 @@ class Conversion:
         return made
 
     def note_labels(self) -> None:
-        """Say what was found out about classes in all rows that were converted so far."""
+        """Say which labels are spelled in several ways in the rows that were converted so far."""
         if self.class_names is not None:
             self.class_names.note_spellings()
 
@@ -99,6 +104,15 @@ def _all(rows: Sequence[Row], column: str, read: Callable[[Any], Any]) -> bool:
     """Whether something can be read of the column in every row that has it, and in one at least."""
     values = [value for row in rows if (value := row.values.get(column)) is not None and value != ""]
     return bool(values) and all(read(value) is not None for value in values)
+
+
+def _note_code(values: Sequence[Any], column: str) -> None:
+    """Say that all texts look like values of a program."""
+    texts = [value.strip() for value in values if isinstance(value, str) and value.strip()]
+    if texts and all(structure_in(text) is not None for text in texts):
+        note(f"The texts in {column!r} are lists or objects written as text, and are read with their brackets.")
+    elif texts and all(BYTES.fullmatch(text) for text in texts):
+        note(f"The texts in {column!r} are bytes as Python writes them (b'…'), and are read with all their marks.")
 
 
 def _annotation(value: Any) -> Any:

@@ -48,7 +48,14 @@ def json_lines(lines: Iterable[str]) -> Iterator[Record]:
         except (ValueError, RecursionError) as error:
             yield line, f"no valid JSON ({getattr(error, 'msg', 'nested too deeply')})"
         else:
-            yield line, record if isinstance(record, dict) else "no JSON object"
+            yield line, _row(record)
+
+
+def _row(value: Any) -> dict[str, Any] | str:
+    """An object, or a conversation without a name; else a phrase that says that it is neither."""
+    if isinstance(value, list) and value and all(isinstance(turn, dict) and SPEAKERS & set(turn) for turn in value):
+        return {"messages": value}
+    return value if isinstance(value, dict) else "no JSON object"
 
 
 def _list_on_each_line(content: str) -> bool:
@@ -80,7 +87,7 @@ def _list(path: Path, content: str) -> Iterator[Record]:
             raise InputError(
                 f"{path} line {at} is not valid JSON ({reason}); write a list of objects, or one object on each line."
             ) from error
-        yield line, record if isinstance(record, dict) else "no JSON object"
+        yield line, _row(record)
         if content[place] == "]":
             break
     if content[place + 1 :].strip():
@@ -178,9 +185,7 @@ def _of_index(path: Path, value: Mapping[str, Mapping[str, Any]]) -> list[Any]:
 
 
 def _numbered(rows: Iterable[Any]) -> list[Record]:
-    return _flat(
-        [(number, row if isinstance(row, dict) else "no JSON object") for number, row in enumerate(rows, start=1)]
-    )
+    return _flat([(number, _row(row)) for number, row in enumerate(rows, start=1)])
 
 
 def _flat(records: list[Record]) -> list[Record]:

@@ -28,6 +28,7 @@ NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 WHOLE = re.compile(r"([+-]?\d+)(\.0*)?")
 WITH_COMMA = re.compile(r"[+-]?\d+,\d+")
 THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
+MISSING = ("nan", "none", "null", "n/a", "<na>")  # what programs write where there is no value
 TYPOGRAPHIC = "“”„‟«»‘’"
 TRUTH = {"true": "True", "false": "False"}
 
@@ -213,24 +214,11 @@ class ClassNames:
         return name
 
     def note_spellings(self) -> None:
-        """Say which labels are one class in several spellings, which are several in nearly the same, and whether one is -1."""
+        """Say which labels are one class in several spellings."""
         for name, spellings in self.spellings.items():
             if len(spellings) > 1:
                 shown = ", ".join(map(repr, sorted(spellings)))
                 note(f"The labels {shown} in {self.column!r} are read as one class, {name!r}.")
-        if self.whole and {"-1", "2"} <= set(self.spellings):  # with 0 and 1 alone it is mostly a class
-            note(f"The label -1 in {self.column!r} is read as a class; if it marks rows without a label, delete them.")
-        if quoted := next((name for name in self.spellings if name[0] in TYPOGRAPHIC and name[-1] in TYPOGRAPHIC), ""):
-            note(
-                f'Labels such as {quoted!r} in {self.column!r} keep their quotes, which are no marks of CSV; write them as ".'
-            )
-        alike = defaultdict(list)
-        for name in self.spellings:
-            alike[" ".join(name.strip(f"\"'{TYPOGRAPHIC}").lower().split())].append(name)
-        for names in alike.values():
-            if len(names) > 1:
-                shown = " and ".join(map(repr, sorted(names)))
-                note(f"The labels {shown} in {self.column!r} are different classes, although they look alike.")
 
 
 class LabelSets:
@@ -341,6 +329,28 @@ def switch_of(value: Any) -> bool | None:
         text = value.strip().lower()
         return {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}.get(text)
     return bool(value) if _is_switch(value) else None
+
+
+def note_odd_labels(labels: Sequence[str], column: str) -> None:
+    """Say which of a task's labels may be none, or the same as another."""
+    numbers = all(WHOLE.fullmatch(label) for label in labels)
+    for label in labels:
+        if label.lower() in MISSING or (
+            label == "-1" and numbers and "2" in labels
+        ):  # with 0 and 1 alone mostly a class
+            note(
+                f"The label {label!r} in {column!r} is read as a class; if it marks rows without a label, delete them."
+            )
+    if quoted := next((label for label in labels if label[0] in TYPOGRAPHIC and label[-1] in TYPOGRAPHIC), ""):
+        note(f'Labels such as {quoted!r} in {column!r} keep their quotes, which are no marks of CSV; write them as ".')
+    alike = defaultdict(list)
+    for label in labels:
+        alike[" ".join(label.strip(f"\"'{TYPOGRAPHIC}").lower().split())].append(label)
+    for names in alike.values():
+        if len(names) > 1:
+            note(
+                f"The labels {' and '.join(map(repr, sorted(names)))} in {column!r} are different ones, although they look alike."
+            )
 
 
 def note_rare_classes(counts: Mapping[str, int], source: str, guessed: bool) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from sklearn.model_selection import train_test_split
 
 from reltune.data.labels import NUMBER
 from reltune.data.rows import Row, Rows
 from reltune.errors import InputError, nearest
+from reltune.notes import note
 
 
 def _same(text: str) -> str:
@@ -58,6 +60,16 @@ def split_off(
     rest, held = rows.select(sides[0]), rows.select(sides[1])
     held.skipped = {}  # they stay on the record of the rest
     return rest, held
+
+
+def note_shared(train: Rows, held_out: Sequence[Rows], content: Callable[[Row], str]) -> None:
+    """Say how many rows of held-out sets that came as they are stand in training too (whitespace aside)."""
+    contents = [[_same(content(row)) for row in rows] for rows in held_out]
+    wanted = set().union(*contents)
+    found = {key for row in train if (key := _same(content(row))) in wanted} if wanted else set()
+    for rows, keys in zip(held_out, contents, strict=True):
+        if count := sum(key in found for key in keys):
+            note(f"{Path(rows.source).name}: {count} of {len(rows)} held-out rows are in the training data too.")
 
 
 def check_splits(

@@ -60,7 +60,7 @@ def read_table(path: Path, dialect: Dialect, file: Iterable[str]) -> tuple[int, 
     if dialect.told:
         next(filled)
     header_line, header = next(filled, (1, []))
-    names = [name.strip() for name in header]
+    names = [name.strip().strip("\ufeff") for name in header]  # some programs write a byte order mark too many
     return header_line, names, (_record(line, fields, names) for line, fields in filled)
 
 

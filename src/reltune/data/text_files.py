@@ -29,12 +29,13 @@ COMPRESSED: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.op
 MENDS = {  # suffixes of what people have instead -> what they can do
     **dict.fromkeys(
         (".xlsx", ".xls", ".xlsm", ".ods", ".numbers"),
-        "is a spreadsheet; save it as CSV (in Excel: File, Save As, CSV UTF-8) and name that file.",
+        "a spreadsheet; save it as CSV (in Excel: File, Save As, CSV UTF-8) and name that file.",
     ),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar", ".zst"), "an archive; unpack it and name the file inside."),
     **dict.fromkeys(
-        (".zip", ".tar", ".tgz", ".7z", ".rar", ".zst"), "is an archive; unpack it and name the file inside."
+        (".pkl", ".pickle", ".pt"),
+        "a format that can run code when it is opened; save the rows as Parquet or JSON Lines.",
     ),
-    **dict.fromkeys((".pkl", ".pickle", ".pt"), "can run code when it is opened; save it as Parquet or JSON Lines."),
 }
 COMMON_ENCODINGS = ("utf-8", "utf-16", "gbk", "gb18030", "big5", "shift_jis", "euc-kr", "latin-1", "cp1252")
 UNPACKING = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
@@ -150,7 +151,7 @@ def check_text_file(path: Path) -> None:
         raise InputError(f"{path} is a directory; name one file in it.")
     suffix = format_of(path)
     if suffix in MENDS:
-        raise InputError(f"{path} {MENDS[suffix]}")
+        raise InputError(f"{path} has the suffix {suffix!r}: {MENDS[suffix]}")
     if suffix not in TEXT_SUFFIXES:
         known = (*TEXT_SUFFIXES, ".parquet")
         raise InputError(

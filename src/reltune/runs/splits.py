@@ -12,10 +12,10 @@ from typing import Any
 from reltune.config.run_config import RunConfig
 from reltune.data import sources
 from reltune.data.columns import note_left_out
-from reltune.data.labels import MULTILABEL, note_rare_classes
+from reltune.data.labels import MULTILABEL, note_odd_labels, note_rare_classes
 from reltune.data.layout import Layout, known_layout, layout_of
-from reltune.data.rows import Row, Rows, checked, found, no_good_rows
-from reltune.data.splitting import split_off
+from reltune.data.rows import Row, Rows, checked, found, no_good_rows, other_separator, require_columns
+from reltune.data.splitting import note_shared, split_off
 from reltune.data.streams import StreamedRows
 from reltune.errors import InputError
 from reltune.notes import note
@@ -103,6 +103,7 @@ def read_data(config: RunConfig, fitted: Task | None = None) -> tuple[Task, Spli
     if layout.conversion.class_names is not None and isinstance(train, Rows):
         note_rare_classes(Counter(map(task.label, train)), train.source, guessed=config.task is None)
     held = {split: rows if isinstance(rows, Rows) else rows.take(None) for split, rows in good.items()}
+    given = list(held)
     if isinstance(train, Rows):
         whole = len(train)
         for split in HELD:
@@ -112,8 +113,12 @@ def read_data(config: RunConfig, fitted: Task | None = None) -> tuple[Task, Spli
     elif missing := [f"--{split}_file" for split in reversed(HELD) if split not in held]:
         raise InputError(f"Nothing can be split off streamed rows; give {' and '.join(missing)}.")
     layout.conversion.note_labels()
+    if isinstance(train, Rows) and "image" not in layout.columns:
+        note_shared(train, [held[split] for split in HELD if split in given], task.content)
     if fitted is None:
         task = task.fitted(train)
+        if labels := getattr(task, "labels", ()):
+            note_odd_labels(labels, next(layout.columns[role] for role in ("label", "tags") if role in layout.columns))
         held = {split: checked(rows, task.misfit, config.on_bad_rows) for split, rows in held.items()}
     return task, Splits(train, held["validation"], held["test"], held.get("forgetting"))
 
@@ -172,6 +177,8 @@ def _say_unlabelled(split: str, rows: Rows, layout: Layout, config: RunConfig) -
         InputError: a file that the user named has no column of labels.
     """
     missing = [name for name in layout.label_columns if name not in rows.columns]
+    if other_separator(rows.columns):
+        require_columns(rows, dict.fromkeys(missing, ""))  # which has the mend
     if missing and getattr(config, f"{split}_file") is not None:
         raise InputError(
             f"{rows.source} has no column {missing[0]!r}, and nothing can be measured without labels. Name the column with "
