@@ -87,9 +87,11 @@ def test_missing_columns(place: Place) -> None:
         (b'text,label\n"good film,pos\nbad film,neg\n', "not valid CSV"),
         (b"text,label\ngood \xb5\xe7\xd3\xb0,pos\nbad film,neg\n", "line 2"),
         (b"\x89PNG\r\n\x1a\n\x00\x00\x00", "binary"),
-        ("text,label\n好,pos\n坏,neg\n".encode("utf-16"), "utf-16"),
-        (b"text;label\ngood film;pos\nbad film;neg\n", "separator seems to be ';'"),
-        (b"text\tlabel\ngood film\tpos\nbad film\tneg\n", "separator seems to be"),
+        ("text,label\n好,pos\n坏,neg\n".encode("utf-16-le"), "utf-16"),
+        (b"text;label\ngood film\nbad film\n", "separator seems to be ';'"),
+        (b"text\tlabel\ngood film;pos\nbad film;neg\n", "separator seems to be"),
+        (b"PK\x03\x04\x14\x00", "spreadsheet"),
+        (b"text,label\ngood film,pos\nbad \x00film,neg\n" + b"a film,pos\n" * 20, "line 3"),
     ],
 )
 def test_files_that_hold_no_labelled_texts(place: Place, tmp_path: Path, content: bytes, named: str) -> None:

@@ -55,7 +55,16 @@ class DataConfig(Subject):
         ),
     )
     text_column: str = field(default="text", metadata=about("Name of the column that holds the text.", "NAME"))
-    label_column: str = field(default="label", metadata=about("Name of the column that holds the label.", "NAME"))
+    text_pair_column: str | None = field(
+        default=None,
+        metadata=about("Name of a column that holds a second text, which the model reads with the first.", "NAME"),
+    )
+    label_column: str = field(
+        default="label",
+        metadata=about(
+            "Name of the column that holds the label; or, with commas between, of several columns of 0 and 1.", "NAME"
+        ),
+    )
     encoding: str = field(
         default="utf-8", metadata=about("Character encoding of text files; a byte order mark is allowed.", "NAME")
     )
