@@ -119,6 +119,11 @@ class RunDirectory:
                 f"{self.path} already holds {done[0]}; pass --overwrite_output_dir to make it and what follows from it anew."
             )
 
+    def check_adapter(self) -> None:
+        """Raise InputError unless the run was tuned."""
+        if not (self.adapter / "adapter_config.json").is_file():
+            raise InputError(f"{self.path} holds no adapter; run `reltune tune {self.path}` first.")
+
     def create(self, config: RunConfig) -> None:
         """Make the directory and save the config, over an earlier run's if there is one."""
         make_directory(self.path)
