@@ -1,4 +1,7 @@
-"""The commands: each reads its flags, calls its stage and prints what comes back."""
+"""The commands: each reads its flags, calls its stage and prints what comes back.
+
+What takes torch is imported after everything that can be checked without it.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,11 @@ def options(
 @flags(*EVERY)
 def run(context: typer.Context, config: ConfigFile = None, overwrite_output_dir: Overwrite = False) -> None:
     """All four steps: analyze, select, tune, evaluate; and a report."""
-    _run_all(new_config(context, config), overwrite_output_dir)
+    from reltune.runs.preflight import check_new_run
+
+    _run_all(
+        new_config(context, config, lambda draft: check_new_run(draft, overwrite_output_dir)), overwrite_output_dir
+    )
 
 
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
@@ -64,8 +71,10 @@ def run(context: typer.Context, config: ConfigFile = None, overwrite_output_dir:
 def demo(context: typer.Context, overwrite_output_dir: Overwrite = False) -> None:
     """The four steps and three baselines on BBC news."""
     from reltune.runs.demo import demo_config
+    from reltune.runs.preflight import check_new_run
 
-    config = changed_config(demo_config("demo-run", RunConfig.seed), context)
+    stored = demo_config("demo-run", RunConfig.seed)
+    config = changed_config(context, stored, lambda draft: check_new_run(draft, overwrite_output_dir))
     _run_all(config, overwrite_output_dir, baselines=True)
 
 
@@ -86,9 +95,11 @@ def _run_all(config: RunConfig, overwrite: bool, baselines: bool = False) -> Non
 @flags(*(name for name in EVERY if name not in ("budget", "granularity", "spread", "frozen_dtype")))
 def analyze(context: typer.Context, config: ConfigFile = None, overwrite_output_dir: Overwrite = False) -> None:
     """Measure how much each unit matters: DIR/relevance."""
+    from reltune.runs.preflight import check_new_run
+
+    made = new_config(context, config, lambda draft: check_new_run(draft, overwrite_output_dir))
     from reltune.runs import flow, stages
 
-    made = new_config(context, config)
     if made.has_data:
         started = flow.start(made, overwrite_output_dir, select=False)
         say(started.describe())
@@ -102,12 +113,14 @@ def analyze(context: typer.Context, config: ConfigFile = None, overwrite_output_
 @flags("criteria", "budget", "granularity", "spread", "target_modules", "exclude_modules")
 def select(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = False) -> None:
     """Choose units under a budget: RUN/plan/plan.yaml."""
-    from reltune.runs import flow
     from reltune.runs.directory import RunDirectory
+    from reltune.runs.preflight import check_selection
 
-    directory, config = RunDirectory.open(run)
+    directory, stored = RunDirectory.open(run)
     directory.check_stage("select", overwrite_output_dir)
-    config = changed_config(config, context)
+    config = changed_config(context, stored, check_selection)
+    from reltune.runs import flow
+
     plan = flow.choose_again(config, directory)
     after = f"then: reltune tune {run}" if config.has_data else "then train by it: reltune.ReltuneConfig(plan=...)"
     say(*plan.describe(), f"Next: look at {directory.plan / 'plan.yaml'}, {after}")
@@ -117,14 +130,16 @@ def select(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = F
 @flags("frozen_dtype", "early_stopping_patience", "sweep", "sweep_trials")
 def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = False) -> None:
     """Train what the plan names: RUN/adapter."""
-    from reltune.runs import flow
     from reltune.runs.directory import RunDirectory
+    from reltune.runs.preflight import check_tuning
 
     if run.startswith("--"):  # the training flags came first, so that Click took one of them for RUN
         *context.args, run = run, *context.args
     with together():
-        directory, config = RunDirectory.open(run)
-        config = changed_config(config, context)
+        directory, stored = RunDirectory.open(run)
+    config = changed_config(context, stored, lambda draft: check_tuning(draft, directory, overwrite_output_dir))
+    from reltune.runs import flow
+
     if trials := flow.tune_again(config, directory, overwrite_output_dir):
         show_sweep(trials)
     say(f"Adapter: {directory.adapter}", f"Next: reltune evaluate {run}")
@@ -134,12 +149,14 @@ def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = Fal
 @flags(*HELD_OUT, *(name for name in EVERY if name.startswith("lm_eval_")))
 def evaluate(context: typer.Context, run: Run) -> None:
     """Measure the adapter on held-out data: RUN/all_results.json."""
-    from reltune.runs import flow
     from reltune.runs.directory import RunDirectory
+    from reltune.runs.preflight import check_evaluation
 
     with together():
-        directory, config = RunDirectory.open(run)
-        config = changed_config(config, context)
+        directory, stored = RunDirectory.open(run)
+    config = changed_config(context, stored, lambda draft: check_evaluation(draft, directory))
+    from reltune.runs import flow
+
     results, lm_eval = flow.evaluate_again(config, directory)
     show_metrics(results)
     show_lm_eval(lm_eval)
@@ -148,11 +165,11 @@ def evaluate(context: typer.Context, run: Run) -> None:
 @app.command()
 def report(run: Run) -> None:
     """Draw relevance, results and training: RUN/report.html."""
-    from reltune.runs import stages
+    from reltune.runs import summary
     from reltune.runs.directory import RunDirectory
 
     directory, config = RunDirectory.open(run)
-    show_record(stages.report(config, directory), directory)
+    show_record(summary.report(config, directory), directory)
 
 
 @app.command()
@@ -164,10 +181,14 @@ def export(
     ],
 ) -> None:
     """Hand the tuned model to programs without reltune."""
-    from reltune.runs import flow
     from reltune.runs.directory import RunDirectory
+    from reltune.runs.preflight import check_export
 
-    say(f"Exported to {flow.export(*RunDirectory.open(run), to, output_dir)}")
+    directory, config = RunDirectory.open(run)
+    check_export(directory, to, output_dir)
+    from reltune.runs import flow
+
+    say(f"Exported to {flow.export(directory, config, to, output_dir)}")
 
 
 @app.command()

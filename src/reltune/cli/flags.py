@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from reltune.cli.launcher import together
 from reltune.config.fields import assignments, checked, kind_of
+from reltune.config.file import read_config, read_fields
 from reltune.config.precedence import combined
 from reltune.config.run_config import FIELDS, RunConfig
-from reltune.config.training_fields import parse_training_fields
+from reltune.config.training_fields import named_training_fields, parse_training_fields
 from reltune.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,27 +59,36 @@ def _flag(field: dataclasses.Field) -> tuple[Any, Any]:
     return default, Annotated[types.get(kind, str) | None, option]
 
 
-def new_config(context: typer.Context, file: str | None = None) -> RunConfig:
-    """The config of a new run, from a file and the flags of a command; flags win."""
-    fields: dict[str, Any] = {}
-    if file is not None:
-        from reltune.config.file import read_config
+def new_config(context: typer.Context, file: str | None, check: Callable[[RunConfig], None]) -> RunConfig:
+    """The config of a new run, from a file and the flags of a command; flags win.
 
-        fields = read_config(file)
-    fields = combined(fields, _given(context), _training_fields(context))
+    ``check`` is asked first, about a config whose training fields are words still: to give them their types takes
+    transformers, and seconds.
+    """
+    draft = combined(read_fields(file) if file else {}, _given(context), _named_training_fields(context))
     for name in ("model_name_or_path", "output_dir"):
-        if name not in fields:
+        if name not in draft:
             raise InputError(f"--{name} is missing; give it as a flag or in a file named with --config.")
-    if "resume_from_checkpoint" in fields["training"]:
+    if "resume_from_checkpoint" in draft["training"]:
         raise InputError("a new run has no checkpoint to resume from; resume with `reltune tune RUN` instead.")
+    _check_draft(draft, check)
+    stored = read_config(file) if file else {}
+    return _config(combined(stored, _given(context), parse_training_fields(context.args)))
+
+
+def changed_config(context: typer.Context, stored: RunConfig, check: Callable[[RunConfig], None]) -> RunConfig:
+    """The config of an existing run with the flags of a command. ``check`` is asked first, as by ``new_config``."""
+    _check_draft(combined(stored.values(), _given(context), _named_training_fields(context)), check)
+    return _config(combined(stored.values(), _given(context), parse_training_fields(context.args)))
+
+
+def _check_draft(fields: dict[str, Any], check: Callable[[RunConfig], None]) -> None:
+    with together():
+        check(_config(fields))
+
+
+def _config(fields: dict[str, Any]) -> RunConfig:
     config = RunConfig(**fields)
-    config.check()
-    return config
-
-
-def changed_config(config: RunConfig, context: typer.Context) -> RunConfig:
-    """The config of an existing run with the flags of a command."""
-    config = RunConfig(**combined(config.values(), _given(context), _training_fields(context)))
     config.check()
     return config
 
@@ -93,7 +104,7 @@ def _given(context: typer.Context) -> dict[str, Any]:
     return given
 
 
-def _training_fields(context: typer.Context) -> dict[str, Any]:
+def _named_training_fields(context: typer.Context) -> dict[str, str]:
     """Flags that the command does not have must be fields of TrainingArguments."""
     own = [option for parameter in context.command.params for option in parameter.opts if option.startswith("--")]
-    return parse_training_fields(list(context.args), own)
+    return named_training_fields(context.args, own)

@@ -7,8 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from sklearn.model_selection import train_test_split
-
 from reltune.errors import InputError, nearest
 from reltune.names import ON_BAD_ROWS
 
@@ -274,6 +272,8 @@ def split_off(
             + (f", {alone} of which are the only one of their label," if (alone := len(labels) - len(contents)) else "")
             + f" are too few to split off {fraction:.0%}; add rows or name a validation file and a test file."
         )
+    from sklearn.model_selection import train_test_split  # takes a second, which not everybody has to wait for
+
     classes = [labels[key] for key in contents]
     enough = min(size, len(contents) - size) >= len(set(classes))
     _, chosen = train_test_split(contents, test_size=size, random_state=seed, stratify=classes if enough else None)

@@ -92,7 +92,7 @@ def stream_text_file(path: str | os.PathLike, encoding: str = "utf-8") -> Iterat
 
 def check_text_file(path: Path) -> None:
     """Raise InputError unless the path is a file of a text format."""
-    if not path.exists():
+    if not os.path.exists(path):  # also false for a name that is too long
         raise InputError(f"{path} does not exist; check the path.")
     if path.is_dir():
         raise InputError(f"{path} is a directory; name one file in it.")

@@ -11,19 +11,19 @@ from typing import Any
 
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
-from reltune.files import check_destination, read_json
+from reltune.files import read_json
 from reltune.plan.plan import Plan
 from reltune.processes import Processes
-from reltune.relevance.resumption import interrupted_in
+from reltune.relevance.artefact import interrupted_in
 from reltune.relevance.scores import RelevanceScores
 from reltune.report.record import LMEvalRecord, RunRecord
-from reltune.runs import stages
+from reltune.runs import preflight, stages
 from reltune.runs import sweep as sweeps
 from reltune.runs.comparison import compare
 from reltune.runs.directory import RunDirectory
 from reltune.runs.export import lora_summary
 from reltune.runs.materials import Materials, prepare, prepare_evaluation, prepare_export
-from reltune.runs.summary import read_lm_eval
+from reltune.runs.summary import read_lm_eval, report
 
 
 @dataclasses.dataclass
@@ -118,7 +118,7 @@ def evaluate_and_report(started: Started, baselines: bool = False) -> RunRecord 
     record = None
     with processes.together():
         if processes.first:
-            record = stages.report(started.config, started.directory)
+            record = report(started.config, started.directory)
     return record
 
 
@@ -143,17 +143,12 @@ def tune_again(config: RunConfig, directory: RunDirectory, overwrite: bool = Fal
     """Train by the plan of an existing run; the record of the trials if it is a sweep."""
     resume = config.training.pop("resume_from_checkpoint", None)
     with Processes.joined().together():
-        if not config.has_data:
-            raise InputError(
-                f"{directory.path} was analyzed without data, so there is nothing to train on; analyze again with "
-                "--train_file or --dataset_name."
-            )
+        preflight.check_tuning(config, directory, overwrite)
+        if not directory.sweeping(config):
+            preflight.check_untrained(config, directory, overwrite)
         if config.sweep:
             sweeps.space(config)
         selects = "budget" in config.sweep
-        if overwrite or not directory.sweeping(config):
-            directory.check_stage("select" if selects else "tune", overwrite)
-            directory.check_stage("tune", overwrite)
         relevance = RelevanceScores.load(directory.relevance) if selects else None
         if not selects:
             Plan.load(directory.plan)
@@ -171,7 +166,7 @@ def evaluate_again(config: RunConfig, directory: RunDirectory) -> tuple[dict[str
     """The metrics of an existing run's adapter, and what lm-evaluation-harness says of it, in the first process."""
     processes = Processes.joined()
     with processes.together():
-        directory.check_adapter()
+        preflight.check_evaluation(config, directory)
         materials = prepare_evaluation(config, directory)
     results = stages.evaluate(materials, directory)
     return results, read_lm_eval(directory) if materials.lm_eval_tasks and processes.first else None
@@ -179,9 +174,6 @@ def evaluate_again(config: RunConfig, directory: RunDirectory) -> tuple[dict[str
 
 def export(directory: RunDirectory, config: RunConfig, to: str, output_dir: str) -> str:
     """Write the tuned model for programs without reltune; where it is, and for a LoRA adapter its ranks."""
-    if to not in ("lora", "merged"):
-        raise InputError(f"--to {to!r} is unknown; write lora or merged.")
-    directory.check_adapter()
-    check_destination(output_dir)
+    preflight.check_export(directory, to, output_dir)
     path: Path = stages.export(prepare_export(config, directory), directory, to, output_dir)
     return f"{path}: {lora_summary(path)}" if to == "lora" else str(path)
