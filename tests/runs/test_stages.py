@@ -628,7 +628,7 @@ def test_comparison_with_the_baselines(place: Path, capsys: pytest.CaptureFixtur
         budget="5%",
         training={"max_steps": 6, "load_best_model_at_end": True},
     )
-    cli._all_stages(config, overwrite=False, baselines=True)
+    cli._run_all(config, overwrite=False, baselines=True)
     record = read(place / "compared" / "comparison.json")
     rows = {row["method"]: row for row in record["methods"]}
     names = ["head only", "top encoder layer", "reltune: column by fisher, 5%", "full fine-tuning"]

@@ -41,7 +41,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite_output_dir", help="Replace
 def options(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error comes from, and the remarks of libraries.")
+    ] = False,
 ) -> None:
     if version:
         print(__version__)

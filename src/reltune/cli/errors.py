@@ -6,12 +6,16 @@ Exit codes: 0 done, 1 failed at run time, 2 bad input or configuration, 130 inte
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
 import textwrap
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, NoReturn
 
 import typer
@@ -28,16 +32,15 @@ def run_program(app: typer.Typer) -> NoReturn:
     """Run the command that the process was started with, and exit."""
     words = [word for word in sys.argv[1:] if word != "--debug"]
     debug = "--debug" in sys.argv
+    warnings.showwarning = _warn
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another one
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    warnings.showwarning = _warn
-    # PEFT asks transformers for it; nothing that a user could mend.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        code = app(args=words, prog_name="reltune", standalone_mode=False)
+        with nullcontext() if debug else _libraries_silent():
+            code = app(args=words, prog_name="reltune", standalone_mode=False)
         if code == 130:  # what newer Typers make of KeyboardInterrupt
             raise KeyboardInterrupt
         raise SystemExit(code if isinstance(code, int) else 0)
@@ -73,6 +76,19 @@ def _terminated(*_: object) -> NoReturn:
     raise SystemExit(143)
 
 
+@contextlib.contextmanager
+def _libraries_silent() -> Iterator[None]:
+    """Keep from the terminal what libraries remark on themselves, on one another and on how they are used here: nothing that
+    a user of reltune could mend. Their errors are still shown."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    warnings.showwarning = partial(_warn, own_only=True)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def _warn(
     message: Warning | str,
     category: type[Warning],
@@ -80,12 +96,13 @@ def _warn(
     lineno: int,
     file: Any = None,
     line: str | None = None,
+    own_only: bool = False,
 ) -> None:
-    """reltune's own warnings are sentences for the user; of a library's it matters where they come from."""
+    """reltune's own notes and warnings are sentences for the user; of a library's it matters where they come from."""
     if issubclass(category, Note):
         if first():
             print(f"reltune: note: {message}", file=sys.stderr)
     elif f"{os.sep}reltune{os.sep}" in filename:
         print(f"reltune: warning: {message}", file=sys.stderr)
-    else:
+    elif not own_only:
         print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr)

@@ -65,7 +65,8 @@ def check_export(directory: RunDirectory, to: str, output_dir: str) -> None:
 def check_selection(config: RunConfig) -> None:
     """Raise InputError for budgets that no model could have."""
     for budget in config.sweep.get("budget", [config.budget]):
-        check_budget(budget)
+        if ".." not in budget:  # a range, which the sweep itself refuses
+            check_budget(budget)
 
 
 def check_inputs(config: RunConfig, training: bool = True) -> None:
