@@ -15,6 +15,7 @@ from reltune.metrics import METRICS
 from reltune.runs import stages
 from reltune.runs.directory import RunDirectory
 from reltune.runs.materials import prepare
+from reltune.runs.summary import report
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -39,7 +40,7 @@ def run_task(place: Path, rows: Iterable[Mapping[str, Any]], training: dict[str,
     stages.select(config, run)
     stages.tune(materials, run)
     results = stages.evaluate(materials, run)
-    stages.report(config, run)
+    report(config, run)
     assert results == json.loads(run.results.read_text(encoding="utf-8"))
     main = materials.task.metrics[0]
     assert {f"eval_{main}", f"test_{main}"} <= set(results)

@@ -367,7 +367,7 @@ def test_what_a_plan_says_of_itself():
     assert plan.fingerprint == scores.fingerprint and plan.always_trained == ["classifier"]
     assert plan.head_parameters == 3 * 16 + 3
     assert (plan.model_name_or_path, plan.task_type) == ("BertForSequenceClassification", "SEQ_CLS")
-    by_layer = plan.by_layer(scores.inventory)
+    by_layer = plan.by_layer({info.name: info.layer for info in scores.inventory.modules})
     assert sum(by_layer.values()) == plan.parameters
     assert list(by_layer) == list(dict.fromkeys(info.layer for info in scores.inventory.modules))
     lines = " ".join(plan.describe())

@@ -15,7 +15,7 @@ from oracles.per_example_gradients import examples
 from relevance_cases import causal_of_one, cross_entropy_of_one, data_for, labels_of, lm_batch, measure, own_loss, split
 from reltune.errors import AnalysisError, InputError
 from reltune.plan.selection import select
-from reltune.relevance.resumption import FILE
+from reltune.relevance.artefact import PARTIAL
 from reltune.relevance.scores import RelevanceScores
 from reltune.report.record import RunRecord
 
@@ -221,7 +221,7 @@ def test_goes_on_where_it_was_interrupted(tmp_path, call):
     with pytest.raises(KeyboardInterrupt):
         measure(model, batches, own_loss, criteria, resume_directory=tmp_path)
     handle.remove()
-    assert (tmp_path / f"ablation.{FILE}").is_file() == (call > 2)
+    assert (tmp_path / f"ablation.{PARTIAL}").is_file() == (call > 2)
     seen, handle = fails_at(model, -1, KeyboardInterrupt())
     found = measure(model, iter(batches), own_loss, criteria, resume_directory=tmp_path)
     handle.remove()

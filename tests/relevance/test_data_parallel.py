@@ -203,6 +203,6 @@ def test_other_commands_are_for_one_process(verb, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     answer = command(verb, *([] if verb == "demo" else [tmp_path]))
-    assert answer.code == 2 and f"`reltune {verb}` is for one process" in answer.err
+    assert answer.code == 2 and f"`reltune {verb}` runs in one process" in answer.err
     monkeypatch.setenv("RANK", "1")
     assert command(verb).err == ""

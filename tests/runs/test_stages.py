@@ -529,7 +529,7 @@ def test_interrupted_runs_go_on_from_the_finished_stages(
         answer = new_run(place, "interrupted", *QUICK)
     assert answer.code == 130
     assert answer.err.endswith(
-        "\nreltune: error: interrupted; what was finished is kept, and the same command goes on with an analysis or a sweep that was cut short.\n"
+        "\nreltune: error: interrupted; finished stages are kept, and an analysis or a sweep goes on when the same command is given again.\n"
     )
     assert "Traceback" not in answer.err
     run = place / "interrupted"
@@ -618,7 +618,7 @@ def test_comparison_with_the_baselines(place: Path, capsys: pytest.CaptureFixtur
         budget="5%",
         training={"max_steps": 6, "load_best_model_at_end": True},
     )
-    cli._all_stages(config, overwrite=False, baselines=True)
+    cli._run_all(config, overwrite=False, baselines=True)
     record = read(place / "compared" / "comparison.json")
     rows = {row["method"]: row for row in record["methods"]}
     names = ["head only", "top encoder layer", "reltune: column by fisher, 5%", "full fine-tuning"]

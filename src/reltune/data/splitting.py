@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sklearn.model_selection import train_test_split
-
 from reltune.data.labels import NUMBER
 from reltune.data.rows import Row, Rows
 from reltune.errors import InputError, nearest
@@ -52,6 +50,8 @@ def split_off(
         )
     classes = [labels[key] for key in contents]
     enough = min(size, len(contents) - size) >= len(set(classes))
+    from sklearn.model_selection import train_test_split  # takes a second, which not everybody has to wait for
+
     _, chosen = train_test_split(contents, test_size=size, random_state=seed, stratify=classes if enough else None)
     part = set(chosen)
     sides: tuple[list[int], list[int]] = ([], [])

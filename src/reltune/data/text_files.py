@@ -145,7 +145,7 @@ def format_of(path: Path) -> str:
 
 def check_text_file(path: Path) -> None:
     """Raise InputError unless the path is a file of a text format."""
-    if not path.exists():
+    if not os.path.exists(path):  # also false for a name that is too long
         raise InputError(f"{path} does not exist; check the path.")
     if path.is_dir():
         raise InputError(f"{path} is a directory; name one file in it.")

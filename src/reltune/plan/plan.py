@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,11 +211,12 @@ class Plan:
     def indices(self) -> int:
         return sum(module.indices for module in self.modules.values())
 
-    def by_layer(self, inventory: Inventory) -> dict[str, int]:
-        """Trainable parameters in each layer, from the input on; layers without any hold 0."""
-        totals = {info.layer: 0 for info in inventory.modules}
+    def by_layer(self, layers: Mapping[str, str]) -> dict[str, int]:
+        """Trainable parameters in each layer, from the input on; layers without any hold 0. ``layers``: module -> layer."""
+        totals = dict.fromkeys(layers.values(), 0)
         for name, module in self.modules.items():
-            totals[inventory[name].layer] += module.parameters
+            layer = layers.get(name, name)  # a module that was added by hand may not have been measured
+            totals[layer] = totals.get(layer, 0) + module.parameters
         return totals
 
     def describe(self) -> list[str]:

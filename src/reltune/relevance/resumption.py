@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FILE = "partial.safetensors"
+from reltune.relevance.artefact import PARTIAL
+
 EVERY = 300.0  # seconds between two saves; a kill that leaves no time to save costs no more than this
 
 
@@ -28,7 +29,7 @@ class Partial:
     """
 
     def __init__(self, directory: Path, key: str, criterion: str = "") -> None:
-        self.path = directory / (f"{criterion}.{FILE}" if criterion else FILE)
+        self.path = directory / (f"{criterion}.{PARTIAL}" if criterion else PARTIAL)
         self.key, self.saved = key, time.monotonic()
 
     def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
@@ -64,11 +65,6 @@ class Partial:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
-
-
-def interrupted_in(directory: Path) -> bool:
-    """Whether an analysis was interrupted here and can go on."""
-    return (directory / FILE).is_file() or any(directory.glob(f"*.{FILE}"))
 
 
 def flat(sums: dict[str, dict[str, dict[str, Tensor]]]) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import os
 import platform
@@ -22,11 +21,10 @@ from reltune.files import write_json
 from reltune.layers.inventory import Inventory
 from reltune.layers.units import part_shapes
 from reltune.names import GRANULARITIES
+from reltune.relevance.artefact import FORMAT, SCORES, Overview, read_scores
 from reltune.relevance.criteria.contract import ScoresByName
 from reltune.relevance.heatmap import Heatmap
 from reltune.relevance.rank_correlation import spearman
-
-FORMAT = "reltune-relevance-3"
 
 
 @dataclasses.dataclass
@@ -197,10 +195,21 @@ class RelevanceScores:
             f"{math.fsum(shares[len(shares) - half :]):.0%}."
         )
 
+    def overview(self) -> Overview:
+        """What people are shown of the scores."""
+        return Overview(
+            self.provenance,
+            {info.name: info.layer for info in self.inventory.modules},
+            self.inventory.left_out,
+            [self.heatmap(criterion) for criterion in self.criteria],
+            self.depth_sentence(),
+        )
+
     def save(self, directory: str | os.PathLike) -> None:
         """Write ``scores.safetensors`` (keys criterion/part/module) and ``scores.json``."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        overview = self.overview()
         tensors = {
             f"{criterion}/{part}/{name}": tensor.contiguous()
             for criterion, by_name in self.parts.items()
@@ -211,7 +220,7 @@ class RelevanceScores:
         save_file(tensors, unfinished)
         unfinished.replace(directory / "scores.safetensors")
         write_json(
-            directory / "scores.json",
+            directory / SCORES,
             {
                 "format": FORMAT,
                 "criteria": self.criteria,
@@ -220,6 +229,11 @@ class RelevanceScores:
                 "always_trained": self.always_trained,
                 "provenance": self.provenance,
                 **self.inventory.to_dict(),
+                # for readers without torch; worked out anew from the tensors by everybody else
+                "overview": {
+                    "heatmaps": [dataclasses.asdict(heatmap) for heatmap in overview.heatmaps],
+                    "depth_sentence": overview.depth_sentence,
+                },
             },
         )
 
@@ -227,16 +241,13 @@ class RelevanceScores:
     def load(cls, directory: str | os.PathLike) -> RelevanceScores:
         """Read what ``save`` wrote. Nothing in the files is executed."""
         directory = Path(directory)
+        values = read_scores(directory)
         try:
-            values = json.loads((directory / "scores.json").read_text(encoding="utf-8"))
             tensors = load_file(directory / "scores.safetensors")
         except FileNotFoundError as error:
             raise InputError(f"{directory} holds no relevance scores; run `reltune analyze` first.") from error
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"{directory} holds relevance scores that cannot be read: {error}") from error
-        form = values.get("format") if isinstance(values, dict) else None
-        if form != FORMAT:
-            raise InputError(f"{directory}/scores.json has format {form!r}, not {FORMAT!r}; analyze again.")
         try:
             if len(tensors) != values["tensors"]:
                 raise ValueError(f"scores.safetensors has {len(tensors)} tensors and not {values['tensors']}")

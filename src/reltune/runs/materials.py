@@ -24,8 +24,10 @@ from reltune.layers.inventory import head_modules, take_inventory
 from reltune.notes import Note, collecting
 from reltune.pretrained import load_config
 from reltune.runs import lm_evaluation, training
+from reltune.runs.bad_rows import warn_of
+from reltune.runs.data_record import read_task
 from reltune.runs.directory import RunDirectory
-from reltune.runs.splits import HeldOut, Splits, encode, encode_held_out, read_data, read_held_out, warn_of
+from reltune.runs.splits import HeldOut, Splits, encode, encode_held_out, read_data, read_held_out
 from reltune.tasks.task import Examples, Task
 
 
@@ -169,7 +171,7 @@ def prepare(config: RunConfig, run: RunDirectory | None = None) -> Materials:
     config.check()
     config.check_data()
     with _noting() as notes:
-        task, splits = read_data(config, run.read_task(config) if run else None)
+        task, splits = read_data(config, read_task(run, config) if run else None)
         config.task = task.name
         if run is None:
             task = task.suited_to(load_config(config.model_name_or_path))
@@ -213,7 +215,7 @@ def prepare_evaluation(config: RunConfig, run: RunDirectory) -> EvaluationMateri
 
 
 def _held_out(config: RunConfig, run: RunDirectory) -> tuple[Task, HeldOut]:
-    task = run.read_task(config)
+    task = read_task(run, config)
     if task is not None:
         return task, read_held_out(config, task, run.kept_rows)
     config.check_data()
@@ -227,7 +229,7 @@ def prepare_export(config: RunConfig, run: RunDirectory) -> ModelMaterials:
     Raises:
         InputError: whatever is wrong with them.
     """
-    task = run.read_task(config)
+    task = read_task(run, config)
     if task is None:
         config.check_data()
         task = read_data(config)[0]  # an older version made the run, and did not write down its classes

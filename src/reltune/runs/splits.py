@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -236,34 +235,3 @@ def _encoded(task: Task, rows: Rows, processor: Any, config: RunConfig) -> Examp
         )
     rows.skip(made.lost)
     return made
-
-
-# -- what was left out ----------------------------------------------------------------------------------------------
-
-
-def bad_rows(splits: Splits | HeldOut) -> dict[str, dict[str, Any]]:
-    """What was skipped so far: split -> its source, and how many lines (or rows) of each kind, and which."""
-    record = {}
-    for field in dataclasses.fields(splits):
-        rows = getattr(splits, field.name)
-        if rows is None or not rows.skipped:
-            continue
-        kinds = {phrase: {"count": len(lines), f"{rows.unit}s": lines} for phrase, lines in rows.skipped.items()}
-        record[field.name] = {"source": rows.source, "skipped": kinds}
-    return record
-
-
-def in_words(record: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A sentence for each split of a record of bad rows."""
-    sentences = []
-    for of in record.values():
-        unit = "line" if all("lines" in kind for kind in of["skipped"].values()) else "row"
-        lines = {phrase: kind[f"{unit}s"] for phrase, kind in of["skipped"].items()}
-        sentences.append(f"{Path(of['source']).name}: skipped {found(lines, unit)}.")
-    return sentences
-
-
-def warn_of(splits: Splits | HeldOut) -> None:
-    """Say what is skipped."""
-    for sentence in in_words(bad_rows(splits)):
-        warnings.warn(sentence, stacklevel=2)

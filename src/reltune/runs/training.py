@@ -11,12 +11,14 @@ import gc
 import importlib.util
 import json
 import os
+import platform
 import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,13 @@ class TrainingCost:
     timed_steps: int  # those that this process ran, which are fewer after a resumption
     seconds_per_step: float | None
     peak_memory_bytes: int | None
+
+
+def machine() -> str:
+    """What this runs on, and the versions of Python and the libraries that decide how."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft"))
+    return f"{device}; Python {platform.python_version()}, {versions}"
 
 
 def arguments(
