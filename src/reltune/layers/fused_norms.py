@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reltune.layers.norm import NormType
+from reltune.ops import kernels
 
 NORM = NormType()
 
@@ -26,7 +26,7 @@ def fuse_norms(modules: Iterable[nn.Module]) -> list[nn.Module]:
     place. Liger's kernel, which computes the gain's gradient for nobody, gives way too; what has hooks or another forward
     of its own stays as it is. Gives the modules, for ``restore_norms``.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not kernels.can_be_imported():
         return []
     fused: list[nn.Module] = []
     for module in modules:
@@ -77,10 +77,12 @@ def _may_be(module: nn.Module) -> bool:
 
 
 def _has_kernel(x: Any) -> bool:
+    spread = hasattr(x, "to_local")  # over processes: such a norm stays as it is
+    if spread or not x.is_cuda or x.dtype != torch.bfloat16:
+        return False
     from reltune.ops.kernels.rms_norm import LARGEST
 
-    spread = hasattr(x, "to_local")  # over processes: such a norm stays as it is
-    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] <= LARGEST and not spread
+    return x.shape[-1] <= LARGEST
 
 
 def _epsilon(module: nn.Module) -> float | None:

@@ -18,7 +18,6 @@ weight alone.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -28,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from reltune.errors import InputError
+from reltune.ops import kernels
 
 Form = Literal["dense", "sampled"]
 
@@ -92,7 +92,7 @@ def is_sampled(places: Places, a: Tensor) -> bool:
     rows, columns = places.shape
     if not a.is_cuda:
         return SAMPLED_COST_ON_CPU * len(places.index) < rows * columns
-    if importlib.util.find_spec("triton") is None:
+    if not kernels.can_be_imported():
         return False
     size = a.element_size()
     return SAMPLED_COST[size] * len(places.index) + COPY_COST[size] * (rows + columns) < rows * columns
@@ -114,8 +114,8 @@ def element_gradient(a: Tensor, b: Tensor, places: Places, form: Form | None = N
         form = "sampled" if is_sampled(places, a) else "dense"
     if form == "dense":
         return _dense(a, b, places)
-    if a.is_cuda:
-        # Imported where it is used: Triton is no part of torch for CPUs, and takes a while to import.
+    if a.is_cuda and kernels.can_be_imported():
+        # Imported where it is used: Triton takes a while to import.
         from reltune.ops.kernels.sampled_product import sampled_product
 
         return sampled_product(a, b, places.index)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import weakref
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from reltune.ops import kernels
 from reltune.ops.attach import gradient_of_columns
 
 E4M3 = torch.float8_e4m3fn
@@ -90,7 +90,7 @@ def _has_kernels(x: Tensor) -> bool:
 
 @functools.cache
 def _multiplies_float8(device: int) -> bool:
-    if torch.version.hip is not None or importlib.util.find_spec("triton") is None:  # AMD's float8 is another one
+    if torch.version.hip is not None or not kernels.can_be_imported():  # AMD's float8 is another one
         return False
     # cuBLAS refuses scales per row on compute capability 12 (pytorch/pytorch#192707).
     return (8, 9) <= torch.cuda.get_device_capability(device) < (12, 0)
@@ -136,9 +136,11 @@ def _add_change(dx: Tensor, idx: Tensor, g: Tensor, change: Tensor) -> None:
 
 
 def _has_column_kernels(of: Tensor, factor: Tensor, change: Tensor) -> bool:
+    if not _has_kernels(of) or not of.dtype == factor.dtype == change.dtype == torch.bfloat16:
+        return False
     from reltune.ops.kernels.float8 import MOST
 
-    return _has_kernels(of) and of.dtype == factor.dtype == change.dtype == torch.bfloat16 and change.shape[1] <= MOST
+    return change.shape[1] <= MOST
 
 
 @functools.lru_cache(maxsize=64)

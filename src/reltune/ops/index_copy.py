@@ -6,12 +6,13 @@ and per switch.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from reltune.ops import kernels
 
 
 class Copy(NamedTuple):
@@ -33,7 +34,7 @@ class Copy(NamedTuple):
 def index_copy(copies: Iterable[Copy]) -> None:
     """Do all the copies; those into one weight must not overlap. The weights' versions count up."""
     together: dict[tuple[int, torch.dtype, torch.dtype], list[Copy]] = {}
-    triton = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    triton = torch.cuda.is_available() and kernels.can_be_imported()
     for copy in copies:
         weight, _, idx, values = copy
         device = weight.get_device() if triton else -1  # cheaper than the object: a switch comes here 448 times

@@ -15,13 +15,14 @@ kept apart by column and by row. Nothing here waits for the device.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import overload
 
 import torch
 from torch import Tensor
+
+from reltune.ops import kernels
 
 Gram = Tensor | tuple[Tensor, Tensor]  # see `input_gram`
 # Workspace of one block of examples, in numbers (not bytes): 64 Mi float32 numbers are 256 MiB.
@@ -52,7 +53,7 @@ GRAM_COST, FORMS_COST, OVERHEAD = 0.55, 1.0, 4096
 
 def is_fused(x: Tensor) -> bool:
     """Whether inputs like x go through the fused kernels: bfloat16 on CUDA, with Triton."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and importlib.util.find_spec("triton") is not None
+    return x.is_cuda and x.dtype == torch.bfloat16 and kernels.can_be_imported()
 
 
 def gram_is_cheaper(
@@ -118,7 +119,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def input_gram(x: Tensor) -> Gram:
     """K_x = x xᵀ for inputs x (B, T, in): (B, T, T) in the accumulator's dtype, or as the fused kernel takes it."""
     if is_fused(x):
-        # Imported where it is used: Triton is no part of torch for CPUs, and takes a while to import.
+        # Imported where it is used: Triton takes a while to import.
         from reltune.ops.kernels.quadratic_form import triangle
 
         return triangle(x)

@@ -10,11 +10,12 @@ block, so that what lies between two steps of the computation stays in the cache
 
 from __future__ import annotations
 
-import importlib.util
 import math
 
 import torch
 from torch import Tensor
+
+from reltune.ops import kernels
 
 BLOCK = 1 << 17  # numbers that are gone through at a time on a CPU
 LOWEST, HIGHEST = -150.0, 130.0  # float32 and bfloat16 have no size with a logarithm to base 2 outside this range
@@ -95,5 +96,5 @@ def _has_kernel(tensor: Tensor, votes: Tensor) -> bool:
         and tensor.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and tensor.is_contiguous()
         and votes.is_contiguous()
-        and importlib.util.find_spec("triton") is not None
+        and kernels.can_be_imported()
     )
