@@ -18,7 +18,8 @@ from reltune.ops import kernels
 class Copy(NamedTuple):
     """weight[:, idx] = values (dim 1) or weight[idx] = values (dim 0), for weights of two dimensions.
 
-    One of one dimension (single weights, in a flat view) is written by itself: with so much to write, a launch is little.
+    A weight of one dimension (single weights, in a flat view) is written by itself: beside so much to write, a launch
+    costs little.
     """
 
     weight: Tensor

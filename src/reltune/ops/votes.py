@@ -34,13 +34,13 @@ def moved(weight: Tensor, votes: Tensor, step: float) -> Tensor:
 def moved_reference(weight: Tensor, votes: Tensor, step: float) -> Tensor:
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    source, of, into = weight.reshape(-1), votes.reshape(-1), out.view(-1)
+    source, cast, into = weight.reshape(-1), votes.reshape(-1), out.view(-1)
     for start in range(0, len(into), _block(weight)):
         part = slice(start, start + _block(weight))
         if wide == weight.dtype:
-            torch.add(source[part], of[part].to(wide), alpha=-step, out=into[part])
+            torch.add(source[part], cast[part].to(wide), alpha=-step, out=into[part])
         else:
-            into[part] = of[part].to(wide).mul_(-step).add_(source[part])
+            into[part] = cast[part].to(wide).mul_(-step).add_(source[part])
     return out
 
 
@@ -56,12 +56,12 @@ def vote(votes: Tensor, gradient: Tensor) -> Tensor:
 
 def vote_reference(votes: Tensor, gradient: Tensor) -> Tensor:
     wide = torch.promote_types(gradient.dtype, torch.float32)
-    of, into = gradient.reshape(-1), votes.view(-1)
+    source, into = gradient.reshape(-1), votes.view(-1)
     total = gradient.new_zeros((), dtype=wide)
     for start in range(0, len(into), _block(gradient)):
         part = slice(start, start + _block(gradient))
-        total += of[part].sum(dtype=wide)
-        into[part] += of[part].sign().to(votes.dtype)
+        total += source[part].sum(dtype=wide)
+        into[part] += source[part].sign().to(votes.dtype)
     return total
 
 
@@ -73,16 +73,16 @@ def score(votes: Tensor, gradient: Tensor | None) -> Tensor:
     HIGHEST, so that float32 tells sizes apart that differ by a thousandth. It is 0 where the gradient is.
     """
     out = torch.empty(votes.shape, dtype=torch.float32)
-    of, into = votes.reshape(-1), out.view(-1)
+    cast, into = votes.reshape(-1), out.view(-1)
     sizes = None if gradient is None else gradient.reshape(-1)
     block = 1 << 24 if votes.is_cuda else BLOCK
     for start in range(0, len(into), block):
         part = slice(start, start + block)
-        found = of[part].abs().float()
+        scores = cast[part].abs().float()
         if sizes is not None:
             level = sizes[part].abs().double().log2_().sub_(LOWEST).div_(HIGHEST - LOWEST)
-            found += level.clamp_(0, math.nextafter(1.0, 0.0)).float().clamp_(max=1 - 2**-16)
-        into[part] = found
+            scores += level.clamp_(0, math.nextafter(1.0, 0.0)).float().clamp_(max=1 - 2**-16)
+        into[part] = scores
     return out
 
 
