@@ -103,7 +103,7 @@ def convertible(model: nn.Module, without: Collection[str] = ()) -> dict[str, nn
     for _, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     linear = LinearType()
-    found: dict[str, nn.Linear] = {}
+    maps: dict[str, nn.Linear] = {}
     for name, module in model.named_modules():
         if (
             linear.matches(module)
@@ -115,10 +115,10 @@ def convertible(model: nn.Module, without: Collection[str] = ()) -> dict[str, nn
             and not any(f".{kept}." in f".{name}." for kept in without)
             and "forward" not in vars(module)
         ):
-            found[name] = module
-    if not found:
+            maps[name] = module
+    if not maps:
         raise InputError(
             "frozen_dtype: this model has no linear map that can be held in float8, with sizes that are multiples of "
             f"{MULTIPLE}; leave frozen_dtype out."
         )
-    return found
+    return maps

@@ -170,8 +170,8 @@ def take_inventory(model: nn.Module, always_trained: Iterable[str] = ()) -> Inve
 
     base = {id(p): quantised.numel(p) for name, p in names.items() if name not in in_new_heads}
     head = {id(p): quantised.numel(p) for name, p in names.items() if name in in_new_heads}
-    found = find_attention_heads(model, {info.name: info for info in modules}, left_out)
-    return Inventory(modules, left_out, sum(base.values()), sum(head.values()), *found)
+    groups_and_reasons = find_attention_heads(model, {info.name: info for info in modules}, left_out)
+    return Inventory(modules, left_out, sum(base.values()), sum(head.values()), *groups_and_reasons)
 
 
 def _block(model: nn.Module, name: str) -> str:
@@ -208,15 +208,15 @@ def choose(
     known = sorted(parts, key=lambda part: (part.count("."), part))  # the short ones first
 
     def expand(patterns: str | Sequence[str], field: str) -> set[str]:
-        found: set[str] = set()
+        names: set[str] = set()
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             matched = matching(everything, pattern)
             if not matched:
                 reasons = matching(inventory.left_out, pattern)
                 why = f" ({reasons[0]}: {inventory.left_out[reasons[0]]})" if reasons else ""
                 raise InputError(f"{field} {pattern!r} matches no module with units{why}; {nearest(pattern, known)}")
-            found.update(matched)
-        return found
+            names.update(matched)
+        return names
 
     wanted = expand(target_modules, "target_modules") if target_modules else set(everything)
     wanted -= expand(exclude_modules, "exclude_modules")

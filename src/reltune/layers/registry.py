@@ -1,4 +1,7 @@
-"""The layer types that reltune knows. All else asks here which one a module is of, and asks that one everything else."""
+"""The layer types that reltune knows.
+
+Other code asks here of which type a module is, and asks that type everything else.
+"""
 
 from __future__ import annotations
 

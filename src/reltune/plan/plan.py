@@ -389,7 +389,7 @@ class Plan:
 
 
 def index_dtype(shape: Sequence[int]) -> torch.dtype:
-    """What flat indices into a weight of this shape are held in."""
+    """The type of flat indices into a weight of this shape."""
     return torch.int32 if math.prod(shape) <= torch.iinfo(torch.int32).max else torch.int64
 
 

@@ -21,6 +21,7 @@ from transformers.trainer_utils import set_seed
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError, nearest
 from reltune.layers.inventory import head_modules, take_inventory
+from reltune.layers.quantised import keep_as_loaded
 from reltune.notes import Note, collecting
 from reltune.pretrained import load_config
 from reltune.runs import lm_evaluation, training
@@ -46,7 +47,9 @@ class BaseModel:
 
     def _load(self) -> tuple[nn.Module, list[str]]:
         set_seed(self.config.seed)
-        return self.task.load_model(self.config.model_name_or_path, **quantisation(self.config))
+        model, missing = self.task.load_model(self.config.model_name_or_path, **quantisation(self.config))
+        keep_as_loaded(model)
+        return model, missing
 
     def look(self) -> nn.Module:
         """The model, for a caller that leaves it as it is."""

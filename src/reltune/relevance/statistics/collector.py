@@ -265,19 +265,19 @@ class Collector:
         shared = shared if len(uses) == 1 else None
         # The caller's autocast would do these sums in bfloat16, where they cancel.
         with torch.autocast(g.device.type, enabled=False):
-            found = its_type.statistics(self.infos[name], module, x, g, self.wanted, shared)
-        self._keep(name, {self.prefix + statistic: parts for statistic, parts in found.items()})
+            statistics = its_type.statistics(self.infos[name], module, x, g, self.wanted, shared)
+        self._keep(name, {self.prefix + statistic: parts for statistic, parts in statistics.items()})
         self.done.add((self.prefix, name))
 
-    def _keep(self, name: str, found: Statistics) -> None:
-        for statistic, parts in found.items():
+    def _keep(self, name: str, statistics: Statistics) -> None:
+        for statistic, parts in statistics.items():
             for part, value in parts.items():
                 if part not in ("column", "row"):  # they add up the same numbers as the whole does
                     what = INPUT if statistic == "inputs" else part
                     self.witnesses.append((name, what, value.sum() if value.ndim else value))
             if statistic.removeprefix("sampled_") in WEIGHT_SIZED:
-                found[statistic] = {part: value.cpu() for part, value in parts.items()}
-        add(self.sums[name], found)
+                statistics[statistic] = {part: value.cpu() for part, value in parts.items()}
+        add(self.sums[name], statistics)
 
     def _zeros(self, name: str, statistic: str) -> dict[str, Tensor]:
         """What a module that the loss never sees ends with: a gradient, or an input, of zeros."""
