@@ -10,8 +10,6 @@ block, so that what lies between two steps of the computation stays in the cache
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -75,13 +73,14 @@ def score(votes: Tensor, gradient: Tensor | None) -> Tensor:
     out = torch.empty(votes.shape, dtype=torch.float32)
     cast, into = votes.reshape(-1), out.view(-1)
     sizes = None if gradient is None else gradient.reshape(-1)
-    block = 1 << 24 if votes.is_cuda else BLOCK
+    wide = torch.float32 if gradient is None else torch.promote_types(gradient.dtype, torch.float32)
+    block = 1 << 22 if votes.is_cuda else BLOCK
     for start in range(0, len(into), block):
         part = slice(start, start + block)
         scores = cast[part].abs().float()
         if sizes is not None:
-            level = sizes[part].abs().double().log2_().sub_(LOWEST).div_(HIGHEST - LOWEST)
-            scores += level.clamp_(0, math.nextafter(1.0, 0.0)).float().clamp_(max=1 - 2**-16)
+            level = sizes[part].abs().to(wide).log2_().sub_(LOWEST).div_(HIGHEST - LOWEST)
+            scores += level.clamp_(0, 1 - 2**-16)
         into[part] = scores
     return out
 
