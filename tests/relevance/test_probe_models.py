@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from criteria_cases import causal_of_one, lm_batch, own_loss
+from measured_models import MODELS
 from oracles.sign_probe import sign_probe, steps_by_rule
-from relevance_cases import MODELS, data_for, measure, split
+from relevance_cases import causal_of_one, data_for, lm_batch, measure, own_loss, split
 from reltune.errors import AnalysisError, InputError
 from reltune.relevance.probe.moving_weights import Readings, moving, weights_that_move
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from criteria_cases import own_loss, tiny_gpt2
-from relevance_cases import MODELS, data_for, labels_of, measure, split, tiny_bert
+from measured_models import MODELS, tiny_bert, tiny_gpt2
+from relevance_cases import data_for, labels_of, measure, own_loss, split
 from reltune.errors import AnalysisError, InputError
 from reltune.relevance.probe.steps import no_larger, share_of, steps_of
 from reltune.relevance.scores import RelevanceScores
