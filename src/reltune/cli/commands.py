@@ -378,7 +378,7 @@ def _begin(config: RunConfig, overwrite: bool, select: bool = True) -> tuple[Mat
         f"{'streamed' if config.streaming else f'{len(materials.train):,}'} training, {len(materials.validation):,} validation and {len(materials.test):,} test {unit}s, "
         + (f"{materials.task.describe()}; " if materials.task.describe() else "")
         + (
-            f"{materials.sample.n_truncated:,} training {unit}s cut to {config.max_length} tokens."
+            f"{materials.sample.n_truncated:,} training {unit}s cut to {materials.longest} tokens."
             if unit != "image"
             else ""
         )
