@@ -8,17 +8,20 @@ SUPPORTED = 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'
 BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install
 PYTEST_ARGS ?= -n 2
+# What is tested with the dependencies alone: the optional packages' absence, the four steps, and the core's main paths.
+MINIMAL_TESTS = tests/test_optional_packages.py tests/test_old_artefacts.py tests/cli/test_import_time.py
 
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test nightly lint clean venv
+.PHONY: help demo test test-minimal nightly lint clean venv
 
 help:
-	@echo "make demo     run the whole flow on a small model and news texts; results in demo-run/"
-	@echo "make test     check style, types and imports, and run the tests that are not slow"
-	@echo "make nightly  the same with all tests"
-	@echo "make lint     check style, types and imports only"
-	@echo "make clean    remove .venv and everything else that make wrote"
+	@echo "make demo          run the whole flow on a small model and news texts; results in demo-run/"
+	@echo "make test          check style, types and imports, and run the tests that are not slow"
+	@echo "make test-minimal  run the tests of an installation without any optional package, in .venv-minimal"
+	@echo "make nightly       all tests, and the checks of make test"
+	@echo "make lint          check style, types and imports only"
+	@echo "make clean         remove .venv and everything else that make wrote"
 
 demo: .venv/.installed-demo
 	$(BIN)/reltune demo --output_dir demo-run --overwrite_output_dir
@@ -32,11 +35,14 @@ lint: .venv/.installed-test
 test: lint
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
+test-minimal: .venv-minimal/.installed
+	.venv-minimal/bin/python -m pytest -m "not slow" $(MINIMAL_TESTS)
+
 nightly: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 clean:
-	rm -rf .venv demo-run build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-minimal demo-run build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
 # The test environment holds the demo's too.
@@ -46,6 +52,13 @@ clean:
 
 .venv/.installed-demo: .venv/.installed-files pyproject.toml constraints.txt
 	$(INSTALL) -c constraints.txt -e '.[demo]'
+	@touch $@
+
+# The dependencies and pytest, made anew when the list of them changes: what was installed before would stay.
+.venv-minimal/.installed: pyproject.toml constraints.txt | venv
+	rm -rf .venv-minimal
+	$(BIN)/python -m venv .venv-minimal
+	.venv-minimal/bin/python -m pip install -c constraints.txt -e . pytest
 	@touch $@
 
 # --force-reinstall: pip checks the hash of what it fetches, not of what is there already.

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-import torch
-
 from reltune.cli.commands import main
 
 GOOD, BAD, OTHER = ("good", "great", "fine"), ("bad", "poor", "dull"), ("film", "book", "very", "not")
@@ -33,12 +31,11 @@ class Answer:
     err: str
 
 
-def reltune(*words: object, threads: int = 1) -> Answer:
-    """Call ``reltune`` in this process, on one thread: tiny models only lose time to more."""
+def reltune(*words: object) -> Answer:
+    """Call ``reltune`` in this process."""
     out, err = io.StringIO(), io.StringIO()
     code: object = None
-    handler, threads_before = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
-    torch.set_num_threads(threads)
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         with (
             mock.patch.object(sys, "argv", ["reltune", *map(str, words)]),
@@ -51,7 +48,6 @@ def reltune(*words: object, threads: int = 1) -> Answer:
         code = end.code
     finally:
         signal.signal(signal.SIGTERM, handler)
-        torch.set_num_threads(threads_before)
     return Answer(code, out.getvalue(), err.getvalue())
 
 

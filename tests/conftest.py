@@ -1,26 +1,16 @@
-"""Settings that the libraries read when they are first imported: offline, quiet, on two threads.
+"""Settings that the libraries read when they are first imported: offline, quiet, on one thread.
 
 As environment variables they hold for subprocesses too, and nothing heavy is imported here.
 """
 
 import os
-from collections.abc import Iterator
-
-import pytest
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if not os.path.exists("/dev/nvidiactl"):  # no GPU: Triton's kernels run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # torch's number of threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch: models this small only lose time to a second one
 
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background is started without it

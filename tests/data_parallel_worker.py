@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from relevance_cases import MODELS, data_for, measure, split
+from measured_models import MODELS
+from relevance_cases import data_for, measure, split
 from reltune.errors import AnalysisError
 from reltune.processes import Processes, unwrapped
 
@@ -106,7 +107,7 @@ def refusals(directory: Path) -> None:
         try:
             Processes.joined().share(DataLoader(Examples(), sampler=sampler))
         except ValueError as error:
-            assert "DistributedSampler is of process 0 of 2" in str(error)
+            assert "DistributedSampler is for process 0 of 2" in str(error)
     model = MODELS[name]()
     with torch.no_grad():
         model[0].weight += rank

@@ -1,4 +1,4 @@
-"""Tiny models in float64 and batches of unequal lengths for the tests of relevance and selection."""
+"""Batches of unequal lengths, losses of one example, and comparisons of relevance with what an oracle says."""
 
 from __future__ import annotations
 
@@ -8,92 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen2ForSequenceClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import ViTForImageClassification
+from transformers.pytorch_utils import Conv1D
 
+from measured_models import LABELS, VOCAB
 from reltune.relevance.measure import analyze
 from reltune.relevance.scores import RelevanceScores
 
-torch.set_num_threads(1)  # for tensors this small a second thread only waits
-
-VOCAB, LABELS = 20, 3
-TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 32,
-    "num_labels": LABELS,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,
-}
 KIND_OF_PARTS = ("column", "row", "weight", "bias", "norm")
-
-
-def tiny_bert(**changes: Any) -> BertForSequenceClassification:
-    return made(BertForSequenceClassification, BertConfig(**{**TEXT, **changes}))
-
-
-def tiny_roberta() -> RobertaForSequenceClassification:
-    return made(RobertaForSequenceClassification, RobertaConfig(**TEXT))
-
-
-def tiny_llama() -> LlamaForSequenceClassification:
-    return made(LlamaForSequenceClassification, LlamaConfig(**TEXT, num_key_value_heads=1))
-
-
-def tiny_qwen2() -> Qwen2ForSequenceClassification:
-    return made(Qwen2ForSequenceClassification, Qwen2Config(**TEXT, num_key_value_heads=1))
-
-
-def tiny_vit() -> ViTForImageClassification:
-    sizes = {key: value for key, value in TEXT.items() if key.endswith(("size", "layers", "heads", "labels"))}
-    sizes.pop("vocab_size")
-    config = ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=1, initializer_range=0.2)
-    return made(ViTForImageClassification, config)
-
-
-def tiny_sequential() -> nn.Sequential:
-    torch.manual_seed(0)
-    layers = [nn.Linear(6, 24), nn.LayerNorm(24), nn.ReLU(), nn.Linear(24, 5, bias=False), nn.RMSNorm(5)]
-    model = nn.Sequential(*layers, nn.Tanh(), nn.Linear(5, LABELS)).double()
-    return _stirred(model)
-
-
-MODELS = {
-    "bert": tiny_bert,
-    "roberta": tiny_roberta,
-    "llama": tiny_llama,
-    "qwen2": tiny_qwen2,
-    "vit": tiny_vit,
-    "sequential": tiny_sequential,
-}
-
-
-def made(kind: type, config: PretrainedConfig) -> Any:
-    torch.manual_seed(0)
-    return _stirred(kind(config).double())
-
-
-def _stirred(model: Any) -> Any:
-    """Gains that are not all one and biases that are not all zero, as after training."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.3 * torch.randn_like(parameter)
-    return model
 
 
 def text_batch(lengths: Sequence[int], seed: int = 0) -> dict[str, Tensor]:
@@ -106,6 +28,13 @@ def text_batch(lengths: Sequence[int], seed: int = 0) -> dict[str, Tensor]:
         mask[row, :length] = 1
     labels = torch.randint(LABELS, (len(lengths),), generator=generator)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def lm_batch(lengths: Sequence[int] = (3, 11, 6, 2, 9)) -> dict[str, Tensor]:
+    """The same with each token as the label of its own place, as causal language models take them."""
+    batch = text_batch(lengths)
+    batch["labels"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
+    return batch
 
 
 def data_for(model: nn.Module, lengths: Sequence[int] = (3, 11, 6, 1, 9, 4, 2), seed: int = 0) -> Any:
@@ -145,6 +74,16 @@ def cross_entropy_of_one(outputs: Any, example: Any) -> Tensor:
     return F.cross_entropy(getattr(outputs, "logits", outputs), labels_of(example))
 
 
+def causal_of_one(outputs: Any, example: Any) -> Tensor:
+    labels = example["labels"][:, 1:]
+    return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels.flatten())
+
+
+def own_loss(outputs: Any, batch: Any) -> Tensor:
+    """A user's loss: the metric is minus the loss, which unlike an accuracy moves with everything."""
+    return F.cross_entropy(getattr(outputs, "logits", outputs), labels_of(batch), reduction="none")
+
+
 def measure(model: nn.Module, batches: Any = None, *arguments: Any, **options: Any) -> RelevanceScores:
     return analyze(model, batches, *arguments, progress=False, **options)
 
@@ -170,6 +109,20 @@ def by_module(parameters: dict[str, Tensor], names: Sequence[str]) -> dict[str, 
         module, _, key = parameter.rpartition(".")
         if module in found:
             found[module][key] = value
+    return found
+
+
+def canonical(module: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values by parameter name with the weight's as (out, in), which a Conv1D holds the other way round."""
+    return {key: value.mT if isinstance(module, Conv1D) and value.ndim == 2 else value for key, value in values.items()}
+
+
+def of_expert(owner: Any, projection: str, expert: int, values: Any) -> dict[str, Tensor]:
+    """One expert's weight (out, in) and bias out of ``values``, the owner's parameters or their gradients by name."""
+    weight = values[projection][expert]
+    found = {"weight": weight.mT if isinstance(owner, nn.Module) and owner.is_transposed else weight}
+    if f"{projection}_bias" in values:
+        found["bias"] = values[f"{projection}_bias"][expert]
     return found
 
 

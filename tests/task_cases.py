@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from reltune.config.run_config import RunConfig
-from reltune.report.numbers import METRICS
+from reltune.metrics import METRICS
 from reltune.runs import stages
 from reltune.runs.directory import RunDirectory
 from reltune.runs.materials import prepare
+from reltune.runs.summary import report
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -24,8 +25,6 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 def run_task(place: Path, rows: Iterable[Mapping[str, Any]], training: dict[str, Any], **fields: Any) -> dict[str, Any]:
     """All stages on the rows with the model in ``place``/model; the results that they wrote to ``place``/run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     config = RunConfig(
         model_name_or_path=str(place / "model"),
         output_dir=str(place / "run"),
@@ -41,13 +40,12 @@ def run_task(place: Path, rows: Iterable[Mapping[str, Any]], training: dict[str,
     stages.select(config, run)
     stages.tune(materials, run)
     results = stages.evaluate(materials, run)
-    stages.report(config, run)
-    torch.set_num_threads(threads)
+    report(config, run)
     assert results == json.loads(run.results.read_text(encoding="utf-8"))
     main = materials.task.metrics[0]
     assert {f"eval_{main}", f"test_{main}"} <= set(results)
     page = run.report.read_text(encoding="utf-8")
-    assert METRICS[main][0] in page
+    assert METRICS[main].label in page
     log = [json.loads(line) for line in run.log.read_text(encoding="utf-8").splitlines()]
     assert any("loss" in entry for entry in log) and any("eval_loss" in entry for entry in log)
     assert [entry["step"] for entry in log] == sorted(entry["step"] for entry in log)
@@ -56,8 +54,6 @@ def run_task(place: Path, rows: Iterable[Mapping[str, Any]], training: dict[str,
 
 def check_reload(place: Path) -> None:
     """Tuning again gives the adapter that is on disk, and loading it the outputs of the model that was trained."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     config = RunConfig.load(place / "run" / "config.yaml")
     run = RunDirectory(shutil.copytree(place / "run", place / "again"))
     config.output_dir = str(run.path)
@@ -72,7 +68,6 @@ def check_reload(place: Path) -> None:
         there, back = trained(**batch), loaded(**batch)
         with loaded.disable_adapter():
             base = loaded(**batch)
-    torch.set_num_threads(threads)
     names = [name for name in ("logits", "start_logits", "end_logits") if getattr(back, name, None) is not None]
     assert names
     for name in names:

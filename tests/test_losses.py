@@ -27,7 +27,8 @@ from transformers import (
 )
 from transformers.models.bert import BertConfig
 
-from relevance_cases import LABELS, TEXT, VOCAB, made, text_batch
+from measured_models import CLASSIFIER, LABELS, VOCAB, made
+from relevance_cases import text_batch
 from reltune.errors import InputError
 from reltune.losses import LOSSES, Loss, as_loss
 
@@ -49,7 +50,7 @@ def gpt2():
 
 
 def llama():
-    return made(LlamaForCausalLM, LlamaConfig(**TEXT, num_key_value_heads=1))
+    return made(LlamaForCausalLM, LlamaConfig(**CLASSIFIER, num_key_value_heads=1))
 
 
 def t5():
@@ -58,7 +59,7 @@ def t5():
 
 
 def bert(kind, **changes):
-    return made(kind, BertConfig(**{**TEXT, **changes}))
+    return made(kind, BertConfig(**{**CLASSIFIER, **changes}))
 
 
 def some_ignored(ids, mask, seed=3):

@@ -29,7 +29,7 @@ _HOME = {
     "Plan": "reltune.plan.plan",
     "lora_config": "reltune.plan.lora",
     "ReltuneConfig": "reltune.tuner.config",
-    "InputError": "reltune.config.run_config",
+    "InputError": "reltune.errors",
 }
 __all__ = [
     "AnalysisError",

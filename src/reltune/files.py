@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all, and checks of directories before anything is written."""
+"""Files that appear whole or not at all, and checks of files and directories before anything is read or written."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,21 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+def model_directory_problem(name: str) -> str | None:
+    """Why a name or path cannot be a pretrained model's, as far as the files show; None where a library must try to load it."""
+    if os.path.isfile(name):
+        return None if name.endswith(".gguf") else f"{name} is a file; name the model's directory."
+    if os.path.isdir(name):
+        if (Path(name) / "config.json").is_file():
+            return None
+        if (Path(name) / "adapter_config.json").is_file():
+            return f"{name} is an adapter, not a model; name the base model it was trained on."
+        return f"{name} has no config.json, so it is no model; name a directory that save_pretrained wrote."
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):  # the form of ids on the Hub
+        return f"The model directory {name} does not exist; check the path."
+    return None
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
 import logging
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import is_offline_mode
 
 from reltune.errors import InputError, first_line
+from reltune.files import model_directory_problem
 from reltune.notes import note
 
 HEADS = ("classifier.", "score.", "fc.", "head.")  # of models that keep their body under no name of its own
@@ -46,19 +47,17 @@ def _why_no_config(name: str, error: Exception) -> str:
             f"{name} needs Python code of its own, which reltune does not run; "
             "name a model whose architecture transformers itself has."
         )
-    if folder.is_file():
-        return f"{name} is a file; name the model's directory."
-    if folder.is_dir() and (folder / "config.json").is_file():
+    if problem := model_directory_problem(name):
+        return problem
+    if (folder / "config.json").is_file():
         return (
             f"{folder / 'config.json'} does not describe a model that this version of transformers knows "
             f"({first_line(error)}). Copy or download the model again, or update transformers."
         )
-    if folder.is_dir() and (folder / "adapter_config.json").is_file():
-        return f"{name} is an adapter, not a model; name the base model it was trained on."
-    if folder.is_dir():
-        return f"{name} has no config.json, so it is no model; name a directory that save_pretrained wrote."
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):  # the form of ids on the Hub
-        return f"The model directory {name} does not exist; check the path."
+    if folder.is_file():
+        return (
+            f"{name} cannot be read as a model in llama.cpp's format ({first_line(error)}); copy or download it again."
+        )
     offline = " while HF_HUB_OFFLINE is set" if is_offline_mode() else ""
     return (
         f"{name!r} is no local directory and cannot be loaded from the Hugging Face Hub{offline}; "
@@ -69,6 +68,10 @@ def _why_no_config(name: str, error: Exception) -> str:
 def _place(name: str) -> tuple[str, dict[str, Any]]:
     """Where to load from, and what to say of it: a file in llama.cpp's format lies in a directory."""
     if name.endswith(".gguf") and Path(name).is_file():
+        if importlib.util.find_spec("gguf") is None:
+            raise InputError(
+                f'{name} is in llama.cpp\'s format, and the package gguf is not installed; run: pip install "reltune[gguf]"'
+            )
         return str(Path(name).parent), {"gguf_file": Path(name).name}
     return name, {}
 

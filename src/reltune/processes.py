@@ -1,9 +1,8 @@
-"""Several processes measure together, as ``torchrun`` or ``accelerate launch`` starts them.
+"""What several processes share that ``torchrun`` or ``accelerate launch`` started: messages, totals, errors and data.
 
-Each process has the whole model and measures its share of the batches; then the sums are added up in the precision that
-they were accumulated in, and every process ends with the same scores as one alone: in float64 to 1e-12 relative, which is
-the order of the additions. After every batch the processes tell one another that all is well, so that an error on one ends
-them all. Messages between them are JSON in tensors.
+Each process has the whole model and its own part of the data. Totals are added up in the precision in which each process
+accumulated them. While they work the processes tell one another that all is well, so that an error in one of them ends them
+all. Messages between them are JSON in tensors.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ SHARES = ("auto", "split", "sharded", "off")
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """The processes that measure together; this one alone by default."""
+    """The processes that work together; this one alone by default."""
 
     rank: int = 0
     count: int = 1
 
     @classmethod
     def joined(cls) -> Processes:
-        """All processes of torch.distributed, whose group is made here if a launcher started several and none made it."""
+        """All processes of torch.distributed. Makes their group if a launcher started several and nobody has made it yet."""
         if not dist.is_available():
             return cls()
         if not dist.is_initialized():
@@ -53,7 +52,7 @@ class Processes:
     # -- messages ---------------------------------------------------------------------------------------------------
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, in the order of their ranks; values are what JSON can hold."""
+        """Every process's value, in the order of their ranks. A value is anything that JSON can hold."""
         if self.count == 1:
             return [value]
         message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(_meeting_place())
@@ -62,38 +61,46 @@ class Processes:
         longest = max(int(length) for length in lengths)
         padded = [message.new_zeros(longest) for _ in range(self.count)]
         dist.all_gather(padded, torch.cat([message, message.new_zeros(longest - len(message))]))
-        return [json.loads(bytes(of[: int(n)].tolist())) for of, n in zip(padded, lengths, strict=True)]
+        return [json.loads(bytes(text[: int(n)].tolist())) for text, n in zip(padded, lengths, strict=True)]
 
     def agree_on(self, value: Any, sentence: str) -> None:
-        """Raise InputError with the sentence, on all processes, unless all have the same value."""
+        """Raise InputError with the sentence, in all processes, unless all have the same value."""
         if any(other != value for other in self.gather(value)):
             raise _agreed(InputError(sentence))
 
     def add_up(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The total of each sum over the processes, under its name. What a process lacks counts as zero."""
+        """The total of each tensor over the processes, under its name. A name that a process lacks counts as zeros."""
         if self.count == 1:
             return mine
         totals: dict[str, Tensor] = {}
-        known: dict[str, Any] = {}
-        for of in self.gather({k: [list(v.shape), str(v.dtype)[6:], v.device.type] for k, v in mine.items()}):
-            for key, (shape, dtype, device) in of.items():
-                wide = torch.promote_types(getattr(torch, dtype), torch.float32)
-                held = known.get(key)
-                known[key] = (shape, wide if held is None else torch.promote_types(held[1], wide), device)
-        bucket: list[tuple[str, Tensor]] = []
-        for key in sorted(known, key=lambda key: (str(known[key][1:]), key)):
-            shape, dtype, device = known[key]
-            value = mine[key].to(device, dtype) if key in mine else torch.zeros(shape, dtype=dtype, device=device)
-            if bucket and (
-                (value.dtype, value.device) != (bucket[0][1].dtype, bucket[0][1].device)
-                or sum(v.numel() for _, v in bucket) + value.numel() > BUCKET
-            ):
+        bucket: dict[str, Tensor] = {}  # sent together: tensors of one dtype and device
+        for name, (shape, dtype, device) in self._gathered_layouts(mine).items():
+            value = mine[name].to(device, dtype) if name in mine else torch.zeros(shape, dtype=dtype, device=device)
+            others = next(iter(bucket.values()), value)
+            size = sum(tensor.numel() for tensor in bucket.values())
+            if (value.dtype, value.device) != (others.dtype, others.device) or size + value.numel() > BUCKET:
                 totals |= _added_up(bucket)
-                bucket = []
-            bucket.append((key, value))
-        if bucket:
-            totals |= _added_up(bucket)
-        return totals
+                bucket = {}
+            bucket[name] = value
+        return totals | _added_up(bucket)
+
+    def _gathered_layouts(self, mine: dict[str, Tensor]) -> dict[str, tuple[list[int], torch.dtype, str]]:
+        """Shape, dtype (the widest that a process has, float32 at least) and device type of each name that any process
+        has, in an order that is the same in all."""
+        layouts: dict[str, tuple[list[int], torch.dtype, str]] = {}
+        own = {name: [list(value.shape), str(value.dtype)[6:], value.device.type] for name, value in mine.items()}
+        for process in self.gather(own):
+            for name, (shape, dtype, device) in process.items():
+                before = layouts[name][1] if name in layouts else torch.float32
+                layouts[name] = (shape, torch.promote_types(getattr(torch, dtype), before), device)
+        return dict(sorted(layouts.items(), key=lambda item: (str(item[1][1:]), item[0])))
+
+    def add_up_in_place(self, tensor: Tensor) -> None:
+        """Make the tensor the sum of all processes' tensors. They call this for tensors of one shape in one order."""
+        sent = _reachable(tensor.contiguous())
+        dist.all_reduce(sent)
+        if sent is not tensor:
+            tensor.copy_(sent)
 
     def take_from_first(self, modules: Iterable[nn.Module]) -> None:
         """Make the modules' parameters and buffers the first process's."""
@@ -109,11 +116,11 @@ class Processes:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[Callable[[], None]]:
-        """What runs inside fails on every process when it fails on one: there with its own error, elsewhere with one of
-        the same kind that says where it happened.
+        """Make an error in one process end all of them: there with that error, elsewhere with one of the same class that
+        says in which process it happened.
 
-        Gives a function that a process calls now and then while it works; that is where it hears of others' errors.
-        Processes need not call it equally often.
+        Gives a function that a process calls now and then while it works, to hear of errors elsewhere. Processes need
+        not call it equally often.
         """
         if self.count == 1:
             yield lambda: None
@@ -145,23 +152,24 @@ class Processes:
 
     def _common_error(self, own: BaseException | None) -> BaseException:
         """The error of the lowest process that has one."""
-        found = self.gather(None if own is None else [type(own).__name__, str(own)])
-        rank, (kind, message) = next((rank, of) for rank, of in enumerate(found) if of is not None)
+        errors = self.gather(None if own is None else [type(own).__name__, str(own)])
+        rank = next(rank for rank, error in enumerate(errors) if error is not None)
         if rank == self.rank and own is not None:
             return _agreed(own)
-        if kind == "KeyboardInterrupt":
+        class_name, message = errors[rank]
+        if class_name == "KeyboardInterrupt":
             return _agreed(KeyboardInterrupt())
         for known in (InputError, AnalysisError, ArithmeticError):
-            if kind == known.__name__:
+            if class_name == known.__name__:
                 return _agreed(known(f"process {rank}: {message}"))
-        return _agreed(RuntimeError(f"process {rank}: {kind}: {message}"))
+        return _agreed(RuntimeError(f"process {rank}: {class_name}: {message}"))
 
     # -- data -------------------------------------------------------------------------------------------------------
 
     def share(self, loader: Iterable[Any], how: str = "auto") -> Share:
-        """How this process takes its part of the loader's batches (``analyze`` says what ``how`` means).
+        """This process's part of the loader's batches; ``analyze`` explains the values of ``how`` (its ``parallel``).
 
-        Raises InputError for a loader that repeats examples to give every process equally many, where the repetitions
+        Raises InputError for a loader that repeats examples, to give every process equally many, where the repetitions
         cannot be told from the data.
         """
         if how not in SHARES:
@@ -174,8 +182,8 @@ class Processes:
         if isinstance(sampler, DistributedSampler):
             if (sampler.num_replicas, sampler.rank) != (self.count, self.rank):
                 raise InputError(
-                    f"the loader's DistributedSampler is of process {sampler.rank} of {sampler.num_replicas}, and this is "
-                    f"{self.rank} of {self.count}; make it without num_replicas and rank."
+                    f"the loader's DistributedSampler is for process {sampler.rank} of {sampler.num_replicas}, but this is "
+                    f"process {self.rank} of {self.count}; make it without num_replicas and rank."
                 )
             own = None if sampler.drop_last else len(range(self.rank, len(sampler.dataset), self.count))  # type: ignore[arg-type]
             return Share(self.rank, self.count, examples=own)
@@ -193,8 +201,8 @@ class Processes:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """A process takes every ``every``-th batch from ``rank`` on, or, with ``every`` 1, all that its loader gives; of
-    these no more than the first ``examples``, since samplers repeat some at the end."""
+    """Which batches a process takes: every ``every``-th one from ``rank`` on, or, with ``every`` 1, all that its loader
+    gives. With ``examples`` it takes no more than so many examples, because some samplers repeat examples at the end."""
 
     rank: int = 0
     count: int = 1
@@ -202,14 +210,15 @@ class Share:
     examples: int | None = None
 
     def number(self, index: int) -> int | None:
-        """The number of the loader's batch ``index`` among those of all processes; None if it is another's."""
+        """The number, among the batches of all processes, of batch ``index`` of this loader; None if another process takes
+        it."""
         if self.every > 1:
             return index if index % self.every == self.rank else None
         return index * self.count + self.rank
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch's wrappers for data parallelism. Raises InputError for weights that are sharded."""
+    """The model inside torch's wrappers for data parallelism. Raises InputError where weights are spread over processes."""
     while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         model = model.module
     sharded = [type(m).__name__ for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"]
@@ -251,8 +260,13 @@ def _reachable(tensor: Tensor) -> Tensor:
     return tensor if f"{tensor.device.type}:" in dist.get_backend_config() else tensor.to(_meeting_place())
 
 
-def _added_up(bucket: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    total = _reachable(torch.cat([value.reshape(-1) for _, value in bucket]))
+def _added_up(bucket: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not bucket:
+        return {}
+    total = _reachable(torch.cat([value.reshape(-1) for value in bucket.values()]))
     dist.all_reduce(total)
-    parts = total.split([value.numel() for _, value in bucket])
-    return {name: part.reshape(value.shape).to(value.device) for (name, value), part in zip(bucket, parts, strict=True)}
+    parts = total.split([value.numel() for value in bucket.values()])
+    return {
+        name: part.reshape(value.shape).to(value.device)
+        for (name, value), part in zip(bucket.items(), parts, strict=True)
+    }

@@ -9,15 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import float8_products
 import float8_quality
 import tuner_step
 from command_line import review_rows, write_csv
 from tiny_models import save_tiny_bert
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def result(script: Any, monkeypatch: Any, place: Path, *words: object) -> dict[str, Any]:

@@ -25,7 +25,6 @@ def bench():
 
 @pytest.fixture(scope="module")
 def case():
-    torch.set_num_threads(1)
     return relevance_peers.llama_case(TINY, tokens=8, examples=3, device="cpu", dtype=torch.float32)
 
 

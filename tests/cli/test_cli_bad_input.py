@@ -87,9 +87,11 @@ def test_missing_columns(place: Place) -> None:
         (b'text,label\n"good film,pos\nbad film,neg\n', "not valid CSV"),
         (b"text,label\ngood \xb5\xe7\xd3\xb0,pos\nbad film,neg\n", "line 2"),
         (b"\x89PNG\r\n\x1a\n\x00\x00\x00", "binary"),
-        ("text,label\n好,pos\n坏,neg\n".encode("utf-16"), "utf-16"),
-        (b"text;label\ngood film;pos\nbad film;neg\n", "separator seems to be ';'"),
-        (b"text\tlabel\ngood film\tpos\nbad film\tneg\n", "separator seems to be"),
+        ("text,label\n好,pos\n坏,neg\n".encode("utf-16-le"), "utf-16"),
+        (b"text;label\ngood film\nbad film\n", "separator seems to be ';'"),
+        (b"text\tlabel\ngood film;pos\nbad film;neg\n", "separator seems to be"),
+        (b"PK\x03\x04\x14\x00", "spreadsheet"),
+        (b"text,label\ngood film,pos\nbad \x00film,neg\n" + b"a film,pos\n" * 20, "line 3"),
     ],
 )
 def test_files_that_hold_no_labelled_texts(place: Place, tmp_path: Path, content: bytes, named: str) -> None:
@@ -162,7 +164,7 @@ def test_budget(place: Place, budget: str, named: str) -> None:
 def test_unknown_criterion_and_granularity(place: Place) -> None:
     refuse(place, "'fishr'", "'fisher'", criteria="magnitude,fishr")
     refuse(place, "'columns'", "'column'", granularity="columns")
-    refuse(place, "--criteria", criteria=",")
+    refuse(place, "criteria has an empty word", criteria=",")
     assert_refused(reltune("select", place / "analyzed", "--criteria", "Fisher"), "'Fisher'", "'fisher'")
     assert_refused(reltune("select", place / "analyzed", "--granularity", "colum"), "'colum'", "'column'")
 
@@ -208,13 +210,13 @@ def test_nothing_left_to_choose(place: Place) -> None:
         (["--bf16", "maybe"], "--bf16"),
         (["--lr_scheduler_type", "linea"], "'linear'"),
         (["--optim", "adam_w"], "--optim 'adam_w' is unknown"),
-        (["--max_length", "long"], "--max_length"),
+        (["--max_length", "long"], "max_length is 'long'; it must be a whole number"),
         (["--max_length", "0"], "max_length is 0"),
         (["--max_length", "2"], "max_length 2"),
-        (["--seed", "-1"], "--seed"),
-        (["--seed", "4294967296"], "--seed"),
-        (["--text_column", ""], "--text_column is empty"),
-        (["--target_modules", ""], "--target_modules is empty"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--seed", "4294967296"], "seed is 4294967296"),
+        (["--text_column", ""], "text_column is empty"),
+        (["--target_modules", ""], "target_modules is empty"),
         (["stray"], "'stray'"),
         (["--learning_rate", "1e-3", "stray"], "'stray'"),
         (["-x"], "'-x'"),
@@ -232,7 +234,7 @@ def test_flags(place: Place, words: list[str], named: str) -> None:
         (["--num_train_epochs", "0"], "num_train_epochs is 0"),
         (["--max_steps", "0"], "max_steps is 0"),
         (["--per_device_train_batch_size", "0"], "batch_size=0"),
-        (["--learning_rate", "nan"], "learning rate: nan"),
+        (["--learning_rate", "nan"], "learning_rate is nan"),
         (["--lr_scheduler_kwargs", '{"warmth": 1}'], "'warmth'"),
         (["--report_to", "a_friend"], "a_friend is not supported"),
         (["--save_strategy", "steps", "--load_best_model_at_end", "true"], "load_best_model_at_end"),
@@ -300,7 +302,7 @@ def test_output_directories_that_cannot_be_written(place: Place, tmp_path: Path)
         str(tmp_path / ("long" * 65)): "too long",
         str(tmp_path / "foreign"): "is not empty",
         str(place / "done"): "--overwrite_output_dir",
-        "": "--output_dir is empty",
+        "": "output_dir is empty",
     }.items():
         for command in ("run", "analyze"):
             words = new_run_words(place, budget=None if command == "analyze" else "5%")

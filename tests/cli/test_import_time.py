@@ -1,9 +1,14 @@
 """`reltune --help` must answer at once, so neither the package nor the command line loads a heavy library."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from command_line import contents
+from reltune.config.run_config import RunConfig
 
 HEAVY = {
     "accelerate",
@@ -41,3 +46,98 @@ def test_heavy_imports_would_be_seen() -> None:
 def test_python_m_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "reltune", "nonsense"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("reltune: error: No such command 'nonsense'"), done.stderr
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------
+
+GOOD = {"model_name_or_path": "model", "train_file": "train.csv", "output_dir": "new"}
+REFUSED = [
+    *[({name: "absent.csv"}, "absent.csv does not exist") for name in ("validation_file", "test_file", "train_file")],
+    ({"forgetting_file": "absent.jsonl"}, "absent.jsonl does not exist"),
+    ({"train_file": "absent.parquet"}, "absent.parquet does not exist"),
+    ({"train_file": "table.xls"}, "'.xls'"),
+    ({"model_name_or_path": "./absent"}, "./absent does not exist"),
+    ({"model_name_or_path": "train.csv"}, "train.csv is a file"),
+    ({"model_name_or_path": "empty"}, "empty has no config.json"),
+    ({"model_name_or_path": "adapter"}, "adapter is an adapter"),
+    ({"output_dir": "empty/../train.csv"}, "is a file"),
+    ({"output_dir": "foreign"}, "foreign is not empty and holds no run"),
+    ({"output_dir": "done"}, "already holds a run"),
+    ({"task": "regresion"}, "did you mean 'regression'"),
+    ({"criteria": "fishr"}, "did you mean 'fisher'"),
+    ({"granularity": "colum"}, "did you mean 'column'"),
+    ({"budget": "much"}, "'much' is no number"),
+    ({"budget": "101%"}, "above 100%"),
+    ({"sweep": "budget=1%,nothing"}, "'nothing' is no number"),
+    ({"max_length": "0"}, "max_length is 0"),
+    ({"learnig_rate": "1e-3"}, "unknown flag --learnig_rate; did you mean '--learning_rate'"),
+    ({"seeed": "1"}, "did you mean '--seed'"),
+    ({"config": "absent.yaml"}, "absent.yaml does not exist"),
+    ({"config": "broken.yaml"}, "line 2 is not valid YAML"),
+    ({"config": "unknown.yaml"}, "'learnig_rate' is no field; did you mean 'learning_rate'"),
+    ({"config": "inside.yaml"}, "'max_step' is no field of transformers.TrainingArguments"),
+    ({"config": "empty.yaml"}, "max_length is 0"),
+]
+OTHERS = [
+    (["tune", "done", "--learning_rate", "1e-3"], "already holds adapter"),
+    (["tune", "nowhere"], "holds no run"),
+    (["select", "done"], "already holds plan"),
+    (["select", "done", "--overwrite_output_dir", "--budget", "0"], "allows nothing"),
+    (["evaluate", "untuned"], "holds no adapter"),
+    (["export", "done", "--to", "onnx", "--output_dir", "new"], "'onnx'"),
+    (["export", "done", "--to", "lora", "--output_dir", "foreign"], "holds files"),
+]
+SCRIPT = """
+import contextlib, io, json, sys
+from reltune.cli.commands import main
+
+answers = []
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["reltune", *words]
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            main()
+        except SystemExit as end:
+            answers.append([end.code, err.getvalue(), sorted(name.partition(".")[0] for name in sys.modules)])
+print(json.dumps(answers))
+"""
+
+
+def test_bad_input_is_refused_before_anything_heavy_is_loaded(tmp_path: Path) -> None:
+    """With training flags that are right, whose types only transformers knows."""
+    for name in ("model", "empty", "adapter", "foreign", "done/adapter", "done/plan", "done/relevance", "untuned"):
+        (tmp_path / name).mkdir(parents=True)
+    files = {
+        "model/config.json": "{}",
+        "adapter/adapter_config.json": "{}",
+        "done/adapter/adapter_config.json": "{}",
+        "done/relevance/scores.json": "{}",
+        "foreign/notes.txt": "mine",
+        "train.csv": "text,label\na,b\n",
+        "table.xls": "",
+        "broken.yaml": "seed: 1\nseed: [",
+        "unknown.yaml": "learnig_rate: 1e-3",
+        "inside.yaml": "training: {max_step: 1}",
+        "empty.yaml": "max_length: 0\nlearning_rate: 1e-3",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for run in ("done", "untuned"):
+        RunConfig("model", run, train_file="train.csv").save(tmp_path / run / "config.yaml")
+    before = contents(tmp_path)
+    calls, expected = [], []
+    for changed, named in REFUSED:
+        words = [word for name, value in {**GOOD, **changed}.items() for word in (f"--{name}", value)]
+        calls.append(["run", *words, "--num_train_epochs", "1", "--bf16", "false"])
+        expected.append(named)
+    for words, named in OTHERS:
+        calls.append(words)
+        expected.append(named)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(calls)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    for words, named, (code, message, loaded) in zip(calls, expected, json.loads(done.stdout), strict=True):
+        assert code == 2 and named in message, (words, message)
+        assert not HEAVY & set(loaded), (words, HEAVY & set(loaded))
+    assert contents(tmp_path) == before

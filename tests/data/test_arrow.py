@@ -14,6 +14,7 @@ from reltune.data.images import image_problem, open_image
 from reltune.data.rows import Row, Rows, checked
 from reltune.data.sources import read_dataset, read_rows, read_splits
 from reltune.errors import InputError
+from reltune.notes import collecting
 
 RECORDS = [{"text": f"第{n}", "label": n % 3, "tags": [n % 2, 1]} for n in range(12)]
 FEATURES = datasets.Features(
@@ -65,13 +66,16 @@ def test_saved_datasets(tmp_path: Path, data: datasets.Dataset) -> None:
     assert values(read_rows(tmp_path / "one")) == NAMED
     splits = {"train": data.select(range(8)), "dev": data.select(range(8, 10)), "test": data.select(range(10, 12))}
     datasets.DatasetDict({**splits, "unlabelled": data}).save_to_disk(tmp_path / "several")
-    found = read_splits(tmp_path / "several")
+    with collecting() as notes:
+        found = read_splits(tmp_path / "several")
+    assert notes == ["several: not used: split 'unlabelled'."]
     assert {name: values(rows) for name, rows in found.items()} == {
         "train": NAMED[:8],
         "validation": NAMED[8:10],
         "test": NAMED[10:],
     }
-    assert values(read_rows(tmp_path / "several", split="validation")) == NAMED[8:10]
+    with collecting():
+        assert values(read_rows(tmp_path / "several", split="validation")) == NAMED[8:10]
     datasets.DatasetDict({"a": data, "b": data}).save_to_disk(tmp_path / "nameless")
     with pytest.raises(InputError, match="splits a, b and none called train"):
         read_rows(tmp_path / "nameless")
@@ -164,3 +168,33 @@ def test_streamed_rows_are_the_same(tmp_path: Path, data: datasets.Dataset) -> N
         rows = read_splits(tmp_path / name, streaming=True)["train"]
         assert rows.columns == ["text", "label", "tags"]
         assert [row.values for row in rows] == NAMED == [row.values for row in rows], "a second pass gives them again"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_directory_of_parquet_files(tmp_path: Path, data: datasets.Dataset, streaming: bool) -> None:
+    """As data sets of the Hub lie on the disk."""
+    folder = tmp_path / "snapshot" / "data"
+    folder.mkdir(parents=True)
+    for name, rows in (
+        ("train-00000-of-00002", range(4)),
+        ("train-00001-of-00002", range(4, 8)),
+        ("test-00000-of-00001", [9]),
+        ("more", [10]),
+    ):
+        data.select(rows).to_parquet(folder / f"{name}.parquet")
+    with collecting() as notes:
+        splits = read_splits(tmp_path / "snapshot", streaming=streaming)
+    assert notes == ["snapshot: not used, because their names say no split: 'more.parquet'."]
+    assert {name: [row.values for row in rows] for name, rows in splits.items()} == {
+        "train": NAMED[:8],
+        "test": [NAMED[9]],
+    }
+
+
+def test_nested_lists_and_missing_values(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "a", "name": None}], "label": None, "scores": [[1], []]},
+        {"messages": [{"role": "user", "content": None, "name": "b"}], "label": 1.0, "scores": None},
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data.parquet")
+    assert values(read_rows(tmp_path / "data.parquet")) == rows

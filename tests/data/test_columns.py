@@ -31,6 +31,13 @@ def labelled(labels):
         ("image label", "image_classification", "image=image label=label"),
         ("text", "causal_lm", "text=text"),
         ("id text url", "causal_lm", "text=text"),
+        ("ID Text __index_level_0__", "causal_lm", "text=Text"),
+        ("Unnamed:0 Text Label", "sequence_classification", "text=Text label=Label"),
+        ("Sentence1 SENTENCE2 Label", "sequence_classification", "text=Sentence1 text_pair=SENTENCE2 label=Label"),
+        ("conversations tools", "causal_lm", "messages=conversations tools=tools"),
+        ("query response history", "causal_lm", "instruction=query output=response history=history"),
+        ("instruction context response category", "causal_lm", "instruction=instruction output=response input=context"),
+        ("question chosen rejected", "preference", "chosen=chosen rejected=rejected prompt=question"),
     ],
 )
 def test_layouts(columns, task, roles):
@@ -52,6 +59,7 @@ def test_layouts(columns, task, roles):
         ([], "sequence_classification"),
         (["0.5", "1", "-2e-1"], "regression"),
         ([0.5, 1, 2], "regression"),
+        ([0.5, 2, float("nan")], "regression"),  # a label is missing: a bad row
         ([["a"], [], ["a", "b"]], "multilabel_classification"),
         ([[0, 1], [1, 1]], "multilabel_classification"),
     ],
@@ -66,7 +74,7 @@ def test_labels_that_could_be_both(labels):
         guess_task(["text", "label"], labelled(labels))
 
 
-@pytest.mark.parametrize("labels", [["0.5", "1.5", "n/a"], [0.5, 2, float("nan")], ["0.5", None, "1", "nan"]])
+@pytest.mark.parametrize("labels", [["0.5", "1.5", "n/a"], [0.5, 2, "n/a"], ["0.5", None, "1", "nan"]])
 def test_a_slip_among_fractions_makes_no_classes_of_them(labels):
     with pytest.raises(InputError, match=f"such as {labels[-1]!r} on line {len(labels)}; say with --task regression"):
         guess_task(["text", "label"], labelled(labels))
@@ -91,6 +99,7 @@ def test_columns_that_the_user_named():
     [
         ([], "none are of no layout"),
         (["text", "sentiment"], "'text', 'sentiment' are of no layout.*text, label.*--label_column"),
+        (["source", "comment"], "are of no layout that is known .chosen, rejected; .*text, label; sentence1"),
         (["messages", "prompt", "chosen", "rejected"], "preference or causal_lm; say which with --task"),
         ([f"c{n}" for n in range(40)], "'c11', … are"),
     ],

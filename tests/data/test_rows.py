@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reltune.data.packages import bbc_news
-from reltune.data.rows import Row, Rows, check_splits, checked, require_columns, split_off
+from reltune.data.rows import Row, Rows, checked, require_columns
 from reltune.data.sources import read_rows
 from reltune.errors import InputError
 from reltune.tasks.sequence_classification import SequenceClassification
@@ -131,7 +131,7 @@ def test_what_csv_writes_is_read_back(tmp_path_factory, pairs):
         ("d.txt", "text,label\na,b\n", [".txt", ".csv", ".jsonl"]),
         ("d.csv", "text,lable\na,b\n", ["'label'", "did you mean 'lable'", "--label_column"]),
         ("d.csv", "sentence,label\na,b\n", ["'text'", "'sentence'", "--text_column"]),
-        ("d.csv", "text;label\na;b\n", ["';'"]),
+        ("d.csv", "text;label\na;b\nc\nd\n", ["';'"]),
         ("d.csv", "text,label,text\na,b,c\n", ["'text'", "twice"]),
         ("d.csv", "text,label\nok,a\nx,y,z\nonly\n", ["header's 2", "2 lines (3, 4)"]),
         ("d.csv", "text,label\n  ,a\nok,b\n", ["empty 'text'", "line 2"]),
@@ -141,10 +141,12 @@ def test_what_csv_writes_is_read_back(tmp_path_factory, pairs):
         ("d.csv", 'text,label\nok,a\n"never closed,b\nok,a\n', ["line 3", "quotes"]),
         ("d.csv", b"text,label\n\x00\x01,a\n", ["no text"]),
         ("d.csv", b"\x89PNG\r\n\x1a\n\x00\x00", ["no text"]),
-        ("d.csv", "text,label\na,b\n".encode("utf-16"), ["no text", "--encoding utf-16"]),
+        ("d.csv", "text,label\na,b\n".encode("utf-16-le"), ["no text", "--encoding utf-16"]),
+        ("d.csv", "text,label\na,b\nc\0,d\n" + "e,f\n" * 40, ["line 3", "NUL"]),
+        ("d.csv", b"PK\x03\x04", ["spreadsheet"]),
         ("d.jsonl", '{"text": "a", "label": "b"}\n{"text": \n', ["line 2", "JSON"]),
         ("d.jsonl", "[" * 100_000, ["line 1", "JSON"]),
-        ("d.jsonl", '[{"text": "a", "label": "b"}]', ["line 1", "no JSON object"]),
+        ("d.jsonl", '[{"text": "a"}]\n[{"text": "b"}]', ["2 lines (1, 2)", "no JSON object"]),
         ("d.json", '[{"text": "a", "label": "b"},\n{"text": "a"}]', ["empty 'label' on line 2"]),
         ("d.json", '[{"text": "a", "label": "b"},\n 5]', ["no JSON object on line 2"]),
         ("d.json", '[{"text": "a", "label": "b"}\n{"text": "a", "label": "b"}]', ["line 2", "Expecting ','"]),
@@ -216,78 +218,8 @@ def test_bad_paths_and_options(tmp_path):
         read_rows(path, encoding="hex")
 
 
-def rows_of(counts):
-    labels = [name for name, count in counts.items() for _ in range(count)]
-    return rows_like([row(f"text {index}", label, index + 2) for index, label in enumerate(labels)])
-
-
 def rows_like(rows):
     return Rows([row.values for row in rows], "made", lines=[row.line for row in rows])
-
-
-def split(rows, fraction, seed):
-    return split_off(rows, fraction, seed, content, label)
-
-
-def test_split_keeps_proportions_order_and_seed():
-    rows = rows_of({"a": 60, "b": 30, "c": 10})
-    rest, part = split(rows, 0.2, seed=7)
-    assert Counter(map(label, part)) == {"a": 12, "b": 6, "c": 2}
-    assert sorted([*rest, *part], key=list(rows).index) == list(rows)
-    for side in (rest, part):
-        assert [row.line for row in side] == sorted(row.line for row in side)
-    again, other = split(rows, 0.2, seed=7), split(rows, 0.2, seed=8)
-    assert list(map(list, again)) == [list(rest), list(part)] != list(map(list, other))
-
-
-def test_copies_of_a_text_stay_together():
-    rows = rows_like([row(f"text  {n % 20}" + " " * (n // 20), "ab"[n % 2], n) for n in range(100)])
-    rest, part = split(rows, 0.25, seed=0)
-    assert len(rest) + len(part) == 100 and len(part) == 25
-    assert not {" ".join(content(row).split()) for row in rest} & {" ".join(content(row).split()) for row in part}
-
-
-def test_rare_classes_do_not_stop_a_split():
-    for seed in range(5):
-        rest, part = split(rows_of({"a": 40, "b": 20, "once": 1}), 0.2, seed)
-        assert len(part) == 12 and "once" in set(map(label, rest))
-        assert Counter(map(label, part)) == {"a": 8, "b": 4}
-        # three classes, but a part of two texts: drawn without regard to classes
-        rest, part = split(rows_of({"a": 6, "b": 6, "c": 6}), 0.1, seed)
-        assert (len(rest), len(part)) == (16, 2)
-
-
-@pytest.mark.parametrize(
-    ("rows", "fraction"),
-    [
-        ([], 0.5),
-        ([row("a", "x", 1)], 0.5),
-        ([row("a", "x", 1), row(" a", "x", 2)], 0.5),
-        (rows_of({"a": 10}), 0.99),
-        (rows_of({"a": 10}), 0.0),
-        (rows_of({"a": 10}), 1.0),
-        (rows_of({"a": 10}), float("nan")),
-    ],
-)
-def test_too_little_to_split(rows, fraction):
-    with pytest.raises(InputError):
-        split(rows_like(list(rows)), fraction, seed=0)
-
-
-def test_check_splits():
-    a, b, c = row("t", "a", 4), row("u", "b", 5), row("v", "c", 6)
-    check_splits([a, b], [a], [b], label)
-    check_splits([a, a], [b], [c])  # a task without classes
-    for splits, words in [
-        (([], [a], [b]), "training split has no rows"),
-        (([a, b], [], [b]), "validation split has no rows"),
-        (([a, b], [a], []), "test split has no rows"),
-        (([a, a], [a], [a]), "'a'.*two classes"),
-        (([a, b], [a, c], [b]), r"'c' in the validation split \(line 6\)"),
-        (([a, b], [a], [b, c]), r"'c' in the test split \(line 6\)"),
-    ]:
-        with pytest.raises(InputError, match=words):
-            check_splits(*splits, label)
 
 
 def test_bbc_news(capsys):

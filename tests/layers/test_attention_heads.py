@@ -13,37 +13,34 @@ from transformers import (
     BartModel,
     DistilBertConfig,
     DistilBertForSequenceClassification,
-    GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXModel,
     GptOssConfig,
     GptOssModel,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    MixtralConfig,
     MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 from transformers.pytorch_utils import Conv1D
 
-from oracles.heads import head_relevance
-from oracles.per_example_gradients import examples
-from relevance_cases import (
+from measured_models import (
+    CLASSIFIER,
     LABELS,
-    TEXT,
+    LANGUAGE_MODEL,
     VOCAB,
-    data_for,
     made,
-    measure,
-    split,
-    text_batch,
     tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mixtral,
     tiny_qwen2,
     tiny_roberta,
     tiny_vit,
 )
+from oracles.heads import head_relevance
+from oracles.per_example_gradients import examples
+from relevance_cases import data_for, measure, split, text_batch
 from reltune.errors import InputError
 from reltune.layers.inventory import take_inventory
 from reltune.plan.selection import select
@@ -60,27 +57,17 @@ def tiny_distilbert():
     return made(DistilBertForSequenceClassification, config)
 
 
-def tiny_gpt2(**changes):
-    sizes = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 1}
-    return made(GPT2LMHeadModel, GPT2Config(**sizes, eos_token_id=1, tie_word_embeddings=False, **changes))
-
-
-def tiny_llama(**changes):
+def llama_of_wide_heads():
     """Two heads of 12 numbers each, which is not the hidden size over the heads."""
-    sizes = {**TEXT, "head_dim": 12, "num_key_value_heads": 2, **changes}
-    return made(LlamaForSequenceClassification, LlamaConfig(**sizes))
+    return tiny_llama(head_dim=12, num_key_value_heads=2)
 
 
 def tiny_shared_llama():
     return tiny_llama(num_attention_heads=4, num_key_value_heads=2, head_dim=4)
 
 
-def tiny_mixtral():
-    sizes = {**TEXT, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3}
-    return made(
-        MixtralForCausalLM,
-        MixtralConfig(**sizes, num_experts_per_tok=2, eos_token_id=1, experts_implementation="eager"),
-    )
+def mixtral_of_shared_heads():
+    return tiny_mixtral(num_attention_heads=4, num_key_value_heads=2)
 
 
 def tiny_t5():
@@ -96,12 +83,12 @@ MODELS = {
     "roberta": (tiny_roberta, (*QKV, "dense"), False),
     "distilbert": (tiny_distilbert, ("q_lin", "k_lin", "v_lin", "out_lin"), False),
     "gpt2": (tiny_gpt2, ("c_attn", "c_attn", "c_attn", "c_proj"), False),
-    "llama": (tiny_llama, LLAMA, False),
+    "llama": (llama_of_wide_heads, LLAMA, False),
     "shared_llama": (tiny_shared_llama, LLAMA, True),
     "qwen2": (tiny_qwen2, LLAMA, True),
     "t5": (tiny_t5, ("q", "k", "v", "o"), False),
     "vit": (tiny_vit, LLAMA, False),
-    "mixtral": (tiny_mixtral, LLAMA, True),
+    "mixtral": (mixtral_of_shared_heads, LLAMA, True),
 }
 
 
@@ -137,7 +124,7 @@ def test_a_heads_rows_reach_its_output_columns_alone(name):
     make, _, shared = MODELS[name]
     model = make().eval()
     batch = split(batch_for(model), 2)[0]
-    groups = take_inventory(model).heads
+    groups = take_inventory(model).attention_heads
     expected = 6 if name == "t5" else 2
     assert (
         len(groups) == expected and [group.heads for group in groups] == [model.config.num_attention_heads] * expected
@@ -219,16 +206,15 @@ def test_heads_agree_with_the_sum_over_their_weights(name):
 
 
 def test_structures_that_are_not_known_have_no_heads():
-    sizes = {key: value for key, value in TEXT.items() if key != "num_labels"}
-    fused = made(GPTNeoXModel, GPTNeoXConfig(**sizes, bos_token_id=1, eos_token_id=1))
+    fused = made(GPTNeoXModel, GPTNeoXConfig(**LANGUAGE_MODEL, bos_token_id=1, eos_token_id=1))
     inventory = take_inventory(fused)
-    assert inventory.heads == []
-    assert inventory.without_heads == {
+    assert inventory.attention_heads == []
+    assert inventory.without_attention_heads == {
         f"layers.{i}.attention": "the projections of GPTNeoXAttention are not known" for i in range(2)
     }
 
     def reasons(model):
-        return list(take_inventory(model).without_heads.values())
+        return list(take_inventory(model).without_attention_heads.values())
 
     model = tiny_bert()
     attention = model.bert.encoder.layer[0].attention.self
@@ -251,12 +237,12 @@ def test_structures_that_are_not_known_have_no_heads():
     # GPTBigCode lays the rows of a c_attn out head by head, and makes it an nn.Linear.
     model = tiny_gpt2()
     model.transformer.h[0].attn.c_attn = nn.Linear(16, 48).double()
-    assert reasons(model) == ["transformer.h.0.attn.c_attn is of kind linear"]
+    assert reasons(model) == ["transformer.h.0.attn.c_attn is of layer type linear"]
 
 
 def test_cross_attention_and_decoders_with_other_numbers_of_heads():
     model = tiny_gpt2(add_cross_attention=True)
-    group = next(group for group in take_inventory(model).heads if group.name.endswith("h.0.crossattention"))
+    group = next(group for group in take_inventory(model).attention_heads if group.name.endswith("h.0.crossattention"))
     assert group.rows(1) == {
         "transformer.h.0.crossattention.q_attn": list(range(8, 16)),
         "transformer.h.0.crossattention.c_attn": [*range(8, 16), *range(24, 32)],
@@ -264,9 +250,15 @@ def test_cross_attention_and_decoders_with_other_numbers_of_heads():
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 4, "max_position_embeddings": 32}
     model = made(BartModel, BartConfig(vocab_size=VOCAB, **sizes, **heads, pad_token_id=0))
-    assert [(group.heads, group.head_size) for group in take_inventory(model).heads] == [(2, 8), (4, 4), (4, 4)]
-    config = GptOssConfig(**{**TEXT, "head_dim": 8, "num_key_value_heads": 1}, num_local_experts=2, eos_token_id=1)
-    assert [group.heads for group in take_inventory(made(GptOssModel, config)).heads] == [2, 2]  # beside its sinks
+    heads = [(group.heads, group.head_size) for group in take_inventory(model).attention_heads]
+    assert heads == [(2, 8), (4, 4), (4, 4)]
+    config = GptOssConfig(
+        **{**CLASSIFIER, "head_dim": 8, "num_key_value_heads": 1}, num_local_experts=2, eos_token_id=1
+    )
+    assert [group.heads for group in take_inventory(made(GptOssModel, config)).attention_heads] == [
+        2,
+        2,
+    ]  # beside its sinks
 
 
 def test_scores_of_heads_are_saved_loaded_and_compared(tmp_path):
@@ -317,8 +309,7 @@ def test_choosing_a_head_takes_its_rows_and_columns():
 
 
 def test_heads_that_cannot_be_trained_are_refused_by_name():
-    sizes = {key: value for key, value in TEXT.items() if key != "num_labels"}
-    fused = made(GPTNeoXModel, GPTNeoXConfig(**sizes, bos_token_id=1, eos_token_id=1))
+    fused = made(GPTNeoXModel, GPTNeoXConfig(**LANGUAGE_MODEL, bos_token_id=1, eos_token_id=1))
     with pytest.raises(InputError, match="projections of GPTNeoXAttention are not known"):
         select(measure(fused, criteria=["magnitude"]), "50%", "head")
 
@@ -330,7 +321,7 @@ def test_tuning_a_head_changes_its_weights_and_no_others(make):
     scores = measure(model, [batch], None, ["fisher"])
     plan = select(scores, max(1, min(map(len, scores.by("head").values()))) * 400, "head")
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
-    group_of = {group.name: group for group in scores.inventory.heads}
+    group_of = {group.name: group for group in scores.inventory.attention_heads}
     tuned = get_peft_model(model, ReltuneConfig(plan=plan))
     optimizer = torch.optim.Adam([p for p in tuned.parameters() if p.requires_grad], lr=0.01)
     for _ in range(4):
@@ -362,7 +353,7 @@ def test_tuning_a_head_changes_its_weights_and_no_others(make):
 def test_conv1d_is_canonical():
     """The fused projection of GPT-2 stores (in, out); a head's rows are rows of (out, in)."""
     model = tiny_gpt2()
-    group = take_inventory(model).heads[0]
+    group = take_inventory(model).attention_heads[0]
     module = model.get_submodule("transformer.h.0.attn.c_attn")
     assert isinstance(module, Conv1D) and module.weight.shape == (16, 48)
     assert group.rows(1) == {"transformer.h.0.attn.c_attn": [*range(8, 16), *range(24, 32), *range(40, 48)]}
@@ -376,7 +367,7 @@ def test_heads_of_conv1d_are_rows_and_columns_of_the_canonical_weight():
     plan = select(scores, 16 * 32 + 1, "head")  # 24 rows and 8 columns of 16
     name = max(scores.by("head"), key=lambda key: scores.by("head")[key].max().item())
     head = int(scores.by("head")[name].argmax())
-    group = next(group for group in scores.inventory.heads if group.name == name)
+    group = next(group for group in scores.inventory.attention_heads if group.name == name)
     assert {key: (m.rows, m.columns) for key, m in plan.modules.items()} == {
         **{key: (list(rows), []) for key, rows in group.rows(head).items()},
         group.output: ([], list(group.output_columns(head))),

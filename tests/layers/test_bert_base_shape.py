@@ -23,7 +23,7 @@ def test_one_full_pass(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     write_csv(tmp_path / "train.csv", review_rows(48))
     words = ["--model_name_or_path", tmp_path / "model", "--train_file", tmp_path / "train.csv", "--max_steps", 2]
-    answer = reltune("run", *words, "--output_dir", tmp_path / "run", threads=2)
+    answer = reltune("run", *words, "--output_dir", tmp_path / "run")
     assert answer.code == 0, answer
     plan = Plan.load(tmp_path / "run" / "plan")
     assert plan.base_parameters == 109_482_240  # as published
@@ -33,6 +33,6 @@ def test_one_full_pass(tmp_path: Path) -> None:
     assert results["train_steps"] == 2
     assert results["trainable_parameters"] == plan.parameters
     assert results["adapter_bytes"] < 4_000_000
-    answer = reltune("export", tmp_path / "run", "--to", "lora", "--output_dir", tmp_path / "lora", threads=2)
+    answer = reltune("export", tmp_path / "run", "--to", "lora", "--output_dir", tmp_path / "lora")
     assert answer.code == 0, answer
     assert "adapter_model.safetensors" in contents(tmp_path / "lora")

@@ -23,6 +23,7 @@ from torchao.quantization import (
 from transformers import BertForSequenceClassification, BitsAndBytesConfig
 
 import reltune
+from measured_models import tiny_bert, tiny_llama
 from oracles.per_example_gradients import examples, gradient_sums
 from relevance_cases import (
     assert_parts_equal,
@@ -32,12 +33,11 @@ from relevance_cases import (
     parts_by_formula,
     split,
     text_batch,
-    tiny_bert,
-    tiny_llama,
 )
 from reltune.errors import InputError
-from reltune.layers.inventory import canonical_weights, take_inventory
+from reltune.layers.inventory import take_inventory
 from reltune.layers.quantised import compute_as_in_training, dequantised
+from reltune.layers.registry import canonical_weights
 from reltune.plan.plan import ModulePlan, Plan
 from reltune.relevance.scores import RelevanceScores
 
@@ -116,7 +116,7 @@ def batches():
 
 
 def quantised_modules(scores):
-    return [info.name for info in scores.inventory.modules if info.kind == "quantised"]
+    return [info.name for info in scores.inventory.modules if info.layer_type == "quantised"]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -186,7 +186,7 @@ def test_the_weight_is_made_only_when_asked_for(monkeypatch):
     monkeypatch.setattr("reltune.layers.quantised.dequantised", lambda module: made.append(module) or 1 / 0)
     measure(quantised, batches(), None, ["fisher", "random"])
     assert not made
-    info = next(info for info in take_inventory(quantised).modules if info.kind == "quantised")
+    info = next(info for info in take_inventory(quantised).modules if info.layer_type == "quantised")
     weights = canonical_weights(info, quantised.get_submodule(info.name))
     assert list(weights) == ["weight", "bias"] and not made
 
@@ -335,8 +335,32 @@ def test_modes_and_weights_are_left_as_they_were(way):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_probe_of_full_tuning_refuses_it_by_name(way):
     quantised, _ = pair(tiny_bert, way)
-    with pytest.raises(InputError, match=r"movement trains every weight, and bert\.\S+ is quantised"):
-        measure(quantised, batches(), None, ["movement"])
+    with pytest.raises(InputError, match=r"the probe by AdamW trains every weight, and bert\.\S+ is quantised"):
+        measure(quantised, batches(), None, ["movement"], options={"movement": {"update": "adamw"}})
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("make", [tiny_bert, tiny_llama])
+def test_a_sign_probe_moves_it_as_if_it_were_unpacked(make, way):
+    quantised, plain = pair(make, way)
+    weights = {
+        info.name: canonical_weights(info, quantised.get_submodule(info.name)) for info in inventoried(quantised)
+    }
+    before = {name: of["weight"].clone() for name, of in weights.items()}
+    options = {"movement": {"steps": 4, "step_size": 0.01}}
+    found, wanted = (
+        measure(m, batches(), None, ["movement"], options=options, elements=True) for m in (quantised, plain)
+    )
+    modules = quantised_modules(found)
+    assert modules
+    votes = [[of.parts["movement"][name]["element"].floor() for name in modules] for of in (found, wanted)]
+    a, b = (torch.cat([of.flatten() for of in own]) for own in votes)
+    assert (a != b).float().mean() <= 0.01  # roundings of float32
+    assert all(torch.equal(of["weight"], before[name]) for name, of in weights.items())
+
+
+def inventoried(model):
+    return take_inventory(model).modules
 
 
 def test_a_layer_that_is_not_quantised_yet_is_left_out_by_name():

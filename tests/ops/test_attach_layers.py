@@ -27,9 +27,6 @@ from reltune.ops.attach_embedding import (
 PARTS = ["columns", "rows", "both"]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def _random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

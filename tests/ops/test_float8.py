@@ -17,7 +17,6 @@ from reltune.ops import float8
 from reltune.ops.float8 import E4M3, float8_linear, quantise_rows_reference, quantise_weight
 from reltune.ops.kernels import float8 as float8_kernels
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 

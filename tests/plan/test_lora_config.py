@@ -9,18 +9,11 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import reltune
-from relevance_cases import data_for, measure, tiny_bert
+from measured_models import tiny_bert
+from relevance_cases import data_for, measure
 from reltune.errors import InputError
 from reltune.plan.lora import rank
 from reltune.plan.plan import ModulePlan, Plan
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def ranks(model: nn.Module) -> dict[str, tuple[int, float]]:

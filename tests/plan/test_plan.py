@@ -7,7 +7,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from relevance_cases import data_for, measure, tiny_bert, tiny_llama, tiny_sequential
+from measured_models import tiny_bert, tiny_llama, tiny_sequential
+from relevance_cases import data_for, measure
 from reltune.errors import InputError
 from reltune.layers.inventory import take_inventory
 from reltune.plan import plan as plan_file
@@ -323,8 +324,8 @@ def test_another_size_weight_or_kind_of_the_same_model(by_hand, scores):
 
 def test_units_that_the_model_has_and_a_plan_cannot_train(by_hand, scores):
     inventory = inventory_of(tiny_bert())
-    inventory._by_name[KEY] = dataclasses.replace(inventory[KEY], kind="router")
-    for name, why in (("classifier", "new head"), (KEY, "kind router")):
+    inventory.by_name[KEY] = dataclasses.replace(inventory[KEY], layer_type="router")
+    for name, why in (("classifier", "new head"), (KEY, "layer type router")):
         by_hand.modules = {name: ModulePlan((3, 16), columns=[0])}
         with pytest.raises(InputError, match=f"{name} cannot be trained by this plan: .*{why}"):
             by_hand.check_model(inventory, scores.fingerprint)

@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relevance_cases import data_for, measure, tiny_bert, tiny_sequential
+from measured_models import tiny_bert, tiny_sequential
+from relevance_cases import data_for, measure
 from reltune.errors import InputError
-from reltune.layers.attention_heads import HeadGroup
-from reltune.layers.inventory import Inventory, ModuleInfo
+from reltune.layers.head_group import HeadGroup
+from reltune.layers.inventory import Inventory
+from reltune.layers.units import ModuleInfo
 from reltune.plan.plan import ModulePlan, Plan
 from reltune.plan.selection import select
 from reltune.relevance.scores import RelevanceScores
@@ -80,7 +82,7 @@ def random_scores(seed):
                 **({"bias": rng.randint(0, 9)} if modules[-1].bias else {}),
             }
     scores = scores_of(modules, parts, more_parameters=rng.randint(0, 10))
-    scores.inventory.heads = heads
+    scores.inventory.attention_heads = heads
     return scores
 
 
@@ -142,7 +144,7 @@ def slow_greedy(scores, limit, kinds, everywhere):
                 for i, value in enumerate(found[kind].tolist()):
                     candidates.append((value, [(name, {(kind[0], i)})]))
 
-        for group, head in itertools.product(scores.inventory.heads if kind == "head" else (), range(2)):
+        for group, head in itertools.product(scores.inventory.attention_heads if kind == "head" else (), range(2)):
             own = range(head * group.head_size, (head + 1) * group.head_size)
             units = {name: {("r", s + i) for s in starts for i in own} for name, starts in group.projections.items()}
             total = sum(float(relevance[n]["row"][i]) for n, of in units.items() for _, i in of)
@@ -365,7 +367,7 @@ def test_what_a_plan_says_of_itself():
     assert plan.fingerprint == scores.fingerprint and plan.always_trained == ["classifier"]
     assert plan.head_parameters == 3 * 16 + 3
     assert (plan.model_name_or_path, plan.task_type) == ("BertForSequenceClassification", "SEQ_CLS")
-    by_layer = plan.by_layer(scores.inventory)
+    by_layer = plan.by_layer({info.name: info.layer for info in scores.inventory.modules})
     assert sum(by_layer.values()) == plan.parameters
     assert list(by_layer) == list(dict.fromkeys(info.layer for info in scores.inventory.modules))
     lines = " ".join(plan.describe())
@@ -432,7 +434,7 @@ def test_elements_are_taken_by_the_same_rule(seed, limit, kinds, count, dtype):
     for kind in kinds:
         for info in scores.inventory.modules:
             found = scores.parts["fisher"][info.name]
-            if kind == "element" and info.kind == "linear":
+            if kind == "element" and info.layer_type == "linear":
                 units += [(v, 1, info.name, i) for i, v in enumerate(found["element"].flatten().tolist())]
             elif kind == "bias" and "bias" in found:
                 units.append((float(found["bias"]) / info.shape[0], info.shape[0], info.name, kind))
@@ -480,7 +482,7 @@ def test_a_plan_of_elements_from_measured_scores_is_the_best_that_fits(tmp_path)
     assert plan.parameters == plan.budget_parameters == plan.indices
     kept, left = [], []
     for info in scores.inventory.modules:
-        if info.kind == "linear" and info.in_block:
+        if info.layer_type == "linear" and info.in_block:
             chosen = torch.zeros(info.weight_parameters, dtype=torch.bool)
             chosen[list(plan.modules[info.name].elements) if info.name in plan.modules else []] = True
             values = scores.by("element")[info.name].flatten()
@@ -510,7 +512,7 @@ def test_elements_are_of_linear_maps_however_they_are_stored():
 def test_spread_evenly_every_module_keeps_its_own_share(kind):
     scores = measure(tiny_bert(), [data_for(tiny_bert())], elements=True)
     plan = select(scores, "30%", kind, spread="even")
-    maps = [info for info in scores.inventory.modules if info.kind == "linear" and info.in_block]
+    maps = [info for info in scores.inventory.modules if info.layer_type == "linear" and info.in_block]
     assert list(plan.modules) == [info.name for info in maps] and plan.spread == "even"
     assert "the same share of every module" in plan.describe()[0]
     total = sum(info.weight_parameters for info in maps)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from criteria_cases import causal_of_one, lm_batch, own_loss, tiny_gpt2, tiny_mixtral
+from measured_models import LABELS, MODELS, tiny_bert, tiny_gpt2, tiny_mixtral
 from oracles.ablated import mean_metric, means, without_head, without_layer, without_module
 from oracles.per_example_gradients import examples
-from relevance_cases import LABELS, MODELS, cross_entropy_of_one, data_for, labels_of, measure, split, tiny_bert
+from relevance_cases import causal_of_one, cross_entropy_of_one, data_for, labels_of, lm_batch, measure, own_loss, split
 from reltune.errors import AnalysisError, InputError
 from reltune.plan.selection import select
-from reltune.relevance.resumption import FILE
+from reltune.relevance.artefact import PARTIAL
 from reltune.relevance.scores import RelevanceScores
 from reltune.report.record import RunRecord
 
@@ -45,7 +45,7 @@ def changed(kind, model, found, name, head, **mean):
         return without_layer(model, name, **mean)
     if kind == "module":
         return without_module(model, name, **mean)
-    group = next(group for group in found.inventory.heads if group.name == name)
+    group = next(group for group in found.inventory.attention_heads if group.name == name)
     return without_head(model, group.output, group.output_columns(head), **mean)
 
 
@@ -79,12 +79,12 @@ def test_experts_and_routers():
     whole = mean_metric(model, examples(batch), lambda *of: -causal_of_one(*of))
     scores, seen = found.by("module"), 0
     for info in found.inventory.modules:
-        if info.kind not in ("experts", "router"):
+        if info.layer_type not in ("experts", "router"):
             continue
         changed_model = copy.deepcopy(model)
         owner = changed_model.get_submodule(info.owner)
         with torch.no_grad():
-            if info.kind == "router":
+            if info.layer_type == "router":
                 owner.weight.zero_()
             else:
                 projection, expert = info.name.split(".")[-2:]
@@ -92,7 +92,7 @@ def test_experts_and_routers():
         wanted = whole - mean_metric(changed_model, examples(batch), lambda *of: -causal_of_one(*of))
         assert float(scores[info.name]) == pytest.approx(wanted, rel=1e-8, abs=1e-11), info.name
         seen += 1
-    assert seen == 2 * (1 + 2 * 3)
+    assert seen == 2 * (1 + 2 * 4)
     means = measure(
         model, [batch], causal_loss, MINE, options={"ablation": {"kinds": ["module"], "replace_by": "mean"}}
     )
@@ -108,10 +108,10 @@ def test_with_the_mean_in_place_of_zero():
     outputs = {
         "layer": (list(found.by("layer")), lambda args, kwargs, output: output - args[0]),
         "module": (
-            [info.name for info in found.inventory.modules if info.kind != "norm"],
+            [info.name for info in found.inventory.modules if info.layer_type != "norm"],
             lambda args, kwargs, output: output,
         ),
-        "head": ([group.output for group in found.inventory.heads], lambda args, kwargs, output: args[0]),
+        "head": ([group.output for group in found.inventory.attention_heads], lambda args, kwargs, output: args[0]),
     }
     for kind, (names, what) in outputs.items():
         mean = means(model, names, examples(batch), what)
@@ -119,7 +119,11 @@ def test_with_the_mean_in_place_of_zero():
             if kind == "module" and unit not in mean:
                 continue  # norms, as with zero
             for head, value in enumerate(score.reshape(-1).tolist()):
-                place = next(g.output for g in found.inventory.heads if g.name == unit) if kind == "head" else unit
+                place = (
+                    next(g.output for g in found.inventory.attention_heads if g.name == unit)
+                    if kind == "head"
+                    else unit
+                )
                 key = "added" if kind == "layer" else "mean"
                 without = changed(kind, model, found, unit, head, **{key: mean[place]})
                 wanted = whole - mean_metric(without, examples(batch), metric_of)
@@ -217,7 +221,7 @@ def test_goes_on_where_it_was_interrupted(tmp_path, call):
     with pytest.raises(KeyboardInterrupt):
         measure(model, batches, own_loss, criteria, resume_directory=tmp_path)
     handle.remove()
-    assert (tmp_path / f"ablation.{FILE}").is_file() == (call > 2)
+    assert (tmp_path / f"ablation.{PARTIAL}").is_file() == (call > 2)
     seen, handle = fails_at(model, -1, KeyboardInterrupt())
     found = measure(model, iter(batches), own_loss, criteria, resume_directory=tmp_path)
     handle.remove()
@@ -251,13 +255,13 @@ def test_batches_and_their_order_do_not_matter():
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        ({"ablatoin": {}}, "options name 'ablatoin'.*did you mean 'ablation'"),
-        ({"fisher": {}}, "options name 'fisher', which is no criterion asked for that has any"),
+        ({"ablatoin": {}}, "options are given for 'ablatoin'.*did you mean 'ablation'"),
+        ({"fisher": {}}, "options are given for 'fisher', which is no criterion of this analysis that has options"),
         ({"ablation": {"kind": ["layer"]}}, "ablation has no option 'kind'; did you mean 'kinds'"),
         ({"ablation": {"kinds": "layer"}}, "kinds is 'layer'; give a list"),
         ({"ablation": {"kinds": ["layers"]}}, "kinds 'layers' is unknown; did you mean 'layer'"),
         ({"ablation": {"replace_by": "noise"}}, "replace_by 'noise' is unknown"),
-        ({"ablation": 3}, "options of ablation are a int"),
+        ({"ablation": 3}, "options of ablation are of type int"),
     ],
 )
 def test_bad_options(options, sentence):

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from criteria_cases import own_loss
-from relevance_cases import MODELS, data_for, measure, split
+from measured_models import MODELS
+from relevance_cases import data_for, measure, own_loss, split
 from reltune.errors import InputError
+from reltune.relevance.artefact import PARTIAL
 from reltune.relevance.criteria.correlation import EVERY, Options, correlations, drawn, reliability, stable
-from reltune.relevance.resumption import FILE
 from reltune.relevance.scores import RelevanceScores
 
 MINE = ["correlation"]
@@ -238,7 +238,7 @@ def test_interruption_anywhere_gives_the_same_result(planted, tmp_path, after):
     handle = model.register_forward_hook(hook)
     with pytest.raises(KeyboardInterrupt):
         measure(model, batches, own_loss, MINE, options=options, resume_directory=tmp_path)
-    assert (tmp_path / f"correlation.{FILE}").is_file()
+    assert (tmp_path / f"correlation.{PARTIAL}").is_file()
     found = measure(model, batches, own_loss, MINE, options=options, resume_directory=tmp_path)
     handle.remove()
     assert not list(tmp_path.iterdir()) and found.provenance == wanted.provenance

@@ -13,10 +13,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from criteria_cases import Convolutions, canonical, causal_of_one, lm_batch, tiny_gpt2, tiny_mixtral
+from measured_models import MODELS, Convolutions, made, tiny_gpt2, tiny_mixtral
 from oracles.criteria import expected
 from oracles.per_example_gradients import examples
-from relevance_cases import MODELS, assert_parts_equal, data_for, made, measure, split, text_batch
+from relevance_cases import assert_parts_equal, canonical, causal_of_one, data_for, lm_batch, measure, split, text_batch
 from reltune.errors import InputError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,7 +79,7 @@ def assert_agrees(model, batches, whole, loss, loss_of, criteria=tuple(GRADIENT_
     for criterion in criteria:
         errors, scale = {}, {}
         for info in found.inventory.modules:
-            if info.kind == "experts":  # slices of a module's parameters: tests/test_experts.py
+            if info.layer_type == "experts":  # slices of a module's parameters: tests/test_experts.py
                 continue
             module = model.get_submodule(info.name)
             weights = canonical(module, {k: p.detach() for k, p in module.named_parameters(recurse=False)})
@@ -123,7 +123,7 @@ def test_signal_to_noise():
 def test_gpt2(size):
     model, batch = tiny_gpt2(), lm_batch()
     found = assert_agrees(model, split(batch, size), batch, "causal_lm", causal_of_one, WITHOUT_SNR)
-    kinds = {info.kind for info in found.inventory.modules}
+    kinds = {info.layer_type for info in found.inventory.modules}
     assert kinds == {"conv1d", "embedding", "norm", "linear"}
 
 
@@ -154,7 +154,7 @@ def test_a_decoder_reads_the_shifted_labels_where_the_batch_has_nothing_for_it(m
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 squares[name] += parameter.grad.square() / len(batch["labels"])
-    kinds = [info.name for info in found.inventory.modules if info.kind == "linear"]
+    kinds = [info.name for info in found.inventory.modules if info.layer_type == "linear"]
     assert len(kinds) > 10
     for name in kinds:
         wanted = squares[f"{name}.weight"]
@@ -174,7 +174,7 @@ def test_as_many_examples_as_positions():
 def test_mixture_of_experts_keeps_its_other_layers():
     model, batch = tiny_mixtral(), lm_batch()
     found = assert_agrees(model, split(batch, 3), batch, "causal_lm", causal_of_one, WITHOUT_SNR)
-    assert {"experts", "router", "linear", "norm", "embedding"} == {info.kind for info in found.inventory.modules}
+    assert {"experts", "router", "linear", "norm", "embedding"} == {info.layer_type for info in found.inventory.modules}
 
 
 def test_convolutions():
@@ -199,7 +199,7 @@ def test_elements():
             weight = canonical(None, dict(model.get_submodule(info.name).named_parameters(recurse=False)))[
                 "weight"
             ].detach()
-            weight = weight.mT if info.kind == "conv1d" else weight
+            weight = weight.mT if info.layer_type == "conv1d" else weight
             stacked = torch.stack([g["weight"] for g in of])
             wanted = {
                 "fisher": stacked.square().mean(0),

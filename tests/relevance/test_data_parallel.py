@@ -16,19 +16,14 @@ from torch.utils.data import DataLoader
 from command_line import contents, review_rows, write_csv
 from command_line import reltune as command
 from data_parallel_worker import Examples, batches_of, scores
-from relevance_cases import MODELS, data_for, measure
+from measured_models import MODELS
+from relevance_cases import data_for, measure
 from reltune.relevance.scores import RelevanceScores
 from reltune.runs.stages import train_heads
 from tiny_models import save_tiny_bert
+from two_processes import torchrun
 
 TESTS = Path(__file__).parents[1]
-
-
-def torchrun(*words: object) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    environment["TQDM_MININTERVAL"] = "1000"  # a bar writes its end once, however slow the machine is
-    return subprocess.run([*launcher, *map(str, words)], env=environment, capture_output=True, text=True, timeout=300)
 
 
 def assert_same(found: RelevanceScores, wanted: RelevanceScores, relative: float = 1e-12, skip: tuple = ()) -> None:
@@ -140,7 +135,7 @@ def test_the_fingerprint_of_the_data_is_that_of_its_examples():
 
 # -- the command line -------------------------------------------------------------------------------------------------
 
-COMMAND = "from reltune.cli import main; main()"
+COMMAND = "from reltune.cli.commands import main; main()"
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +203,6 @@ def test_other_commands_are_for_one_process(verb, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     answer = command(verb, *([] if verb == "demo" else [tmp_path]))
-    assert answer.code == 2 and f"`reltune {verb}` is for one process" in answer.err
+    assert answer.code == 2 and f"`reltune {verb}` runs in one process" in answer.err
     monkeypatch.setenv("RANK", "1")
     assert command(verb).err == ""

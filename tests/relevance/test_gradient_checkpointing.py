@@ -17,17 +17,8 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from relevance_cases import (
-    assert_parts_equal,
-    data_for,
-    made,
-    measure,
-    split,
-    text_batch,
-    tiny_bert,
-    tiny_llama,
-    tiny_vit,
-)
+from measured_models import made, tiny_bert, tiny_llama, tiny_vit
+from relevance_cases import assert_parts_equal, data_for, measure, split, text_batch
 
 CRITERIA = ["fisher", "fisher_true", "gradient", "taylor", "activation"]
 

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from measured_models import MODELS, tiny_bert, tiny_sequential
 from oracles.per_example_gradients import gradient_sums
 from relevance_cases import (
-    MODELS,
     assert_parts_equal,
     by_module,
     cross_entropy_of_one,
@@ -20,8 +20,6 @@ from relevance_cases import (
     parts_by_formula,
     split,
     text_batch,
-    tiny_bert,
-    tiny_sequential,
 )
 from reltune.ops import squared_gradient
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from measured_models import tiny_bert, tiny_llama, tiny_sequential
 from oracles.per_example_gradients import gradient_sums
 from relevance_cases import (
     assert_parts_equal,
@@ -15,12 +16,9 @@ from relevance_cases import (
     parts_by_formula,
     split,
     text_batch,
-    tiny_bert,
-    tiny_llama,
-    tiny_sequential,
 )
 from reltune.errors import AnalysisError, InputError
-from reltune.layers import linear
+from reltune.layers.linear import LinearType
 from reltune.ops.squared_gradient import squared_gradient_sums_reference
 
 BOTH = ["fisher", "gradient"]
@@ -321,15 +319,15 @@ def test_bfloat16_activations_are_summed_exactly(autocast, monkeypatch):
     if not autocast:
         model.bfloat16()
     exact = {}
-    measured = linear.statistics
+    measured = LinearType.statistics
 
-    def also_exactly(info, module, weights, x, g, wanted, shared):
+    def also_exactly(self, info, module, x, g, wanted, shared):
         columns, rows = squared_gradient_sums_reference(x.double(), g.double())
         before = exact.get(module, (0, 0))
         exact[module] = before[0] + columns, before[1] + rows
-        return measured(info, module, weights, x, g, wanted)
+        return measured(self, info, module, x, g, wanted)
 
-    monkeypatch.setattr(linear, "statistics", also_exactly)
+    monkeypatch.setattr(LinearType, "statistics", also_exactly)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found = measure(model, split(batch, 2)).parts["fisher"]
     compared = 0

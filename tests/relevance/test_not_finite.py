@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from relevance_cases import MODELS, data_for, measure, split
+from measured_models import MODELS
+from relevance_cases import data_for, measure, split
 from reltune.errors import AnalysisError
 
 
@@ -80,7 +81,7 @@ def test_the_loss_names_the_output_that_is_first_not_finite():
         measure(model, batches)
     assert str(error.value) == (
         "the loss of batch 0 is not finite at examples [0, 1] of the batch: the output of model.layers.1.self_attn.v_proj is "
-        "the first that is not."
+        "the first that is not finite."
     )
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -90,12 +91,14 @@ def test_the_loss_names_the_batch_or_itself():
     batches = split(data_for(model), 3)
     batches[1][0][2, 0] = float("inf")
     with pytest.raises(
-        AnalysisError, match=r"loss of batch 1 is not finite at examples .2. of the batch: its inputs are not"
+        AnalysisError, match=r"loss of batch 1 is not finite at examples .2. of the batch: its inputs are not finite"
     ):
         measure(model, batches)
 
     def loss(outputs, batch):
         return outputs.sum(1) / 0
 
-    with pytest.raises(AnalysisError, match="all modules' outputs are, the loss is not"):
+    with pytest.raises(
+        AnalysisError, match="the outputs of all modules are finite, so the loss itself makes the number"
+    ):
         measure(model, [data_for(model)], loss)

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from relevance_cases import MODELS, data_for, measure, split
+from measured_models import MODELS
+from relevance_cases import data_for, measure, split
 from reltune.errors import AnalysisError
 from reltune.relevance.statistics import data_pass
 from reltune.relevance.statistics.collector import Collector

@@ -29,7 +29,8 @@ from transformers import (
 )
 
 import reltune
-from relevance_cases import TEXT, measure
+from measured_models import CLASSIFIER
+from relevance_cases import measure
 from reltune.errors import InputError
 from reltune.layers.fingerprint import fingerprint
 from reltune.names import WITHOUT_DATA
@@ -38,16 +39,16 @@ from reltune.relevance.weights.scan import analyze_checkpoint
 GPT2 = {"vocab_size": 20, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
 T5 = {"vocab_size": 20, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
 VIT = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
-LLAMA = {**TEXT, "num_key_value_heads": 1}
+LLAMA = {**CLASSIFIER, "num_key_value_heads": 1}
 
 CASES = {
     # what is saved, its config, and the class that it is analysed as
-    "bert with its head": (BertForSequenceClassification, BertConfig(**TEXT), None),
-    "bert without a head": (BertModel, BertConfig(**TEXT), BertForSequenceClassification),
-    "bert by an auto class": (BertModel, BertConfig(**TEXT), AutoModelForSequenceClassification),
-    "bert without its head": (BertForSequenceClassification, BertConfig(**TEXT), AutoModel),
-    "bert without a pooler": (BertForMaskedLM, BertConfig(**TEXT), BertForSequenceClassification),
-    "bert tied": (BertForMaskedLM, BertConfig(**TEXT), None),
+    "bert with its head": (BertForSequenceClassification, BertConfig(**CLASSIFIER), None),
+    "bert without a head": (BertModel, BertConfig(**CLASSIFIER), BertForSequenceClassification),
+    "bert by an auto class": (BertModel, BertConfig(**CLASSIFIER), AutoModelForSequenceClassification),
+    "bert without its head": (BertForSequenceClassification, BertConfig(**CLASSIFIER), AutoModel),
+    "bert without a pooler": (BertForMaskedLM, BertConfig(**CLASSIFIER), BertForSequenceClassification),
+    "bert tied": (BertForMaskedLM, BertConfig(**CLASSIFIER), None),
     "gpt2": (GPT2LMHeadModel, GPT2Config(**GPT2), None),
     "gpt2 untied": (GPT2LMHeadModel, GPT2Config(**GPT2, tie_word_embeddings=False), None),
     "llama": (LlamaForCausalLM, LlamaConfig(**LLAMA), None),
@@ -236,6 +237,8 @@ def test_no_weight_stays_in_memory(tmp_path):
     held: list[weakref.ref] = []
     keys: list[str] = []
     original = checkpoint.Stored.read
+    gc.collect()
+    gc.freeze()  # what was there before need not be looked through again and again
 
     def read(self):
         gc.collect()
@@ -248,6 +251,7 @@ def test_no_weight_stays_in_memory(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint.Stored, "read", read)
         found = analyze_checkpoint(tmp_path, "magnitude", progress=False)
+    gc.unfreeze()
     assert len(keys) == len(set(keys)) == len(load_all(tmp_path))
     assert found.fingerprint
 

@@ -17,17 +17,8 @@ from transformers import (
     RobertaModel,
 )
 
-from relevance_cases import (
-    MODELS,
-    data_for,
-    measure,
-    text_batch,
-    tiny_bert,
-    tiny_llama,
-    tiny_roberta,
-    tiny_sequential,
-    tiny_vit,
-)
+from measured_models import MODELS, tiny_bert, tiny_llama, tiny_roberta, tiny_sequential, tiny_vit
+from relevance_cases import data_for, measure, text_batch
 from reltune.errors import InputError
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.inventory import choose, head_modules, matching, take_inventory
@@ -226,7 +217,7 @@ def test_tied_and_foreign_weights_are_left_out_with_a_reason():
     assert [info.name for info in take_inventory(shared).modules] == ["3"]
 
     gpt2 = take_inventory(GPT2Model(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=8)))
-    assert gpt2["h.0.mlp.c_fc"].shape == (32, 8) and gpt2["h.0.mlp.c_fc"].kind == "conv1d"
+    assert gpt2["h.0.mlp.c_fc"].shape == (32, 8) and gpt2["h.0.mlp.c_fc"].layer_type == "conv1d"
     lstm = take_inventory(nn.Sequential(nn.LSTM(4, 4), nn.Linear(4, 4)))
     assert lstm.left_out["0.weight_ih_l0"] == "layer type LSTM has no units yet"
 

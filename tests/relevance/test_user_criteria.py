@@ -13,9 +13,9 @@ import pytest
 import reltune
 from command_line import reltune as command
 from command_line import review_rows, write_csv
+from measured_models import MODELS
 from oracles.per_example_gradients import gradient_sums
 from relevance_cases import (
-    MODELS,
     assert_parts_equal,
     by_module,
     cross_entropy_of_one,
@@ -45,6 +45,16 @@ def installed(tmp_path_factory):
     done = subprocess.run([sys.executable, "-m", "pip", *options, target, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return target
+
+
+OPTIONS_WITHOUT_DEFAULT = """
+import dataclasses
+SCORES = ("layer",)
+@dataclasses.dataclass
+class Options:
+    steps: int
+def measure(experiment): ...
+"""
 
 
 def package(place: Path, name: str, points: str, code: str | None = None) -> Path:
@@ -122,7 +132,7 @@ def test_the_command_line_finds_it_and_reads_its_scores_without_it(installed, tm
     words += ["--train_file", tmp_path / "train.csv", "--max_length", "16", "--use_cpu", "true"]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(installed), *filter(None, sys.path)]))
     done = subprocess.run(
-        [sys.executable, "-c", "from reltune.cli import main; main()", "analyze", *map(str, words)],
+        [sys.executable, "-c", "from reltune.cli.commands import main; main()", "analyze", *map(str, words)],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -157,13 +167,24 @@ def test_an_unknown_name_is_compared_with_those_of_packages(on_path, tmp_path):
         ),
         ("mine = broken", "raise ValueError('no luck')", "cannot be imported .ValueError: no luck"),
         ("mine = broken:Missing", "", "cannot be imported .AttributeError"),
-        ("mine = broken", "NEEDS = ()", "package broken .broken. has no function quantities"),
+        (
+            "mine = broken",
+            "NEEDS = ()",
+            r"package broken .broken. has no function quantities\(info, weights, sums, context\); add",
+        ),
         ("mine = broken", "NEEDS = ()\nquantities = 3", "has no function quantities"),
         ("mine = broken", "def quantities(*_): ...", "has no NEEDS"),
         ("mine = broken", "NEEDS = ()\ndef quantities(*_): ...\ndef elements(*_): ...", "has no ELEMENT_NEEDS"),
+        ("mine = broken", "ELEMENT_NEEDS = ()", "has no NEEDS and no function quantities.* and no function elements"),
+        ("mine = broken", "NEEDS = ()\ndef quantities(info): ...", "function quantities of .* must take the arguments"),
+        ("mine = broken", "NEEDS = ()\ncombine = 3\ndef quantities(*_): ...", "combine of .* is no function"),
         ("mine = broken", "def measure(*_): ...", "has no SCORES"),
+        ("mine = broken", "SCORES = ('layer',)", r"has no function measure\(experiment\)"),
+        ("mine = broken", "SCORES = ('layers',)\ndef measure(*_): ...", "has 'layers'; did you mean 'layer'"),
+        ("mine = broken", "SCORES = ('layer',)\nOptions = 3\ndef measure(*_): ...", "Options of .* is no dataclass"),
+        ("mine = broken", OPTIONS_WITHOUT_DEFAULT, "Options of .* has no default for steps"),
         ("mine = broken", "NEEDS = ('square',)\ndef quantities(*_): ...", "has 'square'; did you mean 'squares'"),
-        ("mine = broken", "NEEDS = 'squares'\ndef quantities(*_): ...", "must be a tuple of statistics"),
+        ("mine = broken", "NEEDS = 'squares'\ndef quantities(*_): ...", "it must be a tuple of names such as .inputs."),
         ("mi/ne = broken", "NEEDS = ()\ndef quantities(*_): ...", "a name that files cannot carry"),
     ],
 )

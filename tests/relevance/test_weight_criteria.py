@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from criteria_cases import Convolutions, tiny_gpt2
+from measured_models import MODELS, Convolutions, tiny_gpt2
 from oracles.singular_values import marchenko_pastur_median, parts_of_spectrum, published_parts, reduced
-from relevance_cases import MODELS, measure
+from relevance_cases import measure
 from reltune.errors import InputError
 from reltune.layers.inventory import take_inventory
 from reltune.names import CRITERIA as NAMES
@@ -67,7 +67,7 @@ def test_spectral_snr_on_every_layer_type(name):
     seen = 0
     for info in found.inventory.modules:
         parts = found.parts["spectral_snr"][info.name]
-        if info.kind == "norm":
+        if info.layer_type == "norm":
             assert parts == {}
             continue
         module = model.get_submodule(info.name)
@@ -100,7 +100,7 @@ def test_principal_on_every_layer_type(name, monkeypatch):
     found = measure(model, criteria="principal", elements=True)
     for info in found.inventory.modules:
         parts = found.parts["principal"][info.name]
-        if info.kind == "norm":
+        if info.layer_type == "norm":
             assert parts == {}
             continue
         module = model.get_submodule(info.name)
@@ -142,7 +142,7 @@ def test_one_decomposition_per_matrix(criteria, elements, monkeypatch):
 
     monkeypatch.setattr("reltune.ops.singular_vectors.singular_vectors", counted)
     model = Convolutions().double()
-    decomposed = [info for info in take_inventory(model).modules if info.kind != "norm"]
+    decomposed = [info for info in take_inventory(model).modules if info.layer_type != "norm"]
     most = max(info.groups for info in decomposed)
     assert most > 1
     measure(model, criteria=criteria, elements=elements)

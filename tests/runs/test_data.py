@@ -12,7 +12,7 @@ from command_line import Answer, reltune, review_rows, write_csv
 from reltune.config.file import read_config
 from reltune.config.run_config import RunConfig
 from reltune.runs.materials import prepare
-from tiny_models import save_tiny_bert
+from tiny_models import CHAT, save_tiny_bert, save_tiny_llama
 
 QUICK = ("--criteria", "depth", "--budget", "5%", "--max_steps", "1", "--head_epochs", "0", "--eval_strategy", "no")
 
@@ -178,3 +178,86 @@ def test_streaming(tmp_path: Path, model: Path) -> None:
     for more, named in (((*files,), "--max_steps"), (("--max_steps", 1), "--validation_file")):
         answer = reltune("run", *place, *more)
         assert answer.code == 2 and named in answer.err and answer.err.count("\n") == 1, answer.err
+
+
+PAIRS = review_rows(40, ("neg", "pos"))
+SETS = [["a", "b"] if label == "pos" else ["c"] if "bad" in text else [] for text, label in PAIRS]
+
+
+def listed(labels: list[str]) -> str:
+    return "[" + " ".join(str(int(name in labels)) for name in "abc") + "]"
+
+
+@pytest.mark.parametrize(
+    ("header", "cells"),
+    [
+        ("text,label", [f'"{labels!r}"' for labels in SETS]),
+        ("text,label", ['"' + json.dumps(labels).replace('"', '""') + '"' for labels in SETS]),
+        ("text,label", ["|".join(labels) for labels in SETS]),
+        ("text,label", [listed(labels) for labels in SETS]),
+        ("comment,a,b,c", [listed(labels)[1:-1].replace(" ", ",") for labels in SETS]),
+    ],
+)
+def test_forms_of_several_labels_give_the_same_examples(
+    tmp_path: Path, model: Path, header: str, cells: list[str]
+) -> None:
+    """The labels' vectors are the sets that the data mean, whatever form they are written in."""
+    lines = [header, *(f"{text},{cell}" for (text, _), cell in zip(PAIRS, cells, strict=True))]
+    data = tmp_path / "data.csv"
+    data.write_text("\n".join(lines) + "\n")
+    made = prepare(RunConfig(str(model), str(tmp_path / "run"), train_file=str(data)))
+    assert made.task.name == "multilabel_classification"
+    found = {}
+    for examples in (made.train, made.validation, made.test):
+        found |= {tuple(example["input_ids"]): example["labels"] for example in examples}
+    ids = made.tokenizer([text for text, _ in PAIRS])["input_ids"]
+    wanted = {tuple(own): [float(name in labels) for name in "abc"] for own, labels in zip(ids, SETS, strict=True)}
+    assert found == wanted
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    save_tiny_llama(folder, chat_template=CHAT)
+    return folder
+
+
+def chat(form: str, asked: str, answer: str) -> dict[str, object]:
+    """One conversation in a form that data sets have."""
+    turns = [
+        {"role": "system", "content": "very"},
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": answer},
+    ]
+    shared = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+    parts = [
+        {**turn, "content": [{"type": "text", "text": part} for part in (turn["content"][:2], turn["content"][2:])]}
+        for turn in turns
+    ]
+    return {
+        "messages": {"messages": turns},
+        "conversations": {"conversations": turns},
+        "ShareGPT": {"system": "very", "conversations": shared},
+        "parts": {"messages": parts},
+        "text": {"messages": json.dumps(turns)},
+    }[form]
+
+
+@pytest.mark.parametrize("form", ["conversations", "ShareGPT", "parts", "text"])
+def test_forms_of_conversations_give_the_same_examples(tmp_path: Path, llama: Path, form: str) -> None:
+    found = []
+    for name in ("messages", form):
+        rows = [chat(name, text, label) for text, label in review_rows(20, ("bad", "good"))]
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        made = prepare(RunConfig(str(llama), str(tmp_path / "run"), train_file=str(tmp_path / "data.jsonl")))
+        found.append([(item["input_ids"], item["labels"]) for item in made.train])
+    assert len(found[0]) == 14 and found[1] == found[0]
+
+
+def test_quotes_in_a_tsv_swallow_no_rows(tmp_path: Path, model: Path) -> None:
+    pairs = [(f'"{text}' if number in (3, 15) else text, label) for number, (text, label) in enumerate(PAIRS)]
+    data = tmp_path / "data.tsv"
+    data.write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in pairs))
+    made = prepare(RunConfig(str(model), str(tmp_path / "run"), train_file=str(data)))
+    assert sum(map(len, (made.train, made.validation, made.test))) == 40
+    assert [row.values["text"] for row in made.splits.train if '"' in row.values["text"]]

@@ -28,8 +28,6 @@ from reltune.runs import lm_evaluation
 from task_cases import write_rows
 from tiny_models import CHAT, save_tiny_bert, save_tiny_llama
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 OPPOSITES = {"good": "bad", "great": "dull", "fine": "poor", "好": "坏"}
 TASK = """\
 task: {name}

@@ -8,10 +8,11 @@ import signal
 import pytest
 import torch
 
-from relevance_cases import MODELS, assert_parts_equal, data_for, measure, split
+from measured_models import MODELS
+from relevance_cases import assert_parts_equal, data_for, measure, split
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
-from reltune.relevance.resumption import FILE
+from reltune.relevance.artefact import PARTIAL
 from reltune.runs.directory import RunDirectory
 
 CRITERIA = ["fisher", "fisher_true", "gradient", "activation"]
@@ -32,7 +33,7 @@ def test_goes_on_with_the_same_result(tmp_path, after):
     with pytest.raises(KeyboardInterrupt):
         measure(model, interrupted(batches, after), None, CRITERIA, resume_directory=tmp_path)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert (tmp_path / FILE).is_file()
+    assert (tmp_path / PARTIAL).is_file()
     assert not model.bert.pooler.dense._forward_hooks and model.training
     seen = []
     handle = model.register_forward_hook(lambda *_: seen.append(1))
@@ -77,7 +78,7 @@ def test_sums_of_something_else_are_not_continued(tmp_path):
 def test_a_damaged_file_is_begun_again(tmp_path):
     model = MODELS["sequential"]()
     batches = split(data_for(model), 2)
-    (tmp_path / FILE).write_bytes(b"{")
+    (tmp_path / PARTIAL).write_bytes(b"{")
     found = measure(model, batches, resume_directory=tmp_path)
     assert_parts_equal(found.parts["fisher"], measure(model, batches).parts["fisher"], relative=0)
 
@@ -90,9 +91,9 @@ def test_a_run_goes_on_only_with_its_own_config(tmp_path):
     assert run.continues(config), "interrupted while the head was trained"
     assert not run.continues(dataclasses.replace(config, seed=1))
     run.relevance.mkdir()
-    (run.relevance / FILE).touch()
+    (run.relevance / PARTIAL).touch()
     assert run.continues(config)
     assert not run.continues(dataclasses.replace(config, seed=1))
-    (run.relevance / FILE).unlink()
+    (run.relevance / PARTIAL).unlink()
     (run.relevance / "scores.json").touch()
     assert not run.continues(config), "finished"

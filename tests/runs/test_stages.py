@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,6 @@ def quick(place: Path) -> Path:
     """A run of few steps that selects columns. Likewise."""
     assert new_run(place, "quick", *QUICK).code == 0
     return place / "quick"
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def new_run(place: Path, name: str, *words: object, command: str = "run", train: str = "train.csv") -> Answer:
@@ -182,7 +174,6 @@ def test_another_seed_gives_another_run(place: Path, quick: Path) -> None:
         torch.testing.assert_close(*(RelevanceScores.load(place / n / "relevance").parts for n in ("seed_7", "quick")))
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_saved_adapter_gives_the_logits_that_were_trained(place: Path, quick: Path, tmp_path: Path) -> None:
     config = RunConfig.load(quick / "config.yaml")
     config.output_dir = str(tmp_path / "run")
@@ -538,7 +529,7 @@ def test_interrupted_runs_go_on_from_the_finished_stages(
         answer = new_run(place, "interrupted", *QUICK)
     assert answer.code == 130
     assert answer.err.endswith(
-        "\nreltune: error: interrupted; what was finished is kept, and the same command goes on with an analysis or a sweep that was cut short.\n"
+        "\nreltune: error: interrupted; finished stages are kept, and an analysis or a sweep goes on when the same command is given again.\n"
     )
     assert "Traceback" not in answer.err
     run = place / "interrupted"
@@ -593,7 +584,7 @@ def test_resuming_gives_the_adapter_of_an_uninterrupted_run(place: Path, monkeyp
 
 
 def test_termination_ends_the_process_with_143(place: Path) -> None:
-    code = "import sys; from reltune.cli import main; main()"
+    code = "import sys; from reltune.cli.commands import main; main()"
     words = ["run", "--model_name_or_path", place / "model", "--train_file", place / "train.csv", "--budget", "5%"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, [*words, "--output_dir", place / "ended", "--num_train_epochs", 9999])],
@@ -619,7 +610,6 @@ def test_termination_ends_the_process_with_143(place: Path) -> None:
 # -- comparison -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_comparison_with_the_baselines(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = RunConfig(
         model_name_or_path=str(place / "model"),
@@ -628,7 +618,7 @@ def test_comparison_with_the_baselines(place: Path, capsys: pytest.CaptureFixtur
         budget="5%",
         training={"max_steps": 6, "load_best_model_at_end": True},
     )
-    cli._all_stages(config, overwrite=False, baselines=True)
+    cli._run_all(config, overwrite=False, baselines=True)
     record = read(place / "compared" / "comparison.json")
     rows = {row["method"]: row for row in record["methods"]}
     names = ["head only", "top encoder layer", "reltune: column by fisher, 5%", "full fine-tuning"]

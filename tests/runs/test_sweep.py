@@ -165,6 +165,10 @@ def test_all_combinations_by_another_metric(place: Path) -> None:
     assert len(set(losses)) == 4 and record["best"]["metric"] == min(losses) == metrics(run)["eval_loss"]
     config = RunConfig.load(run / "config.yaml")
     assert {name: config.training[name] for name in record["sweep"]} == record["best"]["values"]
+    # The best trial's checkpoints moved here with it, and its records name them where they are now.
+    states = [run / "trainer_state.json", *run.glob("checkpoint-*/trainer_state.json")]
+    best = [Path(read(file)["best_model_checkpoint"]) for file in states]
+    assert len(states) > 1 and all(path.parent == run and path.is_dir() for path in best)
 
 
 def test_what_counts_as_better() -> None:
@@ -237,7 +241,7 @@ def test_an_interrupted_sweep_goes_on(
     with monkeypatch.context() as patch:
         interrupt(patch, "trial-1", 2)
         run, answer = tuned(place, "interrupted", *SWEEP, *SHORT, code=130)
-    assert "a sweep that was cut short" in answer.err
+    assert "a sweep goes on when the same command is given again" in answer.err
     assert [name for name, _ in trained] == ["trial-0", "trial-1"]
     assert not (run / "adapter").exists() and len(read(run / "sweep.json")["trials"]) == 1
     before = contents(run)

@@ -15,12 +15,11 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from criteria_cases import canonical
-from expert_cases import of_expert, tiny_mixtral
+from measured_models import CLASSIFIER, LANGUAGE_MODEL, VOCAB, made, tiny_gpt2, tiny_mixtral
 from oracles.criteria import expected
-from relevance_cases import TEXT, VOCAB, assert_parts_equal, made, measure
+from relevance_cases import assert_parts_equal, canonical, measure, of_expert
 from reltune.config.run_config import RunConfig
 from reltune.data.rows import Row
 from reltune.errors import InputError
@@ -36,29 +35,13 @@ from reltune.tuner import ReltuneConfig
 from task_cases import run_task, write_rows
 from tiny_models import CHAT, save_tiny_llama
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BETA = 0.1
 OPPOSITES = {"good": "bad", "great": "dull", "fine": "poor", "好": "坏"}
 LENGTHS = ((3, 9, 5), (2, 3, 8), (4, 6, 6), (1, 4, 2), (5, 11, 7))  # of prompts, and of both sequences
 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:
-    sizes = {key: value for key, value in TEXT.items() if key != "num_labels"}
-    return made(LlamaForCausalLM, LlamaConfig(**sizes, num_key_value_heads=1, attention_bias=True, **changes))
-
-
-def tiny_gpt2() -> GPT2LMHeadModel:
-    config = GPT2Config(
-        vocab_size=VOCAB,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        n_positions=32,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-    )
-    return made(GPT2LMHeadModel, config)
+    return made(LlamaForCausalLM, LlamaConfig(**LANGUAGE_MODEL, num_key_value_heads=1, attention_bias=True, **changes))
 
 
 def pair_batch(lengths: Any = LENGTHS, seed: int = 0) -> dict[str, Tensor]:
@@ -119,7 +102,7 @@ def by_module(model: nn.Module, infos: list[Any], values: dict[str, Any]) -> dic
     for info in infos:
         module = model.get_submodule(info.owner)
         own = {name: values[f"{info.owner}.{name}"] for name, _ in module.named_parameters(recurse=False)}
-        if info.kind == "experts":
+        if info.layer_type == "experts":
             projection, expert = info.name.split(".")[-2:]
             found[info.name] = of_expert(module, projection, int(expert), own)
         else:
@@ -137,7 +120,7 @@ def test_relevance_is_that_of_pairs(make: Any, size: int) -> None:
     batches = [part(batch, *range(start, min(start + size, 5))) for start in range(0, 5, size)]
     found = measure(model, batches, "preference", [*CRITERIA, "fisher_true"])
     infos = found.inventory.modules
-    kinds = {info.kind for info in infos}
+    kinds = {info.layer_type for info in infos}
     assert {"linear", "norm", "embedding"} <= kinds
     gradients = pair_gradients(model, batch)
     each = [by_module(model, infos, {k: of[i] for k, of in gradients.items()}) for i in range(5)]
@@ -145,7 +128,7 @@ def test_relevance_is_that_of_pairs(make: Any, size: int) -> None:
     for criterion in CRITERIA:
         wanted = {}
         for info in infos:
-            shell = nn.LayerNorm(1) if info.kind == "norm" else nn.Linear(1, 1, bias=info.bias)
+            shell = nn.LayerNorm(1) if info.layer_type == "norm" else nn.Linear(1, 1, bias=info.bias)
             wanted[info.name] = expected(criterion, shell, [of[info.name] for of in each], weights[info.name])
         own = {
             name: {p: v for p, v in parts.items() if p in wanted[name]}
@@ -162,7 +145,7 @@ def test_single_weights_of_pairs() -> None:
     found = measure(model, [part(batch, 0, 1, 2), part(batch, 3, 4)], "preference", ["fisher"], elements=True)
     gradients = pair_gradients(model, batch)
     for info in found.inventory.modules:
-        of = torch.stack([g.mT if info.kind == "conv1d" else g for g in gradients[f"{info.name}.weight"]])
+        of = torch.stack([g.mT if info.layer_type == "conv1d" else g for g in gradients[f"{info.name}.weight"]])
         wanted = of.square().mean(0)
         assert (found.parts["fisher"][info.name]["element"] - wanted).abs().max() <= 1e-9 * wanted.abs().max(), info
 
@@ -172,7 +155,7 @@ def test_activations_are_those_of_both_sequences() -> None:
     model, batch = tiny_llama().eval(), pair_batch()
     found = measure(model, [part(batch, 0, 1), part(batch, 2, 3, 4)], "preference", ["activation"])
     name = "model.layers.1.mlp.down_proj"
-    squares = torch.zeros(TEXT["intermediate_size"], dtype=torch.float64)
+    squares = torch.zeros(CLASSIFIER["intermediate_size"], dtype=torch.float64)
 
     def see(module: nn.Module, args: tuple[Tensor]) -> None:
         squares.add_(args[0].detach().flatten(0, 1).square().sum(0))

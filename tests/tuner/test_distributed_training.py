@@ -40,8 +40,6 @@ from tiny_models import save_tiny_bert, save_tiny_llama
 
 TESTS = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def surroundings() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

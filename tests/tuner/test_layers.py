@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from oracles import dense_update
 from relevance_cases import measure
 from reltune.layers.inventory import take_inventory
-from reltune.plan.plan import WITH_ELEMENTS, ModulePlan, Plan
+from reltune.layers.registry import layer_type
+from reltune.plan.plan import ModulePlan, Plan
 from reltune.plan.selection import select
 from reltune.tuner import ReltuneConfig
 from reltune.tuner.layer import ReltuneLayer
@@ -25,9 +26,6 @@ from reltune.tuner.layer import ReltuneLayer
 Selection = dict[str, dict[str, Any]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNITS = ["columns", "rows", "columns and rows", "elements", "columns, rows and elements", "weight and bias", "bias"]
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Words(nn.Module):
@@ -120,18 +118,20 @@ def _selection(model: nn.Module, units: str, second: bool = False) -> Selection:
     found: Selection = {}
     for info in take_inventory(model).modules:
         own: dict[str, Any] = {}
-        if info.kind == "norm":
+        if info.layer_type == "norm":
             own = {"weight": True} if units.startswith("weight") else {}
         elif units.startswith("weight"):
             own = {"weight": True}
         elif units == "elements":
             flat = [2, 2 * info.columns + 1, info.weight_parameters - 1] if not second else [2 * info.columns + 1, 3]
-            own = {"elements": flat} if info.kind in WITH_ELEMENTS else {"columns": [0]}
+            own = {"elements": flat} if "element" in layer_type(info.layer_type).trains else {"columns": [0]}
         elif "columns" in units or "rows" in units:
             columns, rows = ([0, info.columns - 1], [info.rows - 1, 0]) if not second else ([0], [1, 0])
             own = {"columns": columns} if "columns" in units else {}
             own |= {"rows": rows} if "rows" in units else {}
-            if "elements" in units and info.kind in WITH_ELEMENTS:  # in none of these columns and rows
+            if (
+                "elements" in units and "element" in layer_type(info.layer_type).trains
+            ):  # in none of these columns and rows
                 own["elements"] = [info.columns + 2, info.columns + 1]
         if "bias" in units and info.bias:
             own["bias"] = True

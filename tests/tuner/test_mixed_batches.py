@@ -19,9 +19,6 @@ from reltune.tuner.layer import ReltuneLayer
 ASKED = ["other", "__base__", "default", "default", "other", "__base__"]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 class Everything(nn.Module):
     """One layer of every type that can be trained, and a head that is saved whole."""
 

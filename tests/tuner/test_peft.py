@@ -42,7 +42,7 @@ from oracles import dense_update
 from reltune.errors import InputError
 from reltune.layers.fingerprint import fingerprint
 from reltune.plan.plan import ModulePlan, Plan
-from reltune.tuner import ReltuneConfig
+from reltune.tuner import ReltuneConfig, ReltuneModel
 from reltune.tuner.layer import ReltuneLayer
 from reltune.tuner.registration import register
 
@@ -202,8 +202,8 @@ def _all(base: nn.Module) -> Selection:
 
 def test_registering_again_changes_nothing() -> None:
     members, configs = list(PeftType), len(PeftType.__members__)
-    register()
-    register()
+    register(ReltuneConfig, ReltuneModel)
+    register(ReltuneConfig, ReltuneModel)
     assert list(PeftType) == members
     assert len(PeftType.__members__) == configs
     assert len({m.value for m in PeftType}) == len(members)

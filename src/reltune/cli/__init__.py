@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line: flags become calls, and what these return is printed. No logic."""

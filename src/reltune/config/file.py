@@ -14,19 +14,60 @@ from typing import Any
 
 import yaml
 
-from reltune.config.parsing import KINDS, checked_kinds
-from reltune.config.run_config import RunConfig
+from reltune.config.fields import KINDS, checked_fields, kind_of, limits_of
+from reltune.config.run_config import FIELDS
+from reltune.config.training_fields import (
+    DEFAULTS,
+    NOT_FOR_RUNS,
+    check_training_names,
+    checked_training_fields,
+    training_field_kinds,
+    training_field_names,
+)
 from reltune.errors import InputError, nearest
 
 WIDTH = 118
 
 
-def read_config(path: str | os.PathLike) -> dict[str, Any]:
-    """The fields of RunConfig that a YAML file gives, all of TrainingArguments' under ``training``.
+def read_fields(path: str | os.PathLike) -> dict[str, Any]:
+    """The fields of RunConfig that a YAML file gives, checked; those of TrainingArguments, under ``training``, by name only.
+
+    Does without transformers, which takes seconds to import.
 
     Raises:
-        InputError: no YAML mapping, an unknown key (naming the nearest), or a value of the wrong kind.
+        InputError: no YAML mapping, an unknown key (naming the nearest), or a wrong value.
     """
+    values = _read(path)
+    own = {field.name for field in FIELDS}
+    outside = {name: value for name, value in values.items() if name not in own}
+    try:
+        fields = checked_fields({name: value for name, value in values.items() if name in own}, FIELDS)
+        inside = fields.get("training", {})
+        known = training_field_names()
+        for name in outside:
+            if name not in known:
+                raise InputError(f"{name!r} is no field; {nearest(str(name), [*own, *known])}")
+            if name in inside:
+                raise InputError(f"{name} stands both in training and outside it; keep one.")
+        check_training_names(inside)
+    except InputError as error:
+        raise InputError(f"config {path}: {error}") from error
+    return {**fields, "training": {**inside, **outside}} if inside or outside else fields
+
+
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """What ``read_fields`` reads, with the types of TrainingArguments' fields.
+
+    Raises InputError as it does, and for a field of TrainingArguments with a value of the wrong kind.
+    """
+    fields = read_fields(path)
+    try:
+        return {**fields, "training": checked_training_fields(fields["training"])} if "training" in fields else fields
+    except InputError as error:
+        raise InputError(f"config {path}: {error}") from error
+
+
+def _read(path: str | os.PathLike) -> dict[Any, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         repeated = _repeated(yaml.compose(text, Loader=yaml.SafeLoader))
@@ -42,31 +83,12 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     if repeated:
         raise InputError(f"config {path} line {repeated[1]} gives {repeated[0]!r} a second time; keep one.")
     if not isinstance(values, dict):
-        raise InputError(f"config {path} holds no mapping; write one field on each line, like max_length: 128.")
-    own = {field.name for field in dataclasses.fields(RunConfig)}
-    outside = {name: value for name, value in values.items() if name not in own}
-    try:
-        fields = checked_kinds(
-            {name: value for name, value in values.items() if name in own}, dataclasses.fields(RunConfig)
-        )
-        inside = fields.get("training", {})
-        if outside or inside:
-            from reltune.config.training_fields import checked_training_fields, training_field_kinds
-
-            known = training_field_kinds()
-            for name in outside:
-                if name not in known:
-                    raise InputError(f"{name!r} is no field; {nearest(str(name), [*own, *known])}")
-                if name in inside:
-                    raise InputError(f"{name} stands both in training and outside it; keep one.")
-            fields["training"] = checked_training_fields({**inside, **outside})
-    except InputError as error:
-        raise InputError(f"config {path}: {error}") from error
-    return fields
+        raise InputError(f"config {path} must be a mapping; write one field on each line, like max_length: 128.")
+    return values
 
 
 def _repeated(node: yaml.Node | None) -> tuple[str, int] | None:
-    """The first key of a mapping, or of one in it, that stands there twice, and its line: YAML would keep the last value."""
+    """The first key that a mapping, or one inside it, has twice, and its line: YAML would silently keep the last value."""
     seen = set()
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         if isinstance(key, yaml.ScalarNode) and key.value in seen:
@@ -84,20 +106,17 @@ def _repeated(node: yaml.Node | None) -> tuple[str, int] | None:
 def defaults_yaml() -> str:
     """Every field with its default and its help, as a file that ``read_config`` reads.
 
-    Of TrainingArguments' fields those stand uncommented that reltune has defaults of its own for.
+    TrainingArguments' fields are commented out, except those for which reltune has its own defaults.
     """
-    from reltune.config.training_fields import DEFAULTS
-
     blocks = [
         _comment(
-            "A config for `reltune run --config FILE`. Flags of the same names win over it. Empty fields have no value unless "
-            "given; relative paths are relative to the directory that the command is started in."
+            "A config for `reltune run --config FILE`. Flags of the same names win over it. A field without a value is not set. "
+            "Relative paths start from the directory in which the command is run."
         )
     ]
-    for field in dataclasses.fields(RunConfig):
-        if field.name != "training":
-            blocks.append(_comment(field.metadata["help"]) + _line(field.name, _default(field)))
-    training = _comment(_field("training").metadata["help"]) + "training:\n"
+    *own, training_field = FIELDS
+    blocks += [_comment(field.metadata["help"]) + _line(field.name, _default(field)) for field in own]
+    training = _comment(training_field.metadata["help"]) + "training:\n"
     for field in _training_fields():
         default = DEFAULTS.get(field.name, _default(field))
         line = _line(field.name, default)
@@ -125,15 +144,9 @@ def _default(field: dataclasses.Field) -> Any:
     return value.value if isinstance(value, enum.Enum) else value
 
 
-def _field(name: str) -> dataclasses.Field:
-    return next(field for field in dataclasses.fields(RunConfig) if field.name == name)
-
-
 def _training_fields() -> list[dataclasses.Field]:
     """Those of TrainingArguments that a run can be given."""
     from transformers import TrainingArguments
-
-    from reltune.config.training_fields import NOT_FOR_RUNS
 
     return [field for field in dataclasses.fields(TrainingArguments) if field.name not in NOT_FOR_RUNS]
 
@@ -149,11 +162,9 @@ def _help(field: dataclasses.Field) -> str:
 
 def json_schema() -> str:
     """A JSON Schema (draft 2020-12) of the file that ``read_config`` reads."""
-    from reltune.config.training_fields import training_field_kinds
-
     kinds = training_field_kinds()
     training = {field.name: _training_schema(kinds[field.name], _help(field)) for field in _training_fields()}
-    own = {field.name: _own_schema(field) for field in dataclasses.fields(RunConfig)}
+    own = {field.name: _own_schema(field) for field in FIELDS}
     own["training"] |= {"properties": training, "additionalProperties": False}
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -167,28 +178,29 @@ def json_schema() -> str:
 
 LIMITS = (("minimum", "least"), ("maximum", "most"), ("exclusiveMinimum", "above"))
 NUMBER_WORD = {"type": "string", "pattern": r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"}  # "1e-3" is a word in YAML 1.1
-
-
-VALUE = {"type": ["string", "number", "boolean"]}
+WORD = {"type": ["string", "number"], "pattern": r"\S"}
+VALUE = {"type": ["string", "number", "boolean"], "pattern": r"\S"}
 VALUES = {"anyOf": [VALUE, {"type": "array", "items": VALUE, "minItems": 1}]}
 
 
 def _own_schema(field: dataclasses.Field) -> dict[str, Any]:
-    about = field.metadata
-    kind = str(field.type).removesuffix(" | None")
-    limits = {key: about[name] for key, name in LIMITS if name in about}
-    word: dict[str, Any] = {"enum": list(about["choices"])} if about["choices"] else {"type": ["string", "number"]}
+    """What a field of RunConfig may be."""
+    choices, limits = field.metadata["choices"], limits_of(field)
+    bounds = {key: limits[name] for key, name in LIMITS if name in limits}
+    word: dict[str, Any] = {"enum": list(choices)} if choices else WORD
+    words = {"type": "array", "items": word} | ({"minItems": limits["least"]} if "least" in limits else {})
     wanted = {
         "str": word,
         "bool": {"type": "boolean"},
-        "int": {"type": "integer", **limits},
-        "float": {"anyOf": [{"type": "number", **limits}, NUMBER_WORD]},
-        "list[str]": {"anyOf": [{"type": "array", "items": word}, {"type": "string"}]},
+        "int": {"type": "integer", **bounds},
+        "float": {"anyOf": [{"type": "number", **bounds}, NUMBER_WORD]},
+        "list[str]": {"anyOf": [words, {"type": "string", "pattern": r"\S"}]},
         "dict[str, Any]": {"type": "object"},
         "dict[str, list[str]]": {"type": "object", "additionalProperties": VALUES},
     }
     assert set(wanted) == set(KINDS), "every kind of field has its schema"
-    schema: dict[str, Any] = {"description": about["help"], **wanted[kind]}
+    kind = kind_of(field)
+    schema: dict[str, Any] = {"description": field.metadata["help"], **wanted[kind]}
     if kind.startswith("dict"):
         schema["type"] = ["object", "null"]
         return schema

@@ -1,14 +1,16 @@
-"""Command-line words as fields of transformers.TrainingArguments."""
+"""Fields of transformers.TrainingArguments, from command-line words and from YAML."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
+import importlib.util
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
-
-from transformers import HfArgumentParser, TrainingArguments
 
 from reltune.errors import InputError, nearest
 
@@ -32,75 +34,142 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+@functools.cache
+def training_field_names() -> tuple[str, ...]:
+    """The names of the fields, read from the source of transformers.
+
+    Importing it takes seconds, which nobody should wait for to be told of a misspelled name.
+    """
+    package = importlib.util.find_spec("transformers")
+    assert package is not None and package.origin is not None, "reltune depends on it"
+    source = Path(package.origin).with_name("training_args.py").read_text(encoding="utf-8")
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    body = next(node.body for node in classes if node.name == "TrainingArguments")
+    targets = [node.target for node in body if isinstance(node, ast.AnnAssign)]
+    return tuple(target.id for target in targets if isinstance(target, ast.Name))
+
+
 def training_field_kinds() -> dict[str, Any]:
-    """The fields of TrainingArguments with their annotations, which HfArgumentParser changes in the dataclass's own fields."""
+    """The fields with their annotations, which HfArgumentParser changes in the dataclass's own fields."""
+    from transformers import TrainingArguments
+
     hints = typing.get_type_hints(TrainingArguments)
     return {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments)}
 
 
-def parse_training_fields(words: Sequence[str], own_flags: Sequence[str]) -> dict[str, Any]:
+# -- command-line words ---------------------------------------------------------------------------------------------
+
+
+def named_training_fields(words: Sequence[str], own_flags: Collection[str] = ()) -> dict[str, str]:
+    """The fields given in ``words``, with their values as they were written. Does without transformers.
+
+    Raises InputError for a flag that no field has, naming the nearest, also of the command's ``own_flags``.
+    """
+    if words and not words[0].startswith("--"):
+        raise InputError(f"unexpected argument {words[0]!r}; flags begin with --.")
+    names, found, name = training_field_names(), {}, ""
+    for word in _normal(words):
+        if not word.startswith("--"):
+            found[name] = word
+            continue
+        flag, _, value = word.partition("=")
+        name = flag[2:] if flag[2:] in names else flag[2:].removeprefix("no_")
+        if name not in names:
+            raise _unknown(flag, own_flags)
+        if name in RESERVED:
+            raise InputError(f"{flag} is fixed in the run's config.yaml; make another run for another {name}.")
+        found[name] = value
+    return found
+
+
+def parse_training_fields(words: Sequence[str], own_flags: Collection[str] = ()) -> dict[str, Any]:
     """The fields given in ``words`` ("--learning_rate", "1e-3", …), with TrainingArguments' own types.
 
-    Raises InputError for a flag that is none (naming the nearest, of the command's own too) or a value of the wrong type.
+    Raises InputError for a flag that no field has, as ``named_training_fields`` does, or a value of the wrong type.
     """
-    parser = _Parser([TrainingArguments], allow_abbrev=False, add_help=False)  # type: ignore[list-item]
-    fields = {flag: action.dest for flag, action in parser._option_string_actions.items() if "-" not in flag[2:]}
-    given: list[str] = []
-    normal: list[str] = []
-    for word in words:
-        if not word.startswith("--"):
-            normal.append(word)
-            continue
-        flag, *value = word.split("=", 1)
-        flag = "--" + flag[2:].replace("-", "_")
-        if flag not in fields:
-            known = [*own_flags, *sorted(fields)]
-            raise InputError(f"unknown flag {flag}; {nearest(flag, known)}")
-        if fields[flag] in RESERVED:
-            raise InputError(f"{flag} is fixed in the run's config.yaml; make another run for another {flag[2:]}.")
-        given.append(fields[flag])
-        normal.extend([flag, *value])
+    if not words:
+        return {}
+    named_training_fields(words, own_flags)
+    from transformers import HfArgumentParser, TrainingArguments
+
+    parser = HfArgumentParser([TrainingArguments], allow_abbrev=False, add_help=False)  # type: ignore[list-item]
+    parser.error = _refuse  # type: ignore[method-assign]
+    normal = _normal(words)
+    fields = {flag: action.dest for flag, action in parser._option_string_actions.items()}
+    for flag in _flags(normal):
+        if flag not in fields:  # --no_ before a field that is not true by default
+            raise _unknown(flag, own_flags)
     values, rest = parser.parse_known_args(normal)
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}; put values that belong together in quotes.")
     # Enum members and the like go to YAML as what the user wrote.
+    given = [fields[flag] for flag in _flags(normal)]
     return {name: getattr(getattr(values, name), "value", getattr(values, name)) for name in given}
+
+
+def _normal(words: Sequence[str]) -> list[str]:
+    """The words with underscores in place of hyphens in the names of flags."""
+    normal = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        normal.append(f"--{flag[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word)
+    return normal
+
+
+def _flags(normal: Sequence[str]) -> list[str]:
+    return [word.partition("=")[0] for word in normal if word.startswith("--")]
+
+
+def _unknown(flag: str, own_flags: Collection[str]) -> InputError:
+    known = [*own_flags, *sorted(f"--{name}" for name in training_field_names())]
+    return InputError(f"unknown flag {flag}; {nearest(flag, known)}")
+
+
+def _refuse(message: str) -> NoReturn:
+    """Raise InputError with what argparse says of a value."""
+    match = re.fullmatch(r"argument (--\w+)\S*: (.*?)\.*", message, re.DOTALL)
+    flag, reason = match.groups() if match else ("training fields", message)
+    choice = re.fullmatch(r"invalid choice: '(.*)' \(choose from (.*)\)", reason, re.DOTALL)
+    if choice:
+        known = re.findall(r"[\w-]+", choice[2])
+        raise InputError(f"{flag} {choice[1]!r} is unknown; {nearest(choice[1], known)}")
+    raise InputError(f"{flag}: {reason}.")
+
+
+# -- YAML -----------------------------------------------------------------------------------------------------------
+
+
+def check_training_names(names: Iterable[Any]) -> None:
+    """Raise InputError for a name under ``training`` that no field has, naming the nearest."""
+    known = training_field_names()
+    for name in names:
+        if name not in known:
+            raise InputError(f"{name!r} is no field of transformers.TrainingArguments; {nearest(str(name), known)}")
+        if name in RESERVED:
+            raise InputError(f"{name} is a field of the run, not of its training; write it outside training.")
 
 
 def checked_training_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of TrainingArguments as YAML has them, with the type checks that flags have; None means the default.
 
-    Raises:
-        InputError: a name that is no field (naming the nearest), or a value of the wrong kind.
+    Raises InputError for a name that no field has (naming the nearest), or a value of the wrong kind.
     """
-    fields = {name: str(kind) for name, kind in training_field_kinds().items()}
+    if not values:
+        return {}
+    check_training_names(values)
+    kinds = {name: str(kind) for name, kind in training_field_kinds().items()}
     found: dict[str, Any] = {}
     for name, value in values.items():
-        if name not in fields:
-            raise InputError(f"{name!r} is no field of transformers.TrainingArguments; {nearest(str(name), fields)}")
-        if name in RESERVED:
-            raise InputError(f"{name} is a field of the run, not of its training; write it outside training.")
         if isinstance(value, dict | list):
-            if type(value).__name__ not in fields[name]:
+            if type(value).__name__ not in kinds[name]:
                 raise InputError(f"{name} is {value!r}; it must be a single value.")
             found[name] = value
         elif value is not None:
             word = str(value).lower() if isinstance(value, bool) else str(value)
-            if value is False and "bool" not in fields[name]:  # what YAML 1.1 makes of a plain no
+            if value is False and "bool" not in kinds[name]:  # what YAML 1.1 makes of a plain no
                 word = "no"
             try:
-                found |= parse_training_fields([f"--{name}={word}"], [])
+                found |= parse_training_fields([f"--{name}={word}"])
             except InputError as error:
                 raise InputError(str(error).removeprefix("--")) from error
     return found
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        match = re.fullmatch(r"argument (--\w+)\S*: (.*?)\.*", message, re.DOTALL)
-        flag, reason = match.groups() if match else ("training fields", message)
-        choice = re.fullmatch(r"invalid choice: '(.*)' \(choose from (.*)\)", reason, re.DOTALL)
-        if choice:
-            known = re.findall(r"[\w-]+", choice[2])
-            raise InputError(f"{flag} {choice[1]!r} is unknown; {nearest(choice[1], known)}")
-        raise InputError(f"{flag}: {reason}.")

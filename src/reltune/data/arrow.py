@@ -15,16 +15,12 @@ from typing import Any
 import datasets
 from transformers.utils.hub import is_offline_mode
 
-from reltune.data.rows import Rows
+from reltune.data.rows import SHOWN, SPLITS, Rows
 from reltune.data.streams import StreamedRows
 from reltune.errors import InputError, first_line, nearest
 from reltune.names import DATASETS
+from reltune.notes import note
 
-SPLITS = {  # names in use -> what they are here
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -49,6 +45,13 @@ def read_folder(path: Path, streaming: bool = False) -> dict[str, Rows | Streame
     elif any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
         with _reading(str(path), "give each label a folder, or write a metadata.csv with file_name and label"):
             data = datasets.load_dataset("imagefolder", data_dir=str(path), streaming=streaming)
+    elif any(path.rglob("*.parquet")):  # a data set of the Hub as it is downloaded: its splits are in the files' names
+        with _reading(str(path), "check that its files are whole"):
+            files = datasets.load_dataset_builder("parquet", data_dir=str(path)).config.data_files
+            data = datasets.load_dataset("parquet", data_files=files, streaming=streaming)
+        taken = {Path(file) for split in files.values() for file in split}
+        if unused := sorted(file.name for file in path.rglob("*.parquet") if file.resolve() not in taken):
+            note(f"{path.name}: not used, because their names say no split: {', '.join(map(repr, unused[:SHOWN]))}.")
     else:
         raise InputError(
             f"{path} is a directory with neither a data set that datasets saved nor images; name one file in it, or save "
@@ -113,6 +116,10 @@ def _splits(data: Any, source: str) -> dict[str, Rows | StreamedRows]:
     known = {SPLITS[str(name)]: split for name, split in data.items() if str(name) in SPLITS}
     if "train" not in known:
         raise InputError(f"{source} has the splits {', '.join(map(str, data))} and none called train; rename one.")
+    if unknown := [str(name) for name in data if str(name) not in SPLITS]:
+        note(
+            f"{Path(source).name}: not used: {'splits' if len(unknown) > 1 else 'split'} {', '.join(map(repr, unknown))}."
+        )
     return {name: _rows(split, source) for name, split in known.items()}
 
 
@@ -149,6 +156,9 @@ class _Records(Sequence[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return map(self.named, self.data)
+
+    def mapped(self, convert: Callable[[dict[str, Any]], dict[str, Any]]) -> _Records:
+        return _Records(self.data, lambda values: convert(self.named(values)))
 
     def select(self, indices: Sequence[int]) -> _Records:
         return _Records(self.data.select(indices), self.named)

@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
+from reltune.data.labels import LABELLED, switch_of, task_of_labels
 from reltune.data.rows import Row, Rows
 from reltune.data.streams import StreamedRows
 from reltune.errors import InputError
 from reltune.notes import note
 
 LOOKED_AT = 1000  # rows whose labels decide between classes, numbers and lists
-CLASSES = 20  # integers of more values than this are classes only where they repeat
-REPEATS = 5  # rows per value, on average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +23,8 @@ class Convention:
 
     Attributes:
         tasks: where there are several, the labels decide.
-        roles: what each column is to the task -> the names it goes by, the usual one first.
+        roles: what each column is to the task -> the names it goes by, the usual one first. A ``text_pair`` is a second
+            text that the model reads with the first.
         optional: roles that may be missing.
     """
 
@@ -37,9 +36,9 @@ class Convention:
         """role -> column, or None if one is missing."""
         chosen: dict[str, str] = {}
         for role, names in (self.roles | self.optional).items():
-            name = next((name for name in names if name in found), None)
-            if name is not None:
-                chosen[role] = name
+            column = _called(names, found)
+            if column is not None:
+                chosen[role] = column
             elif role in self.roles:
                 return None
         return chosen
@@ -49,10 +48,37 @@ class Convention:
         return ", ".join(names)
 
 
-LABELLED = ("sequence_classification", "multilabel_classification", "regression")
+def _called(names: Iterable[str], columns: Sequence[str]) -> str | None:
+    """The column with one of these names, if need be in other case."""
+    exact = next((name for name in names if name in columns), None)
+    if exact is not None:
+        return exact
+    folded = [column.casefold() for column in columns]
+    wanted = next((name.casefold() for name in names if folded.count(name.casefold()) == 1), None)
+    return None if wanted is None else columns[folded.index(wanted)]
+
+
 LABEL = ("label", "labels")
+TEXT = ("text", "sentence")
+PAIRS = (  # two texts that are read together -> the names of their label, if they have one of their own
+    (("sentence1", "sentence2"), ("score", "similarity_score")),
+    (("sentence_a", "sentence_b"), ("relatedness_score",)),
+    (("premise", "hypothesis"), ()),
+    (("question1", "question2"), ("is_duplicate",)),
+    (("question", "passage"), ("answer",)),
+    (("question", "sentence"), ()),
+    (("query", "document"), ()),
+    (("query", "passage"), ()),
+    (("text1", "text2"), ()),
+    (("text_a", "text_b"), ()),
+    (("text", "text_pair"), ()),
+)
 CONVENTIONS = (
-    Convention(("preference",), {"chosen": ("chosen",), "rejected": ("rejected",)}, {"prompt": ("prompt",)}),
+    Convention(
+        ("preference",),
+        {"chosen": ("chosen",), "rejected": ("rejected",)},
+        {"prompt": ("prompt", "question", "instruction", "conversations")},
+    ),
     Convention(
         ("question_answering",), {"question": ("question",), "context": ("context",), "answers": ("answers", "answer")}
     ),
@@ -60,21 +86,34 @@ CONVENTIONS = (
         ("token_classification",),
         {"tokens": ("tokens", "words"), "tags": ("ner_tags", "tags", "pos_tags", "chunk_tags", "labels")},
     ),
-    Convention(("causal_lm",), {"messages": ("messages",)}),
+    Convention(("causal_lm",), {"messages": ("messages", "conversations", "conversation")}, {"tools": ("tools",)}),
     Convention(("causal_lm",), {"prompt": ("prompt",), "completion": ("completion",)}),
-    Convention(("causal_lm",), {"instruction": ("instruction",), "output": ("output",)}, {"input": ("input",)}),
+    Convention(
+        ("causal_lm",),
+        {"instruction": ("instruction", "query"), "output": ("output", "response")},
+        {"input": ("input", "context"), "system": ("system",), "history": ("history",)},
+    ),
     Convention(("seq2seq",), {"source": ("source",), "target": ("target",)}),
     Convention(("seq2seq",), {"source": ("document",), "target": ("summary",)}),
     Convention(("seq2seq",), {"source": ("article",), "target": ("highlights", "summary")}),
     Convention(("image_classification",), {"image": ("image",), "label": LABEL}),
-    Convention(LABELLED, {"text": ("text", "sentence"), "label": LABEL}),
+    Convention(LABELLED, {"text": TEXT, "label": LABEL}),
+    *(
+        Convention(LABELLED, {"text": (first,), "text_pair": (second,), "label": (*LABEL, *own)})
+        for (first, second), own in PAIRS
+    ),
 )
-BESIDE = ("", "id", "idx", "index", "url", "title", "date", "timestamp", "meta", "metadata")  # of text alone
+# Columns that say nothing of a text alone beside them: numbers of rows, as programs write them, and where a text is from.
+BESIDE = re.compile(r"|id|idx|index|url|title|date|timestamp|meta|metadata|Unnamed: ?\d+|__index_level_\d+__|_c0", re.I)
 TEXT_ALONE = Convention(("causal_lm", "masked_lm"), {"text": ("text",)})
 
 
 def guess_task(
-    columns: Sequence[str], rows: Iterable[Row], text_column: str = "text", label_column: str = "label"
+    columns: Sequence[str],
+    rows: Iterable[Row],
+    text_column: str = "text",
+    label_column: str = "label",
+    text_pair_column: str | None = None,
 ) -> tuple[str, dict[str, str]]:
     """The task that rows are laid out for.
 
@@ -84,6 +123,7 @@ def guess_task(
             with a fraction are to be predicted as numbers, words and few integers are classes.
         text_column: what the user calls the column ``text``.
         label_column: what the user calls the column ``label``.
+        text_pair_column: what the user calls a second text that is read with the first.
 
     Returns:
         The task's name and its columns by role, for example ``("causal_lm", {"prompt": "prompt", "completion": "completion"})``.
@@ -92,10 +132,11 @@ def guess_task(
     Raises:
         InputError: no layout fits, or several do, or labels that could be classes as well as numbers.
     """
+    rows = list(itertools.islice(rows, LOOKED_AT))
     fitting = [
         (convention, chosen)
-        for convention in _named(text_column, label_column)
-        if (chosen := convention.columns(columns)) is not None
+        for convention in _named(text_column, label_column, text_pair_column)
+        if (chosen := convention.columns(columns)) is not None and _is_label(chosen.get("label"), rows)
     ]
     wider = [
         (convention, chosen)
@@ -107,12 +148,22 @@ def guess_task(
         raise InputError(f"The columns {_shown(columns)} could be for {tasks}; say which with --task.")
     if wider:
         convention, chosen = wider[0]
-        if convention.tasks == LABELLED:
-            return _by_labels(itertools.islice(rows, LOOKED_AT), chosen["label"]), chosen
-        return convention.tasks[0], chosen
-    if text_column in columns and set(columns) <= {text_column, *BESIDE} and label_column in LABEL:
-        return TEXT_ALONE.tasks[0], {"text": text_column}
-    layouts = "; ".join(str(convention) for convention in (*CONVENTIONS, TEXT_ALONE))
+        return task_of_labels(rows, chosen["label"]) if convention.tasks == LABELLED else convention.tasks[0], chosen
+    text = _called([text_column], columns)
+    if text is not None and label_column in LABEL and all(name == text or BESIDE.fullmatch(name) for name in columns):
+        return TEXT_ALONE.tasks[0], {"text": text}
+    if any(len(name.split()) > 3 or any(row.values.get(name) == name for row in rows) for name in columns):
+        raise InputError(
+            f"The columns {_shown(columns)} look like data; put a line above them that names the columns (text,label)."
+        )
+    text = _called(TEXT if text_column == "text" else [text_column], columns)
+    if text is not None and label_column in LABEL:
+        raise InputError(
+            f"The columns {_shown(columns)} are of no layout that is known, because {text!r} has no label beside it (text, label). "
+            "Name the label with --label_column, or pass --task causal_lm to learn to write the texts."
+        )
+    known = (*CONVENTIONS[: 1 - len(PAIRS)], TEXT_ALONE)
+    layouts = "; ".join(str(dataclasses.replace(convention, optional={})) for convention in known)
     raise InputError(
         f"The columns {_shown(columns)} are of no layout that is known ({layouts}). Name yours with --text_column and "
         "--label_column, or rename them."
@@ -120,7 +171,11 @@ def guess_task(
 
 
 def columns_of(
-    task: str, columns: Sequence[str], text_column: str = "text", label_column: str = "label"
+    task: str,
+    columns: Sequence[str],
+    text_column: str = "text",
+    label_column: str = "label",
+    text_pair_column: str | None = None,
 ) -> dict[str, str]:
     """The columns of a known task by role, for example {"text": "text", "label": "label"}.
 
@@ -128,19 +183,41 @@ def columns_of(
         InputError: a layout that the task does not know; the message has the columns found and those that it knows.
     """
     text_alone = dataclasses.replace(TEXT_ALONE, roles={"text": (text_column,)})
-    mine = [c for c in (*_named(text_column, label_column), text_alone) if task in c.tasks]
+    mine = [c for c in (*_named(text_column, label_column, text_pair_column), text_alone) if task in c.tasks]
     fitting = [chosen for convention in mine if (chosen := convention.columns(columns)) is not None]
     if fitting:
         return max(fitting, key=len)
+    known = " or ".join(map(str, mine if task not in LABELLED else mine[:2]))
     raise InputError(
-        f"The columns {_shown(columns)} are none that {task} can use; it wants {' or '.join(map(str, mine))}. "
+        f"The columns {_shown(columns)} are none that {task} can use; it wants {known}. "
         "Rename them, or name them with --text_column and --label_column."
     )
 
 
-def note_left_out(rows: Rows | StreamedRows, used: Iterable[str]) -> None:
+def label_columns(
+    columns: Sequence[str], rows: Iterable[Row], text_column: str = "text", label_column: str = "label"
+) -> tuple[str, list[str]] | None:
+    """The text's column and those of its labels, where each label has a column of 0 and 1.
+
+    They are told by commas in ``label_column``. Without, they are recognised where nothing else can be meant: two columns
+    or more that hold 0 and 1 alone, and beside them the text and what programs add to tables.
+    """
+    if "," in label_column and label_column not in columns:
+        return text_column, [name for part in label_column.split(",") if (name := part.strip())]
+    if label_column not in LABEL or _called(LABEL, columns):
+        return None
+    rows = list(itertools.islice(rows, LOOKED_AT))
+    rest = [name for name in columns if not BESIDE.fullmatch(name)]
+    switches = [name for name in rest if rows and all(switch_of(row.values.get(name)) is not None for row in rows)]
+    texts = [name for name in rest if name not in switches]
+    if len(switches) < 2 or len(texts) != 1 or text_column not in ("text", texts[0]):
+        return None
+    return (texts[0], switches) if all(isinstance(row.values.get(texts[0]), str) for row in rows) else None
+
+
+def note_left_out(rows: Rows | StreamedRows, used: Collection[str]) -> None:
     """Name the columns that the task does not use."""
-    unused = [name or "an unnamed one" for name in rows.columns if name not in set(used)]
+    unused = [name or "an unnamed one" for name in rows.columns if name not in used]
     if unused:
         note(f"{Path(rows.source).name}: not used: {'columns' if len(unused) > 1 else 'column'} {_shown(unused)}.")
 
@@ -149,63 +226,25 @@ def _shown(columns: Sequence[str]) -> str:
     return (", ".join(map(repr, columns[:12])) or "none") + (", …" if len(columns) > 12 else "")
 
 
-def _named(text_column: str, label_column: str) -> tuple[Convention, ...]:
-    """The conventions with the user's names for text and label in place of the usual ones."""
-    own = {"text": text_column, "label": label_column}
-
-    def names(role: str, usual: tuple[str, ...]) -> tuple[str, ...]:
-        given = own.get(role, role)
-        return usual if given == role else (given,)
-
-    return tuple(
-        dataclasses.replace(c, roles={role: names(role, usual) for role, usual in c.roles.items()})
-        if {"text", "label"} & set(c.roles)
-        else c
-        for c in CONVENTIONS
-    )
-
-
-def _by_labels(rows: Iterable[Row], column: str) -> str:
-    """Which of LABELLED the labels are made for; empty ones say nothing."""
-    filled = [(row.line, row.values.get(column)) for row in rows]
-    filled = [(line, label) for line, label in filled if label is not None and label != ""]
-    labels = [label for _, label in filled]
-    if any(isinstance(label, list) for label in labels):
-        if all(isinstance(label, list) and not any(isinstance(one, float) for one in label) for label in labels):
-            return "multilabel_classification"
-        raise InputError(
-            f"The labels in {column!r} are lists with numbers, or lists and other things; multilabel_classification wants "
-            "a list of classes in every row."
-        )
-    numbers = [_number(label) for label in labels]
-    fractional = any(number != int(number) for number in numbers if number is not None)
-    words = [(line, label) for (line, label), number in zip(filled, numbers, strict=True) if number is None]
-    if words and fractional:  # scores with a slip of the pen, or version numbers among other names
-        raise InputError(
-            f"The labels in {column!r} are fractions and other things, such as {words[0][1]!r} on line {words[0][0]}; say with "
-            "--task regression that they are numbers (rows with others are then bad rows), or with --task sequence_classification "
-            "that they are classes."
-        )
-    if not labels or words:
-        return "sequence_classification"
-    if fractional:
-        return "regression"
-    values = set(numbers)
-    fractions = any(isinstance(label, float) or (isinstance(label, str) and "." in label) for label in labels)
-    if fractions or (len(values) > CLASSES and len(numbers) < REPEATS * len(values)):
-        raise InputError(
-            f"The labels in {column!r} are whole numbers, {len(values)} different ones in {len(numbers)} rows, and could be "
-            "classes or quantities; say which with --task sequence_classification or --task regression."
-        )
-    return "sequence_classification"
+def _named(text_column: str, label_column: str, text_pair_column: str | None) -> list[Convention]:
+    """The conventions with the user's names for texts and label in place of the usual ones."""
+    named: list[Convention] = []
+    for convention in CONVENTIONS:
+        roles = dict(convention.roles)
+        if "text_pair" in roles:
+            if text_pair_column is not None:
+                roles |= {"text": TEXT if text_column == "text" else (text_column,), "text_pair": (text_pair_column,)}
+            elif text_column != "text" and not _called(roles["text"], [text_column]):
+                continue
+        elif "text" in roles and text_column != "text":
+            roles["text"] = (text_column,)
+        if "label" in roles and label_column != "label":
+            roles["label"] = (label_column,)
+        if roles not in [other.roles for other in named]:
+            named.append(dataclasses.replace(convention, roles=roles))
+    return named
 
 
-def _number(label: Any) -> float | None:
-    """The number that a label is or spells; None for words and booleans."""
-    if isinstance(label, bool):
-        return None
-    if isinstance(label, int | float):
-        return float(label) if label == label and abs(label) != float("inf") else None
-    if isinstance(label, str) and re.fullmatch(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*", label):
-        return float(label)
-    return None
+def _is_label(column: str | None, rows: Iterable[Row]) -> bool:
+    """Whether the column can be a label by its name; an answer is one only where it is yes or no."""
+    return column != "answer" or all(switch_of(row.values.get(column)) is not None for row in rows)

@@ -1,20 +1,26 @@
-"""Rows of data with their columns and line numbers: checked by a task's own rule, and split."""
+"""Rows of data with their columns and line numbers, and the check of each by a task's own rule."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from sklearn.model_selection import train_test_split
-
+from reltune.data.cells import Unreadable
 from reltune.errors import InputError, nearest
 from reltune.names import ON_BAD_ROWS
 
 if TYPE_CHECKING:
     from reltune.data.streams import StreamedRows
 
+# A line number with the values of the row that starts there, or with a phrase that says why there is none.
+Record = tuple[int, dict[str, Any] | str]
+SPLITS = {  # names in use for the parts of a data set -> what they are here
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 SHOWN = 10  # line numbers per kind of bad row in a message,
 KINDS = 3  # and kinds
 
@@ -99,6 +105,14 @@ class Rows(Sequence[Row]):
         for phrase, more in lines.items():
             self.skipped[phrase] = [*self.skipped.get(phrase, ()), *more]
 
+    def mapped(self, convert: Callable[[dict[str, Any]], dict[str, Any]], more_columns: Sequence[str] = ()) -> Rows:
+        """The same rows with other values; what ``datasets`` holds is converted when it is asked for."""
+        change = getattr(self.records, "mapped", None)
+        records = change(convert) if change else [convert(record) for record in self.records]
+        rows = self._with(records, self.lines)
+        rows.columns += [name for name in more_columns if name not in rows.columns]
+        return rows
+
     def _with(self, records: Sequence[dict[str, Any]], lines: Sequence[int]) -> Rows:
         return Rows(
             records,
@@ -173,6 +187,9 @@ def checked(rows: Rows, problem: Callable[[Row], str | None], on_bad_rows: str =
 
 def row_problem(row: Row, problem: Callable[[Row], str | None]) -> str | None:
     """What is wrong with a row by a task's rule, or for every task."""
+    for value in row.values.values():
+        if isinstance(value, Unreadable):
+            return value.reason
     # JSON escapes can write lone surrogates, which no tokenizer can read.
     return problem(row) or (None if _encodable(row.values) else "half of a surrogate pair")
 
@@ -239,74 +256,3 @@ def _encodable(value: object) -> bool:
     elif isinstance(value, list):
         return all(map(_encodable, value))
     return True
-
-
-# -- splitting ------------------------------------------------------------------------------------------------------
-
-
-def _same(text: str) -> str:
-    """What two copies of a text have in common when only their whitespace differs."""
-    return " ".join(text.split())
-
-
-def split_off(
-    rows: Rows, fraction: float, seed: int, content: Callable[[Row], str], label: Callable[[Row], str] | None = None
-) -> tuple[Rows, Rows]:
-    """Split into (rest, part), ``part`` holding about ``fraction`` of the distinct contents.
-
-    Rows of one content (whitespace aside) stay on one side, each side keeps the order of ``rows``, and equal
-    seeds give equal splits. With ``label`` classes keep their proportions; a class with a single content stays in the
-    rest, and a part smaller than the number of classes is drawn without regard to classes.
-    """
-    if not 0 < fraction < 1:
-        raise InputError(f"The fraction to split off is {fraction}; it must lie between 0 and 1.")
-    keys = []
-    labels: dict[str, str] = {}
-    for row in rows:
-        keys.append(_same(content(row)))
-        labels.setdefault(keys[-1], label(row) if label else "")
-    contents_per_class = Counter(labels.values())
-    contents = [key for key, name in labels.items() if contents_per_class[name] > 1]
-    size = max(1, round(fraction * len(labels)))
-    if size >= len(contents):
-        raise InputError(
-            f"{rows.source}: {len(labels)} different texts"
-            + (f", {alone} of which are the only one of their label," if (alone := len(labels) - len(contents)) else "")
-            + f" are too few to split off {fraction:.0%}; add rows or name a validation file and a test file."
-        )
-    classes = [labels[key] for key in contents]
-    enough = min(size, len(contents) - size) >= len(set(classes))
-    _, chosen = train_test_split(contents, test_size=size, random_state=seed, stratify=classes if enough else None)
-    part = set(chosen)
-    sides: tuple[list[int], list[int]] = ([], [])
-    for index, key in enumerate(keys):
-        sides[key in part].append(index)
-    rest, held = rows.select(sides[0]), rows.select(sides[1])
-    held.skipped = {}  # they stay on the record of the rest
-    return rest, held
-
-
-def check_splits(
-    train: Sequence[Row], validation: Sequence[Row], test: Sequence[Row], label: Callable[[Row], str] | None = None
-) -> None:
-    """Raise InputError unless every split has rows and, with ``label``, training has two classes and knows all labels."""
-    splits = {"training": train, "validation": validation, "test": test}
-    for split, rows in splits.items():
-        if not rows:
-            raise InputError(f"The {split} split has no rows; add rows to it.")
-    if label is None:
-        return
-    known = {label(row) for row in train}
-    if len(known) == 1:
-        raise InputError(
-            f"All {len(train)} training rows have the label {label(train[0])!r}; "
-            "a classifier needs at least two classes, so check the label column."
-        )
-    for split, rows in splits.items():
-        unseen = next((row for row in rows if label(row) not in known), None)
-        if unseen:
-            raise InputError(
-                f"The label {label(unseen)!r} in the {split} split (line {unseen.line}) does not occur "
-                f"in training; {nearest(label(unseen), sorted(known))} "
-                "Correct it, or add training rows with it."
-            )

@@ -50,8 +50,8 @@ def read_splits(
         return dict(read_parquet(path, streaming))
     check_text_file(path)
     if streaming:
-        return {"train": StreamedRows(lambda: stream_text_file(path, encoding), str(path))}
-    return {"train": read_text_file(path, encoding)}
+        return {"train": StreamedRows(stream_text_file(path, encoding), str(path))}
+    return dict(read_text_file(path, encoding))
 
 
 def read_dataset(

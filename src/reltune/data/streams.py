@@ -70,6 +70,18 @@ class StreamedRows(Iterable[Row]):
         """The same rows, each checked by a task's rule when it comes."""
         return StreamedRows(self.records, self.source, self.columns, problem, on_bad_rows, self.unit)
 
+    def mapped(
+        self, convert: Callable[[dict[str, Any]], dict[str, Any]], more_columns: Sequence[str] = ()
+    ) -> StreamedRows:
+        """The same rows with other values, before they are checked."""
+
+        def records() -> Iterator[tuple[int, dict[str, Any] | str]]:
+            for line, record in self.records():
+                yield line, record if isinstance(record, str) else convert(record)
+
+        columns = list(dict.fromkeys([*self.columns, *more_columns]))
+        return StreamedRows(records, self.source, columns, self.problem, self.on_bad_rows, self.unit)
+
     def skip(self, lines: Mapping[str, Sequence[int]]) -> None:
         """Put lines that are left out on record, by kind."""
         self._skipped |= {line: phrase for phrase, more in lines.items() for line in more}

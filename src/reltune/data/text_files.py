@@ -1,34 +1,51 @@
-"""CSV, TSV, JSON Lines and JSON files as rows, with the line on which each row starts."""
+"""Text files as rows, with the line on which each row starts: tables, JSON, tagged words; as they are or compressed."""
 
 from __future__ import annotations
 
+import bz2
 import codecs
-import csv
+import contextlib
+import gzip
 import io
-import json
+import itertools
+import lzma
 import os
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
-from reltune.data.rows import Rows, by_kind, no_good_rows
+from reltune.data.json_files import json_lines, read_json
+from reltune.data.rows import Record, Rows, by_kind, no_good_rows
+from reltune.data.tables import LOOKED_AT, SEPARATORS, dialect_of, read_table
+from reltune.data.tagged_words import SUFFIXES as TAGGED
+from reltune.data.tagged_words import read_tagged_words
 from reltune.errors import InputError, nearest
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-TEXT_SUFFIXES = (*DELIMITERS, *JSON_SUFFIXES)
+TEXT_SUFFIXES = (*SEPARATORS, *JSON_SUFFIXES, *TAGGED)
+COMPRESSED: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+MENDS = {  # suffixes of what people have instead -> what they can do
+    **dict.fromkeys(
+        (".xlsx", ".xls", ".xlsm", ".ods", ".numbers"),
+        "a spreadsheet; save it as CSV (in Excel: File, Save As, CSV UTF-8) and name that file.",
+    ),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar", ".zst"), "an archive; unpack it and name the file inside."),
+    **dict.fromkeys(
+        (".pkl", ".pickle", ".pt"),
+        "a format that can run code when it is opened; save the rows as Parquet or JSON Lines.",
+    ),
+}
 COMMON_ENCODINGS = ("utf-8", "utf-16", "gbk", "gb18030", "big5", "shift_jis", "euc-kr", "latin-1", "cp1252")
-
-# A line number with the values of the row that starts there, or with a phrase that says why there is none.
-Record = tuple[int, dict[str, Any] | str]
+UNPACKING = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
 
-def read_text_file(path: str | os.PathLike, encoding: str = "utf-8") -> Rows:
-    """The rows of a text file; its suffix says which format it has.
+def read_text_file(path: str | os.PathLike, encoding: str = "utf-8") -> dict[str, Rows]:
+    """The rows of a text file by split; its suffix says which format it has.
 
-    CSV values are strings, just as the file has them; a .json file holds a list of objects, or one on each line as
-    .jsonl does. Lines that hold no row (another number of fields, no valid JSON) are in ``broken``.
+    CSV values are strings, just as the file has them. Lines that hold no row (another number of fields, no valid JSON) are
+    in ``broken``. Only JSON can name splits; else all is "train".
 
     Raises:
         InputError: no file, another encoding or format, or CSV in which nothing after the fault can be trusted.
@@ -36,92 +53,153 @@ def read_text_file(path: str | os.PathLike, encoding: str = "utf-8") -> Rows:
     path = Path(path)
     check_text_file(path)
     content = _decode(path, encoding)
-    suffix = path.suffix.lower()
+    suffix = format_of(path)
     header: list[str] = []
-    if suffix in DELIMITERS:
-        header_line, header, records = _csv(path, io.StringIO(content, newline=""))
-        found = list(records)
+    header_line, unit = None, "line"
+    if suffix in SEPARATORS:
+        lines = io.StringIO(content, newline="")
+        dialect = dialect_of(path, suffix, itertools.islice(lines, LOOKED_AT))
+        lines.seek(0)
+        header_line, header, records = read_table(path, dialect, lines)
+        splits = {"train": list(records)}
+    elif suffix in TAGGED:
+        splits = {"train": list(read_tagged_words(path, content.split("\n")))}
     else:
         # not splitlines(): a JSON string may hold U+2028 and other line separators as they are
-        whole = suffix == ".json" and content.lstrip().startswith("[")
-        found = list(_json_list(path, content) if whole else _json_lines(io.StringIO(content, newline="\n")))
-        header_line = next((line for line, record in found if isinstance(record, dict)), 1)
-    rows = [(line, record) for line, record in found if isinstance(record, dict)]
-    broken = [(line, phrase) for line, phrase in found if isinstance(phrase, str)]
+        splits, unit = read_json(path, content)
+    return {split: _rows(path, records, header, header_line, unit) for split, records in splits.items()}
+
+
+def _rows(path: Path, records: list[Record], header: list[str], header_line: int | None, unit: str) -> Rows:
+    rows = [(line, record) for line, record in records if isinstance(record, dict)]
+    broken = [(line, phrase) for line, phrase in records if isinstance(phrase, str)]
     if not rows:
-        raise InputError(no_good_rows(str(path), by_kind(broken)))
+        raise InputError(no_good_rows(str(path), by_kind(broken), unit))
+    if header and not header[-1] and not any(record[""] for _, record in rows):
+        header = [name for name in header if name]  # a spreadsheet's empty columns
     return Rows(
         [record for _, record in rows],
         str(path),
         header or None,
         [line for line, _ in rows],
-        header_line=header_line,
+        header_line=header_line if header else rows[0][0] if unit == "line" else None,
         repeated=[name for name, count in Counter(header).items() if count > 1],
         broken=broken,
+        unit=unit,
     )
 
 
-def stream_text_file(path: str | os.PathLike, encoding: str = "utf-8") -> Iterator[Record]:
-    """The records of a text file one after the other, the file being read as they are asked for.
+def stream_text_file(path: str | os.PathLike, encoding: str = "utf-8") -> Callable[[], Iterator[Record]]:
+    """What starts a pass over the records of a text file, which is read as they are asked for.
 
     Raises:
-        InputError: as for ``read_text_file``, at the record that is concerned; and for a list in a .json file.
+        InputError: as for ``read_text_file``, in a pass at the record that is concerned; and for JSON that is one list.
     """
     path = Path(path)
     check_text_file(path)
-    codec = _codec(encoding)
-    delimited = path.suffix.lower() in DELIMITERS
-    line = 0
-    try:
-        with path.open(encoding=codec, newline="" if delimited else "\n") as file:
-            if path.suffix.lower() == ".json" and file.read(1000).lstrip().startswith("["):
-                raise InputError(
-                    f"{path} is one list, which cannot be streamed; write one object on each line (.jsonl)."
-                )
-            file.seek(0)
-            for line, record in _csv(path, file)[2] if delimited else _json_lines(file):
+    suffix = format_of(path)
+    with _reading(path, encoding, [0]), _text(path, encoding) as file:
+        if suffix in JSON_SUFFIXES and file.read(1000).lstrip().startswith("["):
+            raise InputError(f"{path} is one list, which cannot be streamed; write one object on each line (.jsonl).")
+        head = itertools.islice(file, LOOKED_AT)
+        dialect = dialect_of(path, suffix, head) if suffix in SEPARATORS else None
+
+    def records() -> Iterator[Record]:
+        at = [0]
+        with _reading(path, encoding, at), _text(path, encoding) as file:
+            if dialect is not None:
+                found = read_table(path, dialect, file)[2]
+            else:
+                found = read_tagged_words(path, file) if suffix in TAGGED else json_lines(file)
+            for line, record in found:
+                at[0] = line
                 yield line, record
+
+    return records
+
+
+@contextlib.contextmanager
+def _reading(path: Path, encoding: str, line: Sequence[int]) -> Iterator[None]:
+    """Turn what goes wrong after this line into InputError."""
+    try:
+        yield
     except UnicodeError as error:
         raise InputError(
-            f"{path} is not {encoding}: what follows line {line} cannot be decoded. Pass the file's own encoding, for "
+            f"{path} is not {encoding}: what follows line {line[0]} cannot be decoded. Pass the file's own encoding, for "
             "example --encoding gbk or latin-1."
         ) from error
+    except UNPACKING as error:
+        raise _torn(path, error) from error
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
 
 
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+def format_of(path: Path) -> str:
+    """The suffix that says the format, in lower case, without that of a compressed file."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return next((suffix for suffix in reversed(suffixes) if suffix not in COMPRESSED), "")
+
+
 def check_text_file(path: Path) -> None:
     """Raise InputError unless the path is a file of a text format."""
-    if not path.exists():
+    if not os.path.exists(path):  # also false for a name that is too long
         raise InputError(f"{path} does not exist; check the path.")
     if path.is_dir():
         raise InputError(f"{path} is a directory; name one file in it.")
-    if path.suffix.lower() not in TEXT_SUFFIXES:
+    suffix = format_of(path)
+    if suffix in MENDS:
+        raise InputError(f"{path} has the suffix {suffix!r}: {MENDS[suffix]}")
+    if suffix not in TEXT_SUFFIXES:
         known = (*TEXT_SUFFIXES, ".parquet")
         raise InputError(
             f"{path} has the unknown suffix {path.suffix!r}; use one of {', '.join(known)} for its format."
         )
 
 
-def _codec(encoding: str) -> str:
-    """The encoding by its usual name; UTF-8 may start with a byte order mark."""
+def _open(path: Path) -> BinaryIO:
+    """The file's bytes, unpacked where it is compressed."""
+    opener = COMPRESSED.get(path.suffix.lower(), open)
+    file: BinaryIO = opener(path, "rb")
+    return file
+
+
+def _text(path: Path, encoding: str) -> io.TextIOWrapper:
+    """The file as text, line ends as they are. JSON lines end at a line feed alone."""
+    with _open(path) as file:
+        codec = _codec(encoding, file.read(2))
+    return io.TextIOWrapper(_open(path), codec, newline="" if format_of(path) in SEPARATORS else "\n")
+
+
+def _codec(encoding: str, start: bytes = b"") -> str:
+    """The encoding by its usual name. UTF-8 may start with a byte order mark; one of UTF-16 says that the file is that."""
     try:
         codec = codecs.lookup(encoding).name
         io.TextIOWrapper(io.BytesIO(), codec)  # some codecs are not of text
     except (LookupError, ValueError) as error:
         raise InputError(f"The encoding {encoding!r} is unknown; {nearest(encoding, COMMON_ENCODINGS)}") from error
-    return "utf-8-sig" if codec == "utf-8" else codec
+    if codec != "utf-8":
+        return codec
+    return "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def _decode(path: Path, encoding: str) -> str:
     """The whole file as text, line ends as they are."""
-    codec = _codec(encoding)
+    _codec(encoding)
     try:
-        data = path.read_bytes()
+        with _open(path) as file:
+            data = file.read()
+    except UNPACKING as error:
+        raise _torn(path, error) from error
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+    codec = _codec(encoding, data[:2])
     if not data.strip():
         raise InputError(f"{path} is empty; it needs rows of data.")
+    if data.startswith(b"PK\x03\x04"):
+        raise InputError(f"{path} is no text but a spreadsheet or an archive; save the sheet as CSV, or unpack it.")
     no_text = f"{path} holds no text but binary data; if it is UTF-16, pass --encoding utf-16."
     try:
         content = data.decode(codec)
@@ -134,90 +212,16 @@ def _decode(path: Path, encoding: str) -> str:
             f"{path} is not {encoding}: line {line} cannot be decoded "
             f"(byte offset {start}). Pass the file's own encoding, for example --encoding gbk or latin-1."
         ) from error
-    if "\0" in content:
+    nulls = content.count("\0")
+    if nulls > len(content) / 100:
         raise InputError(no_text)
+    if nulls:
+        line = content.count("\n", 0, content.index("\0")) + 1
+        raise InputError(
+            f"{path} line {line} holds a NUL character, which no text has; remove it, for example with tr -d '\\000'."
+        )
     return content
 
 
-def _csv(path: Path, file: TextIO) -> tuple[int, list[str], Iterator[Record]]:
-    """The header's line, the header, and the records after it."""
-    csv.field_size_limit(2**31 - 1)  # texts may be long
-    # strict, because otherwise a quote that is never closed swallows the rest of the file silently
-    reader = csv.reader(file, delimiter=DELIMITERS[path.suffix.lower()], strict=True)
-
-    def lines() -> Iterator[tuple[int, list[str]]]:
-        while True:
-            line = reader.line_num + 1  # a record with quoted newlines spans several lines
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                raise InputError(
-                    f"{path} line {line} is not valid CSV: {error}. "
-                    'Put fields with quotes in quotes and double the quotes inside: "say ""so""".'
-                ) from error
-            if fields and (len(fields) > 1 or fields[0].strip()):
-                yield line, fields
-
-    filled = lines()
-    header_line, header = next(filled, (1, []))
-    header = [name.strip() for name in header]
-
-    def records() -> Iterator[Record]:
-        for line, fields in filled:
-            same = len(fields) == len(header)
-            yield (
-                line,
-                dict(zip(header, fields, strict=True))
-                if same
-                else f"another number of fields than the header's {len(header)}",
-            )
-
-    return header_line, header, records()
-
-
-def _json_lines(file: TextIO) -> Iterator[Record]:
-    for line, source in enumerate(file, start=1):
-        if not source.strip():
-            continue
-        try:
-            record = json.loads(source)
-        except (ValueError, RecursionError) as error:
-            yield line, f"no valid JSON ({getattr(error, 'msg', 'nested too deeply')})"
-        else:
-            yield line, record if isinstance(record, dict) else "no JSON object"
-
-
-def _json_list(path: Path, content: str) -> Iterator[Record]:
-    """The elements of one list; decoded one by one, so that each has its line."""
-    decoder = json.JSONDecoder()
-    place, line, counted = content.index("["), 1, 0
-    while True:
-        place = _skip(content, place + 1)  # the bracket, or the comma
-        if content[place : place + 1] == "]":
-            break
-        line, counted = line + content.count("\n", counted, place), place
-        try:
-            record, place = decoder.raw_decode(content, place)
-            place = _skip(content, place)
-            if content[place : place + 1] not in (",", "]"):
-                raise json.JSONDecodeError("Expecting ',' or ']'", content, place)
-        except (ValueError, RecursionError) as error:
-            at = getattr(error, "lineno", line)
-            reason = getattr(error, "msg", "nested too deeply")
-            raise InputError(
-                f"{path} line {at} is not valid JSON ({reason}); write a list of objects, or one object on each line."
-            ) from error
-        yield line, record if isinstance(record, dict) else "no JSON object"
-        if content[place] == "]":
-            break
-    if content[place + 1 :].strip():
-        raise InputError(f"{path} goes on after the end of its list; keep one list.")
-
-
-def _skip(content: str, place: int) -> int:
-    """The next place that holds no whitespace, as JSON knows it."""
-    while content[place : place + 1] in (" ", "\t", "\n", "\r"):
-        place += 1
-    return place
+def _torn(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} cannot be unpacked ({error}); write or download it again.")

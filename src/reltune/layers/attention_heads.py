@@ -14,72 +14,13 @@ or parameters beyond the known ones may mix its heads (differential attention, c
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
-from reltune.layers.units import ModuleInfo, Parts
-
-if TYPE_CHECKING:
-    from reltune.layers.inventory import Inventory
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadGroup:
-    """The heads of one attention module.
-
-    ``projections`` maps a module to the rows at which head 0 begins: one start of a query, key or value projection,
-    several of a fused one. Head h begins ``h · head_size`` rows further on. ``output`` reads head h from as many columns.
-    """
-
-    name: str  # of the attention module
-    layer: str
-    heads: int
-    head_size: int
-    output: str
-    projections: dict[str, list[int]]
-
-    @property
-    def modules(self) -> list[str]:
-        """Every module that holds a part of a head."""
-        return [*self.projections, self.output]
-
-    def output_columns(self, head: int) -> range:
-        return range(head * self.head_size, (head + 1) * self.head_size)
-
-    def rows(self, head: int) -> dict[str, list[int]]:
-        """The head's rows of each query, key and value projection."""
-        return {
-            name: [start + row for start in starts for row in self.output_columns(head)]
-            for name, starts in self.projections.items()
-        }
-
-    def add_up(self, parts: Mapping[str, Parts]) -> Tensor | None:
-        """The sums (heads,) over what each head holds of the modules' row and column parts; None where one has none."""
-        blocks = [
-            (parts.get(name, {}).get("row"), start) for name, starts in self.projections.items() for start in starts
-        ]
-        blocks.append((parts.get(self.output, {}).get("column"), 0))
-        total: Tensor | None = None
-        for values, start in blocks:
-            if values is None:
-                return None
-            own = values[start : start + self.heads * self.head_size].reshape(self.heads, self.head_size).sum(1)
-            total = own if total is None else total + own
-        return total
-
-    def check(self, inventory: Inventory) -> None:
-        """Raise ValueError unless the heads lie inside modules of these shapes."""
-        end = self.heads * self.head_size
-        sizes = [(name, start, 0) for name, starts in self.projections.items() for start in starts]
-        if self.heads < 1 or self.head_size < 1:
-            raise ValueError(f"{self.name} has {self.heads} heads of size {self.head_size}")
-        for name, start, side in [*sizes, (self.output, 0, 1)]:
-            if name not in inventory or start < 0 or start + end > inventory[name].shape[side]:
-                raise ValueError(f"the heads of {self.name} do not lie in {name}")
-
+from reltune.layers.head_group import HeadGroup
+from reltune.layers.registry import layer_type
+from reltune.layers.units import ModuleInfo
 
 # Names of the query, key, value and output projections, under the attention module.
 SEPARATE = (
@@ -94,9 +35,14 @@ HEAD_SIZE = ("head_dim", "attention_head_size", "key_value_proj_dim")
 BESIDE = ("q_norm", "k_norm", "sinks", "relative_attention_bias")  # what may stand beside the projections
 
 
-def heads_and_reasons(model: nn.Module, inventory: Inventory) -> tuple[list[HeadGroup], dict[str, str]]:
-    """The heads of every attention module whose structure is known and whose projections are all in the inventory; and
-    why other attention modules have none, by their names."""
+def find_attention_heads(
+    model: nn.Module, modules: Mapping[str, ModuleInfo], left_out: Mapping[str, str]
+) -> tuple[list[HeadGroup], dict[str, str]]:
+    """The attention heads of a model, and why an attention module has none, by the module's name.
+
+    An attention module has heads where its structure is known and all its projections are among the ``modules`` that
+    have units. ``left_out`` says why other parameters have none.
+    """
     groups: list[HeadGroup] = []
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -106,7 +52,7 @@ def heads_and_reasons(model: nn.Module, inventory: Inventory) -> tuple[list[Head
                 reasons[name] = f"the projections of {type(module).__name__} are not known"
             continue
         try:
-            groups.append(_group(name, module, names, inventory))
+            groups.append(_group(name, module, names, modules, left_out))
         except ValueError as error:
             reasons[name] = str(error)
     return groups, reasons
@@ -145,25 +91,31 @@ def _has(model: nn.Module, name: str) -> bool:
     return True
 
 
-def _group(name: str, module: nn.Module, names: tuple[list[str], str], inventory: Inventory) -> HeadGroup:
-    """Raises ValueError, saying why, where names alone do not make heads."""
+def _group(
+    name: str,
+    module: nn.Module,
+    names: tuple[list[str], str],
+    modules: Mapping[str, ModuleInfo],
+    left_out: Mapping[str, str],
+) -> HeadGroup:
+    """The heads of an attention module with projections of these names; ValueError, saying why, where it has none."""
     inputs, output = names
     infos: dict[str, ModuleInfo] = {}
     for key in (*inputs, output):
-        if key not in inventory:
-            raise ValueError(inventory.left_out.get(f"{key}.weight", f"{key} has no units"))
-        infos[key] = inventory[key]
+        if key not in modules:
+            raise ValueError(left_out.get(f"{key}.weight", f"{key} has no units"))
+        infos[key] = modules[key]
     fused = len(inputs) < 3
     for key, info in infos.items():
         # Fused projections of other types are laid out otherwise (GPTBigCode's c_attn: head by head).
-        if info.kind != ("conv1d" if fused else "linear"):
-            raise ValueError(f"{key} is of kind {info.kind}")
+        if layer_type(info.layer_type).head_layout != ("fused" if fused else "separate"):
+            raise ValueError(f"{key} is of layer type {info.layer_type}")
     others = sorted({key.split(".")[0] for key in _own_parameters(name, module, infos)} - set(BESIDE))
     if others:
         raise ValueError(f"{type(module).__name__} has {others[0]}, whose part in the heads is not known")
 
     config = getattr(module, "config", None)
-    heads = next((getattr(of, key) for of in (module, config) for key in HEADS if hasattr(of, key)), None)
+    heads = next((getattr(place, key) for place in (module, config) for key in HEADS if hasattr(place, key)), None)
     size = next((getattr(module, key) for key in HEAD_SIZE if hasattr(module, key)), None)
     if not isinstance(heads, int) or not isinstance(size, int) or heads < 1 or size < 1:
         raise ValueError(f"{type(module).__name__} does not say how many heads of what size it has")
@@ -174,7 +126,7 @@ def _group(name: str, module: nn.Module, names: tuple[list[str], str], inventory
     rows = [infos[key].rows for key in inputs]
     if fused:
         starts = [[0], [0, end]] if len(inputs) == 2 else [[0, end, 2 * end]]
-        if rows != [len(of) * end for of in starts]:
+        if rows != [len(blocks) * end for blocks in starts]:
             raise misfit
         projections = dict(zip(inputs, starts, strict=True))
     else:

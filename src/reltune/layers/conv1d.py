@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from reltune.layers.linear import by_example, input_weighted, squared_inputs, statistics
+from reltune.layers.linear import LinearType
+from reltune.layers.protocol import HeadLayout
+from reltune.layers.units import ModuleInfo
 
-__all__ = ["by_example", "input_weighted", "matches", "squared_inputs", "statistics"]
 
+class Conv1DType(LinearType):
+    name = "conv1d"
+    covers = "Transformers' Conv1D"
+    head_layout: HeadLayout = "fused"
 
-def matches(module: nn.Module) -> bool:
-    return type(module) is Conv1D
+    def matches(self, module: nn.Module) -> bool:
+        return type(module) is Conv1D
+
+    def shape(self, module: nn.Module) -> tuple[int, ...]:
+        return super().shape(module)[::-1]
+
+    def laid_out(self, info: ModuleInfo, module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value.mT if key == "weight" else value for key, value in values.items()}

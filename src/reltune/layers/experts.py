@@ -25,25 +25,11 @@ from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from reltune.layers import linear
-from reltune.layers.linear import input_weighted
-from reltune.layers.per_example import STATISTICS, Statistics
+from reltune.layers.padding import in_float64
+from reltune.layers.per_example import STATISTICS, Shared, Statistics, shapes
+from reltune.layers.protocol import Handle, HeadLayout, LayerType, Observer, Use
 from reltune.layers.units import ModuleInfo
 from reltune.ops.squared_gradient import accumulator_dtype, block_numbers, stacked_squared_gradient_sums
-
-__all__ = [
-    "Route",
-    "Rows",
-    "gathered",
-    "infos",
-    "input_weighted",
-    "instrument",
-    "matches",
-    "of_expert",
-    "squared_inputs",
-    "stacked_weights",
-    "statistics",
-    "weights",
-]
 
 # What transformers' decorator use_experts_implementation writes on a module, without which its forward is its own affair.
 MARKS = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
@@ -59,59 +45,187 @@ class Route:
     total: int
 
 
+@dataclasses.dataclass(frozen=True)
+class ExpertInputs:
+    """Inputs (S, in) of a projection in one pass, with the expert and the example (S,) of each."""
+
+    values: Tensor
+    expert: Tensor
+    example: Tensor
+    examples: int
+
+
 See = Callable[[str, Tensor, Tensor, Route], Tensor]  # (projection, its input rows, its output rows, route) -> output
 
 
-def matches(module: nn.Module) -> bool:
-    """Experts that transformers can run by any implementation, whole on this device and without a norm of their own."""
-    if not all(hasattr(module, mark) for mark in MARKS):
-        return False
-    if getattr(module, "has_post_expert_norm", False) or getattr(module, "_is_expert_parallel", False):
-        return False
-    shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
-    names = _projections(module)
-    known = {*names, *(f"{name}_bias" for name in names if module.has_bias)}
-    if set(shapes) != known:
-        return False
-    return all(
-        len(shape) == (2 if name.endswith("_bias") else 3) and shape[0] == module.num_experts
-        for name, shape in shapes.items()
-    )
+class ExpertsType(LayerType):
+    """Experts that transformers can run by any implementation, whole on this device and without a norm of their own.
+
+    Taken out, an expert's projection gives zero, or its mean, for the tokens that are sent to it.
+    """
+
+    name = "experts"
+    covers = "the experts of Transformers' mixtures"
+    trains = frozenset[str]()
+    packed = False
+    head_layout: HeadLayout = ""
+    unseen = "the loss does not reach it, or other code runs in its place"  # a fused kernel of the whole layer, say
+
+    def matches(self, module: nn.Module) -> bool:
+        if not all(hasattr(module, mark) for mark in MARKS):
+            return False
+        if getattr(module, "has_post_expert_norm", False) or getattr(module, "_is_expert_parallel", False):
+            return False
+        held = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+        names = _projections(module)
+        known = {*names, *(f"{name}_bias" for name in names if module.has_bias)}
+        if set(held) != known:
+            return False
+        return all(
+            len(shape) == (2 if name.endswith("_bias") else 3) and shape[0] == module.num_experts
+            for name, shape in held.items()
+        )
+
+    def why_not(self, module: nn.Module) -> str:
+        return ""
+
+    def infos(self, name: str, module: nn.Module, layer: str, depth: int) -> list[ModuleInfo]:
+        """One per expert and projection."""
+        found = []
+        for projection in _projections(module):
+            sizes = tuple(module.get_parameter(projection).shape[1:])
+            shape = sizes[::-1] if module.is_transposed else sizes
+            for expert in range(module.get_parameter(projection).shape[0]):
+                own = f"{name}.{projection}.{expert}" if name else f"{projection}.{expert}"
+                found.append(ModuleInfo(own, self.name, layer, depth, shape, bool(module.has_bias), holder=name))
+        return found
+
+    def holder(self, name: str) -> str | None:
+        return ".".join(name.split(".")[:-2])
+
+    def weights(self, info: ModuleInfo, module: nn.Module) -> dict[str, Tensor]:
+        return self.own(info, _stacked_weights(module, _projection(info)))
+
+    def laid_out(self, info: ModuleInfo, module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.own(info, _stacked(module, _projection(info), values))
+
+    def parameters(self, info: ModuleInfo, module: nn.Module) -> tuple[str, ...]:
+        projection = _projection(info)
+        return (projection, f"{projection}_bias") if info.bias else (projection,)
+
+    def observe(self, module: nn.Module, infos: Sequence[ModuleInfo], observer: Observer) -> list[Handle]:
+        stacks = {_projection(info): info.stack for info in infos}
+
+        def see(projection: str, x: Tensor, y: Tensor, route: Route) -> Tensor:
+            return observer.see(stacks[projection], x, y, route) if projection in stacks else y
+
+        return [_Watched(module, see)]
+
+    def gathered(
+        self, module: nn.Module, uses: Sequence[Use], examples: int, rows_per_example: int
+    ) -> tuple[ExpertInputs, Tensor]:
+        """All input rows and output gradients (S, out); tokens are taken example by example, as many of each."""
+        for use in uses:
+            if use.route.total % examples:
+                raise ValueError(f"its input has {use.route.total} tokens")
+        example = [use.route.tokens // (use.route.total // examples) for use in uses]
+        expert = [use.route.experts for use in uses]
+        inputs = ExpertInputs(torch.cat([use.input for use in uses]), torch.cat(expert), torch.cat(example), examples)
+        return inputs, torch.cat([use.gradient for use in uses])
+
+    def reaches_others(self, x: ExpertInputs, g: Tensor) -> bool:
+        return bool(g[x.example > 0].any())
+
+    def statistics(
+        self,
+        info: ModuleInfo,
+        module: nn.Module,
+        x: ExpertInputs,
+        g: Tensor,
+        wanted: Collection[str],
+        shared: Shared | None = None,
+    ) -> Statistics:
+        """For every expert of a projection at once, each part with the experts (E,) as its first dimension."""
+        weights = _stacked_weights(module, _projection(info))
+        experts, out, features = weights["weight"].shape
+        dtype = accumulator_dtype(x.values)
+        found = {
+            statistic: {
+                part: g.new_zeros(experts, *shape, dtype=dtype) for part, shape in shapes(info, statistic).items()
+            }
+            for statistic in STATISTICS
+            if statistic in wanted
+        }
+        for some, xs, gs in _blocks(x, g, experts, out * features if set(found) - {"squares"} else 0):
+            block = {name: weight[some] for name, weight in weights.items()}
+            for statistic, parts in _block_statistics(block, info.bias, xs, gs, set(found)).items():
+                for part, value in parts.items():
+                    found[statistic][part][some] = value
+        return found
+
+    def squared_inputs(self, module: nn.Module, x: Tensor, mask: Tensor | None, route: Route) -> dict[str, Tensor]:
+        """The weight has Σ x² of each expert's rows (E, in), the bias the number of rows (E,)."""
+        squares = x.to(accumulator_dtype(x)).square()
+        real = _real(mask, route)
+        kept = squares.new_ones(len(x)) if real is None else real.to(squares.dtype)
+        experts = len(route.counts)
+        return {
+            "weight": squares.new_zeros(experts, x.shape[1]).index_add_(0, route.experts, squares * kept[:, None]),
+            "bias": squares.new_zeros(experts).index_add_(0, route.experts, kept),
+        }
+
+    def input_size(self, info: ModuleInfo) -> int:
+        return info.columns
+
+    def input_weighted(
+        self, info: ModuleInfo, weights: Mapping[str, Tensor], squares: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return linear.LinearType().input_weighted(info, weights, squares)
+
+    def own(self, info: ModuleInfo, stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value[_expert(info)] for name, value in stacked.items()}
+
+    def is_used(self, info: ModuleInfo, route: Route) -> bool:
+        return route.counts[_expert(info)] > 0
+
+    def output_rows(self, info: ModuleInfo, y: Tensor, mask: Tensor | None, examples: int, route: Route) -> Tensor:
+        rows, real = route.experts == _expert(info), _real(mask, route)
+        return in_float64(y[rows if real is None else rows & real.bool()])
+
+    def neutral(
+        self, info: ModuleInfo, module: nn.Module, x: Tensor, y: Tensor, mean: Tensor | None, route: Route
+    ) -> Tensor:
+        stand_in = torch.zeros_like(y) if mean is None else mean.to(y.dtype).expand_as(y)
+        return torch.where((route.experts == _expert(info))[:, None], stand_in, y)
 
 
 def _projections(module: nn.Module) -> tuple[str, str]:
     return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
 
 
-def infos(name: str, module: nn.Module, layer: str, depth: int) -> list[ModuleInfo]:
-    """One per expert and projection."""
-    found = []
-    for projection in _projections(module):
-        sizes = tuple(module.get_parameter(projection).shape[1:])
-        shape = sizes[::-1] if module.is_transposed else sizes
-        for expert in range(module.get_parameter(projection).shape[0]):
-            own = f"{name}.{projection}.{expert}" if name else f"{projection}.{expert}"
-            found.append(ModuleInfo(own, "experts", layer, depth, shape, bool(module.has_bias)))
-    return found
+def _projection(info: ModuleInfo) -> str:
+    return info.stack.rpartition(".")[2]
 
 
-def weights(info: ModuleInfo, module: nn.Module) -> dict[str, Tensor]:
-    """One expert's matrix, (out, in), and bias: views, no copies."""
-    projection, expert = info.name.split(".")[-2:]
-    return of_expert(stacked_weights(module, projection), int(expert))
+def _expert(info: ModuleInfo) -> int:
+    return int(info.name.rpartition(".")[2])
 
 
-def stacked_weights(module: nn.Module, projection: str) -> dict[str, Tensor]:
+def _real(mask: Tensor | None, route: Route) -> Tensor | None:
+    """The mask of each row's token, where it is a mask of the tokens."""
+    return None if mask is None or mask.numel() != route.total else mask.flatten()[route.tokens]
+
+
+def _stacked_weights(module: nn.Module, projection: str) -> dict[str, Tensor]:
     """All experts' matrices, (E, out, in), and biases (E, out): views, no copies."""
-    weight = module.get_parameter(projection).detach()
-    found = {"weight": weight.mT if module.is_transposed else weight}
-    if module.has_bias:
-        found["bias"] = module.get_parameter(f"{projection}_bias").detach()
-    return found
+    held = {key: value.detach() for key, value in module._parameters.items() if value is not None}
+    return _stacked(module, projection, held)
 
 
-def of_expert(stacked: Mapping[str, Tensor], expert: int) -> dict[str, Tensor]:
-    return {name: value[expert] for name, value in stacked.items()}
+def _stacked(module: nn.Module, projection: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    weight, bias = values[projection], values.get(f"{projection}_bias")
+    stacked = {"weight": weight.mT if module.is_transposed else weight}
+    return stacked if bias is None else {**stacked, "bias": bias}
 
 
 class _Implementation:
@@ -125,8 +239,8 @@ class _Implementation:
         return getattr(self._config, name)
 
 
-class Instrumented:
-    """The module as instrumented, until ``remove``."""
+class _Watched:
+    """A module that hands every projection's rows to ``see`` and goes on with what that returns, until ``remove``."""
 
     def __init__(self, module: nn.Module, see: See) -> None:
         self.module, self.config, self.key = module, module.config, f"reltune-{id(module)}"
@@ -140,11 +254,6 @@ class Instrumented:
     def remove(self) -> None:
         self.module.config = self.config
         del ALL_EXPERTS_FUNCTIONS[self.key]
-
-
-def instrument(module: nn.Module, see: See) -> Instrumented:
-    """From now on the module hands every projection's rows to ``see``, and goes on with what that returns."""
-    return Instrumented(module, see)
 
 
 def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, see: See) -> Tensor:
@@ -168,38 +277,14 @@ def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
 
 def _linear(module: nn.Module, projection: str, x: Tensor, counts: list[int]) -> Tensor:
     """Each expert's map on its rows of x (S, in)."""
-    stacked = stacked_weights(module, projection)
+    stacked = _stacked_weights(module, projection)
     busy = [expert for expert, count in enumerate(counts) if count] or [0]
     rows = x.split(counts)
-    maps = [of_expert(stacked, expert) for expert in busy]
-    return torch.cat([F.linear(rows[e], own["weight"], own.get("bias")) for e, own in zip(busy, maps, strict=True)])
+    weight, bias = stacked["weight"], stacked.get("bias")
+    return torch.cat([F.linear(rows[e], weight[e], None if bias is None else bias[e]) for e in busy])
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Inputs (S, in) of a projection in one pass, with the expert and the example (S,) of each."""
-
-    values: Tensor
-    expert: Tensor
-    example: Tensor
-    examples: int
-
-
-def gathered(uses: Sequence[tuple[Tensor, Tensor, Route]], examples: int) -> tuple[Rows, Tensor]:
-    """All input rows and output gradients (S, out) of a pass, from those of each use of the module.
-
-    Tokens are taken example by example, as many of each; ValueError where they are not.
-    """
-    for *_, route in uses:
-        if route.total % examples:
-            raise ValueError(f"its input has {route.total} tokens")
-    example = [route.tokens // (route.total // examples) for *_, route in uses]
-    expert = [route.experts for *_, route in uses]
-    rows = Rows(torch.cat([x for x, *_ in uses]), torch.cat(expert), torch.cat(example), examples)
-    return rows, torch.cat([g for _, g, _ in uses])
-
-
-def _blocks(x: Rows, g: Tensor, experts: int, workspace: int = 0) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+def _blocks(x: ExpertInputs, g: Tensor, experts: int, workspace: int = 0) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Numbers of some experts with their inputs (n, B, T, in) and output gradients (n, B, T, out); none without rows.
 
     ``workspace`` is what the caller needs for each expert, in numbers, beside Gram matrices (B, T, T).
@@ -228,48 +313,19 @@ def _blocks(x: Rows, g: Tensor, experts: int, workspace: int = 0) -> Iterator[tu
         here = group[first:last] - start * x.examples
         where = here // x.examples, here % x.examples, place[first:last]
         shape = stop - start, x.examples, loads[stop - 1]
-        xs, gs = (of.new_zeros(*shape, of.shape[1]) for of in (x.values, g))
+        xs, gs = (flat.new_zeros(*shape, flat.shape[1]) for flat in (x.values, g))
         xs[where], gs[where] = x.values[rows[first:last]], g[rows[first:last]]
         yield numbers[start:stop], xs, gs
         start, first = stop, last
 
 
-def statistics(
-    info: ModuleInfo,
-    module: nn.Module,
-    weights: Mapping[str, Tensor],
-    x: Rows,
-    g: Tensor,
-    wanted: Collection[str],
+def _block_statistics(
+    weights: Mapping[str, Tensor], has_bias: bool, x: Tensor, g: Tensor, wanted: set[str]
 ) -> Statistics:
-    """Sums over the examples (layers/per_example.py) for every expert of a projection, each part behind a dimension (E,).
-
-    ``weights`` are ``stacked_weights``, x and g what ``gathered`` gives.
-    """
-    experts, out, features = weights["weight"].shape
-    dtype = accumulator_dtype(x.values)
-    units = {"column": (features,), "row": (out,), "weight": (), **({"bias": ()} if info.bias else {})}
-    single = {"weight": (out, features), **({"bias": (out,)} if info.bias else {})}
-    found = {
-        need: {
-            part: g.new_zeros(experts, *shape, dtype=dtype)
-            for part, shape in (units if need in ("squares", "products") else single).items()
-        }
-        for need in STATISTICS
-        if need in wanted
-    }
-    for some, xs, gs in _blocks(x, g, experts, out * features if set(found) - {"squares"} else 0):
-        of_block = _of_block(info, {name: weight[some] for name, weight in weights.items()}, xs, gs, set(found))
-        for need, parts in of_block.items():
-            for part, value in parts.items():
-                found[need][part][some] = value
-    return found
-
-
-def _of_block(info: ModuleInfo, weights: Mapping[str, Tensor], x: Tensor, g: Tensor, wanted: set[str]) -> Statistics:
+    """Of some experts, from inputs (n, B, T, in) and output gradients (n, B, T, out)."""
     dtype = accumulator_dtype(x)
     found: Statistics = {}
-    bias = g.sum(2, dtype=dtype) if info.bias else None  # (n, B, out)
+    bias = g.sum(2, dtype=dtype) if has_bias else None  # (n, B, out)
     if "squares" in wanted:
         columns, rows = stacked_squared_gradient_sums(x, g)
         found["squares"] = {"column": columns, "row": rows, "weight": rows.sum(1)}
@@ -293,23 +349,9 @@ def _of_block(info: ModuleInfo, weights: Mapping[str, Tensor], x: Tensor, g: Ten
             found["sums"]["bias"] = bias.sum(1)
     elements = wanted & {"square_elements", "absolute_elements"}
     if elements:
-        each = [
-            linear.statistics(info, nn.Module(), of_expert(weights, e), x[e], g[e], elements) for e in range(len(x))
-        ]
-        for need in elements:
-            found[need] = {part: torch.stack([of[need][part] for of in each]) for part in each[0][need]}
+        each = [linear.statistics({}, has_bias, x[e], g[e], elements) for e in range(len(x))]
+        for statistic in elements:
+            found[statistic] = {
+                part: torch.stack([one[statistic][part] for one in each]) for part in each[0][statistic]
+            }
     return found
-
-
-def squared_inputs(x: Tensor, route: Route, real: Tensor | None) -> dict[str, Tensor]:
-    """Σ x² of each expert's rows: weight (E, in), and the number of rows: bias (E,).
-
-    ``real`` (tokens,) marks the tokens that are no padding.
-    """
-    squares = x.to(accumulator_dtype(x)).square()
-    kept = squares.new_ones(len(x)) if real is None else real[route.tokens].to(squares.dtype)
-    experts = len(route.counts)
-    return {
-        "weight": squares.new_zeros(experts, x.shape[1]).index_add_(0, route.experts, squares * kept[:, None]),
-        "bias": squares.new_zeros(experts).index_add_(0, route.experts, kept),
-    }

@@ -1,5 +1,8 @@
-"""Frozen linear maps whose weight is held in float8 (ops/float8.py): half of bfloat16's memory, and faster
-products on a GPU that has them."""
+"""Frozen linear maps whose weight is held in float8 (ops/float8.py).
+
+They take half of bfloat16's memory, and their products are faster on a GPU that multiplies float8. Their
+statistics are those of other quantised linear maps (layers/quantised.py).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from reltune.errors import InputError
-from reltune.layers import linear
+from reltune.layers.linear import LinearType
+from reltune.layers.quantised import QuantisedType
 from reltune.ops.float8 import E4M3, float8_linear, quantise_weight
 
 MULTIPLE = 16  # of features: what the tensor cores' products ask for
@@ -62,6 +66,21 @@ class Float8Linear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+class Float8Type(QuantisedType):
+    name = "float8"
+    covers = "nn.Linear held in float8"
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, Float8Linear)
+
+    def why_not(self, module: nn.Module) -> str:
+        return ""
+
+    def dequantised(self, module: nn.Module) -> Tensor:
+        assert isinstance(module, Float8Linear)
+        return module.dequantised()
+
+
 @torch.no_grad()
 def to_float8(module: nn.Linear) -> None:
     """Round the module's weight where it is, and free it. Its name, hooks and bias stay."""
@@ -83,6 +102,7 @@ def convertible(model: nn.Module, without: Collection[str] = ()) -> dict[str, nn
     owners: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    linear = LinearType()
     found: dict[str, nn.Linear] = {}
     for name, module in model.named_modules():
         if (

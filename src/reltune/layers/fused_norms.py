@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reltune.layers import norm
+from reltune.layers.norm import NormType
+
+NORM = NormType()
 
 # Classes, and forwards in the place of theirs, that were tried: do they compute what the kernel does?
 _alike: dict[tuple[type, Any], bool] = {}
@@ -67,7 +69,7 @@ def fused_norms(model: nn.Module) -> Iterator[None]:
 def _may_be(module: nn.Module) -> bool:
     return (
         getattr(module.__dict__.get("forward"), "__module__", "liger_kernel").startswith("liger_kernel")
-        and norm.matches(module)
+        and NORM.matches(module)
         and type(module) is not nn.LayerNorm
         and isinstance(_epsilon(module), float)
         and _has_kernel(module.weight)

@@ -5,84 +5,93 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from reltune.errors import InputError, nearest
-from reltune.layers import conv1d, conv2d, embedding, experts, linear, norm, quantised, router
-from reltune.layers.attention_heads import HeadGroup, heads_and_reasons
+from reltune.layers import quantised
+from reltune.layers.attention_heads import find_attention_heads
+from reltune.layers.head_group import HeadGroup
+from reltune.layers.registry import is_registered, layer_type, layer_type_of
 from reltune.layers.units import ModuleInfo
-
-# Kind of module -> the file that knows it. The first whose `matches` says yes is taken.
-LAYER_TYPES: dict[str, ModuleType] = {
-    "quantised": quantised,
-    "linear": linear,
-    "conv1d": conv1d,
-    "conv2d": conv2d,
-    "embedding": embedding,
-    "norm": norm,
-    "router": router,
-    "experts": experts,
-}
 
 
 @dataclasses.dataclass
 class Inventory:
-    """The modules with units, in the model's order, and what was left out and why."""
+    """What of a model can be measured and chosen.
+
+    Args:
+        modules: the modules with units, in the model's order.
+        left_out: the names of the other parameters, with the reason why they have no units.
+        base_parameters: number of parameters of the base model, without those of new heads.
+        head_parameters: number of parameters of the new heads (classifiers).
+        attention_heads: the attention heads, one group for each attention module.
+        without_attention_heads: the names of other attention modules, with the reason why they have none.
+    """
 
     modules: list[ModuleInfo]
-    left_out: dict[str, str]  # parameter name -> reason
-    base_parameters: int  # all parameters of the base model, new heads not counted
+    left_out: dict[str, str]
+    base_parameters: int
     head_parameters: int
-    heads: list[HeadGroup] = dataclasses.field(default_factory=list)  # of attention
-    without_heads: dict[str, str] = dataclasses.field(default_factory=dict)  # attention module -> reason
+    attention_heads: list[HeadGroup] = dataclasses.field(default_factory=list)
+    without_attention_heads: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __getitem__(self, name: str) -> ModuleInfo:
-        return self._by_name[name]
+        return self.by_name[name]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._by_name
+        return name in self.by_name
 
     def __post_init__(self) -> None:
-        self._by_name = {info.name: info for info in self.modules}
+        self.by_name = {info.name: info for info in self.modules}
 
     def only(self, names: Collection[str]) -> Inventory:
-        """The named modules, and the heads that lie in them altogether."""
+        """The named modules, and the attention heads that lie in them altogether."""
         modules = [info for info in self.modules if info.name in names]
-        heads = [group for group in self.heads if all(name in names for name in group.modules)]
-        return dataclasses.replace(self, modules=modules, heads=heads)
+        groups = [group for group in self.attention_heads if all(name in names for name in group.modules)]
+        return dataclasses.replace(self, modules=modules, attention_heads=groups)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as files have them: a module's layer type is called kind, and attention heads heads."""
+        values = dataclasses.asdict(self)
+        for info in values["modules"]:
+            del info["holder"]  # follows from the name
+        return {
+            "modules": [
+                {"name": info.pop("name"), "kind": info.pop("layer_type"), **info} for info in values["modules"]
+            ],
+            "left_out": values["left_out"],
+            "base_parameters": values["base_parameters"],
+            "head_parameters": values["head_parameters"],
+            "heads": values["attention_heads"],
+            "without_heads": values["without_attention_heads"],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Inventory:
+        """The inventory of ``to_dict``, from a mapping that may have other keys too.
+
+        Raises KeyError, TypeError or ValueError where the values do not fit together.
+        """
+        inventory = cls(
+            [_read_info(entry) for entry in values["modules"]],
+            values["left_out"],
+            values["base_parameters"],
+            values["head_parameters"],
+            [HeadGroup(**group) for group in values["heads"]],
+            values["without_heads"],
+        )
+        for group in inventory.attention_heads:
+            group.check(inventory.by_name)
+        return inventory
 
 
-def layer_type(module: nn.Module) -> tuple[str, ModuleType] | None:
-    for kind, handler in LAYER_TYPES.items():
-        if handler.matches(module):
-            return kind, handler
-    return None
-
-
-def module_info(name: str, kind: str, module: nn.Module, layer: str = "", depth: int = 0) -> ModuleInfo:
-    """What is known of a module of that kind, other than experts."""
-    weight: Any = module.weight
-    shape = tuple(weight.shape[::-1] if kind == "conv1d" else weight.shape)
-    if kind == "quantised":
-        shape = quantised.shape(module)
-    bias = getattr(module, "bias", None) is not None
-    return ModuleInfo(name, kind, layer, depth, shape, bias, getattr(module, "groups", 1))
-
-
-def canonical_weights(info: ModuleInfo, module: nn.Module) -> Mapping[str, Tensor]:
-    """The weight in its canonical shape, and the bias, from the module that owns them: views, no copies, save for a
-    quantised weight."""
-    if info.kind == "experts":
-        return experts.weights(info, module)
-    if info.kind == "quantised":
-        return quantised.Weights(module)
-    weights = {name: p.detach() for name, p in module.named_parameters(recurse=False) if name in ("weight", "bias")}
-    if info.kind == "conv1d":
-        weights["weight"] = weights["weight"].mT
-    return weights
+def _read_info(entry: Mapping[str, Any]) -> ModuleInfo:
+    fields = dict(entry)
+    name, kind, shape = fields.pop("name"), fields.pop("kind"), tuple(fields.pop("shape"))
+    holder = layer_type(kind).holder(name) if is_registered(kind) else None
+    return ModuleInfo(name=name, layer_type=kind, shape=shape, holder=holder, **fields)
 
 
 def new_parameters(model: nn.Module) -> list[str]:
@@ -128,8 +137,8 @@ def head_modules(model: nn.Module, names: str | Iterable[str]) -> list[str]:
 def take_inventory(model: nn.Module, always_trained: Iterable[str] = ()) -> Inventory:
     """List every module with units. ``always_trained`` names the modules of new heads."""
     names = dict(model.named_parameters(remove_duplicate=False))
-    tops = tuple(f"{module}." for module in always_trained)
-    heads = {name for name in names if name.startswith(tops)} if tops else set()
+    new_heads = tuple(f"{module}." for module in always_trained)
+    in_new_heads = {name for name in names if new_heads and name.startswith(new_heads)}
     owners: dict[int, list[str]] = {}
     for name, parameter in names.items():
         owners.setdefault(id(parameter), []).append(name)
@@ -143,31 +152,26 @@ def take_inventory(model: nn.Module, always_trained: Iterable[str] = ()) -> Inve
             continue
         layer = _block(model, name)
         depth = depths.setdefault(layer, len(depths))
-        found = layer_type(module)
+        its_type = layer_type_of(module)
         packed = [p for p in own.values() if quantised.is_quantised(p)]
         tied = [other for key, p in own.items() for other in owners[id(p)] if other not in own]
-        if any(key in heads for key in own):
+        if any(key in in_new_heads for key in own):
             reason = "new head, always trained"
-        elif packed and (found is None or found[0] != "quantised"):
+        elif packed and (its_type is None or not its_type.packed):
             reason = f"the weight of {type(module).__name__} is a {type(packed[0]).__name__}, which is not covered"
-        elif found is None:
+        elif its_type is None:
             reason = f"layer type {type(module).__name__} has no units yet"
         elif tied:
             reason = f"shares its weight with {tied[0]}"
         else:
-            kind, _ = found
-            if kind == "experts":
-                modules += experts.infos(name, module, layer, depth)
-                continue
-            modules.append(module_info(name, kind, module, layer, depth))
+            modules += its_type.infos(name, module, layer, depth)
             continue
         left_out.update(dict.fromkeys(own, reason))
 
-    counted = {id(p): quantised.numel(p) for name, p in names.items() if name not in heads}
-    head = {id(p): quantised.numel(p) for name, p in names.items() if name in heads}
-    inventory = Inventory(modules, left_out, sum(counted.values()), sum(head.values()))
-    inventory.heads, inventory.without_heads = heads_and_reasons(model, inventory)
-    return inventory
+    base = {id(p): quantised.numel(p) for name, p in names.items() if name not in in_new_heads}
+    head = {id(p): quantised.numel(p) for name, p in names.items() if name in in_new_heads}
+    found = find_attention_heads(model, {info.name: info for info in modules}, left_out)
+    return Inventory(modules, left_out, sum(base.values()), sum(head.values()), *found)
 
 
 def _block(model: nn.Module, name: str) -> str:

@@ -1,11 +1,13 @@
-"""Statistics of per-example gradients, from the gradients themselves: for layers whose gradients are small.
+"""Statistics of per-example gradients: what a layer type computes, and how from the gradients themselves.
 
-What layer types compute, each as sums over the examples s of a batch, with G_s the gradient of example s's loss:
+Each statistic is a sum over the examples s of a batch, with G_s the gradient of example s's loss:
 
 - squares: Σ_s Σ_{w ∈ u} G_s² for every unit u;
 - products: Σ_s |Σ_{w ∈ u} w · G_s| for every unit u;
 - sums: Σ_s G_s, one number per weight (weight, bias);
 - square_elements, absolute_elements: Σ_s G_s² and Σ_s |G_s|, one number per weight.
+
+The functions here take the gradients themselves, for layers whose gradients are small.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from reltune.layers.units import ModuleInfo, by_unit
+from reltune.layers.units import ModuleInfo, by_unit, unit_shapes, weight_shapes
 from reltune.ops.squared_gradient import Gram
 
 STATISTICS = ("squares", "products", "sums", "square_elements", "absolute_elements")
-WEIGHT_SIZED = ("sums", "square_elements", "absolute_elements")
-Statistics = dict[str, dict[str, Tensor]]
+BY_UNIT = ("squares", "products")  # statistics with one number per unit
+WEIGHT_SIZED = ("sums", "square_elements", "absolute_elements")  # statistics with one number per weight
+Statistics = dict[str, dict[str, Tensor]]  # statistic -> part of the module -> sum over the examples
 
 
 @dataclasses.dataclass
@@ -34,21 +37,32 @@ class Shared:
 def statistics(
     info: ModuleInfo, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], wanted: Collection[str]
 ) -> Statistics:
-    """The sums of ``gradients``: weight (B, *canonical shape) and bias (B, …)."""
-    found: Statistics = {}
+    """The statistics of ``gradients``: weight (B, *canonical shape) and bias (B, …)."""
+    found = element_statistics(gradients, wanted)
     if "squares" in wanted:
-        squares = by_unit(info, {name: of.square() for name, of in gradients.items()})
+        squares = by_unit(info, {name: gradient.square() for name, gradient in gradients.items()})
         found["squares"] = {part: value.sum(0) for part, value in squares.items()}
     if "products" in wanted:
-        products = by_unit(info, {name: of * weights[name].to(of.dtype) for name, of in gradients.items()})
+        products = by_unit(info, {name: g * weights[name].to(g.dtype) for name, g in gradients.items()})
         found["products"] = {part: value.abs().sum(0) for part, value in products.items()}
     if "sums" in wanted:
-        found["sums"] = {name: of.sum(0) for name, of in gradients.items()}
-    if "square_elements" in wanted:
-        found["square_elements"] = {name: of.square().sum(0) for name, of in gradients.items()}
-    if "absolute_elements" in wanted:
-        found["absolute_elements"] = {name: of.abs().sum(0) for name, of in gradients.items()}
+        found["sums"] = {name: gradient.sum(0) for name, gradient in gradients.items()}
     return found
+
+
+def element_statistics(gradients: Mapping[str, Tensor], wanted: Collection[str]) -> Statistics:
+    """Those of the wanted statistics that are sums over the examples of each weight's squared or absolute gradient."""
+    found: Statistics = {}
+    if "square_elements" in wanted:
+        found["square_elements"] = {name: gradient.square().sum(0) for name, gradient in gradients.items()}
+    if "absolute_elements" in wanted:
+        found["absolute_elements"] = {name: gradient.abs().sum(0) for name, gradient in gradients.items()}
+    return found
+
+
+def shapes(info: ModuleInfo, statistic: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a statistic's parts."""
+    return unit_shapes(info) if statistic in BY_UNIT else weight_shapes(info)
 
 
 def add(total: Statistics, more: Statistics) -> None:

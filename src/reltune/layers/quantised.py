@@ -1,12 +1,15 @@
-"""Linear maps whose weight is held in 4 or 8 bits: bitsandbytes' Linear4bit and Linear8bitLt, torchao's weights,
-reltune's own Float8Linear.
+"""Linear maps whose weight is held in 4 or 8 bits: bitsandbytes' Linear4bit and Linear8bitLt, and torchao's weights.
 
 Such a layer computes y = x Ŵᵀ + b with Ŵ the dequantised weight, and hands g Ŵ back to its input, so input and output
 gradient are those of a plain linear map and the statistics are linear.py's. Ŵ itself, in its logical shape (out, in)
 whatever the packed one is, is made for one module at a time, where a criterion asks for it. Units are columns and rows
-of Ŵ. bitsandbytes computes in another way in evaluation on a CPU: 4-bit weights are packed anew for a product without a
-gradient, and 8-bit products round their input too. ``compute_as_in_training`` keeps to the form above. On a GPU the
-8-bit product rounds its input in both; the gradient then passes straight through that rounding, as in training; so it does in Float8Linear.
+of Ŵ.
+
+bitsandbytes computes otherwise in evaluation mode on a CPU. 4-bit weights are packed anew, for good, where the
+processor has AVX-512 BF16: the product with such a weight has no gradient, the scales are rounded to bfloat16, and
+sizes that do not suit it end in an error. ``keep_as_loaded`` prevents that. 8-bit products then round their input
+too; ``compute_as_in_training`` keeps to the form above. On a GPU the 8-bit product rounds its input in both modes; the
+gradient then passes straight through that rounding, as in training.
 """
 
 from __future__ import annotations
@@ -18,31 +21,86 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reltune.layers.float8 import Float8Linear
-from reltune.layers.linear import by_example, input_weighted, squared_inputs, statistics
-
-__all__ = ["by_example", "input_weighted", "matches", "squared_inputs", "statistics"]
+from reltune.errors import InputError
+from reltune.layers.linear import LinearType
+from reltune.layers.protocol import HeadLayout
+from reltune.layers.units import ModuleInfo
 
 FOUR_BIT = ("Linear4bit", "LinearFP4", "LinearNF4")
 
 
-def matches(module: nn.Module) -> bool:
+class QuantisedType(LinearType):
     """A quantised weight that the input's gradient passes through."""
-    held = _is_4bit(module) or _is_8bit(module) or _is_torchao(module) or isinstance(module, Float8Linear)
-    return held and not stops_the_gradient(module)
+
+    name = "quantised"
+    covers = "quantised nn.Linear"
+    trains = frozenset({"column", "row", "bias"})
+    packed = True
+    head_layout: HeadLayout = ""
+
+    def matches(self, module: nn.Module) -> bool:
+        return (_is_4bit(module) or _is_8bit(module) or _is_torchao(module)) and not stops_the_gradient(module)
+
+    def why_not(self, module: nn.Module) -> str:
+        reason = stops_the_gradient(module)
+        return f"that {reason}" if reason else ""
+
+    def shape(self, module: nn.Module) -> tuple[int, ...]:
+        """(out, in) as the layer computes, not as the weight is packed."""
+        assert isinstance(module, nn.Linear)
+        return module.out_features, module.in_features
+
+    def weights(self, info: ModuleInfo, module: nn.Module) -> Mapping[str, Tensor]:
+        return Dequantised(self, module)
+
+    def dequantised(self, module: nn.Module) -> Tensor:
+        """Ŵ (out, in), a floating-point copy."""
+        return dequantised(module)
+
+
+class Dequantised(Mapping[str, Tensor]):
+    """The module's weight, dequantised anew each time it is asked for, and its bias."""
+
+    def __init__(self, layer_type: QuantisedType, module: nn.Module) -> None:
+        self.layer_type, self.module = layer_type, module
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name == "weight":
+            return self.layer_type.dequantised(self.module)
+        parameter = self.module._parameters.get(name)
+        if parameter is None:
+            raise KeyError(name)
+        return parameter.detach()
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in ("weight", "bias") if self.module._parameters.get(name) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def keep_as_loaded(model: nn.Module) -> None:
+    """Have bitsandbytes keep the model's 4-bit weights as they are, also in evaluation mode on this CPU, for good."""
+    for module in model.modules():
+        if _is_4bit(module):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def compute_as_in_training(model: nn.Module) -> None:
-    """Set the quantised layers' own ``training`` flags; the caller puts them back."""
+    """Have quantised layers compute in evaluation mode what they compute in training.
+
+    Sets the layers' own ``training`` flags, which the caller puts back.
+    """
     for module in model.modules():
-        if matches(module):
+        if _is_4bit(module) or _is_8bit(module):
             module.training = True
 
 
-def shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) as the layer computes, not as the weight is packed."""
-    assert isinstance(module, nn.Linear)
-    return module.out_features, module.in_features
+def check_not_packed(model: nn.Module) -> None:
+    """Raise InputError for a layer that gives its input no gradient: everything before it would look irrelevant."""
+    for name, module in model.named_modules():
+        if reason := stops_the_gradient(module):
+            raise InputError(f"{name} ({type(module).__name__}) lets no gradient through, because it {reason}.")
 
 
 def numel(parameter: Tensor) -> int:
@@ -52,7 +110,7 @@ def numel(parameter: Tensor) -> int:
 
 
 def is_quantised(parameter: Tensor) -> bool:
-    """Whether the numbers that the parameter holds are no weights."""
+    """Whether the parameter's numbers stand for weights and are not the weights themselves."""
     return not parameter.is_floating_point() or type(parameter) not in (nn.Parameter, Tensor)
 
 
@@ -67,36 +125,15 @@ def stops_the_gradient(module: nn.Module) -> str:
     return ""
 
 
-class Weights(Mapping[str, Tensor]):
-    """The module's weight, dequantised anew each time it is asked for, and its bias."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name == "weight":
-            return dequantised(self.module)
-        if name not in self.module._parameters or self.module._parameters[name] is None:
-            raise KeyError(name)
-        return self.module._parameters[name].detach()  # type: ignore[union-attr]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in ("weight", "bias") if self.module._parameters.get(name) is not None)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
 @torch.no_grad()
 def dequantised(module: nn.Module) -> Tensor:
     """Ŵ (out, in), a floating-point copy."""
-    if isinstance(module, Float8Linear):
-        return module.dequantised()
     weight: Any = module._parameters["weight"]
     if _is_4bit(module):
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(weight.data, weight.quant_state).reshape(shape(module))
+        assert isinstance(module, nn.Linear)
+        return dequantize_4bit(weight.data, weight.quant_state).reshape(module.out_features, module.in_features)
     if _is_8bit(module):
         # Each row's scale is its largest weight, at 127; the first forward pass moves it to the module's state.
         state: Any = module.state

@@ -7,25 +7,45 @@ rows are experts; statistics are those of layers/linear.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from reltune.layers.linear import by_example, input_weighted, squared_inputs, statistics
-
-__all__ = ["Instrumented", "by_example", "input_weighted", "instrument", "matches", "squared_inputs", "statistics"]
+from reltune.layers.linear import LinearType
+from reltune.layers.protocol import Handle, HeadLayout, Observer
+from reltune.layers.units import ModuleInfo
 
 CASTS = (Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.bfloat16, Tensor.half)
 REFUSED = "its weight is used otherwise than in one kind of linear map"
 
 
-def matches(module: nn.Module) -> bool:
-    """Called …Router, with a matrix and perhaps a bias and nothing else; whether it is a linear map shows when it runs."""
-    dimensions = {name: p.ndim for name, p in module.named_parameters()}
-    return type(module).__name__.endswith("Router") and dimensions in ({"weight": 2}, {"weight": 2, "bias": 1})
+class RouterType(LinearType):
+    """Called …Router, with a matrix and perhaps a bias and nothing else; whether it is a linear map shows when it runs.
+
+    Taken out, it gives zero logits, by which all experts are alike and ties decide, or its mean logits, by which all
+    tokens go the same way.
+    """
+
+    name = "router"
+    covers = "Transformers' …TopKRouter"
+    trains = frozenset[str]()
+    head_layout: HeadLayout = ""
+
+    def matches(self, module: nn.Module) -> bool:
+        dimensions = {name: p.ndim for name, p in module.named_parameters()}
+        return type(module).__name__.endswith("Router") and dimensions in ({"weight": 2}, {"weight": 2, "bias": 1})
+
+    def observe(self, module: nn.Module, infos: Sequence[ModuleInfo], observer: Observer) -> list[Handle]:
+        (info,) = infos
+
+        def see(x: Tensor, y: Tensor) -> Tensor:
+            return observer.see(info.name, x, y, None)
+
+        return [_Watched(module, see, functools.partial(observer.refuse, info.name))]
 
 
 class _Maps(TorchFunctionMode):
@@ -34,7 +54,7 @@ class _Maps(TorchFunctionMode):
     def __init__(self, module: nn.Module, see: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.see, self.found, self.otherwise = see, False, False
-        self.weights: list[Tensor] = [module.get_parameter("weight")]
+        self.weights: list[Tensor] = [module.get_parameter("weight")]  # and what casts have made of it
         self.biases: list[Tensor | None] = [module._parameters.get("bias")]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,9 +67,13 @@ class _Maps(TorchFunctionMode):
                 self.found = True
                 return self.see(x, result)
         if isinstance(result, Tensor):  # neither a shape nor a dtype
-            given = [one for of in (*args, *kwargs.values()) for one in (of if isinstance(of, list | tuple) else [of])]
+            arguments = [
+                one
+                for argument in (*args, *kwargs.values())
+                for one in (argument if isinstance(argument, list | tuple) else [argument])
+            ]
             for held in (self.weights, self.biases):
-                if any(one is not None and _among(one, held) for one in given):
+                if any(one is not None and _among(one, held) for one in arguments):
                     if func in CASTS:
                         held.append(result)
                     else:
@@ -61,8 +85,8 @@ def _among(tensor: Any, tensors: list) -> bool:
     return any(tensor is one for one in tensors)
 
 
-class Instrumented:
-    """The module as instrumented, until ``remove``."""
+class _Watched:
+    """A module that hands its map's input and output to ``see`` and goes on with what that returns, until ``remove``."""
 
     def __init__(
         self, module: nn.Module, see: Callable[[Tensor, Tensor], Tensor], refuse: Callable[[str], None]
@@ -83,10 +107,3 @@ class Instrumented:
         del self.module.forward
         if self.own is not None:
             self.module.forward = self.own
-
-
-def instrument(
-    module: nn.Module, see: Callable[[Tensor, Tensor], Tensor], refuse: Callable[[str], None]
-) -> Instrumented:
-    """From now on the module hands its map's input and output to ``see``, and goes on with what that returns."""
-    return Instrumented(module, see, refuse)

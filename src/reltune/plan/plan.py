@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,18 @@ from safetensors.torch import load_file, save_file
 from reltune.errors import InputError, nearest
 from reltune.files import write_text
 from reltune.layers.inventory import Inventory
+from reltune.layers.registry import layer_type
+from reltune.layers.units import ModuleInfo
 
 FORMAT = "reltune-plan-1"
-# Kinds of module that the tuner can train; others are measured only.
-TRAINABLE = ("linear", "conv1d", "conv2d", "embedding", "norm", "quantised")
-WITH_ELEMENTS = ("linear", "conv1d")  # kinds of which it can train single weights
+# What layer types say that can be trained of them (layers/protocol.py), and the words for it.
+WORDS = {
+    "column": "columns",
+    "row": "rows",
+    "element": "single weights",
+    "weight": "the whole weight",
+    "bias": "the bias",
+}
 INLINE_INDICES = 20_000  # more indices than this in all go to a file beside the plan
 INDEX_FILE = "indices.safetensors"
 INDEX_FIELDS = ("columns", "rows", "elements")
@@ -82,6 +89,23 @@ class ModulePlan:
     def index_bytes(self) -> int:
         """On disk: int64 for columns and rows, for elements the narrower type that fits."""
         return 8 * (len(self.columns) + len(self.rows)) + index_dtype(self.shape).itemsize * len(self.elements)
+
+    def check_layer_type(self, info: ModuleInfo) -> None:
+        """Raise InputError, naming the module, for what cannot be trained of its layer type."""
+        can = layer_type(info.layer_type).trains
+        if not can:
+            raise InputError(
+                f"plan: {info.name} cannot be trained by this plan: it is of layer type {info.layer_type}, which is "
+                "measured only."
+            )
+        chosen = (self.columns, self.rows, self.elements, self.weight, self.bias)
+        cannot = [part for part, units in zip(WORDS, chosen, strict=True) if units and part not in can]
+        if cannot:
+            instead = ", ".join(word for part, word in WORDS.items() if part in can)
+            raise InputError(
+                f"plan: {WORDS[cannot[0]]} of {info.name} cannot be trained; choose from what can be trained of layer type "
+                f"{info.layer_type}: {instead}."
+            )
 
     def take_elements(self, index: torch.Tensor) -> None:
         """Make ``index`` (flat, ascending) the chosen elements."""
@@ -187,11 +211,12 @@ class Plan:
     def indices(self) -> int:
         return sum(module.indices for module in self.modules.values())
 
-    def by_layer(self, inventory: Inventory) -> dict[str, int]:
-        """Trainable parameters in each layer, from the input on; layers without any hold 0."""
-        totals = {info.layer: 0 for info in inventory.modules}
+    def by_layer(self, layers: Mapping[str, str]) -> dict[str, int]:
+        """Trainable parameters in each layer, from the input on; layers without any hold 0. ``layers``: module -> layer."""
+        totals = dict.fromkeys(layers.values(), 0)
         for name, module in self.modules.items():
-            totals[inventory[name].layer] += module.parameters
+            layer = layers.get(name, name)  # a module that was added by hand may not have been measured
+            totals[layer] = totals.get(layer, 0) + module.parameters
         return totals
 
     def describe(self) -> list[str]:
@@ -245,14 +270,7 @@ class Plan:
                     raise InputError(f"plan: {name} cannot be trained by this plan: {reason}.")
                 raise InputError(f"plan: this model has no module {name!r}; {nearest(name, known)}")
             info = inventory[name]
-            if info.kind not in TRAINABLE:
-                raise InputError(
-                    f"plan: {name} cannot be trained by this plan: it is of kind {info.kind}, measured only."
-                )
-            if module.elements and info.kind not in WITH_ELEMENTS:
-                raise InputError(
-                    f"plan: single weights of {name} cannot be trained, which is of kind {info.kind}; choose columns or rows."
-                )
+            module.check_layer_type(info)
             if info.shape != module.shape:
                 raise InputError(
                     f"plan: {name} has shape {list(info.shape)} in this model and {list(module.shape)} in the plan; "

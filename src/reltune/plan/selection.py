@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from reltune.errors import InputError, nearest
-from reltune.layers.inventory import Inventory, ModuleInfo, choose
+from reltune.layers.inventory import Inventory, choose
+from reltune.layers.registry import layer_type
+from reltune.layers.units import ModuleInfo
 from reltune.names import GRANULARITIES, SPREADS
 from reltune.plan.budget import parse_budget
-from reltune.plan.plan import TRAINABLE, WITH_ELEMENTS, ModulePlan, Plan
+from reltune.plan.plan import WORDS, ModulePlan, Plan
 from reltune.plan.threshold import above, largest
+from reltune.relevance.criteria.contract import granularities_of
 from reltune.relevance.criteria.registry import CRITERIA
 from reltune.relevance.scores import RelevanceScores
 
-WHOLE = ("layer", "module", "norm")  # kinds that take everything a module has, in the place of its parts
-BESIDE_ELEMENTS = ("element", "bias", "norm")  # kinds that share no weight with elements
-EVEN = ("column", "row", "element")  # kinds of which every module can have its share
+# Granularities
+WHOLE = ("layer", "module", "norm")  # that take everything a module has, in the place of its parts,
+BESIDE_ELEMENTS = ("element", "bias", "norm")  # that share no weight with elements,
+EVEN = ("column", "row", "element")  # and of which every module can have its share.
 
 
 def select(
@@ -47,10 +51,10 @@ def select(
 
     Args:
         budget: "0.5%" of the base model's parameters, or a count of trainable parameters.
-        granularity: one or several of layer, module, head, column, row, element, bias, norm. A head (layers/attention_heads.py)
-            becomes rows of the query, key and value projections and columns of the output projection. An element is a
-            single weight of a matrix (not of a bias or norm), and goes with bias and norm only: of any larger unit the
-            best single weights would come first.
+        granularity: one or several of layer, module, head, column, row, element, bias, norm. A head is an attention head
+            (layers/attention_heads.py) and becomes rows of the query, key and value projections and columns of the output
+            projection. An element is a single weight of a matrix (not of a bias or norm), and goes with bias and norm
+            only: of any larger unit the best single weights would come first.
         criterion: which of the measured criteria decides; the first by default.
         spread: "global" lets all modules compete; "even" gives each module the share of the budget that it has of the
             weights, for columns, rows and elements. Where a column is too large for a module's share it gets none, and
@@ -59,90 +63,45 @@ def select(
     Raises InputError for a budget that is no number or too small for the smallest unit, an unknown granularity or
     criterion, a granularity that the model has no unit of, and patterns that match nothing.
     """
-    kinds = [granularity] if isinstance(granularity, str) else list(dict.fromkeys(granularity))
-    for kind in kinds:
-        if kind not in GRANULARITIES:
-            raise InputError(f"granularity {kind!r} is unknown; {nearest(kind, GRANULARITIES)}")
-    if not kinds:
-        raise InputError(f"no granularity was named; choose from {', '.join(GRANULARITIES)}.")
-    check_together(kinds, spread)
+    granularities = [granularity] if isinstance(granularity, str) else list(dict.fromkeys(granularity))
+    _check_known(granularities)
+    check_together(granularities, spread)
     criterion = relevance.criterion(criterion)
-    check_scored(kinds, criterion)
+    check_scored(granularities, criterion)
     inventory = relevance.inventory
     limit = parse_budget(budget, inventory.base_parameters)
-    named = choose(inventory, target_modules, exclude_modules)
-    packed = [name for name in named if inventory[name].kind == "quantised"]
-    whole = [kind for kind in kinds if kind in ("layer", "module", "element")]
-    if packed and whole:
-        raise InputError(
-            f"{packed[0]} is quantised, and of a quantised module columns, rows, heads and biases can be trained and no "
-            f"{whole[0]}; choose another granularity, or leave such modules out by exclude_modules."
-        )
-    allowed = {name for name in named if inventory[name].kind in TRAINABLE}
-    if not target_modules and any(inventory[name].in_block for name in allowed):
-        allowed = {name for name in allowed if inventory[name].in_block}
 
-    candidates = _candidates(relevance, criterion, kinds, allowed)
-    elements: dict[str, Tensor] = {}
-    if "element" in kinds:
-        scored = relevance.by("element", criterion)
-        elements = {n: of for n, of in scored.items() if n in allowed and inventory[n].kind in WITH_ELEMENTS}
-        if not scored:
-            raise InputError(
-                f"{criterion} was measured without single weights here; analyze again with elements (--elements)."
-            )
+    named = choose(inventory, target_modules, exclude_modules)
+    _check_whole(inventory, named, granularities)
+    allowed = _allowed(inventory, named, everywhere=bool(target_modules))
+    candidates = _candidates(relevance, criterion, granularities, allowed)
+    elements = _elements(relevance, criterion, allowed) if "element" in granularities else {}
     if not candidates.places and not elements:
-        measured_only = [f"{name} ({inventory[name].kind})" for name in named if name not in allowed]
-        why = f" ({measured_only[0]} can be measured and not trained)" if measured_only and not allowed else ""
-        if "head" in kinds and not why:
-            why = _why_no_heads(inventory)
         raise InputError(
-            f"no module that may be chosen has a unit of granularity {', '.join(kinds)} scored by {criterion}{why}; name "
-            "another one."
+            f"no module that may be chosen has a unit of granularity {', '.join(granularities)} scored by {criterion}"
+            f"{_why_none(inventory, named, allowed, granularities)}; name another one."
         )
-    positive = [int(candidates.price[candidates.worth >= 0].min())] if (candidates.worth >= 0).any() else []
-    if any(bool((of >= 0).any()) for of in elements.values()):
-        positive.append(1)
-    if not positive:
+    smallest = _smallest(candidates, elements)
+    if smallest is None:
         raise InputError(
-            f"{criterion} gives every {' and '.join(kinds)} a negative score; select by another criterion."
+            f"{criterion} gives every {' and '.join(granularities)} a negative score; select by another criterion."
         )
-    if min(positive) > limit:
+    if smallest > limit:
         raise InputError(
-            f"budget {budget} allows {limit:,} parameters, and the smallest {' or '.join(kinds)} has {min(positive):,}; "
+            f"budget {budget} allows {limit:,} parameters, and the smallest {' or '.join(granularities)} has {smallest:,}; "
             "raise the budget or choose a finer granularity."
         )
-    if spread == "even":
-        sizes = {name: inventory[name].weight_parameters for name in {n for _, n in candidates.places} | {*elements}}
-        chosen: dict[str, ModulePlan] = {}
-        for name, size in sizes.items():
-            own = candidates.only(name)
-            of_module = {name: elements[name]} if name in elements else {}
-            chosen |= _greedy(inventory, kinds, own, of_module, limit * size // sum(sizes.values()))
-        if not chosen:
-            raise InputError(
-                f"budget {budget} spread evenly allows less than one {' or '.join(kinds)} in each of {len(sizes)} modules; "
-                "raise it, name fewer modules, choose a finer granularity, or spread globally."
-            )
-    else:
-        chosen = _greedy(inventory, kinds, candidates, elements, limit)
 
-    for module in chosen.values():
-        module.columns.sort()
-        module.rows.sort()
-    ordered = {
-        info.name: dataclasses.replace(chosen[info.name], groups=info.groups)
-        for info in inventory.modules
-        if info.name in chosen
-    }
+    spread_out = _evenly if spread == "even" else _greedy
+    chosen = spread_out(inventory, granularities, candidates, elements, limit)
     plan = Plan(
-        modules=ordered,
+        modules=_in_order(inventory, chosen),
         budget=str(budget),
         budget_parameters=limit,
         base_parameters=inventory.base_parameters,
         fingerprint=relevance.fingerprint,
         criterion=criterion,
-        granularity=kinds,
+        granularity=granularities,
         spread=spread,
         model_name_or_path=model_name_or_path or str(relevance.provenance.get("model", "")),
         task_type=task_type,
@@ -153,12 +112,11 @@ def select(
     return plan
 
 
-def check_scored(kinds: Sequence[str], criterion: str) -> None:
+def check_scored(granularities: Sequence[str], criterion: str) -> None:
     """Raise InputError for granularities that the criterion never scores."""
     known = CRITERIA.get(criterion)
-    has = [kind for kind in GRANULARITIES if kind != "element" or known is None or hasattr(known, "elements")]
-    scored = getattr(known, "SCORES", has)
-    missing = [kind for kind in kinds if kind not in scored]
+    scored = GRANULARITIES if known is None else granularities_of(known)
+    missing = [word for word in granularities if word not in scored]
     if missing:
         raise InputError(
             f"{criterion} scores no {' or '.join(missing)}, only {', '.join(scored)}; choose that granularity, or select by "
@@ -166,17 +124,17 @@ def check_scored(kinds: Sequence[str], criterion: str) -> None:
         )
 
 
-def check_together(kinds: Sequence[str], spread: str = "global") -> None:
+def check_together(granularities: Sequence[str], spread: str = "global") -> None:
     """Raise InputError for granularities, or a spread, that do not go together."""
     if spread not in SPREADS:
         raise InputError(f"spread {spread!r} is unknown; {nearest(str(spread), SPREADS)}")
-    larger = [kind for kind in kinds if kind not in BESIDE_ELEMENTS]
-    if "element" in kinds and larger:
+    larger = [word for word in granularities if word not in BESIDE_ELEMENTS]
+    if "element" in granularities and larger:
         raise InputError(
             f"granularity element cannot compete with {larger[0]}, whose best single weights would always come first; name "
             "one of them."
         )
-    whole = [kind for kind in kinds if kind not in EVEN]
+    whole = [word for word in granularities if word not in EVEN]
     if spread == "even" and whole:
         raise InputError(
             f"spread even is for {', '.join(EVEN)}, and not every module has a share of granularity {whole[0]}; spread it "
@@ -184,74 +142,211 @@ def check_together(kinds: Sequence[str], spread: str = "global") -> None:
         )
 
 
+def _check_known(granularities: Sequence[str]) -> None:
+    if not granularities:
+        raise InputError(f"no granularity was named; choose from {', '.join(GRANULARITIES)}.")
+    for word in granularities:
+        if word not in GRANULARITIES:
+            raise InputError(f"granularity {word!r} is unknown; {nearest(word, GRANULARITIES)}")
+
+
+# -- what may be chosen ------------------------------------------------------------------------------------------------
+
+
+def _trains(info: ModuleInfo) -> frozenset[str]:
+    return layer_type(info.layer_type).trains
+
+
+def _check_whole(inventory: Inventory, named: Sequence[str], granularities: Sequence[str]) -> None:
+    """Raise InputError where whole weights or single ones are wanted of modules that have no trainable numbers."""
+    wanted = [word for word in granularities if word in ("layer", "module", "element")]
+    for name in named if wanted else ():
+        info = inventory[name]
+        if _trains(info) and "weight" not in _trains(info):
+            can = ", ".join(word for part, word in WORDS.items() if part in _trains(info))
+            raise InputError(
+                f"{name} is {info.layer_type}, and of a {info.layer_type} module {can} can be trained and no {wanted[0]}; "
+                "choose another granularity, or leave such modules out by exclude_modules."
+            )
+
+
+def _allowed(inventory: Inventory, named: Sequence[str], everywhere: bool) -> set[str]:
+    """The named modules that can be trained; of those in layers alone, where there are any, unless ``everywhere``."""
+    trainable = {name for name in named if _trains(inventory[name])}
+    inside = {name for name in trainable if inventory[name].in_block}
+    return trainable if everywhere or not inside else inside
+
+
+def _elements(relevance: RelevanceScores, criterion: str, allowed: Collection[str]) -> dict[str, Tensor]:
+    """The scores of single weights, by module, of the modules whose single weights can be trained."""
+    scored = relevance.by("element", criterion)
+    if not scored:
+        raise InputError(
+            f"{criterion} was measured without single weights here; analyze again with elements (--elements)."
+        )
+    inventory = relevance.inventory
+    return {n: scores for n, scores in scored.items() if n in allowed and "element" in _trains(inventory[n])}
+
+
+def _why_none(
+    inventory: Inventory, named: Sequence[str], allowed: Collection[str], granularities: Sequence[str]
+) -> str:
+    """A remark in brackets, or nothing, on why there is nothing to choose."""
+    measured_only = [f"{name} ({inventory[name].layer_type})" for name in named if name not in allowed]
+    if measured_only and not allowed:
+        return f" ({measured_only[0]} can be measured and not trained)"
+    if "head" not in granularities:
+        return ""
+    return next((f" ({name}: {reason})" for name, reason in inventory.without_attention_heads.items()), "")
+
+
+# -- units with their prices -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """What a unit takes of one module: columns or rows, the bias, or everything (of a granularity in ``WHOLE``)."""
+
+    info: ModuleInfo
+    granularity: str
+    indices: Sequence[int]
+
+    @property
+    def cost(self) -> int:
+        if self.granularity == "column":
+            return len(self.indices) * self.info.column_parameters
+        if self.granularity == "row":
+            return len(self.indices) * self.info.row_parameters
+        return self.info.bias_parameters + (self.info.weight_parameters if self.granularity in WHOLE else 0)
+
+    @property
+    def can_be_trained(self) -> bool:
+        return ("weight" if self.granularity in WHOLE else self.granularity) in _trains(self.info)
+
+    def without(self, taken: Collection[int]) -> _Piece:
+        if not taken or self.granularity not in ("column", "row"):
+            return self
+        return dataclasses.replace(self, indices=[index for index in self.indices if index not in taken])
+
+
+def _pieces(inventory: Inventory, granularity: str, name: str, index: int) -> list[_Piece]:
+    """What the unit ``index`` of a granularity under ``name`` takes of each module."""
+    if granularity == "layer":
+        inside = [info for info in inventory.modules if info.layer == name and info.in_block]
+        return [_Piece(info, granularity, [0]) for info in inside if _trains(info)]
+    if granularity == "head":
+        group = next(group for group in inventory.attention_heads if group.name == name)
+        rows = [_Piece(inventory[module], "row", own) for module, own in group.rows(index).items()]
+        return [*rows, _Piece(inventory[group.output], "column", group.output_columns(index))]
+    return [_Piece(inventory[name], granularity, [index])]
+
+
 @dataclasses.dataclass
 class _Candidates:
-    """Units but elements, as parallel arrays: a large model has millions of columns."""
+    """All units to choose from except single weights, as parallel arrays: a large model has millions of columns."""
 
-    places: list[tuple[str, str]]  # (kind, layer or module name)
-    at: np.ndarray  # of each unit: its place,
-    of: np.ndarray  # its index there,
-    price: np.ndarray
-    worth: np.ndarray
+    places: list[tuple[str, str]]  # granularity, and the name of the layer or module
+    place: np.ndarray  # of each unit: which of the places it is in,
+    index: np.ndarray  # its number there,
+    price: np.ndarray  # its trainable parameters,
+    worth: np.ndarray  # and its relevance
 
     def only(self, name: str) -> _Candidates:
         """Those of one module."""
-        mine = [i for i, (_, of) in enumerate(self.places) if of == name]
-        starts, ends = np.searchsorted(self.at, mine), np.searchsorted(self.at, mine, "right")  # it is ascending
+        mine = [i for i, (_, place) in enumerate(self.places) if place == name]
+        starts, ends = np.searchsorted(self.place, mine), np.searchsorted(self.place, mine, "right")  # it is ascending
         where = np.concatenate([np.empty(0, int), *(np.arange(a, b) for a, b in zip(starts, ends, strict=True))])
-        return _Candidates(self.places, self.at[where], self.of[where], self.price[where], self.worth[where])
+        return _Candidates(self.places, self.place[where], self.index[where], self.price[where], self.worth[where])
 
 
 def _candidates(
-    relevance: RelevanceScores, criterion: str, kinds: Sequence[str], allowed: Collection[str]
+    relevance: RelevanceScores, criterion: str, granularities: Sequence[str], allowed: Collection[str]
 ) -> _Candidates:
     places: list[tuple[str, str]] = []
-    place, index, cost, relevant = [np.empty(0, int)], [np.empty(0, int)], [np.empty(0, int)], [np.empty(0)]
-    for kind in kinds:
-        if kind == "element":
+    place, index, price, worth = [np.empty(0, int)], [np.empty(0, int)], [np.empty(0, int)], [np.empty(0)]
+    for granularity in granularities:
+        if granularity == "element":
             continue
-        for name, scores in relevance.by(kind, criterion).items():
-            pieces = _pieces(relevance.inventory, kind, name, 0)
-            if not pieces or not all(piece.info.name in allowed for piece in pieces):
+        for name, scores in relevance.by(granularity, criterion).items():
+            pieces = _pieces(relevance.inventory, granularity, name, 0)
+            if not pieces or not all(piece.info.name in allowed and piece.can_be_trained for piece in pieces):
                 continue
             values = scores.reshape(-1).double().numpy()
-            places.append((kind, name))
+            places.append((granularity, name))
             place.append(np.full(len(values), len(places) - 1))
             index.append(np.arange(len(values)))
-            cost.append(np.full(len(values), sum(piece.cost for piece in pieces)))
-            relevant.append(values)
-    return _Candidates(places, *(np.concatenate(part) for part in (place, index, cost, relevant)))
+            price.append(np.full(len(values), sum(piece.cost for piece in pieces)))
+            worth.append(values)
+    return _Candidates(places, *(np.concatenate(part) for part in (place, index, price, worth)))
+
+
+def _smallest(candidates: _Candidates, elements: Mapping[str, Tensor]) -> int | None:
+    """The lowest price of a unit with a score that is not negative; None where every score is negative."""
+    prices = candidates.price[candidates.worth >= 0].tolist()
+    if any(bool((scores >= 0).any()) for scores in elements.values()):
+        prices.append(1)
+    return min(prices, default=None)
+
+
+# -- choosing ----------------------------------------------------------------------------------------------------------
+
+
+def _evenly(
+    inventory: Inventory,
+    granularities: Sequence[str],
+    candidates: _Candidates,
+    elements: Mapping[str, Tensor],
+    limit: int,
+) -> dict[str, ModulePlan]:
+    """What each module gets for its share of the budget."""
+    names = {name for _, name in candidates.places} | {*elements}
+    sizes = {name: inventory[name].weight_parameters for name in names}
+    chosen: dict[str, ModulePlan] = {}
+    for name, size in sizes.items():
+        own = {name: elements[name]} if name in elements else {}
+        share = limit * size // sum(sizes.values())
+        chosen |= _greedy(inventory, granularities, candidates.only(name), own, share)
+    if not chosen:
+        raise InputError(
+            f"a budget of {limit:,} parameters spread evenly allows less than one {' or '.join(granularities)} in each of "
+            f"{len(sizes)} modules; raise it, name fewer modules, choose a finer granularity, or spread globally."
+        )
+    return chosen
 
 
 def _greedy(
-    inventory: Inventory, kinds: Sequence[str], candidates: _Candidates, elements: dict[str, Tensor], limit: int
+    inventory: Inventory,
+    granularities: Sequence[str],
+    candidates: _Candidates,
+    elements: Mapping[str, Tensor],
+    limit: int,
 ) -> dict[str, ModulePlan]:
-    """What ``select`` says, of these units and elements."""
+    """Take these units, and single weights, in the order of worth per parameter, until the limit is reached."""
     chosen: dict[str, ModulePlan] = {}
     held: dict[str, int] = {}  # trainable parameters of each chosen module, kept up to date
     taken: dict[tuple[str, str], set[int]] = {}  # columns and rows of each chosen module
     used = 0
     worth, price, places = candidates.worth, candidates.price, candidates.places
     smallest = int(price.min()) if len(price) else 0
-    before = _elements_before(kinds, candidates, elements)
+    before = _elements_before(granularities, candidates, elements)
     for candidate in np.argsort(-(worth / price), kind="stable"):
-        if (limit - used < smallest and len(kinds) == 1) or worth[candidate] < 0:
+        if (limit - used < smallest and len(granularities) == 1) or worth[candidate] < 0:
             break
-        kind, name = places[candidates.at[candidate]]
+        granularity, name = places[candidates.place[candidate]]
         pieces = [
-            piece.without(taken.get((piece.info.name, piece.kind), ()))
-            for piece in _pieces(inventory, kind, name, int(candidates.of[candidate]))
-            if not _covered(chosen.get(piece.info.name), piece.kind)
+            piece.without(taken.get((piece.info.name, piece.granularity), ()))
+            for piece in _pieces(inventory, granularity, name, int(candidates.index[candidate]))
+            if not _covered(chosen.get(piece.info.name), piece.granularity)
         ]
         pieces = [piece for piece in pieces if piece.indices]
-        added = [p.cost - (held.get(p.info.name, 0) if p.kind in WHOLE else 0) for p in pieces]
+        added = [p.cost - (held.get(p.info.name, 0) if p.granularity in WHOLE else 0) for p in pieces]
         if not pieces or int(before[candidate]) + used + sum(added) > limit:
             continue
         for piece, more in zip(pieces, added, strict=True):
-            of_module = piece.info.name
-            _take(chosen.setdefault(of_module, ModulePlan(piece.info.shape)), piece)
-            held[of_module] = held.get(of_module, 0) + more
-            taken.setdefault((of_module, piece.kind), set()).update(piece.indices)
+            module = piece.info.name
+            _take(chosen.setdefault(module, ModulePlan(piece.info.shape)), piece)
+            held[module] = held.get(module, 0) + more
+            taken.setdefault((module, piece.granularity), set()).update(piece.indices)
         used += sum(added)
     if elements and limit > used:
         for name, index in largest(elements, limit - used).items():
@@ -259,70 +354,49 @@ def _greedy(
     return chosen
 
 
-def _elements_before(kinds: Sequence[str], candidates: _Candidates, elements: dict[str, Tensor]) -> np.ndarray:
-    """How many elements come before each candidate: those worth more, or as much where their kind was named first."""
+def _elements_before(
+    granularities: Sequence[str], candidates: _Candidates, elements: Mapping[str, Tensor]
+) -> np.ndarray:
+    """How many single weights come before each candidate.
+
+    These are the ones worth more, and those worth as much where elements were named first.
+    """
     before = np.zeros(len(candidates.price), dtype=np.int64)
     if not elements:
         return before
     ratio = candidates.worth / candidates.price
-    later = np.array([kinds.index(kind) > kinds.index("element") for kind, _ in candidates.places], dtype=bool)
+    rank = granularities.index("element")
+    later = np.array([granularities.index(word) > rank for word, _ in candidates.places], dtype=bool)
     for equal in (False, True):
-        where = later[candidates.at] == equal if len(later) else np.zeros(0, bool)
+        where = later[candidates.place] == equal if len(later) else np.zeros(0, bool)
         if where.any():
             thresholds, inverse = np.unique(ratio[where], return_inverse=True)
             before[where] = above(elements, torch.from_numpy(thresholds), equal).numpy()[inverse]
     return before
 
 
-@dataclasses.dataclass(frozen=True)
-class _Piece:
-    """What a unit takes of one module: columns or rows, the bias, or (the kinds of WHOLE) everything."""
-
-    info: ModuleInfo
-    kind: str
-    indices: Sequence[int]
-
-    @property
-    def cost(self) -> int:
-        if self.kind == "column":
-            return len(self.indices) * self.info.column_parameters
-        if self.kind == "row":
-            return len(self.indices) * self.info.row_parameters
-        return self.info.bias_parameters + (self.info.weight_parameters if self.kind in WHOLE else 0)
-
-    def without(self, taken: Collection[int]) -> _Piece:
-        if not taken or self.kind not in ("column", "row"):
-            return self
-        return dataclasses.replace(self, indices=[index for index in self.indices if index not in taken])
-
-
-def _pieces(inventory: Inventory, kind: str, name: str, index: int) -> list[_Piece]:
-    """What the unit ``index`` of a kind under ``name`` takes of each module."""
-    if kind == "layer":
-        inside = [info for info in inventory.modules if info.layer == name and info.in_block]
-        return [_Piece(info, kind, [0]) for info in inside if info.kind in TRAINABLE]
-    if kind == "head":
-        group = next(group for group in inventory.heads if group.name == name)
-        rows = [_Piece(inventory[module], "row", own) for module, own in group.rows(index).items()]
-        return [*rows, _Piece(inventory[group.output], "column", group.output_columns(index))]
-    return [_Piece(inventory[name], kind, [index])]
-
-
-def _covered(module: ModulePlan | None, kind: str) -> bool:
-    """Whether what is chosen of a module already holds its next unit of that kind."""
-    return module is not None and (module.bias if kind == "bias" else module.weight)
+def _covered(module: ModulePlan | None, granularity: str) -> bool:
+    """Whether what is chosen of a module already holds its next unit of that granularity."""
+    return module is not None and (module.bias if granularity == "bias" else module.weight)
 
 
 def _take(module: ModulePlan, piece: _Piece) -> None:
     """Add what the unit takes; a whole weight takes the place of its columns and rows."""
-    if piece.kind in WHOLE:
+    if piece.granularity in WHOLE:
         module.columns, module.rows, module.weight, module.bias = [], [], True, piece.info.bias
-    elif piece.kind == "bias":
+    elif piece.granularity == "bias":
         module.bias = True
     else:
-        (module.columns if piece.kind == "column" else module.rows).extend(piece.indices)
+        (module.columns if piece.granularity == "column" else module.rows).extend(piece.indices)
 
 
-def _why_no_heads(inventory: Inventory) -> str:
-    """A remark in brackets, or nothing, on why no head can be chosen."""
-    return next((f" ({name}: {reason})" for name, reason in inventory.without_heads.items()), "")
+def _in_order(inventory: Inventory, chosen: Mapping[str, ModulePlan]) -> dict[str, ModulePlan]:
+    """The chosen modules in the model's order, their columns and rows ascending."""
+    for module in chosen.values():
+        module.columns.sort()
+        module.rows.sort()
+    return {
+        info.name: dataclasses.replace(chosen[info.name], groups=info.groups)
+        for info in inventory.modules
+        if info.name in chosen
+    }

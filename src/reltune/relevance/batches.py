@@ -1,4 +1,4 @@
-"""What a batch is made of, whether a mapping of tensors or a pair of inputs and labels, and a model that is only looked at."""
+"""Batches, whether mappings of tensors or pairs of inputs and labels: their size, parts and hashes, and a model run on them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reltune.layers.quantised import compute_as_in_training
 
 
 def chained(before: str, batch: Any) -> str:
-    """Hash of the hash so far and of all tensors in the batch."""
+    """The hash of a stream of batches, from the hash of those before and the batch that follows them."""
     digest = hashlib.sha256(before.encode())
     for tensor in values_of(batch):
         if isinstance(tensor, Tensor):
@@ -24,21 +24,24 @@ def chained(before: str, batch: Any) -> str:
 
 
 def contents(batch: Any) -> int:
-    """A number for the batch's examples: the sum of each one's hash, padding by ``attention_mask`` left out."""
+    """A number that stands for the batch's examples, in any order and with any padding: the sum of a hash of each.
+
+    What ``attention_mask`` (B, T), or (B, rows, T), marks as padding is left out of every tensor that has its positions.
+    """
     size = batch_size(batch)
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     names = list(batch) if isinstance(batch, Mapping) else range(len(batch))
     tensors = {n: v.detach().cpu() for n, v in zip(names, values_of(batch), strict=True) if isinstance(v, Tensor)}
-    kept = tensors["attention_mask"].bool() if isinstance(mask, Tensor) and mask.ndim in (2, 3) else None
+    real = tensors["attention_mask"].bool() if isinstance(mask, Tensor) and mask.ndim in (2, 3) else None
     total = 0
     for s in range(size):
         digest = hashlib.sha256()
         for name, value in tensors.items():
             one = value[s] if value.ndim and len(value) == size else value
-            if kept is not None and one is not value and value.shape[: kept.ndim] == kept.shape:
-                if kept.ndim > 2:  # of several rows each example
-                    digest.update(f"{kept[s].sum(-1).tolist()} ".encode())
-                one = one[kept[s]]
+            if real is not None and one is not value and value.shape[: real.ndim] == real.shape:
+                if real.ndim > 2:  # an example has several rows: their lengths tell where one ends
+                    digest.update(f"{real[s].sum(-1).tolist()} ".encode())
+                one = one[real[s]]
             digest.update(f"{name} {one.dtype} {tuple(one.shape)} ".encode())
             digest.update(one.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         total += int.from_bytes(digest.digest()[:16], "big")
@@ -67,7 +70,7 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 
 def batch_size(batch: Any) -> int:
-    """The number of examples, which is the labels' where there are any."""
+    """The number of examples: the length of the labels, or else of the first tensor."""
     values = list(values_of(batch))
     labels = batch.get("labels") if isinstance(batch, Mapping) else values[-1]
     tensors = [value for value in (labels, *values) if isinstance(value, Tensor) and value.ndim]
@@ -84,14 +87,14 @@ def with_labels(batch: Any, labels: Tensor) -> Any:
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
-    """The model's outputs; it never sees the labels, but what its decoder reads where the batch leaves that to them."""
+    """The model's outputs. The model is not given the labels; a sequence-to-sequence model is given the decoder input that
+    it would have made from them, if the batch has none."""
     if isinstance(batch, Mapping):
         return model(**{key: value for key, value in batch.items() if key != "labels"}, **_shifted_labels(model, batch))
     return model(batch[0])
 
 
 def _shifted_labels(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The decoder's input that a sequence-to-sequence model makes of the labels it is given, where the batch has none."""
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if shift is None or "labels" not in batch or {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch):
         return {}
@@ -100,7 +103,7 @@ def _shifted_labels(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Ten
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no weight gradients, for as long as the context lasts."""
+    """Evaluation mode, and no weight requires a gradient, until the context ends."""
     required = {name: p.requires_grad for name, p in model.named_parameters()}
     modes = {name: module.training for name, module in model.named_modules()}
     try:

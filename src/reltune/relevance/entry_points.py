@@ -1,4 +1,4 @@
-"""Criteria that installed packages offer by entry points: found by name, not imported."""
+"""Criteria that installed packages offer by entry points, looked up by name without importing them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ CRITERIA_GROUP = "reltune.criteria"  # entry points of installed packages with c
 
 
 def criterion_of_package(name: str) -> metadata.EntryPoint | None:
-    """The entry point of an installed package's criterion, not imported; None for reltune's own and unknown names.
+    """The entry point of an installed package's criterion, which this does not import; None for reltune's own criteria and
+    unknown names.
 
-    A name that two have is an InputError: whoever asks for it should know which one measures.
+    Raises InputError for a name that two packages, or a package and reltune, offer: nobody could tell which one measures.
     """
-    found = list(dict.fromkeys(metadata.entry_points(group=CRITERIA_GROUP, name=name)))
-    owners = (["reltune itself"] if name in CRITERIA else []) + sorted(map(owner_of, found))
+    offers = list(dict.fromkeys(metadata.entry_points(group=CRITERIA_GROUP, name=name)))
+    owners = (["reltune itself"] if name in CRITERIA else []) + sorted(map(owner_of, offers))
     if len(owners) > 1:
         raise InputError(
             f"criterion {name!r} comes from {' and from '.join(owners)}; uninstall one, or have it renamed in its package."
         )
-    return found[0] if found else None
+    return offers[0] if offers else None
 
 
 def owner_of(point: metadata.EntryPoint) -> str:
@@ -30,5 +31,5 @@ def owner_of(point: metadata.EntryPoint) -> str:
 
 
 def known_criteria() -> list[str]:
-    """reltune's own criteria, then those of installed packages, none of which is imported."""
+    """The names of reltune's own criteria, then those of installed packages, which this does not import."""
     return list(dict.fromkeys([*CRITERIA, *sorted(metadata.entry_points(group=CRITERIA_GROUP).names)]))

@@ -1,4 +1,4 @@
-"""What a data pass has added up so far, kept on disk, so that an interrupted analysis goes on where it stopped."""
+"""Intermediate results of an analysis, kept on disk, so that an interrupted one goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -16,20 +16,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FILE = "partial.safetensors"
+from reltune.relevance.artefact import PARTIAL
+
 EVERY = 300.0  # seconds between two saves; a kill that leaves no time to save costs no more than this
 
 
 class Partial:
-    """``key`` says what is measured on which model: sums of anything else are not continued."""
+    """The file that keeps intermediate results.
+
+    ``key`` says what is measured, and on which model; results that were saved under another key are not used. ``criterion``
+    names a behaviour criterion, whose results have a file of their own.
+    """
 
     def __init__(self, directory: Path, key: str, criterion: str = "") -> None:
-        """``criterion``: with passes of its own, whose results are kept in a file of their own."""
-        self.path = directory / (f"{criterion}.{FILE}" if criterion else FILE)
+        self.path = directory / (f"{criterion}.{PARTIAL}" if criterion else PARTIAL)
         self.key, self.saved = key, time.monotonic()
 
     def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """The state and the tensors that were saved, or None where there are none for this key."""
+        """The state and the tensors that were saved; None where nothing was saved under this key."""
         try:
             with safe_open(self.path, "pt") as file:
                 state = json.loads((file.metadata() or {})["state"])
@@ -39,15 +43,23 @@ class Partial:
         except (OSError, KeyError, ValueError, SafetensorError):
             return None
 
+    def of_something_else(self) -> bool:
+        """Whether the file is there and of another key."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                return json.loads((file.metadata() or {})["state"])["key"] != self.key
+        except (OSError, KeyError, ValueError, SafetensorError):
+            return False
+
     def due(self) -> bool:
         return time.monotonic() - self.saved >= EVERY
 
     def save(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """State and sums in one file, whole or not at all: one without the other would count batches twice."""
+        """Write state and tensors into one file, whole or not at all: one without the other would count batches twice."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         written = self.path.with_name(self.path.name + ".writing")
-        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(held, written, metadata={"state": json.dumps({**state, "key": self.key})})
+        on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(on_host, written, metadata={"state": json.dumps({**state, "key": self.key})})
         written.replace(self.path)
         self.saved = time.monotonic()
 
@@ -55,12 +67,8 @@ class Partial:
         self.path.unlink(missing_ok=True)
 
 
-def interrupted_in(directory: Path) -> bool:
-    """Whether an analysis was interrupted here and can go on."""
-    return (directory / FILE).is_file() or any(directory.glob(f"*.{FILE}"))
-
-
 def flat(sums: dict[str, dict[str, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """Sums by module, statistic and part as tensors by one name each: statistic/part/module."""
     return {
         f"{need}/{part}/{module}": value
         for module, needs in sums.items()
@@ -72,7 +80,7 @@ def flat(sums: dict[str, dict[str, dict[str, Tensor]]]) -> dict[str, Tensor]:
 def nested(
     tensors: dict[str, Tensor], device: torch.device, on_host: set[str]
 ) -> dict[str, dict[str, dict[str, Tensor]]]:
-    """``flat`` undone; statistics named in ``on_host`` stay there."""
+    """The reverse of ``flat``. Statistics named in ``on_host`` stay on the host, the others are moved to the device."""
     sums: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, value in tensors.items():
         need, part, module = key.split("/", 2)
@@ -83,9 +91,10 @@ def nested(
 
 @contextlib.contextmanager
 def deferred_signals(wanted: bool) -> Iterator[list[int]]:
-    """The list where Ctrl-C and termination wait until the batch is whole; raising them is the caller's part.
+    """Hold back Ctrl-C and termination, so that a batch is measured whole: gives the list in which they wait. The caller
+    raises them.
 
-    A second one takes effect at once. Only the main thread may set handlers; elsewhere signals stay as they are.
+    A second signal takes effect at once. Only the main thread may set handlers; elsewhere signals stay as they are.
     """
     waiting: list[int] = []
     if not wanted or threading.current_thread() is not threading.main_thread():

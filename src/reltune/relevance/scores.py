@@ -1,45 +1,47 @@
-"""The relevance artefact: scores per criterion, kind of unit and module, with what they were measured on."""
+"""The relevance artefact: scores by criterion, module and part, with what they were measured on."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import platform
+from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from reltune.errors import InputError, nearest
 from reltune.files import write_json
-from reltune.layers.attention_heads import HeadGroup
 from reltune.layers.inventory import Inventory
-from reltune.layers.units import ModuleInfo, Parts, part_shapes
-from reltune.relevance.criteria.context import Context
+from reltune.layers.units import part_shapes
+from reltune.names import GRANULARITIES
+from reltune.relevance.artefact import FORMAT, SCORES, Overview, read_scores
+from reltune.relevance.criteria.contract import ScoresByName
 from reltune.relevance.heatmap import Heatmap
-
-FORMAT = "reltune-relevance-3"
-KINDS = ("layer", "module", "head", "column", "row", "element", "bias", "norm")
+from reltune.relevance.rank_correlation import spearman
 
 
 @dataclasses.dataclass
 class RelevanceScores:
-    """``parts[criterion][module][part]``: column (in,), row (out,), weight (), bias () or norm (), as layers/units.py has
-    them; element and element_bias where single weights were scored. Relevance that does not add up has parts of its own
-    for larger units: module () of a module, layer () under a layer's name, head (heads,) under an attention module's. The
-    ends of a score's 95% interval, where it has one, are in parts named after its own: module_low, module_high.
+    """The relevance of every unit, by one or several criteria.
 
+    ``parts[criterion][module][part]`` are tensors: column (in,), row (out,), weight (), bias () or norm (), as in
+    ``layers/units.py``; element and element_bias where single weights were scored. A criterion whose relevance does not add
+    up gives larger units parts of their own: module () under a module's name, layer () under a layer's, head (heads,) under
+    an attention module's. The ends of a score's 95% interval, where it has one, are in parts named after it: module_low and
+    module_high.
+
+    ``always_trained`` names the modules of new heads, which are not scored; ``fingerprint`` is that of the base model;
     ``provenance`` says on which model, data and versions the scores were measured.
     """
 
-    parts: dict[str, dict[str, dict[str, Tensor]]]
+    parts: dict[str, ScoresByName]
     inventory: Inventory
     always_trained: list[str]
     fingerprint: str
@@ -60,60 +62,58 @@ class RelevanceScores:
         return name
 
     def by(self, kind: str, criterion: str | None = None) -> dict[str, Tensor]:
-        """Relevance of every unit of a kind, by layer or module name.
+        """The relevance of every unit of one granularity, by layer or module name.
 
-        ``layer``, ``module``, ``bias`` and ``norm`` give one number () per name; ``column`` (in,) and ``row`` (out,)
-        give one number per feature; ``head`` (heads,) gives one number per head of each attention module (layers/attention_heads.py).
-        Empty for a kind that the criterion does not score.
+        ``layer``, ``module``, ``bias`` and ``norm`` give one number () per name; ``column`` (in,) and ``row`` (out,) one
+        number per feature; ``head`` (heads,) one number per attention head of each attention module; ``element`` one
+        number per weight. Empty for a granularity that the criterion does not score.
         """
         criterion = self.criterion(criterion)
-        parts = self.parts[criterion]
-        if kind not in KINDS:
-            raise InputError(f"granularity {kind!r} is unknown; {nearest(kind, KINDS)}")
-        own = {name: found[kind] for name, found in parts.items() if kind in found}
-        if kind == "head" and not own:
-            sums = {group.name: group.add_up(parts) for group in self.inventory.heads}
+        by_name = self.parts[criterion]
+        if kind not in GRANULARITIES:
+            raise InputError(f"granularity {kind!r} is unknown; {nearest(kind, GRANULARITIES)}")
+        scores = {name: parts[kind] for name, parts in by_name.items() if kind in parts}
+        if kind == "head" and not scores:
+            sums = {group.name: group.add_up(by_name) for group in self.inventory.attention_heads}
             return {name: total for name, total in sums.items() if total is not None}
-        if own or kind not in ("module", "layer"):
-            return own
-        total: dict[str, Tensor] = {}
-        for name, found in parts.items():
-            summands = [found[part] for part in ("weight", "bias", "norm") if part in found]
+        if scores or kind not in ("module", "layer"):
+            return scores
+        totals: dict[str, Tensor] = {}
+        for name, parts in by_name.items():
+            summands = [parts[part] for part in ("weight", "bias", "norm") if part in parts]
             if not summands or (kind == "layer" and not self.inventory[name].in_block):
                 continue
             key = name if kind == "module" else self.inventory[name].layer
             relevance = torch.stack(summands).sum(0)
-            total[key] = total[key] + relevance if key in total else relevance
-        return total
+            totals[key] = totals[key] + relevance if key in totals else relevance
+        return totals
 
     def interval(self, kind: str, criterion: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-        """The ends of the 95% interval of every unit of a kind, in the shapes of ``by``."""
+        """The two ends of the 95% interval of every unit of one granularity, in the shapes of ``by``."""
         criterion = self.criterion(criterion)
-        ends = (f"{kind}_low", f"{kind}_high")
-        found = {
-            name: (parts[ends[0]], parts[ends[1]]) for name, parts in self.parts[criterion].items() if ends[0] in parts
-        }
-        if not found:
+        low, high = f"{kind}_low", f"{kind}_high"
+        intervals = {name: (parts[low], parts[high]) for name, parts in self.parts[criterion].items() if low in parts}
+        if not intervals:
             raise InputError(
                 f"{criterion} gives no intervals for granularity {kind!r}; correlation does for those it scores."
             )
-        return found
+        return intervals
 
     def adds_up(self, criterion: str | None = None) -> bool:
         """Whether a layer's relevance is the sum of its modules'."""
-        return not any(
-            "layer" in found or "module" in found for found in self.parts[self.criterion(criterion)].values()
-        )
+        by_name = self.parts[self.criterion(criterion)]
+        return not any("layer" in parts or "module" in parts for parts in by_name.values())
 
     def compare(
         self, other: RelevanceScores | None = None, kind: str = "module", top: float = 0.1
     ) -> list[dict[str, Any]]:
-        """How far criteria agree on the units of a kind: every pair of criteria here, or each criterion here with the
-        same one in ``other`` (other data, another seed).
+        """How far criteria agree on the units of one granularity: every pair of criteria here, or each criterion here with
+        the same one in ``other`` (measured on other data, or with another seed).
 
-        Gives ``first``, ``second``, ``units``, ``spearman`` (rank correlation, −1 to 1, ties at their mean rank; nan when
-        one side is constant) and ``overlap`` (0 to 1: the part of the ``top`` share of units, at least one, that both
-        have in common; ties go to the earlier unit). Units that only one side has are left out.
+        Gives for each pair ``first`` and ``second`` (the criteria), ``units`` (how many both score), ``spearman`` (rank
+        correlation, −1 to 1, ties at their mean rank; nan when one side is constant) and ``overlap`` (0 to 1: the part of
+        the ``top`` share of units, at least one unit, that both have in common; of equal units the earlier one counts as
+        better). Units that only one side has are left out.
         """
         if not 0 < top <= 1:
             raise InputError(f"top is {top}; it is the share of units to compare, more than 0 and at most 1.")
@@ -121,16 +121,16 @@ class RelevanceScores:
             pairs = [(a, b, self, self) for a, b in itertools.combinations(self.criteria, 2)]
         else:
             pairs = [(name, name, self, other) for name in self.criteria if name in other.parts]
-        found = []
+        rows = []
         for first, second, left, right in pairs:
             a, b = left.by(kind, first), right.by(kind, second)
             names = [name for name in a if name in b and a[name].shape == b[name].shape]
             if not names:
                 continue
-            x, y = (torch.cat([of[name].reshape(-1).double() for name in names]) for of in (a, b))
+            x, y = (torch.cat([scores[name].reshape(-1).double() for name in names]) for scores in (a, b))
             count = max(1, round(top * len(x)))
-            best = [set(torch.argsort(-v, stable=True)[:count].tolist()) for v in (x, y)]
-            found.append(
+            best = [set(torch.argsort(-scores, stable=True)[:count].tolist()) for scores in (x, y)]
+            rows.append(
                 {
                     "first": first,
                     "second": second,
@@ -139,7 +139,7 @@ class RelevanceScores:
                     "overlap": len(best[0] & best[1]) / count,
                 }
             )
-        return found
+        return rows
 
     def heatmap(self, criterion: str | None = None) -> Heatmap:
         """Layer × module; modules outside the blocks have a row of their own.
@@ -162,7 +162,7 @@ class RelevanceScores:
         for (i, j), held in cells.items():
             values[i][j] = math.fsum(held) / (1 if adds_up else len(held))
         layers = {} if adds_up else self.by("layer", criterion)
-        if layers:  # of the layers alone: a module's own score is none of a layer's kind
+        if layers:  # a module outside the layers has a score that cannot be compared with theirs
             by_row = [float(layers[row]) if row in layers else 0.0 for row in rows]
         else:
             by_row = [math.fsum(v for v in row if v is not None) for row in values]
@@ -181,7 +181,7 @@ class RelevanceScores:
         scores = list(layers.values())
         top = max(range(len(scores)), key=scores.__getitem__)
         half = len(scores) // 2
-        if not self.adds_up(criterion):  # shares would be of a sum that means nothing, and that may be negative
+        if not self.adds_up(criterion):  # a sum would mean nothing and may be negative, so no shares of it
             upper, lower = (math.fsum(some) / len(some) for some in (scores[len(scores) - half :], scores[:-half]))
             return (
                 f"By {criterion}, layer {top} of 0–{len(scores) - 1} matters most ({scores[top]:.3g}); the top layer has "
@@ -195,22 +195,32 @@ class RelevanceScores:
             f"{math.fsum(shares[len(shares) - half :]):.0%}."
         )
 
+    def overview(self) -> Overview:
+        """What people are shown of the scores."""
+        return Overview(
+            self.provenance,
+            {info.name: info.layer for info in self.inventory.modules},
+            self.inventory.left_out,
+            [self.heatmap(criterion) for criterion in self.criteria],
+            self.depth_sentence(),
+        )
+
     def save(self, directory: str | os.PathLike) -> None:
         """Write ``scores.safetensors`` (keys criterion/part/module) and ``scores.json``."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        overview = self.overview()
         tensors = {
             f"{criterion}/{part}/{name}": tensor.contiguous()
-            for criterion, modules in self.parts.items()
-            for name, found in modules.items()
-            for part, tensor in found.items()
+            for criterion, by_name in self.parts.items()
+            for name, parts in by_name.items()
+            for part, tensor in parts.items()
         }
-        partial = directory / "scores.safetensors.partial"
-        save_file(tensors, partial)
-        partial.replace(directory / "scores.safetensors")
-        inventory = dataclasses.asdict(self.inventory)
+        unfinished = directory / "scores.safetensors.partial"
+        save_file(tensors, unfinished)
+        unfinished.replace(directory / "scores.safetensors")
         write_json(
-            directory / "scores.json",
+            directory / SCORES,
             {
                 "format": FORMAT,
                 "criteria": self.criteria,
@@ -218,7 +228,12 @@ class RelevanceScores:
                 "fingerprint": self.fingerprint,
                 "always_trained": self.always_trained,
                 "provenance": self.provenance,
-                **inventory,
+                **self.inventory.to_dict(),
+                # for readers without torch; worked out anew from the tensors by everybody else
+                "overview": {
+                    "heatmaps": [dataclasses.asdict(heatmap) for heatmap in overview.heatmaps],
+                    "depth_sentence": overview.depth_sentence,
+                },
             },
         )
 
@@ -226,47 +241,18 @@ class RelevanceScores:
     def load(cls, directory: str | os.PathLike) -> RelevanceScores:
         """Read what ``save`` wrote. Nothing in the files is executed."""
         directory = Path(directory)
+        values = read_scores(directory)
         try:
-            values = json.loads((directory / "scores.json").read_text(encoding="utf-8"))
             tensors = load_file(directory / "scores.safetensors")
         except FileNotFoundError as error:
             raise InputError(f"{directory} holds no relevance scores; run `reltune analyze` first.") from error
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"{directory} holds relevance scores that cannot be read: {error}") from error
-        form = values.get("format") if isinstance(values, dict) else None
-        if form != FORMAT:
-            raise InputError(f"{directory}/scores.json has format {form!r}, not {FORMAT!r}; analyze again.")
         try:
-            modules = [ModuleInfo(**{**info, "shape": tuple(info["shape"])}) for info in values["modules"]]
             if len(tensors) != values["tensors"]:
                 raise ValueError(f"scores.safetensors has {len(tensors)} tensors and not {values['tensors']}")
-            shapes = {info.name: part_shapes(info) for info in modules}
-            heads = [HeadGroup(**group) for group in values["heads"]]
-            shapes |= {info.layer: {"layer": ()} for info in modules if info.in_block}
-            for group in heads:
-                shapes[group.name] = {**shapes.get(group.name, {}), "head": (group.heads,)}
-            for of in shapes.values():
-                of |= {f"{part}_{end}": of[part] for part in KINDS if part in of for end in ("low", "high")}
-            parts: dict[str, dict[str, dict[str, Tensor]]] = {
-                criterion: {info.name: {} for info in modules} for criterion in values["criteria"]
-            }
-            for criterion, name in itertools.product(values["criteria"], shapes):
-                for part, shape in shapes[name].items():
-                    tensor = tensors.pop(f"{criterion}/{part}/{name}", None)
-                    if tensor is None:
-                        continue
-                    if tensor.shape != shape:
-                        raise ValueError(f"{criterion}/{part}/{name} has shape {tuple(tensor.shape)}")
-                    parts[criterion].setdefault(name, {})[part] = tensor
-            empty = [criterion for criterion, of in parts.items() if not any(of.values())]
-            if empty:
-                raise ValueError(f"scores.safetensors has nothing of {empty[0]}")
-            if tensors:
-                raise ValueError(f"scores.json does not know {next(iter(tensors))}")
-            counts = values["base_parameters"], values["head_parameters"]
-            inventory = Inventory(modules, values["left_out"], *counts, heads, values["without_heads"])
-            for group in heads:
-                group.check(inventory)
+            inventory = Inventory.from_dict(values)
+            parts = _sorted_by_criterion(tensors, values["criteria"], inventory)
             return cls(parts, inventory, values["always_trained"], values["fingerprint"], values["provenance"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -274,101 +260,52 @@ class RelevanceScores:
             ) from error
 
 
-class _OnHost(Mapping[str, Tensor]):
-    """Tensors that are copied to the host when they are asked for."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name].cpu()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-
-class Assembly:
-    """One criterion's ``parts`` from each module's weights and statistics (relevance/criteria/registry.py says what it has), which
-    come one module at a time; keeps none of them."""
-
-    def __init__(
-        self, criterion: ModuleType, context: Context, elements: bool = False, heads: Sequence[HeadGroup] = ()
-    ) -> None:
-        self.criterion, self.context, self.elements = criterion, context, elements
-        self.combine = getattr(criterion, "combine", None)
-        self.parts: dict[str, dict[str, Tensor]] = {}
-        self.layers: dict[str, tuple[Parts, ...]] = {}
-        self.heads = heads if self.combine is not None else ()
-        self.held_by_heads = {name for group in self.heads for name in group.modules}
-        self.inside_heads: dict[str, tuple[Parts, ...]] = {}
-
-    def add(self, info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]]) -> None:
-        combine = self.combine
-        weights, sums = self._in_one_place(weights, sums)
-        quantities = tuple(
-            {part: value.detach().cpu() for part, value in of.items()}
-            for of in self.criterion.quantities(info, weights, sums, self.context)
-        )
-        found = quantities[0]
-        if combine is not None and found:
-            if info.name in self.held_by_heads:
-                self.inside_heads[info.name] = quantities
-            quantities = tuple({**of, "module": _whole(of)} for of in quantities)
-            found = {part: combine(*(of[part] for of in quantities)) for part in quantities[0]}
-            if info.in_block:
-                whole = tuple({"layer": of["module"]} for of in quantities)
-                held = self.layers.get(info.layer)
-                self.layers[info.layer] = (
-                    whole
-                    if held is None
-                    else tuple({"layer": a["layer"] + b["layer"]} for a, b in zip(held, whole, strict=True))
-                )
-        self.parts[info.name] = dict(found)
-        if self.elements and (single := self.criterion.elements(info, weights, sums, self.context)):
-            self.parts[info.name]["element"] = single["weight"].detach().cpu()
-            if "bias" in single:
-                self.parts[info.name]["element_bias"] = single["bias"].detach().cpu()
-
-    def _in_one_place(
-        self, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]]
-    ) -> tuple[Mapping[str, Tensor], Mapping[str, Mapping[str, Tensor]]]:
-        """All on the host where some of what the criterion needs is: statistics of single weights never wait on an
-        accelerator."""
-        needs = (*self.criterion.NEEDS, *(self.criterion.ELEMENT_NEEDS if self.elements else ()))
-        if not any(value.device.type == "cpu" for need in needs for value in sums.get(need, {}).values()):
-            return weights, sums
-        return _OnHost(weights), {need: _OnHost(sums[need]) for need in needs if need in sums}
-
-    def finished(self) -> dict[str, dict[str, Tensor]]:
-        if self.combine is not None:
-            for layer, of in self.layers.items():
-                self.parts[layer] = {"layer": self.combine(*(quantity["layer"] for quantity in of))}
-            for group in self.heads:
-                if all(name in self.inside_heads for name in group.modules):
-                    by_quantity = zip(*(self.inside_heads[name] for name in group.modules), strict=True)
-                    totals = [group.add_up(dict(zip(group.modules, of, strict=True))) for of in by_quantity]
-                    if all(total is not None for total in totals):
-                        self.parts.setdefault(group.name, {})["head"] = self.combine(*totals)
-        return self.parts
+def _sorted_by_criterion(
+    tensors: dict[str, Tensor], criteria: list[str], inventory: Inventory
+) -> dict[str, ScoresByName]:
+    """The tensors, by their keys criterion/part/name. Raises ValueError for a tensor that fits no unit of the inventory."""
+    shapes = _shapes_by_name(inventory)
+    parts: dict[str, ScoresByName] = {name: {info.name: {} for info in inventory.modules} for name in criteria}
+    for criterion, name in itertools.product(criteria, shapes):
+        for part, shape in shapes[name].items():
+            tensor = tensors.pop(f"{criterion}/{part}/{name}", None)
+            if tensor is None:
+                continue
+            if tensor.shape != shape:
+                raise ValueError(f"{criterion}/{part}/{name} has shape {tuple(tensor.shape)}")
+            parts[criterion].setdefault(name, {})[part] = tensor
+    empty = [criterion for criterion, by_name in parts.items() if not any(by_name.values())]
+    if empty:
+        raise ValueError(f"scores.safetensors has nothing of {empty[0]}")
+    if tensors:
+        raise ValueError(f"scores.json does not know {next(iter(tensors))}")
+    return parts
 
 
-def _whole(parts: Parts) -> Tensor:
-    """All of a module's parameters."""
-    values = [parts[part] for part in ("weight", "bias", "norm") if part in parts]
-    return torch.stack(values).sum(0)
+def _shapes_by_name(inventory: Inventory) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shape of every part that a module, a layer or an attention module may have."""
+    shapes = {info.name: part_shapes(info) for info in inventory.modules}
+    shapes |= {info.layer: {"layer": ()} for info in inventory.modules if info.in_block}
+    for group in inventory.attention_heads:
+        shapes[group.name] = {**shapes.get(group.name, {}), "head": (group.heads,)}
+    for by_part in shapes.values():
+        with_interval = [part for part in GRANULARITIES if part in by_part]
+        by_part |= {f"{part}_{end}": by_part[part] for part in with_interval for end in ("low", "high")}
+    return shapes
 
 
-def spearman(x: Tensor, y: Tensor) -> float:
-    ranks = torch.stack([_ranks(x), _ranks(y)])
-    ranks = ranks - ranks.mean(1, keepdim=True)
-    return float((ranks[0] @ ranks[1]) / (ranks[0].norm() * ranks[1].norm()))
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 0 on, equal values at the mean of theirs."""
-    _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double()
-    return (last - (count + 1) / 2)[place]
+def provenance(model: nn.Module, name: str, examples: int, data: str, seed: int) -> dict[str, Any]:
+    """What every analysis records: model, number of examples, their fingerprint, seed and versions."""
+    return {
+        "model": name,
+        "architecture": type(model).__name__,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "examples": examples,
+        "data": data,
+        "seed": seed,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": metadata.version("transformers"),
+        },
+    }

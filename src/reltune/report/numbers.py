@@ -7,33 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
+from reltune.metrics import METRICS, metric_of
 from reltune.relevance.heatmap import Heatmap
 from reltune.report.record import LMEvalScore
 
 MISSING = "—"
-# Metrics of tasks: name -> (label, the label where there is little room, whether it is a share (0..1)).
-METRICS: dict[str, tuple[str, str, bool]] = {
-    "accuracy": ("accuracy", "acc.", True),
-    "f1_macro": ("macro F1", "macro\nF1", True),
-    "pearson": ("Pearson correlation", "Pearson", False),
-    "spearman": ("Spearman correlation", "Spear-\nman", False),
-    "mse": ("mean squared error", "MSE", False),
-    "f1_micro": ("micro F1", "micro\nF1", True),
-    "subset_accuracy": ("subset accuracy", "all\nright", True),
-    "f1": ("F1", "F1", True),
-    "precision": ("precision", "prec.", True),
-    "recall": ("recall", "recall", True),
-    "rougeL": ("ROUGE-L", "ROUGE\nL", True),
-    "rouge1": ("ROUGE-1", "ROUGE\n1", True),
-    "rouge2": ("ROUGE-2", "ROUGE\n2", True),
-    "perplexity": ("perplexity", "perpl.", False),
-    "token_accuracy": ("token accuracy", "token\nacc.", True),
-    "exact_match": ("exact match", "exact\nmatch", True),
-    "matthews": ("Matthews correlation", "Matth.\ncorr.", False),
-    "reward_accuracy": ("reward accuracy", "reward\nacc.", True),
-    "reward_margin": ("reward margin", "reward\nmargin", False),
-    "chosen_likelier": ("chosen likelier", "chosen\nlikelier", True),
-}
 
 
 def count(value: float | None) -> str:
@@ -70,7 +48,8 @@ def metric(name: str, value: Any) -> str:
     """One entry of ``all_results.json``: shares in percent, sizes in binary units, the rest plain."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return MISSING if value is None else str(value)
-    if 0 <= value <= 1 and any(share and f"_{name}".endswith(f"_{of}") for of, (*_, share) in METRICS.items()):
+    known = metric_of(name)
+    if known is not None and known.share and 0 <= value <= 1:
         return f"{percent(value)} %"
     if name.endswith("_bytes"):
         return size(value)
@@ -102,17 +81,16 @@ def score(name: str, value: float | None) -> str:
     """A task's metric for a table whose head names its unit."""
     if value is None or not math.isfinite(value):
         return MISSING
-    return percent(value) if METRICS[name][2] else f"{value:.4g}"
+    return percent(value) if METRICS[name].share else f"{value:.4g}"
 
 
 def head(name: str, short: bool = False) -> str:
     """A metric's label and unit as the head of a column."""
-    label, narrow, is_share = METRICS[name]
-    if short:
-        label = narrow
-    elif len(label) > 12:  # in two lines
+    metric = METRICS[name]
+    label = metric.short if short else metric.label
+    if len(label) > 12 and not short:  # in two lines
         label = label.replace(" ", "\n", 1)
-    return label + ((" %" if "\n" in label else "\n%") if is_share else "")
+    return label + ((" %" if "\n" in label else "\n%") if metric.share else "")
 
 
 def sweep_rows(record: Mapping[str, Any]) -> tuple[list[str], list[tuple[list[str], bool]]]:
@@ -126,7 +104,7 @@ def sweep_rows(record: Mapping[str, Any]) -> tuple[list[str], list[tuple[list[st
         result = f"failed: {trial['failed']}" if trial["failed"] else metric(record["metric"], trial["metric"])
         rows.append(([str(trial["number"]), *cells, result], trial == record["best"]))
     name = record["metric"]
-    return ["trial", *fields, f"validation {METRICS[name][0] if name in METRICS else name}"], rows
+    return ["trial", *fields, f"validation {METRICS[name].label if name in METRICS else name}"], rows
 
 
 def measured(results: Iterable[Mapping[str, Any]], prefix: str = "") -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from reltune.errors import InputError
 from reltune.files import write_text
+from reltune.metrics import METRICS
 from reltune.relevance.heatmap import Heatmap
 from reltune.report import numbers
 from reltune.report.record import MethodResult, Output, RunRecord
@@ -119,12 +120,11 @@ def key_figures(record: RunRecord) -> list[tuple[str, str, str, str]]:
     found = []
     for prefix, split in (("test", "Test"), ("eval", "Validation")):
         for name in numbers.measured([record.metrics], f"{prefix}_"):
-            label, _, is_share = numbers.METRICS[name]
             value = numbers.score(name, record.metrics[f"{prefix}_{name}"])
             before = record.metrics.get(f"{prefix}_before_{name}")
-            unit = "%" if is_share else ""
+            unit = "%" if METRICS[name].share else ""
             earlier = "" if before is None else f"{numbers.score(name, before)} {unit}".strip()
-            found.append((f"{split} {label}", value, unit, earlier))
+            found.append((f"{split} {METRICS[name].label}", value, unit, earlier))
         if found:
             break
     trainable = record.metrics.get("trainable_parameters")
@@ -280,13 +280,11 @@ def curve_figures(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, A
         _curve(history, "eval_loss", "step", "validation loss", VERMILLION, "square", "lines+markers"),
     ]
     names = numbers.measured(history, "eval_")
-    in_percent = [name for name in names if numbers.METRICS[name][2]]
+    in_percent = [name for name in names if METRICS[name].share]
     shown = in_percent or names[:1]  # the others' scales differ
     looks = ((BLUE, "circle"), (GREEN, "diamond"), (VERMILLION, "square"))
     scores = [
-        _curve(
-            history, f"eval_{name}", "epoch", numbers.METRICS[name][0], *look, "lines+markers", 100 if in_percent else 1
-        )
+        _curve(history, f"eval_{name}", "epoch", METRICS[name].label, *look, "lines+markers", 100 if in_percent else 1)
         for name, look in zip(shown, looks, strict=False)
     ]
     axis = {"gridcolor": GRID, "zeroline": False, "fixedrange": True, "ticklabelstandoff": 4}

@@ -11,20 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
-from reltune.files import check_writable, make_directory, read_json, write_json, write_text
-from reltune.relevance.resumption import interrupted_in
+from reltune.files import check_writable, make_directory, write_text
+from reltune.relevance.artefact import SCORES, interrupted_in
 from reltune.report.record import Output
-from reltune.runs.kept_rows import keep
-from reltune.runs.splits import Splits, bad_rows
-from reltune.tasks.registry import task_of_record
-from reltune.tasks.task import Task, Written
 
 if TYPE_CHECKING:
-    from reltune.runs.materials import Materials
+    from reltune.tasks.task import Written
 
 TASK = "task.json"  # in a run's directory, beside its adapter and in exports
 
@@ -84,18 +78,26 @@ class RunDirectory:
                 f"output_dir {self.path} already holds a run; name another directory or pass --overwrite_output_dir."
             )
 
-    def continues(self, config: RunConfig) -> bool:
-        """Whether an analysis with this config was interrupted here: with sums to go on from, or before there were any; or
-        a sweep."""
+    def is_unfinished(self) -> bool:
+        """Whether a run was interrupted here: in its analysis, before that, or in a sweep."""
         try:
-            finished = (self.relevance / "scores.json").exists() and not interrupted_in(self.relevance)
-            return self.sweeping(config) or (not finished and self._is_of(config))
+            RunConfig.load(self.config_file)
+            analyzed = (self.relevance / SCORES).exists() and not interrupted_in(self.relevance)
+            return not analyzed or self.is_in_sweep()
         except (InputError, OSError):  # a name that is too long, say: check_new has the words for it
             return False
 
+    def continues(self, config: RunConfig) -> bool:
+        """Whether an analysis or a sweep with this config was interrupted here."""
+        return self.is_unfinished() and self._is_of(config)
+
     def sweeping(self, config: RunConfig) -> bool:
         """Whether a sweep with this config was interrupted here."""
-        return self.study.is_file() and not self.adapter.exists() and self._is_of(config)
+        return self.is_in_sweep() and self._is_of(config)
+
+    def is_in_sweep(self) -> bool:
+        """Whether a sweep was interrupted here."""
+        return self.study.is_file() and not self.adapter.exists()
 
     def _is_of(self, config: RunConfig) -> bool:
         saved = dataclasses.replace(RunConfig.load(self.config_file), output_dir=config.output_dir)
@@ -119,40 +121,16 @@ class RunDirectory:
                 f"{self.path} already holds {done[0]}; pass --overwrite_output_dir to make it and what follows from it anew."
             )
 
+    def check_adapter(self) -> None:
+        """Raise InputError unless the run was tuned."""
+        if not (self.adapter / "adapter_config.json").is_file():
+            raise InputError(f"{self.path} holds no adapter; run `reltune tune {self.path}` first.")
+
     def create(self, config: RunConfig) -> None:
         """Make the directory and save the config, over an earlier run's if there is one."""
         make_directory(self.path)
         self.clear("analyze")
         config.save(self.config_file)
-
-    def record_data(self, materials: Materials) -> None:
-        """Write down what the run is made with: its task with the classes, held-out rows that have no file of their own, what
-        was skipped, assumed or left out."""
-        write_json(self.task, materials.task.record())
-        for split in ("validation", "test"):
-            if getattr(materials.config, f"{split}_file") is None:
-                rows = getattr(materials.splits, split)
-                keep(self.kept_rows / f"{split}.jsonl", rows, materials.task.columns.values())
-        self.record_bad_rows(materials.splits)
-        if materials.notes:
-            write_json(self.path / "notes.json", {"notes": list(materials.notes)})
-
-    def record_bad_rows(self, splits: Splits) -> None:
-        """Write down which rows were skipped, if any were."""
-        if record := bad_rows(splits):
-            write_json(self.path / "bad_rows.json", record)
-
-    def read_task(self, config: RunConfig) -> Task | None:
-        """The task that the run was made with; None where a version that did not write it down made the run.
-
-        Raises InputError for a file that is damaged.
-        """
-        if not self.task.is_file():
-            return None
-        try:
-            return task_of_record(read_json(self.task), **vars(config))
-        except (InputError, AttributeError, TypeError) as error:
-            raise InputError(f"{self.task} cannot be used ({error}); run `reltune analyze` again.") from error
 
     def write_outputs(self, base: Sequence[Written], tuned: Sequence[Written]) -> None:
         """Write what two models wrote for the same examples, a line for each; if they wrote nothing, no file."""
@@ -187,7 +165,7 @@ class RunDirectory:
     def checkpoint(self, wanted: str) -> str:
         """A checkpoint of this run by its path, by its name (checkpoint-30), or the newest (true)."""
         if wanted.lower() == "true":
-            found = get_last_checkpoint(str(self.path)) or ""
+            found = self.newest_checkpoint() or ""
         else:
             found = next((str(place) for place in (Path(wanted), self.path / wanted) if place.is_dir()), "")
         if not (Path(found) / "trainer_state.json").is_file():

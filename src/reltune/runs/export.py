@@ -15,18 +15,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
 from reltune.errors import InputError
 from reltune.files import check_destination, make_directory
-from reltune.tuner.conv2d import ReltuneConv2d
-from reltune.tuner.embedding import ReltuneEmbedding
-from reltune.tuner.float8 import ReltuneFloat8Linear
 from reltune.tuner.layer import ReltuneLayer
-from reltune.tuner.linear import ReltuneLinearConv1D
 
 
 def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str = "default") -> Path:
@@ -41,43 +36,18 @@ def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str =
         for name, layer in model.named_modules()
         if isinstance(layer, ReltuneLayer) and adapter_name in layer._all_available_adapter_names()
     }
-    rounded = [n for n, layer in layers.items() if isinstance(layer, ReltuneFloat8Linear)]
-    if rounded:
-        raise InputError(
-            f"the base's weights are held in float8 (in {len(rounded)} modules, {rounded[0]} the first), so that changes from "
-            "its own columns are not known; load the base anew and the adapter with PeftModel.from_pretrained, and export that."
-        )
-    single = [n for n, layer in layers.items() if adapter_name in layer.reltune_elements]
-    if single:
-        raise InputError(
-            f"the adapter trains single weights (in {len(single)} modules, {single[0]} the first), whose change has no low rank "
-            "that a LoRA adapter could carry; use --to merged."
-        )
-    cannot = [
-        n for n, layer in layers.items() if adapter_name in layer.reltune_weight or adapter_name in layer.reltune_bias
-    ]
-    if cannot:
-        raise InputError(
-            f"the adapter trains whole weights, biases or norms (in {len(cannot)} modules, {cannot[0]} the first), which a "
-            "LoRA adapter cannot carry; use --to merged."
-        )
-    for name, layer in layers.items():
-        if isinstance(layer, ReltuneConv2d) and not layer.is_plain:
-            raise InputError(
-                f"{name} is a convolution with groups, dilation or a padding mode of its own, which a LoRA adapter cannot carry; "
-                "use --to merged."
-            )
+    reasons = {name: reason for name, layer in layers.items() if (reason := layer.why_no_lora(adapter_name))}
+    if reasons:
+        first, reason = next(iter(reasons.items()))
+        count = list(reasons.values()).count(reason)
+        others = f" (and in {count - 1} more modules)" if count > 1 else ""
+        raise InputError(f"what the adapter trains in {first}{others} cannot be a LoRA adapter: it {reason}.")
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name, layer in layers.items():
-        lora_a, lora_b = _factors(layer, adapter_name)
-        if isinstance(layer, ReltuneEmbedding):
-            tensors[f"base_model.model.{name}.lora_embedding_A"] = lora_b.mT
-            tensors[f"base_model.model.{name}.lora_embedding_B"] = lora_a.mT
-        else:
-            tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a
-            tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b
-        ranks[name] = lora_a.shape[0]
+        factors = layer.lora_tensors(adapter_name)
+        tensors |= {f"base_model.model.{name}.{key}": factor for key, factor in factors.items()}
+        ranks[name] = next(iter(factors.values())).shape[0]
     config = model.peft_config[adapter_name]
     heads = _modules_to_save(model, adapter_name)
     tensors |= heads
@@ -89,7 +59,7 @@ def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str =
         lora_alpha=max(ranks.values()),
         lora_dropout=0.0,
         target_modules=sorted(ranks),
-        fan_in_fan_out=any(isinstance(layer, ReltuneLinearConv1D) for layer in layers.values()),
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
         rank_pattern=ranks,
         alpha_pattern=ranks,
         modules_to_save=saved or None,
@@ -101,38 +71,6 @@ def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str =
     lora.save_pretrained(str(path))
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path / "adapter_model.safetensors")
     return path
-
-
-def _factors(layer: ReltuneLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """lora_A (c + r, in) and lora_B (out, c + r) with lora_B lora_A = the adapter's change of the weight (out, in).
-
-    Of a convolution (c · h · w + r, in, h, w) and (out, c · h · w + r, 1, 1).
-    """
-    kept = layer.originals[adapter_name]
-    out_features, in_features = (layer.weight.shape[dim] for dim in (layer.row_dim, layer.column_dim))
-    a, b = [], []
-    if kept.columns is not None and kept.column_idx is not None:
-        # a cell in both belongs to the row
-        change = layer._outside_rows((layer.reltune_columns[adapter_name] - kept.columns).detach(), kept)
-        change = change.movedim((layer.row_dim, layer.column_dim), (0, 1))
-        kernel = change.shape[2:]
-        one_hot = _one_hot(kept.column_idx, in_features, change)
-        if kernel:
-            places = torch.eye(kernel.numel()).to(change).unflatten(1, kernel)
-            one_hot = torch.einsum("ci,khw->ckihw", one_hot, places).flatten(0, 1)
-        a.append(one_hot)
-        b.append(change.flatten(1))
-    if kept.rows is not None and kept.row_idx is not None:
-        change = (layer.reltune_rows[adapter_name] - kept.rows).detach()
-        change = change.movedim((layer.row_dim, layer.column_dim), (0, 1))
-        a.append(change)
-        b.append(_one_hot(kept.row_idx, out_features, change).mT)
-    lora_a, lora_b = torch.cat(a, 0), torch.cat(b, 1)
-    return lora_a, lora_b[..., None, None] if lora_a.ndim == 4 else lora_b
-
-
-def _one_hot(idx: Tensor, size: int, like: Tensor) -> Tensor:
-    return like.new_zeros(len(idx), size).scatter_(1, idx[:, None], 1)
 
 
 def _modules_to_save(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ from reltune.layers.inventory import head_modules, take_inventory
 from reltune.notes import Note, collecting
 from reltune.pretrained import load_config
 from reltune.runs import lm_evaluation, training
+from reltune.runs.bad_rows import warn_of
+from reltune.runs.data_record import read_task
 from reltune.runs.directory import RunDirectory
-from reltune.runs.splits import HeldOut, Splits, encode, encode_held_out, read_data, read_held_out, warn_of
+from reltune.runs.splits import HeldOut, Splits, encode, encode_held_out, read_data, read_held_out
 from reltune.tasks.fit import check_tokens, settle_padding
 from reltune.tasks.task import Examples, Task
 
@@ -191,7 +194,7 @@ def prepare(config: RunConfig, run: RunDirectory | None = None) -> Materials:
     config.check()
     config.check_data()
     with _noting() as notes:
-        recorded = run.read_task(config) if run else None
+        recorded = read_task(run, config) if run else None
         task, splits = read_data(config, recorded)
         config.task = task.name
         if run is None:
@@ -228,8 +231,8 @@ def prepare_evaluation(config: RunConfig, run: RunDirectory) -> EvaluationMateri
         InputError: whatever is wrong with either.
     """
     with _noting():
-        recorded = run.read_task(config)
-        task, rows = _held_out(config, run, recorded)
+        recorded = read_task(run, config)
+        task, rows = _held_out(config, recorded, run.kept_rows)
         config.task = task.name
         tokenizer = task.load_tokenizer(config.model_name_or_path)
         base = BaseModel(config, task)
@@ -240,9 +243,9 @@ def prepare_evaluation(config: RunConfig, run: RunDirectory) -> EvaluationMateri
     return materials
 
 
-def _held_out(config: RunConfig, run: RunDirectory, recorded: Task | None) -> tuple[Task, HeldOut]:
+def _held_out(config: RunConfig, recorded: Task | None, kept_rows: Path) -> tuple[Task, HeldOut]:
     if recorded is not None:
-        return recorded, read_held_out(config, recorded, run.kept_rows)
+        return recorded, read_held_out(config, recorded, kept_rows)
     config.check_data()
     task, splits = read_data(config)  # an older version made the run, and wrote down neither its classes nor these rows
     return task, HeldOut(splits.validation, splits.test, splits.forgetting)
@@ -254,7 +257,7 @@ def prepare_export(config: RunConfig, run: RunDirectory) -> ModelMaterials:
     Raises:
         InputError: whatever is wrong with them.
     """
-    task = run.read_task(config)
+    task = read_task(run, config)
     if task is None:
         config.check_data()
         task = read_data(config)[0]  # an older version made the run, and did not write down its classes

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from reltune.config.run_config import RunConfig
 from reltune.data import sources
-from reltune.data.columns import LOOKED_AT, columns_of, guess_task, note_left_out
-from reltune.data.rows import Row, Rows, checked, found, no_good_rows, other_separator, require_columns, split_off
+from reltune.data.columns import note_left_out
+from reltune.data.labels import MULTILABEL, note_odd_labels, note_rare_classes
+from reltune.data.layout import Layout, known_layout, layout_of
+from reltune.data.rows import Row, Rows, checked, found, no_good_rows, other_separator, require_columns
+from reltune.data.splitting import note_shared, split_off
 from reltune.data.streams import StreamedRows
 from reltune.errors import InputError
+from reltune.notes import note
 from reltune.runs.kept_rows import kept
 from reltune.tasks.registry import TASKS
 from reltune.tasks.task import Examples, Task
 
+HELD = ("test", "validation")  # in the order in which they are split off
 HELD_OUT = 0.15  # share of the data split off for each of validation and test, where there is none
 
 
@@ -65,44 +70,54 @@ def read_data(config: RunConfig, fitted: Task | None = None) -> tuple[Task, Spli
     Raises:
         InputError: a source that cannot be read, columns that no task fits, bad rows, or too few good ones.
     """
-    if config.text_column == config.label_column:
-        raise InputError(f"The text column and the label column are both {config.text_column!r}; name two columns.")
     every: dict[str, Rows | StreamedRows] = {}
     if config.dataset_name is not None:
         name, variant, path = config.dataset_name, config.dataset_config, config.dataset_path
         every = sources.read_dataset(name, variant, path, config.streaming)
     elif config.train_file is not None:
         every = sources.read_splits(config.train_file, config.encoding, config.streaming)
-    for split, file in (("test", config.test_file), ("validation", config.validation_file)):
+    for split, file in zip(HELD, (config.test_file, config.validation_file), strict=True):
         if file is not None:
             every[split] = sources.read_rows(file, config.encoding, split)
     if config.forgetting_file is not None:
         every["forgetting"] = sources.read_rows(config.forgetting_file, config.encoding, "test")
     if isinstance(every["train"], StreamedRows):  # lines without a row stop no pass that may skip them
         every["train"] = every["train"].checked(lambda row: None, config.on_bad_rows)
-    task, flags = (fitted, {}) if fitted else _task(config, every["train"])
-    note_left_out(every["train"], task.columns.values())
-
+    layout = _layout(config, every["train"], fitted)
+    note_left_out(every["train"], layout.used)
+    task = fitted or _task(config, layout)
     rule = _rule(fitted) if fitted else task.problem
     good: dict[str, Rows | StreamedRows] = {}
     for split, rows in every.items():
-        require_columns(rows, {column: flags.get(column, "") for column in task.columns.values()})
-        if isinstance(rows, Rows):
-            good[split] = checked(rows, rule, config.on_bad_rows)
-        else:
-            good[split] = rows.checked(rule, config.on_bad_rows)
+        if split in HELD and isinstance(rows, Rows) and layout.lacks_labels(rows):
+            _say_unlabelled(split, rows, layout, config)
+            continue
+        read = layout.read(rows)
+        good[split] = (
+            checked(read, rule, config.on_bad_rows)
+            if isinstance(read, Rows)
+            else read.checked(rule, config.on_bad_rows)
+        )
     train = good.pop("train")
+    if layout.conversion.class_names is not None and isinstance(train, Rows):
+        note_rare_classes(Counter(map(task.label, train)), train.source, guessed=config.task is None)
     held = {split: rows if isinstance(rows, Rows) else rows.take(None) for split, rows in good.items()}
+    given = list(held)
     if isinstance(train, Rows):
         whole = len(train)
-        for split in ("test", "validation"):
+        for split in HELD:
             if split not in held:
                 fraction = HELD_OUT * whole / len(train)
                 train, held[split] = split_off(train, fraction, config.seed, task.content, task.label)
-    elif missing := [f"--{split}_file" for split in ("validation", "test") if split not in held]:
+    elif missing := [f"--{split}_file" for split in reversed(HELD) if split not in held]:
         raise InputError(f"Nothing can be split off streamed rows; give {' and '.join(missing)}.")
+    layout.conversion.note_labels()
+    if isinstance(train, Rows) and "image" not in layout.columns:
+        note_shared(train, [held[split] for split in HELD if split in given], task.content)
     if fitted is None:
         task = task.fitted(train)
+        if labels := getattr(task, "labels", ()):
+            note_odd_labels(labels, next(layout.columns[role] for role in ("label", "tags") if role in layout.columns))
         held = {split: checked(rows, task.misfit, config.on_bad_rows) for split, rows in held.items()}
     return task, Splits(train, held["validation"], held["test"], held.get("forgetting"))
 
@@ -117,11 +132,14 @@ def read_held_out(config: RunConfig, task: Task, kept_rows: Path) -> HeldOut:
     held: dict[str, Rows] = {}
     for split in ("validation", "test", "forgetting"):
         file = getattr(config, f"{split}_file")
+        own = kept(kept_rows / f"{split}.jsonl", str(config.train_file or config.dataset_name))
         if file is not None:
             rows = sources.read_rows(file, config.encoding, "test" if split == "forgetting" else split)
-            require_columns(rows, dict.fromkeys(task.columns.values(), ""))
-            held[split] = checked(rows, _rule(task), config.on_bad_rows)
-        elif own := kept(kept_rows / f"{split}.jsonl", str(config.train_file or config.dataset_name)):
+            layout = _layout(config, rows, task)
+            if own is None or not layout.lacks_labels(rows):
+                held[split] = checked(layout.read(rows), _rule(task), config.on_bad_rows)
+                continue
+        if own is not None:
             held[split] = own
     if not {"validation", "test"} <= set(held):
         config.check_data()
@@ -135,21 +153,40 @@ def _rule(task: Task) -> Callable[[Row], str | None]:
     return lambda row: task.problem(row) or task.misfit(row)
 
 
-def _task(config: RunConfig, train: Rows | StreamedRows) -> tuple[Task, dict[str, str]]:
-    """The task that the config names or the columns are for, and the flags that name columns."""
-    named = (config.text_column, config.label_column)
-    flags = {config.text_column: "--text_column", config.label_column: "--label_column"}
-    usual = (RunConfig.text_column, RunConfig.label_column)
-    require_columns(train, {column: flag for column, flag in flags.items() if column not in usual})
-    if train.columns[:1] != [config.text_column] and (mend := other_separator(train.columns)):
-        raise InputError(f"{train.source} has one column only, {train.columns[0]!r}. {mend}")
-    first = train if isinstance(train, Rows) or config.task else train.take(LOOKED_AT)
-    try:
-        name = config.task or guess_task(train.columns, first, *named)[0]
-        columns = columns_of(name, train.columns, *named)
-    except InputError as error:
-        raise InputError(f"{train.source}: {error}") from error
-    return TASKS[name](columns=columns, **{field: getattr(config, field) for field in TASKS[name].fields}), flags
+def _layout(config: RunConfig, rows: Rows | StreamedRows, task: Task | None) -> Layout:
+    """What the rows are for: the task of an existing run, or what the config and their columns say."""
+    if task is not None:
+        return known_layout(rows, task.name, task.columns, getattr(task, "labels", ()))
+    return layout_of(rows, config.task, config.text_column, config.label_column, config.text_pair_column)
+
+
+def _task(config: RunConfig, layout: Layout) -> Task:
+    """The task for rows of this layout, before it is fitted to those of training."""
+    kind = TASKS[layout.task]
+    fields = {field: getattr(config, field) for field in kind.fields}
+    if layout.task == MULTILABEL:
+        fields["labels"] = layout.labels  # also those that no row of training has
+    return kind(columns=layout.columns, **fields)
+
+
+def _say_unlabelled(split: str, rows: Rows, layout: Layout, config: RunConfig) -> None:
+    """Say that a split without labels is left out.
+
+    Raises:
+        InputError: a file that the user named has no column of labels.
+    """
+    missing = [name for name in layout.label_columns if name not in rows.columns]
+    if other_separator(rows.columns):
+        require_columns(rows, dict.fromkeys(missing, ""))  # which has the mend
+    if missing and getattr(config, f"{split}_file") is not None:
+        raise InputError(
+            f"{rows.source} has no column {missing[0]!r}, and nothing can be measured without labels. Name the column with "
+            f"--label_column, or leave --{split}_file out: then a part of the training data is split off."
+        )
+    note(
+        f"{Path(rows.source).name}: no row of the {split} split has a label; the split is left out, and a part of the training "
+        "data takes its place."
+    )
 
 
 def encode(task: Task, splits: Splits, processor: Any, config: RunConfig) -> Data:
@@ -198,34 +235,3 @@ def _encoded(task: Task, rows: Rows, processor: Any, config: RunConfig) -> Examp
         )
     rows.skip(made.lost)
     return made
-
-
-# -- what was left out ----------------------------------------------------------------------------------------------
-
-
-def bad_rows(splits: Splits | HeldOut) -> dict[str, dict[str, Any]]:
-    """What was skipped so far: split -> its source, and how many lines (or rows) of each kind, and which."""
-    record = {}
-    for field in dataclasses.fields(splits):
-        rows = getattr(splits, field.name)
-        if rows is None or not rows.skipped:
-            continue
-        kinds = {phrase: {"count": len(lines), f"{rows.unit}s": lines} for phrase, lines in rows.skipped.items()}
-        record[field.name] = {"source": rows.source, "skipped": kinds}
-    return record
-
-
-def in_words(record: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A sentence for each split of a record of bad rows."""
-    sentences = []
-    for of in record.values():
-        unit = "line" if all("lines" in kind for kind in of["skipped"].values()) else "row"
-        lines = {phrase: kind[f"{unit}s"] for phrase, kind in of["skipped"].items()}
-        sentences.append(f"{Path(of['source']).name}: skipped {found(lines, unit)}.")
-    return sentences
-
-
-def warn_of(splits: Splits | HeldOut) -> None:
-    """Say what is skipped."""
-    for sentence in in_words(bad_rows(splits)):
-        warnings.warn(sentence, stacklevel=2)

@@ -30,18 +30,18 @@ from reltune.plan.plan import Plan
 from reltune.plan.selection import check_scored, check_together
 from reltune.plan.selection import select as choose_units
 from reltune.processes import Processes
-from reltune.relevance.criteria.finding import find_criteria
+from reltune.relevance.artefact import interrupted_in
+from reltune.relevance.criteria.registry import find_criteria
 from reltune.relevance.measure import analyze as measure_relevance
-from reltune.relevance.resumption import interrupted_in
 from reltune.relevance.scores import RelevanceScores
 from reltune.relevance.weights.scan import analyze_checkpoint
-from reltune.report.record import LMEvalRecord, RunRecord
+from reltune.report.record import LMEvalRecord
 from reltune.runs import export as exporting
 from reltune.runs import lm_evaluation, training
+from reltune.runs.data_record import record_bad_rows, record_data
 from reltune.runs.directory import TASK, RunDirectory
 from reltune.runs.evaluation import evaluate as measure_metrics
 from reltune.runs.materials import EvaluationMaterials, Materials, ModelMaterials, placement
-from reltune.runs.summary import read_record
 from reltune.tasks.registry import TASKS
 from reltune.tasks.task import Task
 from reltune.tuner.config import ReltuneConfig
@@ -91,7 +91,7 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
     config, model, processes = materials.config, materials.base.take(), Processes.joined()
     with processes.together():
         if processes.first:
-            run.record_data(materials)
+            record_data(run, materials)
     if materials.new_heads and interrupted_in(run.relevance) and run.head.is_file():
         model = model_with_heads(materials, run)  # the interrupted analysis was of this head
     elif materials.new_heads:
@@ -287,7 +287,7 @@ def tune(
         if processes.first:
             run.clear("tune", checkpoints=checkpoint is None)
             materials.config.save(run.config_file)
-            run.record_data(materials)
+            record_data(run, materials)
     trainer, cost = training.train(
         model,
         args,
@@ -303,9 +303,9 @@ def tune(
     with processes.together():
         if processes.first:
             trainer.save_state()
-            facts = {**dataclasses.asdict(cost), "learning_rate": args.learning_rate}
+            facts = {**dataclasses.asdict(cost), "learning_rate": args.learning_rate, "machine": training.machine()}
             write_json(run.path / "training_cost.json", facts)
-            run.record_bad_rows(materials.splits)  # of streamed rows more are known by now
+            record_bad_rows(run, materials.splits)  # of streamed rows more are known by now
             model.save_pretrained(str(run.adapter), state_dict=state)
             materials.saved_tokenizer().save_pretrained(str(run.adapter))
             describe(run.adapter, materials.task, model_card(plan, materials.task))
@@ -446,12 +446,3 @@ tags:
 PEFT loads it without reltune, on the base model above: `PeftModel.from_pretrained(base_model, "this directory")`.
 `{TASK}` has the task in a form that programs can read.
 """
-
-
-def report(config: RunConfig, run: RunDirectory) -> RunRecord:
-    """Assemble the record of a run from its artefacts and write ``report.html``."""
-    from reltune.report.page import write_report
-
-    record = read_record(config, run)
-    write_report(run.report, record)
-    return record

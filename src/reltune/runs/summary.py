@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import peft
-import torch
-import transformers
 
 from reltune.config.run_config import RunConfig
 from reltune.data.packages import CORPORA
 from reltune.files import read_json
+from reltune.metrics import METRICS
 from reltune.plan.plan import Plan
-from reltune.relevance.scores import RelevanceScores
-from reltune.report.numbers import METRICS, measured, metric
+from reltune.relevance.artefact import Overview, read_overview
+from reltune.report.numbers import measured, metric
+from reltune.report.page import write_report
 from reltune.report.record import LMEvalRecord, MethodResult, RunRecord
+from reltune.runs.bad_rows import in_words
 from reltune.runs.directory import RunDirectory
-from reltune.runs.splits import in_words
 
 
 def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
     """The record of a run, from its artefacts. Needs relevance and a plan; shows what else is there."""
-    relevance, plan = RelevanceScores.load(run.relevance), Plan.load(run.plan)
+    relevance, plan = read_overview(run.relevance), Plan.load(run.plan)
 
     def read(name: str, default: Any) -> Any:
         path = run.path / name
         return read_json(path) if path.is_file() else default
 
     comparison = read("comparison.json", {"methods": [], "notes": []})
-    notes = [*comparison["notes"], hardware()]
+    notes = [*comparison["notes"], machine_note(relevance, read("training_cost.json", {}))]
     if config.dataset_name in CORPORA:
         notes.append(CORPORA[config.dataset_name].note)
     notes += read("notes.json", {"notes": []})["notes"]
@@ -40,17 +36,17 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
     notes += behaviour_notes(relevance)
     results = read("all_results.json", {})
     notes += forgetting_notes(config, results)
-    if relevance.inventory.left_out:
-        reasons = sorted(set(relevance.inventory.left_out.values()))
-        notes.append(f"Not measured: {len(relevance.inventory.left_out)} parameter tensors ({'; '.join(reasons)}).")
+    if relevance.left_out:
+        reasons = sorted(set(relevance.left_out.values()))
+        notes.append(f"Not measured: {len(relevance.left_out)} parameter tensors ({'; '.join(reasons)}).")
     data = f" on {config.dataset_name or Path(str(config.train_file)).name}" if config.has_data else ", weights alone"
     return RunRecord(
         title=f"reltune: {relevance.provenance['architecture']}{data}",
-        config=dataclasses.asdict(config),
-        heatmaps=[relevance.heatmap(criterion) for criterion in relevance.criteria],
-        depth_sentence=relevance.depth_sentence(),
+        config=config.values(),
+        heatmaps=relevance.heatmaps,
+        depth_sentence=relevance.depth_sentence,
         plan_lines=plan.describe(),
-        selected_by_layer=plan.by_layer(relevance.inventory),
+        selected_by_layer=plan.by_layer(relevance.layers),
         metrics=results,
         history=read("trainer_state.json", {}).get("log_history", []),
         comparison=[MethodResult(**method) for method in comparison["methods"]],
@@ -59,6 +55,13 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
         sweep=read("sweep.json", None),
         lm_eval=read_lm_eval(run),
     )
+
+
+def report(config: RunConfig, run: RunDirectory) -> RunRecord:
+    """Assemble the record of a run from its artefacts and write ``report.html``. Needs neither torch nor transformers."""
+    record = read_record(config, run)
+    write_report(run.report, record)
+    return record
 
 
 def read_lm_eval(run: RunDirectory) -> LMEvalRecord | None:
@@ -70,14 +73,14 @@ def forgetting_notes(config: RunConfig, results: dict[str, Any]) -> list[str]:
     """How the second set fared, metric by metric."""
     prefix = "forgetting_before_"
     changes = [
-        f"{METRICS[name][0]} {metric(name, results[prefix + name])} before training, "
+        f"{METRICS[name].label} {metric(name, results[prefix + name])} before training, "
         f"{metric(name, results[f'forgetting_after_{name}'])} after"
         for name in measured([results], prefix)
     ]
     return [f"Forgetting, on {Path(str(config.forgetting_file)).name}: {'; '.join(changes)}."] if changes else []
 
 
-def behaviour_notes(relevance: RelevanceScores) -> list[str]:
+def behaviour_notes(relevance: Overview) -> list[str]:
     """What scores measured from behaviour are changes of, and how many trials stand behind them."""
     notes = []
     for criterion in relevance.criteria:
@@ -95,10 +98,9 @@ def behaviour_notes(relevance: RelevanceScores) -> list[str]:
     return notes
 
 
-def hardware() -> str:
-    """One line: where and with which versions this ran."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    return (
-        f"Run on {device}; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, peft {peft.__version__}."
-    )
+def machine_note(relevance: Overview, cost: Mapping[str, Any]) -> str:
+    """Where the run was trained and with which versions; of a run that was not, those that it was analyzed with."""
+    if "machine" in cost:
+        return f"Run on {cost['machine']}."
+    versions = relevance.provenance.get("versions", {})
+    return f"Analyzed with {', '.join(f'{name} {version}' for name, version in versions.items())}."

@@ -11,12 +11,14 @@ import gc
 import importlib.util
 import json
 import os
+import platform
 import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from transformers.trainer_utils import set_seed
 from reltune.config.training_fields import DEFAULTS
 from reltune.errors import InputError
 from reltune.files import write_text
+from reltune.metrics import largest_is_best
 from reltune.processes import Processes
 from reltune.runs.progress import show_progress
 from reltune.tasks.task import Examples, Task
@@ -36,8 +39,6 @@ from reltune.tasks.task import Examples, Task
 # Learning rates measured per method (docs/learning_rates.md): the best one differs by more than an order of magnitude
 # between methods, so one default for all would decide every comparison.
 LEARNING_RATES = {"head": 3e-2, "full": 2e-4, "layer": 1e-3, "selection": 2e-3}
-
-SMALLEST_IS_BEST = ("loss", "mse", "perplexity")
 
 
 @dataclasses.dataclass
@@ -48,6 +49,13 @@ class TrainingCost:
     timed_steps: int  # those that this process ran, which are fewer after a resumption
     seconds_per_step: float | None
     peak_memory_bytes: int | None
+
+
+def machine() -> str:
+    """What this runs on, and the versions of Python and the libraries that decide how."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft"))
+    return f"{device}; Python {platform.python_version()}, {versions}"
 
 
 def arguments(
@@ -101,9 +109,8 @@ def compared_by(given: Mapping[str, Any], task: Task) -> tuple[str, bool]:
     """The metric by which checkpoints and trials are compared, and whether the best is the largest: the task's, unless the
     training fields name another. Transformers would take the largest perplexity for the best."""
     metric = given.get("metric_for_best_model") or task.best
-    largest = task.best_is_largest if metric == task.best else not metric.endswith(SMALLEST_IS_BEST)
     chosen = given.get("greater_is_better")
-    return metric, largest if chosen is None else chosen
+    return metric, largest_is_best(metric) if chosen is None else chosen
 
 
 def _check_deepspeed(config: str | dict[str, Any]) -> None:

@@ -24,7 +24,6 @@ from reltune.tasks.task import Task
 class DecoderTask(Task):
     """A task on a language model that continues texts, trained by one of TRL's trainers."""
 
-    best_is_largest: ClassVar[bool] = False
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     padding_sides: ClassVar[tuple[str, ...]] = ("right",)
 

@@ -48,7 +48,6 @@ class MaskedLM(Task):
     name: ClassVar[str] = "masked_lm"
     loss: ClassVar[str] = "masked_lm"
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy")
-    best_is_largest: ClassVar[bool] = False
     peft_task_type: ClassVar[str | None] = None
     draws_tokens: ClassVar[bool] = True  # a tenth of the hidden ones become random tokens
 

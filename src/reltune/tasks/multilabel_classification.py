@@ -16,6 +16,7 @@ from transformers import (
 
 from reltune.data.rows import Row, label_of
 from reltune.errors import InputError
+from reltune.notes import note
 from reltune.tasks.classes import ClassTask
 from reltune.tasks.sequence_classification import label_order
 from reltune.tasks.task import Columns, Examples
@@ -60,11 +61,15 @@ class MultilabelClassification(ClassTask, TextTask):
         return [label_of(one) for one in found if label_of(one)]
 
     def fitted(self, rows: Iterable[Row]) -> MultilabelClassification:
-        """The task with the labels that occur in ``rows``: numbers by value, then words by character."""
-        labels = sorted({label for row in rows for label in self.labels_of(row)}, key=label_order)
-        if not labels:
+        """The task with its labels and those that occur in ``rows``: numbers by value, then words by character."""
+        occurring = {label for row in rows for label in self.labels_of(row)}
+        if not occurring:
             raise InputError("No training row has a label; check the label column.")
-        return replace(self, labels=labels)
+        if never := [label for label in self.labels if label not in occurring]:
+            note(
+                f"No row of training has the {'label' if len(never) == 1 else 'labels'} {', '.join(map(repr, never))}."
+            )
+        return replace(self, labels=sorted({*self.labels, *occurring}, key=label_order))
 
     def misfit(self, row: Row) -> str | None:
         unknown = next((label for label in self.labels_of(row) if label not in self.labels), None)

@@ -70,8 +70,7 @@ class Task(abc.ABC):
         columns: role -> column, of the layouts in ``columns.py``.
         name: key of ``registry.TASKS``.
         loss: key of ``losses.LOSSES``: the loss per example that relevance is measured by.
-        metrics: names of what ``compute_metrics`` and ``written_metrics`` give, the main one first.
-        best_is_largest: how checkpoints compare by ``best``.
+        metrics: names of what ``compute_metrics`` and ``written_metrics`` give, the main one first; keys of ``metrics.METRICS``.
         peft_task_type: a value of ``peft.TaskType``, or None.
         unit: what one example is called.
         trainer_class: the Trainer that evaluates, and that trains where ``trainer`` is not another one.
@@ -86,7 +85,6 @@ class Task(abc.ABC):
     name: ClassVar[str]
     loss: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
-    best_is_largest: ClassVar[bool] = True
     peft_task_type: ClassVar[str | None]
     unit: ClassVar[str] = "text"
     trainer_class: ClassVar[type[Trainer]] = Trainer

@@ -6,4 +6,4 @@ from reltune.tuner.registration import register
 
 __all__ = ["ReltuneConfig", "ReltuneModel"]
 
-register()
+register(ReltuneConfig, ReltuneModel)

@@ -32,11 +32,14 @@ class ReltuneConv2d(ReltuneLayer):
         assert isinstance(base, nn.Conv2d)
         return base
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it has no groups, no dilation, and zeros as padding: what PEFT's LoRA of a convolution can follow."""
+    def why_no_lora(self, adapter_name: str) -> str:
         conv = self._conv
-        return conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
+        if conv.groups > 1 or set(conv.dilation) != {1} or conv.padding_mode != "zeros":
+            return (
+                "belongs to a convolution with groups, dilation or a padding mode of its own, which a LoRA adapter cannot "
+                "carry; use --to merged"
+            )
+        return super().why_no_lora(adapter_name)
 
     def _columns_of(self, weight: Tensor, idx: Tensor) -> Tensor:
         return columns_of(weight, idx, self._conv.groups)
@@ -49,13 +52,13 @@ class ReltuneConv2d(ReltuneLayer):
             return columns
         return outside_rows(columns, kept.column_idx, kept.row_idx, self._conv.groups, self.weight.shape[1])
 
-    def _attach_columns(self, y: Tensor, x: Tensor, columns: Tensor, idx: Tensor, row_idx: Tensor | None) -> Tensor:
+    def attach_columns(self, y: Tensor, x: Tensor, columns: Tensor, idx: Tensor, row_idx: Tensor | None) -> Tensor:
         return AttachConvColumns.apply(y, x, columns, idx, row_idx, Convolution.of(self._conv))
 
-    def _attach_rows(self, y: Tensor, x: Tensor, rows: Tensor, idx: Tensor) -> Tensor:
+    def attach_rows(self, y: Tensor, x: Tensor, rows: Tensor, idx: Tensor) -> Tensor:
         return AttachConvRows.apply(y, x, rows, idx, Convolution.of(self._conv))
 
-    def _change_of_output(self, x: Tensor, kept: Originals, columns: Tensor | None, rows: Tensor | None) -> Tensor:
+    def change_of_output(self, x: Tensor, kept: Originals, columns: Tensor | None, rows: Tensor | None) -> Tensor:
         convolve = self._conv._conv_forward
         if self._conv.groups > 1:  # one more convolution of the full size
             change = torch.zeros_like(self.weight)

@@ -18,19 +18,23 @@ class ReltuneEmbedding(ReltuneLayer):
         super().__init__(base_layer)
         self.in_features, self.out_features = self.out_features, self.in_features  # as PEFT counts an embedding's
 
+    def lora_tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        lora_a, lora_b = self.lora_factors(adapter_name)
+        return {"lora_embedding_A": lora_b.mT, "lora_embedding_B": lora_a.mT}
+
     @property
     def _padding(self) -> int | None:
         base = self.get_base_layer()
         assert isinstance(base, nn.Embedding)
         return base.padding_idx
 
-    def _attach_columns(self, y: Tensor, x: Tensor, columns: Tensor, idx: Tensor, row_idx: Tensor | None) -> Tensor:
+    def attach_columns(self, y: Tensor, x: Tensor, columns: Tensor, idx: Tensor, row_idx: Tensor | None) -> Tensor:
         return AttachEmbeddingColumns.apply(y, x, columns, idx, row_idx, self._padding)
 
-    def _attach_rows(self, y: Tensor, x: Tensor, rows: Tensor, idx: Tensor) -> Tensor:
+    def attach_rows(self, y: Tensor, x: Tensor, rows: Tensor, idx: Tensor) -> Tensor:
         return AttachEmbeddingRows.apply(y, x, rows, idx, self._padding)
 
-    def _change_of_output(self, x: Tensor, kept: Originals, columns: Tensor | None, rows: Tensor | None) -> Tensor:
+    def change_of_output(self, x: Tensor, kept: Originals, columns: Tensor | None, rows: Tensor | None) -> Tensor:
         total: Tensor | None = None
         if rows is not None:
             table = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # the last one is that of all other tokens

@@ -39,6 +39,12 @@ class ReltuneFloat8Linear(ReltuneQuantisedLinear):
     def _pristine_weight(self) -> Tensor:
         return self._base.dequantised() if self._unrounded is None else self._unrounded
 
+    def why_no_lora(self, adapter_name: str) -> str:
+        return (
+            "belongs to a weight that is held in float8, so that changes from the base's own columns are not known; load the base "
+            "anew and the adapter with PeftModel.from_pretrained, and export that"
+        )
+
     def _remember(self, adapter_name: str, pristine: Tensor) -> None:
         super()._remember(adapter_name, self._base.dequantised())
 

@@ -59,6 +59,10 @@ class ReltuneLayer(WrittenWeight):
     def _shape(self) -> tuple[int, ...]:
         return tuple(self.weight.shape)
 
+    def _canonical(self, stored: Tensor) -> Tensor:
+        """What is stored as the weight, or columns or rows of it, with rows first and columns second: a view."""
+        return stored.mT if self._stored_transposed else stored
+
     def _base_bias(self) -> Tensor | None:
         return getattr(self.get_base_layer(), "bias", None)  # the RMSNorm classes have none, not even as None
 
@@ -67,15 +71,15 @@ class ReltuneLayer(WrittenWeight):
         with _in_place(self.get_base_layer(), {"weight": weight, "bias": bias}):
             return self.get_base_layer()(x)
 
-    def _attach_columns(self, y: Tensor, x: Tensor, columns: Tensor, idx: Tensor, row_idx: Tensor | None) -> Tensor:
+    def attach_columns(self, y: Tensor, x: Tensor, columns: Tensor, idx: Tensor, row_idx: Tensor | None) -> Tensor:
         """y as it is, with the columns' gradient attached (ops/attach.py)."""
         raise NotImplementedError
 
-    def _attach_rows(self, y: Tensor, x: Tensor, rows: Tensor, idx: Tensor) -> Tensor:
+    def attach_rows(self, y: Tensor, x: Tensor, rows: Tensor, idx: Tensor) -> Tensor:
         """y as it is, with the rows' gradient attached (ops/attach.py)."""
         raise NotImplementedError
 
-    def _change_of_output(self, x: Tensor, kept: Originals, columns: Tensor | None, rows: Tensor | None) -> Tensor:
+    def change_of_output(self, x: Tensor, kept: Originals, columns: Tensor | None, rows: Tensor | None) -> Tensor:
         """What a change of the weight adds to the output, at the cost of its columns and rows.
 
         The change is that of ``kept``'s columns and rows, in the weight's dtype; columns are zero where rows cross them.
@@ -254,10 +258,10 @@ class ReltuneLayer(WrittenWeight):
         columns, rows, elements = self._values_of(name)
         kept = self.originals[name]
         if columns is not None and columns.requires_grad:
-            y = self._attach_columns(y, x, columns, kept.column_idx, kept.row_idx)
+            y = self.attach_columns(y, x, columns, kept.column_idx, kept.row_idx)
             in_training.add(self)
         if rows is not None and rows.requires_grad:
-            y = self._attach_rows(y, x, rows, kept.row_idx)
+            y = self.attach_rows(y, x, rows, kept.row_idx)
             in_training.add(self)
         if elements is not None and elements.requires_grad:
             y = AttachElements.apply(y, x, elements, kept.places, self._stored_transposed)
@@ -277,7 +281,7 @@ class ReltuneLayer(WrittenWeight):
         total: Tensor | None = None
         if columns is not None or rows is not None:
             columns = None if columns is None else self._outside_rows(columns, kept)
-            total = self._change_of_output(x, kept, columns, rows)
+            total = self.change_of_output(x, kept, columns, rows)
         if elements is not None:
             part = SparseProduct.apply(x, elements, kept.places, self._stored_transposed)
             total = part if total is None else total + part
@@ -353,6 +357,56 @@ class ReltuneLayer(WrittenWeight):
             self._put(changed, self.originals[adapter], *self._values_of(adapter))
         return changed - pristine
 
+    # -- as a LoRA adapter -----------------------------------------------------------------------------------------
+
+    def why_no_lora(self, adapter_name: str) -> str:
+        """Why the adapter's change of this module cannot be a LoRA adapter, and what to do instead; or empty."""
+        if adapter_name in self.reltune_elements:
+            return (
+                "trains single weights, whose change has no low rank that a LoRA adapter could carry; use --to merged"
+            )
+        if adapter_name in self.reltune_weight or adapter_name in self.reltune_bias:
+            return "trains a whole weight, a bias or a norm, which a LoRA adapter cannot carry; use --to merged"
+        return ""
+
+    def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """lora_A (r, in) and lora_B (out, r) with lora_B lora_A the adapter's change of the map; r = columns + rows.
+
+        A change of columns idx is (D − W[:, idx]) Eᵀ with E one-hot, which is lora_B = D − W[:, idx] and lora_A = Eᵀ;
+        of rows it is the other way round. Of a convolution, whose columns have a kernel of h · w places,
+        (r, in, h, w) and (out, r, 1, 1) with r = columns · h · w + rows.
+        """
+        kept = self.originals[adapter_name]
+        out_features, in_features = (self.weight.shape[dim] for dim in (self.row_dim, self.column_dim))
+        a, b = [], []
+        if kept.columns is not None and kept.column_idx is not None:
+            # a cell in both belongs to the row
+            change = self._outside_rows((self.reltune_columns[adapter_name] - kept.columns).detach(), kept)
+            change = self._canonical(change)
+            kernel = change.shape[2:]
+            one_hot = _one_hot(kept.column_idx, in_features, change)
+            if kernel:
+                places = torch.eye(kernel.numel()).to(change).unflatten(1, kernel)
+                one_hot = torch.einsum("ci,khw->ckihw", one_hot, places).flatten(0, 1)
+            a.append(one_hot)
+            b.append(change.flatten(1))
+        if kept.rows is not None and kept.row_idx is not None:
+            change = self._canonical((self.reltune_rows[adapter_name] - kept.rows).detach())
+            a.append(change)
+            b.append(_one_hot(kept.row_idx, out_features, change).mT)
+        lora_a, lora_b = torch.cat(a, 0), torch.cat(b, 1)
+        return lora_a, lora_b[..., None, None] if lora_a.ndim == 4 else lora_b
+
+    def lora_tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        """The factors under the names that PEFT's file has for them, behind the module's name."""
+        lora_a, lora_b = self.lora_factors(adapter_name)
+        return {"lora_A.weight": lora_a, "lora_B.weight": lora_b}
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """LoraConfig's word for a weight that is stored as (in, out)."""
+        return self._stored_transposed
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False  # `reltune export --to lora` converts exactly, without a decomposition
 
@@ -371,6 +425,10 @@ class ReltuneLayer(WrittenWeight):
 
     def __repr__(self) -> str:
         return "reltune." + super().__repr__()
+
+
+def _one_hot(idx: Tensor, size: int, like: Tensor) -> Tensor:
+    return like.new_zeros(len(idx), size).scatter_(1, idx[:, None], 1)
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from reltune.tuner.written_weight import Originals
 class ReltuneLinear(ReltuneLayer):
     """nn.Linear."""
 
-    def _attach_columns(self, y: Tensor, x: Tensor, columns: Tensor, idx: Tensor, row_idx: Tensor | None) -> Tensor:
+    def attach_columns(self, y: Tensor, x: Tensor, columns: Tensor, idx: Tensor, row_idx: Tensor | None) -> Tensor:
         return AttachColumns.apply(y, x, columns, idx, row_idx)
 
-    def _attach_rows(self, y: Tensor, x: Tensor, rows: Tensor, idx: Tensor) -> Tensor:
+    def attach_rows(self, y: Tensor, x: Tensor, rows: Tensor, idx: Tensor) -> Tensor:
         return AttachRows.apply(y, x, rows, idx)
 
-    def _change_of_output(self, x: Tensor, kept: Originals, columns: Tensor | None, rows: Tensor | None) -> Tensor:
+    def change_of_output(self, x: Tensor, kept: Originals, columns: Tensor | None, rows: Tensor | None) -> Tensor:
         total = None if columns is None else F.linear(x.index_select(-1, kept.column_idx), columns)
         if rows is None:
             assert total is not None
@@ -35,12 +35,12 @@ class ReltuneLinearConv1D(ReltuneLinear):
 
     column_dim, row_dim = 0, 1
 
-    def _attach_columns(self, y: Tensor, x: Tensor, columns: Tensor, idx: Tensor, row_idx: Tensor | None) -> Tensor:
-        return super()._attach_columns(y, x, columns.mT, idx, row_idx)
+    def attach_columns(self, y: Tensor, x: Tensor, columns: Tensor, idx: Tensor, row_idx: Tensor | None) -> Tensor:
+        return super().attach_columns(y, x, columns.mT, idx, row_idx)
 
-    def _attach_rows(self, y: Tensor, x: Tensor, rows: Tensor, idx: Tensor) -> Tensor:
-        return super()._attach_rows(y, x, rows.mT, idx)
+    def attach_rows(self, y: Tensor, x: Tensor, rows: Tensor, idx: Tensor) -> Tensor:
+        return super().attach_rows(y, x, rows.mT, idx)
 
-    def _change_of_output(self, x: Tensor, kept: Originals, columns: Tensor | None, rows: Tensor | None) -> Tensor:
+    def change_of_output(self, x: Tensor, kept: Originals, columns: Tensor | None, rows: Tensor | None) -> Tensor:
         columns, rows = (None if part is None else part.mT for part in (columns, rows))
-        return super()._change_of_output(x, kept, columns, rows)
+        return super().change_of_output(x, kept, columns, rows)

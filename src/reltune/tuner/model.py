@@ -15,51 +15,24 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from reltune.errors import InputError, nearest
-from reltune.layers import norm
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.float8 import Float8Linear, convertible, to_float8
-from reltune.layers.fused_norms import fuse_norms, restore_norms
-from reltune.layers.inventory import layer_type, module_info
-from reltune.layers.quantised import dequantised
+from reltune.layers.fused_norms import NORM, fuse_norms, restore_norms
+from reltune.layers.quantised import check_not_packed, keep_as_loaded
+from reltune.layers.registry import layer_type_of, layer_types, why_not
 from reltune.layers.units import ModuleInfo, by_unit
-from reltune.plan.plan import TRAINABLE, WITH_ELEMENTS, ModulePlan
+from reltune.plan.plan import ModulePlan
 from reltune.tuner.config import ReltuneConfig
-from reltune.tuner.conv2d import ReltuneConv2d
-from reltune.tuner.embedding import ReltuneEmbedding
 from reltune.tuner.float8 import ReltuneFloat8Linear
 from reltune.tuner.layer import BASE, ReltuneLayer
-from reltune.tuner.linear import ReltuneLinear, ReltuneLinearConv1D
-from reltune.tuner.norm import ReltuneNorm
 from reltune.tuner.processes import check_agreement
-from reltune.tuner.quantised import ReltuneQuantisedLinear
 from reltune.tuner.sharded import is_shard, refuse_sharded
+from reltune.tuner.trainable import trainable_class
 from reltune.tuner.written_weight import together
-
-# Kind of module (layers/inventory.py) -> the layer that trains it; its keys are plan.TRAINABLE.
-LAYER_CLASSES: dict[str, type[ReltuneLayer]] = {
-    "linear": ReltuneLinear,
-    "conv1d": ReltuneLinearConv1D,
-    "conv2d": ReltuneConv2d,
-    "embedding": ReltuneEmbedding,
-    "norm": ReltuneNorm,
-    "quantised": ReltuneQuantisedLinear,
-}
 
 
 def _with_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
     return args, {**kwargs, "adapter_names": adapter_names}
-
-
-def _setting(module: nn.Module) -> str:
-    """What about a module of a known class keeps it from being trained, if that is it."""
-    if type(module) is nn.Embedding:
-        settings = {
-            "max_norm": module.max_norm is not None,
-            "scale_grad_by_freq": module.scale_grad_by_freq,
-            "sparse": module.sparse,
-        }
-        return "".join(f" with {name}" for name, on in settings.items() if on)
-    return ""
 
 
 class ReltuneModel(BaseTuner):
@@ -85,6 +58,9 @@ class ReltuneModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if any(is_shard(p) for p in model.parameters()):
             refuse_sharded("an adapter cannot be added to", "add it before the model is sharded")
+        if not peft_config.inference_mode:
+            check_not_packed(model)
+        keep_as_loaded(model)
         has_adapters = any(isinstance(module, BaseTunerLayer) for module in model.modules())
         if not has_adapters:
             # Once adapters are there, the weights are no longer only the base's.
@@ -136,11 +112,11 @@ class ReltuneModel(BaseTuner):
                 "(merge_and_unload) or unload it first."
             )
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        found = layer_type(base)
-        if found is None or found[0] not in TRAINABLE:
+        its_type = layer_type_of(base)
+        if its_type is None or not its_type.trains:
             raise TypeError(
-                f"{current_key} is a {type(base).__name__}{_setting(base)}, which reltune cannot train; supported are "
-                "nn.Linear (quantised weights too), nn.Conv2d, nn.Embedding, Transformers' Conv1D, nn.LayerNorm and the RMSNorm family."
+                f"{current_key} is a {' '.join([type(base).__name__, why_not(base)]).strip()}, which reltune cannot train; "
+                f"supported are {', '.join(known.covers for known in layer_types() if known.trains)}."
             )
         owners = [
             name
@@ -152,29 +128,22 @@ class ReltuneModel(BaseTuner):
                 f"{current_key} shares its weight with {owners[0]}, which would change with it; choose other modules or "
                 "untie the two."
             )
-        weight: Any = base.weight
+        (info,) = its_type.infos(current_key, base, "", 0)
         if isinstance(target, ReltuneLayer):
-            weight = target._pristine_weight()
-        elif found[0] == "quantised":
-            weight = dequantised(base)
-        info = module_info(current_key, found[0], base)
+            weight = target._canonical(target._pristine_weight())
+        else:
+            weight = its_type.weights(info, base)["weight"]
         units = self._units(peft_config, info, weight)
         if units.bias and not info.bias:
             raise InputError(f"the plan trains the bias of {current_key}, which has no bias; set bias: false.")
-        if units.elements and found[0] not in WITH_ELEMENTS:
-            raise InputError(
-                f"the plan trains single weights of {current_key}, a {type(base).__name__}, of which only columns and rows can "
-                "be trained; choose these."
-            )
+        units.check_layer_type(info)
         if isinstance(target, ReltuneLayer):
             layer = target
         elif current_key in self._to_float8 and not (units.rows or units.elements or units.weight):
             to_float8(target)
             layer = ReltuneFloat8Linear(target, unrounded=weight)
-        elif isinstance(base, Float8Linear):
-            layer = ReltuneFloat8Linear(target)
         else:
-            layer = LAYER_CLASSES[found[0]](target)
+            layer = trainable_class(its_type.name)(target)
         layer.update_layer(
             adapter_name,
             units,
@@ -216,13 +185,12 @@ class ReltuneModel(BaseTuner):
             )
             units.take_elements(torch.arange(sizes.get("elements", 0)))
             return units
-        if len(shape) == 1:
+        if info.is_vector:
             return ModulePlan(shape, weight=True, bias=info.bias)
         r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
         if weight.device.type == "meta":
             return ModulePlan(shape, list(range(min(r, info.columns))), groups=info.groups)
-        squares = weight.detach().float().square()
-        norms = by_unit(info, {"weight": squares.mT if info.kind == "conv1d" else squares})["column"]
+        norms = by_unit(info, {"weight": weight.detach().float().square()})["column"]
         largest = torch.topk(norms, min(r, info.columns)).indices.sort().values
         return ModulePlan(shape, largest.tolist(), groups=info.groups)
 
@@ -321,7 +289,7 @@ class _BeforeForward:
         check_agreement(model)
         if self._checkpointed is None:
             self._checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-            self._norms = [module for module in model.modules() if norm.matches(module)]
+            self._norms = [module for module in model.modules() if NORM.matches(module)]
         _end_backward_at_lowest_unit(model, self._checkpointed)
         fuse_norms(self._norms)
 

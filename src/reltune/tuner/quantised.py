@@ -8,14 +8,11 @@ its own. Ŵ is made once, to take the columns from.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reltune.errors import InputError
-from reltune.layers import quantised
-from reltune.plan.plan import ModulePlan
+from reltune.layers.quantised import dequantised
 from reltune.tuner.linear import ReltuneLinear
 
 
@@ -25,18 +22,12 @@ class ReltuneQuantisedLinear(ReltuneLinear):
     sharded = False  # nothing is written into it anyhow
 
     def _shape(self) -> tuple[int, ...]:
-        return quantised.shape(self.get_base_layer())
-
-    def update_layer(self, adapter_name: str, units: ModulePlan, *args: Any, **kwargs: Any) -> None:
-        if units.weight:
-            raise InputError(
-                "the plan trains the whole weight of a quantised module, which holds no trainable numbers; choose columns or "
-                "rows of it, or load the model without quantisation."
-            )
-        super().update_layer(adapter_name, units, *args, **kwargs)
+        base = self.get_base_layer()
+        assert isinstance(base, nn.Linear)
+        return base.out_features, base.in_features
 
     def _pristine_weight(self) -> Tensor:
-        return quantised.dequantised(self.get_base_layer())
+        return dequantised(self.get_base_layer())
 
     def _settle(self, base_only: bool = False) -> None:
         if self.originals:
@@ -60,9 +51,7 @@ class ReltuneQuantisedLinear(ReltuneLinear):
     def train(self, mode: bool = True) -> ReltuneQuantisedLinear:
         super().train(mode)
         if self.weight.device.type == "cpu":
-            self.base_layer.training = (
-                True  # bitsandbytes packs a weight anew in evaluation, for good and without a gradient
-            )
+            self.base_layer.training = True  # bitsandbytes' 8-bit product in evaluation mode rounds its input
         return self
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

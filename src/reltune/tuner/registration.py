@@ -1,4 +1,4 @@
-"""Enter ReltuneConfig among PEFT's methods. The only file that knows how.
+"""Enter a config and a model among PEFT's methods. The only file that knows how.
 
 PEFT has no way in for methods from outside: ``register_peft_method`` wants a member of its ``PeftType`` enum. A
 member is made here the way the enum module makes its own, in memory, and nothing of PEFT is edited on disk.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import PeftType
+from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 
 NAME = "RELTUNE"
@@ -31,10 +32,7 @@ def peft_type() -> Any:
     return member
 
 
-def register() -> None:
-    """Make PEFT know the method; calling it again changes nothing."""
-    from reltune.tuner.config import ReltuneConfig
-    from reltune.tuner.model import ReltuneModel
-
+def register(config_class: type[PeftConfig], model_class: type[BaseTuner]) -> None:
+    """Make PEFT know the method by these two classes; calling it again changes nothing."""
     if peft_type() not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(name=NAME.lower(), config_cls=ReltuneConfig, model_cls=ReltuneModel)
+        register_peft_method(name=NAME.lower(), config_cls=config_class, model_cls=model_class)

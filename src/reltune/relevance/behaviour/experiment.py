@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import ModuleType
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,37 +19,9 @@ from tqdm.auto import tqdm
 from reltune.errors import AnalysisError, InputError, nearest
 from reltune.layers.inventory import Inventory
 from reltune.losses import Loss, rows_of
+from reltune.processes import Processes
 from reltune.relevance.batches import batch_size, forward, moved, part_of
 from reltune.relevance.resumption import Partial
-
-Parts = dict[str, dict[str, Tensor]]  # module, layer or attention module -> part -> scores
-
-
-def checked_options(
-    criteria: Mapping[str, ModuleType], options: Mapping[str, Mapping[str, Any]] | None
-) -> dict[str, Any]:
-    """Each criterion's ``Options`` object, where it has any; InputError for criteria and keys that there are not."""
-    having = [name for name, criterion in criteria.items() if hasattr(criterion, "Options")]
-    for name in options or {}:
-        if name not in having:
-            raise InputError(
-                f"options name {name!r}, which is no criterion asked for that has any; {_known(name, having)}"
-            )
-    found = {}
-    for name in having:
-        fields = [field.name for field in dataclasses.fields(criteria[name].Options)]
-        given = (options or {}).get(name, {})
-        if not isinstance(given, Mapping):
-            raise InputError(f"options of {name} are a {type(given).__name__}; give a mapping of {', '.join(fields)}.")
-        for key in given:
-            if key not in fields:
-                raise InputError(f"{name} has no option {key!r}; {nearest(str(key), fields)}")
-        found[name] = criteria[name].Options(**given)
-    return found
-
-
-def _known(name: str, having: Sequence[str]) -> str:
-    return nearest(str(name), having) if having else "leave them out."
 
 
 def whole_number(name: str, value: Any, least: int) -> None:
@@ -81,19 +53,27 @@ class Experiment:
     data: str  # hash of the batches
     elements: bool = False  # whether single weights are asked for, of criteria that score them
 
+    processes: Processes = dataclasses.field(default_factory=Processes)
+    same_batches: bool = True  # whether all processes have these batches, or each has batches of its own
+
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
-        self.passes_done: dict[str, list[float]] = {}
+
+    def resumed(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What an interrupted call with the same arguments has saved. InputError where its data was another."""
         found = self.partial.load() if self.partial else None
-        if found is None:
-            return
-        state, tensors = found
-        if state["data"] != self.data:
+        if found is not None and found[0]["data"] != self.data:
             raise InputError(
                 f"the data is not what the interrupted analysis in {self.partial and self.partial.path.parent} has seen; "
                 "give it the same data, or remove that directory."
             )
-        self.passes_done = {name: tensor.tolist() for name, tensor in tensors.items()}
+        return found
+
+    @functools.cached_property
+    def passes_done(self) -> dict[str, list[float]]:
+        """What ``passes`` has, by its names."""
+        found = self.resumed()
+        return {} if found is None else {name: tensor.tolist() for name, tensor in found[1].items()}
 
     @property
     def layers(self) -> list[str]:

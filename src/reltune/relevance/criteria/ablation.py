@@ -22,27 +22,28 @@ from typing import Any
 
 import torch
 
-from reltune.relevance.behaviour.experiment import Experiment, Parts, known_words
-from reltune.relevance.behaviour.neutral import KINDS, REPLACEMENTS, Neutral, warn_of
+from reltune.relevance.behaviour.experiment import Experiment, known_words
+from reltune.relevance.behaviour.neutral import REMOVABLE, REPLACEMENTS, Neutral, warn_of
+from reltune.relevance.criteria.contract import ScoresByName
 
-SCORES = KINDS
+SCORES = REMOVABLE
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    kinds: Sequence[str] = KINDS
+    kinds: Sequence[str] = REMOVABLE
     replace_by: str = "zero"
 
     def __post_init__(self) -> None:
-        known_words("kinds", self.kinds, KINDS)
+        known_words("kinds", self.kinds, REMOVABLE)
         known_words("replace_by", [self.replace_by], REPLACEMENTS)
 
 
-def measure(experiment: Experiment) -> tuple[Parts, dict[str, Any]]:
+def measure(experiment: Experiment) -> tuple[ScoresByName, dict[str, Any]]:
     options: Options = experiment.options
     neutral = Neutral(experiment, options.kinds, options.replace_by)
     warn_of(neutral, experiment.criterion)
-    parts: Parts = {}
+    parts: ScoresByName = {}
     for kind, units in neutral.units.items():
 
         def perform(index: int, units: Sequence[Any] = units) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from reltune.layers.inventory import LAYER_TYPES
+from reltune.layers.registry import layer_type
 from reltune.layers.units import ModuleInfo, Parts, by_unit
 from reltune.relevance.criteria.context import Context
 
@@ -32,4 +32,4 @@ def elements(
 ) -> Parts:
     squares = sums["inputs"]
     dtype = squares["weight"].dtype
-    return LAYER_TYPES[info.kind].input_weighted(info, {k: w.to(dtype) for k, w in weights.items()}, squares)
+    return layer_type(info.layer_type).input_weighted(info, {k: w.to(dtype) for k, w in weights.items()}, squares)

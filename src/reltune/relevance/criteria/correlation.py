@@ -41,11 +41,12 @@ import torch
 from torch import Tensor
 
 from reltune.errors import InputError
-from reltune.relevance.behaviour.experiment import Experiment, Parts, known_words, whole_number
-from reltune.relevance.behaviour.neutral import KINDS, REPLACEMENTS, Neutral, Unit, warn_of
-from reltune.relevance.scores import spearman
+from reltune.relevance.behaviour.experiment import Experiment, known_words, whole_number
+from reltune.relevance.behaviour.neutral import REMOVABLE, REPLACEMENTS, Neutral, Unit, warn_of
+from reltune.relevance.criteria.contract import ScoresByName
+from reltune.relevance.rank_correlation import spearman
 
-SCORES = KINDS
+SCORES = REMOVABLE
 LEVEL = 0.95
 STRENGTHS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 PILOT = 8  # trials for each strength that is tried
@@ -54,7 +55,7 @@ CHECKS, EVERY = 3, 10
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    kinds: Sequence[str] = KINDS
+    kinds: Sequence[str] = REMOVABLE
     share: float = 0.25
     strength: float | str = "auto"
     replace_by: str = "zero"
@@ -63,7 +64,7 @@ class Options:
     agreement: float = 0.9
 
     def __post_init__(self) -> None:
-        known_words("kinds", self.kinds, KINDS)
+        known_words("kinds", self.kinds, REMOVABLE)
         known_words("replace_by", [self.replace_by], REPLACEMENTS)
         whole_number("min_trials", self.min_trials, 4)
         whole_number("max_trials", self.max_trials, 4)
@@ -75,11 +76,11 @@ class Options:
             raise InputError(f"agreement is {self.agreement}; it must be between 0 and 1.")
 
 
-def measure(experiment: Experiment) -> tuple[Parts, dict[str, Any]]:
+def measure(experiment: Experiment) -> tuple[ScoresByName, dict[str, Any]]:
     options: Options = experiment.options
     neutral = Neutral(experiment, options.kinds, options.replace_by)
     warn_of(neutral, experiment.criterion)
-    parts: Parts = {}
+    parts: ScoresByName = {}
     facts: dict[str, Any] = {"metric": experiment.metric_name, "of_the_model": neutral.baseline, "level": LEVEL}
     for kind, units in neutral.units.items():
         if not units:
@@ -110,7 +111,7 @@ def measure(experiment: Experiment) -> tuple[Parts, dict[str, Any]]:
                 f"the ranking of {kind}s by {experiment.criterion} is not stable after {len(values)} trials (agreement of "
                 f"halves {agreement:.2f}); look at the intervals, or raise max_trials.",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
     return parts, facts
 

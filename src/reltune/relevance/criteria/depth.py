@@ -12,18 +12,15 @@ from torch import Tensor
 
 from reltune.layers.units import ModuleInfo, Parts, counts
 from reltune.relevance.criteria.context import Context
+from reltune.relevance.criteria.contract import ModuleSums
 
 NEEDS = ()
 ELEMENT_NEEDS = ()
 
 
-def quantities(
-    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
-) -> tuple[Parts]:
+def quantities(info: ModuleInfo, weights: Mapping[str, Tensor], sums: ModuleSums, context: Context) -> tuple[Parts]:
     return ({part: (info.depth + 1) * count for part, count in counts(info).items()},)
 
 
-def elements(
-    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
-) -> Parts:
+def elements(info: ModuleInfo, weights: Mapping[str, Tensor], sums: ModuleSums, context: Context) -> Parts:
     return {name: torch.full(weight.shape, float(info.depth + 1)) for name, weight in weights.items()}

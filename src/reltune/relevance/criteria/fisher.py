@@ -14,18 +14,15 @@ from torch import Tensor
 
 from reltune.layers.units import ModuleInfo, Parts
 from reltune.relevance.criteria.context import Context
+from reltune.relevance.criteria.contract import ModuleSums
 
 NEEDS = ("squares",)
 ELEMENT_NEEDS = ("square_elements",)
 
 
-def quantities(
-    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
-) -> tuple[Parts]:
+def quantities(info: ModuleInfo, weights: Mapping[str, Tensor], sums: ModuleSums, context: Context) -> tuple[Parts]:
     return ({part: total / context.examples for part, total in sums["squares"].items()},)
 
 
-def elements(
-    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
-) -> Parts:
+def elements(info: ModuleInfo, weights: Mapping[str, Tensor], sums: ModuleSums, context: Context) -> Parts:
     return {name: total / context.examples for name, total in sums["square_elements"].items()}

@@ -14,18 +14,15 @@ from torch import Tensor
 
 from reltune.layers.units import ModuleInfo, Parts, by_unit
 from reltune.relevance.criteria.context import Context
+from reltune.relevance.criteria.contract import ModuleSums
 
 NEEDS = ("sums",)
 ELEMENT_NEEDS = NEEDS
 
 
-def quantities(
-    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
-) -> tuple[Parts]:
+def quantities(info: ModuleInfo, weights: Mapping[str, Tensor], sums: ModuleSums, context: Context) -> tuple[Parts]:
     return (by_unit(info, elements(info, weights, sums, context)),)
 
 
-def elements(
-    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
-) -> Parts:
+def elements(info: ModuleInfo, weights: Mapping[str, Tensor], sums: ModuleSums, context: Context) -> Parts:
     return {name: (total / context.examples).abs() for name, total in sums["sums"].items()}

@@ -18,13 +18,14 @@ from torch import Tensor
 from reltune.errors import InputError
 from reltune.layers.units import ModuleInfo, Parts, by_unit
 from reltune.relevance.criteria.context import Context
+from reltune.relevance.criteria.contract import ModuleSums
 
 NEEDS = ("sums", "squares")
 ELEMENT_NEEDS = ("sums", "square_elements")
 
 
 def quantities(
-    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
+    info: ModuleInfo, weights: Mapping[str, Tensor], sums: ModuleSums, context: Context
 ) -> tuple[Parts, Parts]:
     signal = by_unit(info, _squared_means(sums, context))
     mean_squares = {part: total / context.examples for part, total in sums["squares"].items()}
@@ -37,9 +38,7 @@ def combine(signal: Tensor, noise: Tensor) -> Tensor:
     return torch.where(signal > 0, signal / noise.clamp(min=tiny), 0).clamp(max=torch.finfo(noise.dtype).max)
 
 
-def elements(
-    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
-) -> Parts:
+def elements(info: ModuleInfo, weights: Mapping[str, Tensor], sums: ModuleSums, context: Context) -> Parts:
     signal = _squared_means(sums, context)
     return {
         name: combine(mean, _variance(sums["square_elements"][name] / context.examples, mean, context.examples))
@@ -47,7 +46,7 @@ def elements(
     }
 
 
-def _squared_means(sums: Mapping[str, Mapping[str, Tensor]], context: Context) -> Parts:
+def _squared_means(sums: ModuleSums, context: Context) -> Parts:
     if context.examples < 2:
         raise InputError("gradient_snr compares examples and got one; give it more data.")
     return {name: (total / context.examples).square() for name, total in sums["sums"].items()}

@@ -15,14 +15,13 @@ from reltune.layers.units import ModuleInfo, Parts, by_unit
 from reltune.ops.row_blocks import row_blocks
 from reltune.ops.squared_gradient import accumulator_dtype
 from reltune.relevance.criteria.context import Context
+from reltune.relevance.criteria.contract import ModuleSums
 
 NEEDS = ()
 ELEMENT_NEEDS = ()
 
 
-def quantities(
-    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
-) -> tuple[Parts]:
+def quantities(info: ModuleInfo, weights: Mapping[str, Tensor], sums: ModuleSums, context: Context) -> tuple[Parts]:
     weight = weights["weight"]
     if weight.ndim != 2:
         return (by_unit(info, elements(info, weights, sums, context)),)
@@ -38,7 +37,5 @@ def quantities(
     return (parts,)
 
 
-def elements(
-    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
-) -> Parts:
+def elements(info: ModuleInfo, weights: Mapping[str, Tensor], sums: ModuleSums, context: Context) -> Parts:
     return {name: weight.to(accumulator_dtype(weight)).square() for name, weight in weights.items()}

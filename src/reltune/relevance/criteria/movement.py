@@ -1,131 +1,97 @@
-"""Movement: how far full tuning moves each weight in a few steps, after which the weights are put back.
+"""Movement: how far each weight moves when all may move, after which everything is as before.
 
-M(u) = Σ_{w ∈ u} |w⁽ᵏ⁾ − w⁽⁰⁾| after k optimizer steps on the mean loss of a batch, batches in their order and again from the
-first; per element |Δw|, by which LT-SFT chooses the weights of a sparse fine-tuning (Ansell et al., ACL 2022: those with
-the largest |θ⁽¹⁾ − θ⁽⁰⁾| after full tuning). Never negative; adds up, so a layer's is the sum of its modules'.
+V(w) adds up the signs of the weight's gradient over k batches, while after each the weights move by η against the sign:
+W ← W − η · sign(∂L/∂W), L the mean loss of a step's examples, batches in their order and again from the first. R(w) = |V(w)|,
+from 0 to k, plus a fraction below 1 that orders weights with equal votes by the size of their gradient in the last step.
+R(u) of a larger unit is the sum of |V| over its weights: never negative; a layer's is the sum of its modules'.
 
-AdamW as torch has it, without weight decay, which would move weights that the data does not, and at a constant rate;
-every floating-point parameter is trained, new heads and modules without units among them. LT-SFT tunes to the end, with
-dropout; a probe of few steps in evaluation mode draws nothing and ranks by where the first steps go. Adam moves every
-weight with a steady gradient by about the learning rate per step, however small that gradient: rare tokens' rows stay.
+Gradient sizes at the starting point name weights that all do the same; along a path they show what is left to gain once
+the others have moved. Movement: Ansell et al., ACL 2022. Sign updates: Bernstein et al., ICML 2018. Updates inside the
+backward pass, which keep no gradient of the whole model: Lv et al. 2023.
 
-Parameters in half precision have float32 copies that the optimizer moves (a step of Adam is below bfloat16's resolution
-for most weights) and of which the model sees the rounded values. Memory beside the weights: 12 bytes a weight in float32 (gradient and the two states
-of AdamW), in half precision 18 (two gradients, copy and states), and a copy of the weights on the host; cost: k forward and
-backward passes of a batch, which must fit in memory. Weights, gradients and the random state are as before afterwards, also
-after an exception. An interrupted probe is done anew.
+η is ``step_size`` times the root mean square of the weight's tensor (of a bias: of its module's weight). The weights are
+never written: W₀ − η V is computed where W₀ is read (probe/moving_weights.py), also where W₀ is held in few bits.
+Memory beside the weights: one byte for each that may move (two from 128 steps on), and one weight's gradient; more where a
+step is several pieces, whose gradients wait for one another. Cost: k forward and backward passes.
 
-Options: ``steps``, ``learning_rate``.
+``steps: auto`` ends when the choice has settled: every 10 steps, of a sample of a million weights drawn evenly over all
+that move, the 1% with the most votes are compared with those of the check before (equal votes in the order of the summed
+gradient's size); if they have at least the share ``agreement`` in common, one more step closes the probe. At most 120.
+
+Options:
+
+- ``steps``: a number, or ``auto``.
+- ``update``: ``sign``, of a step's gradient; ``momentum``, of the running mean of gradients, which is the sign of Adam's step
+  and takes one more number per weight; or ``adamw``, which scores the distance |Δw| that torch's AdamW goes
+  (probe/adamw.py). None: ``adamw`` where a learning rate is given, else ``sign``.
+- ``step_size``: of sign and momentum. ``learning_rate``: of adamw.
+- ``batch_size``: examples of a step, over all processes; None: the loader's batches.
+- ``move``: ``allowed``, the modules that target_modules leaves, or ``all``: new heads and what has no units too.
+- ``training``: whether the model is in training mode, with dropout.
+- ``ties``: equal votes in the order of the ``last`` step's gradient or of the ``sum``, which takes four more bytes per weight.
+- ``agreement``: see above. ``diverged``: how far the mean loss of ten steps may rise over that of the first ten.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
+import math
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
-
-from reltune.errors import AnalysisError, InputError
-from reltune.layers.inventory import canonical_weights
-from reltune.layers.quantised import is_quantised
-from reltune.layers.units import by_unit
-from reltune.losses import rows_of
-from reltune.relevance.batches import batch_size, forward, moved
-from reltune.relevance.behaviour.experiment import Experiment, Parts, seeded, whole_number
+from reltune.errors import InputError
+from reltune.relevance.behaviour.experiment import Experiment, known_words, whole_number
+from reltune.relevance.criteria.contract import ScoresByName
+from reltune.relevance.probe import adamw
+from reltune.relevance.probe.sign_probe import SignProbe
 
 SCORES = ("layer", "module", "head", "column", "row", "element", "bias", "norm")
+SHARES_DATA = True  # several processes may measure it together
+UPDATES = ("sign", "momentum", "adamw")
+MOVES = ("allowed", "all")
+TIES = ("last", "sum")
+MOST_STEPS = 120  # of a probe that ends by itself
+LEARNING_RATE = 5e-5  # transformers' own default for full tuning
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    steps: int = 50
-    learning_rate: float = 5e-5  # transformers' own default for full tuning
+    steps: int | str = 50
+    update: str | None = None
+    step_size: float = 2e-3
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    move: str = "allowed"
+    training: bool = False
+    ties: str = "last"
+    agreement: float = 0.9
+    diverged: float = 2.0
 
     def __post_init__(self) -> None:
-        whole_number("steps", self.steps, 1)
-        if isinstance(self.learning_rate, bool | str) or not 0 < self.learning_rate < float("inf"):
-            raise InputError(f"learning_rate is {self.learning_rate!r}; it must be a number above 0.")
+        if self.steps != "auto":
+            whole_number("steps", self.steps, 1)
+        if self.update is None:
+            object.__setattr__(self, "update", "sign" if self.learning_rate is None else "adamw")
+        for name, known in (("update", UPDATES), ("move", MOVES), ("ties", TIES)):
+            known_words(name, [getattr(self, name)], known)
+        if self.update == "adamw" and self.steps == "auto":
+            raise InputError("a probe by adamw does not end by itself; give steps a number.")
+        if self.batch_size is not None:
+            whole_number("batch_size", self.batch_size, 1)
+        for name in ("step_size", "learning_rate", "agreement", "diverged"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (value is None and name == "learning_rate") and not (number and 0 < value < math.inf):
+                raise InputError(f"{name} is {value!r}; it must be a number above 0.")
+
+    @property
+    def most_steps(self) -> int:
+        return MOST_STEPS if isinstance(self.steps, str) else self.steps
 
 
-def measure(experiment: Experiment) -> tuple[Parts, dict[str, Any]]:
+def measure(experiment: Experiment) -> tuple[ScoresByName, dict[str, Any]]:
     options: Options = experiment.options
-    model = experiment.model
-    parts: Parts = {}
-    with _rewound(model) as before, torch.enable_grad():
-        masters = _tune(experiment, options)
-        with torch.no_grad():  # the moves in the place of the weights: read out as each layer type lays its weights out
-            for name, p in model.named_parameters():
-                master = masters.pop(name)
-                p.data = (master - before[name].to(master)).abs()
-                del master
-        for info in experiment.inventory.modules:
-            owner = model.get_submodule(info.owner)
-            moves = canonical_weights(info, owner)
-            parts[info.name] = {part: value.cpu() for part, value in by_unit(info, moves).items()}
-            if experiment.elements:
-                names = {"weight": "element", "bias": "element_bias"}
-                parts[info.name] |= {names[key]: move.cpu().contiguous() for key, move in moves.items()}
-    return parts, {}
-
-
-def _tune(experiment: Experiment, options: Options) -> dict[str, Tensor]:
-    """Take the steps. Gives each parameter as the optimizer has it: itself, or its float32 copy."""
-    model, loss = experiment.model, experiment.loss
-    own = dict(model.named_parameters())
-    masters = {name: p.detach().float().requires_grad_() if p.itemsize < 4 else p for name, p in own.items()}
-    copies = [(own[name], master) for name, master in masters.items() if master is not own[name]]
-    optimizer = torch.optim.AdamW(masters.values(), lr=options.learning_rate, weight_decay=0.0)
-    seeded(experiment.device, experiment.seed)
-    for step in tqdm(range(options.steps), desc=experiment.criterion, unit="step", disable=not experiment.progress):
-        index = step % len(experiment.batches)
-        batch = moved(experiment.batches[index], experiment.device)
-        losses = loss.per_example(forward(model, rows_of(batch, loss)), batch)
-        if losses.shape != (batch_size(batch),):
-            raise InputError(
-                f"loss_fn gave a tensor of shape {tuple(losses.shape)} for {batch_size(batch)} examples; it must give one "
-                "loss per example: leave out the reduction."
-            )
-        if not torch.isfinite(losses).all():
-            raise AnalysisError(
-                f"the loss of batch {index} is not finite in step {step} of the probe; lower its learning_rate."
-            )
-        losses.mean().backward()
-        for p, master in copies:
-            master.grad, p.grad = None if p.grad is None else p.grad.float(), None
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            for p, master in copies:
-                p.copy_(master)
-    return masters
-
-
-@contextlib.contextmanager
-def _rewound(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """All parameters can be trained, and are what they were when the context ends; gives copies of them by name."""
-    own = dict(model.named_parameters())
-    for name, p in own.items():
-        if is_quantised(p):
-            raise InputError(
-                f"movement trains every weight, and {name} is quantised ({p.dtype}); use another criterion."
-            )
-    before = {name: p.detach().to("cpu", copy=True) for name, p in own.items()}
-    places = {name: p.data for name, p in own.items()}
-    gradients = {name: p.grad for name, p in own.items()}
-    required = {name: p.requires_grad for name, p in own.items()}
-    try:
-        for p in own.values():
-            p.grad = None
-            p.requires_grad_(True)
-        yield before
-    finally:
-        with torch.no_grad():
-            for name, p in own.items():
-                p.data = places[name]
-                p.copy_(before[name])
-                p.grad = gradients[name]
-                p.requires_grad_(required[name])
+    if options.update == "adamw":
+        if experiment.processes.count > 1:
+            raise InputError("a probe by adamw runs in one process; take update: sign.")
+        return adamw.run(experiment, options.most_steps, options.learning_rate or LEARNING_RATE)
+    return SignProbe(experiment).run()

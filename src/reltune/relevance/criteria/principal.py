@@ -18,12 +18,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from reltune.layers.units import ModuleInfo, Parts
+from reltune.layers.units import ModuleInfo, Parts, matrices
 from reltune.ops.row_blocks import PRODUCT_NUMBERS, row_blocks
 from reltune.ops.singular_vectors import tall
 from reltune.ops.squared_gradient import accumulator_dtype
 from reltune.relevance.criteria.context import Context
-from reltune.relevance.criteria.spectral_snr import matrices
 
 NEEDS = ()
 ELEMENT_NEEDS = ()
@@ -37,7 +36,7 @@ def rank(matrix: Tensor) -> int:
 def quantities(
     info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
 ) -> tuple[Parts]:
-    if info.kind == "norm":
+    if info.is_vector:
         return ({},)
     weight = weights["weight"]
     dtype = accumulator_dtype(weight)
@@ -52,15 +51,14 @@ def quantities(
         columns.append(short if a is matrix else long)
         rows.append(long if a is matrix else short)
     column, row = torch.cat(columns), torch.cat(rows)
-    if info.kind == "conv2d":
-        column = column.unflatten(0, (info.columns, -1)).sum(1)
+    column = column.unflatten(0, (info.columns, -1)).sum(1)  # over the places in a convolution's kernel
     return ({"column": column.to(dtype), "row": row.to(dtype), "weight": row.sum().to(dtype)},)
 
 
 def elements(
     info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
 ) -> Parts:
-    if info.kind == "norm":
+    if info.is_vector:
         return {}
     weight = weights["weight"]
     whole = torch.empty(info.shape, dtype=accumulator_dtype(weight), device=weight.device)

@@ -14,21 +14,18 @@ from torch import Tensor
 
 from reltune.layers.units import ModuleInfo, Parts, counts
 from reltune.relevance.criteria.context import Context
+from reltune.relevance.criteria.contract import ModuleSums
 
 NEEDS = ()
 ELEMENT_NEEDS = ()
 
 
-def quantities(
-    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
-) -> tuple[Parts]:
+def quantities(info: ModuleInfo, weights: Mapping[str, Tensor], sums: ModuleSums, context: Context) -> tuple[Parts]:
     generator = _generator(info, context)
     return ({part: torch.rand(count.shape, generator=generator) * count for part, count in counts(info).items()},)
 
 
-def elements(
-    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
-) -> Parts:
+def elements(info: ModuleInfo, weights: Mapping[str, Tensor], sums: ModuleSums, context: Context) -> Parts:
     generator = _generator(info, context, "elements")
     return {name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()}
 

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from reltune.layers.units import ModuleInfo, Parts, by_unit
 from reltune.relevance.criteria.context import Context
+from reltune.relevance.criteria.contract import ModuleSums
 
 NEEDS = ("sums",)
 ELEMENT_NEEDS = NEEDS
 
 
 def quantities(
-    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
+    info: ModuleInfo, weights: Mapping[str, Tensor], sums: ModuleSums, context: Context
 ) -> tuple[Parts, Parts]:
     means = {name: total / context.examples for name, total in sums["sums"].items()}
     return (
@@ -34,8 +35,6 @@ def combine(gradient: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight > 0, gradient / weight, 0).sqrt()
 
 
-def elements(
-    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
-) -> Parts:
+def elements(info: ModuleInfo, weights: Mapping[str, Tensor], sums: ModuleSums, context: Context) -> Parts:
     squares = {name: (total / context.examples).square() for name, total in sums["sums"].items()}
     return {name: combine(square, weights[name].to(square).square()) for name, square in squares.items()}

@@ -27,12 +27,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from reltune.layers.units import ModuleInfo, Parts
+from reltune.layers.units import ModuleInfo, Parts, matrices
 from reltune.ops.row_blocks import PRODUCT_NUMBERS, row_blocks
 from reltune.ops.singular_vectors import tall
 from reltune.ops.squared_gradient import accumulator_dtype
@@ -45,7 +45,7 @@ ELEMENT_NEEDS = ()
 def quantities(
     info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
 ) -> tuple[Parts, Parts]:
-    if info.kind == "norm":
+    if info.is_vector:
         return {}, {}
     weight = weights["weight"]
     dtype = accumulator_dtype(weight)
@@ -57,14 +57,6 @@ def quantities(
 def combine(signal: Tensor, noise: Tensor) -> Tensor:
     least = torch.finfo(noise.dtype).eps * signal
     return torch.where(signal > 0, signal / torch.maximum(noise, least), 0)
-
-
-def matrices(info: ModuleInfo, weight: Tensor) -> Iterator[Tensor]:
-    """The weight as (out, features) matrices: one, or one per group of a convolution."""
-    if info.kind != "conv2d":
-        yield weight
-    else:
-        yield from weight.flatten(1).unflatten(0, (info.groups, -1))
 
 
 def edge(values: Tensor, n: int, m: int) -> float:
@@ -117,8 +109,7 @@ def _signal_and_noise(matrix: Tensor, values: Tensor, vectors: Tensor) -> tuple[
 def _joined(info: ModuleInfo, groups: Mapping[str, list[Tensor]], dtype: torch.dtype) -> Parts:
     """The groups' sums as the module's, squared norms as norms."""
     column = torch.cat(groups["column"])
-    if info.kind == "conv2d":
-        column = column.unflatten(0, (info.columns, -1)).sum(1)
+    column = column.unflatten(0, (info.columns, -1)).sum(1)  # over the places in a convolution's kernel
     return {
         "column": column.sqrt().to(dtype),
         "row": torch.cat(groups["row"]).sqrt().to(dtype),

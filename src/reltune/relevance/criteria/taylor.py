@@ -15,19 +15,16 @@ from torch import Tensor
 
 from reltune.layers.units import ModuleInfo, Parts
 from reltune.relevance.criteria.context import Context
+from reltune.relevance.criteria.contract import ModuleSums
 
 NEEDS = ("products",)
 ELEMENT_NEEDS = ("absolute_elements",)
 
 
-def quantities(
-    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
-) -> tuple[Parts]:
+def quantities(info: ModuleInfo, weights: Mapping[str, Tensor], sums: ModuleSums, context: Context) -> tuple[Parts]:
     return ({part: total / context.examples for part, total in sums["products"].items()},)
 
 
-def elements(
-    info: ModuleInfo, weights: Mapping[str, Tensor], sums: Mapping[str, Mapping[str, Tensor]], context: Context
-) -> Parts:
+def elements(info: ModuleInfo, weights: Mapping[str, Tensor], sums: ModuleSums, context: Context) -> Parts:
     means = {name: total / context.examples for name, total in sums["absolute_elements"].items()}
     return {name: weights[name].to(mean).abs() * mean for name, mean in means.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from reltune.errors import AnalysisError
-from reltune.layers import experts, router
-from reltune.layers.inventory import LAYER_TYPES, ModuleInfo, canonical_weights
-from reltune.layers.per_example import WEIGHT_SIZED, Shared, Statistics, add
+from reltune.layers.per_example import WEIGHT_SIZED, Shared, Statistics, add, shapes
+from reltune.layers.protocol import Handle, Observer, Use
+from reltune.layers.registry import layer_type
+from reltune.layers.units import ModuleInfo
+from reltune.ops.squared_gradient import accumulator_dtype
 from reltune.relevance.statistics.recompute import Recipe, is_exact, recipe, saved_tensors_are_hooked
 
 INPUT = "input"  # in place of a part, of what the forward pass gave
@@ -99,28 +100,26 @@ class _Watch(torch.autograd.Function):
 class Collector:
     """Adds up, per module, the statistics asked for.
 
+    What is measured together (``ModuleInfo.stack``: a module, or all experts of one projection) is added up under one
+    name, and told apart when the collector is left. Its statistics may have one dimension more until then.
+
     A module called once per pass is done as soon as its gradient comes; one called several times waits for all of its
     calls, because its gradient is the sum over them. With ``recompute``, inputs that autograd can make again are not
-    kept: on an accelerator memory is dearer than the few operations, on a CPU it is not. The ``rows_per_example`` rows of an
-    example follow each other; their positions count as positions of one example.
+    kept: on an accelerator memory is dearer than the few operations, on a CPU it is not. An example has ``rows_per_example``
+    rows of the model's input, which follow each other; their positions count as positions of one example.
     """
 
     def __init__(
         self, model: nn.Module, measured: list[ModuleInfo], recompute: bool | None = None, rows_per_example: int = 1
     ) -> None:
         self.rows_per_example = rows_per_example
-        # All experts of a projection are measured together, under the projection's name, until they are told apart at the
-        # end; their statistics have one dimension more.
-        self.experts: dict[str, list[ModuleInfo]] = {}
-        self.infos: dict[str, ModuleInfo] = {}
+        self.members: dict[str, list[ModuleInfo]] = {}  # stack -> what it holds
         for info in measured:
-            name = info.name
-            if info.kind == "experts":
-                name = name.rpartition(".")[0]
-                self.experts.setdefault(name, []).append(info)
-            self.infos.setdefault(name, info)
-        self.modules = {name: model.get_submodule(info.owner) for name, info in self.infos.items()}
-        self.sums: Sums = {name: {} for name in self.infos}
+            self.members.setdefault(info.stack, []).append(info)
+        self.infos = {stack: members[0] for stack, members in self.members.items()}
+        self.types = {stack: layer_type(info.layer_type) for stack, info in self.infos.items()}
+        self.modules = {stack: model.get_submodule(info.owner) for stack, info in self.infos.items()}
+        self.sums: Sums = {stack: {} for stack in self.infos}
         self.mixing: dict[str, str] = {}  # modules that cannot be measured, and why
         self.anchor = torch.zeros((), requires_grad=True)
         self.batch = -1
@@ -134,45 +133,36 @@ class Collector:
 
     def _clear(self) -> None:
         self.calls: dict[str, int] = {}
-        # Module -> input and output gradient, of experts with their route too, of each use.
-        self.pending: dict[str, list[tuple]] = {}
+        self.pending: dict[str, list[Use]] = {}  # uses whose gradients have come
         self.held: dict[int, _Input] = {}
         self.inputs: Statistics = {}  # module -> Σ x² of this pass
         self.in_backward = False
-        self.looking = False  # inside a statistic, which may call the module itself
 
     def __enter__(self) -> Collector:
-        self.handles: list[Any] = []
-        for name, module in self.modules.items():
-            kind = self.infos[name].kind
-            if kind == "experts":  # together, below
-                continue
-            if kind == "router":
-                see, refuse = functools.partial(self._see, name), functools.partial(self.mixing.__setitem__, name)
-                self.handles.append(router.instrument(module, see, refuse))
-                continue
-            # First of the module's hooks: what others make of the output is no part of the linear map.
-            self.handles.append(module.register_forward_hook(self._forward_hook(name), prepend=True, with_kwargs=True))
-            if kind == "embedding":
-                self.handles.append(module.register_forward_pre_hook(self._expand(name), with_kwargs=True))
-        for owner, module in {self.infos[name].owner: self.modules[name] for name in self.experts}.items():
-            self.handles.append(experts.instrument(module, functools.partial(self._see_experts, owner)))
+        self.handles: list[Handle] = []
+        by_owner: dict[str, list[ModuleInfo]] = {}
+        for members in self.members.values():
+            by_owner.setdefault(members[0].owner, []).extend(members)
+        # First of the module's hooks: what others make of the output is no part of the linear map.
+        observer = Observer(self._see, self.mixing.__setitem__, lambda: self.rows, first=True)
+        for infos in by_owner.values():
+            stack = infos[0].stack
+            self.handles += self.types[stack].observe(self.modules[stack], infos, observer)
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
         self._clear()
-        if not any(_):
-            for name in self.infos:
-                missing = sorted(self.seen - set(self.sums[name]))
-                if missing and name in self.experts:
-                    # A fused kernel in the place of the whole layer would hide them.
-                    self.mixing.setdefault(name, "the loss does not reach it, or other code runs in its place")
-                    continue
-                for prefix_and_need in missing:
-                    self.sums[name][prefix_and_need] = self._zeros(name, prefix_and_need)
-            self._tell_experts_apart()
+        if any(_):
+            return
+        for stack in self.infos:
+            missing = sorted(self.seen - set(self.sums[stack]))
+            if missing and self.types[stack].unseen:
+                self.mixing.setdefault(stack, self.types[stack].unseen)
+            elif missing:
+                self.sums[stack] |= {statistic: self._zeros(stack, statistic) for statistic in missing}
+        self._tell_members_apart()
 
     # -- one batch --------------------------------------------------------------------------------------------------
 
@@ -192,9 +182,9 @@ class Collector:
 
     def forward_done(self) -> None:
         """Add what the forward pass alone gave."""
-        for name, found in self.inputs.items():
+        for name, squares in self.inputs.items():
             if ("inputs", name) not in self.done:
-                self._keep(name, {"inputs": found})
+                self._keep(name, {"inputs": squares})
                 self.done.add(("inputs", name))
 
     def backward(self, losses: Tensor) -> None:
@@ -224,39 +214,19 @@ class Collector:
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
-    def _expand(self, name: str) -> Callable[..., Any]:
-        """Positions are looked up once and broadcast over the batch; looked up per example, they have a gradient each."""
-        last = name.rsplit(".", 1)[-1]
-        shared = "position" in last or "token_type" in last or last == "wpe"
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> Any:
-            ids = args[0] if args else next(iter(kwargs.values()))
-            if not shared or ids.ndim != 2 or len(ids) != 1 or self.rows == 1:
-                return None
-            ids = ids.expand(self.rows, -1)
-            return ((ids, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): ids})
-
-        return hook
-
-    def _forward_hook(self, name: str) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-            if self.looking:
-                return None
-            return self._see(name, args[0] if args else next(iter(kwargs.values())), output)
-
-        return hook
-
-    def _see(self, name: str, x: Tensor, y: Tensor, *route: experts.Route) -> Tensor:
+    def _see(self, name: str, x: Tensor, y: Tensor, route: Any) -> Tensor:
         """Note one use of a module. Gives y, watched for its gradient."""
         if not self.in_backward:  # else gradient checkpointing recomputes what was counted already
             self.calls[name] = self.calls.get(name, 0) + 1
             if "inputs" in self.wanted and not self.probe:
-                add(self.inputs, {name: self._inputs_of(name, x, *route)})
+                with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                    squares = self.types[name].squared_inputs(self.modules[name], x, self.mask, route)
+                add(self.inputs, {name: squares})
         if not torch.is_grad_enabled():
             return y
 
         def arrived(x: Tensor, g: Tensor, shared: Shared) -> None:
-            self.pending.setdefault(name, []).append((x, g, *route))
+            self.pending.setdefault(name, []).append(Use(x, g, route))
             if len(self.pending[name]) >= self.calls.get(name, 0):
                 self._add(name, self.pending.pop(name), shared)
 
@@ -279,108 +249,52 @@ class Collector:
         epsilon = self.rules[name]
         return None if epsilon is None else recipe(x.grad_fn, epsilon)
 
-    def _see_experts(self, owner: str, projection: str, x: Tensor, y: Tensor, route: experts.Route) -> Tensor:
-        name = f"{owner}.{projection}" if owner else projection
-        return self._see(name, x, y, route) if name in self.infos else y
-
-    def _tell_experts_apart(self) -> None:
-        for projection, infos in self.experts.items():
-            stacked, reason = self.sums.pop(projection), self.mixing.pop(projection, None)
-            for info in infos:
-                expert = int(info.name.rpartition(".")[2])
-                self.sums[info.name] = {need: experts.of_expert(parts, expert) for need, parts in stacked.items()}
-                if reason is not None:
-                    self.mixing[info.name] = reason
-
-    def _inputs_of(self, name: str, x: Tensor, route: experts.Route | None = None) -> dict[str, Tensor]:
-        info, real, mask = self.infos[name], None, self.mask
-        if route is not None:
-            real = mask.flatten() if mask is not None and mask.numel() == route.total else None
-            return experts.squared_inputs(x, route, real)
-        if mask is not None:
-            leading = x.shape if info.kind == "embedding" else x.shape[:-1]
-            if leading == mask.shape:
-                real = mask
-            elif leading == mask.flatten().shape:
-                real = mask.flatten()
-        self.looking = True
-        try:
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                return LAYER_TYPES[info.kind].squared_inputs(self.modules[name], x, real)
-        finally:
-            self.looking = False
-
-    def _add(self, name: str, uses: list[tuple], shared: Shared | None = None) -> None:
+    def _add(self, name: str, uses: list[Use], shared: Shared | None = None) -> None:
         if name in self.mixing or (not self.probe and (self.prefix, name) in self.done):
             return
-        if name in self.experts:
-            self._add_experts(name, uses)
-            return
-        info, module = self.infos[name], self.modules[name]
-        handler = LAYER_TYPES[info.kind]
+        its_type, module = self.types[name], self.modules[name]
         try:
-            pairs = [handler.by_example(module, x, g, self.rows) for x, g in uses]
+            x, g = its_type.gathered(module, uses, self.examples, self.rows_per_example)
         except ValueError as error:
             self.mixing[name] = f"{error} for {self.rows} examples"
             return
-        if self.rows > self.examples:
-            pairs = [(self._of_examples(x), self._of_examples(g)) for x, g in pairs]
         if self.probe:
-            if any(g[1:].any() for _, g in pairs):
+            if its_type.reaches_others(x, g):
                 self.mixing[name] = "an example's loss depends on rows that belong to another"
             return
-        x, g = pairs[0] if len(pairs) == 1 else (torch.cat(together, 1) for together in zip(*pairs, strict=True))
-        shared = shared if len(pairs) == 1 else None
+        shared = shared if len(uses) == 1 else None
         # The caller's autocast would do these sums in bfloat16, where they cancel.
-        with torch.autocast(x.device.type, enabled=False):
-            found = handler.statistics(info, module, canonical_weights(info, module), x, g, self.wanted, shared)
-        self._keep(name, {self.prefix + need: parts for need, parts in found.items()})
-        self.done.add((self.prefix, name))
-
-    def _of_examples(self, values: Tensor) -> Tensor:
-        """The positions (rows, T, …) of all rows of an example as positions of one, (B, rows per example · T, …)."""
-        return values.unflatten(0, (self.examples, self.rows_per_example)).flatten(1, 2)
-
-    def _add_experts(self, name: str, uses: list[tuple]) -> None:
-        info, module = self.infos[name], self.modules[name]
-        try:
-            x, g = experts.gathered(uses, self.examples)
-        except ValueError as error:
-            self.mixing[name] = f"{error} for {self.examples} examples"
-            return
-        if self.probe:
-            if g[x.example > 0].any():
-                self.mixing[name] = "an example's loss depends on rows that belong to another"
-            return
-        weights = experts.stacked_weights(module, name.rpartition(".")[2])
         with torch.autocast(g.device.type, enabled=False):
-            found = experts.statistics(info, module, weights, x, g, self.wanted)
-        self._keep(name, {self.prefix + need: parts for need, parts in found.items()})
+            found = its_type.statistics(self.infos[name], module, x, g, self.wanted, shared)
+        self._keep(name, {self.prefix + statistic: parts for statistic, parts in found.items()})
         self.done.add((self.prefix, name))
 
     def _keep(self, name: str, found: Statistics) -> None:
-        for need, parts in found.items():
+        for statistic, parts in found.items():
             for part, value in parts.items():
                 if part not in ("column", "row"):  # they add up the same numbers as the whole does
-                    what = INPUT if need == "inputs" else part
+                    what = INPUT if statistic == "inputs" else part
                     self.witnesses.append((name, what, value.sum() if value.ndim else value))
-            if need.removeprefix("sampled_") in WEIGHT_SIZED:
-                found[need] = {part: value.cpu() for part, value in parts.items()}
+            if statistic.removeprefix("sampled_") in WEIGHT_SIZED:
+                found[statistic] = {part: value.cpu() for part, value in parts.items()}
         add(self.sums[name], found)
 
-    def _zeros(self, name: str, need: str) -> dict[str, Tensor]:
-        """The statistics of an input and a gradient of zeros: what a module that the loss never sees ends with."""
-        info, module = self.infos[name], self.modules[name]
-        weights = canonical_weights(info, module)
-        weight, handler = weights["weight"], LAYER_TYPES[info.kind]
-        features = weight[0].numel() * info.groups if info.kind != "norm" else info.shape[0]
-        with torch.no_grad():
-            x = weight.new_zeros(1, 1, features)
-            if info.kind == "embedding":
-                x = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
-            g = weight.new_zeros(1, 1, info.shape[-1] if info.kind == "embedding" else info.shape[0])
-            base = need.removeprefix("sampled_")
-            if base == "inputs":
-                shape = info.shape[:1] if info.kind == "embedding" else (features,)
-                return {"weight": weight.new_zeros(shape), "bias": weight.new_zeros(())}
-            return handler.statistics(info, module, weights, x, g, {base})[base]
+    def _zeros(self, name: str, statistic: str) -> dict[str, Tensor]:
+        """What a module that the loss never sees ends with: a gradient, or an input, of zeros."""
+        info, parameter = self.infos[name], next(self.modules[name].parameters())
+        statistic = statistic.removeprefix("sampled_")
+        if statistic == "inputs":
+            wanted: dict[str, tuple[int, ...]] = {"weight": (self.types[name].input_size(info),), "bias": ()}
+        else:
+            wanted = shapes(info, statistic)
+        dtype = accumulator_dtype(parameter)
+        return {part: torch.zeros(shape, dtype=dtype, device=parameter.device) for part, shape in wanted.items()}
+
+    def _tell_members_apart(self) -> None:
+        for stack, members in self.members.items():
+            stacked, reason = self.sums.pop(stack), self.mixing.pop(stack, None)
+            for info in members:
+                own = {statistic: self.types[stack].own(info, parts) for statistic, parts in stacked.items()}
+                self.sums[info.name] = own
+                if reason is not None:
+                    self.mixing[info.name] = reason

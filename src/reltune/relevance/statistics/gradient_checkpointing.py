@@ -1,9 +1,9 @@
-"""transformers' gradient checkpointing, made to work in evaluation mode.
+"""transformers' gradient checkpointing, made to work in evaluation mode and without a gradient of the inputs.
 
 ``model.activation_checkpointing_enable()`` (formerly ``gradient_checkpointing_enable``) marks blocks, and a marked block
 recomputes itself only while its ``training`` flag is set. The analysis runs in evaluation mode, because dropout would
 make another function of the model, and it is where memory is short. So the flag of the marked blocks alone is set; what
-a block computes runs with the flag off again, since some blocks have dropout of their own by it (BART's, for one).
+a block computes runs with the flag as it was, since some blocks have dropout of their own by it (BART's, for one).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 @contextlib.contextmanager
 def checkpointing_in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Let the marked blocks of a model in evaluation mode recompute themselves, for as long as the context lasts.
+    """Let the marked blocks of a model, in evaluation mode or not, recompute themselves for as long as the context lasts.
 
     Always in the form without reentry: the other one needs an input that requires a gradient, and here none does. The
     caches of keys and values are off meanwhile, or recomputing would lengthen them once more.
@@ -49,9 +49,11 @@ def checkpointing_in_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def _recomputing(block: nn.Module, given: Callable[..., Any]) -> Callable[..., Any]:
-    def evaluated(function: Callable[..., Any]) -> Callable[..., Any]:
+    mode = block.training
+
+    def in_its_mode(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            block.training = False
+            block.training = mode
             try:
                 return function(*args, **kwargs)
             finally:  # recomputing ends with an exception as soon as it has what it needs
@@ -61,4 +63,4 @@ def _recomputing(block: nn.Module, given: Callable[..., Any]) -> Callable[..., A
 
     plain = given is checkpoint or isinstance(given, functools.partial)
     options = {"use_reentrant": False} if plain else {}
-    return lambda function, *args: given(evaluated(function), *args, **options)
+    return lambda function, *args: given(in_its_mode(function), *args, **options)

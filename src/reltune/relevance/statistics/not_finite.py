@@ -1,4 +1,4 @@
-"""Where a number that is not finite began, looked for once the loss has shown that there is one."""
+"""Finds the module where a number that is not finite first appears, once the loss has shown that there is one."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from reltune.relevance.batches import forward
 
 
 def where_not_finite(model: nn.Module, batch: Any) -> str:
-    """A phrase for the place. Runs the model once more, and looks at every module's output."""
+    """A phrase for the place. Runs the model once more and looks at the output of every module."""
     named = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
     for key, value in named:
         if not _finite(value):
-            return f"its {key if isinstance(key, str) else ('inputs', 'labels')[min(key, 1)]} are not"
-    found: list[str] = []
+            return f"its {key if isinstance(key, str) else ('inputs', 'labels')[min(key, 1)]} are not finite"
+    not_finite: list[str] = []
 
     def look_at(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            if not found and not all(map(_finite, _tensors(output))):
-                found.append(name)  # a module inside another ends first
+            if not not_finite and not all(map(_finite, _tensors(output))):
+                not_finite.append(name)  # a module inside another one ends before it
 
         return hook
 
@@ -33,9 +33,9 @@ def where_not_finite(model: nn.Module, batch: Any) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return (
-        f"the output of {found[0]} is the first that is not" if found else "all modules' outputs are, the loss is not"
-    )
+    if not_finite:
+        return f"the output of {not_finite[0]} is the first that is not finite"
+    return "the outputs of all modules are finite, so the loss itself makes the number that is not"
 
 
 def _finite(value: Any) -> bool:

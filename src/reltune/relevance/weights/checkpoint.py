@@ -1,7 +1,7 @@
-"""A checkpoint on disk as the parameters of the model it makes, read one at a time; the model is never in memory.
+"""The parameters of a checkpoint on disk, read one at a time as loading would give them; the model is never in memory.
 
 The names and conversions that loading applies (base-model prefixes, renamed and fused parameters) are those of transformers
-itself, asked for every tensor in the files' headers. What would not load is refused by name.
+itself, asked for every tensor that the files' headers list. What would not load is refused by name.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Stored:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """Where a parameter comes from: a stored tensor, or a conversion of several."""
+class Origin:
+    """Where a parameter comes from: one stored tensor, or several that are converted."""
 
     tensors: tuple[tuple[str, Stored], ...]  # with the conversion's pattern that each matches
     converter: WeightConverter | None = None
@@ -66,8 +66,11 @@ class Source:
 
 
 class Checkpoint:
-    """``model`` has every parameter on the meta device, in the type and with the ties it has when it is loaded;
-    ``missing`` are the parameters that the checkpoint lacks and ``heads`` their modules."""
+    """A checkpoint, opened.
+
+    ``model`` has every parameter on the meta device, with the dtype and the ties that it has when it is loaded. ``missing`` are
+    the parameters that the checkpoint lacks, and ``heads`` the modules that hold them.
+    """
 
     def __init__(self, path: str | os.PathLike, model_class: Any = None) -> None:
         self.name = os.fspath(path)
@@ -81,16 +84,16 @@ class Checkpoint:
         self.dtype: torch.dtype = dtype or next((t.dtype for t in stored.values() if t.dtype), torch.float32)
         self.model = _empty_model(model_class or _architecture(config, self.name), config, self.dtype, self.name)
         plan = self.model._get_dtype_plan(self.dtype)
-        self.kept = build_glob_alternation(list(plan))[0] if plan else None  # parameters that stay in float32
+        self.in_float32 = build_glob_alternation(list(plan))[0] if plan else None  # a pattern of names
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        self.sources = self._sources(stored)
+        self.origins = self._origins(stored)
         self._untie()
         self._converted: dict[str, Tensor] = {}
 
-        # Parameters that no name of theirs is stored under.
+        # Parameters that are stored under none of their names.
         self.missing = sorted(n for n, p in self.model.named_parameters() if not self._name_in_files(n, p))
         base = {name for name in self.parameters if name.startswith(f"{self.model.base_model_prefix}.")}
-        if not self.sources or (base and base <= set(self.missing)):
+        if not self.origins or (base and base <= set(self.missing)):
             raise InputError(
                 f"{self.name} holds no weights of a {type(self.model).__name__}; name another model_class."
             )
@@ -98,47 +101,47 @@ class Checkpoint:
         if lost:
             others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             warnings.warn(
-                f"{self.name} lacks {lost[0]}{others}, which are no head: loading would draw them at random. Their modules are "
-                "left out as always trained.",
+                f"{self.name} lacks {lost[0]}{others}, which belong to no new head: loading would draw them at random. Their "
+                "modules are treated as always trained and not scored.",
                 RuntimeWarning,
                 stacklevel=3,
             )
         self.heads = head_modules(self.model, self.missing)
 
     def read(self, name: str) -> Tensor:
-        """The parameter as loading would give it. Its memory, and for a conversion that of its parts, is the caller's."""
-        found = self._name_in_files(name, self.parameters[name])
-        source = self.sources[found]
-        if source.converter is None:
-            return self._cast(found, source.tensors[0][1].read())
-        if found not in self._converted:
-            self._converted |= _convert(source, self.model, lambda tensor: self._cast(source.first, tensor.read()))
-        return self._converted.pop(found)
+        """The parameter as loading would give it. Nothing of it is kept here, once all parameters of a conversion are read."""
+        stored_name = self._name_in_files(name, self.parameters[name])
+        origin = self.origins[stored_name]
+        if origin.converter is None:
+            return self._cast(stored_name, origin.tensors[0][1].read())
+        if stored_name not in self._converted:
+            self._converted |= _convert(origin, self.model, lambda tensor: self._cast(origin.first, tensor.read()))
+        return self._converted.pop(stored_name)
 
     def _cast(self, name: str, tensor: Tensor) -> Tensor:
-        kept = self.kept is not None and self.kept.search(name)
-        return tensor.to(torch.float32 if kept else self.parameters[name].dtype)
+        stays = self.in_float32 is not None and self.in_float32.search(name)
+        return tensor.to(torch.float32 if stays else self.parameters[name].dtype)
 
     def _name_in_files(self, name: str, parameter: nn.Parameter) -> str:
         """The name under which the parameter, or one tied to it, is stored; empty where it is not."""
-        if name in self.sources:
+        if name in self.origins:
             return name
-        return next((other for other, p in self.parameters.items() if p is parameter and other in self.sources), "")
+        return next((other for other, p in self.parameters.items() if p is parameter and other in self.origins), "")
 
-    def _sources(self, stored: dict[str, Stored]) -> dict[str, Source]:
+    def _origins(self, stored: dict[str, Stored]) -> dict[str, Origin]:
         mapping = get_model_conversion_mapping(self.model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         state, prefix = self.model.state_dict(), self.model.base_model_prefix
-        sources: dict[str, Source] = {}
+        origins: dict[str, Origin] = {}
         converted: dict[str, list[tuple[str, Stored]]] = {}
         for key in sorted(stored, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, prefix, state)
             if name not in state and key in state:
                 name, pattern = rename_source_key(key, [], [], prefix, state)
             if name not in self.parameters:
-                continue  # of a head that this model does not have, or a buffer
+                continue  # it belongs to a head that this model does not have, or is a buffer
             if stored[key].dtype is None:
                 raise InputError(
                     f"{self.name}: {key} holds no plain floating-point numbers; load and analyze the model."
@@ -147,21 +150,21 @@ class Checkpoint:
                 converted.setdefault(name, []).append((pattern, stored[key]))
             else:
                 self._check(name, stored[key].shape)
-                sources[name] = Source((("", stored[key]),))
+                origins[name] = Origin((("", stored[key]),))
         for first, tensors in converted.items():
-            source = Source(tuple(tensors), by_pattern[tensors[0][0]], first)
+            origin = Origin(tuple(tensors), by_pattern[tensors[0][0]], first)
             try:
-                found = _convert(source, self.model, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
+                parameters = _convert(origin, self.model, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
             except Exception as error:  # whatever the operations of a conversion raise
                 raise InputError(
                     f"{self.name}: {first} cannot be made of {tensors[0][1].key} and its like ({first_line(error)}); load the "
                     "model and analyze that."
                 ) from error
-            for name, value in found.items():
+            for name, value in parameters.items():
                 if name in self.parameters:
                     self._check(name, tuple(value.shape))
-                    sources[name] = source
-        return sources
+                    origins[name] = origin
+        return origins
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         wanted = tuple(self.parameters[name].shape)
@@ -172,17 +175,18 @@ class Checkpoint:
             )
 
     def _untie(self) -> None:
-        """Loading leaves parameters apart that the config ties and the files hold with different values."""
+        """Give parameters that the config ties, but of which the files hold different values, a tensor each, as loading
+        does."""
         for target, source in list(getattr(self.model, "all_tied_weights_keys", {}).items()):
-            both = target in self.sources and source in self.sources
-            if both and self.sources[target] != self.sources[source] and not self._equal(target, source):
+            both = target in self.origins and source in self.origins
+            if both and self.origins[target] != self.origins[source] and not self._equal(target, source):
                 module, _, key = target.rpartition(".")
                 own = self.parameters[target]
                 setattr(self.model.get_submodule(module), key, nn.Parameter(torch.empty_like(own)))
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
 
     def _equal(self, first: str, second: str) -> bool:
-        a, b = self.sources[first].tensors[0][1], self.sources[second].tensors[0][1]
+        a, b = self.origins[first].tensors[0][1], self.origins[second].tensors[0][1]
         return a.shape == b.shape and all(
             torch.equal(x, b_part.to(x.dtype)) for x, b_part in zip(_parts(a), _parts(b), strict=True)
         )
@@ -197,24 +201,24 @@ def _parts(stored: Stored) -> Iterator[Tensor]:
             yield rows[at]
 
 
-def _convert(source: Source, model: PreTrainedModel, read: Any) -> dict[str, Tensor]:
-    """Parameters by name, made of the source's tensors as loading makes them."""
-    converter = copy.deepcopy(source.converter)
+def _convert(origin: Origin, model: PreTrainedModel, read: Any) -> dict[str, Tensor]:
+    """Parameters by name, made of the stored tensors as loading makes them."""
+    converter = copy.deepcopy(origin.converter)
     assert converter is not None
-    for pattern, tensor in source.tensors:
-        converter.add_tensor(source.first, tensor.key, pattern, partial(read, tensor))  # type: ignore[arg-type]
-    found = converter.convert(source.first, model=model, config=model.config)
-    return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
+    for pattern, tensor in origin.tensors:
+        converter.add_tensor(origin.first, tensor.key, pattern, partial(read, tensor))  # type: ignore[arg-type]
+    parameters = converter.convert(origin.first, model=model, config=model.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in parameters.items()}
 
 
 def _architecture(config: PreTrainedConfig, name: str) -> Any:
     names = config.architectures or []
     if not names:
         return AutoModel
-    found = getattr(transformers, names[0], None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+    model_class = getattr(transformers, names[0], None)
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise InputError(f"{name} is of class {names[0]}, which transformers does not have; name a model_class.")
-    return found
+    return model_class
 
 
 def _empty_model(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype, name: str) -> PreTrainedModel:
@@ -239,7 +243,9 @@ def _stored(name: str) -> dict[str, Stored]:
     if _find(name, SAFE_WEIGHTS_NAME) is None and index is not None:
         try:
             places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-            wanted = {file: {key for key, of in places.items() if of == file} for file in sorted(set(places.values()))}
+            wanted = {
+                file: {key for key, place in places.items() if place == file} for file in sorted(set(places.values()))
+            }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index} cannot be read ({error}); copy or download the model again.") from error
     stored: dict[str, Stored] = {}

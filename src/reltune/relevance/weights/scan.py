@@ -1,9 +1,10 @@
-"""Relevance from the weights alone, with no model in memory: every tensor is read, scored and dropped.
+"""Relevance from the weights alone, without the model in memory: each tensor is read, scored and dropped.
 
-Memory beside the scores: the largest tensor in its own type, and what the criterion takes for it (``magnitude``: one block
+Memory beside the scores: the largest tensor in its own dtype, and what the criterion takes for it (``magnitude``: one block
 of its rows in float32; ``spectral_snr``, ``principal``: ops/singular_vectors.py; ``elements``: one number per weight of
-the whole model, for they are the result). Parameters that loading makes of several tensors (the experts of a mixture) count
-as the tensor that they become, twice while they are made. The scores and the fingerprint are those of the loaded model, number for number.
+the whole model, because these are the result). A parameter that loading makes of several tensors (the experts of a mixture)
+counts as the tensor that it becomes, and twice while it is made. The scores and the fingerprint are exactly those of the
+loaded model.
 """
 
 from __future__ import annotations
@@ -11,22 +12,23 @@ from __future__ import annotations
 import copy
 import itertools
 import os
-import platform
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
 from reltune.errors import InputError
 from reltune.layers.fingerprint import fingerprint_of, outside, samples
-from reltune.layers.inventory import canonical_weights, choose, head_modules, take_inventory
+from reltune.layers.inventory import choose, head_modules, take_inventory
+from reltune.layers.registry import canonical_weights, layer_type
 from reltune.layers.units import ModuleInfo
+from reltune.relevance.assembly import Assembly
 from reltune.relevance.criteria.context import Context
-from reltune.relevance.criteria.finding import Criterion, check_parts, find_criteria, needs_data
-from reltune.relevance.scores import Assembly, RelevanceScores
+from reltune.relevance.criteria.contract import Criterion, StatisticalCriterion, needs_data
+from reltune.relevance.criteria.registry import check_scores, find_criteria
+from reltune.relevance.scores import RelevanceScores, provenance
 from reltune.relevance.weights.checkpoint import Checkpoint
 
 
@@ -43,23 +45,24 @@ def analyze_checkpoint(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> RelevanceScores:
-    """``analyze`` for criteria that look at no data, of a checkpoint that is never loaded.
+    """Measure relevance from the weights of a checkpoint that is never loaded, by criteria that look at no data.
 
     Args:
         model_name_or_path: a directory that ``save_pretrained`` wrote, or a hub id; safetensors, in one file or several.
-        model_class: the transformers class, or Auto class, whose parameters are scored; None takes the one in config.json.
-            Modules that the checkpoint lacks (a new head) are ``always_trained``.
-        device: where the scores are computed; each tensor is moved there alone.
+        model_class: the transformers class, or Auto class, whose parameters are scored; None means the one in config.json.
+            Modules that the checkpoint lacks (a new head) count as ``always_trained``.
+        device: where the scores are computed; one tensor at a time is moved there.
 
-    Everything else is as in ``analyze``.
+    All other arguments are as in ``analyze``.
 
     Raises:
         InputError: a criterion that needs data, files that are missing or do not fit the config, quantised weights.
     """
-    found = find_criteria(criteria, elements)
-    for name, criterion in found.items():
-        if needs_data(criterion):
+    by_name: dict[str, StatisticalCriterion] = {}
+    for name, criterion in find_criteria(criteria, elements).items():
+        if needs_data(criterion) or not isinstance(criterion, StatisticalCriterion):
             raise InputError(f"criterion {name!r} needs data and so a loaded model; pass the model and a loader.")
+        by_name[name] = criterion
     checkpoint = Checkpoint(model_name_or_path, model_class)
     model = checkpoint.model
     heads = checkpoint.heads if always_trained is None else head_modules(model, always_trained)
@@ -77,10 +80,14 @@ def analyze_checkpoint(
         return tensor.to(device)
 
     context = Context(0, seed)
-    assemblies = {name: Assembly(of, context, elements, inventory.heads) for name, of in found.items()}
+    assemblies = {
+        name: Assembly(criterion, context, elements, inventory.attention_heads) for name, criterion in by_name.items()
+    }
     bar = tqdm(inventory.modules, desc="analyze", unit="module", disable=not progress)
     for (owner, keys), infos in itertools.groupby(bar, lambda info: (info.owner, _parameters(model, info))):
-        module = copy.copy(model.get_submodule(owner))  # a stand-in, so that the model itself never holds a weight
+        module = copy.copy(
+            model.get_submodule(owner)
+        )  # a copy takes the weights, so that the model itself never holds any
         module._parameters = {
             **module._parameters,
             **{key: nn.Parameter(take(f"{owner}.{key}" if owner else key), requires_grad=False) for key in keys},
@@ -94,28 +101,12 @@ def analyze_checkpoint(
         if name not in read:
             take(name)
 
-    provenance = {
-        "model": checkpoint.name,
-        "architecture": type(model).__name__,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "examples": 0,
-        "data": "",
-        "seed": seed,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-    parts = {name: assembly.finished() for name, assembly in assemblies.items()}
-    check_parts(parts, inventory.modules)
-    return RelevanceScores(parts, inventory, heads, fingerprint_of(read), provenance)
+    scores = {name: assembly.finished() for name, assembly in assemblies.items()}
+    check_scores(scores, inventory.modules)
+    facts = provenance(model, checkpoint.name, 0, "", seed)
+    return RelevanceScores(scores, inventory, heads, fingerprint_of(read), facts)
 
 
 def _parameters(model: nn.Module, info: ModuleInfo) -> tuple[str, ...]:
-    """The parameters of the module's owner that hold its weights; of experts, those of one projection."""
-    if info.kind == "experts":
-        projection = info.name.split(".")[-2]
-        return (projection, f"{projection}_bias") if info.bias else (projection,)
-    own = dict(model.get_submodule(info.owner).named_parameters(recurse=False))
-    return tuple(key for key in ("weight", "bias") if key in own)
+    """The parameters of the module's owner that hold its weights."""
+    return layer_type(info.layer_type).parameters(info, model.get_submodule(info.owner))

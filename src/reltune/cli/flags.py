@@ -1,0 +1,110 @@
+"""Flags, made from the fields of RunConfig, and the config that a command line gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from reltune.cli.launcher import together
+from reltune.config.fields import assignments, checked, kind_of
+from reltune.config.file import read_config, read_fields
+from reltune.config.precedence import combined
+from reltune.config.run_config import FIELDS, RunConfig
+from reltune.config.training_fields import named_training_fields, parse_training_fields
+from reltune.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+EVERY = tuple(field.name for field in FIELDS if field.name != "training")
+
+
+def flags(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command a flag for each of these fields of RunConfig; it finds them in its context."""
+
+    def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+
+        @functools.wraps(command)
+        def called(**values: Any) -> None:
+            command(**{name: values[name] for name in own.parameters})
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters = [parameter.replace(kind=keyword) for parameter in own.parameters.values()]
+        for field in FIELDS:
+            if field.name in names:
+                default, annotation = _flag(field)
+                parameters.insert(-1, inspect.Parameter(field.name, keyword, default=default, annotation=annotation))
+        called.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return called
+
+    return with_flags
+
+
+def _flag(field: dataclasses.Field) -> tuple[Any, Any]:
+    """The default and the annotation that make Typer's flag of a field. Values stay words, which ``checked`` reads."""
+    kind, default = kind_of(field), None if field.default is dataclasses.MISSING else field.default
+    words = [] if field.default_factory is dataclasses.MISSING else field.default_factory()
+    types: dict[str, Any] = {"bool": bool, "list[str]": list[str], "dict[str, list[str]]": list[str]}
+    option = typer.Option(
+        f"--{field.name}/--no_{field.name}" if kind == "bool" else f"--{field.name}",
+        metavar=field.metadata["metavar"] or None,
+        help=field.metadata["help"] + (f"  [default: {','.join(words)}]" if words else ""),
+    )
+    return default, Annotated[types.get(kind, str) | None, option]
+
+
+def new_config(context: typer.Context, file: str | None, check: Callable[[RunConfig], None]) -> RunConfig:
+    """The config of a new run, from a file and the flags of a command; flags win.
+
+    ``check`` is asked first, about a config whose training fields are words still: to give them their types takes
+    transformers, and seconds.
+    """
+    draft = combined(read_fields(file) if file else {}, _given(context), _named_training_fields(context))
+    for name in ("model_name_or_path", "output_dir"):
+        if name not in draft:
+            raise InputError(f"--{name} is missing; give it as a flag or in a file named with --config.")
+    if "resume_from_checkpoint" in draft["training"]:
+        raise InputError("a new run has no checkpoint to resume from; resume with `reltune tune RUN` instead.")
+    _check_draft(draft, check)
+    stored = read_config(file) if file else {}
+    return _config(combined(stored, _given(context), parse_training_fields(context.args)))
+
+
+def changed_config(context: typer.Context, stored: RunConfig, check: Callable[[RunConfig], None]) -> RunConfig:
+    """The config of an existing run with the flags of a command. ``check`` is asked first, as by ``new_config``."""
+    _check_draft(combined(stored.values(), _given(context), _named_training_fields(context)), check)
+    return _config(combined(stored.values(), _given(context), parse_training_fields(context.args)))
+
+
+def _check_draft(fields: dict[str, Any], check: Callable[[RunConfig], None]) -> None:
+    with together():
+        check(_config(fields))
+
+
+def _config(fields: dict[str, Any]) -> RunConfig:
+    config = RunConfig(**fields)
+    config.check()
+    return config
+
+
+def _given(context: typer.Context) -> dict[str, Any]:
+    """The fields of RunConfig that were given on this command line."""
+    given = {}
+    for field in FIELDS:
+        source = context.get_parameter_source(field.name)
+        if source is not None and source.name == "COMMANDLINE":
+            value = context.params[field.name]
+            given[field.name] = checked(field, assignments(value) if field.name == "sweep" else value)
+    return given
+
+
+def _named_training_fields(context: typer.Context) -> dict[str, str]:
+    """Flags that the command does not have must be fields of TrainingArguments."""
+    own = [option for parameter in context.command.params for option in parameter.opts if option.startswith("--")]
+    return named_training_fields(context.args, own)

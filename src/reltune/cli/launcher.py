@@ -1,0 +1,29 @@
+"""What a launcher (torchrun, accelerate launch) says of this process in its environment, read without torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+
+def several() -> bool:
+    """Whether a launcher started several of this process."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
+def first() -> bool:
+    """Whether this process is the only one, or the one of several that prints."""
+    return not several() or os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """If what runs inside fails in one process of a launcher, it fails in all of them."""
+    if not several():
+        yield
+        return
+    from reltune.processes import Processes
+
+    with Processes.joined().together():
+        yield

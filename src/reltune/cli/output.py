@@ -1,0 +1,72 @@
+"""What the commands print: sentences and tables, from the first process of a launcher only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from reltune.cli.launcher import first
+
+if TYPE_CHECKING:
+    from reltune.relevance.scores import RelevanceScores
+    from reltune.report.record import LMEvalRecord, RunRecord
+    from reltune.runs.directory import RunDirectory
+
+
+def say(*lines: str) -> None:
+    for line in lines if first() else ():
+        print(line, flush=True)
+
+
+def show(renderable: Any, width: int = 0) -> None:
+    """Print a table as wide as the terminal, or ``width`` columns wide where the terminal is narrower."""
+    if not first():
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.width = max(console.width, width)
+    console.print(renderable)
+
+
+def show_relevance(relevance: RelevanceScores) -> None:
+    from reltune.report.terminal import heatmap
+
+    show(heatmap(relevance.heatmap()))
+    say(relevance.depth_sentence())
+
+
+def show_sweep(record: dict[str, Any]) -> None:
+    """The trials of a sweep (``sweep.json``), and the values of the best one."""
+    from reltune.report.terminal import sweep_table
+    from reltune.runs.sweep import in_words
+
+    show(sweep_table(record))
+    say(f"Best on validation data: {in_words(record['best']['values'])}.")
+
+
+def show_metrics(metrics: dict[str, float]) -> None:
+    from reltune.report.terminal import metrics_table
+
+    show(metrics_table(metrics))
+
+
+def show_lm_eval(record: LMEvalRecord | None) -> None:
+    if record is not None:
+        from reltune.report.terminal import lm_eval_table
+
+        show(lm_eval_table(record), width=100)
+
+
+def show_record(record: RunRecord, directory: RunDirectory) -> None:
+    """What the report of a run shows, as far as a terminal can."""
+    from reltune.report.terminal import comparison_table, heatmap, outputs
+
+    show(heatmap(record.heatmaps[0]))
+    if record.comparison:
+        show(comparison_table(record.comparison), width=100)  # its lines would break in the wrong places
+    else:
+        show_metrics(record.metrics)
+    if record.outputs:
+        show(outputs(record.outputs))
+    show_lm_eval(record.lm_eval)
+    say(record.depth_sentence, *record.notes, f"Report: {directory.report}")

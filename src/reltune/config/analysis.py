@@ -1,0 +1,53 @@
+"""The analysis: by which criteria relevance is measured, and on how much data."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import field
+
+from reltune.config.fields import Subject, about
+from reltune.names import CRITERIA
+
+
+@dataclasses.dataclass(kw_only=True)
+class AnalysisConfig(Subject):
+    """The analysis: by which criteria relevance is measured, and on how much data."""
+
+    criteria: list[str] = field(
+        default_factory=lambda: ["fisher"],
+        metadata=about(
+            f"How relevance is measured: one or several of {', '.join(CRITERIA)}, or a criterion of an installed package. "
+            "Units are chosen by the first one.",
+            "NAMES",
+            least=1,
+        ),
+    )
+    head_epochs: float = field(
+        default=1.0,
+        metadata=about("How many epochs a new head is trained for before relevance is measured.", "N", least=0),
+    )
+    analysis_examples: int = field(
+        default=1024, metadata=about("Measure relevance on at most this many training examples.", "N", least=1)
+    )
+    analysis_batch_size: int = field(
+        default=32, metadata=about("How many examples the analysis puts in one batch.", "N", least=1)
+    )
+    max_trials: int = field(
+        default=400,
+        metadata=about("For the criterion correlation: at most this many trials per kind of unit.", "N", least=4),
+    )
+    probe_steps: int = field(
+        default=50,
+        metadata=about(
+            "For the criterion movement: how many steps all weights are trained for, before they are set back.",
+            "N",
+            least=1,
+        ),
+    )
+    elements: bool = field(
+        default=False,
+        metadata=about(
+            "Also score every single weight, which `select --granularity element` needs. Stores one number per weight and "
+            "criterion."
+        ),
+    )

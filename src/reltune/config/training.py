@@ -1,0 +1,75 @@
+"""The training: transformers' own fields, and what reltune adds to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import field
+from typing import Any
+
+from reltune.config.fields import Subject, about
+from reltune.errors import InputError
+from reltune.names import PREFERENCE_LOSSES
+
+MAY_BE_INFINITE = ("max_grad_norm",)  # which then cuts no gradient
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainingConfig(Subject):
+    """The training: transformers' own fields, and what reltune adds to them."""
+
+    beta: float = field(
+        default=0.1,
+        metadata=about(
+            "For preference: beta of DPO, the strength of the pull towards the reference model, which is the base model.",
+            "N",
+            above=0,
+        ),
+    )
+    loss_type: str = field(
+        default="sigmoid",
+        metadata=about(
+            f"For preference: the loss of a pair of answers, by its name in TRL: {', '.join(PREFERENCE_LOSSES)}.",
+            "NAME",
+            PREFERENCE_LOSSES,
+        ),
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata=about(
+            "Stop training after this many evaluations without a better result, and keep the best checkpoint.",
+            "N",
+            least=1,
+        ),
+    )
+    sweep: dict[str, list[str]] = field(
+        default_factory=dict,
+        metadata=about(
+            "Train once for each value of this field (any field of training, or budget) and keep the adapter that is best on "
+            "validation data. Write values with commas between them, or a range LOW..HIGH to draw from. Give it again for "
+            "another field, and all combinations are tried. See docs/sweeps.md.",
+            "FIELD=1e-4,1e-3 or FIELD=1e-4..1e-2",
+        ),
+    )
+    sweep_trials: int | None = field(
+        default=None,
+        metadata=about(
+            "If a sweep has a range: how many times values are drawn and trained with. 20 if not given.", "N", least=1
+        ),
+    )
+    training: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=about(
+            "Fields of transformers.TrainingArguments, such as learning_rate. They may also be written outside this mapping."
+        ),
+    )
+
+    def check(self) -> None:
+        super().check()
+        for name, value in self.training.items():
+            if isinstance(value, float) and not math.isfinite(value) and name not in MAY_BE_INFINITE:
+                raise InputError(f"{name} is {value}; it must be a finite number.")
+        if self.sweep_trials is not None and not self.sweep:
+            raise InputError("sweep_trials is given, but nothing is swept; give a sweep too, or leave it out.")
+        if twice := [name for name in self.sweep if name in self.training]:
+            raise InputError(f"{twice[0]} has a value and is swept too; keep one of them.")

@@ -1,0 +1,170 @@
+"""Values of rows as the task wants them, whatever form the source has them in: one function per role of a column.
+
+A cell that cannot be read becomes ``Unreadable``, which makes its row a bad one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from reltune.data.cells import Unreadable, looks_structured, structure_in
+from reltune.data.conversations import as_messages, with_system
+from reltune.data.labels import READERS, ClassNames, switch_of
+from reltune.data.rows import Row
+from reltune.notes import note
+
+SYSTEM = "system"  # the column whose text opens a conversation beside it
+VERDICTS = ("label", "labels", "kto_tag")  # columns that say of a single answer whether it is good
+JUDGED = ("completion", "messages", "output")  # roles of single answers
+BYTES = re.compile(r"b(['\"]).*\1", re.DOTALL)
+ANNOTATED = "answer"  # the column in which Prodigy has accept, reject or ignore
+
+
+class Conversion:
+    """Makes of a row's values those that the task wants.
+
+    Args:
+        task: its name.
+        columns: role -> column.
+        rows: the first rows, which decide where one row alone does not.
+        every: the names of all columns.
+        known_labels: the task's labels, where training has defined them: they decide then.
+
+    Attributes:
+        labels: the names of all labels, where the form of the data says them.
+        used: columns that are used beside those of ``columns``.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        columns: Mapping[str, str],
+        rows: Iterable[Row],
+        every: Sequence[str],
+        known_labels: Sequence[str] = (),
+    ) -> None:
+        rows = list(rows)
+        self.cells: dict[str, Callable[[Any], Any]] = {}
+        self.labels: Sequence[str] = ()
+        self.class_names: ClassNames | None = None
+        for role, column in columns.items():
+            if role == "label" and task in READERS:
+                values = [row.values.get(column) for row in rows]
+                reader: Any = READERS[task](
+                    [one for one in values if not isinstance(one, Unreadable)], column, known_labels
+                )
+                self.labels = reader.labels
+                self.cells[column] = reader
+                self.class_names = reader if isinstance(reader, ClassNames) else None
+            elif role in ("text", "text_pair"):
+                _note_code([row.values.get(column) for row in rows], column)
+            elif role in CELLS:
+                self.cells[column] = partial(CELLS[role], column=column)
+        free = [name for name in every if name not in columns.values()]
+        self.messages = columns.get("messages", "") if SYSTEM in free else ""
+        self.verdict = self.judged = ""
+        if task == "causal_lm":
+            self.judged = next((columns[role] for role in JUDGED if role in columns), "")
+            self.verdict = next((name for name in VERDICTS if name in free and _all(rows, name, switch_of)), "")
+        self.annotated = ANNOTATED if ANNOTATED in free and _all(rows, ANNOTATED, _annotation) else ""
+        asked = columns.get("prompt", "")
+        self.asked = asked if asked == "instruction" and "input" in free and task == "preference" else ""
+        verdict = self.verdict if self.judged else ""
+        extra = (SYSTEM if self.messages else "", "input" if self.asked else "", verdict, self.annotated)
+        self.used = [name for name in extra if name]
+
+    def __bool__(self) -> bool:
+        """Whether anything can change."""
+        return bool(self.cells or self.used)
+
+    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        made = {**values, **{column: read(values.get(column)) for column, read in self.cells.items()}}
+        if self.messages:
+            made[self.messages] = with_system(made[self.messages], values.get(SYSTEM), SYSTEM)
+        if self.asked and values.get(self.asked) and values.get("input"):
+            made[self.asked] = f"{values[self.asked]}\n{values['input']}"
+        if self.judged and self.verdict and switch_of(values.get(self.verdict)) is False:
+            made[self.judged] = Unreadable(
+                f"a {self.judged!r} that {self.verdict!r} marks as bad (single answers are learned, not avoided)"
+            )
+        if self.annotated and values.get(self.annotated) != "accept":
+            made[self.annotated] = Unreadable(f"an {self.annotated!r} other than 'accept'")
+        return made
+
+    def note_labels(self) -> None:
+        """Say which labels are spelled in several ways in the rows that were converted so far."""
+        if self.class_names is not None:
+            self.class_names.note_spellings()
+
+
+def _all(rows: Sequence[Row], column: str, read: Callable[[Any], Any]) -> bool:
+    """Whether something can be read of the column in every row that has it, and in one at least."""
+    values = [value for row in rows if (value := row.values.get(column)) is not None and value != ""]
+    return bool(values) and all(read(value) is not None for value in values)
+
+
+def _note_code(values: Sequence[Any], column: str) -> None:
+    """Say that all texts look like values of a program."""
+    texts = [value.strip() for value in values if isinstance(value, str) and value.strip()]
+    if texts and all(structure_in(text) is not None for text in texts):
+        note(f"The texts in {column!r} are lists or objects written as text, and are read with their brackets.")
+    elif texts and all(BYTES.fullmatch(text) for text in texts):
+        note(f"The texts in {column!r} are bytes as Python writes them (b'…'), and are read with all their marks.")
+
+
+def _annotation(value: Any) -> Any:
+    return value if value in ("accept", "reject", "ignore") else None
+
+
+def _as_list(value: Any, column: str) -> Any:
+    """A list in place of the text that spells it; other texts are words with spaces between."""
+    if not isinstance(value, str) or not looks_structured(value):
+        return value
+    found = structure_in(value)
+    return found if isinstance(found, list) else Unreadable(f"a {column!r} in brackets that is no list")
+
+
+def _as_answers(value: Any, column: str) -> Any:
+    """SQuAD's ``{"text": [...], "answer_start": [...]}`` of a text that spells it, of a list of answers, and of one answer."""
+    if isinstance(value, str):
+        found = structure_in(value)
+        value = found if isinstance(found, list | Mapping) else value
+    if isinstance(value, list) and all(isinstance(one, Mapping) and "text" in one for one in value):
+        return {"text": [one["text"] for one in value], "answer_start": [one.get("answer_start") for one in value]}
+    if isinstance(value, Mapping) and isinstance(value.get("text"), str):
+        return {"text": [value["text"]], "answer_start": [value.get("answer_start")]}
+    return value
+
+
+def _as_tools(value: Any, column: str) -> Any:
+    """A list of descriptions of tools, or None where there are none."""
+    if value is None or value == "":
+        return None
+    found = structure_in(value) if isinstance(value, str) else value
+    found = [found] if isinstance(found, Mapping) else found
+    good = isinstance(found, list) and all(isinstance(tool, Mapping) for tool in found)
+    return (found or None) if good else Unreadable(f"a {column!r} that is no list of tools")
+
+
+def _as_history(value: Any, column: str) -> Any:
+    """A list of earlier turns, each a question and its answer."""
+    found: Any = structure_in(value) if isinstance(value, str) and value.strip() else value or []
+    good = isinstance(found, list) and all(
+        isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+        for turn in found
+    )
+    return (
+        [list(turn) for turn in found] if good else Unreadable(f"a {column!r} that is no list of questions and answers")
+    )
+
+
+CELLS: Mapping[str, Callable[..., Any]] = {
+    **dict.fromkeys(("messages", "prompt", "completion", "chosen", "rejected"), as_messages),
+    **dict.fromkeys(("tokens", "tags"), _as_list),
+    "answers": _as_answers,
+    "tools": _as_tools,
+    "history": _as_history,
+}

@@ -1,0 +1,378 @@
+"""What the labels of a column are for, and their values as a task wants them: a class, several, or a number."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from reltune.data.cells import Unreadable, looks_structured, structure_in
+from reltune.data.rows import Row
+from reltune.errors import InputError
+from reltune.notes import note
+
+MULTILABEL = "multilabel_classification"
+LABELLED = (
+    "sequence_classification",
+    "multilabel_classification",
+    "regression",
+)  # tasks that the labels decide between
+CLASSES = 20  # integers of more values than this are classes only where they repeat
+REPEATS = 5  # rows per value, on average
+MANY = 10  # integers of more values than this may be quantities
+SEPARATORS = ("|", ",", ";")  # between the labels of one text, the usual one first
+
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+WHOLE = re.compile(r"([+-]?\d+)(\.0*)?")
+WITH_COMMA = re.compile(r"[+-]?\d+,\d+")
+THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
+MISSING = ("nan", "none", "null", "n/a", "<na>")  # what programs write where there is no value
+TYPOGRAPHIC = "“”„‟«»‘’"
+TRUTH = {"true": "True", "false": "False"}
+
+
+# -- which task -----------------------------------------------------------------------------------------------------
+
+
+def task_of_labels(rows: Iterable[Row], column: str) -> str:
+    """Which of LABELLED the labels are made for; empty ones say nothing.
+
+    Raises:
+        InputError: labels that could be for several of them, or are for none.
+    """
+    filled = [
+        (row.line, label)
+        for row in rows
+        if not is_empty(label := _parsed(row.values.get(column))) and not isinstance(label, Unreadable)
+    ]
+    if any(isinstance(label, list | Mapping) for _, label in filled):  # other texts in brackets are bad rows
+        filled = [(line, label) for line, label in filled if not (isinstance(label, str) and looks_structured(label))]
+    labels = [label for _, label in filled]
+    if any(isinstance(label, list | Mapping) for label in labels):
+        _check_lists(labels, column)
+        return "multilabel_classification"
+    texts = [label.strip() for label in labels if isinstance(label, str)]
+    if several := next((text for text in texts if "|" in text.strip("|")), None):
+        note(f"Labels such as {several!r} in {column!r} are read as several labels of one text.")
+        return "multilabel_classification"
+    _check_commas(texts, len(labels), column)
+    numbers = [_number(label) for label in labels]
+    fractional = any(number != int(number) for number in numbers if number is not None)
+    words = [(line, label) for (line, label), number in zip(filled, numbers, strict=True) if number is None]
+    if words and fractional:  # scores with a slip of the pen, or version numbers among other names
+        raise InputError(
+            f"The labels in {column!r} are fractions and other things, such as {words[0][1]!r} on line {words[0][0]}; say with "
+            "--task regression that they are numbers (rows with others are then bad rows), or with --task sequence_classification "
+            "that they are classes."
+        )
+    if not labels or words:
+        return "sequence_classification"
+    if fractional:
+        return "regression"
+    values = set(numbers)
+    with_point = any(isinstance(label, float) or (isinstance(label, str) and "." in label) for label in labels)
+    if (with_point and not values <= {0, 1}) or (len(values) > CLASSES and len(numbers) < REPEATS * len(values)):
+        raise InputError(
+            f"The labels in {column!r} are whole numbers, {len(values)} different ones in {len(numbers)} rows, and could be "
+            "classes or quantities; say which with --task sequence_classification or --task regression."
+        )
+    return "sequence_classification"
+
+
+def _parsed(label: Any) -> Any:
+    """A label with a list or object in place of the text that spells it."""
+    found = structure_in(label) if isinstance(label, str) else None
+    return label if found is None else found
+
+
+def is_empty(label: Any) -> bool:
+    """Whether there is no label: nothing, an empty text, NaN."""
+    return label is None or (isinstance(label, str) and not label.strip()) or label != label
+
+
+def is_minus_one(label: Any) -> bool:
+    """Whether a label is -1, or a list of such, which stands for no label in many data sets."""
+    if isinstance(label, list):
+        return bool(label) and all(map(is_minus_one, label))
+    return str(label).strip() in ("-1", "-1.0")
+
+
+def _check_lists(labels: Sequence[Any], column: str) -> None:
+    """Raise InputError unless all labels are lists of classes, or lists or objects of 0 and 1."""
+    if _places(labels) or all(_is_switches(label) for label in labels):
+        return
+    elements = [one for label in labels if isinstance(label, list) for one in label]
+    if any(isinstance(one, list | tuple | Mapping) for one in elements):
+        raise InputError(
+            f"The labels in {column!r} are lists of lists or of objects, as annotation programs mark parts of a text; for "
+            "token_classification give each row its words (tokens) and a tag for each (ner_tags)."
+        )
+    if any(isinstance(label, Mapping | str | int | float) for label in labels) or any(
+        isinstance(one, float) for one in elements
+    ):
+        raise InputError(
+            f"The labels in {column!r} are lists with numbers, or lists and other things; multilabel_classification wants "
+            "a list of classes in every row."
+        )
+    if all(len(label) == 1 for label in labels):
+        note(
+            f"Each row has exactly one label in {column!r}, in a list: read as multilabel_classification; for one class per "
+            "text pass --task sequence_classification."
+        )
+
+
+def _places(labels: Sequence[Any]) -> int:
+    """The length of the lists if they are all lists of one length of 0 and 1, a place for each label; else 0."""
+    lengths = {len(label) if isinstance(label, list) else 0 for label in labels}
+    length = lengths.pop() if len(lengths) == 1 else 0
+    return length if length > 1 and all(_is_switch(one) for label in labels for one in label) else 0
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool | int | float) and value in (0, 1)
+
+
+def _is_switches(label: Any) -> bool:
+    return isinstance(label, Mapping) and bool(label) and all(map(_is_switch, label.values()))
+
+
+def _check_commas(texts: Sequence[str], count: int, column: str) -> None:
+    """Raise InputError for labels with commas between digits, or between words that are labels themselves."""
+    with_comma = [text for text in texts if WITH_COMMA.fullmatch(text)]
+    if with_comma and len(with_comma) + sum(bool(NUMBER.fullmatch(text)) for text in texts) == count:
+        raise InputError(
+            f"Labels such as {with_comma[0]!r} in {column!r} could be numbers with a decimal comma or several labels; say which "
+            "with --task regression or --task multilabel_classification."
+        )
+    for mark in SEPARATORS[1:]:
+        parts = {text: _parts(text, mark) for text in set(texts)}
+        shared = Counter(part for found in parts.values() for part in set(found))
+        several = next(
+            (text for text, found in parts.items() if len(found) > 1 and all(shared[p] > 1 for p in found)), ""
+        )
+        if several:
+            raise InputError(
+                f"Labels such as {several!r} in {column!r} could be several labels of one text or one class; say which with "
+                "--task multilabel_classification or --task sequence_classification."
+            )
+
+
+def _parts(text: str, mark: str) -> list[str]:
+    return [part.strip() for part in text.split(mark) if part.strip()]
+
+
+def _number(label: Any) -> float | None:
+    """The number that a label is or spells; None for words and booleans."""
+    if isinstance(label, bool):
+        return None
+    if isinstance(label, int | float):
+        return float(label) if abs(label) != float("inf") else None
+    return float(label) if isinstance(label, str) and NUMBER.fullmatch(label.strip()) else None
+
+
+# -- values ---------------------------------------------------------------------------------------------------------
+
+
+class ClassNames:
+    """One class per row: numbers by value (1, "1", 1.0 and "1.0" are one class), true and false in any case, words as they are.
+
+    Args:
+        labels: the first labels, which decide whether all are numbers, or truth values.
+        column: where they stand, for messages.
+        known: the classes, where training has defined them: they decide then.
+    """
+
+    def __init__(self, labels: Sequence[Any], column: str, known: Sequence[str] = ()) -> None:
+        texts = [str(one).strip() for one in known or labels if not is_empty(one) and not isinstance(one, list)]
+        self.column = column
+        self.labels: Sequence[str] = ()
+        self.whole = all(WHOLE.fullmatch(text) for text in texts)
+        self.truth = all(text.lower() in TRUTH for text in texts)
+        self.spellings: dict[str, set[str]] = defaultdict(set)
+
+    def __call__(self, label: Any) -> Any:
+        parsed = _parsed(label)
+        if isinstance(parsed, list):
+            if len(parsed) > 1 or any(isinstance(one, list | Mapping) for one in parsed):
+                return Unreadable(f"a {self.column!r} that is a list of several labels")
+            return self(parsed[0]) if parsed else None
+        if isinstance(label, str) and looks_structured(label):
+            return Unreadable(f"a {self.column!r} in brackets that is no list (words in a list stand in quotes)")
+        if is_empty(label) or not isinstance(label, str | int | float) or label in (float("inf"), -float("inf")):
+            return None if is_empty(label) else label
+        spelling = name = str(label).strip()
+        number = WHOLE.fullmatch(name)
+        if number and (self.whole or isinstance(label, float)):
+            name = number.group(1)
+        elif self.truth:
+            name = TRUTH.get(name.lower(), name)
+        elif isinstance(label, float):
+            return label  # a fraction, which is no class
+        self.spellings[name].add(spelling)
+        return name
+
+    def note_spellings(self) -> None:
+        """Say which labels are one class in several spellings."""
+        for name, spellings in self.spellings.items():
+            if len(spellings) > 1:
+                shown = ", ".join(map(repr, sorted(spellings)))
+                note(f"The labels {shown} in {self.column!r} are read as one class, {name!r}.")
+
+
+class LabelSets:
+    """Any number of labels per row, as a list of their names.
+
+    Read are lists of names, lists of 0 and 1 with a place for each label, objects of 0 and 1, and texts with marks
+    between. ``labels`` are the names of all labels where they are known from the form: places, or keys.
+
+    Args:
+        labels, column, known: as for ``ClassNames``.
+    """
+
+    def __init__(self, labels: Sequence[Any], column: str, known: Sequence[str] = ()) -> None:
+        filled = [parsed for label in labels if not is_empty(parsed := _parsed(label))]
+        self.column = column
+        self.places = _places(filled)
+        if known and set(known) != {str(place) for place in range(self.places)}:
+            self.places = 0
+        self.labels: Sequence[str] = [str(place) for place in range(self.places)]
+        if filled and all(map(_is_switches, filled)):
+            self.labels = list(dict.fromkeys(str(name) for label in filled for name in label))
+        texts = [label for label in filled if isinstance(label, str)]
+        marks = [mark for mark in SEPARATORS if any(mark in text for text in texts)]
+        if known:
+            marks = [
+                mark
+                for mark in marks
+                if any(len(found) > 1 and {*found} <= {*known} for found in (_parts(text, mark) for text in texts))
+            ]
+        self.mark = next(iter(marks), SEPARATORS[0])
+        if self.places and not known:
+            alone = all(sum(label) == 1 for label in filled)
+            note(
+                f"The lists of {self.places} zeros and ones in {column!r} are read as {self.places} labels, a place for each"
+                + ("; each row has exactly one." if alone else ".")
+            )
+        if self.mark != SEPARATORS[0] and not known:
+            example = next(text for text in texts if self.mark in text)
+            note(f"Labels such as {example!r} in {column!r} are read as several, with {self.mark!r} between them.")
+
+    def __call__(self, label: Any) -> Any:
+        if label is None or label != label:
+            return None
+        if isinstance(label, str) and not looks_structured(label):
+            if self.places:
+                return Unreadable(f"a {self.column!r} that is no list of {self.places} zeros and ones")
+            return _parts(label, self.mark)
+        label = _parsed(label)
+        if self.places:
+            if not isinstance(label, list) or len(label) != self.places or not all(map(_is_switch, label)):
+                return Unreadable(f"a {self.column!r} that is no list of {self.places} zeros and ones")
+            return [str(place) for place, switch in enumerate(label) if switch]
+        if _is_switches(label):
+            return [str(name) for name, switch in label.items() if switch]
+        if isinstance(label, str):
+            return Unreadable(f"a {self.column!r} in brackets that is no list (words in a list stand in quotes)")
+        if isinstance(label, list):
+            return [int(one) if isinstance(one, float) and one == one and one == int(one) else one for one in label]
+        return label
+
+
+class Numbers:
+    """One number per row; texts may have a decimal comma where training's have one.
+
+    Raises:
+        InputError: "1,000" could be a thousand or one.
+    """
+
+    def __init__(self, labels: Sequence[Any], column: str, known: Sequence[str] = ()) -> None:
+        self.labels: Sequence[str] = ()
+        texts = [label.strip() for label in labels if isinstance(label, str) and WITH_COMMA.fullmatch(label.strip())]
+        # beside points, a comma stands between thousands or is a slip
+        self.comma = bool(texts) and not any(isinstance(label, float) or "." in str(label) for label in labels)
+        if self.comma and all(THOUSANDS.fullmatch(text) for text in texts):
+            raise InputError(
+                f"Labels such as {texts[0]!r} in {column!r} could have a decimal comma or a comma between thousands; write them "
+                "with a decimal point or none."
+            )
+        if self.comma:
+            note(f"Labels such as {texts[0]!r} in {column!r} are read as numbers with a decimal comma.")
+
+    def __call__(self, label: Any) -> Any:
+        label = _parsed(label)
+        if isinstance(label, list) and len(label) == 1:
+            label = label[0]
+        if self.comma and isinstance(label, str) and WITH_COMMA.fullmatch(label.strip()):
+            return label.replace(",", ".")
+        return None if is_empty(label) else label
+
+
+class LabelColumns:
+    """Adds a column with a list of the names of those columns that are 1, of columns of 0 and 1."""
+
+    def __init__(self, names: Sequence[str], column: str) -> None:
+        self.names, self.column = names, column
+
+    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        switches = {name: switch_of(values.get(name)) for name in self.names}
+        wrong = next((name for name, switch in switches.items() if switch is None), None)
+        if wrong is not None:
+            return {**values, self.column: Unreadable(f"a {wrong!r} that is neither 0 nor 1")}
+        return {**values, self.column: [name for name, switch in switches.items() if switch]}
+
+
+def switch_of(value: Any) -> bool | None:
+    """Whether a cell of 0 and 1, or of false and true, is on; None for others."""
+    if isinstance(value, str):
+        text = value.strip().lower()
+        return {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}.get(text)
+    return bool(value) if _is_switch(value) else None
+
+
+def note_odd_labels(labels: Sequence[str], column: str) -> None:
+    """Say which of a task's labels may be none, or the same as another."""
+    numbers = all(WHOLE.fullmatch(label) for label in labels)
+    for label in labels:
+        if label.lower() in MISSING or (
+            label == "-1" and numbers and "2" in labels
+        ):  # with 0 and 1 alone mostly a class
+            note(
+                f"The label {label!r} in {column!r} is read as a class; if it marks rows without a label, delete them."
+            )
+    if quoted := next((label for label in labels if label[0] in TYPOGRAPHIC and label[-1] in TYPOGRAPHIC), ""):
+        note(f'Labels such as {quoted!r} in {column!r} keep their quotes, which are no marks of CSV; write them as ".')
+    alike = defaultdict(list)
+    for label in labels:
+        alike[" ".join(label.strip(f"\"'{TYPOGRAPHIC}").lower().split())].append(label)
+    for names in alike.values():
+        if len(names) > 1:
+            note(
+                f"The labels {' and '.join(map(repr, sorted(names)))} in {column!r} are different ones, although they look alike."
+            )
+
+
+def note_rare_classes(counts: Mapping[str, int], source: str, guessed: bool) -> None:
+    """Say how many classes were made of the labels, where there may be too many.
+
+    Args:
+        counts: class -> rows of training.
+        guessed: whether the user did not say that they are classes.
+    """
+    once = sum(count == 1 for count in counts.values())
+    numbers = guessed and all(NUMBER.fullmatch(name) for name in counts)
+    if once or (numbers and len(counts) > MANY):
+        have = f", of which {once} {'has' if once == 1 else 'have'} one example" if once else ""
+        note(
+            f"{Path(source).name}: {len(counts)} classes{have}"
+            + ("; if the labels are quantities, pass --task regression." if numbers else ".")
+        )
+
+
+READERS = {
+    "sequence_classification": ClassNames,
+    "image_classification": ClassNames,
+    "multilabel_classification": LabelSets,
+    "regression": Numbers,
+}

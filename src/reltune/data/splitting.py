@@ -1,0 +1,98 @@
+"""Rows in two parts, so that copies of a text stay together and classes keep their proportions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from reltune.data.labels import NUMBER
+from reltune.data.rows import Row, Rows
+from reltune.errors import InputError, nearest
+from reltune.notes import note
+
+
+def _same(text: str) -> str:
+    """What two copies of a text have in common when only their whitespace differs."""
+    return " ".join(text.split())
+
+
+def split_off(
+    rows: Rows, fraction: float, seed: int, content: Callable[[Row], str], label: Callable[[Row], str] | None = None
+) -> tuple[Rows, Rows]:
+    """Split into (rest, part), ``part`` holding about ``fraction`` of the distinct contents.
+
+    Rows of one content (whitespace aside) stay on one side, each side keeps the order of ``rows``, and equal
+    seeds give equal splits. With ``label`` classes keep their proportions; a class with a single content stays in the
+    rest, and a part smaller than the number of classes is drawn without regard to classes.
+    """
+    if not 0 < fraction < 1:
+        raise InputError(f"The fraction to split off is {fraction}; it must lie between 0 and 1.")
+    keys = []
+    labels: dict[str, str] = {}
+    for row in rows:
+        keys.append(_same(content(row)))
+        labels.setdefault(keys[-1], label(row) if label else "")
+    contents_per_class = Counter(labels.values())
+    contents = [key for key, name in labels.items() if contents_per_class[name] > 1]
+    size = max(1, round(fraction * len(labels)))
+    if size >= len(contents):
+        alone = (
+            f", {len(labels) - len(contents)} of which are the only one of their label"
+            if len(labels) > len(contents)
+            else ""
+        )
+        if alone and all(NUMBER.fullmatch(name) for name in labels.values()):
+            alone += " (are the labels quantities? pass --task regression)"
+        raise InputError(
+            f"{rows.source}: {len(labels)} different texts{alone + ',' if alone else ''} are too few to split off "
+            f"{fraction:.0%}; add rows or name a validation file and a test file."
+        )
+    classes = [labels[key] for key in contents]
+    enough = min(size, len(contents) - size) >= len(set(classes))
+    from sklearn.model_selection import train_test_split  # takes a second, which not everybody has to wait for
+
+    _, chosen = train_test_split(contents, test_size=size, random_state=seed, stratify=classes if enough else None)
+    part = set(chosen)
+    sides: tuple[list[int], list[int]] = ([], [])
+    for index, key in enumerate(keys):
+        sides[key in part].append(index)
+    rest, held = rows.select(sides[0]), rows.select(sides[1])
+    held.skipped = {}  # they stay on the record of the rest
+    return rest, held
+
+
+def note_shared(train: Rows, held_out: Sequence[Rows], content: Callable[[Row], str]) -> None:
+    """Say how many rows of held-out sets that came as they are stand in training too (whitespace aside)."""
+    contents = [[_same(content(row)) for row in rows] for rows in held_out]
+    wanted = set().union(*contents)
+    found = {key for row in train if (key := _same(content(row))) in wanted} if wanted else set()
+    for rows, keys in zip(held_out, contents, strict=True):
+        if count := sum(key in found for key in keys):
+            note(f"{Path(rows.source).name}: {count} of {len(rows)} held-out rows are in the training data too.")
+
+
+def check_splits(
+    train: Sequence[Row], validation: Sequence[Row], test: Sequence[Row], label: Callable[[Row], str] | None = None
+) -> None:
+    """Raise InputError unless every split has rows and, with ``label``, training has two classes and knows all labels."""
+    splits = {"training": train, "validation": validation, "test": test}
+    for split, rows in splits.items():
+        if not rows:
+            raise InputError(f"The {split} split has no rows; add rows to it.")
+    if label is None:
+        return
+    known = {label(row) for row in train}
+    if len(known) == 1:
+        raise InputError(
+            f"All {len(train)} training rows have the label {label(train[0])!r}; "
+            "a classifier needs at least two classes, so check the label column."
+        )
+    for split, rows in splits.items():
+        unseen = next((row for row in rows if label(row) not in known), None)
+        if unseen:
+            raise InputError(
+                f"The label {label(unseen)!r} in the {split} split (line {unseen.line}) does not occur "
+                f"in training; {nearest(label(unseen), sorted(known))} "
+                "Correct it, or add training rows with it."
+            )

@@ -1,0 +1,84 @@
+"""The files of a run's ``relevance/`` directory, as far as they can be read without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from reltune.errors import InputError
+from reltune.relevance.heatmap import Heatmap
+
+FORMAT = "reltune-relevance-3"
+SCORES = "scores.json"
+PARTIAL = "partial.safetensors"  # intermediate results; a criterion's own have its name before this, and a dot
+
+
+@dataclasses.dataclass
+class Overview:
+    """What people are shown of relevance scores.
+
+    Attributes:
+        provenance: the model, data and versions that the scores were measured with.
+        layers: the layer of each module that was scored, from the input on.
+        left_out: parameters that were not scored -> why.
+        heatmaps: one per criterion.
+        depth_sentence: where relevance lies by depth, in one line.
+    """
+
+    provenance: dict[str, Any]
+    layers: dict[str, str]
+    left_out: dict[str, str]
+    heatmaps: list[Heatmap]
+    depth_sentence: str
+
+    @property
+    def criteria(self) -> list[str]:
+        return [heatmap.criterion for heatmap in self.heatmaps]
+
+
+def read_scores(directory: Path) -> dict[str, Any]:
+    """What ``scores.json`` says.
+
+    Raises InputError where there is none, or none of this format.
+    """
+    try:
+        values = json.loads((directory / SCORES).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{directory} holds no relevance scores; run `reltune analyze` first.") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory} holds relevance scores that cannot be read: {error}") from error
+    form = values.get("format") if isinstance(values, dict) else None
+    if form != FORMAT:
+        raise InputError(f"{directory / SCORES} has format {form!r}, not {FORMAT!r}; analyze again.")
+    return dict(values)
+
+
+def read_overview(directory: Path) -> Overview:
+    """What people are shown of the scores in a directory.
+
+    Raises InputError for scores that are missing or damaged.
+    """
+    values = read_scores(directory)
+    if "overview" not in values:  # an older version measured them: the tensors have to be read
+        from reltune.relevance.scores import RelevanceScores
+
+        return RelevanceScores.load(directory).overview()
+    try:
+        return Overview(
+            provenance=values["provenance"],
+            layers={module["name"]: module["layer"] for module in values["modules"]},
+            left_out=values["left_out"],
+            heatmaps=[Heatmap(**heatmap) for heatmap in values["overview"]["heatmaps"]],
+            depth_sentence=values["overview"]["depth_sentence"],
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{directory} holds relevance scores that do not fit together ({error}); analyze again."
+        ) from error
+
+
+def interrupted_in(directory: Path) -> bool:
+    """Whether an analysis was interrupted here and can go on."""
+    return (directory / PARTIAL).is_file() or any(directory.glob(f"*.{PARTIAL}"))

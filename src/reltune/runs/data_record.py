@@ -1,0 +1,50 @@
+"""What a run writes down of the data that it is made with, so that later stages need not read all of them again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from reltune.config.run_config import RunConfig
+from reltune.errors import InputError
+from reltune.files import read_json, write_json
+from reltune.runs.bad_rows import bad_rows
+from reltune.runs.directory import RunDirectory
+from reltune.runs.kept_rows import keep
+from reltune.tasks.registry import task_of_record
+from reltune.tasks.task import Task
+
+if TYPE_CHECKING:
+    from reltune.runs.materials import Materials
+    from reltune.runs.splits import Splits
+
+
+def record_data(run: RunDirectory, materials: Materials) -> None:
+    """Write the task with its classes, the held-out rows that have no file of their own, and what was skipped, assumed or
+    left out."""
+    write_json(run.task, materials.task.record())
+    for split in ("validation", "test"):
+        if getattr(materials.config, f"{split}_file") is None:
+            rows = getattr(materials.splits, split)
+            keep(run.kept_rows / f"{split}.jsonl", rows, materials.task.columns.values())
+    record_bad_rows(run, materials.splits)
+    if materials.notes:
+        write_json(run.path / "notes.json", {"notes": list(materials.notes)})
+
+
+def record_bad_rows(run: RunDirectory, splits: Splits) -> None:
+    """Write which rows were skipped, if any were."""
+    if record := bad_rows(splits):
+        write_json(run.path / "bad_rows.json", record)
+
+
+def read_task(run: RunDirectory, config: RunConfig) -> Task | None:
+    """The task that the run was made with; None if an older version made it, which did not write the task down.
+
+    Raises InputError for a file that is damaged.
+    """
+    if not run.task.is_file():
+        return None
+    try:
+        return task_of_record(read_json(run.task), **vars(config))
+    except (InputError, AttributeError, TypeError) as error:
+        raise InputError(f"{run.task} cannot be used ({error}); run `reltune analyze` again.") from error

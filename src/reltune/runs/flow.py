@@ -1,0 +1,179 @@
+"""The way through the stages, as the commands go it: what can be checked is checked before anything is written.
+
+Every function returns what there is to show, and prints nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from reltune.config.run_config import RunConfig
+from reltune.errors import InputError
+from reltune.files import read_json
+from reltune.plan.plan import Plan
+from reltune.processes import Processes
+from reltune.relevance.artefact import interrupted_in
+from reltune.relevance.scores import RelevanceScores
+from reltune.report.record import LMEvalRecord, RunRecord
+from reltune.runs import preflight, stages
+from reltune.runs import sweep as sweeps
+from reltune.runs.comparison import compare
+from reltune.runs.directory import RunDirectory
+from reltune.runs.export import lora_summary
+from reltune.runs.materials import Materials, prepare, prepare_evaluation, prepare_export
+from reltune.runs.summary import read_lm_eval, report
+
+
+@dataclasses.dataclass
+class Started:
+    """A run that was checked and may write into its directory.
+
+    Attributes:
+        going_on: "analysis" or "sweep" where an interrupted one goes on, else nothing.
+    """
+
+    materials: Materials
+    directory: RunDirectory
+    going_on: str = ""
+
+    @property
+    def config(self) -> RunConfig:
+        return self.materials.config
+
+    def describe(self) -> str:
+        """What the run works with, in one line."""
+        materials, task = self.materials, self.materials.task
+        train = "streamed" if self.config.streaming else f"{len(materials.train):,}"
+        line = (
+            f"{train} training, {len(materials.validation):,} validation and {len(materials.test):,} test {task.unit}s"
+        )
+        if task.describe():
+            line += f", {task.describe()}"
+        if task.unit != "image":
+            line += f"; {materials.sample.n_truncated:,} training {task.unit}s cut to {materials.longest} tokens"
+        return line + "." + (f" Going on with the interrupted {self.going_on}." if self.going_on else "")
+
+
+def start(config: RunConfig, overwrite: bool = False, select: bool = True) -> Started:
+    """Check everything that can be checked, and only then make the run's directory.
+
+    A run that was interrupted there with the same config goes on, unless told to ``overwrite`` it. Without ``select``
+    nothing that belongs to the selection and later stages is checked.
+    """
+    directory, processes = RunDirectory(config.output_dir), Processes.joined()
+    with processes.together():
+        if config.sweep:
+            sweeps.space(config)
+        resumed = not overwrite and directory.continues(config)
+        if not resumed:
+            directory.check_new(overwrite)
+        elif processes.count > 1 and interrupted_in(directory.relevance):
+            raise InputError(
+                f"output_dir {directory.path} holds an interrupted analysis, which goes on in one process only; start it "
+                "without a launcher, or pass --overwrite_output_dir."
+            )
+        materials = prepare(config, directory if resumed and directory.relevance.exists() else None)
+        stages.check_choice(materials, select)
+        materials.check_training()
+        if config.sweep:
+            sweeps.check(materials)
+        if select:
+            _ = materials.lm_eval_tasks  # checked here, and measured on at the end
+    with processes.together():
+        if not resumed and processes.first:
+            directory.create(config)
+    going_on = ("sweep" if directory.sweeping(config) else "analysis") if resumed else ""
+    return Started(materials, directory, going_on)
+
+
+def measure_and_choose(started: Started) -> Plan | None:
+    """Analyze and select. None where that is not to be done here: an interrupted sweep has done it, and a sweep of budgets
+    selects in each trial."""
+    if started.going_on == "sweep":
+        return None
+    stages.analyze(started.materials, started.directory)
+    if "budget" in started.config.sweep:
+        return None
+    return stages.select(started.config, started.directory)
+
+
+def train(started: Started, anew: bool = False, resume_from_checkpoint: str | None = None) -> dict[str, Any] | None:
+    """Tune, or sweep: then the record of its trials is returned, and the best values enter the run's config."""
+    if not started.config.sweep:
+        stages.tune(started.materials, started.directory, resume_from_checkpoint)
+        return None
+    started.materials = sweeps.sweep(started.materials, started.directory, anew)
+    record: dict[str, Any] = read_json(started.directory.trials)
+    return record
+
+
+def evaluate_and_report(started: Started, baselines: bool = False) -> RunRecord | None:
+    """Evaluate, compare with the baselines if wanted, and write the report; its record, in the first process."""
+    results = stages.evaluate(started.materials, started.directory)
+    if baselines:
+        compare(started.materials, started.directory, results)
+    processes = Processes.joined()
+    record = None
+    with processes.together():
+        if processes.first:
+            record = report(started.config, started.directory)
+    return record
+
+
+# -- single stages --------------------------------------------------------------------------------------------------
+
+
+def analyze_weights(config: RunConfig, overwrite: bool = False) -> RelevanceScores:
+    """Measure relevance by criteria that look at no data."""
+    if Processes.joined().count > 1:
+        raise InputError("an analysis of the weights alone runs in one process; start it without a launcher.")
+    return stages.analyze_weights(config, RunDirectory(config.output_dir), overwrite)
+
+
+def choose_again(config: RunConfig, directory: RunDirectory) -> Plan:
+    """Select from the relevance of an existing run, whose config is this one from now on."""
+    plan = stages.select(config, directory)
+    config.save(directory.config_file)
+    return plan
+
+
+def tune_again(config: RunConfig, directory: RunDirectory, overwrite: bool = False) -> dict[str, Any] | None:
+    """Train by the plan of an existing run; the record of the trials if it is a sweep."""
+    resume = config.training.pop("resume_from_checkpoint", None)
+    with Processes.joined().together():
+        preflight.check_tuning(config, directory, overwrite)
+        if not directory.sweeping(config):
+            preflight.check_untrained(config, directory, overwrite)
+        if config.sweep:
+            sweeps.space(config)
+        selects = "budget" in config.sweep
+        relevance = RelevanceScores.load(directory.relevance) if selects else None
+        if not selects:
+            Plan.load(directory.plan)
+        materials = prepare(config, directory)
+        if config.sweep:
+            if resume:
+                raise InputError(
+                    "resume_from_checkpoint is for one training; a sweep goes on by itself where it stopped."
+                )
+            sweeps.check(materials, relevance)
+    return train(Started(materials, directory), overwrite, resume)
+
+
+def evaluate_again(config: RunConfig, directory: RunDirectory) -> tuple[dict[str, float], LMEvalRecord | None]:
+    """The metrics of an existing run's adapter, and what lm-evaluation-harness says of it, in the first process."""
+    processes = Processes.joined()
+    with processes.together():
+        preflight.check_evaluation(config, directory)
+        materials = prepare_evaluation(config, directory)
+    results = stages.evaluate(materials, directory)
+    return results, read_lm_eval(directory) if materials.lm_eval_tasks and processes.first else None
+
+
+def export(directory: RunDirectory, config: RunConfig, to: str, output_dir: str) -> str:
+    """Write the tuned model for programs without reltune; where it is, and for a LoRA adapter its ranks."""
+    preflight.check_export(directory, to, output_dir)
+    path: Path = stages.export(prepare_export(config, directory), directory, to, output_dir)
+    return f"{path}: {lora_summary(path)}" if to == "lora" else str(path)

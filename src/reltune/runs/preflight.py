@@ -1,0 +1,82 @@
+"""What can be refused at once: words, files and directories, looked at before torch, transformers or any data are loaded.
+
+The stages rely on none of this: what is read later is checked as it is read.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from reltune.config.run_config import RunConfig
+from reltune.data.text_files import check_text_file
+from reltune.errors import InputError
+from reltune.files import check_destination, model_directory_problem
+from reltune.plan.budget import check_budget
+from reltune.runs.directory import RunDirectory
+
+FILES = ("train_file", "validation_file", "test_file", "forgetting_file")
+FORMS = ("lora", "merged")  # that an adapter is exported in
+
+
+def check_new_run(config: RunConfig, overwrite: bool) -> None:
+    """Raise InputError for a new run whose model, data or directory cannot be what is wanted. Creates nothing."""
+    config.check()
+    check_selection(config)
+    check_inputs(config)
+    directory = RunDirectory(config.output_dir)
+    if overwrite or not directory.is_unfinished():
+        directory.check_new(overwrite)
+
+
+def check_tuning(config: RunConfig, directory: RunDirectory, overwrite: bool) -> None:
+    """Raise InputError for an existing run that cannot be trained, or was trained already."""
+    if not config.has_data:
+        raise InputError(
+            f"{directory.path} was analyzed without data, so there is nothing to train on; analyze again with --train_file "
+            "or --dataset_name."
+        )
+    check_selection(config)
+    check_inputs(config)
+    if not directory.is_in_sweep():
+        check_untrained(config, directory, overwrite)
+
+
+def check_untrained(config: RunConfig, directory: RunDirectory, overwrite: bool) -> None:
+    """Raise InputError for what was done already: a training, or the selection if a sweep of budgets is to make it anew."""
+    for stage in ("select", "tune") if "budget" in config.sweep else ("tune",):
+        directory.check_stage(stage, overwrite)
+
+
+def check_evaluation(config: RunConfig, directory: RunDirectory) -> None:
+    """Raise InputError for an existing run that cannot be evaluated."""
+    directory.check_adapter()
+    check_inputs(config, training=False)
+
+
+def check_export(directory: RunDirectory, to: str, output_dir: str) -> None:
+    """Raise InputError for an export in an unknown form, of a run without an adapter, or to a directory with files."""
+    if to not in FORMS:
+        raise InputError(f"--to {to!r} is unknown; write {' or '.join(FORMS)}.")
+    directory.check_adapter()
+    check_destination(output_dir)
+
+
+def check_selection(config: RunConfig) -> None:
+    """Raise InputError for budgets that no model could have."""
+    for budget in config.sweep.get("budget", [config.budget]):
+        if ".." not in budget:  # a range, which the sweep itself refuses
+            check_budget(budget)
+
+
+def check_inputs(config: RunConfig, training: bool = True) -> None:
+    """Raise InputError for a model or data files that are not there; without ``training``, only for those that an evaluation
+    reads."""
+    if problem := model_directory_problem(config.model_name_or_path):
+        raise InputError(problem)
+    for name in FILES if training else FILES[1:]:
+        file = getattr(config, name)
+        if file is None or os.path.isdir(file):
+            continue
+        if not (os.path.isfile(file) and Path(file).suffix.lower() == ".parquet"):
+            check_text_file(Path(file))
