@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
+import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import is_offline_mode
 
 from reltune.errors import InputError, first_line
 from reltune.files import model_directory_problem
+from reltune.notes import note
 
 HEADS = ("classifier.", "score.", "fc.", "head.")  # of models that keep their body under no name of its own
 
@@ -64,8 +76,8 @@ def _place(name: str) -> tuple[str, dict[str, Any]]:
     return name, {}
 
 
-def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token and a ``model_max_length`` the model can take.
+def saved_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """The model's tokenizer as it was saved; but with a padding token that the model has, where it comes without one.
 
     ``options`` are its own.
     """
@@ -83,19 +95,82 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     # without any file transformers returns a tokenizer of special tokens only (T5's: one more)
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
         raise InputError(f"{name} has no tokenizer files. {mend}")
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise InputError(
-                f"The tokenizer of {name} has neither a padding nor an end-of-sequence token; "
-                "set pad_token in its tokenizer_config.json."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions and positions > 0:
-        # RoBERTa and its kin pad with token 1 and count positions from 2 on
-        offset = 2 if tokenizer.pad_token_id == 1 and tokenizer.model_max_length > positions else 0
-        tokenizer.model_max_length = min(tokenizer.model_max_length, positions - offset)
+    _pad_with_a_known_token(tokenizer, name, vocabulary_size(config))
     return tokenizer
+
+
+def _pad_with_a_known_token(tokenizer: PreTrainedTokenizerBase, name: str, rows: int | None) -> None:
+    """Give the tokenizer another padding token where it has none, or one that was added without a row in the embedding."""
+
+    def known(token_id: Any) -> bool:
+        return isinstance(token_id, int) and (rows is None or token_id < rows)
+
+    if known(tokenizer.pad_token_id):
+        return
+    added = tokenizer.pad_token
+    others = [tokenizer.eos_token] if added is None else [tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token]
+    other = next((token for token in others if token and known(tokenizer.convert_tokens_to_ids(token))), None)
+    if other is None and added is None:
+        raise InputError(
+            f"The tokenizer of {name} has neither a padding nor an end-of-sequence token; "
+            "set pad_token in its tokenizer_config.json."
+        )
+    if other is None:
+        raise InputError(
+            f"The tokenizer of {name} pads with {added!r} (token {tokenizer.pad_token_id}), and the model's embedding has {rows} "
+            "rows; set pad_token in its tokenizer_config.json to a token that the model has."
+        )
+    if added is not None:
+        note(
+            f"Texts are padded with {other!r}: the tokenizer's own padding token {added!r} (token {tokenizer.pad_token_id}) has no "
+            f"row in the model's embedding of {rows}."
+        )
+    tokenizer.pad_token = other
+
+
+def vocabulary_size(config: PreTrainedConfig) -> int | None:
+    """The rows of the model's embedding; None where it has none of tokens."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def load_tokenizer(name: str, padding_side: str = "right", **options: Any) -> PreTrainedTokenizerBase:
+    """The model's tokenizer to work with: as ``saved_tokenizer`` gives it, with a ``model_max_length`` the model can take, and
+    padding on this side. On the right, positions that count from the first token do not move."""
+    tokenizer = saved_tokenizer(name, **options)
+    tokenizer.padding_side = padding_side
+    positions = position_limit(load_config(name))
+    if positions is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    return tokenizer
+
+
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """The number of tokens for which the model has positions; None where they are not counted.
+
+    RoBERTa and its kin count positions from the padding token's number on: those up to it are not for tokens.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        return positions
+    return positions - _reserved_positions(config.to_json_string(use_diff=False))
+
+
+@functools.lru_cache(maxsize=16)
+def _reserved_positions(values: str) -> int:
+    """The first rows of the model's embedding of positions that no token uses: those up to its padding index.
+
+    ``values`` are the model's config as JSON.
+    """
+    config = AutoConfig.for_model(**json.loads(values))
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    for module_name, module in model.named_modules():
+        if "position" in module_name and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
 
 
 def load_model(
@@ -105,7 +180,7 @@ def load_model(
     head: str,
     adapt: Callable[[Any], bool],
     dtype: torch.dtype | str | None = None,
-    pad_token_id: Callable[[], int | None] = lambda: None,
+    pad_token_id: Callable[[], int | None] | None = None,
     **options: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
     """A pretrained model with a task's head, and the sorted names of the parameters that must be learned.
@@ -118,7 +193,8 @@ def load_model(
         head: what such a model has, in words ("sequence classification head").
         adapt: sets the config's fields for the task, and says whether a loaded head was made for the same.
         dtype: None keeps the checkpoint's own.
-        pad_token_id: gives it for the model's config, asked when the model is loaded.
+        pad_token_id: gives the token that texts are padded with, for heads on decoders: they look for the last token that is
+            another one.
         options: of ``from_pretrained``. Code from model repositories is never run.
     """
     config = load_config(name)
@@ -139,11 +215,10 @@ def load_model(
         model.is_quantized, model.hf_quantizer = False, None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-    # heads on decoders look for the last token that is not this one; set only now, because an embedding
-    # made with a padding token gives it no gradient, and here it may be the end of sequence
-    pad = pad_token_id()
-    if pad is not None:
-        model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad
+    # set only now, because an embedding made with a padding token gives it no gradient, and here it may be the end of
+    # sequence; and not for encoders, which may count positions from it
+    if pad_token_id is not None and type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_token_id()
     parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
     body = {key for key in parameters if key.startswith(model.base_model_prefix + ".")}
     missing = parameters & set(loading["missing_keys"])

@@ -8,12 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import models as models_of_tokens
 from torch.nn import functional as F
-from transformers import EvalPrediction, OPTConfig, OPTForCausalLM
+from transformers import (
+    BlenderbotSmallConfig,
+    BlenderbotSmallForCausalLM,
+    EvalPrediction,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from command_line import reltune
 from reltune.data.rows import Row
 from reltune.errors import InputError
+from reltune.notes import collecting
 from reltune.runs.training import arguments
 from reltune.tasks.causal_lm import CausalLM, token_metrics, token_sums
 from reltune.tasks.generation import continuations
@@ -57,7 +67,7 @@ def test_the_loss_is_of_the_completion(models: Path) -> None:
     task = CausalLM(columns=COMPLETION)
     words, kept, source = encoded(task, models / "llama", prompt="good film", completion=" bad book")
     assert words == "good film bad book <|endoftext|>" and kept == "bad book <|endoftext|>"
-    assert source[1:] == ("good film", " bad book")
+    assert (source.text, source.reference) == ("good film", " bad book")
     whole = CausalLM(columns=COMPLETION, completion_only_loss=False)
     assert encoded(whole, models / "llama", prompt="good film", completion=" bad book")[1] == words
     text = encoded(CausalLM(columns={"text": "text"}), models / "llama", text="very good film")
@@ -72,7 +82,7 @@ def test_chats_and_instructions_follow_the_template(models: Path) -> None:
         {"role": "assistant", "content": "poor book"},
     ]
     task = CausalLM(columns={"messages": "messages"})
-    words, kept, (prompt, shown, reference) = encoded(task, models / "chat", messages=turns)
+    words, kept, (prompt, shown, reference, _) = encoded(task, models / "chat", messages=turns)
     assert (
         words
         == "<|user|> good film <|end|> <|assistant|> bad <|end|> <|user|> fine <|end|> <|assistant|> poor book <|end|>"
@@ -94,12 +104,71 @@ def test_chats_and_instructions_follow_the_template(models: Path) -> None:
     instruction = CausalLM(columns={"instruction": "instruction", "input": "input", "output": "output"})
     given = {"instruction": "very good", "input": "film", "output": "bad"}
     words, kept, source = encoded(instruction, models / "chat", **given)
-    assert source.prompt == "very good\n\nfilm"
+    assert source.text == "very good\n\nfilm"
     assert words == "<|user|> very good film <|end|> <|assistant|> bad <|end|>" and kept == "bad <|end|>"
     # without a template, Alpaca's headings, which this vocabulary has no words for
     assert encoded(instruction, models / "llama", **given)[1] == "bad <|endoftext|>"
     with pytest.raises(InputError, match="no chat template"):
         encoded(task, models / "llama", messages=turns)
+
+
+def byte_tokenizer(template: str = "$A") -> PreTrainedTokenizerFast:
+    """Letters, and of " p" and "qu" one token each; ``template`` says what stands around a text."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["</s>", "<s>", *letters, "Ġp", "qu"])}
+    backend = Tokenizer(models_of_tokens.BPE(vocabulary, [("Ġ", "p"), ("q", "u")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("</s>", 0), ("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>", pad_token="</s>")
+
+
+@pytest.mark.parametrize("template", ["$A", "$A </s>", "<s> $A", "<s> $A </s>"])
+@pytest.mark.parametrize(
+    ("prompt", "completion", "reference", "merged"),
+    [
+        ("a b", " paris", " paris", False),
+        ("a b ", "paris", " paris", True),
+        ("a q", "ua", "qua", True),
+        ("a ", "b", "b", False),
+    ],
+)
+def test_the_model_is_asked_to_go_on_from_what_training_has(
+    template: str, prompt: str, completion: str, reference: str, merged: bool
+) -> None:
+    """No end of sequence before the answer, and no half of a token; special tokens once."""
+    tokenizer = byte_tokenizer(template)
+    with collecting() as notes:
+        examples = CausalLM(columns=COMPLETION).encode(
+            [Row({"prompt": prompt, "completion": completion}, 1)], tokenizer, 40
+        )
+    item, asked = examples[0], (examples.sources or [])[0]
+    ids, labels = item["input_ids"], item["labels"]
+    assert ids[: len(asked.ids)] == asked.ids
+    assert labels == [-100] * len(asked.ids) + ids[len(asked.ids) :]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == prompt + completion
+    assert asked.reference == reference == tokenizer.decode(ids[len(asked.ids) :], skip_special_tokens=True)
+    assert asked.text + reference == prompt + completion
+    assert ids.count(0) == 1 and ids[-1] == 0 and ids.count(1) == template.count("<s>")
+    assert bool(notes) == merged and all("end within a token" in sentence for sentence in notes)
+
+
+def test_special_tokens_that_texts_have_already_are_taken_once() -> None:
+    tokenizer = byte_tokenizer("<s> $A </s>")
+    task = CausalLM(columns={"text": "text"})
+    with collecting() as notes:
+        examples = task.encode([Row({"text": text}, 1) for text in ("<s>ab</s>", "ab", "<s>ab")], tokenizer, 40)
+    assert examples[0] == examples[1] == examples[2]
+    assert len(notes) == 2 and "'<s>'" in notes[0] and "'</s>'" in notes[1]
+
+
+def test_a_tokenizer_without_an_end() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with collecting() as notes:
+        examples = CausalLM(columns={"text": "text"}).encode([Row({"text": "ab"}, 1)] * 2, tokenizer, 40)
+    assert tokenizer.decode(examples[0]["input_ids"]) == "ab"
+    assert len(notes) == 1 and "no end-of-sequence token" in notes[0]
 
 
 def test_cut_rows_are_counted_and_those_without_a_label_named(models: Path) -> None:
@@ -155,9 +224,11 @@ def test_metrics_are_of_all_tokens_alike(models: Path) -> None:
     assert token_sums(torch.zeros(1, 2, 5), torch.tensor([[3, -100]])).tolist() == [[pytest.approx(math.log(5)), 1, 0]]
 
 
-def test_continuations_are_those_of_single_prompts(models: Path) -> None:
+def test_continuations_are_those_of_single_prompts(models: Path, tmp_path: Path) -> None:
     """Padding and batches change nothing: against a loop that takes the likeliest token, one prompt at a time."""
-    for name in ("llama", "gpt2"):
+    save_tiny_opt(models / "opt")
+    save_tiny_blenderbot(models / "blenderbot")
+    for name in ("llama", "gpt2", "opt", "blenderbot"):
         task = CausalLM(columns={"text": "text"})
         model, _ = task.load_model(models / name)
         model.eval()
@@ -225,6 +296,39 @@ def test_a_turn_that_the_cut_takes_is_not_asked_for(models: Path) -> None:
     # of a turn with nothing before it, its own words are the answer, not the marks before them
     labels = found.items[2]["labels"]
     assert tokenizer.decode([of for of in labels if of != -100]).split() == ["bad", "<|end|>"]
+
+
+def test_what_ends_a_chats_answers_ends_a_continuation(models: Path) -> None:
+    task = CausalLM(columns={"text": "text"})
+    (model, _), tokenizer = task.load_model(models / "llama"), task.load_tokenizer(models / "llama")
+    for parameter in model.parameters():
+        parameter.data.mul_(20)
+    prompts = [[7, 8], [9, 12, 7]]
+    whole = [text.split() for text in continuations(model, tokenizer, prompts, 6, 1)]
+    stop = whole[0][1]
+    found = continuations(model, tokenizer, prompts, 6, 1, stops=[tokenizer.convert_tokens_to_ids(stop)])
+    assert [text.split() for text in found] == [
+        words[: words.index(stop) + 1] if stop in words else words for words in whole
+    ]
+    assert found[0].split() != whole[0]
+
+
+def save_tiny_blenderbot(path: Path) -> None:
+    """Save a decoder that counts positions by itself, padding or not, with the tokenizer of a GPT-2."""
+    save_tiny_gpt2(path)
+    torch.manual_seed(0)
+    sizes = {"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 64, "max_position_embeddings": 32}
+    config = BlenderbotSmallConfig(
+        vocab_size=14,
+        d_model=32,
+        is_decoder=True,
+        is_encoder_decoder=False,
+        pad_token_id=0,
+        eos_token_id=0,
+        forced_eos_token_id=None,
+        **sizes,
+    )
+    BlenderbotSmallForCausalLM(config).save_pretrained(path)
 
 
 def save_tiny_opt(path: Path) -> None:

@@ -223,8 +223,7 @@ def test_encode_refuses(models):
     assert "at least 3" in error_of(TASK.encode, ROWS, tokenizer, 2)
     message = error_of(TASK.encode, [row("good", "好", 9)], tokenizer, 8)
     assert "'好'" in message and "line 9" in message
-    message = error_of(TASK.encode, [row(" ", "好评", 5)], tiny_decoder_tokenizer(), 8)
-    assert "line 5" in message and "no tokens" in message
+    assert TASK.encode([row(" ", "好评", 5)], tiny_decoder_tokenizer(), 8).lost == {"a text that gives no tokens": [5]}
 
 
 def test_loss_is_the_models_own(bert):
@@ -313,8 +312,7 @@ def test_tokenizers_that_cannot_be_used(bert):
     # without these files transformers returns an empty tokenizer instead of an error
     backend.unlink()
     (bert / "tokenizer_config.json").unlink()
-    for call in (TASK.load_tokenizer, TASK.load_model):
-        assert "no tokenizer files" in error_of(call, bert)
+    assert "no tokenizer files" in error_of(TASK.load_tokenizer, bert)
     tokenizer = tiny_decoder_tokenizer()
     tokenizer.eos_token = None
     tokenizer.save_pretrained(bert)

@@ -52,7 +52,7 @@ class Started:
         if task.describe():
             line += f", {task.describe()}"
         if task.unit != "image":
-            line += f"; {materials.sample.n_truncated:,} training {task.unit}s cut to {self.config.max_length} tokens"
+            line += f"; {materials.sample.n_truncated:,} training {task.unit}s cut to {materials.longest} tokens"
         return line + "." + (f" Going on with the interrupted {self.going_on}." if self.going_on else "")
 
 

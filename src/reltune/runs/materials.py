@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from reltune.runs.bad_rows import warn_of
 from reltune.runs.data_record import read_task
 from reltune.runs.directory import RunDirectory
 from reltune.runs.splits import HeldOut, Splits, encode, encode_held_out, read_data, read_held_out
+from reltune.tasks.fit import check_tokens, settle_padding
 from reltune.tasks.task import Examples, Task
 
 
@@ -79,6 +81,27 @@ class ModelMaterials:
     @property
     def new_heads(self) -> list[str]:
         return self.base.new_heads
+
+    def saved_tokenizer(self) -> Any:
+        """The tokenizer as it came with the model, for directories that others load."""
+        return self.task.saved_tokenizer(self.config.model_name_or_path)
+
+    @property
+    def longest(self) -> int:
+        """The tokens of an example, at most."""
+        return min(self.config.max_length, getattr(self.tokenizer, "model_max_length", self.config.max_length))
+
+    def check_fit(self, settled: bool, first: Examples, *others: Examples | None) -> None:
+        """Raise InputError where model, tokenizer and examples do not fit one another.
+
+        On which side the tokenizer pads is ``settled`` where the task was recorded; else the first examples are tried.
+        """
+        model = self.base.look()
+        check_tokens(self.task, model, self.tokenizer, [first, *(some for some in others if some is not None)])
+        if not settled:
+            if not getattr(model, "is_quantized", False):  # else it is where it has to be
+                model.to(self.task.make_arguments(output_dir=self.config.output_dir, **placement(self.config)).device)
+            settle_padding(self.task, model, self.tokenizer, first)
 
     @property
     def collator(self) -> Any:
@@ -174,7 +197,8 @@ def prepare(config: RunConfig, run: RunDirectory | None = None) -> Materials:
     config.check()
     config.check_data()
     with _noting() as notes:
-        task, splits = read_data(config, read_task(run, config) if run else None)
+        recorded = read_task(run, config) if run else None
+        task, splits = read_data(config, recorded)
         config.task = task.name
         if run is None:
             task = task.suited_to(load_config(config.model_name_or_path))
@@ -183,7 +207,7 @@ def prepare(config: RunConfig, run: RunDirectory | None = None) -> Materials:
         data = encode(task, splits, tokenizer, config)
     warn_of(splits)
     inventory = take_inventory(base.look(), base.new_heads)
-    return Materials(
+    materials = Materials(
         config,
         task,
         tokenizer,
@@ -197,6 +221,8 @@ def prepare(config: RunConfig, run: RunDirectory | None = None) -> Materials:
         not_tuned=[name for name in task.not_tuned(base.look()) if name in inventory],
         notes=notes,
     )
+    materials.check_fit(recorded is not None, data.sample, data.validation, data.test, data.forgetting)
+    return materials
 
 
 def prepare_evaluation(config: RunConfig, run: RunDirectory) -> EvaluationMaterials:
@@ -208,19 +234,21 @@ def prepare_evaluation(config: RunConfig, run: RunDirectory) -> EvaluationMateri
         InputError: whatever is wrong with either.
     """
     with _noting():
-        task, rows = _held_out(config, run)
+        recorded = read_task(run, config)
+        task, rows = _held_out(config, recorded, run.kept_rows)
         config.task = task.name
         tokenizer = task.load_tokenizer(config.model_name_or_path)
         base = BaseModel(config, task)
         held_out = encode_held_out(task, rows, tokenizer, config)
     warn_of(rows)
-    return EvaluationMaterials(config, task, tokenizer, base, *held_out)
+    materials = EvaluationMaterials(config, task, tokenizer, base, *held_out)
+    materials.check_fit(recorded is not None, *held_out)
+    return materials
 
 
-def _held_out(config: RunConfig, run: RunDirectory) -> tuple[Task, HeldOut]:
-    task = read_task(run, config)
-    if task is not None:
-        return task, read_held_out(config, task, run.kept_rows)
+def _held_out(config: RunConfig, recorded: Task | None, kept_rows: Path) -> tuple[Task, HeldOut]:
+    if recorded is not None:
+        return recorded, read_held_out(config, recorded, kept_rows)
     config.check_data()
     task, splits = read_data(config)  # an older version made the run, and wrote down neither its classes nor these rows
     return task, HeldOut(splits.validation, splits.test, splits.forgetting)

@@ -307,7 +307,7 @@ def tune(
             write_json(run.path / "training_cost.json", facts)
             record_bad_rows(run, materials.splits)  # of streamed rows more are known by now
             model.save_pretrained(str(run.adapter), state_dict=state)
-            materials.tokenizer.save_pretrained(str(run.adapter))
+            materials.saved_tokenizer().save_pretrained(str(run.adapter))
             describe(run.adapter, materials.task, model_card(plan, materials.task))
     return model
 
@@ -421,9 +421,9 @@ def export(materials: ModelMaterials, run: RunDirectory, to: str, output_dir: st
     check_destination(output_dir)
     model = load_tuned(materials, run)
     if to != "lora":
-        return exporting.to_merged(model, materials.tokenizer, output_dir)
+        return exporting.to_merged(model, materials.saved_tokenizer(), output_dir)
     path = exporting.to_lora(model, output_dir)
-    materials.tokenizer.save_pretrained(str(path))
+    materials.saved_tokenizer().save_pretrained(str(path))
     describe(path, materials.task, lora_card(materials))
     return path
 

@@ -24,32 +24,37 @@ from transformers import (
 )
 
 from reltune.data.rows import Row, text_problem
-from reltune.errors import InputError
 from reltune.losses import IGNORED
-from reltune.tasks.decoder import (
-    DecoderTask,
-    Messages,
-    as_transformers_has_them,
-    ended,
+from reltune.notes import note
+from reltune.tasks.chats import (
+    Chat,
+    Span,
+    answer_span,
+    assistant_spans,
+    check_heard,
+    closing_token,
     messages_problem,
     rendered,
-    shared,
+    to_read,
 )
+from reltune.tasks.decoder import DecoderTask, as_transformers_has_them
 from reltune.tasks.generation import continuations, exact_match
-from reltune.tasks.task import Columns, Examples, Written
-from reltune.tasks.texts import limit_of
+from reltune.tasks.task import Columns, Examples, RowProblem, Written
+from reltune.tasks.texts import ended, limit_of, shared, tokens_of
 
 # The prompt of Alpaca (Taori et al. 2023), for tokenizers without a chat template.
 INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"
 INSTRUCTION_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 
 
-class Source(NamedTuple):
-    """What the model is asked to continue: the prompt's token ids, the prompt to read, and the text that should follow."""
+class Prompt(NamedTuple):
+    """What the model is asked to go on from, for an example: its token ids, as training has them too; the same to read; the
+    text that should follow; and the token that ends this text, where it is not the end of sequence."""
 
     ids: list[int]
-    prompt: str
+    text: str
     reference: str
+    stop: int | None = None
 
 
 @dataclass
@@ -85,86 +90,64 @@ class CausalLM(DecoderTask):
         return ("loss", "mean_token_accuracy", "entropy")
 
     def problem(self, row: Row) -> str | None:
-        for role in ("text", "instruction"):
-            if role in self.columns and (found := text_problem(row.values, self.columns[role])):
-                return found
-        for role in ("prompt", "completion", "messages", "output"):
-            if role not in self.columns:
-                continue
-            column = self.columns[role]
-            value = row.values.get(column)
-            if isinstance(value, list) and role != "output":
-                found = messages_problem(value, column)
-            elif role == "messages":
-                found = f"a {column!r} that is no list of messages"
-            else:
-                found = text_problem(row.values, column)
-            if found:
-                return found
-        if "messages" in self.columns and not any(
-            m["role"] == "assistant" for m in row.values[self.columns["messages"]]
-        ):
+        """What is wrong with the columns, one by one, and then with what they are together."""
+        for role, column in self.columns.items():
+            if problem := _column_problem(role, column, row):
+                return problem
+        values = self._values(row)
+        if "messages" in values and not any(message["role"] == "assistant" for message in values["messages"]):
             return f"{self.columns['messages']!r} in which the assistant says nothing"
-        if {"prompt", "completion"} <= set(self.columns):
-            kinds = {isinstance(row.values[self.columns[role]], list) for role in ("prompt", "completion")}
-            if len(kinds) > 1:
-                return "a prompt and a completion of which one is a text and the other messages"
-        if "input" in self.columns and not isinstance(row.values.get(self.columns["input"]), str | None):
-            return f"a {self.columns['input']!r} that is no string"
+        if {"prompt", "completion"} <= set(values) and isinstance(values["prompt"], list) != isinstance(
+            values["completion"], list
+        ):
+            return "a prompt and a completion of which one is a text and the other messages"
         return None
+
+    def _values(self, row: Row) -> dict[str, Any]:
+        """The row's values by role."""
+        return {role: row.values.get(column) for role, column in self.columns.items()}
 
     def content(self, row: Row) -> str:
         return " ".join(str(row.values.get(column)) for column in self.columns.values())
 
     def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
-        """Token ids and labels of each row. An example's source is its ``Source``, or None where it has no prompt, or one that
-        is cut itself.
+        """Token ids and labels of each row. An example's source is its ``Prompt``, or None where it has none, or one that is
+        cut itself.
 
-        Rows of which no label is left when they are cut are left out, and their lines are in ``lost``.
+        Rows that the tokenizer or its chat template cannot take, and those of which no label is left when they are cut, are left
+        out, and their lines are in ``lost``.
         """
         limit = limit_of(processor, max_length, least=2)
-        items, sources, n_truncated = [], [], 0
-        lost: list[int] = []
+        items, prompts, n_truncated = [], [], 0
+        lost: dict[str, list[int]] = {}
         for row in rows:
-            ids, labels, source = self._encoded(row, processor)
+            try:
+                ids, labels, prompt = self._encoded(row, processor)
+            except RowProblem as problem:
+                lost.setdefault(str(problem), []).append(row.line)
+                continue
             n_truncated += len(ids) > limit
             ids, labels = ids[:limit], labels[:limit]
             if any(label != IGNORED for label in labels[1:]):  # nothing predicts the first
                 items.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
-                # a chat's last turn may come after the cut, and may be the first
-                sources.append(source if source is not None and 0 < len(source.ids) < limit else None)
+                # a chat's last answer may come after the cut, and may be the first
+                prompts.append(prompt if prompt is not None and 0 < len(prompt.ids) < limit else None)
             else:
-                lost.append(row.line)
-        return Examples(items, n_truncated, sources, {f"a prompt of {limit} tokens or more": lost} if lost else {})
+                lost.setdefault(f"a prompt of {limit} tokens or more", []).append(row.line)
+        return Examples(items, n_truncated, prompts, lost)
 
-    def _encoded(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], Source | None]:
-        values: dict[str, Any] = {role: row.values.get(column) for role, column in self.columns.items()}
+    def _encoded(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], Prompt | None]:
+        values = self._values(row)
         if "instruction" in values:
             values = instruction_as_prompt(values, tokenizer)
-        only = self.completion_only_loss is not False
         if "text" in values:
-            ids = ended(tokenizer(str(values["text"]))["input_ids"], tokenizer)
+            ids = ended(tokens_of(str(values["text"]), tokenizer), tokenizer)
             return ids, list(ids), None
         if isinstance(values.get("prompt"), str):
-            prompt = tokenizer(values["prompt"])["input_ids"]
-            ids = ended(tokenizer(str(values["prompt"]) + str(values["completion"]))["input_ids"], tokenizer)
-            # tokens may merge where the two meet: the completion starts at the first that differs
-            start = shared(prompt, ids)
-            source = Source(prompt, values["prompt"], str(values["completion"]))
-            return ids, _labels(ids, [(start, len(ids))] if only else None), source
-        if "prompt" in values:
-            before, after = values["prompt"], values["completion"]
-            prompt, ids = rendered(before, tokenizer, prompt=True), rendered([*before, *after], tokenizer)
-            spans = [(shared(prompt, ids), len(ids))]
-            reference = after[0]["content"] if len(after) == 1 else None
+            ids, spans, prompt = _completed(str(values["prompt"]), str(values["completion"]), tokenizer)
         else:
-            messages = values["messages"]
-            ids, spans = assistant_spans(messages, tokenizer, row.line)
-            last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-            before, reference = messages[:last], messages[last]["content"]
-            prompt = rendered(before, tokenizer, prompt=True)
-        labels = _labels(ids, spans if only else None)
-        return ids, labels, Source(prompt, to_read(before), reference) if isinstance(reference, str) else None
+            ids, spans, prompt = _chatted(values, tokenizer)
+        return ids, _labels(ids, None if self.completion_only_loss is False else spans), prompt
 
     def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
         """Pads a batch to its longest example, and the labels with it."""
@@ -256,9 +239,11 @@ class CausalLM(DecoderTask):
         self, model: nn.Module, examples: Examples, processor: Any, batch_size: int, predictions: Any
     ) -> list[Written]:
         """Completions, of the last turn in chats, for ``generation_examples`` at most."""
-        some = [source for source in examples.sources or () if source is not None][: self.generation_examples]
-        texts = continuations(model, processor, [source.ids for source in some], self.max_new_tokens, batch_size)
-        return [Written(source.prompt, source.reference, text) for source, text in zip(some, texts, strict=True)]
+        some = [prompt for prompt in examples.sources or () if prompt is not None][: self.generation_examples]
+        stops = {prompt.stop for prompt in some if prompt.stop is not None}
+        ids = [prompt.ids for prompt in some]
+        texts = continuations(model, processor, ids, self.max_new_tokens, batch_size, stops)
+        return [Written(prompt.text, prompt.reference, text) for prompt, text in zip(some, texts, strict=True)]
 
     def written_metrics(self, written: Sequence[Written]) -> dict[str, float]:
         """The share of examples whose completion the model writes to the letter, outer space aside."""
@@ -267,61 +252,93 @@ class CausalLM(DecoderTask):
         return {"exact_match": exact_match(written), "generations": len(written)}
 
 
-def to_read(messages: Messages) -> str:
-    """Messages as a text to look at: a single one's words, or each behind its role."""
-    words = [message.get("content") or message.get("tool_calls") for message in messages]
-    if len(words) == 1 and isinstance(words[0], str):
-        return words[0]
-    return "\n".join(f"{message['role']}: {said}" for message, said in zip(messages, words, strict=True))
+def _column_problem(role: str, column: str, row: Row) -> str | None:
+    """What is wrong with the value of one column, as a phrase, or None."""
+    value = row.values.get(column)
+    if role in ("text", "instruction", "output"):
+        return text_problem(row.values, column)
+    if role in ("prompt", "completion", "messages"):
+        if isinstance(value, list):
+            return messages_problem(value, column)
+        return f"a {column!r} that is no list of messages" if role == "messages" else text_problem(row.values, column)
+    if role == "history":
+        pairs = value is None or (isinstance(value, list) and all(map(_is_exchange, value)))
+        return None if pairs else f"a {column!r} that is no list of questions with their answers"
+    if role == "tools":
+        return None if isinstance(value, list | None) else f"a {column!r} that is no list of tools"
+    return None if isinstance(value, str | None) else f"a {column!r} that is no string"
+
+
+def _is_exchange(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(said, str) for said in value)
 
 
 def instruction_as_prompt(values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """An instruction, its input and output as prompt and completion: a chat's where the tokenizer has a template."""
+    """An instruction with its input and output, and what was said before, as prompt and completion: a chat's where the
+    tokenizer has a template. What was said before is read, and not learned."""
     instruction, given, output = values["instruction"], values.get("input") or "", values["output"]
+    system, history = values.get("system") or "", values.get("history") or []
     if tokenizer.chat_template is not None:
+        messages = [{"role": "system", "content": system}] if system.strip() else []
+        for question, answer in history:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         content = f"{instruction}\n\n{given}" if given.strip() else instruction
         return {
-            "prompt": [{"role": "user", "content": content}],
+            "prompt": [*messages, {"role": "user", "content": content}],
             "completion": [{"role": "assistant", "content": output}],
         }
     layout = INSTRUCTION_WITH_INPUT if given.strip() else INSTRUCTION
-    return {"prompt": layout.format(instruction=instruction, input=given), "completion": output}
+    before = [f"{system}\n\n"] if system.strip() else []
+    before += [f"{INSTRUCTION.format(instruction=question)}{answer}\n\n" for question, answer in history]
+    return {"prompt": "".join([*before, layout.format(instruction=instruction, input=given)]), "completion": output}
 
 
-def assistant_spans(
-    messages: Messages, tokenizer: PreTrainedTokenizerBase, line: int
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """A chat's token ids, and from where to where the assistant wrote them.
-
-    By the template's own marks, if it has some; else a turn is what the chat up to it has more than the prompt for it.
-    """
-    template = tokenizer.chat_template
-    if isinstance(template, str) and "{% generation" in template.replace("{%-", "{%"):
-        marked: Any = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+def _completed(
+    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[Span], Prompt | None]:
+    """Token ids of a prompt with its completion, where the completion stands, and what the model is asked to go on from: the
+    ids that the prompt by itself and both together begin with."""
+    before = tokens_of(prompt, tokenizer)
+    ids = ended(tokens_of(prompt + completion, tokenizer), tokenizer)
+    start = shared(before, ids)
+    while before[start:] and before[-1] in tokenizer.all_special_ids:  # the tokenizer ends every text with it
+        before.pop()
+    if before[start:]:
+        note(
+            "Some prompts end within a token of prompt and completion, as one that ends in a space does before a word; the loss, "
+            "and what the model is asked to write, begin with that token. Put the space at the start of the completion."
         )
-        mask = marked["assistant_masks"]
-        return marked["input_ids"], [(i, i + 1) for i, written in enumerate(mask) if written]
-    ids = rendered(messages, tokenizer)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        # Before a first turn there is what the template puts before any: a system prompt of its own, the turn's marks.
-        before = (
-            rendered(messages[:i], tokenizer, prompt=True) if i else rendered([{**message, "content": ""}], tokenizer)
+        prompt, completion = (
+            str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:start], ids[start:])
         )
-        upto = rendered(messages[: i + 1], tokenizer)
-        if ids[: len(upto)] != upto:
-            raise InputError(
-                f"The chat template renders the turns of line {line} otherwise when more turns follow, so that it cannot be "
-                "told what the assistant wrote; use rows of prompt and completion, or a template with generation marks."
-            )
-        spans.append((shared(before, upto), len(upto)))
-    return ids, spans
+    return ids, [(start, len(ids))], Prompt(ids[:start], prompt, completion)
 
 
-def _labels(ids: list[int], spans: Iterable[tuple[int, int]] | None) -> list[int]:
+def _chatted(
+    values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[Span], Prompt | None]:
+    """The same of a chat: of prompt and completion in messages, or of messages in which the assistant answers several times and
+    the last answer is asked for."""
+    tools = values.get("tools")
+    if "messages" in values:
+        chat = Chat(values["messages"], tools)
+        ids, spans = assistant_spans(chat, tokenizer)
+        last = max(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
+        before, reference = chat.messages[:last], chat.messages[last].get("content")
+    else:
+        before, answers = values["prompt"], values["completion"]
+        chat = Chat([*before, *answers], tools)
+        ids = rendered(chat, tokenizer)
+        spans = [answer_span(rendered(Chat(before, tools), tokenizer, prompt=True), ids, tokenizer)]
+        reference = answers[0].get("content") if len(answers) == 1 else None
+    check_heard(chat, tokenizer)
+    stops = [closing_token(ids, span, tokenizer) for span in spans]
+    if not spans or not before or not isinstance(reference, str):
+        return ids, spans, None
+    return ids, spans, Prompt(ids[: spans[-1][0]], to_read(before), reference, stops[-1])
+
+
+def _labels(ids: list[int], spans: Iterable[Span] | None) -> list[int]:
     if spans is None:
         return list(ids)
     labels = [IGNORED] * len(ids)

@@ -34,6 +34,7 @@ class ClassTask(Task):
             names; None where it uses the same names.
         problem_type: Transformers' name for what the outputs mean, or None where there is only one meaning.
         auto_class, mapping, head: as for ``pretrained.load_model``.
+        reads_last_token: whether a head on a decoder looks for the last token that is not padding.
     """
 
     labels: list[str] = field(default_factory=list)
@@ -44,6 +45,7 @@ class ClassTask(Task):
     auto_class: ClassVar[Any]
     mapping: ClassVar[Any]
     head: ClassVar[str]
+    reads_last_token: ClassVar[bool] = False
 
     def suited_to(self, config: PreTrainedConfig) -> Task:
         """With the labels in the order of the checkpoint's own head, where it is for the same classes. Notes what becomes of
@@ -83,14 +85,9 @@ class ClassTask(Task):
             self.head,
             labelled(self.labels, self.problem_type, self.head_labels),
             dtype,
-            lambda: self.pad_token_id(model_name_or_path),
+            (lambda: self.load_tokenizer(model_name_or_path).pad_token_id) if self.reads_last_token else None,
             **options,
         )
-
-    def pad_token_id(self, model_name_or_path: str | os.PathLike) -> int | None:
-        """The padding token that the model is told."""
-        token_id: int | None = self.load_tokenizer(model_name_or_path).pad_token_id
-        return token_id
 
     def unknown(self, label: str, kind: str = "label") -> str:
         """The phrase for a row's label that is none of ``labels``."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Collection, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,23 +23,23 @@ def continuations(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     batch_size: int,
+    stops: Collection[int] = (),
 ) -> list[str]:
     """The text that a decoder adds to each prompt (token ids), special tokens left out.
 
-    Prompts of like length share a batch, padded on the left; every text ends at the end-of-sequence token, after
-    ``max_new_tokens`` or where the model's positions do. The processes of torch.distributed, each of which calls this with
-    the whole model, share the prompts, and all get all texts.
+    Prompts of like length share a batch, padded on the left, and none shares one with a longer prompt where the model is told no
+    positions; every text ends at the end-of-sequence token or one of ``stops``, after ``max_new_tokens`` or where the model's
+    positions do. The processes of torch.distributed, each of which calls this with the whole model, share the prompts, and all
+    get all texts.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    batch_size = max(1, min(batch_size, -(-len(order) // processes)))
+    batch_size = max(1, min(batch_size, -(-len(prompts) // processes)))
     texts: dict[int, str] = {}
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    starts = range(0, len(order), batch_size)[rank::processes]
-    for start in tqdm(starts, desc="generate", unit="batch", leave=False, disable=rank > 0):
-        places = order[start : start + batch_size]
+    batches = _batches([len(prompt) for prompt in prompts], batch_size, _is_told_positions(model))[rank::processes]
+    for places in tqdm(batches, desc="generate", unit="batch", leave=False, disable=rank > 0):
         batch = tokenizer.pad(
             {"input_ids": [list(prompts[i]) for i in places]}, padding_side="left", return_tensors="pt"
         ).to(device)
@@ -47,7 +49,7 @@ def continuations(
             do_sample=False,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=_ends(model, tokenizer),
+            eos_token_id=sorted({*_ends(model, tokenizer), *stops}),
         )
         written = model.generate(  # type: ignore[operator]
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=settings
@@ -60,6 +62,19 @@ def continuations(
         dist.all_gather_object(shares, texts)
         texts = {place: text for share in shares for place, text in share.items()}
     return [texts[i] for i in range(len(prompts))]
+
+
+def _batches(lengths: Sequence[int], batch_size: int, padded: bool) -> list[list[int]]:
+    """The places of prompts that share a batch, short ones first; of one length each unless they may be padded."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    groups = [order] if padded else [list(same) for _, same in groupby(order, key=lengths.__getitem__)]
+    return [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
+
+
+def _is_told_positions(model: Any) -> bool:
+    """Whether generation tells the model each token's position, which padding before a prompt would shift."""
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "position_ids" in inspect.signature(own.forward).parameters
 
 
 def exact_match(written: Sequence[Written]) -> float:

@@ -39,6 +39,8 @@ class ImageClassification(SequenceClassification):
     auto_class: ClassVar[Any] = AutoModelForImageClassification
     mapping: ClassVar[Any] = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     head: ClassVar[str] = "image classification head"
+    reads_last_token: ClassVar[bool] = False
+    padding_sides: ClassVar[tuple[str, ...]] = ()
 
     def problem(self, row: Row) -> str | None:
         return image_problem(row.values, self.columns["image"]) or label_problem(row.values, self.columns["label"])
@@ -51,10 +53,6 @@ class ImageClassification(SequenceClassification):
             return hashlib.sha256(data).hexdigest()
         return str(image["path"] if isinstance(image, Mapping) else image)
 
-    def pad_token_id(self, model_name_or_path: str | os.PathLike) -> int | None:
-        """None: images are not padded."""
-        return None
-
     def load_tokenizer(self, model_name_or_path: str | os.PathLike) -> Any:
         """The model's image processor, which resizes and normalises."""
         name = os.fspath(model_name_or_path)
@@ -66,6 +64,9 @@ class ImageClassification(SequenceClassification):
                 f"{name} has no usable image processor ({first_line(error)}). Save it there with "
                 "image_processor.save_pretrained, or name a model that comes with one."
             ) from error
+
+    def saved_tokenizer(self, model_name_or_path: str | os.PathLike) -> Any:
+        return self.load_tokenizer(model_name_or_path)
 
     def encode(self, rows: Sequence[Row], processor: Any, max_length: int) -> Examples:
         """The images as they are stored, and their classes."""

@@ -49,6 +49,7 @@ class MaskedLM(Task):
     loss: ClassVar[str] = "masked_lm"
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy")
     peft_task_type: ClassVar[str | None] = None
+    draws_tokens: ClassVar[bool] = True  # a tenth of the hidden ones become random tokens
 
     def problem(self, row: Row) -> str | None:
         return text_problem(row.values, self.columns["text"])
@@ -82,12 +83,13 @@ class MaskedLM(Task):
 
     def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
         """Token ids of each text, cut to the limit; nothing is hidden yet."""
-        lines = [row.line for row in rows]
-        items, n_truncated = encode_texts([self.content(row) for row in rows], lines, processor, max_length)
+        encoded = encode_texts(rows, [(self.content(row),) for row in rows], processor, max_length)
         special = set(processor.all_special_ids)
-        lost = [line for item, line in zip(items, lines, strict=True) if special.issuperset(item["input_ids"])]
-        items = [item for item in items if not special.issuperset(item["input_ids"])]
-        return Examples(items, n_truncated, lost={"a text of unknown tokens alone": lost} if lost else {})
+        empty = [special.issuperset(item["input_ids"]) for item in encoded.items]
+        lines = [row.line for row, lost in zip(encoded.rows, empty, strict=True) if lost]
+        items = [item for item, lost in zip(encoded.items, empty, strict=True) if not lost]
+        lost = {**encoded.lost, "a text of unknown tokens alone": lines} if lines else encoded.lost
+        return Examples(items, encoded.n_truncated, lost=lost)
 
     def held_out(self, examples: Examples, processor: PreTrainedTokenizerBase) -> Examples:
         """The texts with tokens hidden, once and for all."""

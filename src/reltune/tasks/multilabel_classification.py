@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from reltune.data.rows import Row, label_of, text_problem
+from reltune.data.rows import Row, label_of
 from reltune.errors import InputError
 from reltune.notes import note
 from reltune.tasks.classes import ClassTask
@@ -39,12 +39,13 @@ class MultilabelClassification(ClassTask, TextTask):
     auto_class: ClassVar[Any] = AutoModelForSequenceClassification
     mapping: ClassVar[Any] = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     head: ClassVar[str] = "sequence classification head"
+    reads_last_token: ClassVar[bool] = True
 
     def problem(self, row: Row) -> str | None:
         column = self.columns["label"]
         value = row.values.get(column)
-        if found := text_problem(row.values, self.columns["text"]):
-            return found
+        if problem := self.text_problem(row):
+            return problem
         if value is None:
             return f"an empty {column!r}"
         if isinstance(value, str):
@@ -79,12 +80,11 @@ class MultilabelClassification(ClassTask, TextTask):
 
     def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
         """Token ids of each text, and 1.0 for each label that it has, 0.0 for the others."""
-        texts = [self.content(row) for row in rows]
-        items, n_truncated = encode_texts(texts, [row.line for row in rows], processor, max_length)
-        for item, row in zip(items, rows, strict=True):
+        encoded = encode_texts(rows, [self.texts(row) for row in rows], processor, max_length)
+        for item, row in zip(encoded.items, encoded.rows, strict=True):
             own = set(self.labels_of(row))
             item["labels"] = [float(label in own) for label in self.labels]
-        return Examples(items, n_truncated)
+        return Examples(encoded.items, encoded.n_truncated, lost=encoded.lost)
 
     def compute_metrics(
         self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None

@@ -7,7 +7,7 @@ adapter switched off: there is no second copy of the model and none of the adapt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -26,9 +26,10 @@ from reltune.losses import (
     preference_losses,
     rows_of,
 )
-from reltune.tasks.decoder import DecoderTask, as_transformers_has_them, ended, messages_problem, rendered, shared
-from reltune.tasks.task import Columns, Examples
-from reltune.tasks.texts import limit_of
+from reltune.tasks.chats import Chat, answer_span, check_heard, closing_token, messages_problem, rendered
+from reltune.tasks.decoder import DecoderTask, as_transformers_has_them
+from reltune.tasks.task import Columns, Examples, RowProblem
+from reltune.tasks.texts import ended, limit_of, shared, tokens_of
 
 ITEM = ("prompt_ids", "chosen_ids", "rejected_ids")  # TRL's names
 
@@ -140,7 +141,11 @@ class Preference(DecoderTask):
         lost: dict[str, list[int]] = {}
         items, n_truncated = [], 0
         for row in rows:
-            start, *pair = self._encoded(row, processor)
+            try:
+                start, *pair = self._encoded(row, processor)
+            except RowProblem as problem:
+                lost.setdefault(str(problem), []).append(row.line)
+                continue
             n_truncated += any(len(ids) > limit for ids in pair)
             chosen, rejected = (ids[start:limit] for ids in pair)
             if not start:
@@ -160,13 +165,21 @@ class Preference(DecoderTask):
         """
         prompt, pair = self._prompt(row), [row.values[self.columns[role]] for role in ("chosen", "rejected")]
         if isinstance(pair[0], str):
-            chosen, rejected = (ended(tokenizer((prompt or "") + text)["input_ids"], tokenizer) for text in pair)
-            before = chosen if prompt is None else tokenizer(prompt)["input_ids"]
-        else:
-            turns = pair[0][: shared(*pair)] if prompt is None else prompt
-            chosen, rejected = (rendered(of if prompt is None else [*prompt, *of], tokenizer) for of in pair)
-            before = rendered(turns, tokenizer, prompt=True)
-        return min(shared(before, chosen), shared(before, rejected)), chosen, rejected
+            chosen, rejected = (ended(tokens_of((prompt or "") + text, tokenizer), tokenizer) for text in pair)
+            before = chosen if prompt is None else tokens_of(prompt, tokenizer)
+            return min(shared(before, chosen), shared(before, rejected)), chosen, rejected
+        turns = pair[0][: shared(*pair)] if prompt is None else prompt
+        chats = [Chat(answer if prompt is None else [*prompt, *answer]) for answer in pair]
+        before = rendered(Chat(turns), tokenizer, prompt=True)
+        chosen, rejected = (rendered(chat, tokenizer) for chat in chats)
+        start = min(answer_span(before, ids, tokenizer)[0] for ids in (chosen, rejected))
+        for chat, ids in zip(chats, (chosen, rejected), strict=True):
+            check_heard(chat, tokenizer)
+            closing_token(ids, (start, len(ids)), tokenizer)
+        return start, chosen, rejected
+
+    def token_ids(self, item: Mapping[str, Any]) -> list[Sequence[int]]:
+        return [[*item[ITEM[0]], *item[answer]] for answer in ITEM[1:]]
 
     def collator(self, processor: PreTrainedTokenizerBase) -> Pairs:
         return Pairs(processor.pad_token_id)

@@ -83,6 +83,7 @@ class QuestionAnswering(Task):
     peft_task_type: ClassVar[str] = "QUESTION_ANS"
     unit: ClassVar[str] = "window"
     trainer_class: ClassVar[type[Trainer]] = SpanTrainer
+    padding_sides: ClassVar[tuple[str, ...]] = ("right",)  # labels are places of tokens
 
     def problem(self, row: Row) -> str | None:
         column = self.columns["answers"]
@@ -129,7 +130,6 @@ class QuestionAnswering(Task):
             "question answering head",
             as_it_is,
             dtype,
-            lambda: self.load_tokenizer(model_name_or_path).pad_token_id,
             **options,
         )
 
@@ -140,7 +140,6 @@ class QuestionAnswering(Task):
                 f"The tokenizer of {os.fspath(model_name_or_path)} cannot tell where in the text its tokens stand; "
                 "question_answering needs a model with a fast tokenizer (tokenizer.json)."
             )
-        tokenizer.padding_side = "right"
         return tokenizer
 
     def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:

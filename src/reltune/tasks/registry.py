@@ -46,4 +46,7 @@ def task_of_record(record: Mapping[str, Any], **fields: Any) -> Task:
     values = {name: value for name, value in record.items() if name in known}
     if not all(isinstance(label, str) for name in ("labels", "head_labels") for label in values.get(name) or []):
         raise InputError("it has labels that are no texts")
-    return kind(**values, **{name: fields[name] for name in kind.fields if name in fields})
+    task = kind(**values, **{name: fields[name] for name in kind.fields if name in fields})
+    if record.get("padding_side") in kind.padding_sides:
+        task.padding_side = record["padding_side"]
+    return task

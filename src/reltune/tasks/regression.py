@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from reltune.data.rows import Row, text_problem
+from reltune.data.rows import Row
 from reltune.notes import note
 from reltune.pretrained import load_model
 from reltune.tasks.classes import ANEW, has_head
@@ -40,8 +40,8 @@ class Regression(TextTask):
     def problem(self, row: Row) -> str | None:
         column = self.columns["label"]
         value = row.values.get(column)
-        if found := text_problem(row.values, self.columns["text"]):
-            return found
+        if problem := self.text_problem(row):
+            return problem
         if value is None or (isinstance(value, str) and not value.strip()):
             return f"an empty {column!r}"
         return None if number_of(value) is not None else f"a {column!r} that is no number"
@@ -66,11 +66,10 @@ class Regression(TextTask):
         )
 
     def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
-        texts = [self.content(row) for row in rows]
-        items, n_truncated = encode_texts(texts, [row.line for row in rows], processor, max_length)
-        for item, row in zip(items, rows, strict=True):
+        encoded = encode_texts(rows, [self.texts(row) for row in rows], processor, max_length)
+        for item, row in zip(encoded.items, encoded.rows, strict=True):
             item["labels"] = number_of(row.values[self.columns["label"]])
-        return Examples(items, n_truncated)
+        return Examples(encoded.items, encoded.n_truncated, lost=encoded.lost)
 
     def compute_metrics(
         self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None

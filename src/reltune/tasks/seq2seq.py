@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -28,8 +28,8 @@ from reltune.data.rows import Row, text_problem
 from reltune.losses import IGNORED
 from reltune.pretrained import as_it_is, load_model
 from reltune.tasks.generation import exact_match
-from reltune.tasks.task import Columns, Examples, Task, Written
-from reltune.tasks.texts import encode_texts, limit_of
+from reltune.tasks.task import Columns, Examples, RowProblem, Task, Written
+from reltune.tasks.texts import encode_texts, ended, limit_of, tokenized
 
 ROUGE = ("rougeL", "rouge1", "rouge2")
 # Letters and digits between others are one word; of scripts without spaces every character is one.
@@ -76,18 +76,30 @@ class Seq2Seq(Task):
 
     def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
         """Token ids of sources and targets, each cut to the limit; an example's source is both, as texts."""
+        encoded = encode_texts(rows, [(self.content(row),) for row in rows], processor, max_length)
         limit = limit_of(processor, max_length)
-        lines = [row.line for row in rows]
-        texts = [self.content(row) for row in rows]
-        items, n_truncated = encode_texts(texts, lines, processor, max_length)
-        targets = [str(row.values[self.columns["target"]]) for row in rows]
-        if targets:
-            written = processor(text_target=targets, verbose=False)["input_ids"]
-            short = processor(text_target=targets, truncation=True, max_length=limit)["input_ids"]
-            n_truncated += sum(len(ids) > limit for ids in written)
-            for item, ids in zip(items, short, strict=True):
-                item["labels"] = ids
-        return Examples(items, n_truncated, list(zip(texts, targets, strict=True)))
+        texts = [str(row.values[self.columns["target"]]) for row in encoded.rows]
+        targets = tokenized([(text,) for text in texts], processor, limit, targets=True)
+        items, sources, n_truncated = [], [], encoded.n_truncated
+        for item, row, text, target in zip(encoded.items, encoded.rows, texts, targets, strict=True):
+            if isinstance(target, RowProblem):
+                encoded.lost.setdefault(str(target), []).append(row.line)
+                continue
+            written, cut = target
+            n_truncated += cut
+            item["labels"] = self._ended(written["input_ids"], processor, limit)
+            items.append(item)
+            sources.append((self.content(row), text))
+        return Examples(items, n_truncated, sources, encoded.lost)
+
+    @staticmethod
+    def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:
+        """A target's token ids, the end of sequence among the last: where a tokenizer puts none, the model would not learn to
+        stop. Behind it some put the language."""
+        return ids if tokenizer.eos_token_id in ids[-2:] else ended(ids[: limit - 1], tokenizer)
+
+    def token_ids(self, item: Mapping[str, Any]) -> list[Sequence[int]]:
+        return [item["input_ids"], item["labels"]]
 
     def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
         """Pads sources and targets of a batch to their longest; the model makes the decoder's inputs of the targets."""

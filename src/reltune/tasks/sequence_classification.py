@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from reltune.data.rows import Row, label_of, label_problem, text_problem
+from reltune.data.rows import Row, label_of, label_problem
 from reltune.errors import InputError, nearest
 from reltune.tasks.classes import ClassTask
 from reltune.tasks.task import Columns, Examples
@@ -36,9 +36,10 @@ class SequenceClassification(ClassTask, TextTask):
     auto_class: ClassVar[Any] = AutoModelForSequenceClassification
     mapping: ClassVar[Any] = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     head: ClassVar[str] = "sequence classification head"
+    reads_last_token: ClassVar[bool] = True
 
     def problem(self, row: Row) -> str | None:
-        return text_problem(row.values, self.columns["text"]) or label_problem(row.values, self.columns["label"])
+        return self.text_problem(row) or label_problem(row.values, self.columns["label"])
 
     def label(self, row: Row) -> str:
         return label_of(row.values[self.columns["label"]])
@@ -62,17 +63,16 @@ class SequenceClassification(ClassTask, TextTask):
 
     def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
         """Token ids of each text, cut to ``max_length`` tokens or the tokenizer's limit if that is less."""
-        texts = [self.content(row) for row in rows]
-        items, n_truncated = encode_texts(texts, [row.line for row in rows], processor, max_length)
+        encoded = encode_texts(rows, [self.texts(row) for row in rows], processor, max_length)
         index = {label: position for position, label in enumerate(self.labels)}
-        for item, row in zip(items, rows, strict=True):
+        for item, row in zip(encoded.items, encoded.rows, strict=True):
             label = self.label(row)
             if label not in index:
                 raise InputError(
                     f"The label {label!r} on line {row.line} is none of the task's; {nearest(label, self.labels)}"
                 )
             item["labels"] = index[label]
-        return Examples(items, n_truncated)
+        return Examples(encoded.items, encoded.n_truncated, lost=encoded.lost)
 
     def compute_metrics(
         self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None

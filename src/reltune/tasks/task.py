@@ -19,9 +19,14 @@ from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel, Trai
 
 from reltune.data.rows import Row
 from reltune.losses import Loss
-from reltune.pretrained import load_tokenizer
+from reltune.notes import collecting
+from reltune.pretrained import load_tokenizer, saved_tokenizer
 
 Columns = Mapping[str, str]  # role -> the column that plays it
+
+
+class RowProblem(Exception):
+    """What is wrong with a row, as a phrase, where it shows when the row is encoded."""
 
 
 class Written(NamedTuple):
@@ -72,6 +77,9 @@ class Task(abc.ABC):
         defaults: this task's defaults for its arguments.
         learning_rates: method -> rate, where those of ``training.LEARNING_RATES`` do not suit (docs/learning_rates.md).
         fields: fields of ``RunConfig`` that the task has too.
+        padding_sides: where its collator may pad, the preferred side first; none where nothing is padded.
+        padding_side: where it pads, as ``fit.settle_padding`` found.
+        draws_tokens: whether training draws tokens from the whole vocabulary.
     """
 
     name: ClassVar[str]
@@ -83,8 +91,11 @@ class Task(abc.ABC):
     defaults: ClassVar[Mapping[str, Any]] = {}
     learning_rates: ClassVar[Mapping[str, float]] = {}
     fields: ClassVar[tuple[str, ...]] = ()
+    padding_sides: ClassVar[tuple[str, ...]] = ("right", "left")
+    draws_tokens: ClassVar[bool] = False
 
     columns: Columns
+    padding_side = "right"
 
     def __init__(self, columns: Columns, **fields: Any) -> None:
         """For the columns of rows, with the values of ``fields``; dataclasses have one of their own."""
@@ -140,7 +151,8 @@ class Task(abc.ABC):
         config does not have. ``registry.task_of_record`` makes the task again."""
         names = [field.name for field in dataclasses.fields(self)] if dataclasses.is_dataclass(self) else ["columns"]
         values = {name: getattr(self, name) for name in names if name not in self.fields}
-        return {"name": self.name, **values, "columns": dict(self.columns)}
+        padding = {"padding_side": self.padding_side} if self.padding_sides else {}
+        return {"name": self.name, **values, "columns": dict(self.columns), **padding}
 
     def facts(self) -> list[str]:
         """Lines for a reader of the adapter: what it is for, and what the model's outputs mean."""
@@ -178,7 +190,16 @@ class Task(abc.ABC):
 
     def load_tokenizer(self, model_name_or_path: str | os.PathLike) -> Any:
         """The tokenizer, or whatever else makes the model's inputs."""
-        return load_tokenizer(os.fspath(model_name_or_path))
+        return load_tokenizer(os.fspath(model_name_or_path), padding_side=self.padding_side)
+
+    def saved_tokenizer(self, model_name_or_path: str | os.PathLike) -> Any:
+        """What ``load_tokenizer`` loads as it came with the model, to be saved again: without what it is told for training."""
+        with collecting():  # whatever there is to note was noted when it was loaded
+            return saved_tokenizer(os.fspath(model_name_or_path))
+
+    def token_ids(self, item: Mapping[str, Any]) -> list[Sequence[int]]:
+        """The lists of token ids that an example has; one after another is read by the model."""
+        return [item["input_ids"]] if "input_ids" in item else []
 
     def not_tuned(self, model: nn.Module) -> list[str]:
         """Modules that the task's Trainer cannot train parts of, beside new heads."""

@@ -1,22 +1,32 @@
-"""What tasks on single texts share: how values become numbers, and texts tokens."""
+"""What tasks on texts share: how values become numbers, and texts tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import takewhile
+from typing import Any, NamedTuple
 
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from reltune.data.rows import Row
-from reltune.errors import InputError
-from reltune.tasks.task import Task
+from reltune.data.rows import Row, text_problem
+from reltune.errors import InputError, first_line
+from reltune.notes import note
+from reltune.tasks.task import RowProblem, Task
 
 
 class TextTask(Task):
-    """A task on one text per row, in the column "text"."""
+    """A task on one text per row, in the column "text"; or on two that are read together, the second in "text_pair"."""
+
+    def texts(self, row: Row) -> tuple[str, ...]:
+        return tuple(str(row.values[self.columns[role]]) for role in ("text", "text_pair") if role in self.columns)
 
     def content(self, row: Row) -> str:
-        return str(row.values[self.columns["text"]])
+        return " ".join(self.texts(row))
+
+    def text_problem(self, row: Row) -> str | None:
+        """What is wrong with the row's texts, as a phrase, or None."""
+        columns = [self.columns[role] for role in ("text", "text_pair") if role in self.columns]
+        return next((problem for column in columns if (problem := text_problem(row.values, column))), None)
 
     def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
         """Pads a batch to its longest text."""
@@ -34,10 +44,10 @@ def number_of(value: Any) -> float | None:
     return number if abs(number) < float("inf") else None
 
 
-def limit_of(tokenizer: PreTrainedTokenizerBase, max_length: int, least: int = 1) -> int:
+def limit_of(tokenizer: PreTrainedTokenizerBase, max_length: int, least: int = 1, pair: bool = False) -> int:
     """The number of tokens that an example may have, special ones included; room for ``least`` others is needed."""
     limit = min(max_length, tokenizer.model_max_length)
-    special = tokenizer.num_special_tokens_to_add()
+    special = tokenizer.num_special_tokens_to_add(pair)
     if limit < special + least:
         raise InputError(
             f"max_length {limit} leaves no room for text, because the tokenizer adds {special} "
@@ -46,20 +56,98 @@ def limit_of(tokenizer: PreTrainedTokenizerBase, max_length: int, least: int = 1
     return limit
 
 
+# -- one text -------------------------------------------------------------------------------------------------------
+
+
+def read(tokenizer: PreTrainedTokenizerBase, *texts: Any, **options: Any) -> Any:
+    """What the tokenizer makes of texts. Raises RowProblem for those that it cannot read."""
+    try:
+        return tokenizer(*texts, **options)
+    except MemoryError:
+        raise
+    except Exception as error:  # of the tokenizers library, or of a tokenizer written in Python
+        raise RowProblem(f"a text that the tokenizer cannot read ({first_line(error)})") from error
+
+
+def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A text's token ids with the tokenizer's special tokens; those that it adds are there once where the text has them too."""
+    ids = list(read(tokenizer, text, verbose=False)["input_ids"])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos] and text.startswith(str(tokenizer.bos_token)):
+        ids = ids[1:]
+        note(f"Texts begin with {tokenizer.bos_token!r}, which the tokenizer puts there too; it is taken once.")
+    if eos is not None and ids[-2:] == [eos, eos] and text.endswith(str(tokenizer.eos_token)):
+        ids = ids[:-1]
+        note(f"Texts end with {tokenizer.eos_token!r}, which the tokenizer puts there too; it is taken once.")
+    return ids
+
+
+def ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids with the end-of-sequence token behind them."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        note("The tokenizer has no end-of-sequence token, so that the model learns nothing to stop at.")
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def shared(items: Sequence[Any], others: Sequence[Any]) -> int:
+    """How many leading items both have in common."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(items, others, strict=False)))
+
+
+# -- many texts -----------------------------------------------------------------------------------------------------
+
+
+class EncodedTexts(NamedTuple):
+    """The tokenizer's output for rows, these rows, how many were cut, and the lines of other rows by what is wrong there."""
+
+    items: list[dict[str, Any]]
+    rows: list[Row]
+    n_truncated: int
+    lost: dict[str, list[int]]
+
+
 def encode_texts(
-    texts: Sequence[str], lines: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[list[dict[str, Any]], int]:
-    """The tokenizer's output for each text, cut to the limit, and how many were cut. ``lines`` are for messages."""
-    limit = limit_of(tokenizer, max_length)
+    rows: Sequence[Row], texts: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> EncodedTexts:
+    """The tokenizer's output for each row's text, or for its two, cut to the limit. Of two the longer one is cut."""
+    pair = any(len(own) > 1 for own in texts)
+    limit = limit_of(tokenizer, max_length, pair=pair)
+    if pair and tokenizer.num_special_tokens_to_add(pair=True) == tokenizer.num_special_tokens_to_add():
+        note("The tokenizer puts nothing between the two texts of a pair; the second one is read on a new line.")
+        texts = [(first, f"\n{second}") for first, second in texts]
+    encoded = EncodedTexts([], [], 0, {})
+    n_truncated = 0
+    for row, found in zip(rows, tokenized(texts, tokenizer, limit), strict=True):
+        item, cut = found if isinstance(found, tuple) else ({"input_ids": []}, False)
+        if item["input_ids"]:
+            encoded.items.append(item)
+            encoded.rows.append(row)
+            n_truncated += cut
+        else:
+            phrase = "a text that gives no tokens" if isinstance(found, tuple) else str(found)
+            encoded.lost.setdefault(phrase, []).append(row.line)
+    return encoded._replace(n_truncated=n_truncated)
+
+
+def tokenized(
+    texts: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, limit: int, targets: bool = False
+) -> list[tuple[dict[str, Any], bool] | RowProblem]:
+    """For each row the tokenizer's output and whether it was cut, or what is wrong with it. ``targets`` are what a model is to
+    write, which tokenizers of several languages read otherwise."""
     if not texts:
-        return [], 0
-    encoded = tokenizer(list(texts), truncation=True, max_length=limit)
-    items = [{key: values[i] for key, values in encoded.items()} for i in range(len(texts))]
-    for item, line in zip(items, lines, strict=True):
-        if not item["input_ids"]:
-            raise InputError(f"The text on line {line} gives no tokens; delete it or use another model.")
-    if encoded.encodings is not None:
-        return items, sum(bool(encoding.overflowing) for encoding in encoded.encodings)
-    # tokenizers written in Python do not keep what they cut; verbose ones warn of every long text
-    whole = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-    return items, sum(len(ids) > limit for ids in whole)
+        return []
+    columns = [list(column) for column in zip(*texts, strict=True)]
+    given = {"text_target": columns.pop()} if targets else {}
+    try:
+        batch = read(tokenizer, *columns, truncation=True, max_length=limit, **given)
+        if batch.encodings is not None:
+            cut = [bool(encoding.overflowing) for encoding in batch.encodings]
+        else:  # tokenizers written in Python do not keep what they cut; verbose ones warn of every long text
+            whole = read(tokenizer, *columns, truncation=False, verbose=False, **given)["input_ids"]
+            cut = [len(ids) > limit for ids in whole]
+    except RowProblem as problem:  # of one of them: which?
+        if len(texts) == 1:
+            return [problem]
+        return [one for own in texts for one in tokenized([own], tokenizer, limit, targets)]
+    return [({key: values[i] for key, values in batch.items()}, cut[i]) for i in range(len(texts))]

@@ -21,11 +21,12 @@ from transformers import (
 from reltune.data.rows import Row, label_of
 from reltune.errors import InputError
 from reltune.losses import IGNORED
-from reltune.pretrained import load_tokenizer
+from reltune.pretrained import load_tokenizer, saved_tokenizer
 from reltune.tasks.classes import ClassTask
 from reltune.tasks.task import Columns, Examples
 from reltune.tasks.texts import limit_of
 
+WORDS = {"add_prefix_space": True}  # what byte-level tokenizers want to be told of lists of words
 CHUNKS = re.compile(r"O|[BIESLU]-.+")  # tags of entities: IOB and its kin
 
 
@@ -98,9 +99,14 @@ class TokenClassification(ClassTask):
                 f"The tokenizer of {os.fspath(model_name_or_path)} cannot tell which tokens belong to which word; "
                 "token_classification needs a model with a fast tokenizer (tokenizer.json)."
             )
-        if getattr(tokenizer, "add_prefix_space", None) is False:  # byte-level ones take lists of words only so
-            tokenizer = load_tokenizer(os.fspath(model_name_or_path), add_prefix_space=True)
-        return tokenizer
+        if not _wants_words(tokenizer):
+            return tokenizer
+        return load_tokenizer(os.fspath(model_name_or_path), padding_side=self.padding_side, **WORDS)
+
+    def saved_tokenizer(self, model_name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
+        """As it came with the model; a byte-level one so that it takes lists of words, as in training."""
+        tokenizer: PreTrainedTokenizerBase = super().saved_tokenizer(model_name_or_path)
+        return saved_tokenizer(os.fspath(model_name_or_path), **WORDS) if _wants_words(tokenizer) else tokenizer
 
     def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
         """Token ids of each row's words, with the tag at the first token of each and ``IGNORED`` elsewhere.
@@ -163,6 +169,11 @@ class TokenClassification(ClassTask):
 
     def _named(self, indices: Iterable[int]) -> list[str]:
         return [self.labels[i] for i in indices]
+
+
+def _wants_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer has to be told that it is given lists of words: byte-level ones look for the space before them."""
+    return getattr(tokenizer, "add_prefix_space", None) is False
 
 
 def _listed(value: list[Any] | str) -> list[Any]:

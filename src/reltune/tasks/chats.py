@@ -1,0 +1,169 @@
+"""How chats become tokens: by the chat template of the model's tokenizer, with what it cannot take found and named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from reltune.errors import InputError, first_line
+from reltune.notes import note
+from reltune.tasks.task import RowProblem
+from reltune.tasks.texts import shared
+
+Messages = list[dict[str, Any]]
+Span = tuple[int, int]  # the first token, and the one after the last
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages, and the tools that the model may call in them, as JSON schemas."""
+
+    messages: Messages
+    tools: Sequence[Any] | None = None
+
+
+def messages_problem(messages: list[Any], column: str) -> str | None:
+    """What is wrong with a list that should be messages, as a phrase, or None."""
+    if not messages:
+        return f"an empty {column!r}"
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            return f"a {column!r} with a message that has no role"
+        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
+            return f"a {column!r} with a message that has no content"
+    return None
+
+
+def rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> list[int]:
+    """A chat's token ids by the tokenizer's template; of a ``prompt``, with what opens the answer.
+
+    Raises:
+        RowProblem: the template refuses the chat.
+        InputError: there is no template.
+    """
+    if tokenizer.chat_template is None:
+        raise InputError(
+            "the model's tokenizer has no chat template, which rows of messages need; use an instruction-tuned model, or "
+            "rows of prompt and completion texts."
+        )
+    return list(_applied(chat, tokenizer, add_generation_prompt=prompt)["input_ids"]) if chat.messages else []
+
+
+def _applied(chat: Chat, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(
+            chat.messages,
+            tools=list(chat.tools) if chat.tools else None,
+            tokenize=True,
+            return_dict=True,
+            **options,
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # templates are programs: they raise errors of their own, and those of Jinja and Python
+        raise RowProblem(f"messages that the chat template refuses ({first_line(error)})") from error
+
+
+def check_heard(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError where the template leaves out a chat's tools or its system message without a word."""
+    whole = rendered(chat, tokenizer)
+    if chat.tools and whole == rendered(Chat(chat.messages), tokenizer):
+        raise InputError(
+            "the model's chat template does not show tools to the model, and the data have some; use a model whose template does, "
+            "or leave that column out."
+        )
+    first, *rest = chat.messages
+    if first["role"] != "system" or not rest:
+        return
+    try:
+        heard = whole != rendered(Chat(rest, chat.tools), tokenizer)
+    except RowProblem:  # it takes no chat without one
+        return
+    if not heard:
+        raise InputError(
+            "the model's chat template leaves system messages out, and the data have some; use a model whose template has them, "
+            "or write them into the first question."
+        )
+
+
+def assistant_spans(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[Span]]:
+    """A chat's token ids, and from where to where the assistant wrote them: a span for each of its messages.
+
+    By the template's own marks, if it has some; else a message is what the chat up to it has more than the prompt for it.
+    """
+    messages = chat.messages
+    written = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if marks_answers(tokenizer):
+        marked = _applied(chat, tokenizer, return_assistant_tokens_mask=True)
+        return list(marked["input_ids"]), _runs(marked["assistant_masks"])
+    ids, special, spans = rendered(chat, tokenizer), special_tokens(tokenizer), []
+    for i in written:
+        upto = rendered(Chat(messages[: i + 1], chat.tools), tokenizer)
+        stop = shared(upto, ids)
+        if not special.issuperset(upto[stop:]):  # some templates end a whole chat with one more
+            raise RowProblem(
+                "messages that the chat template renders otherwise when more follow, so that it cannot be told what the "
+                "assistant wrote (write such chats as prompt and completion)"
+            )
+        if i:
+            start = answer_span(rendered(Chat(messages[:i], chat.tools), tokenizer, prompt=True), upto, tokenizer)[0]
+        else:  # before a first message there is what the template puts before any: a system prompt, the turn's marks
+            start = shared(rendered(Chat([{**messages[0], "content": ""}], chat.tools), tokenizer), upto)
+        spans.append((start, stop))
+    return ids, spans
+
+
+def answer_span(prompt: Sequence[int], ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Span:
+    """Where the answer stands in a chat's ids: behind what the prompt for it and they have in common."""
+    start = shared(prompt, ids)
+    if 0 < start < len(prompt) and (more := str(tokenizer.decode(list(prompt[start:]))).strip()):
+        note(
+            f"The chat template opens an answer with {more!r}, which chats that have their answer do not have there; the model "
+            "is asked to go on from what both have in common."
+        )
+    return start, len(ids)
+
+
+def marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template marks what the assistant writes."""
+    template = tokenizer.chat_template
+    return isinstance(template, str) and "{% generation" in template.replace("{%-", "{%")
+
+
+def _runs(mask: Sequence[int]) -> list[Span]:
+    """Where a mask is 1, from the first to the one after the last of each run."""
+    starts = [i for i, value in enumerate(mask) if value and (i == 0 or not mask[i - 1])]
+    stops = [i + 1 for i, value in enumerate(mask) if value and (i + 1 == len(mask) or not mask[i + 1])]
+    return list(zip(starts, stops, strict=True))
+
+
+def closing_token(ids: Sequence[int], span: Span, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that ends the assistant's message, behind which there may be space; None if there is none, which is
+    noted: nothing tells the model where to stop."""
+    special = special_tokens(tokenizer)
+    for token in reversed(ids[span[0] : span[1]]):
+        if token in special:
+            return token
+        if str(tokenizer.decode([token])).strip():
+            break
+    note(
+        "The chat template puts no special token behind what the assistant says, so that the model learns nothing to stop at; "
+        "let the template end each answer with the end-of-sequence token."
+    )
+    return None
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that stand for no text: those that begin, end or pad one, and those that templates mark turns with."""
+    return {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+
+
+def to_read(messages: Messages) -> str:
+    """Messages as a text to look at: a single one's words, or each behind its role."""
+    words = [message.get("content") or message.get("tool_calls") for message in messages]
+    if len(words) == 1 and isinstance(words[0], str):
+        return words[0]
+    return "\n".join(f"{message['role']}: {said}" for message, said in zip(messages, words, strict=True))

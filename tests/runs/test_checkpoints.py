@@ -1,0 +1,97 @@
+"""Checkpoints as people have them, through the command line: what does not fit is mended or refused, nothing is changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
+
+from command_line import assert_refused, reltune, review_rows, write_csv
+from tiny_models import save_tiny_gpt2, save_tiny_llama, tiny_decoder_tokenizer
+
+QUICK = ["--budget", "5%", "--max_steps", 2]
+
+
+def run(place: Path, model: Path, name: str, *words: object, command: str = "run", train: str = "train.csv") -> Any:
+    files = ["--model_name_or_path", model, "--train_file", place / train, "--output_dir", place / name]
+    return reltune(command, *files, *(QUICK if command == "run" else []), *words)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("place")
+    write_csv(place / "train.csv", [*review_rows(40), ("good " * 50, "pos"), ("bad " * 60, "neg")])
+    texts = [{"text": text} for text, _ in review_rows(40)]
+    (place / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    return place
+
+
+@pytest.fixture(scope="module")
+def left(place: Path) -> Path:
+    """A GPT-2 that is a classifier already, and whose tokenizer pads on the left and cuts at 24."""
+    torch.manual_seed(0)
+    tokenizer = tiny_decoder_tokenizer()
+    tokenizer.padding_side, tokenizer.pad_token, tokenizer.model_max_length = "left", tokenizer.eos_token, 24
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=32, pad_token_id=0)
+    config.id2label, config.label2id = {0: "neg", 1: "pos"}, {"neg": 0, "pos": 1}
+    GPT2ForSequenceClassification(config).save_pretrained(place / "left")
+    tokenizer.save_pretrained(place / "left")
+    return place / "left"
+
+
+def scores(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "relevance" / "scores.safetensors")
+
+
+def test_relevance_does_not_depend_on_the_batch_where_padding_was_on_the_left(place: Path, left: Path) -> None:
+    for size in (1, 16):
+        answer = run(place, left, f"batch_{size}", "--analysis_batch_size", size, command="analyze")
+        assert answer.code == 0, answer
+    one, many = scores(place / "batch_1"), scores(place / "batch_16")
+    assert one.keys() == many.keys()
+    for name, score in one.items():
+        torch.testing.assert_close(score, many[name], rtol=1e-3, atol=1e-6 * score.abs().max().item())
+
+
+def test_the_tokenizer_is_handed_on_as_it_was(place: Path, left: Path, tmp_path: Path) -> None:
+    answer = run(place, left, "handed_on")
+    assert answer.code == 0, answer
+    assert "2 training texts cut to 24 tokens" in answer.out
+    for form in ("lora", "merged"):
+        assert reltune("export", place / "handed_on", "--to", form, "--output_dir", tmp_path / form).code == 0
+    AutoTokenizer.from_pretrained(left).save_pretrained(tmp_path / "as_it_was")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        wanted = (tmp_path / "as_it_was" / name).read_bytes()
+        for directory in (place / "handed_on" / "adapter", tmp_path / "lora", tmp_path / "merged"):
+            assert (directory / name).read_bytes() == wanted, directory
+    before, after = (json.loads((path / "config.json").read_text()) for path in (left, tmp_path / "merged"))
+    assert {**before, "problem_type": None} == {**after, "problem_type": None}
+
+
+@pytest.mark.parametrize("make", [save_tiny_gpt2, save_tiny_llama])
+def test_an_added_padding_token(make: Any, place: Path, tmp_path: Path) -> None:
+    make(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    answer = run(place, tmp_path, f"padded_{make.__name__}", train="texts.jsonl")
+    assert answer.code == 0, answer
+    assert answer.err.count("reltune: note: Texts are padded with '<|endoftext|>'") == 1
+    assert "Texts are padded with" in (place / f"padded_{make.__name__}" / "report.html").read_text()
+
+
+def test_other_added_tokens(place: Path, tmp_path: Path) -> None:
+    save_tiny_gpt2(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_tokens(["<turn>"])
+    tokenizer.save_pretrained(tmp_path)
+    texts = [{"text": f"<turn> {text}"} for text, _ in review_rows(20)]
+    (place / "turns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    answer = run(place, tmp_path, "turns", train="turns.jsonl")
+    assert_refused(answer, "'<turn>'", "resize_token_embeddings")
+    assert not (place / "turns").exists()
