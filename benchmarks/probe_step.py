@@ -197,7 +197,7 @@ def capped(bench: Benchmark, options: argparse.Namespace, shape: Shape, case: st
         bench.value(f"{case}: reserved by torch at most, GiB", torch.cuda.max_memory_reserved(device) / GIB)
         peak = bench.median(case, "probe", "peak_bytes") / GIB
         bench.check(f"{case}: peak, GiB", peak, CAPS[case])
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, torch.cuda.current_device())
 
 
 def main() -> int:
