@@ -10,10 +10,11 @@ from typing import Any
 
 from reltune.config.run_config import RunConfig
 from reltune.data import sources
-from reltune.data.columns import note_left_out
+from reltune.data.bad_rows import checked, in_words, no_good_rows
+from reltune.data.columns import note_left_out, other_separator, require_columns
 from reltune.data.labels import MULTILABEL, note_odd_labels, note_rare_classes
 from reltune.data.layout import Layout, known_layout, layout_of
-from reltune.data.rows import Row, Rows, checked, found, no_good_rows, other_separator, require_columns
+from reltune.data.rows import Row, Rows
 from reltune.data.splitting import note_shared, split_off
 from reltune.data.streams import StreamedRows
 from reltune.errors import InputError
@@ -230,7 +231,7 @@ def _encoded(task: Task, rows: Rows, processor: Any, config: RunConfig) -> Examp
     made = task.encode(rows, processor, config.max_length)
     if made.lost and config.on_bad_rows == "error":
         raise InputError(
-            f"{rows.source} has {found(made.lost, rows.unit)}, in which nothing is left to learn. Mend them (a larger "
+            f"{rows.source} has {in_words(made.lost, rows.unit)}, in which nothing is left to learn. Mend them (a larger "
             "--max_length cuts less), or pass --on_bad_rows skip."
         )
     rows.skip(made.lost)
