@@ -95,7 +95,7 @@ def _read_info(entry: Mapping[str, Any]) -> ModuleInfo:
 
 
 def new_parameters(model: nn.Module) -> list[str]:
-    """Parameters that loading did not find in the checkpoint, as far as transformers marked them.
+    """The parameters that loading did not find in the checkpoint, by the marks that transformers leaves on the others.
 
     A model that was not loaded from a checkpoint has no marks, and then nothing counts as new.
     """
@@ -118,7 +118,7 @@ def new_head_modules(model: nn.Module, names: str | Iterable[str]) -> list[str]:
         owner = name if name in modules else name.rpartition(".")[0]
         if not owner or (name not in modules and name not in parameters):
             raise InputError(
-                f"always_trained names {name!r}, which is no part of the model; {nearest(name, parameters)}"
+                f"always_trained names {name!r}, which is not a part of the model; {nearest(name, parameters)}"
             )
         owners.add(owner)
     if not owners:
