@@ -31,7 +31,8 @@ from reltune.layers.protocol import Handle, HeadLayout, LayerType, Observer, Use
 from reltune.layers.units import ModuleInfo
 from reltune.ops.squared_gradient import accumulator_dtype, block_numbers, stacked_squared_gradient_sums
 
-# What transformers' decorator use_experts_implementation writes on a module, without which its forward is its own affair.
+# The attributes that transformers' decorator use_experts_implementation writes on a module. A module without them computes
+# in a way that is not known.
 MARKS = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
 
 

@@ -95,7 +95,7 @@ def convertible(model: nn.Module, without: Collection[str] = ()) -> dict[str, nn
     """The linear maps of the model that ``to_float8`` is for, by their names. Raises InputError where there are none.
 
     Left alone are output layers, weights that two modules share, what ``without`` names (a module's full name, or
-    its end, or a module that it lies in), sizes that are no multiples of 16, and modules with a forward of their own.
+    its end, or a module that it lies in), sizes that are not multiples of 16, and modules with a forward of their own.
     """
     get_output: Any = getattr(model, "get_output_embeddings", None)
     output = get_output() if get_output is not None else None

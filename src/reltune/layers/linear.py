@@ -109,7 +109,7 @@ def _shared_gram(shared: Shared | None, x: Tensor, g: Tensor) -> Gram | None:
 def squared_inputs(x: Tensor, real: Tensor | None) -> dict[str, Tensor]:
     """Σ x² over all positions of each feature: weight (in,), and the number of positions: bias ().
 
-    ``real`` (x.shape[:-1]) marks the positions that are no padding.
+    ``real`` (x.shape[:-1]) marks the positions that are not padding.
     """
     squares = x.to(accumulator_dtype(x)).square()
     if real is None:

@@ -10,7 +10,7 @@ roundings pass gradients straight through. x[:, idx] and D − Ŵ[:, idx] are al
 Products of two float8 matrices run in tensor cores faster than in bfloat16 (torch._scaled_mm); Hopper wants the second
 factor by columns, so the backward pass makes the transpose of q and frees it. Elsewhere the same numbers are multiplied
 in float32: slow, and equal but for the order of additions. The rounding of rows is that of torchao's rowwise float8
-training, which is no use here: its Float8Linear keeps the weight in high precision and all of x, and the product of its
+training, which cannot be used here: its Float8Linear keeps the weight in high precision and all of x, and the product of its
 Float8Tensor, which does neither, has no derivative.
 """
 

@@ -1,6 +1,6 @@
 """Write columns or rows into many weights at once: ``weight.index_copy_(dim, idx, values)`` in one kernel for all.
 
-An adapter of an 8B model stands in 224 weights. One by one, with a cast each, that is 448 launches per optimizer step
+An adapter of an 8B model is written into 224 weights. One by one, with a cast each, that takes 448 launches per optimizer step
 and per switch.
 """
 

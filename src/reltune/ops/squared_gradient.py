@@ -89,7 +89,7 @@ def wants_gram(
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """float32 products as float32, whatever autocast and the settings for TF32 and bfloat16 products say."""
+    """Compute float32 products in float32, whatever autocast and the settings for TF32 and bfloat16 products are."""
     settings = {
         "cuda": torch.backends.cuda.matmul,
         "cpu": torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]

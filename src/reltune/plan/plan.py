@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from reltune.layers.units import ModuleInfo
 
 FORMAT = "reltune-plan-1"
-# What layer types say that can be trained of them (layers/protocol.py), and the words for it.
+# The words for what can be trained of a module (``trains`` in layers/protocol.py).
 WORDS = {
     "column": "columns",
     "row": "rows",

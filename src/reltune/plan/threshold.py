@@ -20,7 +20,7 @@ DIGIT = 16  # bits
 def largest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     """Flat indices, ascending, of the ``count`` largest numbers of all tensors together that are not negative.
 
-    Modules of which none is taken are left out. All of them are taken where there are fewer.
+    Modules of which nothing is taken are left out. Where there are fewer numbers than ``count``, all of them are taken.
     """
     wide = torch.float64 if any(numbers.dtype == torch.float64 for numbers in scores.values()) else torch.float32
     threshold, ties = _nth(scores, count, wide)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from reltune.errors import AnalysisError, InputError
 from reltune.layers.fingerprint import fingerprint
-from reltune.layers.inventory import Inventory, choose, head_modules, new_parameters, take_inventory
+from reltune.layers.inventory import Inventory, choose, new_head_modules, new_parameters, take_inventory
 from reltune.layers.quantised import check_not_packed
 from reltune.layers.registry import canonical_weights
 from reltune.losses import Loss, as_loss
@@ -126,7 +126,7 @@ def analyze(
     _check_data_and_processes(by_name, loader, needs, processes, resume_directory)
 
     model = unwrapped(model)
-    new_heads = head_modules(model, new_parameters(model) if always_trained is None else always_trained)
+    new_heads = new_head_modules(model, new_parameters(model) if always_trained is None else always_trained)
     inventory = take_inventory(model, new_heads)
     inventory = inventory.only(set(choose(inventory, target_modules, exclude_modules)))
     directory = None if resume_directory is None else Path(resume_directory)

@@ -21,7 +21,7 @@ from transformers.trainer_utils import set_seed
 
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError, nearest
-from reltune.layers.inventory import head_modules, take_inventory
+from reltune.layers.inventory import new_head_modules, take_inventory
 from reltune.layers.quantised import keep_as_loaded
 from reltune.notes import Note, collecting
 from reltune.pretrained import load_config
@@ -45,7 +45,7 @@ class BaseModel:
         self.config, self.task = config, task
         self._model: nn.Module | None
         self._model, missing = self._load()
-        self.new_heads = head_modules(self._model, missing)
+        self.new_heads = new_head_modules(self._model, missing)
 
     def _load(self) -> tuple[nn.Module, list[str]]:
         set_seed(self.config.seed)
