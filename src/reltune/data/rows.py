@@ -151,7 +151,8 @@ def require_columns(rows: Rows | StreamedRows, wanted: Mapping[str, str]) -> Non
 
 
 def other_separator(columns: Sequence[str]) -> str:
-    """The mend for a file whose header is one column because other marks than its suffix promises stand between; else ""."""
+    """How to mend a file whose header was read as one column because it uses another separator than its suffix implies; else
+    an empty text."""
     only = columns[0] if len(columns) == 1 else ""
     other = next((mark for mark in ";\t," if mark in only), None)
     return f"Its separator seems to be {other!r}: save it with commas (.csv) or tabs (.tsv)." if other else ""
