@@ -69,8 +69,11 @@ def evaluate(
 
 
 def _counting_once(trainer_class: type[Trainer]) -> type[Trainer]:
-    """The class, having every example count once. Of several processes each gets equally many, so that some are repeated
-    at the end; Trainer leaves these out of the metrics, but not out of their batch's mean loss."""
+    """A subclass that counts every example once in the mean loss.
+
+    Trainer gives each of several processes equally many examples, and repeats some at the end for that. It leaves the
+    repeated ones out of the metrics, but not out of the mean loss of their batch.
+    """
 
     class Evaluator(trainer_class):  # type: ignore[valid-type, misc]
         def prediction_step(

@@ -19,7 +19,9 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import set_seed
 
+from reltune.config.model import ModelConfig
 from reltune.config.run_config import RunConfig
+from reltune.config.training import TrainingConfig
 from reltune.errors import InputError, nearest
 from reltune.layers.inventory import new_head_modules, take_inventory
 from reltune.layers.quantised import keep_as_loaded
@@ -277,7 +279,7 @@ def _noting() -> Iterator[Sequence[str]]:
         warnings.warn(sentence, Note, stacklevel=2)
 
 
-def quantisation(config: RunConfig) -> dict[str, Any]:
+def quantisation(config: ModelConfig) -> dict[str, Any]:
     """What ``from_pretrained`` is told to hold the base model in few bits."""
     if not (config.load_in_4bit or config.load_in_8bit):
         return {}
@@ -291,7 +293,7 @@ def quantisation(config: RunConfig) -> dict[str, Any]:
     return {"quantization_config": nf4}
 
 
-def placement(config: RunConfig) -> dict[str, Any]:
+def placement(config: TrainingConfig) -> dict[str, Any]:
     """The training fields that evaluation follows too."""
     values = {**config.training, "use_cpu": True} if training.launched_on_cpus() else config.training
     return {key: values[key] for key in ("use_cpu", "per_device_eval_batch_size") if key in values}

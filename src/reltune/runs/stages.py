@@ -19,7 +19,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 
+from reltune.config.analysis import AnalysisConfig
 from reltune.config.run_config import RunConfig
+from reltune.config.selection import SelectionConfig
 from reltune.errors import InputError
 from reltune.files import check_destination, disk_bytes, read_json, write_json, write_text
 from reltune.layers.fingerprint import fingerprint
@@ -127,7 +129,7 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
     return relevance
 
 
-def options_of(config: RunConfig) -> dict[str, dict[str, Any]]:
+def options_of(config: AnalysisConfig) -> dict[str, dict[str, Any]]:
     """What the config says about single criteria."""
     return {"correlation": {"max_trials": config.max_trials}, "movement": {"steps": config.probe_steps}}
 
@@ -152,7 +154,7 @@ def analyze_weights(config: RunConfig, run: RunDirectory, overwrite: bool = Fals
     return relevance
 
 
-def restrictions(config: RunConfig) -> dict[str, Any]:
+def restrictions(config: SelectionConfig) -> dict[str, Any]:
     """What keeps modules out of the analysis and, later, out of the choice."""
     return {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
 

@@ -61,7 +61,7 @@ def machine() -> str:
 def arguments(
     output_dir: str, method: str, seed: int, given: dict[str, Any], task: Task, **forced: Any
 ) -> TrainingArguments:
-    """The task's TrainingArguments for a method: defaults, over them what the user gave, over that what must be so.
+    """The task's TrainingArguments for a method: its defaults, replaced by what the user gave, replaced by what is ``forced``.
 
     The best checkpoint is the one with the best ``task.best``, and checkpoints follow evaluations, unless told otherwise.
     Raises InputError for values that contradict each other or leave nothing to train.
@@ -202,8 +202,11 @@ def train(
 
 
 def _apart(evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, leaving torch's random state as it was: every loader that it starts draws a seed. Training that goes on
-    from a checkpoint written before an evaluation does without that evaluation, and must draw the same numbers after it."""
+    """A function that evaluates in the same way, and afterwards sets torch's random state back to what it was before.
+
+    An evaluation draws random numbers, since each data loader draws a seed. A training that is resumed from a checkpoint
+    skips the evaluation that followed it, and still has to draw the same numbers as the training that was not interrupted.
+    """
 
     @functools.wraps(evaluate)
     def evaluated(*args: Any, **options: Any) -> Any:
@@ -267,14 +270,19 @@ class LogFile(TrainerCallback):
 
 
 def gathered_state(trainer: Trainer) -> dict[str, Any] | None:
-    """The trained model's whole state, for the first process to save, where FSDP has spread it; else None. All call this."""
+    """The trained model's whole state where FSDP has spread it over processes, for the first one to save; else None.
+
+    All processes must call this.
+    """
     return trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
 
 
 @contextlib.contextmanager
 def _sharing_for_itself() -> Iterator[None]:
-    """Let a Trainer that is made inside share its model by FSDP or DeepSpeed without every later one doing so: accelerate
-    sets a variable."""
+    """Keep a Trainer that is made inside, and shares its model by FSDP or DeepSpeed, from deciding for later Trainers.
+
+    Accelerate decides by environment variables, which such a Trainer sets; they are removed at the end.
+    """
     try:
         yield
     finally:
