@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from relevance_cases import data_for, measure, tiny_bert
+from measured_models import tiny_bert
+from relevance_cases import data_for, measure
 from reltune.errors import InputError
 from reltune.relevance.artefact import PARTIAL, interrupted_in, read_overview
 from reltune.relevance.scores import RelevanceScores
