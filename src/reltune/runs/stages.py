@@ -279,9 +279,7 @@ def tune(
         plan.check_model(take_inventory(model, materials.new_heads), fingerprint(model, materials.new_heads))
         model = get_peft_model(model, ReltuneConfig(plan=plan, frozen_dtype=materials.config.frozen_dtype))
         materials.check_training(model)
-        # Whole matrices want a lower rate than columns and rows do.
-        whole = any(module.weight and len(module.shape) == 2 for module in plan.modules.values())
-        args = materials.arguments("layer" if whole else "selection")
+        args = materials.arguments(training.method_of(plan))
     callbacks: list[TrainerCallback] = [training.LogFile(run.log)]
     if materials.config.early_stopping_patience is not None:
         callbacks.append(training.stops_early(materials.config.early_stopping_patience))

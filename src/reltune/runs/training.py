@@ -32,13 +32,27 @@ from reltune.config.training_fields import DEFAULTS
 from reltune.errors import InputError
 from reltune.files import write_text
 from reltune.metrics import largest_is_best
+from reltune.plan.plan import Plan
 from reltune.processes import Processes
 from reltune.runs.progress import show_progress
 from reltune.tasks.task import Examples, Task
 
 # Learning rates measured per method (docs/learning_rates.md): the best one differs by more than an order of magnitude
 # between methods, so one default for all would decide every comparison.
-LEARNING_RATES = {"head": 3e-2, "full": 2e-4, "layer": 1e-3, "selection": 2e-3}
+LEARNING_RATES = {"head": 3e-2, "full": 2e-4, "layer": 1e-3, "selection": 2e-3, "weights": 1e-2}
+
+
+def method_of(plan: Plan) -> str:
+    """What the plan trains, as a key of ``LEARNING_RATES``.
+
+    Whole matrices (``layer``) want a lower rate than columns and rows (``selection``), single weights (``weights``) a higher one;
+    of a plan with several, the lowest counts.
+    """
+    modules = plan.modules.values()
+    if any(module.weight and len(module.shape) == 2 for module in modules):
+        return "layer"
+    single, larger = any(len(m.elements) for m in modules), any(len(m.columns) or len(m.rows) for m in modules)
+    return "weights" if single and not larger else "selection"
 
 
 @dataclasses.dataclass
