@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassificatio
 from command_line import assert_refused, reltune, review_rows, write_csv
 from tiny_models import save_tiny_gpt2, save_tiny_llama, tiny_decoder_tokenizer
 
-QUICK = ["--budget", "5%", "--max_steps", 2]
+QUICK = ["--granularity", "column", "--budget", "5%", "--max_steps", 2]
 
 
 def run(place: Path, model: Path, name: str, *words: object, command: str = "run", train: str = "train.csv") -> Any:

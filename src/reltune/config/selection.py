@@ -26,7 +26,7 @@ class SelectionConfig(Subject):
         default=BY_RECIPE,
         metadata=about(
             f"What kinds of unit to choose: one or several of {', '.join(GRANULARITIES)}. element means single weights, and "
-            f"goes together with bias and norm only. If not given: {BEST.granularity}, and {COLUMNS.granularity} where other "
+            f"goes together with bias and norm only; columns and rows alone can become a LoRA file. If not given: {BEST.granularity}, and {COLUMNS.granularity} where other "
             f"criteria than {BEST.criterion} alone are named or the base is held in 4 or 8 bits.",
             "NAMES",
             GRANULARITIES,

@@ -97,8 +97,9 @@ def analyze(
     Criteria measured from behaviour (ablation, correlation, movement) pass over the data many times. All batches are
     then held in host memory; movement runs in several processes too, the others in one.
 
-    The model is analysed in evaluation mode (no dropout; movement in training mode) on the device where it is, and handed back as it was. Gradient
-    checkpointing that was enabled on it takes effect. A batch that does not fit in memory is halved, with a warning.
+    The model is analysed in evaluation mode (no dropout), by movement in training mode, on the device where it is, and
+    handed back as it was. Gradient checkpointing that was enabled on it takes effect. A batch that does not fit in memory
+    is halved, with a warning.
 
     Raises:
         InputError: an unknown criterion, a pattern without a match, no data, a loss that is not one number per example.
