@@ -222,7 +222,7 @@ def test_given_files_are_not_split(place: Path) -> None:
         ("only_test", test, (102, 18, 14)),
         ("only_validation", validation, (102, 10, 18)),
     ):
-        answer = new_run(place, name, *given, command="analyze")
+        answer = new_run(place, name, "--criteria", "fisher", *given, command="analyze")
         assert answer.out.startswith("{} training, {} validation and {} test texts".format(*sizes)), answer
     for words in (["select", "--budget", "5%"], ["tune", "--max_steps", 1], ["evaluate"]):
         assert reltune(words[0], place / "both", *words[1:]).code == 0
