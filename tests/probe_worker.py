@@ -22,7 +22,7 @@ from measured_models import MODELS
 from relevance_cases import data_for, measure, own_loss, split
 from reltune.errors import AnalysisError, InputError
 
-OPTIONS = {"steps": 8, "step_size": 0.01}
+OPTIONS = {"steps": 8, "step_size": 0.01, "relative": True, "move": "allowed", "training": False}
 
 
 def probe(model, batches, loss=None, criteria="movement", resume=None, parallel="auto", **options):

@@ -388,7 +388,7 @@ def test_a_sign_probe_moves_it_as_if_it_were_unpacked(make, way):
         info.name: canonical_weights(info, quantised.get_submodule(info.name)) for info in inventoried(quantised)
     }
     before = {name: of["weight"].clone() for name, of in weights.items()}
-    options = {"movement": {"steps": 4, "step_size": 0.01}}
+    options = {"movement": {"steps": 4, "step_size": 0.01, "relative": True, "move": "allowed", "training": False}}
     found, wanted = (
         measure(m, batches(), None, ["movement"], options=options, elements=True) for m in (quantised, plain)
     )

@@ -15,6 +15,7 @@ from reltune.relevance.probe.moving_weights import Readings, moving, weights_tha
 
 MINE = ["movement"]
 RATE = 0.01
+HOW = {"step_size": RATE, "relative": True, "move": "allowed", "training": False}
 
 
 def mean_loss(model, batch):
@@ -108,7 +109,7 @@ def votes_of(model, options, batches, loss=None):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SignProbe, "run", watched)
-        measure(model, batches, loss, MINE, options={"movement": {"step_size": RATE, **options}}, always_trained=())
+        measure(model, batches, loss, MINE, options={"movement": {**HOW, **options}}, always_trained=())
     return found
 
 
@@ -177,7 +178,7 @@ def test_steps_below_the_resolution_of_the_weights_are_not_lost(dtype):
     batches = split(data_for(model), 4)
     rate = 3e-4
     found = measure(
-        model, batches, own_loss, MINE, elements=True, options={"movement": {"steps": 12, "step_size": rate}}
+        model, batches, own_loss, MINE, elements=True, options={"movement": {**HOW, "steps": 12, "step_size": rate}}
     )
 
     own = dict(model.named_parameters())

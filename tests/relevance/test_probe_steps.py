@@ -19,10 +19,11 @@ from reltune.relevance.scores import RelevanceScores
 
 MINE = ["movement"]
 RATE = 0.01
+HOW = {"step_size": RATE, "relative": True, "move": "allowed", "training": False}
 
 
 def probe(model, batches, loss=None, elements=True, resume=None, seed=42, **options) -> RelevanceScores:
-    options = {"movement": {"step_size": RATE, "steps": 6, **options}}
+    options = {"movement": {**HOW, "steps": 6, **options}}
     return measure(model, batches, loss, MINE, elements=elements, options=options, resume_directory=resume, seed=seed)
 
 

@@ -85,7 +85,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("place")
     save_tiny_bert(place / "model")
     write_csv(place / "train.csv", review_rows(60))
-    words = ["run", "--model_name_or_path", place / "model", "--train_file", place / "train.csv", "--budget", "30%"]
+    words = [
+        "run",
+        "--model_name_or_path",
+        place / "model",
+        "--train_file",
+        place / "train.csv",
+        "--granularity",
+        "column",
+        "--budget",
+        "30%",
+    ]
     assert reltune(*words, "--output_dir", place / "first", "--max_steps", 1).code == 0
     for name, modules in PLANS.items():
         run = place / name

@@ -157,8 +157,8 @@ class Materials(EvaluationMaterials):
     not_tuned: list[str]
     notes: Sequence[str] = ()
 
-    def arguments(self, method: str, **forced: Any) -> TrainingArguments:
-        """Training arguments of the run for a method."""
+    def arguments(self, method: str, share: float = 1.0, **forced: Any) -> TrainingArguments:
+        """Training arguments of the run for a method, for a share of single weights."""
         given = self.config.training
         if self.config.early_stopping_patience is not None:
             if given.get("eval_strategy") == "no":
@@ -168,7 +168,7 @@ class Materials(EvaluationMaterials):
             metric, largest = training.compared_by(given, self.task)  # also where the last model is to be kept
             given = {"load_best_model_at_end": True, **given}
             given |= {"metric_for_best_model": metric, "greater_is_better": largest}
-        return training.arguments(self.config.output_dir, method, self.config.seed, given, self.task, **forced)
+        return training.arguments(self.config.output_dir, method, self.config.seed, given, self.task, share, **forced)
 
     def check_training(self, model: nn.Module | None = None) -> None:
         """Raise InputError for training fields that cannot work with the model (the base model if none is given)."""

@@ -27,6 +27,7 @@ from reltune.files import check_destination, disk_bytes, read_json, write_json, 
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.float8 import convertible
 from reltune.layers.inventory import take_inventory
+from reltune.layers.registry import layer_type
 from reltune.plan.budget import parse_budget
 from reltune.plan.plan import Plan
 from reltune.plan.selection import check_scored, check_together
@@ -80,6 +81,11 @@ def check_choice(materials: Materials, select: bool = True) -> None:
             # One weight always fits, wherever a column could be chosen; a number for every weight would be made for nothing.
             for budget in budgets:
                 parse_budget(budget, relevance.inventory.base_parameters)
+            if not any("element" in layer_type(info.layer_type).trains for info in relevance.inventory.modules):
+                raise InputError(
+                    "no module that may be chosen has single weights that can be trained; choose another --granularity, such as "
+                    "column."
+                )
             config, budgets = dataclasses.replace(config, granularity=["column"], spread="global"), ["100%"]
         for budget in budgets:
             choose(dataclasses.replace(config, budget=budget), relevance)
@@ -279,9 +285,8 @@ def tune(
         plan.check_model(take_inventory(model, materials.new_heads), fingerprint(model, materials.new_heads))
         model = get_peft_model(model, ReltuneConfig(plan=plan, frozen_dtype=materials.config.frozen_dtype))
         materials.check_training(model)
-        # Whole matrices want a lower rate than columns and rows do.
-        whole = any(module.weight and len(module.shape) == 2 for module in plan.modules.values())
-        args = materials.arguments("layer" if whole else "selection")
+        method, share = training.method_of(plan)
+        args = materials.arguments(method, share)
     callbacks: list[TrainerCallback] = [training.LogFile(run.log)]
     if materials.config.early_stopping_patience is not None:
         callbacks.append(training.stops_early(materials.config.early_stopping_patience))

@@ -368,7 +368,8 @@ class ReltuneLayer(WrittenWeight):
         """Why the adapter's change of this module cannot be a LoRA adapter, and what to do instead; or empty."""
         if adapter_name in self.reltune_elements:
             return (
-                "trains single weights, whose change has no low rank that a LoRA adapter could carry; use --to merged"
+                "trains single weights, whose change has no low rank that a LoRA adapter could carry; use --to merged, or run "
+                "again with --granularity column"
             )
         if adapter_name in self.reltune_weight or adapter_name in self.reltune_bias:
             return "trains a whole weight, a bias or a norm, which a LoRA adapter cannot carry; use --to merged"
