@@ -117,7 +117,7 @@ def test_the_base_is_measured_before(place: Path) -> None:
         assert results[f"{name}_before_loss"] > results[f"{name}_loss"]
     rows = {row["prompt"]: row["completion"] for row in opposites(120)}
     for output, source in zip(outputs, materials.test.sources, strict=False):
-        assert output["prompt"] == source.prompt and output["reference"] == rows[output["prompt"]]
+        assert output["prompt"] == source.text and output["reference"] == rows[output["prompt"]]
         ids = list(source.ids)
         while len(ids) < len(source.ids) + 5 and ids[-1] != tokenizer.eos_token_id:
             with torch.no_grad():
