@@ -13,7 +13,8 @@ import pytest
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
 from reltune.notes import collecting
-from reltune.runs.splits import Splits, bad_rows, read_data, read_held_out
+from reltune.runs.bad_rows import bad_rows
+from reltune.runs.splits import Splits, read_data, read_held_out
 from reltune.tasks.task import Task
 
 TEXTS = [f"text {number}" for number in range(20)]

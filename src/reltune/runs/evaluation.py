@@ -48,7 +48,7 @@ def evaluate(
     times are left out: they are no property of the model. Without ``generate``, so are the metrics of what the model writes
     after training.
     """
-    found = Evaluation({}, {})
+    evaluation = Evaluation({}, {})
     with tempfile.TemporaryDirectory() as scratch:
         args = task.make_arguments(output_dir=scratch, **{**DEFAULTS, **task.defaults, **arguments})
         for prefix, examples in datasets.items():
@@ -63,14 +63,15 @@ def evaluate(
             if generate:
                 written = task.written(model, examples, processor, args.per_device_eval_batch_size, output.predictions)
                 metrics |= {f"{prefix}_{name}": value for name, value in task.written_metrics(written).items()}
-                found.written[prefix] = written
-            found.metrics.update(metrics, **{f"{prefix}_samples": len(examples)})
-    return found
+                evaluation.written[prefix] = written
+            evaluation.metrics.update(metrics, **{f"{prefix}_samples": len(examples)})
+    return evaluation
 
 
 def _counting_once(trainer_class: type[Trainer]) -> type[Trainer]:
-    """The class, having every example count once. Of several processes each gets equally many, so that some are repeated
-    at the end; Trainer leaves these out of the metrics, but not out of their batch's mean loss."""
+    """A form of the class in whose losses every example counts once. Several processes get equally many examples each, so that
+    some examples are repeated at the end; Trainer leaves the repeated ones out of the metrics, but not out of their batch's mean
+    loss."""
 
     class Evaluator(trainer_class):  # type: ignore[valid-type, misc]
         def prediction_step(
