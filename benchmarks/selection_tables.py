@@ -1,9 +1,11 @@
-"""The selection study's tables and its rule for learning rates, from the records of selection_study.py.
+"""docs/selection.md, from the records of selection_study.py.
 
-    python benchmarks/selection_tables.py benchmarks/results/selection_*.jsonl
+    python benchmarks/selection_tables.py --keep DIR --commits explore=64d8636 encoder=0096a34 … --hardware "4 × NVIDIA H200" --torch 2.11
+    python benchmarks/selection_tables.py
 
-prints for each file the mean test figure of every method at the rate that validation chose per task, and paired differences to
-chosen others with 95% intervals (bootstrap over the pairs of task and seed).
+The first keeps DIR/PHASE.jsonl as benchmarks/results/selection_PHASE.json, a line per training; the second writes docs/selection.md
+from those files alone. Test figures are at the rate that validation chose per method and task; differences are paired over task and
+seed, with 95% intervals by bootstrap over the pairs.
 """
 
 from __future__ import annotations
@@ -11,92 +13,170 @@ from __future__ import annotations
 import argparse
 import json
 import statistics as stats
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-GOALS = (
-    ("single weights 0.25%", "LoRA 4"),
-    ("single weights 0.25%", "LoRA 4, equal cost"),
-    ("single weights 0.25%", "full"),
-    ("single weights 0.25%", "full, equal cost"),
-    ("single weights 0.25%", "random 0.25%"),
-    ("single weights 0.25%", "random 0.25%, equal cost"),
-    ("single weights 0.25%", "LoRA 1"),
-    ("single weights 0.25%", "LoRA 1, equal cost"),
-    ("single weights 1%", "full"),
-    ("single weights 1%", "full, equal cost"),
-    ("single weights 1%", "LoRA 8"),
-    ("single weights 1%", "LoRA 8, equal cost"),
-    ("single weights 1%", "random 1%"),
-    ("columns 1%", "LoRA 3"),
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PAGE = HERE.parent / "docs" / "selection.md"
+PHASES = ("explore", "encoder", "confirm", "decoder")
+FIELDS = ("task", "method", "rate", "seed", "steps", "trained", "validation_metric", "validation_loss")
+TESTED = ("test_metric", "test_loss")
+CLASSES = ("movie", "amazon", "nyt", "tweets", "bbc")
+SIMPLE, BEST, LARGER = (
+    "weights 0.25%, 100 steps",
+    "weights 0.25%, 100 steps, relative, columns first",
+    "weights 1%, 100 steps, relative, columns first",
 )
 
-Records = list[dict[str, Any]]
+Record = dict[str, Any]
+Figures = dict[tuple[str, int], float]
 
 
-def read(path: Path) -> Records:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+def keep(folder: Path, commits: dict[str, str], about: dict[str, str]) -> None:
+    """Keep the records of a study that ran, one training per line."""
+    for phase in PHASES:
+        source = folder / f"{phase}.jsonl"
+        if not source.exists():
+            continue
+        lines = []
+        for record in map(json.loads, source.read_text(encoding="utf-8").splitlines()):
+            fields = (*FIELDS, *TESTED) if "test_metric" in record else FIELDS
+            values = [round(v, 5) if isinstance(v, float) and np.isfinite(v) else v for v in map(record.get, fields)]
+            lines.append(json.dumps([None if isinstance(v, float) and not np.isfinite(v) else v for v in values]))
+        head = json.dumps(
+            {"phase": phase, "commit": commits[phase], **about, "fields": [*FIELDS, *TESTED]},
+            indent=1,
+            ensure_ascii=False,
+        )
+        text = head[:-2] + ',\n "trainings": [\n' + ",\n".join(lines) + "\n ]\n}\n"
+        (RESULTS / f"selection_{phase}.json").write_text(text, encoding="utf-8")
 
 
-def chosen(records: Records) -> dict[str, dict[tuple[str, int], float]]:
+def read(phase: str) -> list[Record]:
+    kept = json.loads((RESULTS / f"selection_{phase}.json").read_text(encoding="utf-8"))
+    return [dict(zip(kept["fields"], values, strict=False)) for values in kept["trainings"]]
+
+
+def figures_of(records: list[Record]) -> dict[str, Figures]:
     """By method and (task, seed): the test figure at the rate that was chosen."""
-    found: dict[str, dict[tuple[str, int], float]] = {}
+    figures: dict[str, Figures] = {}
     for record in records:
         if "test_metric" in record:
-            found.setdefault(record["method"], {})[record["task"], record["seed"]] = record["test_metric"]
-    return found
+            figures.setdefault(record["method"], {})[record["task"], record["seed"]] = record["test_metric"]
+    return figures
 
 
-def difference(
-    one: dict[tuple[str, int], float], other: dict[tuple[str, int], float]
-) -> tuple[float, float, float, int]:
-    """Mean paired difference, its 95% interval and the number of pairs."""
-    pairs = np.array([one[key] - other[key] for key in one if key in other])
-    if not len(pairs):
-        return float("nan"), float("nan"), float("nan"), 0
+def difference(one: Figures, other: Figures, tasks: tuple[str, ...] = ()) -> str:
+    """Mean paired difference and its 95% interval."""
+    pairs = np.array([one[key] - other[key] for key in one if key in other and (not tasks or key[0] in tasks)])
     draws = np.random.default_rng(0).integers(len(pairs), size=(10_000, len(pairs)))
     low, high = np.quantile(pairs[draws].mean(1), (0.025, 0.975))
-    return float(pairs.mean()), float(low), float(high), len(pairs)
+    return f"{pairs.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def table(path: Path) -> str:
-    records = read(path)
-    if not records:
-        return "no records"
-    figures = chosen(records)
+def methods_table(records: list[Record], against: tuple[str, ...]) -> str:
+    """A row per method: what it trains, mean test figure per task, differences to others."""
+    figures = figures_of(records)
     tasks = list(dict.fromkeys(r["task"] for r in records))
-    reference = figures[next(iter(figures))]
+    complete = [method for method, figure in figures.items() if {task for task, _ in figure} == set(tasks)]
+    means = {m: {t: stats.mean(v for (task, _), v in figures[m].items() if task == t) for t in tasks} for m in complete}
     lines = [
-        "| method | trained | " + " | ".join(tasks) + " | mean | best rates | validation | against the first [95%] |",
-        "|" + "---|" * (len(tasks) + 6),
+        f"| method | trained | {' | '.join(tasks)} | mean | {' | '.join(f'− {other}' for other in against)} | rates |",
+        "|" + "---|" * (len(tasks) + len(against) + 4),
     ]
-    for method, figure in figures.items():
-        mine = [r for r in records if r["method"] == method]
-        best = [r for r in mine if "test_metric" in r]
-        by_task = {t: [v for (task, _), v in figure.items() if task == t] for t in tasks}
-        means = {t: stats.mean(v) for t, v in by_task.items() if v}
-        rates = [f"{next(r['rate'] for r in best if r['task'] == t):.0e}" for t in means]
-        off, low, high, n = difference(figure, reference)
+    for method in sorted(complete, key=lambda m: -stats.mean(means[m].values())):
+        best = [r for r in records if r["method"] == method and "test_metric" in r]
+        rates = sorted({r["rate"] for r in best})
+        off = [difference(figures[method], figures[other]) if other != method else "" for other in against]
         lines.append(
-            f"| {method} | {mine[0]['trained']:,} | "
-            + " | ".join(f"{means[t]:.1f}" if t in means else "" for t in tasks)
-            + f" | {stats.mean(means.values()):.2f} | {' '.join(rates)} "
-            + f"| {stats.mean(r['validation_metric'] for r in best):.2f} | {off:+.2f} [{low:+.2f}, {high:+.2f}] {n} |"
+            f"| {method} | {best[0]['trained']:,} | {' | '.join(f'{means[method][t]:.1f}' for t in tasks)} "
+            f"| {stats.mean(means[method].values()):.2f} | {' | '.join(off)} | {rates[0]:g} to {rates[-1]:g} |"
         )
-    for one, other in GOALS:
-        if one in figures and other in figures:
-            off, low, high, n = difference(figures[one], figures[other])
-            lines.append(f"{one} − {other}: {off:+.2f} [{low:+.2f}, {high:+.2f}] ({n} pairs)")
+    if left := [method for method in figures if method not in complete]:
+        lines.append(f"\nNot run on all tasks for want of time: {', '.join(left)}.")
     return "\n".join(lines)
+
+
+def regret_table(rows: list[tuple[str, str]]) -> str:
+    """By (phase, method): validation points lost, on average over tasks, where one rate serves all tasks."""
+    rates = (0.005, 0.01, 0.02, 0.04)
+    lines = [f"| phase | method | {' | '.join(f'{r:g}' for r in rates)} |", "|" + "---|" * (len(rates) + 2)]
+    for phase, method in rows:
+        by_task: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for r in read(phase):
+            if r["method"] == method:
+                by_task[r["task"]][round(r["rate"], 6)].append(r["validation_metric"])
+        means = [{rate: stats.mean(v) for rate, v in by_rate.items()} for by_rate in by_task.values()]
+        lost = [
+            f"{stats.mean(max(m.values()) - m[rate] for m in means):.2f}" if all(rate in m for m in means) else "—"
+            for rate in rates
+        ]
+        lines.append(f"| {phase} | {method} | {' | '.join(lost)} |")
+    return "\n".join(lines)
+
+
+def goals_table() -> str:
+    encoder, confirm, decoder = (figures_of(read(phase)) for phase in ("encoder", "confirm", "decoder"))
+    rows = []
+    for name in (SIMPLE, BEST, LARGER):
+        for other in ("LoRA 4", "LoRA 4, equal cost", "full", "full, equal cost", "random 0.25%"):
+            rows.append((f"MiniLM: {name} − {other}", difference(confirm[name], confirm[other])))
+        rows.append(
+            (f"MiniLM, the 5 classification tasks: {name} − full", difference(confirm[name], confirm["full"], CLASSES))
+        )
+    for other in ("full", "full, equal cost", "LoRA 8", "LoRA 8, equal cost", "random 1%"):
+        rows.append((f"SmolLM2: weights 1% − {other}", difference(decoder["weights 1%"], decoder[other])))
+    for other in ("LoRA 1", "LoRA 1, equal cost"):
+        rows.append((f"SmolLM2: weights 0.25% − {other}", difference(decoder["weights 0.25%"], decoder[other])))
+    for name in ("columns 1%, diverse movement", "columns 1%, diverse", "LoRA 5, A from movement and fixed"):
+        rows.append((f"MiniLM: {name} − LoRA 3", difference(encoder[name], encoder["LoRA 3"])))
+    return "\n".join(["| case | points [95%] |", "|---|---|", *(f"| {case} | {figure} |" for case, figure in rows)])
+
+
+def page() -> str:
+    kept = {phase: json.loads((RESULTS / f"selection_{phase}.json").read_text(encoding="utf-8")) for phase in PHASES}
+    commits = ", ".join(f"{phase} {of['commit']}" for phase, of in kept.items())
+    text = (HERE / "selection_page.md").read_text(encoding="utf-8")
+    parts = {
+        "about": f"{kept['confirm']['hardware']}, torch {kept['confirm']['torch']}; commits: {commits}",
+        "goals": goals_table(),
+        "explore": methods_table(read("explore"), ("LoRA 4", "full", "random")),
+        "encoder": methods_table(read("encoder"), ("LoRA 4", "full", "random 0.25%")),
+        "confirm": methods_table(read("confirm"), ("LoRA 4", "full", "random 0.25%")),
+        "decoder": methods_table(read("decoder"), ("LoRA 8", "full", "random 1%")),
+        "regret": regret_table(
+            [
+                ("encoder", "weights 0.1%"),
+                ("confirm", SIMPLE),
+                ("confirm", BEST),
+                ("encoder", "weights 1%"),
+                ("confirm", LARGER),
+                ("decoder", "weights 0.25%"),
+                ("decoder", "weights 1%"),
+            ]
+        ),
+    }
+    for name, value in parts.items():
+        assert f"{{{name}}}" in text, name
+        text = text.replace(f"{{{name}}}", value)
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("records", nargs="+", type=Path)
-    for path in parser.parse_args().records:
-        print(f"## {path.stem}\n\n{table(path)}\n")
+    parser.add_argument("--keep", type=Path, help="folder with the study's PHASE.jsonl")
+    parser.add_argument("--commits", nargs="*", default=[], help="that each phase ran, like explore=64d8636")
+    parser.add_argument("--hardware", default="")
+    parser.add_argument("--torch", default="", help="its version there")
+    options = parser.parse_args()
+    if options.keep:
+        commits = dict(word.split("=") for word in options.commits)
+        keep(options.keep, commits, {"hardware": options.hardware, "torch": options.torch})
+    PAGE.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

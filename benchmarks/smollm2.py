@@ -64,6 +64,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         run, lora = Path(scratch) / "run", Path(scratch) / "lora"
         flags = ["--max_new_tokens", str(options.max_new_tokens), *further]
+        if "--granularity" not in further:
+            flags += ["--granularity", "column"]  # single weights have no LoRA file
         files = {"train_file": "train", "validation_file": "validation", "test_file": "test"}
         words = ["run", "--model_name_or_path", options.model, "--output_dir", str(run), *flags]
         for name, split in files.items():

@@ -58,6 +58,7 @@ class Training:
     prepare: Prepare
     steps: int
     rate: float
+    fused: bool | None = None  # of AdamW; on a GPU if None
     losses: list[list[float]] = dataclasses.field(default_factory=list)
     trained: int = 0
 
@@ -67,7 +68,9 @@ class Training:
         self.model.train()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.trained = sum(p.numel() for p in parameters)
-        self.optimizer = torch.optim.AdamW(parameters, lr=self.rate, fused=parameters[0].is_cuda)
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=self.rate, fused=parameters[0].is_cuda if self.fused is None else self.fused
+        )
         self.losses.append([self._step().item()])  # the states are made, caches are filled
         try:
             yield

@@ -518,7 +518,7 @@ def refusals(directory: Path) -> None:
     model = tuned("rows")
     base = model.base_model.model.blocks[1].linear.base_layer
     base.weight = base._parameters.pop("weight").data  # what FSDP1 does while a module runs; it is not there for CPUs
-    with expect("no parameter of its own, as FSDP1"):
+    with expect("not a parameter of its own, as under FSDP1"):
         model(tokens)
     model = tuned("rows")
     model.base_model.model.blocks[1].linear.base_layer.weight.ds_id = 0

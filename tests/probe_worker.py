@@ -17,13 +17,12 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from criteria_cases import own_loss
-
 from data_parallel_worker import Examples
-from relevance_cases import MODELS, data_for, measure, split
+from measured_models import MODELS
+from relevance_cases import data_for, measure, own_loss, split
 from reltune.errors import AnalysisError, InputError
 
-OPTIONS = {"steps": 8, "step_size": 0.01}
+OPTIONS = {"steps": 8, "step_size": 0.01, "relative": True, "move": "allowed", "training": False}
 
 
 def probe(model, batches, loss=None, criteria="movement", resume=None, parallel="auto", **options):

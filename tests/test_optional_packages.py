@@ -76,15 +76,15 @@ REFUSED = {
 }
 DONE = {
     "run": f"run {BERT} --output_dir whole --budget 5% --max_steps 2 --criteria fisher,movement --probe_steps 2",
-    "analyze": f"analyze {BERT} --output_dir steps",
+    "analyze": f"analyze {BERT} --output_dir steps --criteria fisher",
     "select": "select steps --budget 5%",
     "tune": "tune steps --max_steps 2",
     "evaluate": "evaluate steps",
     "report": "report steps",
     "export lora": "export steps --to lora --output_dir lora",
     "export merged": "export steps --to merged --output_dir merged",
-    "language model": f"run {LLAMA} --output_dir language --budget 5% --max_steps 2 --max_new_tokens 2",
-    "single weights": f"run {BERT} --output_dir elements --budget 1% --granularity element --max_steps 2",
+    "language model": f"run {LLAMA} --output_dir language --granularity column --budget 5% --max_steps 2 --max_new_tokens 2",
+    "single weights": f"run {BERT} --output_dir elements --budget 1% --granularity element --criteria fisher --max_steps 2",
 }
 
 

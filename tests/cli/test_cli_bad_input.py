@@ -33,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     write_csv(place / "train.csv", review_rows(60))
     new_run = new_run_words(place)
     assert reltune("run", *new_run, "--output_dir", place / "done", "--num_train_epochs", 1).code == 0
-    assert reltune("analyze", *new_run[:4], "--output_dir", place / "analyzed").code == 0
+    assert reltune("analyze", *new_run[:4], "--criteria", "fisher", "--output_dir", place / "analyzed").code == 0
     return place
 
 
@@ -50,6 +50,7 @@ def new_run_words(place: Place, **changed: object) -> list[object]:
     words: dict[str, object] = {
         "model_name_or_path": place / "model",
         "train_file": place / "train.csv",
+        "granularity": "column",
         "budget": "5%",
         **changed,
     }
@@ -179,7 +180,7 @@ def test_names_that_match_nothing(place: Place, flag: str, pattern: str) -> None
     wrong = pattern.rpartition(",")[2]
     refuse(place, flag, repr(wrong), **{flag: pattern})
     assert_refused(reltune("select", place / "analyzed", f"--{flag}", pattern), flag, repr(wrong))
-    words = new_run_words(place, budget=None, **{flag: pattern})
+    words = new_run_words(place, granularity=None, budget=None, **{flag: pattern})
     assert_refused(reltune("analyze", *words, "--output_dir", place / "new"), flag, repr(wrong))
 
 
@@ -305,7 +306,8 @@ def test_output_directories_that_cannot_be_written(place: Place, tmp_path: Path)
         "": "output_dir is empty",
     }.items():
         for command in ("run", "analyze"):
-            words = new_run_words(place, budget=None if command == "analyze" else "5%")
+            select = {"granularity": None, "budget": None} if command == "analyze" else {}
+            words = new_run_words(place, **select)
             assert_refused(reltune(command, *words, "--output_dir", name), "output_dir", named)
         if named != "--overwrite_output_dir":
             words = ["export", place / "done", "--to", "merged", "--output_dir", name]
@@ -442,7 +444,7 @@ def test_a_plan_for_another_model(place: Place, tmp_path: Path) -> None:
 
 def head_of(place: Place, model: str, tmp_path: Path) -> Path:
     run = tmp_path / f"{model}_analyzed"
-    words = new_run_words(place, budget=None, model_name_or_path=place / model)
+    words = new_run_words(place, granularity=None, budget=None, criteria="fisher", model_name_or_path=place / model)
     assert reltune("analyze", *words, "--output_dir", run).code == 0
     return run / "relevance" / "head.safetensors"
 

@@ -10,8 +10,9 @@ import datasets
 import pytest
 from PIL import Image
 
+from reltune.data.bad_rows import checked
 from reltune.data.images import image_problem, open_image
-from reltune.data.rows import Row, Rows, checked
+from reltune.data.rows import Row, Rows
 from reltune.data.sources import read_dataset, read_rows, read_splits
 from reltune.errors import InputError
 from reltune.notes import collecting

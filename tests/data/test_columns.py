@@ -35,6 +35,7 @@ def labelled(labels):
         ("Unnamed:0 Text Label", "sequence_classification", "text=Text label=Label"),
         ("Sentence1 SENTENCE2 Label", "sequence_classification", "text=Sentence1 text_pair=SENTENCE2 label=Label"),
         ("conversations tools", "causal_lm", "messages=conversations tools=tools"),
+        ("prompt completion tools", "causal_lm", "prompt=prompt completion=completion tools=tools"),
         ("query response history", "causal_lm", "instruction=query output=response history=history"),
         ("instruction context response category", "causal_lm", "instruction=instruction output=response input=context"),
         ("question chosen rejected", "preference", "chosen=chosen rejected=rejected prompt=question"),
@@ -99,6 +100,7 @@ def test_columns_that_the_user_named():
     [
         ([], "none are of no layout"),
         (["text", "sentiment"], "'text', 'sentiment' are of no layout.*text, label.*--label_column"),
+        (["query", "response", "label"], "are of no layout"),
         (["source", "comment"], "are of no layout that is known .chosen, rejected; .*text, label; sentence1"),
         (["messages", "prompt", "chosen", "rejected"], "preference or causal_lm; say which with --task"),
         ([f"c{n}" for n in range(40)], "'c11', … are"),

@@ -9,7 +9,8 @@ from typing import Any
 import pandas
 import pytest
 
-from reltune.data.rows import Rows, checked
+from reltune.data.bad_rows import checked
+from reltune.data.rows import Rows
 from reltune.data.sources import read_rows, read_splits
 from reltune.errors import InputError
 from reltune.notes import collecting

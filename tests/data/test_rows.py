@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reltune.data.bad_rows import checked
+from reltune.data.columns import require_columns
 from reltune.data.packages import bbc_news
-from reltune.data.rows import Row, Rows, checked, require_columns
+from reltune.data.rows import Row, Rows
 from reltune.data.sources import read_rows
 from reltune.errors import InputError
 from reltune.tasks.sequence_classification import SequenceClassification
@@ -179,7 +181,7 @@ def test_bad_rows_are_skipped_and_counted(tmp_path):
     # the next check adds to it, and a row of one split stays on its record
     fewer = checked(rows, lambda row: "a word that is good" if content(row) == "good" else None, "skip")
     assert fewer.skipped == {**rows.skipped, "a word that is good": [6]} and len(fewer) == 1
-    with pytest.raises(InputError, match=r"no good rows but a word on 2 lines \(3, 6\)"):
+    with pytest.raises(InputError, match=r"no good rows: a word on 2 lines \(3, 6\)"):
         checked(rows, lambda row: "a word", "skip")
     with pytest.raises(InputError, match="'skipp' is unknown; did you mean 'skip'"):
         checked(rows, lambda row: None, "skipp")

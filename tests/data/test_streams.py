@@ -48,7 +48,7 @@ def test_a_bad_row_ends_the_pass(tmp_path: Path) -> None:
     assert next(rows).line == 2
     with pytest.raises(InputError, match="number of fields than the header's 2 on line 5"):
         next(rows)
-    with pytest.raises(InputError, match="no good rows but a word on 4 lines"):
+    with pytest.raises(InputError, match="no good rows: a word on 4 lines"):
         list(streamed(tmp_path / "d.csv").checked(lambda row: "a word", "skip"))
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reltune.data.rows import checked
+from reltune.data.bad_rows import checked
 from reltune.data.sources import read_rows, read_splits
 from reltune.data.streams import StreamedRows
 from reltune.errors import InputError

@@ -10,7 +10,7 @@ import copy
 import bitsandbytes
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional as F
@@ -318,6 +318,47 @@ def test_weights_packed_for_inference_are_refused_by_name():
         measure(quantised, batches())
 
 
+def packable(kind):
+    """Two quantised maps, one behind the other, of sizes that bitsandbytes' packing for AVX-512 BF16 takes."""
+    torch.manual_seed(0)
+    first, second = (in_4_bits(nn.Linear(64, 64), kind, double=True) for _ in range(2))
+    for layer in (first, second):
+        layer.support_avx512bf16_for_cpu = True  # whatever this machine's processor has
+    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), nn.Linear(64, 3)).to(DEVICE)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_evaluations_between_steps_change_nothing(kind):
+    """bitsandbytes packs 4-bit weights anew in the first evaluation, where the processor has AVX-512 BF16."""
+    x, labels = torch.randn(6, 64).to(DEVICE), torch.tensor([0, 1, 2, 0, 1, 2]).to(DEVICE)
+    plan = Plan({"0": ModulePlan((64, 64), columns=[3, 40], rows=[7])}, "all", 10**4, 10**4, fingerprint="")
+    models = [get_peft_model(packable(kind), reltune.ReltuneConfig(plan=plan)) for _ in range(2)]
+    losses = []
+    for evaluated, model in zip((True, False), models, strict=True):
+        optimizer = torch.optim.SGD(trained(model).values(), lr=0.3)
+        for _ in range(4):
+            loss = F.cross_entropy(model(x), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            if evaluated:
+                with torch.no_grad():
+                    assert torch.equal(model.eval()(x), model.train()(x))
+    assert losses[:4] == losses[4:] and losses[3] < losses[0]
+    for name, value in trained(models[0]).items():
+        assert torch.equal(value, trained(models[1])[name]), name
+
+
+def test_a_base_that_was_packed_before_is_refused_by_name():
+    model = packable("nf4")
+    state = model[2].weight.quant_state
+    model[2].weight.data, model[2].weight.quant_state = _convert_weight_packed_for_cpu(model[2].weight.data, state)
+    plan = Plan({"0": ModulePlan((64, 64), columns=[3])}, "all", 10**4, 10**4, fingerprint="")
+    with pytest.raises(InputError, match=r"2 .Linear4bit. lets no gradient through, .* load the model again"):
+        get_peft_model(model, reltune.ReltuneConfig(plan=plan))
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_modes_and_weights_are_left_as_they_were(way):
     quantised, _ = pair(tiny_bert, way)
@@ -347,7 +388,7 @@ def test_a_sign_probe_moves_it_as_if_it_were_unpacked(make, way):
         info.name: canonical_weights(info, quantised.get_submodule(info.name)) for info in inventoried(quantised)
     }
     before = {name: of["weight"].clone() for name, of in weights.items()}
-    options = {"movement": {"steps": 4, "step_size": 0.01}}
+    options = {"movement": {"steps": 4, "step_size": 0.01, "relative": True, "move": "allowed", "training": False}}
     found, wanted = (
         measure(m, batches(), None, ["movement"], options=options, elements=True) for m in (quantised, plain)
     )

@@ -252,7 +252,7 @@ def test_what_does_not_fit_is_refused_when_it_is_registered(changes: dict[str, A
 def test_what_is_missing_is_named_when_it_is_registered() -> None:
     with pytest.raises(InputError, match=r"layer type Duck has no covers, .*no weights"):
         registry.register(Duck())  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="Otherwise has a statistics that is no function"):
+    with pytest.raises(InputError, match="Otherwise has a statistics that is not a function"):
         registry.register(Otherwise())
     with pytest.raises(TypeError, match="abstract"):
         registry.register(type("Bare", (registry.LayerType,), {"name": "bare"})())
@@ -268,7 +268,7 @@ def test_what_does_not_train_it_is_refused_when_it_is_entered() -> None:
         register("linear", ReltuneScaledLinear)
     registry.register(ScaledLinearType())
     try:
-        with pytest.raises(InputError, match="is no subclass of"):
+        with pytest.raises(InputError, match="is not a subclass of"):
             register("scaled_linear", nn.Linear)  # type: ignore[arg-type]
         with pytest.raises(InputError, match="has no attach_columns, no attach_rows, no change_of_output"):
             register("scaled_linear", type("Lacking", (ReltuneLayer,), {}))

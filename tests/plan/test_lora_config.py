@@ -56,14 +56,12 @@ def test_the_rank_is_the_nearest(module, wanted):
 
 
 class Nest(nn.Module):
-    """A module whose name is the end of another's."""
+    """A module whose name is the end of two others'."""
 
     def __init__(self):
         super().__init__()
-        self.head, self.inner = nn.Linear(4, 4), nn.ModuleDict({"head": nn.Linear(4, 4), "q": nn.Linear(4, 4)})
-
-    def forward(self, x):
-        return self.head(self.inner["head"](self.inner["q"](x)))
+        self.head, self.last = nn.Linear(4, 4), nn.ModuleDict({"head": nn.Linear(4, 4)})
+        self.inner = nn.ModuleDict({"head": nn.Linear(4, 4), "q": nn.Linear(4, 4)})
 
 
 def test_namesakes_are_told_apart():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from measured_models import tiny_bert, tiny_llama, tiny_sequential
 from relevance_cases import data_for, measure
@@ -78,8 +79,34 @@ def test_parameters_are_counted_by_hand(by_hand):
     assert by_hand.modules[VALUE].parameters == 2 * 16 + 3
     assert by_hand.parameters == 136 + 272 + 35 + 32 and by_hand.indices == 8
     assert by_hand.adapter_bytes() == 4 * 475 + 8 * 5 + 4 * 3
-    assert "3 columns, 2 rows, 3 single weights, 1 whole matrices" in by_hand.describe()[0]
+    chosen = "3 columns, 2 rows, 3 single weights, 1 whole matrices, 1 norms, 2 biases in 4 modules, by hand"
+    assert by_hand.describe()[0] == chosen
+    by_hand.modules[NORM] = ModulePlan((16,), bias=True)
+    assert "1 norms" in by_hand.describe()[0], "one of its two vectors is enough"
     by_hand.check()
+
+
+def test_a_convolution_has_its_columns_in_groups(tmp_path):
+    """Six filters in two groups see two of four channels each: a column is a channel in the three filters of its group."""
+    model = nn.Sequential(nn.Conv2d(4, 6, (3, 5), groups=2))
+    module = ModulePlan((6, 2, 3, 5), columns=[3], rows=[0, 5], groups=2)
+    assert module.column_count == 4 and module.parameters == 3 * 15 + 2 * 30
+    plan = Plan({"0": module}, "105", 105, 186, "")
+    plan.save(tmp_path)
+    assert Plan.load(tmp_path) == plan
+    plan.check_model(take_inventory(model, []), "")
+    with pytest.raises(InputError, match="0 has 4 columns, counted from 0; 4 is none"):
+        edited(plan, tmp_path, set_in("modules", "0", "columns", value=[4]))
+    for groups in (4, 0, "2"):
+        with pytest.raises(InputError, match="groups of 0 must be a divisor of its 6 filters"):
+            edited(plan, tmp_path, set_in("modules", "0", "groups", value=groups))
+    with pytest.raises(InputError, match="shape of 0 must be"):
+        edited(plan, tmp_path, set_in("modules", "0", "shape", value=[6, 2, 3, 5, 1]))
+    with pytest.raises(InputError, match="groups of 0 has no meaning, because only convolutions have groups"):
+        edited(plan, tmp_path, set_in("modules", "0", "shape", value=[6, 2]))
+    plan.modules["0"] = ModulePlan((6, 2, 3, 5), rows=[0], groups=1)
+    with pytest.raises(InputError, match="0 has 2 groups in this model and 1 in the plan"):
+        plan.check_model(take_inventory(model, []), "")
 
 
 def edited(plan, folder, change):

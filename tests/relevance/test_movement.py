@@ -24,6 +24,7 @@ from reltune.errors import AnalysisError, InputError
 
 MINE = ["movement"]
 RATE = 0.01  # larger than usual, so that after a few steps the path matters
+HOW = {"step_size": RATE, "relative": True, "move": "allowed", "training": False}
 
 
 def mean_of(loss_of_one):
@@ -102,7 +103,7 @@ def assert_is_the_probe(found, model, votes, gradients):
 def test_is_the_way_that_signs_go(name):
     model, batch, loss, loss_of_one = case(name)
     batches = split(batch, 3)
-    options = {"movement": {"steps": 5, "step_size": RATE}}
+    options = {"movement": {**HOW, "steps": 5}}
     found = measure(model, batches, loss, MINE, options=options, elements=True, always_trained=())
     assert {info.layer_type for info in found.inventory.modules} >= {"mixtral": {"experts", "router"}}.get(name, set())
     moving = {
@@ -135,7 +136,7 @@ def test_only_the_modules_that_may_be_chosen_move_unless_all_are_to():
     targets = {"target_modules": ["query", "LayerNorm"], "always_trained": ["classifier"], "elements": True}
     wanted = {n for n, _ in model.named_parameters() if ".query." in n or "LayerNorm" in n}
     for move, moving in (("allowed", wanted), ("all", None)):
-        options = {"movement": {"steps": 5, "step_size": RATE, "move": move}}
+        options = {"movement": {**HOW, "steps": 5, "move": move}}
         found = measure(model, batches, None, MINE, options=options, **targets)
         assert {info.name for info in found.inventory.modules} == {name.rpartition(".")[0] for name in wanted}
         votes, gradients = sign_probe(
@@ -166,7 +167,7 @@ def test_the_model_is_not_touched(fails_in_step):
             raise KeyboardInterrupt
         return own_loss(outputs, batch)
 
-    options = {"movement": {"steps": 4, "step_size": RATE}}
+    options = {"movement": {**HOW, "steps": 4}}
     if fails_in_step is None:
         measure(model, batches[:1], loss, MINE, options=options)
         assert not torch.equal(logits[0], logits[1])  # it did move

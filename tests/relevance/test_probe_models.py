@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from criteria_cases import causal_of_one, lm_batch, own_loss
 from torch import nn
 from torch.nn import functional as F
 
+from measured_models import MODELS
 from oracles.sign_probe import sign_probe, steps_by_rule
-from relevance_cases import MODELS, data_for, measure, split
+from relevance_cases import causal_of_one, data_for, lm_batch, measure, own_loss, split
 from reltune.errors import AnalysisError, InputError
 from reltune.relevance.probe.moving_weights import Readings, moving, weights_that_move
 
 MINE = ["movement"]
 RATE = 0.01
+HOW = {"step_size": RATE, "relative": True, "move": "allowed", "training": False}
 
 
 def mean_loss(model, batch):
@@ -108,7 +109,7 @@ def votes_of(model, options, batches, loss=None):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SignProbe, "run", watched)
-        measure(model, batches, loss, MINE, options={"movement": {"step_size": RATE, **options}}, always_trained=())
+        measure(model, batches, loss, MINE, options={"movement": {**HOW, **options}}, always_trained=())
     return found
 
 
@@ -177,7 +178,7 @@ def test_steps_below_the_resolution_of_the_weights_are_not_lost(dtype):
     batches = split(data_for(model), 4)
     rate = 3e-4
     found = measure(
-        model, batches, own_loss, MINE, elements=True, options={"movement": {"steps": 12, "step_size": rate}}
+        model, batches, own_loss, MINE, elements=True, options={"movement": {**HOW, "steps": 12, "step_size": rate}}
     )
 
     own = dict(model.named_parameters())

@@ -8,8 +8,9 @@ import pytest
 from torch.utils.data import DataLoader
 
 from data_parallel_worker import Examples
+from measured_models import MODELS
 from probe_worker import OTHER_WAYS, Branches, batches_of, branching, probe
-from relevance_cases import MODELS, data_for, split
+from relevance_cases import data_for, split
 from reltune.relevance.scores import RelevanceScores
 from two_processes import torchrun
 

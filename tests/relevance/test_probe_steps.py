@@ -6,23 +6,24 @@ import signal
 
 import pytest
 import torch
-from criteria_cases import own_loss, tiny_gpt2
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from relevance_cases import MODELS, data_for, labels_of, measure, split, tiny_bert
+from measured_models import MODELS, tiny_bert, tiny_gpt2
+from relevance_cases import data_for, labels_of, measure, own_loss, split
 from reltune.errors import AnalysisError, InputError
 from reltune.relevance.probe.steps import no_larger, share_of, steps_of
 from reltune.relevance.scores import RelevanceScores
 
 MINE = ["movement"]
 RATE = 0.01
+HOW = {"step_size": RATE, "relative": True, "move": "allowed", "training": False}
 
 
 def probe(model, batches, loss=None, elements=True, resume=None, seed=42, **options) -> RelevanceScores:
-    options = {"movement": {"step_size": RATE, "steps": 6, **options}}
+    options = {"movement": {**HOW, "steps": 6, **options}}
     return measure(model, batches, loss, MINE, elements=elements, options=options, resume_directory=resume, seed=seed)
 
 

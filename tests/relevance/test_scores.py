@@ -21,7 +21,7 @@ from measured_models import MODELS, tiny_bert, tiny_llama, tiny_roberta, tiny_se
 from relevance_cases import data_for, measure, text_batch
 from reltune.errors import InputError
 from reltune.layers.fingerprint import fingerprint
-from reltune.layers.inventory import choose, head_modules, matching, take_inventory
+from reltune.layers.inventory import choose, matching, new_head_modules, take_inventory
 from reltune.relevance.scores import RelevanceScores
 from tiny_models import save_tiny_bert
 
@@ -327,7 +327,7 @@ def test_heads_that_loading_did_not_find_are_always_trained(folder):
     ],
 )
 def test_heads_are_named_as_high_up_as_they_are_new(names, wanted):
-    assert head_modules(tiny_roberta(), names) == wanted
+    assert new_head_modules(tiny_roberta(), names) == wanted
     scores = measure(tiny_roberta(), criteria=["depth"], always_trained=names)
     assert scores.always_trained == wanted
     assert not [i.name for i in scores.inventory.modules if i.name.startswith(tuple(f"{w}." for w in wanted))]

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from command_line import assert_refused, contents, reltune, review_rows, write_csv
 from tiny_models import save_tiny_bert, tiny_tokenizer
 
-QUICK = ["--budget", "5%", "--max_steps", 4]
+QUICK = ["--granularity", "column", "--budget", "5%", "--max_steps", 4]
 
 
 def train_classifier(path: Path, names: tuple[str, str]) -> Path:

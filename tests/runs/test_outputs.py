@@ -182,7 +182,16 @@ def test_plain_texts_have_no_outputs(place: Path) -> None:
     rows = [{"text": row["prompt"] + row["completion"]} for row in opposites(40)]
     answer = reltune(
         *("run", "--model_name_or_path", place / "model", "--output_dir", place / "texts"),
-        *("--train_file", write_rows(place / "texts.jsonl", rows), "--max_steps", 2, "--budget", "5%"),
+        *(
+            "--train_file",
+            write_rows(place / "texts.jsonl", rows),
+            "--max_steps",
+            2,
+            "--granularity",
+            "column",
+            "--budget",
+            "5%",
+        ),
     )
     assert answer.code == 0, answer.err
     assert not (place / "texts" / "outputs.jsonl").exists()

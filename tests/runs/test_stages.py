@@ -31,7 +31,7 @@ from reltune.runs.materials import prepare
 from tiny_models import save_tiny_bert
 
 LEARNS = ["--granularity", "module", "--budget", "20%", "--num_train_epochs", 8, "--learning_rate", 1e-2]
-QUICK = ["--budget", "5%", "--max_steps", 4]
+QUICK = ["--granularity", "column", "--budget", "5%", "--max_steps", 4]
 STAGES = ("relevance", "plan", "adapter")
 
 
@@ -142,7 +142,7 @@ def test_what_a_normal_run_prints(place: Path) -> None:
 
 
 def test_stages_one_by_one_do_the_same(place: Path, quick: Path) -> None:
-    assert new_run(place, "staged", command="analyze").code == 0
+    assert new_run(place, "staged", "--criteria", "fisher", command="analyze").code == 0
     run = place / "staged"
     assert not (run / "plan").exists()
     for words in (
@@ -222,7 +222,7 @@ def test_given_files_are_not_split(place: Path) -> None:
         ("only_test", test, (102, 18, 14)),
         ("only_validation", validation, (102, 10, 18)),
     ):
-        answer = new_run(place, name, *given, command="analyze")
+        answer = new_run(place, name, "--criteria", "fisher", *given, command="analyze")
         assert answer.out.startswith("{} training, {} validation and {} test texts".format(*sizes)), answer
     for words in (["select", "--budget", "5%"], ["tune", "--max_steps", 1], ["evaluate"]):
         assert reltune(words[0], place / "both", *words[1:]).code == 0
@@ -260,7 +260,18 @@ def test_chinese_texts_and_labels_in_other_encodings(place: Path, name: str, enc
 
 
 def test_a_run_of_single_weights(place: Path) -> None:
-    words = ["--granularity", "element,bias", "--budget", "5%", "--learning_rate", 1e-2, "--num_train_epochs", 2]
+    words = [
+        "--granularity",
+        "element,bias",
+        "--criteria",
+        "fisher",
+        "--budget",
+        "5%",
+        "--learning_rate",
+        1e-2,
+        "--num_train_epochs",
+        2,
+    ]
     assert new_run(place, "elements", *words).code == 0
     run = place / "elements"
     plan = Plan.load(run / "plan")
@@ -360,7 +371,7 @@ def test_the_first_criterion_selects(place: Path) -> None:
 
 
 def test_several_granularities(place: Path) -> None:
-    words = ["--granularity", "row,bias", "--granularity", "norm", "--criteria", "gradient", *QUICK]
+    words = ["--granularity", "row,bias", "--granularity", "norm", "--criteria", "gradient", *QUICK[2:]]
     assert new_run(place, "granularities", *words).code == 0
     modules = Plan.load(place / "granularities" / "plan").modules.values()
     assert any(m.rows for m in modules)
@@ -392,7 +403,7 @@ def test_names_and_regular_expressions(place: Path) -> None:
 
 
 def test_modules_excluded_by_name(place: Path) -> None:
-    words = ["--exclude_modules", "layer.0,self", "--budget", "20%", "--max_steps", 1]
+    words = ["--exclude_modules", "layer.0,self", "--granularity", "column", "--budget", "20%", "--max_steps", 1]
     assert new_run(place, "excluded", *words).code == 0
     chosen = set(Plan.load(place / "excluded" / "plan").modules)
     assert chosen and all(name.startswith("bert.encoder.layer.1.") and ".self." not in name for name in chosen)
@@ -400,7 +411,7 @@ def test_modules_excluded_by_name(place: Path) -> None:
 
 def test_analyze_leaves_budget_and_granularity_to_select(place: Path) -> None:
     """The default budget has no room for a column of this model, and norms have no columns."""
-    assert new_run(place, "norms", "--target_modules", "LayerNorm", command="analyze").code == 0
+    assert new_run(place, "norms", "--criteria", "fisher", "--target_modules", "LayerNorm", command="analyze").code == 0
     assert reltune("select", place / "norms", "--granularity", "norm", "--budget", 128).code == 0
     assert Plan.load(place / "norms" / "plan").parameters == 128
 
@@ -474,7 +485,7 @@ def test_training_fields_are_honoured_and_saved(place: Path) -> None:
 
 def test_max_steps_and_a_schedule(place: Path) -> None:
     words = ["--max_steps", 5, "--lr_scheduler_type", "cosine", "--logging_steps", 1, "--warmup_steps", 0]
-    assert new_run(place, "steps", "--budget", "5%", *words).code == 0
+    assert new_run(place, "steps", "--granularity", "column", "--budget", "5%", *words).code == 0
     state = read(place / "steps" / "trainer_state.json")
     assert state["global_step"] == 5
     rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
@@ -585,7 +596,7 @@ def test_resuming_gives_the_adapter_of_an_uninterrupted_run(place: Path, monkeyp
 
 def test_termination_ends_the_process_with_143(place: Path) -> None:
     code = "import sys; from reltune.cli.commands import main; main()"
-    words = ["run", "--model_name_or_path", place / "model", "--train_file", place / "train.csv", "--budget", "5%"]
+    words = ["run", "--model_name_or_path", place / "model", "--train_file", place / "train.csv", *QUICK[:4]]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, [*words, "--output_dir", place / "ended", "--num_train_epochs", 9999])],
         stdout=subprocess.DEVNULL,
@@ -615,6 +626,7 @@ def test_comparison_with_the_baselines(place: Path, capsys: pytest.CaptureFixtur
         model_name_or_path=str(place / "model"),
         train_file=str(place / "train.csv"),
         output_dir=str(place / "compared"),
+        granularity=["column"],
         budget="5%",
         training={"max_steps": 6, "load_best_model_at_end": True},
     )

@@ -38,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("place")
     save_tiny_bert(place / "model")
     write_csv(place / "train.csv", review_rows(100))
-    words = [*files(place), "--output_dir", place / "selected"]
+    words = [*files(place), "--criteria", "fisher", "--output_dir", place / "selected"]
     assert reltune("analyze", *words).code == 0
     assert reltune("select", place / "selected", "--granularity", "module", "--budget", "30%").code == 0
     return place
@@ -447,7 +447,7 @@ def test_a_metric_that_training_does_not_measure(place: Path, monkeypatch: pytes
 def test_in_a_config_file(place: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     text = f"model_name_or_path: {place / 'model'}\ntrain_file: {place / 'train.csv'}\noutput_dir: {tmp_path / 'run'}\n"
-    file.write_text(text + "sweep: {learning_rate: [1e-3, 0.01], max_steps: 1..3}\nbudget: 5%\n")
+    file.write_text(text + "sweep: {learning_rate: [1e-3, 0.01], max_steps: 1..3}\ngranularity: column\nbudget: 5%\n")
     words = ["run", "--config", file, "--sweep_trials", 1]
     answer = reltune(*words, "--learning_rate", 2e-3)  # the flag wins: it has a value now
     assert answer.code == 0, answer

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from command_line import reltune, review_rows, write_csv
 from reltune.config.run_config import RunConfig
+from reltune.plan.plan import ModulePlan, Plan
 from reltune.runs import stages, training
 from reltune.runs.directory import RunDirectory
 from reltune.runs.evaluation import evaluate
@@ -23,6 +24,7 @@ from reltune.tasks.sequence_classification import SequenceClassification
 from reltune.tasks.task import Task
 from tiny_models import save_tiny_bert, save_tiny_masked
 
+COLUMNS = ["--granularity", "column", "--budget", "5%"]
 RATE = ["--granularity", "module", "--budget", "50%", "--learning_rate", 1e-2]
 
 
@@ -63,7 +65,7 @@ def test_the_best_checkpoint_is_kept_by_the_main_metric(place: Path) -> None:
 
 
 def test_training_stops_when_nothing_gets_better(place: Path) -> None:
-    words = ["--early_stopping_patience", 2, "--num_train_epochs", 30, "--learning_rate", 1e-9, "--budget", "5%"]
+    words = ["--early_stopping_patience", 2, "--num_train_epochs", 30, "--learning_rate", 1e-9, *COLUMNS]
     run = new_run(place, "early", *words)
     state = read(run / "trainer_state.json")
     evaluations = [entry for entry in log_of(run) if "eval_accuracy" in entry]
@@ -89,7 +91,7 @@ def test_evaluation_by_steps_takes_checkpoints_with_it(place: Path) -> None:
         1,
         "--load_best_model_at_end",
     ]
-    run = new_run(place, "steps", *words, "--budget", "5%")
+    run = new_run(place, "steps", *words, *COLUMNS)
     log = log_of(run)
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [2, 4, 6]
@@ -103,13 +105,13 @@ def test_evaluation_by_steps_takes_checkpoints_with_it(place: Path) -> None:
 def test_checkpoints_follow_evaluations_that_follow_the_log(place: Path) -> None:
     """Without eval_steps Transformers evaluates as often as it logs."""
     words = ["--max_steps", 6, "--eval_strategy", "steps", "--logging_steps", 2, "--load_best_model_at_end"]
-    run = new_run(place, "as_logged", *words, "--budget", "5%")
+    run = new_run(place, "as_logged", *words, *COLUMNS)
     state = read(run / "trainer_state.json")
     assert state["best_model_checkpoint"].endswith(f"checkpoint-{state['best_global_step']}")
 
 
 def test_the_best_needs_evaluations(place: Path) -> None:
-    run = new_run(place, "unseen", "--max_steps", 1, "--budget", "5%")
+    run = new_run(place, "unseen", "--max_steps", 1, *COLUMNS)
     for words in (["--early_stopping_patience", 1], ["--load_best_model_at_end"]):
         answer = reltune("tune", run, *words, "--eval_strategy", "no", "--overwrite_output_dir")
         assert answer.code == 2 and f"{words[0][2:]} c" in answer.err and "eval_strategy is no" in answer.err
@@ -143,7 +145,7 @@ def test_training_that_goes_on_is_training_that_was_never_stopped(task: str, tmp
 
 
 def test_tensorboard_sees_what_is_logged(place: Path) -> None:
-    words = ["--max_steps", 4, "--logging_steps", 1, "--eval_strategy", "steps", "--eval_steps", 2, "--budget", "5%"]
+    words = ["--max_steps", 4, "--logging_steps", 1, "--eval_strategy", "steps", "--eval_steps", 2, *COLUMNS]
     run = new_run(place, "board", *words, "--report_to", "tensorboard")
     (folder,) = (run / "runs").iterdir()
     events = EventAccumulator(str(folder))
@@ -214,3 +216,24 @@ def test_a_task_s_own_rates_are_defaults(tmp_path: Path) -> None:
     assert [rate(CausalLM(), "selection"), rate(CausalLM(), "full")] == [1e-3, training.LEARNING_RATES["full"]]
     assert rate(SequenceClassification(), "selection") == training.LEARNING_RATES["selection"]
     assert rate(CausalLM(), "selection", learning_rate=5e-4) == 5e-4
+
+
+def test_the_rate_follows_what_is_trained(tmp_path: Path) -> None:
+    def method_and_rate(**modules: ModulePlan) -> tuple[str, float]:
+        method, share = training.method_of(Plan(modules, "", 0, 0, ""))
+        return method, training.default_rate(method, SequenceClassification(), share)
+
+    one, few, many = (ModulePlan((100, 100), elements=list(range(count))) for count in (1, 25, 100))
+    assert method_and_rate(a=many, norm=ModulePlan((100,), weight=True)) == ("weights", pytest.approx(1e-2))  # 1%
+    assert method_and_rate(a=few) == ("weights", pytest.approx(2e-2))
+    assert method_and_rate(a=one) == ("weights", 2e-2)  # no rate above
+    assert method_and_rate(a=one, b=ModulePlan((50, 200), elements=list(range(199)))) == (
+        "weights",
+        pytest.approx(1e-2),
+    )
+    assert method_and_rate(a=many, b=ModulePlan((100, 100), columns=[3])) == ("selection", 2e-3)
+    assert method_and_rate(a=ModulePlan((100, 100), rows=[3], bias=True)) == ("selection", 2e-3)
+    assert method_and_rate(a=many, b=ModulePlan((100, 100), weight=True)) == ("layer", 1e-3)
+    given = {"use_cpu": True, "learning_rate": 3e-4}
+    args = training.arguments(str(tmp_path), "weights", 0, given, SequenceClassification(), 0.01)
+    assert args.learning_rate == 3e-4

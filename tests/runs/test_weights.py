@@ -75,7 +75,9 @@ def test_single_weights(place: Path) -> None:
     weight = AutoModel.from_pretrained(place / "model").encoder.layer[0].attention.self.query.weight
     assert torch.equal(parts["encoder.layer.0.attention.self.query"]["element"], weight.detach().square())
     assert yaml.safe_load((place / "elements" / "config.yaml").read_text())["elements"] is True
-    answer = analyze(place, "elements_with_data", "--elements", "--train_file", place / "train.csv")
+    answer = analyze(
+        place, "elements_with_data", "--criteria", "fisher", "--elements", "--train_file", place / "train.csv"
+    )
     assert answer.code == 0, answer
     parts = RelevanceScores.load(place / "elements_with_data" / "relevance").parts["fisher"]
     assert parts["bert.encoder.layer.0.attention.self.query"]["element"].shape == weight.shape
@@ -84,7 +86,7 @@ def test_single_weights(place: Path) -> None:
 def test_refused(place: Path, analyzed: Path) -> None:
     before = contents(place)
     for words in (
-        [],  # fisher
+        [],  # movement
         ["--criteria", "magnitude,fisher"],
         ["--criteria", "magnitude", "--test_file", place / "train.csv"],
     ):

@@ -116,7 +116,7 @@ def words(place: Path) -> list[object]:
 @pytest.fixture(scope="module")
 def run(place: Path) -> Path:
     """Analyzed and selected in one process."""
-    answer = command("analyze", *words(place), "--output_dir", place / "run")
+    answer = command("analyze", *words(place), "--criteria", "fisher", "--output_dir", place / "run")
     assert answer.code == 0, answer.err
     assert command("select", place / "run", "--budget", "5%", "--granularity", "column,row,bias,norm").code == 0
     return place / "run"
@@ -255,10 +255,13 @@ def test_processes_share_what_is_written(by_two: Path) -> None:
     assert [taken for _, taken in found] == [[3, 1, 1], [3]]
 
 
+SHORT = ["--granularity", "column", "--budget", "5%", "--max_steps", 2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_run_under_a_launcher(launcher: str, place: Path, tmp_path: Path) -> None:
-    line = ["-m", "reltune", "run", *words(place), "--output_dir", tmp_path / "run", "--budget", "5%", "--max_steps", 2]
+    line = ["-m", "reltune", "run", *words(place), "--output_dir", tmp_path / "run", *SHORT]
     if launcher == "torchrun":
         done = torchrun(*line)
     else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,16 @@ def test_it_trains_as_the_definition_says() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-9) and losses[0][-1] < losses[0][0]
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().max() <= 1e-9 * b.abs().max()
+
+
+def test_it_needs_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "triton" or name.startswith("reltune.ops.kernels."):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)  # neither found nor imported
+    with pytest.raises(ModuleNotFoundError):
+        import_module("reltune.ops.kernels.float8")
+    test_it_trains_as_the_definition_says()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

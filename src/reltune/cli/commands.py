@@ -76,7 +76,7 @@ def demo(context: typer.Context, overwrite_output_dir: Overwrite = False) -> Non
     from reltune.runs.preflight import check_new_run
 
     stored = demo_config("demo-run", RunConfig.seed)
-    config = changed_config(context, stored, lambda draft: check_new_run(draft, overwrite_output_dir))
+    config = changed_config(context, stored, lambda draft: check_new_run(draft, overwrite_output_dir), chosen=False)
     _run_all(config, overwrite_output_dir, baselines=True)
 
 
@@ -108,7 +108,7 @@ def analyze(context: typer.Context, config: ConfigFile = None, overwrite_output_
         show_relevance(stages.analyze(started.materials, started.directory))
     else:
         show_relevance(flow.analyze_weights(made, overwrite_output_dir))
-    say(f"Next: reltune select {made.output_dir} --budget 0.5%")
+    say(f"Next: reltune select {made.output_dir} --budget {made.budget}")
 
 
 @app.command(epilog=STORED_HELP)

@@ -13,6 +13,7 @@ from reltune.cli.launcher import together
 from reltune.config.fields import assignments, checked, kind_of
 from reltune.config.file import read_config, read_fields
 from reltune.config.precedence import combined
+from reltune.config.recipes import CHOICE, chosen_again
 from reltune.config.run_config import FIELDS, RunConfig
 from reltune.config.training_fields import named_training_fields, parse_training_fields
 from reltune.errors import InputError
@@ -76,10 +77,17 @@ def new_config(context: typer.Context, file: str | None, check: Callable[[RunCon
     return _config(combined(stored, _given(context), parse_training_fields(context.args)))
 
 
-def changed_config(context: typer.Context, stored: RunConfig, check: Callable[[RunConfig], None]) -> RunConfig:
-    """The config of an existing run with the flags of a command. ``check`` is asked first, as by ``new_config``."""
-    _check_draft(combined(stored.values(), _given(context), _named_training_fields(context)), check)
-    return _config(combined(stored.values(), _given(context), parse_training_fields(context.args)))
+def changed_config(
+    context: typer.Context, stored: RunConfig, check: Callable[[RunConfig], None], chosen: bool = True
+) -> RunConfig:
+    """The config of an existing run with the flags of a command. ``check`` is asked first, as by ``new_config``.
+
+    If not ``chosen``, criteria, granularity, budget and spread follow from the flags as in a new run.
+    """
+    given = _given(context)
+    values = stored.values() | (chosen_again(stored.values(), given) if chosen else dict.fromkeys(CHOICE))
+    _check_draft(combined(values, given, _named_training_fields(context)), check)
+    return _config(combined(values, given, parse_training_fields(context.args)))
 
 
 def _check_draft(fields: dict[str, Any], check: Callable[[RunConfig], None]) -> None:

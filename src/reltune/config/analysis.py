@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import field
 
-from reltune.config.fields import Subject, about
+from reltune.config.fields import BY_RECIPE, Subject, about
+from reltune.config.recipes import BEST, COLUMNS
 from reltune.names import CRITERIA
 
 
@@ -14,10 +15,11 @@ class AnalysisConfig(Subject):
     """The analysis: by which criteria relevance is measured, and on how much data."""
 
     criteria: list[str] = field(
-        default_factory=lambda: ["fisher"],
+        default=BY_RECIPE,
         metadata=about(
             f"How relevance is measured: one or several of {', '.join(CRITERIA)}, or a criterion of an installed package. "
-            "Units are chosen by the first one.",
+            f"Units are chosen by the first one. If not given: {BEST.criterion} for single weights, which is the default, and "
+            f"{COLUMNS.criterion} for every other granularity.",
             "NAMES",
             least=1,
         ),
@@ -37,7 +39,7 @@ class AnalysisConfig(Subject):
         metadata=about("For the criterion correlation: at most this many trials per kind of unit.", "N", least=4),
     )
     probe_steps: int = field(
-        default=50,
+        default=100,
         metadata=about(
             "For the criterion movement: how many steps all weights are trained for, before they are set back.",
             "N",

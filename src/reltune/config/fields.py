@@ -17,6 +17,7 @@ from reltune.errors import InputError, nearest
 
 SHOWN = reprlib.Repr()  # of a wrong value in a message
 SHOWN.maxstring, SHOWN.maxlong, SHOWN.maxother = 100, 40, 100
+BY_RECIPE: Any = None  # the default of a field that every config has a value for: RunConfig finds it (recipes.py)
 MOST = 2**31 - 1  # of whole numbers, unless a field declares another: what every library counts with
 
 
@@ -65,7 +66,7 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
     field's limits.
     """
     kind = kind_of(field)
-    if value is None and str(field.type).endswith(" | None"):
+    if value is None and field.default is None:
         return None
     read, phrase = KINDS[kind]
     try:

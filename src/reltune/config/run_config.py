@@ -16,6 +16,7 @@ from reltune.config.data import DataConfig
 from reltune.config.evaluation import EvaluationConfig
 from reltune.config.fields import about, checked_fields
 from reltune.config.model import ModelConfig
+from reltune.config.recipes import CHOICE, completed
 from reltune.config.selection import SelectionConfig
 from reltune.config.training import TrainingConfig
 from reltune.errors import InputError, nearest
@@ -53,6 +54,12 @@ class RunConfig(ModelConfig, DataConfig, AnalysisConfig, SelectionConfig, Traini
             "Random seed of the splits, of new heads and of training: 0 to 4294967295.", "N", least=0, most=2**32 - 1
         ),
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        few_bits = self.load_in_4bit or self.load_in_8bit or self.frozen_dtype is not None
+        for name, value in completed({name: getattr(self, name) for name in CHOICE}, few_bits).items():
+            setattr(self, name, value)
 
     @property
     def scores_elements(self) -> bool:

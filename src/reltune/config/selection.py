@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import field
 
-from reltune.config.fields import Subject, about
+from reltune.config.fields import BY_RECIPE, Subject, about
+from reltune.config.recipes import BEST, COLUMNS
 from reltune.names import GRANULARITIES, SPREADS
 
 
@@ -14,26 +15,29 @@ class SelectionConfig(Subject):
     """The selection: the budget, and the units that may be chosen under it."""
 
     budget: str = field(
-        default="0.5%",
+        default=BY_RECIPE,
         metadata=about(
-            "How many parameters to train: a share of the base model (0.5%) or a number (100k). New heads are not counted.",
+            "How many parameters to train: a share of the base model (0.5%) or a number (100k). New heads are not counted. If not "
+            f"given: {BEST.budget}, and {COLUMNS.budget} where a granularity or another criterion than {BEST.criterion} is named.",
             "BUDGET",
         ),
     )
     granularity: list[str] = field(
-        default_factory=lambda: ["column"],
+        default=BY_RECIPE,
         metadata=about(
             f"What kinds of unit to choose: one or several of {', '.join(GRANULARITIES)}. element means single weights, and "
-            "goes together with bias and norm only.",
+            f"goes together with bias and norm only; columns and rows alone can become a LoRA file. If not given: {BEST.granularity}, and {COLUMNS.granularity} where other "
+            f"criteria than {BEST.criterion} alone are named or the base is held in 4 or 8 bits.",
             "NAMES",
             GRANULARITIES,
             least=1,
         ),
     )
     spread: str = field(
-        default="global",
+        default=BY_RECIPE,
         metadata=about(
-            f"Where to choose. {SPREADS[0]}: the best units of the whole model; {SPREADS[1]}: the same share of every module.",
+            f"Where to choose. {SPREADS[0]}: the best units of the whole model; {SPREADS[1]}: the same share of every module. If "
+            f"not given: {BEST.spread} for single weights by {BEST.criterion}, else {COLUMNS.spread}.",
             "HOW",
             SPREADS,
         ),

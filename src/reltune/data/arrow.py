@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 from transformers.utils.hub import is_offline_mode
 
-from reltune.data.rows import SHOWN, SPLITS, Rows
+from reltune.data.rows import SPLITS, Rows
 from reltune.data.streams import StreamedRows
 from reltune.errors import InputError, first_line, nearest
 from reltune.names import DATASETS
@@ -51,7 +51,7 @@ def read_folder(path: Path, streaming: bool = False) -> dict[str, Rows | Streame
             data = datasets.load_dataset("parquet", data_files=files, streaming=streaming)
         taken = {Path(file) for split in files.values() for file in split}
         if unused := sorted(file.name for file in path.rglob("*.parquet") if file.resolve() not in taken):
-            note(f"{path.name}: not used, because their names say no split: {', '.join(map(repr, unused[:SHOWN]))}.")
+            note(f"{path.name}: not used, because their names say no split: {', '.join(map(repr, unused[:10]))}.")
     else:
         raise InputError(
             f"{path} is a directory with neither a data set that datasets saved nor images; name one file in it, or save "

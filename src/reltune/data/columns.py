@@ -1,17 +1,17 @@
-"""Which task rows are meant for, read off the names of their columns and the kind of their labels."""
+"""The task that rows are for, told by the names of their columns and the kind of their labels."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from reltune.data.labels import LABELLED, switch_of, task_of_labels
 from reltune.data.rows import Row, Rows
 from reltune.data.streams import StreamedRows
-from reltune.errors import InputError
+from reltune.errors import InputError, nearest
 from reltune.notes import note
 
 LOOKED_AT = 1000  # rows whose labels decide between classes, numbers and lists
@@ -19,12 +19,12 @@ LOOKED_AT = 1000  # rows whose labels decide between classes, numbers and lists
 
 @dataclasses.dataclass(frozen=True)
 class Convention:
-    """A layout of columns that people know, and the tasks it can be for.
+    """A usual layout of columns, and the tasks that it can be for.
 
     Attributes:
         tasks: where there are several, the labels decide.
-        roles: what each column is to the task -> the names it goes by, the usual one first. A ``text_pair`` is a second
-            text that the model reads with the first.
+        roles: what a column is to the task -> the names that such a column has, the usual one first. A ``text_pair`` is a
+            second text that the model reads with the first.
         optional: roles that may be missing.
     """
 
@@ -32,11 +32,11 @@ class Convention:
     roles: dict[str, tuple[str, ...]]
     optional: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
-    def columns(self, found: Sequence[str]) -> dict[str, str] | None:
-        """role -> column, or None if one is missing."""
+    def columns(self, present: Sequence[str]) -> dict[str, str] | None:
+        """role -> column, of the columns that are there; None if one is missing."""
         chosen: dict[str, str] = {}
         for role, names in (self.roles | self.optional).items():
-            column = _called(names, found)
+            column = _called(names, present)
             if column is not None:
                 chosen[role] = column
             elif role in self.roles:
@@ -87,7 +87,7 @@ CONVENTIONS = (
         {"tokens": ("tokens", "words"), "tags": ("ner_tags", "tags", "pos_tags", "chunk_tags", "labels")},
     ),
     Convention(("causal_lm",), {"messages": ("messages", "conversations", "conversation")}, {"tools": ("tools",)}),
-    Convention(("causal_lm",), {"prompt": ("prompt",), "completion": ("completion",)}),
+    Convention(("causal_lm",), {"prompt": ("prompt",), "completion": ("completion",)}, {"tools": ("tools",)}),
     Convention(
         ("causal_lm",),
         {"instruction": ("instruction", "query"), "output": ("output", "response")},
@@ -119,8 +119,8 @@ def guess_task(
 
     Args:
         columns: the columns' names.
-        rows: the rows, of which the first are looked at where labels decide: lists of labels are several classes, numbers
-            with a fraction are to be predicted as numbers, words and few integers are classes.
+        rows: where labels decide, the first of these rows are looked at: lists mean several labels, numbers with a
+            fraction are predicted as numbers, words and few whole numbers are classes.
         text_column: what the user calls the column ``text``.
         label_column: what the user calls the column ``label``.
         text_pair_column: what the user calls a second text that is read with the first.
@@ -136,7 +136,7 @@ def guess_task(
     fitting = [
         (convention, chosen)
         for convention in _named(text_column, label_column, text_pair_column)
-        if (chosen := convention.columns(columns)) is not None and _is_label(chosen.get("label"), rows)
+        if (chosen := convention.columns(columns)) is not None and _is_meant(chosen, columns, rows)
     ]
     wider = [
         (convention, chosen)
@@ -215,6 +215,32 @@ def label_columns(
     return (texts[0], switches) if all(isinstance(row.values.get(texts[0]), str) for row in rows) else None
 
 
+def require_columns(rows: Rows | StreamedRows, wanted: Mapping[str, str]) -> None:
+    """Raise InputError unless the rows have these columns, each once.
+
+    Args:
+        wanted: column name -> the flag that would name another one ("--text_column"), or "" where there is none.
+    """
+    place = rows.source if rows.header_line is None else f"{rows.source} line {rows.header_line}"
+    for name, option in wanted.items():
+        if name not in rows.columns:
+            mend = other_separator(rows.columns)
+            if not mend:
+                close = nearest(name, rows.columns)
+                mend = f"Name the right one with {option}" if option else "Rename the right one"
+                mend += f"; {close}" if close.startswith("did") else "."
+            raise InputError(f"{place} has no column {name!r}, only {_shown(rows.columns)}. {mend}")
+        if name in rows.repeated:
+            raise InputError(f"{place} names the column {name!r} twice; rename one of the two.")
+
+
+def other_separator(columns: Sequence[str]) -> str:
+    """The mend for a file that has one column because its separator is not the one that its suffix implies; else ""."""
+    only = columns[0] if len(columns) == 1 else ""
+    other = next((mark for mark in ";\t," if mark in only), None)
+    return f"Its separator seems to be {other!r}: save it with commas (.csv) or tabs (.tsv)." if other else ""
+
+
 def note_left_out(rows: Rows | StreamedRows, used: Collection[str]) -> None:
     """Name the columns that the task does not use."""
     unused = [name or "an unnamed one" for name in rows.columns if name not in used]
@@ -245,6 +271,9 @@ def _named(text_column: str, label_column: str, text_pair_column: str | None) ->
     return named
 
 
-def _is_label(column: str | None, rows: Iterable[Row]) -> bool:
-    """Whether the column can be a label by its name; an answer is one only where it is yes or no."""
-    return column != "answer" or all(switch_of(row.values.get(column)) is not None for row in rows)
+def _is_meant(chosen: Mapping[str, str], columns: Sequence[str], rows: Iterable[Row]) -> bool:
+    """Whether names that serve several purposes mean this one: an answer is a label only where it is yes or no, and a query
+    with its response is to be learned only where no label says something else of the two."""
+    if chosen.get("label") == "answer":
+        return all(switch_of(row.values.get("answer")) is not None for row in rows)
+    return chosen.get("instruction") != "query" or _called(LABEL, columns) is None

@@ -26,10 +26,12 @@ def as_messages(value: Any, column: str) -> Any:
         A list of messages, the value itself, or ``Unreadable``.
     """
     if isinstance(value, str):
-        found = structure_in(value)
-        if not _holds_messages(found) or not all(map(_is_message, [found] if isinstance(found, Mapping) else found)):
+        parsed = structure_in(value)
+        if not _holds_messages(parsed) or not all(
+            map(_is_message, [parsed] if isinstance(parsed, Mapping) else parsed)
+        ):
             return value  # an answer may be JSON itself
-        value = found
+        value = parsed
     if not _holds_messages(value):
         return value
     messages = []

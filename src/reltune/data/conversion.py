@@ -123,15 +123,15 @@ def _as_list(value: Any, column: str) -> Any:
     """A list in place of the text that spells it; other texts are words with spaces between."""
     if not isinstance(value, str) or not looks_structured(value):
         return value
-    found = structure_in(value)
-    return found if isinstance(found, list) else Unreadable(f"a {column!r} in brackets that is no list")
+    parsed = structure_in(value)
+    return parsed if isinstance(parsed, list) else Unreadable(f"a {column!r} in brackets that is no list")
 
 
 def _as_answers(value: Any, column: str) -> Any:
     """SQuAD's ``{"text": [...], "answer_start": [...]}`` of a text that spells it, of a list of answers, and of one answer."""
     if isinstance(value, str):
-        found = structure_in(value)
-        value = found if isinstance(found, list | Mapping) else value
+        parsed = structure_in(value)
+        value = parsed if isinstance(parsed, list | Mapping) else value
     if isinstance(value, list) and all(isinstance(one, Mapping) and "text" in one for one in value):
         return {"text": [one["text"] for one in value], "answer_start": [one.get("answer_start") for one in value]}
     if isinstance(value, Mapping) and isinstance(value.get("text"), str):
@@ -143,21 +143,23 @@ def _as_tools(value: Any, column: str) -> Any:
     """A list of descriptions of tools, or None where there are none."""
     if value is None or value == "":
         return None
-    found = structure_in(value) if isinstance(value, str) else value
-    found = [found] if isinstance(found, Mapping) else found
-    good = isinstance(found, list) and all(isinstance(tool, Mapping) for tool in found)
-    return (found or None) if good else Unreadable(f"a {column!r} that is no list of tools")
+    parsed = structure_in(value) if isinstance(value, str) else value
+    parsed = [parsed] if isinstance(parsed, Mapping) else parsed
+    good = isinstance(parsed, list) and all(isinstance(tool, Mapping) for tool in parsed)
+    return (parsed or None) if good else Unreadable(f"a {column!r} that is no list of tools")
 
 
 def _as_history(value: Any, column: str) -> Any:
     """A list of earlier turns, each a question and its answer."""
-    found: Any = structure_in(value) if isinstance(value, str) and value.strip() else value or []
-    good = isinstance(found, list) and all(
+    parsed: Any = structure_in(value) if isinstance(value, str) and value.strip() else value or []
+    good = isinstance(parsed, list) and all(
         isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
-        for turn in found
+        for turn in parsed
     )
     return (
-        [list(turn) for turn in found] if good else Unreadable(f"a {column!r} that is no list of questions and answers")
+        [list(turn) for turn in parsed]
+        if good
+        else Unreadable(f"a {column!r} that is no list of questions and answers")
     )
 
 

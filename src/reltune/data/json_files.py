@@ -129,8 +129,8 @@ def _held(path: Path, value: Mapping[str, Any]) -> dict[str, list[Record]] | Non
         if "train" not in parts and len(parts) > 1:
             raise InputError(f"{path} has the splits {', '.join(value)} and none called train; rename one.")
         if all(rows is not None for rows in parts.values()):
-            found = {name: _numbered(rows) for name, rows in parts.items() if rows is not None}
-            return found if "train" in found else {"train": next(iter(found.values()))}
+            splits = {name: _numbered(rows) for name, rows in parts.items() if rows is not None}
+            return splits if "train" in splits else {"train": next(iter(splits.values()))}
     rows = _rows(path, value)
     return None if rows is None else {"train": _numbered(rows)}
 

@@ -83,8 +83,8 @@ def task_of_labels(rows: Iterable[Row], column: str) -> str:
 
 def _parsed(label: Any) -> Any:
     """A label with a list or object in place of the text that spells it."""
-    found = structure_in(label) if isinstance(label, str) else None
-    return label if found is None else found
+    structure = structure_in(label) if isinstance(label, str) else None
+    return label if structure is None else structure
 
 
 def is_empty(label: Any) -> bool:
@@ -148,9 +148,9 @@ def _check_commas(texts: Sequence[str], count: int, column: str) -> None:
         )
     for mark in SEPARATORS[1:]:
         parts = {text: _parts(text, mark) for text in set(texts)}
-        shared = Counter(part for found in parts.values() for part in set(found))
+        shared = Counter(part for own in parts.values() for part in set(own))
         several = next(
-            (text for text, found in parts.items() if len(found) > 1 and all(shared[p] > 1 for p in found)), ""
+            (text for text, own in parts.items() if len(own) > 1 and all(shared[part] > 1 for part in own)), ""
         )
         if several:
             raise InputError(
@@ -246,7 +246,7 @@ class LabelSets:
             marks = [
                 mark
                 for mark in marks
-                if any(len(found) > 1 and {*found} <= {*known} for found in (_parts(text, mark) for text in texts))
+                if any(len(own) > 1 and {*own} <= {*known} for own in (_parts(text, mark) for text in texts))
             ]
         self.mark = next(iter(marks), SEPARATORS[0])
         if self.places and not known:

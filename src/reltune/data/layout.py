@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import overload
 
-from reltune.data.columns import LOOKED_AT, columns_of, guess_task, label_columns
+from reltune.data.columns import LOOKED_AT, columns_of, guess_task, label_columns, other_separator, require_columns
 from reltune.data.conversion import Conversion
 from reltune.data.labels import MULTILABEL, LabelColumns, is_empty, is_minus_one
-from reltune.data.rows import Rows, other_separator, require_columns
+from reltune.data.rows import Rows
 from reltune.data.streams import StreamedRows
 from reltune.errors import InputError
 from reltune.notes import note

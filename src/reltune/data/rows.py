@@ -1,18 +1,10 @@
-"""Rows of data with their columns and line numbers, and the check of each by a task's own rule."""
+"""Rows of data with their columns and line numbers, and what tasks ask of a value."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, overload
-
-from reltune.data.cells import Unreadable
-from reltune.errors import InputError, nearest
-from reltune.names import ON_BAD_ROWS
-
-if TYPE_CHECKING:
-    from reltune.data.streams import StreamedRows
+from typing import Any, overload
 
 # A line number with the values of the row that starts there, or with a phrase that says why there is none.
 Record = tuple[int, dict[str, Any] | str]
@@ -21,8 +13,6 @@ SPLITS = {  # names in use for the parts of a data set -> what they are here
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-SHOWN = 10  # line numbers per kind of bad row in a message,
-KINDS = 3  # and kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +27,15 @@ class Rows(Sequence[Row]):
     """The rows of one source, in order.
 
     Args:
-        records: the rows' values: a list of mappings, or a ``datasets.Dataset``, which stays on the disk.
-        source: what the user named, for messages.
-        columns: the columns' names; those of ``records`` when not given.
-        lines: where each record starts; 1, 2, … when not given.
-        header_line: the line that names the columns, where there is one.
+        records: the values of each row: a list of mappings, or rows that ``datasets`` holds on the disk.
+        source: the file or data set as the user named it, for messages.
+        columns: the names of the columns; those of ``records`` if not given.
+        lines: the number of the line on which each record starts; 1, 2, … if not given.
+        header_line: the number of the line that names the columns, if there is one.
         repeated: columns that the header names more than once.
-        broken: lines that hold no row at all, with a phrase that says why: (line, phrase).
-        skipped: lines left out by ``checked``, by kind; by several checks, one after the other.
-        unit: what ``lines`` count, in messages: "line" of a file or "row" of a table.
+        broken: the lines that hold no row at all, each with a phrase that says why.
+        skipped: the lines that were left out so far, by problem.
+        unit: what ``lines`` count: "line" (of a file) or "row" (of a table). For messages.
     """
 
     def __init__(
@@ -62,8 +52,8 @@ class Rows(Sequence[Row]):
         unit: str = "line",
     ) -> None:
         if columns is None:
-            found = getattr(records, "column_names", None)  # of a Dataset
-            columns = found if found is not None else list(dict.fromkeys(name for record in records for name in record))
+            names = getattr(records, "column_names", None)  # of a Dataset
+            columns = names if names is not None else list(dict.fromkeys(name for record in records for name in record))
         self.records, self.source, self.columns = records, source, list(columns)
         self.lines: Sequence[int] = range(1, len(records) + 1) if lines is None else lines
         self.header_line, self.repeated, self.broken = header_line, frozenset(repeated), list(broken)
@@ -94,14 +84,14 @@ class Rows(Sequence[Row]):
         )
 
     def without(self, skipped: Mapping[str, Sequence[int]], indices: Sequence[int]) -> Rows:
-        """The rows at ``indices``, with the lines that were left out by kind on record."""
+        """The rows at ``indices``, with a record of the lines that were left out, by problem."""
         rest = self.select(indices) if len(indices) < len(self) else self._with(self.records, self.lines)
         rest.broken = []
         rest.skip(skipped)
         return rest
 
     def skip(self, lines: Mapping[str, Sequence[int]]) -> None:
-        """Put lines that are left out on record, by kind."""
+        """Record lines that are left out, by problem."""
         for phrase, more in lines.items():
             self.skipped[phrase] = [*self.skipped.get(phrase, ()), *more]
 
@@ -127,101 +117,7 @@ class Rows(Sequence[Row]):
         )
 
 
-# -- checking -------------------------------------------------------------------------------------------------------
-
-
-def require_columns(rows: Rows | StreamedRows, wanted: Mapping[str, str]) -> None:
-    """Raise InputError unless the rows have these columns, each once.
-
-    Args:
-        wanted: column name -> the flag that would name another one ("--text_column"), or "" where there is none.
-    """
-    place = rows.source if rows.header_line is None else f"{rows.source} line {rows.header_line}"
-    for name, option in wanted.items():
-        if name not in rows.columns:
-            found = ", ".join(map(repr, rows.columns[:12])) + (", …" if len(rows.columns) > 12 else "")
-            mend = other_separator(rows.columns)
-            if not mend:
-                close = nearest(name, rows.columns)
-                mend = f"Name the right one with {option}" if option else "Rename the right one"
-                mend += f"; {close}" if close.startswith("did") else "."
-            raise InputError(f"{place} has no column {name!r}, only {found or 'none'}. {mend}")
-        if name in rows.repeated:
-            raise InputError(f"{place} names the column {name!r} twice; rename one of the two.")
-
-
-def other_separator(columns: Sequence[str]) -> str:
-    """The mend for a file whose header is one column because other marks than its suffix promises stand between; else ""."""
-    only = columns[0] if len(columns) == 1 else ""
-    other = next((mark for mark in ";\t," if mark in only), None)
-    return f"Its separator seems to be {other!r}: save it with commas (.csv) or tabs (.tsv)." if other else ""
-
-
-def checked(rows: Rows, problem: Callable[[Row], str | None], on_bad_rows: str = "error") -> Rows:
-    """The rows that are good.
-
-    Args:
-        problem: a task's rule: a phrase for what is wrong with a row ("an empty 'text'"), or None.
-        on_bad_rows: "error" refuses bad rows, "skip" leaves them out; what was left out is in ``skipped``, by kind.
-
-    Raises:
-        InputError: a bad row under "error", no rows, or none left.
-    """
-    if on_bad_rows not in ON_BAD_ROWS:
-        raise InputError(f"on_bad_rows {on_bad_rows!r} is unknown; {nearest(on_bad_rows, ON_BAD_ROWS)}")
-    bad = by_kind(rows.broken)
-    good = []
-    for index, row in enumerate(rows):
-        phrase = row_problem(row, problem)
-        if phrase is None:
-            good.append(index)
-        else:
-            bad[phrase].append(row.line)
-    if bad and on_bad_rows == "error":
-        words = found(bad, rows.unit)
-        raise InputError(f"{rows.source} has {words}. Mend or delete these {rows.unit}s, or pass --on_bad_rows skip.")
-    if not good:
-        raise InputError(no_good_rows(rows.source, bad, rows.unit))
-    return rows.without(bad, good)
-
-
-def row_problem(row: Row, problem: Callable[[Row], str | None]) -> str | None:
-    """What is wrong with a row by a task's rule, or for every task."""
-    for value in row.values.values():
-        if isinstance(value, Unreadable):
-            return value.reason
-    # JSON escapes can write lone surrogates, which no tokenizer can read.
-    return problem(row) or (None if _encodable(row.values) else "half of a surrogate pair")
-
-
-def by_kind(lines: Iterable[tuple[int, str]]) -> dict[str, list[int]]:
-    """Bad lines, each with its phrase, by phrase."""
-    bad: dict[str, list[int]] = defaultdict(list)
-    for line, phrase in lines:
-        bad[phrase].append(line)
-    return bad
-
-
-def no_good_rows(source: str, bad: Mapping[str, Sequence[int]], unit: str = "line") -> str:
-    """The message of a source without a single good row."""
-    if not bad:
-        return f"{source} has no rows of data; add some."
-    return f"{source} has no good rows but {found(bad, unit)}; mend them."
-
-
-def found(bad: Mapping[str, Sequence[int]], unit: str = "line") -> str:
-    """Bad rows in words: each kind with the numbers of its first lines, the commonest kinds first."""
-    order = sorted(bad.items(), key=lambda item: -len(item[1]))
-    words = [f"{phrase} {_where(lines, unit)}" for phrase, lines in order[:KINDS]]
-    rest = sum(len(lines) for _, lines in order[KINDS:])
-    return "; ".join([*words, f"{rest} more of {len(order) - KINDS} other kinds"] if rest else words)
-
-
-def _where(lines: Sequence[int], unit: str) -> str:
-    if len(lines) == 1:
-        return f"on {unit} {lines[0]}"
-    shown = ", ".join(map(str, lines[:SHOWN])) + (", …" if len(lines) > SHOWN else "")
-    return f"on {len(lines)} {unit}s ({shown})"
+# -- values ---------------------------------------------------------------------------------------------------------
 
 
 def text_problem(values: Mapping[str, Any], column: str) -> str | None:
@@ -243,16 +139,3 @@ def label_problem(values: Mapping[str, Any], column: str) -> str | None:
 def label_of(value: str | int) -> str:
     """The class that a value names, without the space around it: "1", 1 and " 1 " are one."""
     return str(value).strip()
-
-
-def _encodable(value: object) -> bool:
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            return False
-    elif isinstance(value, Mapping):
-        return all(map(_encodable, value.values()))
-    elif isinstance(value, list):
-        return all(map(_encodable, value))
-    return True

@@ -1,4 +1,4 @@
-"""Whatever a user names as data, as rows: a file, a directory, a data set that comes with a package or from the Hub."""
+"""Rows of whatever a user names as data: a file, a directory, a data set of a package or of the Hub."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from reltune.errors import InputError
 
 
 def read_rows(source: str | os.PathLike, encoding: str = "utf-8", split: str = "train") -> Rows:
-    """The rows of a file or directory of any format that is known, with all its columns.
+    """The rows of a file or directory in any known format, with all columns.
 
     Args:
-        source: CSV, TSV, JSON Lines, JSON, Parquet; a directory that ``datasets`` saved; a folder of images.
-        encoding: of text files; UTF-8 may start with a byte order mark.
-        split: which one, where the source has several ("train", "validation", "test").
+        source: a text file or Parquet file, a directory that ``datasets`` saved, a folder of images.
+        encoding: the encoding of text files.
+        split: which split to take if the source has several: "train", "validation" or "test".
 
     Raises:
-        InputError: what the source is, or is not, and the line.
+        InputError: the source cannot be read; the message says where and why.
     """
     splits = read_splits(source, encoding)
     if len(splits) > 1 and split not in splits:
@@ -37,7 +37,7 @@ def read_splits(
     """The splits of a file or directory by name; a source without splits is all "train".
 
     Args:
-        streaming: read rows when they are asked for, and keep nothing on the disk.
+        streaming: whether to read rows only when they are asked for, and keep nothing on the disk.
     """
     path = Path(source)
     if path.is_dir():
@@ -60,8 +60,8 @@ def read_dataset(
     """The splits of a data set by its name: one of ``CORPORA``, else one of the Hugging Face Hub.
 
     Args:
-        config: which variant of it.
-        path: where the files of one of ``CORPORA`` are that no package installs.
+        config: which variant to read.
+        path: where the files of one of ``CORPORA`` are, if its package does not bring them.
     """
     if name in CORPORA:
         return {"train": CORPORA[name].read(config, path)}

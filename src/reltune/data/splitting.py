@@ -1,9 +1,9 @@
-"""Rows in two parts, so that copies of a text stay together and classes keep their proportions."""
+"""Splitting rows in two parts: copies of a text stay together, and classes keep their proportions."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from reltune.data.labels import NUMBER
@@ -13,18 +13,18 @@ from reltune.notes import note
 
 
 def _same(text: str) -> str:
-    """What two copies of a text have in common when only their whitespace differs."""
+    """The text with single spaces: the same for two copies that differ in whitespace only."""
     return " ".join(text.split())
 
 
 def split_off(
     rows: Rows, fraction: float, seed: int, content: Callable[[Row], str], label: Callable[[Row], str] | None = None
 ) -> tuple[Rows, Rows]:
-    """Split into (rest, part), ``part`` holding about ``fraction`` of the distinct contents.
+    """Split rows into (rest, part). The part has about ``fraction`` of the different contents.
 
-    Rows of one content (whitespace aside) stay on one side, each side keeps the order of ``rows``, and equal
-    seeds give equal splits. With ``label`` classes keep their proportions; a class with a single content stays in the
-    rest, and a part smaller than the number of classes is drawn without regard to classes.
+    Rows with the same content (whitespace aside) stay on one side. Both sides keep the order of ``rows``, and equal seeds
+    give equal splits. With ``label``, classes keep their proportions: a class with one content stays in the rest. If the
+    part is smaller than the number of classes, it is drawn without regard to them.
     """
     if not 0 < fraction < 1:
         raise InputError(f"The fraction to split off is {fraction}; it must lie between 0 and 1.")
@@ -37,16 +37,9 @@ def split_off(
     contents = [key for key, name in labels.items() if contents_per_class[name] > 1]
     size = max(1, round(fraction * len(labels)))
     if size >= len(contents):
-        alone = (
-            f", {len(labels) - len(contents)} of which are the only one of their label"
-            if len(labels) > len(contents)
-            else ""
-        )
-        if alone and all(NUMBER.fullmatch(name) for name in labels.values()):
-            alone += " (are the labels quantities? pass --task regression)"
         raise InputError(
-            f"{rows.source}: {len(labels)} different texts{alone + ',' if alone else ''} are too few to split off "
-            f"{fraction:.0%}; add rows or name a validation file and a test file."
+            f"{rows.source}: {_few(labels, len(contents))} too few to split off {fraction:.0%}; add rows or name a validation "
+            "file and a test file."
         )
     classes = [labels[key] for key in contents]
     enough = min(size, len(contents) - size) >= len(set(classes))
@@ -62,13 +55,24 @@ def split_off(
     return rest, held
 
 
+def _few(labels: Mapping[str, str], usable: int) -> str:
+    """How many contents there are, in words, given the label of each and the number of those whose label is not theirs alone."""
+    count, alone = len(labels), len(labels) - usable
+    words = "1 different text is" if count == 1 else f"{count} different texts are"
+    if not alone or len(set(labels.values())) == 1:
+        return words
+    numbers = all(NUMBER.fullmatch(name) for name in labels.values())
+    hint = " (are the labels quantities? pass --task regression)" if numbers else ""
+    return f"{count} different texts, {alone} of which are the only one of their label{hint}, are"
+
+
 def note_shared(train: Rows, held_out: Sequence[Rows], content: Callable[[Row], str]) -> None:
-    """Say how many rows of held-out sets that came as they are stand in training too (whitespace aside)."""
+    """Say how many rows of the held-out sets are also training rows (whitespace aside)."""
     contents = [[_same(content(row)) for row in rows] for rows in held_out]
     wanted = set().union(*contents)
-    found = {key for row in train if (key := _same(content(row))) in wanted} if wanted else set()
+    shared = {key for row in train if (key := _same(content(row))) in wanted} if wanted else set()
     for rows, keys in zip(held_out, contents, strict=True):
-        if count := sum(key in found for key in keys):
+        if count := sum(key in shared for key in keys):
             note(f"{Path(rows.source).name}: {count} of {len(rows)} held-out rows are in the training data too.")
 
 

@@ -1,4 +1,4 @@
-"""Rows that are read anew on every pass and never held: for what does not fit on the disk or in memory."""
+"""Rows that are read again on every pass and never kept, for data that fit neither on the disk nor in memory."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from reltune.data.rows import Row, Rows, by_kind, found, no_good_rows, row_problem
+from reltune.data.bad_rows import in_words, lines_by_problem, no_good_rows, row_problem
+from reltune.data.rows import Row, Rows
 from reltune.errors import InputError, nearest
 from reltune.names import ON_BAD_ROWS
 
 CHUNK = 64  # rows encoded together
-SHUFFLED = 10_000  # rows among which the next one is drawn
+SHUFFLED = 10_000  # rows in the window from which the next one is drawn
 
 
 class StreamedRows(Iterable[Row]):
-    """The rows of one source, in order, without a length.
+    """The rows of one source, in order. Their number is not known.
 
     Args:
-        records: starts a pass over (line, values), or (line, phrase) where there is no row.
-        source: what the user named, for messages.
-        columns: the columns' names; those of the first row when not given.
-        problem: the rule that rows are checked by on the way, as for ``checked``.
-        on_bad_rows: likewise. What was skipped so far is in ``skipped``, by kind.
-        unit: what is counted, as for ``Rows``.
+        records: a function that starts a pass and gives (line, values) for each row, or (line, phrase) for a line without one.
+        source: the file or data set as the user named it, for messages.
+        columns: the names of the columns; those of the first row if not given.
+        problem: a task's rule, as for ``checked``: what is wrong with a row, or None. Rows are checked as they are read.
+        on_bad_rows: "error" or "skip", as for ``checked``. ``skipped`` has the lines that were left out so far, by problem.
+        unit: what the lines count, as for ``Rows``.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class StreamedRows(Iterable[Row]):
 
     @property
     def skipped(self) -> dict[str, list[int]]:
-        return by_kind(self._skipped.items())
+        return lines_by_problem(self._skipped.items())
 
     def __iter__(self) -> Iterator[Row]:
         good = 0
@@ -59,7 +60,7 @@ class StreamedRows(Iterable[Row]):
                 good += 1
                 yield Row(record, line)  # type: ignore[arg-type]
             elif self.on_bad_rows == "error":
-                bad = found({phrase: [line]}, self.unit)
+                bad = in_words({phrase: [line]}, self.unit)
                 raise InputError(f"{self.source} has {bad}. Mend or delete it, or pass --on_bad_rows skip.")
             else:
                 self._skipped[line] = phrase
@@ -67,7 +68,7 @@ class StreamedRows(Iterable[Row]):
             raise InputError(no_good_rows(self.source, self.skipped, self.unit))
 
     def checked(self, problem: Callable[[Row], str | None], on_bad_rows: str = "error") -> StreamedRows:
-        """The same rows, each checked by a task's rule when it comes."""
+        """The same rows, each of which is checked by a task's rule when it is read."""
         return StreamedRows(self.records, self.source, self.columns, problem, on_bad_rows, self.unit)
 
     def mapped(
@@ -83,11 +84,11 @@ class StreamedRows(Iterable[Row]):
         return StreamedRows(records, self.source, columns, self.problem, self.on_bad_rows, self.unit)
 
     def skip(self, lines: Mapping[str, Sequence[int]]) -> None:
-        """Put lines that are left out on record, by kind."""
+        """Record lines that are left out, by problem."""
         self._skipped |= {line: phrase for phrase, more in lines.items() for line in more}
 
     def take(self, count: int | None) -> Rows:
-        """The first good rows, or all of them, in memory, with what was skipped on the way on record."""
+        """The first ``count`` good rows in memory, or all of them for None, with the record of lines skipped before them."""
         rows = self._held(itertools.islice(self, count))
         rows.skip(self.skipped)
         return rows
@@ -97,11 +98,13 @@ class StreamedRows(Iterable[Row]):
         return Rows([row.values for row in held], self.source, self.columns, [row.line for row in held], unit=self.unit)
 
     def encoded(self, encode: Callable[[Rows], Any], seed: int) -> Any:
-        """A ``datasets.IterableDataset`` of what a task makes of the rows, shuffled within a window, for Trainer.
+        """The examples that a task makes of the rows, as a ``datasets.IterableDataset`` for Trainer.
+
+        Each next example is drawn from a window of ``SHUFFLED`` rows.
 
         Args:
-            encode: a task's encoding of some rows, which may be asked for its items by number.
-            seed: of the shuffling.
+            encode: encodes some rows; its result is indexed by number.
+            seed: seeds the shuffling.
         """
         import datasets
 

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from reltune.data.bad_rows import lines_by_problem, no_good_rows
 from reltune.data.json_files import json_lines, read_json
-from reltune.data.rows import Record, Rows, by_kind, no_good_rows
+from reltune.data.rows import Record, Rows
 from reltune.data.tables import LOOKED_AT, SEPARATORS, dialect_of, read_table
 from reltune.data.tagged_words import SUFFIXES as TAGGED
 from reltune.data.tagged_words import read_tagged_words
@@ -74,7 +75,7 @@ def _rows(path: Path, records: list[Record], header: list[str], header_line: int
     rows = [(line, record) for line, record in records if isinstance(record, dict)]
     broken = [(line, phrase) for line, phrase in records if isinstance(phrase, str)]
     if not rows:
-        raise InputError(no_good_rows(str(path), by_kind(broken), unit))
+        raise InputError(no_good_rows(str(path), lines_by_problem(broken), unit))
     if header and not header[-1] and not any(record[""] for _, record in rows):
         header = [name for name in header if name]  # a spreadsheet's empty columns
     return Rows(
@@ -108,10 +109,10 @@ def stream_text_file(path: str | os.PathLike, encoding: str = "utf-8") -> Callab
         at = [0]
         with _reading(path, encoding, at), _text(path, encoding) as file:
             if dialect is not None:
-                found = read_table(path, dialect, file)[2]
+                passed = read_table(path, dialect, file)[2]
             else:
-                found = read_tagged_words(path, file) if suffix in TAGGED else json_lines(file)
-            for line, record in found:
+                passed = read_tagged_words(path, file) if suffix in TAGGED else json_lines(file)
+            for line, record in passed:
                 at[0] = line
                 yield line, record
 

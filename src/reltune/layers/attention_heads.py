@@ -3,13 +3,14 @@
 The unit is the query head. It holds its rows of the query projection, its columns of the output projection, and its rows
 of the key and value projections where no other head reads them. Under grouped-query attention keys and values are shared
 by several heads and belong to none: so every weight is in one head at most, heads add up and are paid for once, and taking
-a head's output columns out removes that head and nothing else. Biases are no part of a head: the part of an output bias
-has no head, and a query bias is chosen whole or not at all. Nor are norms of queries and keys, attention sinks and tables
-of relative positions.
+a head's output columns out removes that head and nothing else. Biases are not part of a head: an output bias
+belongs to all heads together, and a query bias is chosen whole or not at all. Norms of queries and keys, attention sinks
+and tables of relative positions are not part of a head either.
 
 Heads are found by the names of the projections and by sizes that fit the number of heads and their size. All
 architectures below lay heads out as consecutive blocks of rows in the heads' order. An attention module with projections
-or parameters beyond the known ones may mix its heads (differential attention, convolutions): it gets no heads and a reason.
+or parameters beyond the known ones may mix its heads (differential attention, convolutions): it has no heads here, and the
+reason is kept.
 """
 
 from __future__ import annotations

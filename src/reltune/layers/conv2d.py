@@ -45,7 +45,7 @@ class Conv2dType(SingleWeight):
         """From patches x (B, T, in·h·w) and output gradients g (B, T, out), by way of each example's gradient."""
         dtype, weights = accumulator_dtype(x), self.weights(info, module)
         numbers = (x.shape[2] // info.groups) * g.shape[2]
-        found: Statistics = {}
+        sums: Statistics = {}
         step = max(1, BLOCK_NUMBERS // numbers)
         for start in range(0, len(x), step):
             xs = x[start : start + step].to(dtype).unflatten(2, (info.groups, -1))
@@ -53,8 +53,8 @@ class Conv2dType(SingleWeight):
             gradients = {"weight": torch.einsum("btgo,btgi->bgoi", gs, xs).reshape(len(xs), *info.shape)}
             if info.bias:
                 gradients["bias"] = gs.sum(1).flatten(1)
-            per_example.add(found, per_example.statistics(info, weights, gradients, wanted))
-        return found
+            per_example.add(sums, per_example.statistics(info, weights, gradients, wanted))
+        return sums
 
     def squared_inputs(self, module: nn.Module, x: Tensor, mask: Tensor | None, route: Any) -> dict[str, Tensor]:
         """The weight has Σ x² of each place in the patch over all patches (in·h·w,), the bias the number of patches."""

@@ -75,25 +75,25 @@ class EmbeddingType(SingleWeight):
         def over_tokens(values: Tensor) -> Tensor:
             return values.new_zeros(tokens, *values.shape[1:]).index_add_(0, row_token, values)
 
-        found: Statistics = {}
+        sums: Statistics = {}
         if "squares" in wanted:
             squares = rows.square()
-            found["squares"] = {"column": squares.sum(0), "row": over_tokens(squares.sum(1)), "weight": squares.sum()}
+            sums["squares"] = {"column": squares.sum(0), "row": over_tokens(squares.sum(1)), "weight": squares.sum()}
         if "products" in wanted:
             products = rows * self.weights(info, module)["weight"][row_token].to(dtype)
             by_column = products.new_zeros(examples, features).index_add_(0, row_example, products)
-            found["products"] = {
+            sums["products"] = {
                 "column": by_column.abs().sum(0),
                 "row": over_tokens(products.sum(1).abs()),
                 "weight": by_column.sum(1).abs().sum(),
             }
         if "sums" in wanted:
-            found["sums"] = {"weight": over_tokens(rows)}
+            sums["sums"] = {"weight": over_tokens(rows)}
         if "square_elements" in wanted:
-            found["square_elements"] = {"weight": over_tokens(rows.square())}
+            sums["square_elements"] = {"weight": over_tokens(rows.square())}
         if "absolute_elements" in wanted:
-            found["absolute_elements"] = {"weight": over_tokens(rows.abs())}
-        return found
+            sums["absolute_elements"] = {"weight": over_tokens(rows.abs())}
+        return sums
 
     def squared_inputs(self, module: nn.Module, x: Tensor, mask: Tensor | None, route: Any) -> dict[str, Tensor]:
         """How often each token occurs, which is Σ x² of its one-hot input: weight (tokens,)."""

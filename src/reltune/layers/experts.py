@@ -1,16 +1,16 @@
 """Experts of a mixture-of-experts layer, all in two 3-D parameters: one linear map per expert and projection.
 
 Transformers keeps the experts of a layer in one module, ``gate_up_proj`` (E, 2·I, H) or ``up_proj`` (E, I, H), and
-``down_proj`` (E, H, I), some transposed, some with biases (E, out). Each expert's matrix is a unit owner of its own, named
-``….experts.gate_up_proj.3``, with columns, rows, the whole matrix and its bias, as layers/linear.py has them.
+``down_proj`` (E, H, I), some transposed, some with biases (E, out). Each expert's matrix has units of its own, under the
+name ``….experts.gate_up_proj.3``: columns, rows, the whole matrix and its bias, as a linear map has.
 
-A router sends a token to a few experts, so an expert's rows are a part of the batch. During an analysis the module runs
-the forward below, put in by transformers' own table of experts implementations, which tells which token each row came
-from. All experts of a projection are measured together: statistics have the experts as their first dimension. Rows are
-laid out by expert and example, the shorter groups filled up with zeros, which add nothing to any statistic of a gradient:
-(experts, examples, rows of the largest group, features), experts of about the same load in one block.
+A router sends a token to a few experts, so an expert's rows are a part of the batch. While a
+module is observed it runs the forward below, which knows the token that each row came from; transformers' own table of
+experts implementations puts it in. All experts of a projection are measured together, and their statistics have the
+experts as the first dimension. Rows are laid out as (experts, examples, rows of the largest group, features), experts of
+about the same load in one block. Shorter groups are filled up with zeros, which add nothing to any statistic.
 
-Memory: the rows sorted by expert, and one block at a time. Single weights are gone through expert by expert.
+Memory: the rows sorted by expert, and one block at a time. Statistics of single weights are made expert by expert.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from reltune.layers.protocol import Handle, HeadLayout, LayerType, Observer, Use
 from reltune.layers.units import ModuleInfo
 from reltune.ops.squared_gradient import accumulator_dtype, block_numbers, stacked_squared_gradient_sums
 
-# What transformers' decorator use_experts_implementation writes on a module, without which its forward is its own affair.
+# The attributes that transformers' decorator use_experts_implementation writes on a module. A module without them computes
+# in a way that is not known.
 MARKS = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
 
 
@@ -91,14 +92,14 @@ class ExpertsType(LayerType):
 
     def infos(self, name: str, module: nn.Module, layer: str, depth: int) -> list[ModuleInfo]:
         """One per expert and projection."""
-        found = []
+        infos = []
         for projection in _projections(module):
             sizes = tuple(module.get_parameter(projection).shape[1:])
             shape = sizes[::-1] if module.is_transposed else sizes
             for expert in range(module.get_parameter(projection).shape[0]):
                 own = f"{name}.{projection}.{expert}" if name else f"{projection}.{expert}"
-                found.append(ModuleInfo(own, self.name, layer, depth, shape, bool(module.has_bias), holder=name))
-        return found
+                infos.append(ModuleInfo(own, self.name, layer, depth, shape, bool(module.has_bias), holder=name))
+        return infos
 
     def holder(self, name: str) -> str | None:
         return ".".join(name.split(".")[:-2])
@@ -149,19 +150,19 @@ class ExpertsType(LayerType):
         weights = _stacked_weights(module, _projection(info))
         experts, out, features = weights["weight"].shape
         dtype = accumulator_dtype(x.values)
-        found = {
+        sums = {
             statistic: {
                 part: g.new_zeros(experts, *shape, dtype=dtype) for part, shape in shapes(info, statistic).items()
             }
             for statistic in STATISTICS
             if statistic in wanted
         }
-        for some, xs, gs in _blocks(x, g, experts, out * features if set(found) - {"squares"} else 0):
+        for some, xs, gs in _blocks(x, g, experts, out * features if set(sums) - {"squares"} else 0):
             block = {name: weight[some] for name, weight in weights.items()}
-            for statistic, parts in _block_statistics(block, info.bias, xs, gs, set(found)).items():
+            for statistic, parts in _block_statistics(block, info.bias, xs, gs, set(sums)).items():
                 for part, value in parts.items():
-                    found[statistic][part][some] = value
-        return found
+                    sums[statistic][part][some] = value
+        return sums
 
     def squared_inputs(self, module: nn.Module, x: Tensor, mask: Tensor | None, route: Route) -> dict[str, Tensor]:
         """The weight has Σ x² of each expert's rows (E, in), the bias the number of rows (E,)."""
@@ -285,7 +286,9 @@ def _linear(module: nn.Module, projection: str, x: Tensor, counts: list[int]) ->
 
 
 def _blocks(x: ExpertInputs, g: Tensor, experts: int, workspace: int = 0) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Numbers of some experts with their inputs (n, B, T, in) and output gradients (n, B, T, out); none without rows.
+    """Some experts at a time: their numbers, inputs (n, B, T, in) and output gradients (n, B, T, out).
+
+    Experts without rows are left out.
 
     ``workspace`` is what the caller needs for each expert, in numbers, beside Gram matrices (B, T, T).
     """
@@ -324,34 +327,32 @@ def _block_statistics(
 ) -> Statistics:
     """Of some experts, from inputs (n, B, T, in) and output gradients (n, B, T, out)."""
     dtype = accumulator_dtype(x)
-    found: Statistics = {}
+    sums: Statistics = {}
     bias = g.sum(2, dtype=dtype) if has_bias else None  # (n, B, out)
     if "squares" in wanted:
         columns, rows = stacked_squared_gradient_sums(x, g)
-        found["squares"] = {"column": columns, "row": rows, "weight": rows.sum(1)}
+        sums["squares"] = {"column": columns, "row": rows, "weight": rows.sum(1)}
         if bias is not None:
-            found["squares"]["bias"] = bias.square().sum((1, 2))
+            sums["squares"]["bias"] = bias.square().sum((1, 2))
     if wanted & {"products", "sums"}:
         xs, gs = x.to(dtype), g.to(dtype)
     if "products" in wanted:
         weight = weights["weight"].to(dtype)[:, None]
         columns = (xs * (gs @ weight)).sum(2)  # (n, B, in)
-        found["products"] = {
+        sums["products"] = {
             "column": columns.abs().sum(1),
             "row": (gs * (xs @ weight.mT)).sum(2).abs().sum(1),
             "weight": columns.sum(2).abs().sum(1),
         }
         if bias is not None:
-            found["products"]["bias"] = (bias * weights["bias"].to(dtype)[:, None]).sum(2).abs().sum(1)
+            sums["products"]["bias"] = (bias * weights["bias"].to(dtype)[:, None]).sum(2).abs().sum(1)
     if "sums" in wanted:
-        found["sums"] = {"weight": gs.flatten(1, 2).mT @ xs.flatten(1, 2)}
+        sums["sums"] = {"weight": gs.flatten(1, 2).mT @ xs.flatten(1, 2)}
         if bias is not None:
-            found["sums"]["bias"] = bias.sum(1)
+            sums["sums"]["bias"] = bias.sum(1)
     elements = wanted & {"square_elements", "absolute_elements"}
     if elements:
         each = [linear.statistics({}, has_bias, x[e], g[e], elements) for e in range(len(x))]
         for statistic in elements:
-            found[statistic] = {
-                part: torch.stack([one[statistic][part] for one in each]) for part in each[0][statistic]
-            }
-    return found
+            sums[statistic] = {part: torch.stack([one[statistic][part] for one in each]) for part in each[0][statistic]}
+    return sums

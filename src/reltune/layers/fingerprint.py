@@ -45,6 +45,6 @@ def samples(parameter: Tensor) -> bytes:
 
 
 def outside(names: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """The parameters that lie in none of the modules."""
+    """The parameters that do not lie in any of the modules."""
     inside = tuple(f"{module}." for module in modules)
     return [name for name in names if not (inside and name.startswith(inside))]

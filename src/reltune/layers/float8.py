@@ -95,7 +95,7 @@ def convertible(model: nn.Module, without: Collection[str] = ()) -> dict[str, nn
     """The linear maps of the model that ``to_float8`` is for, by their names. Raises InputError where there are none.
 
     Left alone are output layers, weights that two modules share, what ``without`` names (a module's full name, or
-    its end, or a module that it lies in), sizes that are no multiples of 16, and modules with a forward of their own.
+    its end, or a module that it lies in), sizes that are not multiples of 16, and modules with a forward of their own.
     """
     get_output: Any = getattr(model, "get_output_embeddings", None)
     output = get_output() if get_output is not None else None
@@ -103,7 +103,7 @@ def convertible(model: nn.Module, without: Collection[str] = ()) -> dict[str, nn
     for _, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     linear = LinearType()
-    found: dict[str, nn.Linear] = {}
+    maps: dict[str, nn.Linear] = {}
     for name, module in model.named_modules():
         if (
             linear.matches(module)
@@ -115,10 +115,10 @@ def convertible(model: nn.Module, without: Collection[str] = ()) -> dict[str, nn
             and not any(f".{kept}." in f".{name}." for kept in without)
             and "forward" not in vars(module)
         ):
-            found[name] = module
-    if not found:
+            maps[name] = module
+    if not maps:
         raise InputError(
             "frozen_dtype: this model has no linear map that can be held in float8, with sizes that are multiples of "
             f"{MULTIPLE}; leave frozen_dtype out."
         )
-    return found
+    return maps

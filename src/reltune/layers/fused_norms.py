@@ -1,10 +1,9 @@
-"""The frozen norms of a model by the fused kernel of ops/rms_norm.py."""
+"""Lets the fused kernel of ops/kernels/rms_norm.py compute the frozen norms of a model."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,31 +11,32 @@ import torch
 from torch import Tensor, nn
 
 from reltune.layers.norm import NormType
+from reltune.ops import kernels
 
 NORM = NormType()
 
-# Classes, and forwards in the place of theirs, that were tried: do they compute what the kernel does?
+# Classes, with forwards that stood in the place of theirs, and whether they compute what the kernel does.
 _alike: dict[tuple[type, Any], bool] = {}
 
 
 def fuse_norms(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Let every bfloat16 RMSNorm among them, on an accelerator, whose class computes what Llama's does, be computed by the kernel.
+    """Let the kernel compute every bfloat16 RMSNorm on an accelerator whose class computes what Llama's does.
 
     Whether a class does is tried out, on numbers of many sizes: Gemma's gain is 1 + weight, and others cast at another
-    place. Liger's kernel, which computes the gain's gradient for nobody, gives way too; what has hooks or another forward
-    of its own stays as it is. Gives the modules, for ``restore_norms``.
+    place. The kernel also takes the place of Liger's, which computes a gradient of the gain that is not needed here. A
+    norm with any other forward of its own keeps it. Gives the modules that were changed.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not kernels.can_be_imported():
         return []
     fused: list[nn.Module] = []
     for module in modules:
         if not _may_be(module):
             continue
         own = module.__dict__.get("forward")
-        kind = type(module), getattr(own, "__func__", None)
-        if kind not in _alike:
-            _alike[kind] = _computes_the_same(module)
-        if _alike[kind]:
+        computation = type(module), getattr(own, "__func__", None)
+        if computation not in _alike:
+            _alike[computation] = _computes_the_same(module)
+        if _alike[computation]:
             module.forward = functools.partial(_forward, module, own)
             fused.append(module)
     return fused
@@ -57,7 +57,7 @@ def _restore(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def fused_norms(model: nn.Module) -> Iterator[None]:
-    """The same for as long as a context lasts."""
+    """``fuse_norms`` for all modules of a model, until the context ends."""
     fused = fuse_norms(model.modules())
     try:
         yield
@@ -77,10 +77,12 @@ def _may_be(module: nn.Module) -> bool:
 
 
 def _has_kernel(x: Any) -> bool:
+    spread = hasattr(x, "to_local")  # over processes: such a norm stays as it is
+    if spread or not x.is_cuda or x.dtype != torch.bfloat16:
+        return False
     from reltune.ops.kernels.rms_norm import LARGEST
 
-    spread = hasattr(x, "to_local")  # over processes: such a norm stays as it is
-    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] <= LARGEST and not spread
+    return x.shape[-1] <= LARGEST
 
 
 def _epsilon(module: nn.Module) -> float | None:

@@ -1,4 +1,4 @@
-"""Walk a model once and say which of its parameters are units that can be measured, chosen and trained."""
+"""The inventory of a model: which of its parameters are in units that can be measured and chosen, and why others are not."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _read_info(entry: Mapping[str, Any]) -> ModuleInfo:
 
 
 def new_parameters(model: nn.Module) -> list[str]:
-    """Parameters that loading did not find in the checkpoint, as far as transformers marked them.
+    """The parameters that loading did not find in the checkpoint, by the marks that transformers leaves on the others.
 
     A model that was not loaded from a checkpoint has no marks, and then nothing counts as new.
     """
@@ -105,11 +105,11 @@ def new_parameters(model: nn.Module) -> list[str]:
     return sorted(name for name, mark in marks.items() if not mark)
 
 
-def head_modules(model: nn.Module, names: str | Iterable[str]) -> list[str]:
-    """The modules that hold the named parameters or are named themselves, as high up as all they hold is new.
+def new_head_modules(model: nn.Module, names: str | Iterable[str]) -> list[str]:
+    """The modules to train and save whole (PEFT's ``modules_to_save``) for these names of new parameters or modules.
 
-    These are trained and saved whole (PEFT's ``modules_to_save``): a head is one module even when it has several
-    layers, and a module with one new parameter is trained as a whole.
+    A module that has one new parameter is trained whole. Modules that together are all there is in a larger one are
+    given as that one: a new head is one module, however many layers it has.
     """
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     modules = dict(model.named_modules())
@@ -118,7 +118,7 @@ def head_modules(model: nn.Module, names: str | Iterable[str]) -> list[str]:
         owner = name if name in modules else name.rpartition(".")[0]
         if not owner or (name not in modules and name not in parameters):
             raise InputError(
-                f"always_trained names {name!r}, which is no part of the model; {nearest(name, parameters)}"
+                f"always_trained names {name!r}, which is not a part of the model; {nearest(name, parameters)}"
             )
         owners.add(owner)
     if not owners:
@@ -138,7 +138,7 @@ def take_inventory(model: nn.Module, always_trained: Iterable[str] = ()) -> Inve
     """List every module with units. ``always_trained`` names the modules of new heads."""
     names = dict(model.named_parameters(remove_duplicate=False))
     new_heads = tuple(f"{module}." for module in always_trained)
-    in_new_heads = {name for name in names if new_heads and name.startswith(new_heads)}
+    in_new_heads = {name for name in names if name.startswith(new_heads)}
     owners: dict[int, list[str]] = {}
     for name, parameter in names.items():
         owners.setdefault(id(parameter), []).append(name)
@@ -169,9 +169,9 @@ def take_inventory(model: nn.Module, always_trained: Iterable[str] = ()) -> Inve
         left_out.update(dict.fromkeys(own, reason))
 
     base = {id(p): quantised.numel(p) for name, p in names.items() if name not in in_new_heads}
-    head = {id(p): quantised.numel(p) for name, p in names.items() if name in in_new_heads}
-    found = find_attention_heads(model, {info.name: info for info in modules}, left_out)
-    return Inventory(modules, left_out, sum(base.values()), sum(head.values()), *found)
+    new = {id(p): quantised.numel(p) for name, p in names.items() if name in in_new_heads}
+    groups_and_reasons = find_attention_heads(model, {info.name: info for info in modules}, left_out)
+    return Inventory(modules, left_out, sum(base.values()), sum(new.values()), *groups_and_reasons)
 
 
 def _block(model: nn.Module, name: str) -> str:
@@ -186,8 +186,11 @@ def _block(model: nn.Module, name: str) -> str:
 
 
 def matching(names: Iterable[str], pattern: str) -> list[str]:
-    """Names that a pattern means: those that have it as a run of whole dotted parts (``pooler``, ``layer.5``,
-    ``attention.self.query``), or else those that it matches in full as a regular expression."""
+    """The names that a pattern means.
+
+    These are the names that have it as a run of whole dotted parts (``pooler``, ``layer.5``, ``attention.self.query``);
+    where there are none, those that it matches in full as a regular expression.
+    """
     names = list(names)
     plain = [name for name in names if f".{pattern}." in f".{name}."]
     if plain:
@@ -208,15 +211,15 @@ def choose(
     known = sorted(parts, key=lambda part: (part.count("."), part))  # the short ones first
 
     def expand(patterns: str | Sequence[str], field: str) -> set[str]:
-        found: set[str] = set()
+        names: set[str] = set()
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             matched = matching(everything, pattern)
             if not matched:
                 reasons = matching(inventory.left_out, pattern)
                 why = f" ({reasons[0]}: {inventory.left_out[reasons[0]]})" if reasons else ""
                 raise InputError(f"{field} {pattern!r} matches no module with units{why}; {nearest(pattern, known)}")
-            found.update(matched)
-        return found
+            names.update(matched)
+        return names
 
     wanted = expand(target_modules, "target_modules") if target_modules else set(everything)
     wanted -= expand(exclude_modules, "exclude_modules")

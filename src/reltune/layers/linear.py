@@ -64,28 +64,28 @@ def statistics(
     Squares and products need no gradient of the weight's size. ``weights`` are read for products alone.
     """
     dtype = accumulator_dtype(x)
-    found: Statistics = {}
+    sums: Statistics = {}
     bias_gradient = g.sum(1, dtype=dtype) if bias else None
     if "squares" in wanted:
         columns, rows = squared_gradient_sums(x, g, _shared_gram(shared, x, g))
-        found["squares"] = {"column": columns, "row": rows, "weight": rows.sum()}
+        sums["squares"] = {"column": columns, "row": rows, "weight": rows.sum()}
         if bias_gradient is not None:
-            found["squares"]["bias"] = bias_gradient.square().sum()
+            sums["squares"]["bias"] = bias_gradient.square().sum()
     if "products" in wanted:
         weight = weights["weight"].to(dtype)
         xs, gs = x.to(dtype), g.to(dtype)
         columns = (xs * (gs @ weight)).sum(1)
-        found["products"] = {
+        sums["products"] = {
             "column": columns.abs().sum(0),
             "row": (gs * (xs @ weight.mT)).sum(1).abs().sum(0),
             "weight": columns.sum(1).abs().sum(),
         }
         if bias_gradient is not None:
-            found["products"]["bias"] = (bias_gradient * weights["bias"].to(dtype)).sum(1).abs().sum()
+            sums["products"]["bias"] = (bias_gradient * weights["bias"].to(dtype)).sum(1).abs().sum()
     if "sums" in wanted:
-        found["sums"] = {"weight": g.to(dtype).flatten(0, 1).mT @ x.to(dtype).flatten(0, 1)}
+        sums["sums"] = {"weight": g.to(dtype).flatten(0, 1).mT @ x.to(dtype).flatten(0, 1)}
         if bias_gradient is not None:
-            found["sums"]["bias"] = bias_gradient.sum(0)
+            sums["sums"]["bias"] = bias_gradient.sum(0)
     elements = set(wanted) & {"square_elements", "absolute_elements"}
     if elements:
         # One example at a time: a gradient of the weight's size is all the workspace this may take.
@@ -93,8 +93,8 @@ def statistics(
             gradients = {"weight": (g[s].to(dtype).mT @ x[s].to(dtype))[None]}
             if bias_gradient is not None:
                 gradients["bias"] = bias_gradient[s][None]
-            per_example.add(found, per_example.element_statistics(gradients, elements))
-    return found
+            per_example.add(sums, per_example.element_statistics(gradients, elements))
+    return sums
 
 
 def _shared_gram(shared: Shared | None, x: Tensor, g: Tensor) -> Gram | None:
@@ -109,7 +109,7 @@ def _shared_gram(shared: Shared | None, x: Tensor, g: Tensor) -> Gram | None:
 def squared_inputs(x: Tensor, real: Tensor | None) -> dict[str, Tensor]:
     """Σ x² over all positions of each feature: weight (in,), and the number of positions: bias ().
 
-    ``real`` (x.shape[:-1]) marks the positions that are no padding.
+    ``real`` (x.shape[:-1]) marks the positions that are not padding.
     """
     squares = x.to(accumulator_dtype(x)).square()
     if real is None:

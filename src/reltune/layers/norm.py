@@ -20,8 +20,8 @@ from reltune.ops.squared_gradient import accumulator_dtype
 class NormType(SingleWeight):
     """nn.LayerNorm, nn.RMSNorm, and any class called …RMSNorm whose only parameter is a gain vector.
 
-    Transformers defines an RMSNorm class per architecture (LlamaRMSNorm, Qwen2RMSNorm, T5LayerNorm …), so these go
-    by name; all of them are affine in the gain, which is what the statistics below rely on.
+    Transformers defines an RMSNorm class per architecture (LlamaRMSNorm, Qwen2RMSNorm, T5LayerNorm …), so these are
+    known by their names. The output of all of them is affine in the gain, which the statistics below rely on.
     """
 
     name = "norm"

@@ -1,4 +1,4 @@
-"""Which positions of a batch are no padding."""
+"""Which positions of a batch are not padding."""
 
 from __future__ import annotations
 

@@ -38,26 +38,26 @@ def statistics(
     info: ModuleInfo, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], wanted: Collection[str]
 ) -> Statistics:
     """The statistics of ``gradients``: weight (B, *canonical shape) and bias (B, …)."""
-    found = element_statistics(gradients, wanted)
+    sums = element_statistics(gradients, wanted)
     if "squares" in wanted:
         squares = by_unit(info, {name: gradient.square() for name, gradient in gradients.items()})
-        found["squares"] = {part: value.sum(0) for part, value in squares.items()}
+        sums["squares"] = {part: value.sum(0) for part, value in squares.items()}
     if "products" in wanted:
         products = by_unit(info, {name: g * weights[name].to(g.dtype) for name, g in gradients.items()})
-        found["products"] = {part: value.abs().sum(0) for part, value in products.items()}
+        sums["products"] = {part: value.abs().sum(0) for part, value in products.items()}
     if "sums" in wanted:
-        found["sums"] = {name: gradient.sum(0) for name, gradient in gradients.items()}
-    return found
+        sums["sums"] = {name: gradient.sum(0) for name, gradient in gradients.items()}
+    return sums
 
 
 def element_statistics(gradients: Mapping[str, Tensor], wanted: Collection[str]) -> Statistics:
     """Those of the wanted statistics that are sums over the examples of each weight's squared or absolute gradient."""
-    found: Statistics = {}
+    sums: Statistics = {}
     if "square_elements" in wanted:
-        found["square_elements"] = {name: gradient.square().sum(0) for name, gradient in gradients.items()}
+        sums["square_elements"] = {name: gradient.square().sum(0) for name, gradient in gradients.items()}
     if "absolute_elements" in wanted:
-        found["absolute_elements"] = {name: gradient.abs().sum(0) for name, gradient in gradients.items()}
-    return found
+        sums["absolute_elements"] = {name: gradient.abs().sum(0) for name, gradient in gradients.items()}
+    return sums
 
 
 def shapes(info: ModuleInfo, statistic: str) -> dict[str, tuple[int, ...]]:

@@ -148,7 +148,7 @@ class LayerType(Protocol):
 
     @abstractmethod
     def squared_inputs(self, module: nn.Module, x: Tensor, mask: Tensor | None, route: Any) -> dict[str, Tensor]:
-        """Σ x² of what each weight multiplies, over the positions of one use that are no padding by ``mask``.
+        """Σ x² of what each weight multiplies, over the positions of one use that are not padding by ``mask``.
 
         ``weight`` has ``input_size`` numbers, and ``bias`` () counts the positions.
         """

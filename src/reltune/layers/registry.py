@@ -1,4 +1,7 @@
-"""The layer types that reltune knows. All else asks here which one a module is of, and asks that one everything else."""
+"""The layer types that reltune knows.
+
+Other code asks here of which type a module is, and asks that type everything else.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def register(layer_type: LayerType) -> None:
     if missing:
         raise InputError(f"{what} has no {', no '.join(missing)}; layers/protocol.py says what these are.")
     if wrong:
-        raise InputError(f"{what} has a {wrong[0]} that is no function; layers/protocol.py says what it takes.")
+        raise InputError(f"{what} has a {wrong[0]} that is not a function; layers/protocol.py says what it takes.")
     if not re.fullmatch(r"\w+", layer_type.name):
         raise InputError(f"{what} has the name {layer_type.name!r}; use letters, digits and _.")
     if layer_type.name in _types:

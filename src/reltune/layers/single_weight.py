@@ -85,7 +85,7 @@ class SingleWeight(LayerType):
         for use in uses:
             x, g = self.by_example(module, use.input, use.gradient, examples * rows_per_example)
             if rows_per_example > 1:  # the positions of an example's rows are positions of one example
-                x, g = (of.unflatten(0, (examples, rows_per_example)).flatten(1, 2) for of in (x, g))
+                x, g = (tensor.unflatten(0, (examples, rows_per_example)).flatten(1, 2) for tensor in (x, g))
             inputs.append(x)
             gradients.append(g)
         if len(uses) == 1:

@@ -10,13 +10,14 @@ Same idea as PaCA (Woo et al., ICLR 2025) and S²FT (Yang et al., NeurIPS 2024).
 
 from __future__ import annotations
 
-import importlib.util
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from reltune.ops import kernels
 
 # The operators return y.detach(), not y: an input that is returned counts as a view made inside the function, and
 # autograd then refuses the next in-place operation on it (a residual added in place, say).
@@ -63,7 +64,7 @@ class AttachRows(torch.autograd.Function):
 
 def gradient_of_columns(g: Tensor, selected: Tensor) -> Tensor:
     """g (T, out), selected (T, c) -> gᵀ selected (out, c)."""
-    if g.is_cuda and importlib.util.find_spec("triton") is not None:
+    if g.is_cuda and kernels.can_be_imported():
         from reltune.ops.kernels.column_gradient import column_gradient, fits
 
         if fits(g, selected.shape[1]):

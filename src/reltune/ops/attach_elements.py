@@ -18,7 +18,6 @@ weight alone.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -28,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from reltune.errors import InputError
+from reltune.ops import kernels
 
 Form = Literal["dense", "sampled"]
 
@@ -77,7 +77,7 @@ class Places:
             )
 
     def apply(self, function: Any) -> Places:
-        """The same, with the tensor moved, say."""
+        """A copy whose indices went through ``function``, which moves them to another device, say."""
         return Places(function(self.index), self.shape, self._block_numbers)
 
 
@@ -92,7 +92,7 @@ def is_sampled(places: Places, a: Tensor) -> bool:
     rows, columns = places.shape
     if not a.is_cuda:
         return SAMPLED_COST_ON_CPU * len(places.index) < rows * columns
-    if importlib.util.find_spec("triton") is None:
+    if not kernels.can_be_imported():
         return False
     size = a.element_size()
     return SAMPLED_COST[size] * len(places.index) + COPY_COST[size] * (rows + columns) < rows * columns
@@ -100,7 +100,7 @@ def is_sampled(places: Places, a: Tensor) -> bool:
 
 @contextmanager
 def force(form: Form) -> Iterator[None]:
-    """Take one form whatever it costs, in all forward passes inside: for benchmarks and tests."""
+    """Take this form whatever it costs, in all forward passes until the context ends: for benchmarks and tests."""
     _forced.append(form)
     try:
         yield
@@ -114,8 +114,8 @@ def element_gradient(a: Tensor, b: Tensor, places: Places, form: Form | None = N
         form = "sampled" if is_sampled(places, a) else "dense"
     if form == "dense":
         return _dense(a, b, places)
-    if a.is_cuda:
-        # Imported where it is used: Triton is no part of torch for CPUs, and takes a while to import.
+    if a.is_cuda and kernels.can_be_imported():
+        # Imported where it is used: Triton takes a while to import.
         from reltune.ops.kernels.sampled_product import sampled_product
 
         return sampled_product(a, b, places.index)
@@ -123,28 +123,28 @@ def element_gradient(a: Tensor, b: Tensor, places: Places, form: Form | None = N
 
 
 def _dense(a: Tensor, b: Tensor, places: Places) -> Tensor:
-    found = a.new_empty(len(places.index))
+    chosen = a.new_empty(len(places.index))
     for block, (start, end) in enumerate(zip(places.starts, places.starts[1:], strict=False)):
         if start == end:
             continue
         first = block * places.step
         gradient = a[:, first : first + places.step].mT @ b
         inside = places.index[start:end] - first * places.shape[1]
-        torch.index_select(gradient.view(-1), 0, inside, out=found[start:end])
-    return found
+        torch.index_select(gradient.view(-1), 0, inside, out=chosen[start:end])
+    return chosen
 
 
 def sampled_product_reference(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
-    """What ops/sampled_product.py computes, from gathered vectors; the form used on a CPU."""
+    """What ops/kernels/sampled_product.py computes, from gathered vectors; the form used on a CPU."""
     left, right = a.mT.contiguous(), b.mT.contiguous()
     wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-    found = torch.zeros(len(index), dtype=wide, device=a.device)
+    gradient = torch.zeros(len(index), dtype=wide, device=a.device)
     step = max(1, GATHERED_NUMBERS // max(1, len(a)))
     for start in range(0, len(index), step):
         at = index[start : start + step].long()
         rows, columns = at // b.shape[1], at % b.shape[1]
-        found[start : start + step] = torch.linalg.vecdot(left[rows].to(wide), right[columns].to(wide))
-    return found
+        gradient[start : start + step] = torch.linalg.vecdot(left[rows].to(wide), right[columns].to(wide))
+    return gradient
 
 
 class AttachElements(torch.autograd.Function):
@@ -164,8 +164,8 @@ class AttachElements(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        found = _gradient(g, x, ctx.places, ctx.transposed, ctx.form)
-        return g, None, found.to(ctx.dtype), None, None
+        gradient = _gradient(g, x, ctx.places, ctx.transposed, ctx.form)
+        return g, None, gradient.to(ctx.dtype), None, None
 
 
 class SparseProduct(torch.autograd.Function):

@@ -10,7 +10,7 @@ roundings pass gradients straight through. x[:, idx] and D − Ŵ[:, idx] are al
 Products of two float8 matrices run in tensor cores faster than in bfloat16 (torch._scaled_mm); Hopper wants the second
 factor by columns, so the backward pass makes the transpose of q and frees it. Elsewhere the same numbers are multiplied
 in float32: slow, and equal but for the order of additions. The rounding of rows is that of torchao's rowwise float8
-training, which is no use here: its Float8Linear keeps the weight in high precision and all of x, and the product of its
+training, which cannot be used here: its Float8Linear keeps the weight in high precision and all of x, and the product of its
 Float8Tensor, which does neither, has no derivative.
 """
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import weakref
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from reltune.ops import kernels
 from reltune.ops.attach import gradient_of_columns
 
 E4M3 = torch.float8_e4m3fn
@@ -90,7 +90,7 @@ def _has_kernels(x: Tensor) -> bool:
 
 @functools.cache
 def _multiplies_float8(device: int) -> bool:
-    if torch.version.hip is not None or importlib.util.find_spec("triton") is None:  # AMD's float8 is another one
+    if torch.version.hip is not None or not kernels.can_be_imported():  # AMD's float8 is another one
         return False
     # cuBLAS refuses scales per row on compute capability 12 (pytorch/pytorch#192707).
     return (8, 9) <= torch.cuda.get_device_capability(device) < (12, 0)
@@ -135,10 +135,12 @@ def _add_change(dx: Tensor, idx: Tensor, g: Tensor, change: Tensor) -> None:
         dx.index_copy_(1, idx, dx.index_select(1, idx).addmm_(g, change))
 
 
-def _has_column_kernels(of: Tensor, factor: Tensor, change: Tensor) -> bool:
+def _has_column_kernels(result: Tensor, factor: Tensor, change: Tensor) -> bool:
+    if not _has_kernels(result) or not result.dtype == factor.dtype == change.dtype == torch.bfloat16:
+        return False
     from reltune.ops.kernels.float8 import MOST
 
-    return _has_kernels(of) and of.dtype == factor.dtype == change.dtype == torch.bfloat16 and change.shape[1] <= MOST
+    return change.shape[1] <= MOST
 
 
 @functools.lru_cache(maxsize=64)
@@ -147,7 +149,10 @@ def _ones(count: int, device: torch.device) -> Tensor:
 
 
 class Latest:
-    """The input that was rounded last, for the next map that has the same one: q, k and v, or gate and up."""
+    """Keeps the input that was rounded last, so that the next map does not round it again if it has the same one.
+
+    The query, key and value projections have, and so have the gate and up projections.
+    """
 
     def __init__(self) -> None:
         self._seen: tuple[Any, tuple[int, int], Rounded] | None = None  # the input is held weakly
@@ -224,18 +229,18 @@ class Float8Product(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale, change, idx, selected = ctx.saved_tensors
         of_x, of_columns, of_bias = ctx.dtypes
-        found: list[Tensor | None] = [None] * 9
+        gradients: list[Tensor | None] = [None] * 9
         with _without_autocast(g.device.type):
             if selected is not None:
-                found[5] = gradient_of_columns(g, selected).to(of_columns)
+                gradients[5] = gradient_of_columns(g, selected).to(of_columns)
             if ctx.needs_input_grad[4]:
-                found[4] = g.sum(0).to(of_bias)
+                gradients[4] = g.sum(0).to(of_bias)
             if weight is not None:
                 dx = _product(quantise_rows(g, scale.float()), transposed(weight), None, g.dtype)
                 if change is not None:
                     _add_change(dx, idx, g, change)
-                found[0] = dx.to(of_x)
-        return tuple(found)
+                gradients[0] = dx.to(of_x)
+        return tuple(gradients)
 
 
 def float8_linear(
@@ -252,10 +257,10 @@ def float8_linear(
     ``weight`` is q (out, in) as int8 and ``scale`` (out,) in float32; ``columns`` D (out, c), ``idx`` (c,) int64, all different, and ``own``
     Ŵ[:, idx] (out, c) come together or not at all.
     """
-    kind = x.device.type
+    device = x.device.type
     dtype = x.dtype
-    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
     with torch.no_grad():
         rounded = _latest.rounded(x)
     given = (_flat(x), rounded, weight, scale, bias, columns, idx, own, dtype)

@@ -1,23 +1,25 @@
 """Write columns or rows into many weights at once: ``weight.index_copy_(dim, idx, values)`` in one kernel for all.
 
-An adapter of an 8B model stands in 224 weights. One by one, with a cast each, that is 448 launches per optimizer step
+An adapter of an 8B model is written into 224 weights. One by one, with a cast each, that takes 448 launches per optimizer step
 and per switch.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from reltune.ops import kernels
+
 
 class Copy(NamedTuple):
     """weight[:, idx] = values (dim 1) or weight[idx] = values (dim 0), for weights of two dimensions.
 
-    One of one dimension (single weights, in a flat view) is written by itself: with so much to write, a launch is little.
+    A weight of one dimension (single weights, in a flat view) is written by itself: beside so much to write, a launch
+    costs little.
     """
 
     weight: Tensor
@@ -33,7 +35,7 @@ class Copy(NamedTuple):
 def index_copy(copies: Iterable[Copy]) -> None:
     """Do all the copies; those into one weight must not overlap. The weights' versions count up."""
     together: dict[tuple[int, torch.dtype, torch.dtype], list[Copy]] = {}
-    triton = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    triton = torch.cuda.is_available() and kernels.can_be_imported()
     for copy in copies:
         weight, _, idx, values = copy
         device = weight.get_device() if triton else -1  # cheaper than the object: a switch comes here 448 times

@@ -40,18 +40,18 @@ def singular_vectors(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Decompositions:
-    """Those of the weight that was asked for last, so that criteria that look at it one after the other share them."""
+    """Keeps the decompositions of the weight that was asked for last, for criteria that look at it one after the other."""
 
     def __init__(self) -> None:
         self.weight: Callable[[], Tensor | None] = lambda: None
-        self.found: list[tuple[Tensor, Tensor]] = []
+        self.pairs: list[tuple[Tensor, Tensor]] = []
 
     def of(self, weight: Tensor, matrices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Each of the weight's ``matrices`` with the values and vectors of its tall form."""
         if self.weight() is not weight:
-            found = self.found = []
-            self.weight = weakref.ref(weight, lambda _: found.clear())  # the next weight comes when they are gone
+            pairs = self.pairs = []
+            self.weight = weakref.ref(weight, lambda _: pairs.clear())  # the next weight comes when they are gone
         for index, matrix in enumerate(matrices):
-            if index == len(self.found):
-                self.found.append(singular_vectors(tall(matrix)))
-            yield matrix, *self.found[index]
+            if index == len(self.pairs):
+                self.pairs.append(singular_vectors(tall(matrix)))
+            yield matrix, *self.pairs[index]

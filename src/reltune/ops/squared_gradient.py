@@ -15,13 +15,14 @@ kept apart by column and by row. Nothing here waits for the device.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import overload
 
 import torch
 from torch import Tensor
+
+from reltune.ops import kernels
 
 Gram = Tensor | tuple[Tensor, Tensor]  # see `input_gram`
 # Workspace of one block of examples, in numbers (not bytes): 64 Mi float32 numbers are 256 MiB.
@@ -44,15 +45,15 @@ def accumulator_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-# Of the fused kernels, where an operation of the direct form costs 1: one of a Gram matrix, and one of the quadratic forms,
-# which run as if there were OVERHEAD more features. One H200, 4096 → 1024, 4096 and 14336 features at 512 to 4096 tokens,
+# What an operation costs in the fused kernels, where one of the direct form costs 1: GRAM_COST in a Gram matrix, and
+# FORMS_COST in the quadratic forms, which run as if there were OVERHEAD more features. Measured on one H200, 4096 → 1024, 4096 and 14336 features at 512 to 4096 tokens,
 # 8,192 in all: the rule picks the faster way in ten of these twelve, and one that takes a tenth longer in the others.
 GRAM_COST, FORMS_COST, OVERHEAD = 0.55, 1.0, 4096
 
 
 def is_fused(x: Tensor) -> bool:
     """Whether inputs like x go through the fused kernels: bfloat16 on CUDA, with Triton."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and importlib.util.find_spec("triton") is not None
+    return x.is_cuda and x.dtype == torch.bfloat16 and kernels.can_be_imported()
 
 
 def gram_is_cheaper(
@@ -88,7 +89,7 @@ def wants_gram(
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """float32 products as float32, whatever autocast and the settings for TF32 and bfloat16 products say."""
+    """Compute float32 products in float32, whatever autocast and the settings for TF32 and bfloat16 products are."""
     settings = {
         "cuda": torch.backends.cuda.matmul,
         "cpu": torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
@@ -118,7 +119,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def input_gram(x: Tensor) -> Gram:
     """K_x = x xᵀ for inputs x (B, T, in): (B, T, T) in the accumulator's dtype, or as the fused kernel takes it."""
     if is_fused(x):
-        # Imported where it is used: Triton is no part of torch for CPUs, and takes a while to import.
+        # Imported where it is used: Triton takes a while to import.
         from reltune.ops.kernels.quadratic_form import triangle
 
         return triangle(x)
@@ -190,9 +191,9 @@ def _add_directly(x: Tensor, g: Tensor, columns: Tensor | None, rows: Tensor | N
     if is_fused(x):
         from reltune.ops.kernels.squared_product import squared_product_sums
 
-        for total, found in zip((columns, rows), squared_product_sums(x, g), strict=True):
+        for total, sums in zip((columns, rows), squared_product_sums(x, g), strict=True):
             if total is not None:
-                total += found
+                total += sums
         return
     if x.shape[2] > g.shape[2]:  # the long side first: the product is a twelfth faster on a CPU
         x, g, columns, rows = g, x, rows, columns
@@ -222,8 +223,8 @@ def stacked_squared_gradient_sums(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]
     maps, examples = x.shape[:2]
     xs, gs = x.flatten(0, 1), g.flatten(0, 1)
 
-    def forms(gram: Tensor, of: Tensor) -> Tensor:
-        values = _product(gram, of.to(gram.dtype)).mul_(of)
+    def forms(gram: Tensor, factor: Tensor) -> Tensor:
+        values = _product(gram, factor.to(gram.dtype)).mul_(factor)
         return values.unflatten(0, (maps, examples)).sum((1, 2)).clamp_min_(0)
 
     return forms(_product(gs, gs.mT), xs), forms(_product(xs, xs.mT), gs)

@@ -10,11 +10,10 @@ block, so that what lies between two steps of the computation stays in the cache
 
 from __future__ import annotations
 
-import importlib.util
-import math
-
 import torch
 from torch import Tensor
+
+from reltune.ops import kernels
 
 BLOCK = 1 << 17  # numbers that are gone through at a time on a CPU
 LOWEST, HIGHEST = -150.0, 130.0  # float32 and bfloat16 have no size with a logarithm to base 2 outside this range
@@ -33,13 +32,13 @@ def moved(weight: Tensor, votes: Tensor, step: float) -> Tensor:
 def moved_reference(weight: Tensor, votes: Tensor, step: float) -> Tensor:
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    source, of, into = weight.reshape(-1), votes.reshape(-1), out.view(-1)
+    source, cast, into = weight.reshape(-1), votes.reshape(-1), out.view(-1)
     for start in range(0, len(into), _block(weight)):
         part = slice(start, start + _block(weight))
         if wide == weight.dtype:
-            torch.add(source[part], of[part].to(wide), alpha=-step, out=into[part])
+            torch.add(source[part], cast[part].to(wide), alpha=-step, out=into[part])
         else:
-            into[part] = of[part].to(wide).mul_(-step).add_(source[part])
+            into[part] = cast[part].to(wide).mul_(-step).add_(source[part])
     return out
 
 
@@ -55,12 +54,12 @@ def vote(votes: Tensor, gradient: Tensor) -> Tensor:
 
 def vote_reference(votes: Tensor, gradient: Tensor) -> Tensor:
     wide = torch.promote_types(gradient.dtype, torch.float32)
-    of, into = gradient.reshape(-1), votes.view(-1)
+    source, into = gradient.reshape(-1), votes.view(-1)
     total = gradient.new_zeros((), dtype=wide)
     for start in range(0, len(into), _block(gradient)):
         part = slice(start, start + _block(gradient))
-        total += of[part].sum(dtype=wide)
-        into[part] += of[part].sign().to(votes.dtype)
+        total += source[part].sum(dtype=wide)
+        into[part] += source[part].sign().to(votes.dtype)
     return total
 
 
@@ -72,16 +71,17 @@ def score(votes: Tensor, gradient: Tensor | None) -> Tensor:
     HIGHEST, so that float32 tells sizes apart that differ by a thousandth. It is 0 where the gradient is.
     """
     out = torch.empty(votes.shape, dtype=torch.float32)
-    of, into = votes.reshape(-1), out.view(-1)
+    cast, into = votes.reshape(-1), out.view(-1)
     sizes = None if gradient is None else gradient.reshape(-1)
-    block = 1 << 24 if votes.is_cuda else BLOCK
+    wide = torch.float32 if gradient is None else torch.promote_types(gradient.dtype, torch.float32)
+    block = 1 << 22 if votes.is_cuda else BLOCK
     for start in range(0, len(into), block):
         part = slice(start, start + block)
-        found = of[part].abs().float()
+        scores = cast[part].abs().float()
         if sizes is not None:
-            level = sizes[part].abs().double().log2_().sub_(LOWEST).div_(HIGHEST - LOWEST)
-            found += level.clamp_(0, math.nextafter(1.0, 0.0)).float().clamp_(max=1 - 2**-16)
-        into[part] = found
+            level = sizes[part].abs().to(wide).log2_().sub_(LOWEST).div_(HIGHEST - LOWEST)
+            scores += level.clamp_(0, 1 - 2**-16)
+        into[part] = scores
     return out
 
 
@@ -95,5 +95,5 @@ def _has_kernel(tensor: Tensor, votes: Tensor) -> bool:
         and tensor.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and tensor.is_contiguous()
         and votes.is_contiguous()
-        and importlib.util.find_spec("triton") is not None
+        and kernels.can_be_imported()
     )

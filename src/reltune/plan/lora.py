@@ -1,8 +1,9 @@
-"""LoRA where a plan says, and with the ranks that it says: relevance-placed low-rank adapters through PEFT's own config.
+"""A LoRA configuration from a plan: low-rank adapters on the plan's modules, with a rank that the plan gives each.
 
 A LoRA of rank r on a map of (out, in) trains r (out + in) numbers; on a convolution r (out / groups + in · height · width),
 with a rank that the groups divide; on an embedding r (tokens + features). Each module of the plan gets the rank
-that comes nearest to what the plan trains of it, and at least 1, so that the two train on one ground.
+that comes nearest to what the plan trains of it, and at least 1, so that the two can be compared at the same
+number of trained parameters.
 """
 
 from __future__ import annotations

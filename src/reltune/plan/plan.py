@@ -1,4 +1,7 @@
-"""The plan: the units chosen under a budget. A readable file that may be edited by hand and is checked on load."""
+"""The plan: the units chosen under a budget. A readable file that may be edited by hand and is checked on load.
+
+It can be read without torch, for those who only look at it.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,24 @@ import os
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
 
 from reltune.errors import InputError, nearest
 from reltune.files import write_text
-from reltune.layers.inventory import Inventory
-from reltune.layers.registry import layer_type
-from reltune.layers.units import ModuleInfo
+
+if TYPE_CHECKING:
+    import torch
+
+    from reltune.layers.inventory import Inventory
+    from reltune.layers.units import ModuleInfo
 
 FORMAT = "reltune-plan-1"
-# What layer types say that can be trained of them (layers/protocol.py), and the words for it.
+# The words for what can be trained of a module (``trains`` in layers/protocol.py).
 WORDS = {
     "column": "columns",
     "row": "rows",
@@ -92,6 +97,8 @@ class ModulePlan:
 
     def check_layer_type(self, info: ModuleInfo) -> None:
         """Raise InputError, naming the module, for what cannot be trained of its layer type."""
+        from reltune.layers.registry import layer_type
+
         can = layer_type(info.layer_type).trains
         if not can:
             raise InputError(
@@ -113,8 +120,13 @@ class ModulePlan:
 
     def index(self, field: str) -> torch.Tensor:
         """``columns``, ``rows`` or ``elements`` as a tensor, in the type that it has in files."""
-        dtype = index_dtype(self.shape) if field == "elements" else torch.int64
-        return torch.from_numpy(np.array(getattr(self, field), dtype=str(dtype).removeprefix("torch.")))
+        import torch
+
+        return torch.from_numpy(self.index_array(field))
+
+    def index_array(self, field: str) -> np.ndarray:
+        """The same as an array."""
+        return np.array(getattr(self, field), dtype=index_dtype(self.shape) if field == "elements" else np.int64)
 
     def check(self, name: str) -> None:
         """Raise InputError, naming the module, if what is trained of it contradicts itself."""
@@ -294,7 +306,7 @@ class Plan:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         beside = self.indices > INLINE_INDICES
-        tensors: dict[str, torch.Tensor] = {}
+        arrays: dict[str, np.ndarray] = {}
         modules: dict[str, Any] = {}
         for name, module in self.modules.items():
             entry: dict[str, Any] = {"shape": _Inline(module.shape)}
@@ -303,7 +315,7 @@ class Plan:
             for field in INDEX_FIELDS:
                 values = getattr(module, field)
                 if values and beside:
-                    tensors[f"{name}/{field}"] = module.index(field)
+                    arrays[f"{name}/{field}"] = module.index_array(field)
                     entry[field] = f"{len(values)} in {INDEX_FILE}"
                 elif values:
                     entry[field] = _Inline(values)
@@ -311,7 +323,7 @@ class Plan:
             modules[name] = entry
         if beside:
             partial = directory / (INDEX_FILE + ".partial")
-            save_file(tensors, partial)
+            save_file(arrays, partial)
             partial.replace(directory / INDEX_FILE)
         else:
             (directory / INDEX_FILE).unlink(missing_ok=True)
@@ -388,9 +400,9 @@ class Plan:
         return plan
 
 
-def index_dtype(shape: Sequence[int]) -> torch.dtype:
-    """What flat indices into a weight of this shape are held in."""
-    return torch.int32 if math.prod(shape) <= torch.iinfo(torch.int32).max else torch.int64
+def index_dtype(shape: Sequence[int]) -> np.dtype:
+    """The type of flat indices into a weight of this shape."""
+    return np.dtype(np.int32 if math.prod(shape) <= np.iinfo(np.int32).max else np.int64)
 
 
 def _compact(values: Sequence[int] | np.ndarray) -> array:
@@ -420,22 +432,22 @@ def _names(values: Any, where: str) -> list[str]:
 def _read_modules(entries: Any, path: Path) -> dict[str, ModulePlan]:
     if not isinstance(entries, dict):
         raise InputError(f"{path}: modules must map module names to what is trained of them.")
-    tensors: dict[str, torch.Tensor] = {}
+    arrays: dict[str, np.ndarray] = {}
     modules = {}
     for name, entry in entries.items():
         _known_keys(entry, ("shape", "groups", *INDEX_FIELDS, "weight", "bias"), f"{path}: {name}")
         for field in INDEX_FIELDS:
             if isinstance(entry.get(field), str):
-                if not tensors:
+                if not arrays:
                     try:
-                        tensors = load_file(path.parent / INDEX_FILE)
-                    except (OSError, SafetensorError) as error:
+                        arrays = load_file(path.parent / INDEX_FILE)
+                    except (OSError, KeyError, SafetensorError) as error:
                         raise InputError(f"{path.parent / INDEX_FILE} cannot be read: {error}") from error
-                if f"{name}/{field}" not in tensors:
+                if f"{name}/{field}" not in arrays:
                     raise InputError(f"{path.parent / INDEX_FILE} holds no {field} of {name}.")
-                held = tensors[f"{name}/{field}"]
-                if field == "elements" and held.ndim == 1 and held.dtype in (torch.int32, torch.int64):
-                    entry[field] = _compact(held.sort().values.numpy())
+                held = arrays[f"{name}/{field}"]
+                if field == "elements" and held.ndim == 1 and held.dtype in (np.int32, np.int64):
+                    entry[field] = _compact(np.sort(held))
                 else:
                     entry[field] = held.tolist()
         if "shape" not in entry:

@@ -54,7 +54,8 @@ def select(
         granularity: one or several of layer, module, head, column, row, element, bias, norm. A head is an attention head
             (layers/attention_heads.py) and becomes rows of the query, key and value projections and columns of the output
             projection. An element is a single weight of a matrix (not of a bias or norm), and goes with bias and norm
-            only: of any larger unit the best single weights would come first.
+            only: of any larger unit the best single weights would come first. ``reltune run`` takes element, spread evenly, where
+            nothing is named.
         criterion: which of the measured criteria decides; the first by default.
         spread: "global" lets all modules compete; "even" gives each module the share of the budget that it has of the
             weights, for columns, rows and elements. Where a column is too large for a module's share it gets none, and

@@ -20,14 +20,14 @@ DIGIT = 16  # bits
 def largest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     """Flat indices, ascending, of the ``count`` largest numbers of all tensors together that are not negative.
 
-    Modules of which none is taken are left out. All of them are taken where there are fewer.
+    Modules of which nothing is taken are left out. Where there are fewer numbers than ``count``, all of them are taken.
     """
-    wide = torch.float64 if any(of.dtype == torch.float64 for of in scores.values()) else torch.float32
+    wide = torch.float64 if any(numbers.dtype == torch.float64 for numbers in scores.values()) else torch.float32
     threshold, ties = _nth(scores, count, wide)
-    found = {}
-    for name, of in scores.items():
+    indices = {}
+    for name, numbers in scores.items():
         parts = []
-        for start, keys in _keys(of, wide):
+        for start, keys in _keys(numbers, wide):
             taken = keys > threshold
             if ties:
                 equal = (keys == threshold).nonzero().flatten()[:ties]
@@ -36,15 +36,15 @@ def largest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
             parts.append(taken.nonzero().flatten() + start)
         index = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
         if len(index):
-            found[name] = index
-    return found
+            indices[name] = index
+    return indices
 
 
 def above(scores: Mapping[str, Tensor], thresholds: Tensor, equal: bool) -> Tensor:
     """How many numbers lie above each threshold (or ``equal`` it); thresholds in float64, ascending."""
     counts = torch.zeros(len(thresholds) + 1, dtype=torch.int64)
-    for of in scores.values():
-        for _, block in _blocks(of):
+    for numbers in scores.values():
+        for _, block in _blocks(numbers):
             counts += torch.bincount(
                 torch.bucketize(block.double(), thresholds, right=equal), minlength=len(thresholds) + 1
             )
@@ -57,8 +57,8 @@ def _nth(scores: Mapping[str, Tensor], count: int, wide: torch.dtype) -> tuple[i
     highest = torch.finfo(wide).bits - DIGIT
     for shift in range(highest, -1, -DIGIT):
         histogram = torch.zeros(1 << DIGIT, dtype=torch.int64)
-        for of in scores.values():
-            for _, keys in _keys(of, wide):
+        for numbers in scores.values():
+            for _, keys in _keys(numbers, wide):
                 if shift < highest:
                     keys = keys[keys >> (shift + DIGIT) == prefix] & (1 << DIGIT) - 1 << shift
                 digits = (keys >> shift) + 1  # below zero: 0

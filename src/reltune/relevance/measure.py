@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from reltune.errors import AnalysisError, InputError
 from reltune.layers.fingerprint import fingerprint
-from reltune.layers.inventory import Inventory, choose, head_modules, new_parameters, take_inventory
+from reltune.layers.inventory import Inventory, choose, new_head_modules, new_parameters, take_inventory
 from reltune.layers.quantised import check_not_packed
 from reltune.layers.registry import canonical_weights
 from reltune.losses import Loss, as_loss
@@ -76,7 +76,7 @@ def analyze(
             without reduction; None means cross entropy.
         criteria: names from ``reltune.relevance.criteria.registry.CRITERIA`` or of an installed package's criterion, or
             criteria themselves (``reltune/relevance/criteria/contract.py`` says what one has). ``select`` uses the first
-            by default. Several share one pass over the data (``fisher_true`` has its own).
+            by default. ``reltune run`` measures ``movement`` with ``elements`` where nothing is named. Several share one pass over the data (``fisher_true`` has its own).
         elements: score every single weight too, which takes one number per weight and criterion.
         target_modules, exclude_modules: runs of whole name parts (``layer.5``, ``query``), or regular expressions.
         always_trained: modules or parameters of new heads, which are never scored; None means the parameters that
@@ -97,8 +97,9 @@ def analyze(
     Criteria measured from behaviour (ablation, correlation, movement) pass over the data many times. All batches are
     then held in host memory; movement runs in several processes too, the others in one.
 
-    The model is analysed in evaluation mode (no dropout) on the device where it is, and handed back as it was. Gradient
-    checkpointing that was enabled on it takes effect. A batch that does not fit in memory is halved, with a warning.
+    The model is analysed in evaluation mode (no dropout), by movement in training mode, on the device where it is, and
+    handed back as it was. Gradient checkpointing that was enabled on it takes effect. A batch that does not fit in memory
+    is halved, with a warning.
 
     Raises:
         InputError: an unknown criterion, a pattern without a match, no data, a loss that is not one number per example.
@@ -126,7 +127,7 @@ def analyze(
     _check_data_and_processes(by_name, loader, needs, processes, resume_directory)
 
     model = unwrapped(model)
-    new_heads = head_modules(model, new_parameters(model) if always_trained is None else always_trained)
+    new_heads = new_head_modules(model, new_parameters(model) if always_trained is None else always_trained)
     inventory = take_inventory(model, new_heads)
     inventory = inventory.only(set(choose(inventory, target_modules, exclude_modules)))
     directory = None if resume_directory is None else Path(resume_directory)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reltune.data.rows import found
+from reltune.data.bad_rows import in_words as lines_in_words
 
 if TYPE_CHECKING:
     from reltune.runs.splits import HeldOut, Splits
@@ -32,7 +32,7 @@ def in_words(record: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for split in record.values():
         unit = "line" if all("lines" in kind for kind in split["skipped"].values()) else "row"
         lines = {phrase: kind[f"{unit}s"] for phrase, kind in split["skipped"].items()}
-        sentences.append(f"{Path(split['source']).name}: skipped {found(lines, unit)}.")
+        sentences.append(f"{Path(split['source']).name}: skipped {lines_in_words(lines, unit)}.")
     return sentences
 
 

@@ -69,9 +69,11 @@ def evaluate(
 
 
 def _counting_once(trainer_class: type[Trainer]) -> type[Trainer]:
-    """A form of the class in whose losses every example counts once. Several processes get equally many examples each, so that
-    some examples are repeated at the end; Trainer leaves the repeated ones out of the metrics, but not out of their batch's mean
-    loss."""
+    """A subclass that counts every example once in the mean loss.
+
+    Trainer gives each of several processes equally many examples, and repeats some at the end for that. It leaves the
+    repeated ones out of the metrics, but not out of the mean loss of their batch.
+    """
 
     class Evaluator(trainer_class):  # type: ignore[valid-type, misc]
         def prediction_step(

@@ -40,7 +40,7 @@ def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str =
     if reasons:
         first, reason = next(iter(reasons.items()))
         count = list(reasons.values()).count(reason)
-        others = f" (and in {count - 1} more modules)" if count > 1 else ""
+        others = f" and {count - 1} more" if count > 1 else ""
         raise InputError(f"what the adapter trains in {first}{others} cannot be a LoRA adapter: it {reason}.")
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -49,11 +49,11 @@ def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str =
         tensors |= {f"base_model.model.{name}.{key}": factor for key, factor in factors.items()}
         ranks[name] = next(iter(factors.values())).shape[0]
     config = model.peft_config[adapter_name]
-    heads = _modules_to_save(model, adapter_name)
-    tensors |= heads
+    saved_whole = _modules_to_save(model, adapter_name)
+    tensors |= saved_whole
     # PEFT enters the usual names of classifiers too, whether the model has them or not, and anew with every load.
     named = dict.fromkeys(getattr(config, "modules_to_save", None) or [])
-    saved = [name for name in named if any(f".{name}." in key for key in heads)]
+    saved = [name for name in named if any(f".{name}." in key for key in saved_whole)]
     lora = LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),
@@ -74,7 +74,7 @@ def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str =
 
 
 def _modules_to_save(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
-    """The whole modules (heads) that the adapter saves, under the names PEFT gives them in a file."""
+    """The modules that the adapter saves whole (new heads), under the names that PEFT gives them in a file."""
     from peft import get_peft_model_state_dict
 
     state: dict[str, Any] = get_peft_model_state_dict(model, adapter_name=adapter_name)

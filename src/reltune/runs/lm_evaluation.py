@@ -30,8 +30,8 @@ def check_model(peft_task_type: str | None, tokenizer: Any, apply_chat_template:
         raise InputError('lm_eval_tasks needs lm-evaluation-harness; run: pip install "reltune[lm_eval]"')
     if peft_task_type not in BACKENDS:
         raise InputError(
-            "lm_eval_tasks are for language models that write (causal_lm, preference, seq2seq), and this run's model is not one; "
-            "leave them out."
+            "lm_eval_tasks are for language models that write (causal_lm, preference, seq2seq), but this run's task is "
+            "another; leave lm_eval_tasks out."
         )
     if apply_chat_template and getattr(tokenizer, "chat_template", None) is None:
         raise InputError(

@@ -19,9 +19,12 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import set_seed
 
+from reltune.config.model import ModelConfig
 from reltune.config.run_config import RunConfig
+from reltune.config.training import TrainingConfig
 from reltune.errors import InputError, nearest
-from reltune.layers.inventory import head_modules, take_inventory
+from reltune.layers.inventory import new_head_modules, take_inventory
+from reltune.layers.quantised import keep_as_loaded
 from reltune.notes import Note, collecting, note
 from reltune.pretrained import load_config
 from reltune.runs import lm_evaluation, training
@@ -44,11 +47,13 @@ class BaseModel:
         self.config, self.task = config, task
         self._model: nn.Module | None
         self._model, missing = self._load()
-        self.new_heads = head_modules(self._model, missing)
+        self.new_heads = new_head_modules(self._model, missing)
 
     def _load(self) -> tuple[nn.Module, list[str]]:
         set_seed(self.config.seed)
-        return self.task.load_model(self.config.model_name_or_path, **quantisation(self.config))
+        model, missing = self.task.load_model(self.config.model_name_or_path, **quantisation(self.config))
+        keep_as_loaded(model)
+        return model, missing
 
     def look(self) -> nn.Module:
         """The model, for a caller that leaves it as it is."""
@@ -154,8 +159,8 @@ class Materials(EvaluationMaterials):
     not_tuned: list[str]
     notes: Sequence[str] = ()
 
-    def arguments(self, method: str, **forced: Any) -> TrainingArguments:
-        """Training arguments of the run for a method."""
+    def arguments(self, method: str, share: float = 1.0, **forced: Any) -> TrainingArguments:
+        """Training arguments of the run for a method, for a share of single weights."""
         given = self.config.training
         if self.config.early_stopping_patience is not None:
             if given.get("eval_strategy") == "no":
@@ -165,7 +170,7 @@ class Materials(EvaluationMaterials):
             metric, largest = training.compared_by(given, self.task)  # also where the last model is to be kept
             given = {"load_best_model_at_end": True, **given}
             given |= {"metric_for_best_model": metric, "greater_is_better": largest}
-        return training.arguments(self.config.output_dir, method, self.config.seed, given, self.task, **forced)
+        return training.arguments(self.config.output_dir, method, self.config.seed, given, self.task, share, **forced)
 
     def check_training(self, model: nn.Module | None = None) -> None:
         """Raise InputError for training fields that cannot work with the model (the base model if none is given)."""
@@ -276,7 +281,7 @@ def _noting() -> Iterator[Sequence[str]]:
         warnings.warn(sentence, Note, stacklevel=2)
 
 
-def quantisation(config: RunConfig) -> dict[str, Any]:
+def quantisation(config: ModelConfig) -> dict[str, Any]:
     """What ``from_pretrained`` is told to hold the base model in few bits."""
     if not (config.load_in_4bit or config.load_in_8bit):
         return {}
@@ -290,7 +295,7 @@ def quantisation(config: RunConfig) -> dict[str, Any]:
     return {"quantization_config": nf4}
 
 
-def placement(config: RunConfig) -> dict[str, Any]:
+def placement(config: TrainingConfig) -> dict[str, Any]:
     """The training fields that evaluation follows too."""
     values = {**config.training, "use_cpu": True} if training.launched_on_cpus() else config.training
     return {key: values[key] for key in ("use_cpu", "per_device_eval_batch_size") if key in values}

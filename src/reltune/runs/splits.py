@@ -10,10 +10,11 @@ from typing import Any
 
 from reltune.config.run_config import RunConfig
 from reltune.data import sources
-from reltune.data.columns import note_left_out
+from reltune.data.bad_rows import checked, in_words, no_good_rows
+from reltune.data.columns import note_left_out, other_separator, require_columns
 from reltune.data.labels import MULTILABEL, note_odd_labels, note_rare_classes
 from reltune.data.layout import Layout, known_layout, layout_of
-from reltune.data.rows import Row, Rows, checked, found, no_good_rows, other_separator, require_columns
+from reltune.data.rows import Row, Rows
 from reltune.data.splitting import note_shared, split_off
 from reltune.data.streams import StreamedRows
 from reltune.errors import InputError
@@ -231,7 +232,7 @@ def _encoded(
         (source, unit), kinds = next(iter(bad.items()))
         kinds = {phrase: sorted(lines) for phrase, lines in kinds.items()}
         raise InputError(
-            f"{source} has {found(kinds, unit)}. Mend or delete these {unit}s (a larger --max_length cuts less), or pass "
+            f"{source} has {in_words(kinds, unit)}. Mend or delete these {unit}s (a larger --max_length cuts less), or pass "
             "--on_bad_rows skip."
         )
     for rows, examples in zip(every, made, strict=True):

@@ -19,12 +19,15 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 
+from reltune.config.analysis import AnalysisConfig
 from reltune.config.run_config import RunConfig
+from reltune.config.selection import SelectionConfig
 from reltune.errors import InputError
 from reltune.files import check_destination, disk_bytes, read_json, write_json
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.float8 import convertible
 from reltune.layers.inventory import take_inventory
+from reltune.layers.registry import layer_type
 from reltune.plan.budget import parse_budget
 from reltune.plan.plan import Plan
 from reltune.plan.selection import check_scored, check_together
@@ -78,6 +81,11 @@ def check_choice(materials: Materials, select: bool = True) -> None:
             # One weight always fits, wherever a column could be chosen; a number for every weight would be made for nothing.
             for budget in budgets:
                 parse_budget(budget, relevance.inventory.base_parameters)
+            if not any("element" in layer_type(info.layer_type).trains for info in relevance.inventory.modules):
+                raise InputError(
+                    "no module that may be chosen has single weights that can be trained; choose another --granularity, such as "
+                    "column."
+                )
             config, budgets = dataclasses.replace(config, granularity=["column"], spread="global"), ["100%"]
         for budget in budgets:
             choose(dataclasses.replace(config, budget=budget), relevance)
@@ -137,7 +145,7 @@ def _drawn_examples(materials: Materials) -> DataLoader:
     return DataLoader(Subset(sample, drawn), batch_size=config.analysis_batch_size, collate_fn=materials.collator)
 
 
-def options_of(config: RunConfig) -> dict[str, dict[str, Any]]:
+def options_of(config: AnalysisConfig) -> dict[str, dict[str, Any]]:
     """What the config says about single criteria."""
     return {"correlation": {"max_trials": config.max_trials}, "movement": {"steps": config.probe_steps}}
 
@@ -162,7 +170,7 @@ def analyze_weights(config: RunConfig, run: RunDirectory, overwrite: bool = Fals
     return relevance
 
 
-def restrictions(config: RunConfig) -> dict[str, Any]:
+def restrictions(config: SelectionConfig) -> dict[str, Any]:
     """What keeps modules out of the analysis and, later, out of the choice."""
     return {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
 
@@ -268,9 +276,8 @@ def tune(
         checkpoint = _checkpoint(materials.config, run, resume_from_checkpoint)
         plan = Plan.load(run.plan)
         model = _model_to_tune(materials, run, plan)
-        # Whole matrices want a lower rate than columns and rows do.
-        whole = any(module.weight and len(module.shape) == 2 for module in plan.modules.values())
-        args = materials.arguments("layer" if whole else "selection")
+        method, share = training.method_of(plan)
+        args = materials.arguments(method, share)
     callbacks: list[TrainerCallback] = [training.LogFile(run.log)]
     if materials.config.early_stopping_patience is not None:
         callbacks.append(training.stops_early(materials.config.early_stopping_patience))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reltune.config.data import DataConfig
 from reltune.config.run_config import RunConfig
 from reltune.data.packages import CORPORA
 from reltune.files import read_json
@@ -69,7 +70,7 @@ def read_lm_eval(run: RunDirectory) -> LMEvalRecord | None:
     return LMEvalRecord.from_json(read_json(run.lm_eval)) if run.lm_eval.is_file() else None
 
 
-def forgetting_notes(config: RunConfig, results: dict[str, Any]) -> list[str]:
+def forgetting_notes(config: DataConfig, results: dict[str, Any]) -> list[str]:
     """How the second set fared, metric by metric."""
     prefix = "forgetting_before_"
     changes = [

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reltune.config.run_config import RunConfig
+from reltune.config.training import TrainingConfig
 from reltune.config.training_fields import NOT_FOR_RUNS, checked_training_fields, training_field_kinds
 from reltune.errors import InputError, nearest
 from reltune.files import write_json
@@ -44,7 +45,7 @@ COMPARE = ("metric_for_best_model", "greater_is_better")  # what trials are comp
 RANGED_TRIALS = 20  # where a range is swept and sweep_trials says nothing: Trainer.hyperparameter_search's default
 
 
-def space(config: RunConfig) -> dict[str, Any]:
+def space(config: TrainingConfig) -> dict[str, Any]:
     """The swept fields with Optuna's distribution of each: categorical for values, float or int for a range.
 
     Ranges are drawn from on a log scale, unless they begin at 0 or below. Raises InputError for fields that cannot be swept

@@ -10,6 +10,7 @@ import functools
 import gc
 import importlib.util
 import json
+import math
 import os
 import platform
 import statistics
@@ -34,13 +35,38 @@ from reltune.config.training_fields import DEFAULTS
 from reltune.errors import InputError, first_line
 from reltune.files import write_text
 from reltune.metrics import largest_is_best
+from reltune.plan.plan import Plan
 from reltune.processes import Processes
 from reltune.runs.progress import show_progress
 from reltune.tasks.task import Examples, Task
 
-# Learning rates measured per method (docs/learning_rates.md): the best one differs by more than an order of magnitude
-# between methods, so one default for all would decide every comparison.
-LEARNING_RATES = {"head": 3e-2, "full": 2e-4, "layer": 1e-3, "selection": 2e-3}
+# Learning rates measured per method (docs/learning_rates.md, docs/selection.md): the best one differs by more than an order of
+# magnitude between methods, so one default for all would decide every comparison. That of single weights rises as their share of
+# their matrices falls: 1e-2 at 1%, 2e-2 at 0.25% and below.
+LEARNING_RATES = {"head": 3e-2, "full": 2e-4, "layer": 1e-3, "selection": 2e-3, "weights": 1e-3}
+MOST_FOR_WEIGHTS = 2e-2
+
+
+def default_rate(method: str, task: Task, share: float = 1.0) -> float:
+    """The learning rate of a method for a task where none is given; of single weights (``weights``) it is the rate in the
+    table over √share, at most ``MOST_FOR_WEIGHTS``."""
+    rate = {**LEARNING_RATES, **task.learning_rates}[method]
+    return min(rate / share**0.5, MOST_FOR_WEIGHTS) if method == "weights" else rate
+
+
+def method_of(plan: Plan) -> tuple[str, float]:
+    """What the plan trains, as a key of ``LEARNING_RATES``, and which share of the matrices that it trains in.
+
+    Whole matrices (``layer``) want a lower rate than columns and rows (``selection``), single weights (``weights``) a higher one;
+    of a plan with several, the lowest counts.
+    """
+    modules = plan.modules.values()
+    if any(module.weight and len(module.shape) == 2 for module in modules):
+        return "layer", 1.0
+    sizes = [math.prod(module.shape) for module in modules if len(module.elements)]
+    if not sizes or any(len(module.columns) or len(module.rows) for module in modules):
+        return "selection", 1.0
+    return "weights", sum(len(module.elements) for module in modules) / sum(sizes)
 
 
 @dataclasses.dataclass
@@ -61,15 +87,16 @@ def machine() -> str:
 
 
 def arguments(
-    output_dir: str, method: str, seed: int, given: dict[str, Any], task: Task, **forced: Any
+    output_dir: str, method: str, seed: int, given: dict[str, Any], task: Task, share: float = 1.0, **forced: Any
 ) -> TrainingArguments:
-    """The task's TrainingArguments for a method: defaults, over them what the user gave, over that what must be so.
+    """The task's TrainingArguments for a method: its defaults, replaced by what the user gave, replaced by what is ``forced``.
+
+    ``share``: of single weights in their matrices, which their learning rate follows.
 
     The best checkpoint is the one with the best ``task.best``, and checkpoints follow evaluations, unless told otherwise.
     Raises InputError for values that contradict each other or leave nothing to train.
     """
-    rates = {**LEARNING_RATES, **task.learning_rates}
-    values = {**DEFAULTS, **task.defaults, "learning_rate": rates[method], **given, **forced}
+    values = {**DEFAULTS, **task.defaults, "learning_rate": default_rate(method, task, share), **given, **forced}
     if values.get("load_best_model_at_end"):
         if values["eval_strategy"] == "no":
             raise InputError(
@@ -222,9 +249,11 @@ def train(
 
 
 def _apart(evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    """A form of ``evaluate`` that puts torch's random state back when it is done: each data loader that it starts draws a seed.
-    Training that resumes from a checkpoint written before an evaluation does not repeat that evaluation, and must draw the
-    same random numbers after it."""
+    """A function that evaluates in the same way, and afterwards sets torch's random state back to what it was before.
+
+    An evaluation draws random numbers, since each data loader draws a seed. A training that is resumed from a checkpoint
+    skips the evaluation that followed it, and still has to draw the same numbers as the training that was not interrupted.
+    """
 
     @functools.wraps(evaluate)
     def evaluated(*args: Any, **options: Any) -> Any:
@@ -288,14 +317,19 @@ class LogFile(TrainerCallback):
 
 
 def gathered_state(trainer: Trainer) -> dict[str, Any] | None:
-    """The trained model's whole state, for the first process to save, where FSDP has spread it; else None. All call this."""
+    """The trained model's whole state where FSDP has spread it over processes, for the first one to save; else None.
+
+    All processes must call this.
+    """
     return trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
 
 
 @contextlib.contextmanager
 def _sharing_for_itself() -> Iterator[None]:
-    """Let a Trainer that is made inside share its model by FSDP or DeepSpeed, and no Trainer that is made later: accelerate tells
-    all of them by an environment variable."""
+    """Keep a Trainer that is made inside, and shares its model by FSDP or DeepSpeed, from deciding for later Trainers.
+
+    Accelerate decides by environment variables, which such a Trainer sets; they are removed at the end.
+    """
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ class ReltuneConfig(PeftConfig):
     the largest weights.
 
     Args:
-        plan: the plan; taken apart on creation and not saved itself.
+        plan: the plan. It is read when the config is made, and not saved with it; ``units`` is.
         r: columns per module, without a plan.
         target_modules: names or a regular expression, as in every PEFT config; from the plan when there is one.
         exclude_modules: names or a regular expression of modules to leave alone.

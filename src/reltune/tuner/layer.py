@@ -72,17 +72,18 @@ class ReltuneLayer(WrittenWeight):
             return self.get_base_layer()(x)
 
     def attach_columns(self, y: Tensor, x: Tensor, columns: Tensor, idx: Tensor, row_idx: Tensor | None) -> Tensor:
-        """y as it is, with the columns' gradient attached (ops/attach.py)."""
+        """Hand y on unchanged, and give the columns their gradient in the backward pass (ops/attach.py)."""
         raise NotImplementedError
 
     def attach_rows(self, y: Tensor, x: Tensor, rows: Tensor, idx: Tensor) -> Tensor:
-        """y as it is, with the rows' gradient attached (ops/attach.py)."""
+        """Hand y on unchanged, and give the rows their gradient in the backward pass (ops/attach.py)."""
         raise NotImplementedError
 
     def change_of_output(self, x: Tensor, kept: Originals, columns: Tensor | None, rows: Tensor | None) -> Tensor:
-        """What a change of the weight adds to the output, at the cost of its columns and rows.
+        """What a change of some columns and rows of the weight adds to the output.
 
-        The change is that of ``kept``'s columns and rows, in the weight's dtype; columns are zero where rows cross them.
+        ``columns`` and ``rows`` are the changes of ``kept``'s columns and rows, in the weight's dtype; columns are zero
+        where rows cross them. Costs a product of these columns and rows alone.
         """
         raise NotImplementedError
 
@@ -107,14 +108,14 @@ class ReltuneLayer(WrittenWeight):
         """
         with torch.no_grad():
             pristine = self._pristine_weight()
-            for kind, indices, select in (
+            for unit, indices, select in (
                 ("column", units.columns, self._columns_of),
                 ("row", units.rows, self._rows_of),
             ):
                 if indices:
                     idx = torch.tensor(indices, dtype=torch.int64, device=pristine.device)
-                    getattr(self, f"reltune_{kind}_indices")[adapter_name] = idx
-                    self._parameter(f"reltune_{kind}s", adapter_name, select(pristine, idx), init_weights)
+                    getattr(self, f"reltune_{unit}_indices")[adapter_name] = idx
+                    self._parameter(f"reltune_{unit}s", adapter_name, select(pristine, idx), init_weights)
             if units.elements:
                 idx = units.index("elements")
                 if self._stored_transposed:
@@ -134,17 +135,18 @@ class ReltuneLayer(WrittenWeight):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _parameter(self, kind: str, adapter_name: str, value: Tensor, init_weights: bool) -> None:
+    def _parameter(self, attribute: str, adapter_name: str, value: Tensor, init_weights: bool) -> None:
         value = value.detach().clone()
         if not init_weights:
             value = value + 0.1 * torch.randn_like(value)
-        getattr(self, kind)[adapter_name] = nn.Parameter(value)
+        getattr(self, attribute)[adapter_name] = nn.Parameter(value)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         modules = self._modules
-        for kind in self.adapter_layer_names:  # as PEFT does it, without its lookups: a model has hundreds of layers
-            for name, parameter in modules[kind]._parameters.items():  # type: ignore[union-attr]
+        # As PEFT does it, without its lookups: a model has hundreds of layers.
+        for attribute in self.adapter_layer_names:
+            for name, parameter in modules[attribute]._parameters.items():  # type: ignore[union-attr]
                 trained = name in names and not inference_mode
                 if parameter is not None and parameter.requires_grad != trained:
                     parameter.requires_grad_(trained)
@@ -159,11 +161,13 @@ class ReltuneLayer(WrittenWeight):
         self._settle()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        kinds = [getattr(self, kind) for kind in self.adapter_layer_names if adapter_name in getattr(self, kind)]
-        trained = [kind[adapter_name].requires_grad for kind in kinds]
+        entries = [getattr(self, name) for name in self.adapter_layer_names]
+        entries = [parameters for parameters in entries if adapter_name in parameters]
+        trained = [parameters[adapter_name].requires_grad for parameters in entries]
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        for kind, requires_grad in zip(kinds, trained, strict=True):
-            kind[adapter_name].requires_grad_(requires_grad)  # a tensor that was really moved comes back trainable
+        for parameters, requires_grad in zip(entries, trained, strict=True):
+            # a tensor that was really moved comes back trainable
+            parameters[adapter_name].requires_grad_(requires_grad)
         self._settle()
 
     def train(self, mode: bool = True) -> ReltuneLayer:
@@ -269,6 +273,7 @@ class ReltuneLayer(WrittenWeight):
         return y
 
     def _change_dtype(self, x: Tensor) -> torch.dtype:
+        """The type in which a correction is computed."""
         return self.weight.dtype
 
     def _correction(self, x: Tensor, name: str, values: Values) -> Tensor:
@@ -302,25 +307,25 @@ class ReltuneLayer(WrittenWeight):
         self._check_loaded(names)
         if safe_merge:
             for name in names:
-                for kind in self.adapter_layer_names:
-                    trained = self._get(kind, name)
+                for attribute in self.adapter_layer_names:
+                    trained = self._get(attribute, name)
                     if trained is not None and not torch.isfinite(trained.to(self.weight.dtype)).all():
                         raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         self._restore()
         with torch.no_grad():
             for name in names:
                 alone = not self.merged_adapters
-                for kind in ("weight", "bias"):
-                    trained = self._get(f"reltune_{kind}", name)
+                for part in ("weight", "bias"):
+                    trained = self._get(f"reltune_{part}", name)
                     if trained is None:
                         continue
-                    tensor: Tensor = getattr(self, kind)
-                    if kind not in self._backup:
-                        self._backup[kind] = (self._pristine_weight() if kind == "weight" else tensor).clone()
+                    tensor: Tensor = getattr(self, part)
+                    if part not in self._backup:
+                        self._backup[part] = (self._pristine_weight() if part == "weight" else tensor).clone()
                     if alone:
                         tensor.copy_(trained)
                     else:
-                        tensor.add_(trained.to(tensor.dtype) - self._backup[kind])
+                        tensor.add_(trained.to(tensor.dtype) - self._backup[part])
                 if name in self.originals:
                     if alone:
                         self._put(self.weight, self.originals[name], *self._values_of(name))
@@ -337,8 +342,8 @@ class ReltuneLayer(WrittenWeight):
                 if name in self.originals:
                     kept = self.originals[name]
                     self._put(self.weight, kept, *kept.values)
-            for kind, tensor in self._backup.items():
-                getattr(self, kind).copy_(tensor)
+            for part, tensor in self._backup.items():
+                getattr(self, part).copy_(tensor)
         self._backup.clear()
         self.merged_adapters = []
         self._settle()
@@ -363,7 +368,8 @@ class ReltuneLayer(WrittenWeight):
         """Why the adapter's change of this module cannot be a LoRA adapter, and what to do instead; or empty."""
         if adapter_name in self.reltune_elements:
             return (
-                "trains single weights, whose change has no low rank that a LoRA adapter could carry; use --to merged"
+                "trains single weights, whose change has no low rank that a LoRA adapter could carry; use --to merged, or run "
+                "again with --granularity column"
             )
         if adapter_name in self.reltune_weight or adapter_name in self.reltune_bias:
             return "trains a whole weight, a bias or a norm, which a LoRA adapter cannot carry; use --to merged"
@@ -415,7 +421,7 @@ class ReltuneLayer(WrittenWeight):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)
         self.originals = {name: kept.apply(fn) for name, kept in self.originals.items()}
-        self._backup = {kind: fn(tensor) for kind, tensor in self._backup.items()}
+        self._backup = {part: fn(tensor) for part, tensor in self._backup.items()}
         if self.weight.device.type != "meta":
             self._rewrite()  # a wider dtype holds the trained values more exactly
         return result

@@ -51,7 +51,10 @@ class ReltuneModel(BaseTuner):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What DDP need not send around before every pass: indices never change. DDP asks the PeftModel, which asks here."""
+        """The buffers that DDP need not send to all processes before every pass: indices never change.
+
+        DDP asks the PeftModel, which asks here.
+        """
         ours = [name for name, _ in self.named_buffers() if f".{self.prefix}" in name]
         return [*getattr(self.model, "_ddp_params_and_buffers_to_ignore", ()), *(f"base_model.{name}" for name in ours)]
 
@@ -66,7 +69,7 @@ class ReltuneModel(BaseTuner):
             # Once adapters are there, the weights are no longer only the base's.
             without = peft_config.always_trained
             self._fingerprint = fingerprint(model, without) if peft_config.fingerprint else ""
-        found = getattr(self, "_fingerprint", "")
+        fingerprinted = getattr(self, "_fingerprint", "")
         if peft_config.units is not None:
             names = [name for name, _ in model.named_modules()]
             missing = [name for name in peft_config.units if name not in names]
@@ -74,15 +77,15 @@ class ReltuneModel(BaseTuner):
                 raise InputError(
                     f"the plan names {missing[0]!r}, which this model does not have; {nearest(missing[0], names)}"
                 )
-        if found and peft_config.fingerprint and found != peft_config.fingerprint:
+        if fingerprinted and peft_config.fingerprint and fingerprinted != peft_config.fingerprint:
             raise InputError(
                 f"the plan or adapter was made for another base model (fingerprint {peft_config.fingerprint[:8]}…, this one "
-                f"is {found[:8]}…); load the model it was made for, or analyze and select again."
+                f"is {fingerprinted[:8]}…); load the model it was made for, or analyze and select again."
             )
         self._find_convertible(peft_config, model, has_adapters)
 
     def _find_convertible(self, config: Any, model: nn.Module, has_adapters: bool) -> None:
-        """Note the linear maps to be held in float8 by the time the adapter is in place."""
+        """Find the linear maps that are to be held in float8 once the adapter is in place."""
         self._to_float8: dict[str, nn.Linear] = {}
         # For inference columns are put into the base as it is, where they can be merged too.
         if config.frozen_dtype is None or config.inference_mode:
@@ -274,8 +277,9 @@ class ReltuneModel(BaseTuner):
 
 
 class _BeforeForward:
-    """What others may have changed since the adapter was put in, and has to be so in training.
+    """Puts right, before each training pass, what others may have changed since the adapter was put in.
 
+    Processes must train the same units, checkpointing must not lengthen the backward pass, and frozen norms run fused.
     The modules to look at are found once: a walk through all of them would leave the device idle for milliseconds.
     """
 
@@ -301,10 +305,10 @@ def _unhook(model: nn.Module) -> None:
 
 
 def _end_backward_at_lowest_unit(model: nn.Module, checkpointed: list[nn.Module]) -> None:
-    """Undo that checkpointing differentiates every layer, down to the embeddings.
+    """Let the backward pass end at the lowest trained unit also where activations are checkpointed.
 
-    Transformers and PEFT make the embeddings' output require a gradient when activations are checkpointed. Only
-    checkpoints that re-enter autograd need that.
+    Transformers and PEFT then make the embeddings' output require a gradient, so that every layer is differentiated.
+    Only checkpoints that re-enter autograd need that.
     """
     functions = [
         getattr(module, "_gradient_checkpointing_func", None)

@@ -1,7 +1,7 @@
 """Processes that train together, under DDP or FSDP2, train the same units of the same base model.
 
 DDP makes all parameters the first process's, and FSDP2 puts a weight together from every process's own slice. Neither
-sees to what a layer keeps beside its parameters: where the trained units lie, and what the base holds there.
+compares what a layer keeps beside its parameters: where the trained units lie, and what the base holds there.
 """
 
 from __future__ import annotations

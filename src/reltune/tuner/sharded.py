@@ -37,8 +37,8 @@ def check_gathered(module: nn.Module) -> None:
     weight: Any = module._parameters.get("weight")
     if weight is None:
         raise InputError(
-            f"a {type(module).__name__} to train runs with a weight that is no parameter of its own, as FSDP1 and "
-            "parametrizations have it; use FSDP2 (fsdp_version: 2)."
+            f"a {type(module).__name__} to train runs with a weight that is not a parameter of its own, as under FSDP1 and "
+            "parametrizations; use FSDP2 (fsdp_version: 2)."
         )
     if hasattr(weight, "ds_id"):
         raise InputError(

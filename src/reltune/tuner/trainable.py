@@ -41,7 +41,7 @@ def register_trainable(name: str, layer_class: type[ReltuneLayer]) -> None:
     if name in _classes:
         raise InputError(f"layer type {name!r} is trained by {_classes[name].__name__} already.")
     if not (isinstance(layer_class, type) and issubclass(layer_class, ReltuneLayer)):
-        raise InputError(f"{layer_class!r} is no subclass of reltune.tuner.layer.ReltuneLayer; derive it from that.")
+        raise InputError(f"{layer_class!r} is not a subclass of reltune.tuner.layer.ReltuneLayer; derive it from that.")
     needed = {method for part in trains for method in NEEDED.get(part, ())}
     missing = sorted(method for method in needed if getattr(layer_class, method) is getattr(ReltuneLayer, method))
     if missing:

@@ -29,16 +29,16 @@ from reltune.tuner.sharded import is_managed, is_shard, put_in_shard
 in_training: weakref.WeakSet[WrittenWeight] = weakref.WeakSet()
 
 
-VALUE_KINDS = ("reltune_columns", "reltune_rows", "reltune_elements")
-INDEX_KINDS = ("reltune_column_indices", "reltune_row_indices", "reltune_element_indices")
+VALUE_NAMES = ("reltune_columns", "reltune_rows", "reltune_elements")
+INDEX_NAMES = ("reltune_column_indices", "reltune_row_indices", "reltune_element_indices")
 STATE = frozenset({"_written", "_values", "_active_adapter"})  # what a switch sets in every layer
 AT_ONCE = 32  # layers that are written in one go: more would keep the device waiting for the host
 
 
 class Seen:
-    """Tensors as they were once: has one been replaced or written to since?
+    """Remembers tensors, and tells whether one of them was replaced or written to since.
 
-    Fused optimizers and writes through ``.data`` go unnoticed.
+    Writes by fused optimizers and through ``.data`` go unnoticed.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -89,7 +89,7 @@ class Originals:
 
     @property
     def index(self) -> list[Tensor]:
-        """What the adapter's index buffers held, in the order of INDEX_KINDS."""
+        """What the adapter's index buffers held, in the order of INDEX_NAMES."""
         places = None if self.places is None else self.places.index
         return [idx for idx in (self.column_idx, self.row_idx, places) if idx is not None]
 
@@ -101,9 +101,9 @@ class Originals:
 
 
 class Writes:
-    """Columns, rows and elements on their way into base weights: one by one, or all at once within ``together()``.
+    """Writes columns, rows and elements into base weights: at once, or in a ``together()`` context all together at its end.
 
-    Within it a weight may be restored and then written, and is not to be read before the end.
+    In such a context a weight may be restored and then written, and is not to be read before the end.
     """
 
     def __init__(self) -> None:
@@ -246,8 +246,8 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
 
     def _indices(self, adapter_name: str) -> list[Tensor]:
         modules = self._modules
-        found = [modules[kind]._buffers.get(adapter_name) for kind in INDEX_KINDS]  # type: ignore[union-attr]
-        return [idx for idx in found if idx is not None]
+        indices = [modules[name]._buffers.get(adapter_name) for name in INDEX_NAMES]  # type: ignore[union-attr]
+        return [idx for idx in indices if idx is not None]
 
     @torch.inference_mode(False)  # what is kept may have to enter a graph later
     @torch.no_grad()
@@ -333,7 +333,7 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
 
     def _values_of(self, adapter_name: str) -> Values:
         modules = self._modules
-        columns, rows, elements = [modules[kind]._parameters.get(adapter_name) for kind in VALUE_KINDS]  # type: ignore[union-attr]
+        columns, rows, elements = [modules[name]._parameters.get(adapter_name) for name in VALUE_NAMES]  # type: ignore[union-attr]
         return columns, rows, elements
 
     def _trained(self, adapter_name: str) -> list[Tensor]:
@@ -343,10 +343,10 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
     def sharded(self) -> bool:
         """Whether FSDP2 has spread the weight, or the trained tensors, over processes."""
         modules = self._modules
-        return any(is_managed(modules[name]) for name in ("base_layer", *VALUE_KINDS))
+        return any(is_managed(modules[name]) for name in ("base_layer", *VALUE_NAMES))
 
     def _settle_shard(self) -> None:
-        """Have the base's own numbers in the shards, where they need no copy."""
+        """Put the base's own numbers back into the shard, and drop the copies of them, which are then not needed."""
         if self.merged:
             return
         if not self._graphs:
@@ -363,10 +363,10 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         self._values = Seen([t for t in values if t is not None])
 
     def _rewrite(self) -> None:
-        """Write the written adapter again, past autograd's count of versions.
+        """Write the adapter that is in the weight once more, without autograd counting it as a change.
 
-        Parameters may have changed where no version tells: by ``.data`` or by optimizers that step on flat copies.
-        When they have not, this changes nothing, and graphs that hold the weight remain valid.
+        Its parameters may have changed unnoticed: through ``.data``, or by optimizers that step on flat copies. Where
+        they have not, this changes nothing, and graphs that hold the weight remain valid.
         """
         if self._written is not None and not self.sharded:
             self._put(self.weight.data, self.originals[self._written], *self._values_of(self._written))
@@ -439,10 +439,13 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
     def weight(self) -> Tensor:
         return self._modules["base_layer"].weight  # type: ignore[union-attr, return-value]
 
-    def _get(self, kind: str, name: str) -> Any:
-        """The adapter's tensor of a kind or None; past the dictionaries' own lookup, most of a switch's time."""
-        entries = self._modules[kind]
-        return (entries._parameters or entries._buffers).get(name)  # type: ignore[union-attr]
+    def _get(self, attribute: str, adapter_name: str) -> Any:
+        """The adapter's tensor in that dictionary of the layer, or None.
+
+        Goes past the dictionaries' own lookup, which would take most of a switch's time.
+        """
+        entries = self._modules[attribute]
+        return (entries._parameters or entries._buffers).get(adapter_name)  # type: ignore[union-attr]
 
 
 def _before_save(module: Any, *_: Any) -> None:

@@ -69,12 +69,12 @@ def column_gradient(g: Tensor, selected: Tensor) -> Tensor:
     parts = max(1, min(PROGRAMS // blocks, triton.cdiv(tokens, TOKENS)))
     share = max(triton.cdiv(triton.cdiv(tokens, parts), TOKENS), 1) * TOKENS
     parts = max(1, triton.cdiv(tokens, share))
-    found = torch.empty(parts, out_features, columns, device=g.device)
+    sums = torch.empty(parts, out_features, columns, device=g.device)
     with torch.cuda.device_of(g):
         gradient_kernel[(blocks, parts)](
             g,
             selected,
-            found,
+            sums,
             tokens,
             out_features,
             columns,
@@ -85,4 +85,4 @@ def column_gradient(g: Tensor, selected: Tensor) -> Tensor:
             STAGES=STAGES,
             num_warps=WARPS,
         )
-    return found[0] if parts == 1 else found.sum(0)
+    return sums[0] if parts == 1 else sums.sum(0)

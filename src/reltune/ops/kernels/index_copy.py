@@ -1,4 +1,4 @@
-"""The Triton kernel behind ops/index_copy.py. Addresses and strides stand in a table on the device."""
+"""The Triton kernel behind ops/index_copy.py. Addresses and strides are in a table on the device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONG, SELECTED = 64, 32  # numbers along the weight's other dimension, and along
 def copy_kernel(  # type: ignore[no-untyped-def]
     table, weight, values, FIELDS: tl.constexpr, LONG: tl.constexpr, SELECTED: tl.constexpr
 ):
-    """``weight`` and ``values`` are there for their types; where to read and write stands in the table."""
+    """``weight`` and ``values`` are given for their types alone; the table says where to read and write."""
     entry = table + tl.program_id(0) * FIELDS
     long = tl.load(entry + 3)
     i = tl.program_id(1) * LONG + tl.arange(0, LONG).to(tl.int64)

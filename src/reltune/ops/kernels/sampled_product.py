@@ -35,7 +35,7 @@ def sampled_kernel(  # type: ignore[no-untyped-def]
     a,
     b,
     index,
-    found,
+    sums,
     places,
     vectors,
     columns,
@@ -48,7 +48,7 @@ def sampled_kernel(  # type: ignore[no-untyped-def]
     flat = tl.load(index + at, mask=inside, other=0).to(tl.int64)
     left = a + (flat // columns * vectors)[:, None]
     right = b + (flat % columns * vectors)[:, None]
-    total = tl.load(found + at, mask=inside, other=0.0)
+    total = tl.load(sums + at, mask=inside, other=0.0)
     for start in range(0, vectors, VECTORS):
         t = start + tl.arange(0, VECTORS)[None, :]
         mask = inside[:, None] & (t < vectors)
@@ -56,7 +56,7 @@ def sampled_kernel(  # type: ignore[no-untyped-def]
             right + t, mask=mask, other=0.0
         ).to(total.dtype)
         total += tl.sum(products, 1)
-    tl.store(found + at, total, mask=inside)
+    tl.store(sums + at, total, mask=inside)
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -73,22 +73,22 @@ def sampled_product(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
 
     The reference is ops/attach_elements.py's `sampled_product_reference`.
     """
-    found = torch.zeros(len(index), device=a.device, dtype=torch.float64 if a.dtype == torch.float64 else torch.float32)
+    sums = torch.zeros(len(index), device=a.device, dtype=torch.float64 if a.dtype == torch.float64 else torch.float32)
     if not len(index):
-        return found
+        return sums
     step = max(LEAST, CACHED_NUMBERS // (a.shape[1] + b.shape[1]) // VECTORS * VECTORS)
     with torch.cuda.device_of(a):
         for start in range(0, len(a), step):
-            left, right = (transposed(of[start : start + step]) for of in (a, b))
+            left, right = (transposed(factor[start : start + step]) for factor in (a, b))
             sampled_kernel[(triton.cdiv(len(index), PLACES),)](
                 left,
                 right,
                 index,
-                found,
+                sums,
                 len(index),
                 left.shape[1],
                 b.shape[1],
                 PLACES=PLACES,
                 VECTORS=VECTORS,
             )
-    return found
+    return sums

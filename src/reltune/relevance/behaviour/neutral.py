@@ -263,10 +263,10 @@ class _Look:
 
 def _by_owner(infos: Iterable[ModuleInfo]) -> list[list[ModuleInfo]]:
     """In one list those that one module owns."""
-    found: dict[str, list[ModuleInfo]] = {}
+    by_owner: dict[str, list[ModuleInfo]] = {}
     for info in infos:
-        found.setdefault(info.owner, []).append(info)
-    return list(found.values())
+        by_owner.setdefault(info.owner, []).append(info)
+    return list(by_owner.values())
 
 
 def _towards(y: Tensor, neutral: Tensor, strength: float) -> Tensor:

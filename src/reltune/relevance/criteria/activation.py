@@ -1,6 +1,6 @@
 """Activation-aware magnitude: each weight's absolute value times the norm of its input feature, summed over the unit.
 
-R(u) = Σ_{w ∈ u} |w| · ‖x_w‖₂ with x_w the input that the weight multiplies, over all tokens of all examples that are no
+R(u) = Σ_{w ∈ u} |w| · ‖x_w‖₂ with x_w the input that the weight multiplies, over all tokens of all examples that are not
 padding (by ``attention_mask``, where the module's input has the mask's positions). The score of Wanda (Sun et al., ICLR
 2024, eq. 1), per unit; a bias has input 1, an embedding's row its token's indicator, a norm's gain the normalised input.
 Never negative; grows with the square root of the number of tokens. Looks at no labels. Memory: O(in) numbers per linear

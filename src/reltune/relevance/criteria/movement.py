@@ -9,8 +9,8 @@ Gradient sizes at the starting point name weights that all do the same; along a 
 the others have moved. Movement: Ansell et al., ACL 2022. Sign updates: Bernstein et al., ICML 2018. Updates inside the
 backward pass, which keep no gradient of the whole model: Lv et al. 2023.
 
-η is ``step_size`` times the root mean square of the weight's tensor (of a bias: of its module's weight). The weights are
-never written: W₀ − η V is computed where W₀ is read (probe/moving_weights.py), also where W₀ is held in few bits.
+η is ``step_size``, the same for all weights. The weights are never written: W₀ − η V is computed where W₀ is read
+(probe/moving_weights.py), also where W₀ is held in few bits.
 Memory beside the weights: one byte for each that may move (two from 128 steps on), and one weight's gradient; more where a
 step is several pieces, whose gradients wait for one another. Cost: k forward and backward passes.
 
@@ -24,9 +24,10 @@ Options:
 - ``update``: ``sign``, of a step's gradient; ``momentum``, of the running mean of gradients, which is the sign of Adam's step
   and takes one more number per weight; or ``adamw``, which scores the distance |Δw| that torch's AdamW goes
   (probe/adamw.py). None: ``adamw`` where a learning rate is given, else ``sign``.
-- ``step_size``: of sign and momentum. ``learning_rate``: of adamw.
+- ``step_size``: of sign and momentum. ``relative``: it is meant times the root mean square of the weight's tensor (of a bias: of
+  its module's weight). ``learning_rate``: of adamw.
 - ``batch_size``: examples of a step, over all processes; None: the loader's batches.
-- ``move``: ``allowed``, the modules that target_modules leaves, or ``all``: new heads and what has no units too.
+- ``move``: ``all``, with new heads and what has no units; or ``allowed``, the modules that target_modules leaves.
 - ``training``: whether the model is in training mode, with dropout.
 - ``ties``: equal votes in the order of the ``last`` step's gradient or of the ``sum``, which takes four more bytes per weight.
 - ``agreement``: see above. ``diverged``: how far the mean loss of ten steps may rise over that of the first ten.
@@ -55,13 +56,14 @@ LEARNING_RATE = 5e-5  # transformers' own default for full tuning
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    steps: int | str = 50
+    steps: int | str = 100
     update: str | None = None
-    step_size: float = 2e-3
+    step_size: float = 1e-4
+    relative: bool = False
     learning_rate: float | None = None
     batch_size: int | None = None
-    move: str = "allowed"
-    training: bool = False
+    move: str = "all"
+    training: bool = True
     ties: str = "last"
     agreement: float = 0.9
     diverged: float = 2.0

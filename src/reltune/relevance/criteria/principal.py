@@ -62,8 +62,8 @@ def elements(
         return {}
     weight = weights["weight"]
     whole = torch.empty(info.shape, dtype=accumulator_dtype(weight), device=weight.device)
-    found = context.decompositions.of(weight, matrices(info, weight))
-    for (matrix, _, vectors), target in zip(found, matrices(info, whole), strict=True):
+    decompositions = context.decompositions.of(weight, matrices(info, weight))
+    for (matrix, _, vectors), target in zip(decompositions, matrices(info, whole), strict=True):
         into = tall(target)
         for at, block in _reduced(tall(matrix), vectors):
             into[at] = block

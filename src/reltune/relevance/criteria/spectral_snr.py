@@ -49,8 +49,10 @@ def quantities(
         return {}, {}
     weight = weights["weight"]
     dtype = accumulator_dtype(weight)
-    of_groups = [_signal_and_noise(*of) for of in context.decompositions.of(weight, matrices(info, weight))]
-    signal, noise = ({part: [group[i][part] for group in of_groups] for part in of_groups[0][i]} for i in (0, 1))
+    groups = [
+        _signal_and_noise(*decomposition) for decomposition in context.decompositions.of(weight, matrices(info, weight))
+    ]
+    signal, noise = ({part: [group[i][part] for group in groups] for part in groups[0][i]} for i in (0, 1))
     return _joined(info, signal, dtype), _joined(info, noise, dtype)
 
 

@@ -207,12 +207,12 @@ def _plain_product(module: Any, input: Tensor) -> Tensor:
 
 
 def weights_that_move(
-    model: nn.Module, inventory: Inventory | None, rate: float, votes: torch.dtype
+    model: nn.Module, inventory: Inventory | None, rate: float, votes: torch.dtype, relative: bool = True
 ) -> list[MovingWeight]:
     """The parameters of the inventory's modules, or all floating-point and quantised ones, each once, with no votes yet.
 
-    η is ``rate`` times the root mean square of W₀; of a bias, of the weight that it belongs to. Where that is zero, as
-    in a new head that starts from nothing, it is the median of the others.
+    η is ``rate``; if ``relative``, times the root mean square of W₀ (of a bias, of the weight that it belongs to). Where that is
+    zero, as in a new head that starts from nothing, it is the median of the others.
 
     Raises InputError for a weight that is held in a way that is not known.
     """
@@ -244,7 +244,8 @@ def weights_that_move(
         raise AnalysisError(f"{bad} holds numbers that are not finite; load the model again.")
     middle = positive[len(positive) // 2] if positive else 1.0
     for key, weight in found.items():
-        weight.step = rate * (sizes.get(key, sizes.get(siblings.get(key, 0), 0.0)) or middle)
+        own_size = sizes.get(key, sizes.get(siblings.get(key, 0), 0.0)) or middle
+        weight.step = rate * own_size if relative else rate
     return list(found.values())
 
 

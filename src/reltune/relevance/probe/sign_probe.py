@@ -53,7 +53,7 @@ class SignProbe:
         self.steps = self.options.most_steps
         inventory = None if self.options.move == "all" else experiment.inventory
         dtype = torch.int8 if self.steps <= MOST_IN_A_BYTE else torch.int16
-        self.weights = weights_that_move(self.model, inventory, self.options.step_size, dtype)
+        self.weights = weights_that_move(self.model, inventory, self.options.step_size, dtype, self.options.relative)
         self.numbers = {weight: number for number, weight in enumerate(self.weights)}
         self.readings = Readings()
         self.gradients = GradientsInOrder(self.processes, self._vote)

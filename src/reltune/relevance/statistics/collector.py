@@ -1,4 +1,4 @@
-"""Hooks that see every measured module's input and output gradient, and add up what the criteria need."""
+"""Watches every measured module's input and output gradient, and adds up what the criteria need."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def mixing_sentence(mixing: Mapping[str, str]) -> str:
 
 
 class _Input:
-    """One tensor that one or several modules read: how to have it again in the backward pass, and what they share."""
+    """A tensor that one or several modules read: how to make it again in the backward pass, and what these modules share."""
 
     def __init__(self, x: Tensor, recipe: Recipe | None) -> None:
         self.tensor, self.version = weakref.ref(x), x._version
@@ -55,14 +55,14 @@ class _Input:
         return self.again
 
     def read(self) -> None:
-        """One of the readers is done; the last one takes with it what was kept for all."""
+        """Note that one of the readers is done. After the last one, drop what was kept for all of them."""
         self.readers -= 1
         if self.readers <= 0:
             self.again, self.shared.gram = None, None
 
 
 class _Watch(torch.autograd.Function):
-    """Hand y on unchanged, and on the way back its gradient, with the input x of the module, to ``arrived``.
+    """Hand y on unchanged; in the backward pass hand its gradient, with the input x of the module, to ``arrived``.
 
     A tensor hook would be lost where y is a view (as nn.Linear's output is for inputs with positions) and the next
     operation changes it in place. Returning y.detach(), and not y, makes it no view and lets that operation happen.
@@ -143,7 +143,7 @@ class Collector:
         by_owner: dict[str, list[ModuleInfo]] = {}
         for members in self.members.values():
             by_owner.setdefault(members[0].owner, []).extend(members)
-        # First of the module's hooks: what others make of the output is no part of the linear map.
+        # First of the module's hooks: what others make of the output is not part of the module's own map.
         observer = Observer(self._see, self.mixing.__setitem__, lambda: self.rows, first=True)
         for infos in by_owner.values():
             stack = infos[0].stack
@@ -265,19 +265,19 @@ class Collector:
         shared = shared if len(uses) == 1 else None
         # The caller's autocast would do these sums in bfloat16, where they cancel.
         with torch.autocast(g.device.type, enabled=False):
-            found = its_type.statistics(self.infos[name], module, x, g, self.wanted, shared)
-        self._keep(name, {self.prefix + statistic: parts for statistic, parts in found.items()})
+            statistics = its_type.statistics(self.infos[name], module, x, g, self.wanted, shared)
+        self._keep(name, {self.prefix + statistic: parts for statistic, parts in statistics.items()})
         self.done.add((self.prefix, name))
 
-    def _keep(self, name: str, found: Statistics) -> None:
-        for statistic, parts in found.items():
+    def _keep(self, name: str, statistics: Statistics) -> None:
+        for statistic, parts in statistics.items():
             for part, value in parts.items():
                 if part not in ("column", "row"):  # they add up the same numbers as the whole does
                     what = INPUT if statistic == "inputs" else part
                     self.witnesses.append((name, what, value.sum() if value.ndim else value))
             if statistic.removeprefix("sampled_") in WEIGHT_SIZED:
-                found[statistic] = {part: value.cpu() for part, value in parts.items()}
-        add(self.sums[name], found)
+                statistics[statistic] = {part: value.cpu() for part, value in parts.items()}
+        add(self.sums[name], statistics)
 
     def _zeros(self, name: str, statistic: str) -> dict[str, Tensor]:
         """What a module that the loss never sees ends with: a gradient, or an input, of zeros."""

@@ -33,7 +33,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils import logging as transformers_logging
 
 from reltune.errors import InputError, first_line
-from reltune.layers.inventory import head_modules
+from reltune.layers.inventory import new_head_modules
 from reltune.ops.row_blocks import row_blocks
 from reltune.pretrained import load_config
 
@@ -106,7 +106,7 @@ class Checkpoint:
                 RuntimeWarning,
                 stacklevel=3,
             )
-        self.heads = head_modules(self.model, self.missing)
+        self.heads = new_head_modules(self.model, self.missing)
 
     def read(self, name: str) -> Tensor:
         """The parameter as loading would give it. Nothing of it is kept here, once all parameters of a conversion are read."""

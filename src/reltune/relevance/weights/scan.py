@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from reltune.errors import InputError
 from reltune.layers.fingerprint import fingerprint_of, outside, samples
-from reltune.layers.inventory import choose, head_modules, take_inventory
+from reltune.layers.inventory import choose, new_head_modules, take_inventory
 from reltune.layers.registry import canonical_weights, layer_type
 from reltune.layers.units import ModuleInfo
 from reltune.relevance.assembly import Assembly
@@ -65,7 +65,7 @@ def analyze_checkpoint(
         by_name[name] = criterion
     checkpoint = Checkpoint(model_name_or_path, model_class)
     model = checkpoint.model
-    heads = checkpoint.heads if always_trained is None else head_modules(model, always_trained)
+    heads = checkpoint.heads if always_trained is None else new_head_modules(model, always_trained)
     inventory = take_inventory(model, heads)
     chosen = set(choose(inventory, target_modules, exclude_modules))
     inventory = inventory.only(chosen)

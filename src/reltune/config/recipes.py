@@ -1,0 +1,73 @@
+"""What is taken for the criterion, the granularity, the budget and the spread where the user names none of them, or some.
+
+Measured in benchmarks/selection_study.py. A config that is made holds the values themselves, and config.yaml keeps them, so
+that another version's table changes no run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A criterion, with what it chooses how much of and where."""
+
+    criterion: str
+    granularity: str
+    budget: str
+    spread: str
+
+    def fields(self) -> dict[str, Any]:
+        """The values by the names of the config's fields."""
+        return {
+            "criteria": [self.criterion],
+            "granularity": [self.granularity],
+            "budget": self.budget,
+            "spread": self.spread,
+        }
+
+
+# Where nothing is named, or the criterion movement alone; single weights that are named as the granularity have another budget.
+BEST = Recipe("movement", "element", "0.12%", "even")
+SINGLE_WEIGHTS = dataclasses.replace(BEST, budget="0.5%")
+
+# Where another granularity or other criteria are named, or the base is held in few bits, of which no single weights can be trained.
+COLUMNS = Recipe("fisher", "column", "0.5%", "global")
+
+CHOICE = ("criteria", "granularity", "budget", "spread")  # the fields that a recipe fills
+
+
+def completed(given: Mapping[str, Any], few_bits: bool = False) -> dict[str, Any]:
+    """The fields of ``CHOICE``: those that are given, and for those that are None what the recipe says.
+
+    Args:
+        few_bits: whether the base is held in 4 or 8 bits (bitsandbytes, float8).
+    """
+    criteria, granularity = given["criteria"], given["granularity"]
+    if granularity is not None:
+        recipe = SINGLE_WEIGHTS if "element" in granularity else COLUMNS
+    else:
+        recipe = BEST if criteria in (None, [BEST.criterion]) and not few_bits else COLUMNS
+    filled = recipe.fields() | {name: value for name, value in given.items() if value is not None}
+    if (
+        given["spread"] is None
+    ):  # that even shares are best was measured of single weights by movement, and of nothing else
+        alone = (filled["criteria"][0], filled["granularity"]) == (BEST.criterion, [BEST.granularity])
+        filled["spread"] = BEST.spread if alone else COLUMNS.spread
+    return filled
+
+
+def chosen_again(stored: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """A run's fields of ``CHOICE`` where ``given`` ones are chosen anew: None for those that follow from another granularity.
+
+    Of a run with the best recipe, another granularity has its own budget and spread: the best recipe's are for single weights,
+    and nobody asked for them. Whatever else a run holds stays.
+    """
+    kept = {name: stored[name] for name in CHOICE}
+    best = BEST.fields()
+    if "granularity" in given and all(kept[name] == best[name] for name in ("criteria", "granularity")):
+        kept |= {name: None for name in ("budget", "spread") if kept[name] == best[name]}
+    return kept

@@ -1,0 +1,114 @@
+"""The best recipe by default: a run without flags, and what follows from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from command_line import Answer, assert_refused, reltune, review_rows, write_csv
+from reltune.config.run_config import RunConfig
+from reltune.plan.plan import Plan
+from reltune.relevance.scores import RelevanceScores
+from reltune.runs import demo, flow
+from tiny_models import save_tiny_bert
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("place")
+    save_tiny_bert(place / "model")
+    write_csv(place / "train.csv", review_rows(60))
+    return place
+
+
+def new_run(place: Path, name: str, *words: object, command: str = "run") -> Answer:
+    files = ["--model_name_or_path", place / "model", "--train_file", place / "train.csv"]
+    return reltune(command, *files, "--output_dir", place / name, *words)
+
+
+@pytest.fixture(scope="module")
+def plain(place: Path) -> Path:
+    """A run without further flags. Tests read it and leave it as it is."""
+    answer = new_run(place, "plain")
+    assert answer.code == 0, answer.err
+    return place / "plain"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_single_weights_by_movement_at_their_rate(plain: Path) -> None:
+    config, plan = RunConfig.load(plain / "config.yaml"), Plan.load(plain / "plan")
+    assert (config.criteria, config.granularity) == (["movement"], ["element"])
+    assert (config.budget, config.spread, config.probe_steps) == ("0.12%", "even", 100)
+    assert (plan.criterion, plan.granularity, plan.spread) == ("movement", ["element"], "even")
+    # 25 of 20,864 weights; every matrix of the two layers has its share, rounded down
+    assert plan.budget_parameters == 25 and 0 < plan.parameters <= 25
+    share = {shape: 25 * shape[0] * shape[1] // 16384 for shape in ((32, 32), (64, 32), (32, 64))}
+    assert all(len(module.elements) == share[tuple(module.shape)] for module in plan.modules.values())
+    trained = {name.rpartition(".")[2] for name in load_file(plain / "adapter" / "adapter_model.safetensors")}
+    assert trained == {"reltune_elements", "reltune_element_indices", "weight", "bias"}  # the last two are the head's
+    assert read(plain / "training_cost.json")["learning_rate"] == 2e-2  # of so small a share
+
+
+def test_everything_moves_in_training_mode_by_steps_of_one_size(plain: Path) -> None:
+    facts = RelevanceScores.load(plain / "relevance").provenance["movement"]
+    wanted = {"steps": 100, "update": "sign", "step_size": 1e-4, "relative": False, "move": "all", "training": True}
+    assert facts.items() >= wanted.items() and facts["steps_taken"] == 100
+    assert facts["weights_moved"] == 20864 + 66
+
+
+def test_another_granularity_of_the_same_relevance(place: Path, plain: Path) -> None:
+    run = shutil.copytree(plain, place / "again")
+    answer = reltune("select", run, "--granularity", "module", "--budget", "20%", "--overwrite_output_dir")
+    assert answer.code == 0, answer.err
+    plan = Plan.load(run / "plan")
+    assert (plan.criterion, plan.spread) == ("movement", "global")
+    assert all(module.weight for module in plan.modules.values())
+
+
+def test_no_lora_file_of_single_weights(place: Path, plain: Path) -> None:
+    answer = reltune("export", plain, "--to", "lora", "--output_dir", place / "lora")
+    assert_refused(answer, "single weights", "--to merged", "--granularity column")
+    assert not (place / "lora").exists()
+    assert reltune("export", plain, "--to", "merged", "--output_dir", place / "merged").code == 0
+
+
+def test_analyze_measures_for_the_default_choice(place: Path) -> None:
+    answer = new_run(place, "analyzed", "--probe_steps", 2, command="analyze")
+    assert answer.code == 0 and f"reltune select {place / 'analyzed'} --budget 0.12%" in answer.out, answer
+    assert reltune("select", place / "analyzed").code == 0
+    assert Plan.load(place / "analyzed" / "plan").granularity == ["element"]
+
+
+def test_where_no_single_weight_can_be_trained(place: Path) -> None:
+    answer = new_run(place, "norms", "--target_modules", "LayerNorm")
+    assert_refused(answer, "no module that may be chosen has single weights", "--granularity")
+    assert not (place / "norms").exists()
+
+
+def test_the_demo_takes_the_recipe_that_its_flags_ask_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's own config names none of the four, so that its flags are those of a new run."""
+    found: list[RunConfig] = []
+
+    def start(config: RunConfig, overwrite: bool) -> None:
+        found.append(config)
+        raise KeyboardInterrupt
+
+    fields = {"model_name_or_path": str(place / "model"), "train_file": str(place / "train.csv")}
+    monkeypatch.setattr(demo, "demo_config", lambda output_dir, seed: RunConfig(output_dir=output_dir, **fields))
+    monkeypatch.setattr(flow, "start", start)
+    for words in ([], ["--granularity", "column"], ["--criteria", "gradient"]):
+        assert reltune("demo", "--output_dir", place / "demo", *words).code == 130
+    choices = [(c.criteria, c.granularity, c.budget, c.spread) for c in found]
+    assert choices == [
+        (["movement"], ["element"], "0.12%", "even"),
+        (["fisher"], ["column"], "0.5%", "global"),
+        (["gradient"], ["column"], "0.5%", "global"),
+    ]
