@@ -94,7 +94,7 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
         for baseline in () if job["only"] else BASELINES:
             rates = {"head": HEAD_RATES, "layer": LAYER_RATES, "full": FULL_RATES}[baseline.rates]
             for rate in rates[: job["rates"]]:
-                model = stages.model_with_heads(materials, directory)
+                model = stages.model_with_new_heads(materials, directory)
                 prefixes = (*baseline.trained(materials, model), *(f"{head}." for head in materials.new_heads))
                 for name, parameter in model.named_parameters():
                     parameter.requires_grad_(name.startswith(prefixes))
@@ -103,7 +103,7 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
         for rank in () if job["only"] else (3,):  # the size nearest to the budget of 0.5%
             for rate in SMALL_RATES[: job["rates"]]:
                 model = get_peft_model(
-                    stages.model_with_heads(materials, directory),
+                    stages.model_with_new_heads(materials, directory),
                     LoraConfig(
                         r=rank,
                         lora_alpha=2 * rank,
@@ -146,7 +146,7 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
             if job["only"] and job["only"] not in name:
                 continue
             for rate in SMALL_RATES[: job["rates"]]:
-                model = get_peft_model(stages.model_with_heads(materials, directory), ReltuneConfig(plan=plan))
+                model = get_peft_model(stages.model_with_new_heads(materials, directory), ReltuneConfig(plan=plan))
                 record(name, rate, plan.parameters, model)
         for criterion in ("fisher", "gradient"):
             name = f"LoRA ranked by {criterion}"
@@ -154,7 +154,7 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
                 continue
             plan = select(relevance, config.budget, criterion=criterion, task_type="SEQ_CLS")
             for rate in SMALL_RATES[: job["rates"]]:
-                model = get_peft_model(stages.model_with_heads(materials, directory), lora_config(plan))
+                model = get_peft_model(stages.model_with_new_heads(materials, directory), lora_config(plan))
                 trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
                 record(name, rate, trainable - relevance.inventory.head_parameters, model)
     return records

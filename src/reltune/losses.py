@@ -1,4 +1,4 @@
-"""Each task's loss, sampled labels and metric, one number or one set of labels per example.
+"""Each task's loss, sampled labels and metric: one number, or one set of labels, for each example.
 
 ``outputs`` is a model's output with ``logits``, or the logits themselves; ``batch`` is a mapping with ``labels``, or
 an ``(inputs, labels)`` pair. Losses are computed in float32 at least. The loss of an example with n label tokens is
@@ -61,7 +61,9 @@ def rows_of(batch: Any, loss: Any) -> Any:
         return batch
     own = ("labels", *loss.beside)
     inputs = {key: value for key, value in batch.items() if key not in own} if isinstance(batch, Mapping) else {}
-    if not inputs or any(not isinstance(of, Tensor) or of.ndim < 2 or of.shape[1] != rows for of in inputs.values()):
+    if not inputs or any(
+        not isinstance(value, Tensor) or value.ndim < 2 or value.shape[1] != rows for value in inputs.values()
+    ):
         raise InputError(
             f"the loss takes {rows} rows for each example; give batches as mappings, with input_ids and all else that the "
             f"model reads of shape (examples, {rows}, …)."

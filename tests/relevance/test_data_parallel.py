@@ -19,7 +19,7 @@ from data_parallel_worker import Examples, batches_of, scores
 from measured_models import MODELS
 from relevance_cases import data_for, measure
 from reltune.relevance.scores import RelevanceScores
-from reltune.runs.stages import train_heads
+from reltune.runs.stages import train_new_heads
 from tiny_models import save_tiny_bert
 from two_processes import torchrun
 
@@ -157,7 +157,7 @@ def test_reltune_analyze_under_torchrun(words, tmp_path, monkeypatch):
     assert done.stdout.count("By fisher, layer") == done.stdout.count("Next: reltune select") == 1
     assert done.stderr.count("analyze: 100%") == 1
 
-    trained = train_heads
+    trained = train_new_heads
 
     def same_heads(materials, model, epochs):
         trained(materials, model, epochs)
@@ -166,7 +166,7 @@ def test_reltune_analyze_under_torchrun(words, tmp_path, monkeypatch):
             torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-2, atol=1e-3)
         model.load_state_dict(head, strict=False)
 
-    monkeypatch.setattr("reltune.runs.stages.train_heads", same_heads)
+    monkeypatch.setattr("reltune.runs.stages.train_new_heads", same_heads)
     alone = tmp_path / "alone"
     answer = command("analyze", *words, "--output_dir", alone)
     assert answer.code == 0, answer.err

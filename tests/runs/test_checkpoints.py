@@ -97,3 +97,61 @@ def test_other_added_tokens(place: Path, tmp_path: Path) -> None:
     answer = run(place, tmp_path, "turns", train="turns.jsonl")
     assert_refused(answer, "'<turn>'", "resize_token_embeddings")
     assert not (place / "turns").exists()
+
+
+# -- errors of libraries --------------------------------------------------------------------------------------------
+
+STRICT = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "<|{{ m['role'] }}|> {{ m['content'] }} <|endoftext|> {% endfor %}{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+
+
+def chats(path: Path, bad: bool = True) -> Path:
+    lines = []
+    for i, (text, label) in enumerate(review_rows(30), start=1):
+        messages = [
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": "good" if label == "pos" else "bad"},
+        ]
+        if bad and i in (3, 17):
+            messages.insert(0, {"role": "system", "content": "very"})
+        if bad and i == 9:
+            messages.insert(0, {"role": "user", "content": "film"})
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+def test_chats_that_the_template_refuses_are_bad_rows(place: Path, tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path / "model", chat_template=STRICT)
+    chats(place / "chats.jsonl")
+    answer = run(place, tmp_path / "model", "refused", train="chats.jsonl")
+    assert_refused(answer, "System role not supported", "on 2 lines (3, 17)", "Roles must alternate", "on line 9")
+    assert not (place / "refused").exists()
+    answer = run(place, tmp_path / "model", "skipped", "--on_bad_rows", "skip", train="chats.jsonl")
+    assert answer.code == 0, answer
+    record = json.loads((place / "skipped" / "bad_rows.json").read_text())
+    assert sorted(
+        line for split in record.values() for kind in split["skipped"].values() for line in kind["lines"]
+    ) == [
+        3,
+        9,
+        17,
+    ]
+    assert "nothing to stop at" not in answer.err
+
+
+def test_a_template_without_an_end_is_said(place: Path, tmp_path: Path) -> None:
+    endless = STRICT.replace(" <|endoftext|>", "")
+    save_tiny_llama(tmp_path / "model", chat_template=endless)
+    chats(place / "endless.jsonl", bad=False)
+    answer = run(place, tmp_path / "model", "endless", train="endless.jsonl")
+    assert answer.code == 0 and answer.err.count("nothing to stop at") == 1, answer
+
+
+def test_pushing_to_the_hub_without_a_network(place: Path, left: Path) -> None:
+    answer = run(place, left, "pushed", "--push_to_hub")
+    assert_refused(answer, "push_to_hub", "HF_HUB_OFFLINE")
+    assert not (place / "pushed").exists()

@@ -176,7 +176,7 @@ def test_a_second_set_is_measured_before_and_after(place: Path) -> None:
     assert results["forgetting_before_samples"] == 40
     config = RunConfig.load(run / "config.yaml")
     materials = prepare(config)
-    before = stages.model_with_heads(materials, RunDirectory(run))
+    before = stages.model_with_new_heads(materials, RunDirectory(run))
     found = evaluate(before, {"x": materials.forgetting}, materials.task, materials.tokenizer).metrics
     assert found["x_accuracy"] == results["forgetting_before_accuracy"] != results["forgetting_after_accuracy"]
     page = (run / "report.html").read_text(encoding="utf-8")

@@ -19,7 +19,7 @@ from reltune.runs import training
 from reltune.runs.directory import RunDirectory
 from reltune.runs.evaluation import evaluate, inference_ms_per_text
 from reltune.runs.materials import Materials, placement
-from reltune.runs.stages import load_tuned, model_with_heads
+from reltune.runs.stages import load_tuned, model_with_new_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def task_metrics(materials: Materials, results: dict[str, Any]) -> dict[str, flo
 
 
 def _train(materials: Materials, run: RunDirectory, baseline: Baseline, scratch: Path) -> MethodResult:
-    model = model_with_heads(materials, run)
+    model = model_with_new_heads(materials, run)
     prefixes = tuple(baseline.trained(materials, model))
     heads = tuple(f"{head}." for head in materials.new_heads)
     chosen = {}

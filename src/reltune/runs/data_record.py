@@ -27,8 +27,10 @@ def record_data(run: RunDirectory, materials: Materials) -> None:
             rows = getattr(materials.splits, split)
             keep(run.kept_rows / f"{split}.jsonl", rows, materials.task.columns.values())
     record_bad_rows(run, materials.splits)
-    if materials.notes:
-        write_json(run.path / "notes.json", {"notes": list(materials.notes)})
+    notes = run.path / "notes.json"
+    earlier = read_json(notes)["notes"] if notes.is_file() else []  # an analysis and a later training each have some
+    if every := list(dict.fromkeys([*earlier, *materials.notes])):
+        write_json(notes, {"notes": every})
 
 
 def record_bad_rows(run: RunDirectory, splits: Splits) -> None:

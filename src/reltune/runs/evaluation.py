@@ -48,7 +48,7 @@ def evaluate(
     times are left out: they are no property of the model. Without ``generate``, so are the metrics of what the model writes
     after training.
     """
-    found = Evaluation({}, {})
+    evaluation = Evaluation({}, {})
     with tempfile.TemporaryDirectory() as scratch:
         args = task.make_arguments(output_dir=scratch, **{**DEFAULTS, **task.defaults, **arguments})
         for prefix, examples in datasets.items():
@@ -63,9 +63,9 @@ def evaluate(
             if generate:
                 written = task.written(model, examples, processor, args.per_device_eval_batch_size, output.predictions)
                 metrics |= {f"{prefix}_{name}": value for name, value in task.written_metrics(written).items()}
-                found.written[prefix] = written
-            found.metrics.update(metrics, **{f"{prefix}_samples": len(examples)})
-    return found
+                evaluation.written[prefix] = written
+            evaluation.metrics.update(metrics, **{f"{prefix}_samples": len(examples)})
+    return evaluation
 
 
 def _counting_once(trainer_class: type[Trainer]) -> type[Trainer]:

@@ -25,7 +25,7 @@ from reltune.config.training import TrainingConfig
 from reltune.errors import InputError, nearest
 from reltune.layers.inventory import new_head_modules, take_inventory
 from reltune.layers.quantised import keep_as_loaded
-from reltune.notes import Note, collecting
+from reltune.notes import Note, collecting, note
 from reltune.pretrained import load_config
 from reltune.runs import lm_evaluation, training
 from reltune.runs.bad_rows import warn_of
@@ -104,6 +104,8 @@ class ModelMaterials:
             if not getattr(model, "is_quantized", False):  # else it is where it has to be
                 model.to(self.task.make_arguments(output_dir=self.config.output_dir, **placement(self.config)).device)
             settle_padding(self.task, model, self.tokenizer, first)
+            for sentence in self.task.remarks(model, self.tokenizer, first):
+                note(sentence)
 
     @property
     def collator(self) -> Any:
@@ -207,23 +209,23 @@ def prepare(config: RunConfig, run: RunDirectory | None = None) -> Materials:
         tokenizer = task.load_tokenizer(config.model_name_or_path)
         base = BaseModel(config, task)
         data = encode(task, splits, tokenizer, config)
+        inventory = take_inventory(base.look(), base.new_heads)
+        materials = Materials(
+            config,
+            task,
+            tokenizer,
+            base,
+            data.validation,
+            data.test,
+            data.forgetting,
+            train=data.train,
+            sample=data.sample,
+            splits=splits,
+            not_tuned=[name for name in task.not_tuned(base.look()) if name in inventory],
+            notes=notes,
+        )
+        materials.check_fit(recorded is not None, data.sample, data.validation, data.test, data.forgetting)
     warn_of(splits)
-    inventory = take_inventory(base.look(), base.new_heads)
-    materials = Materials(
-        config,
-        task,
-        tokenizer,
-        base,
-        data.validation,
-        data.test,
-        data.forgetting,
-        train=data.train,
-        sample=data.sample,
-        splits=splits,
-        not_tuned=[name for name in task.not_tuned(base.look()) if name in inventory],
-        notes=notes,
-    )
-    materials.check_fit(recorded is not None, data.sample, data.validation, data.test, data.forgetting)
     return materials
 
 
@@ -241,10 +243,10 @@ def prepare_evaluation(config: RunConfig, run: RunDirectory) -> EvaluationMateri
         config.task = task.name
         tokenizer = task.load_tokenizer(config.model_name_or_path)
         base = BaseModel(config, task)
-        held_out = encode_held_out(task, rows, tokenizer, config)
+        validation, test, *second = encode_held_out(task, rows, tokenizer, config)
+        materials = EvaluationMaterials(config, task, tokenizer, base, validation, test, second[0] if second else None)
+        materials.check_fit(recorded is not None, validation, test, *second)
     warn_of(rows)
-    materials = EvaluationMaterials(config, task, tokenizer, base, *held_out)
-    materials.check_fit(recorded is not None, *held_out)
     return materials
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,48 +191,52 @@ def _say_unlabelled(split: str, rows: Rows, layout: Layout, config: RunConfig) -
 
 
 def encode(task: Task, splits: Splits, processor: Any, config: RunConfig) -> Data:
-    """The examples of every split. Rows in which cutting left nothing to learn join those that were skipped.
+    """The examples of every split. Rows that turn out to be no examples join those that were skipped: the tokenizer cannot take
+    them, or cutting left nothing to learn.
 
     Raises:
         InputError: such rows where bad rows are refused, or no others.
     """
-
-    if isinstance(splits.train, Rows):
-        train: Any = _examples(task, splits.train, processor, config)
-        sample = train
-    else:
-        sample = _examples(task, splits.train.take(config.analysis_examples), processor, config)
-        train = splits.train.encoded(lambda rows: _encoded(task, rows, processor, config), config.seed)
     held_out = HeldOut(splits.validation, splits.test, splits.forgetting)
-    return Data(train, sample, *encode_held_out(task, held_out, processor, config))
+    if isinstance(splits.train, Rows):
+        sample, *held = _encoded(task, [splits.train, *_rows_of(held_out)], processor, config)
+        train: Any = sample
+    else:
+        first = splits.train.take(config.analysis_examples)
+        sample, *held = _encoded(task, [first, *_rows_of(held_out)], processor, config)
+        train = splits.train.encoded(lambda rows: _encoded(task, [rows], processor, config, True)[0], config.seed)
+    return Data(train, sample, *(task.held_out(examples, processor) for examples in held))
 
 
-def encode_held_out(
-    task: Task, rows: HeldOut, processor: Any, config: RunConfig
-) -> tuple[Examples, Examples, Examples | None]:
+def encode_held_out(task: Task, held_out: HeldOut, processor: Any, config: RunConfig) -> list[Examples]:
     """The examples of validation, test and, where there is one, the second set, as ``encode`` makes them."""
-
-    def examples(rows: Rows) -> Examples:
-        return task.held_out(_examples(task, rows, processor, config), processor)
-
-    forgetting = None if rows.forgetting is None else examples(rows.forgetting)
-    return examples(rows.validation), examples(rows.test), forgetting
+    return [
+        task.held_out(examples, processor) for examples in _encoded(task, list(_rows_of(held_out)), processor, config)
+    ]
 
 
-def _examples(task: Task, rows: Rows, processor: Any, config: RunConfig) -> Examples:
-    made = _encoded(task, rows, processor, config)
-    if not len(made):
-        raise InputError(no_good_rows(rows.source, rows.skipped, rows.unit))
-    return made
+def _rows_of(held_out: HeldOut) -> Iterator[Rows]:
+    return (rows for rows in (held_out.validation, held_out.test, held_out.forgetting) if rows is not None)
 
 
-def _encoded(task: Task, rows: Rows, processor: Any, config: RunConfig) -> Examples:
-    """The rows' examples, of which there may be none."""
-    made = task.encode(rows, processor, config.max_length)
-    if made.lost and config.on_bad_rows == "error":
+def _encoded(
+    task: Task, every: Sequence[Rows], processor: Any, config: RunConfig, may_be_empty: bool = False
+) -> list[Examples]:
+    """The examples of several splits; all of their rows that turn out to be bad are refused together."""
+    made = [task.encode(rows, processor, config.max_length) for rows in every]
+    bad: dict[tuple[str, str], dict[str, list[int]]] = {}
+    for rows, examples in zip(every, made, strict=True):
+        for phrase, lines in examples.lost.items():
+            bad.setdefault((rows.source, rows.unit), {}).setdefault(phrase, []).extend(lines)
+    if bad and config.on_bad_rows == "error":
+        (source, unit), kinds = next(iter(bad.items()))
+        kinds = {phrase: sorted(lines) for phrase, lines in kinds.items()}
         raise InputError(
-            f"{rows.source} has {in_words(made.lost, rows.unit)}, in which nothing is left to learn. Mend them (a larger "
-            "--max_length cuts less), or pass --on_bad_rows skip."
+            f"{source} has {in_words(kinds, unit)}. Mend or delete these {unit}s (a larger --max_length cuts less), or pass "
+            "--on_bad_rows skip."
         )
-    rows.skip(made.lost)
+    for rows, examples in zip(every, made, strict=True):
+        rows.skip(examples.lost)
+        if not len(examples) and not may_be_empty:
+            raise InputError(no_good_rows(rows.source, rows.skipped, rows.unit))
     return made

@@ -23,7 +23,7 @@ from reltune.config.analysis import AnalysisConfig
 from reltune.config.run_config import RunConfig
 from reltune.config.selection import SelectionConfig
 from reltune.errors import InputError
-from reltune.files import check_destination, disk_bytes, read_json, write_json, write_text
+from reltune.files import check_destination, disk_bytes, read_json, write_json
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.float8 import convertible
 from reltune.layers.inventory import take_inventory
@@ -41,15 +41,15 @@ from reltune.relevance.weights.scan import analyze_checkpoint
 from reltune.report.record import LMEvalRecord
 from reltune.runs import export as exporting
 from reltune.runs import lm_evaluation, training
+from reltune.runs.cards import describe_adapter, describe_lora
 from reltune.runs.data_record import record_bad_rows, record_data
-from reltune.runs.directory import TASK, RunDirectory
+from reltune.runs.directory import RunDirectory
 from reltune.runs.evaluation import evaluate as measure_metrics
 from reltune.runs.materials import EvaluationMaterials, Materials, ModelMaterials, placement
 from reltune.tasks.registry import TASKS
-from reltune.tasks.task import Task
 from reltune.tuner.config import ReltuneConfig
 
-WITHOUT_HEADS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # PEFT's task types that train no head by themselves
+WITHOUT_NEW_HEADS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # PEFT's task types that train no head by themselves
 
 
 def check_choice(materials: Materials, select: bool = True) -> None:
@@ -92,32 +92,19 @@ def check_choice(materials: Materials, select: bool = True) -> None:
 
 
 def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
-    """Train the new heads briefly, then measure relevance: before the head means something, no gradient does.
+    """Train the new heads briefly, then measure relevance: before a new head means something, no gradient does.
 
-    Of several processes the first one's heads count, and the first one writes.
+    Of several processes the first one's new heads count, and the first one writes.
     """
-    config, model, processes = materials.config, materials.base.take(), Processes.joined()
+    config, processes = materials.config, Processes.joined()
     with processes.together():
         if processes.first:
             record_data(run, materials)
-    if materials.new_heads and interrupted_in(run.relevance) and run.head.is_file():
-        model = model_with_heads(materials, run)  # the interrupted analysis was of this head
-    elif materials.new_heads:
-        train_heads(materials, model, config.head_epochs)
-        processes.take_from_first(model.get_submodule(name) for name in materials.new_heads)
-        with processes.together():
-            if processes.first:
-                run.relevance.mkdir(parents=True, exist_ok=True)
-                save_file(head_state(model, materials.new_heads), run.head)
-    examples = min(config.analysis_examples, len(materials.sample))
-    chosen = torch.randperm(len(materials.sample), generator=torch.Generator().manual_seed(config.seed))[:examples]
-    loader = DataLoader(
-        Subset(materials.sample, chosen.tolist()), batch_size=config.analysis_batch_size, collate_fn=materials.collator
-    )
+    model = _with_trained_new_heads(materials, run)
     model.to(materials.arguments("head").device)
     relevance = measure_relevance(
         model,
-        loader,
+        _drawn_examples(materials),
         materials.task.relevance_loss,
         config.criteria,
         elements=config.scores_elements,
@@ -133,6 +120,29 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
         if processes.first:
             relevance.save(run.relevance)
     return relevance
+
+
+def _with_trained_new_heads(materials: Materials, run: RunDirectory) -> nn.Module:
+    """The base model with new heads that were trained, in this analysis or in the interrupted one that goes on."""
+    if materials.new_heads and interrupted_in(run.relevance) and run.head.is_file():
+        return model_with_new_heads(materials, run)
+    model, processes = materials.base.take(), Processes.joined()
+    if materials.new_heads:
+        train_new_heads(materials, model, materials.config.head_epochs)
+        processes.take_from_first(model.get_submodule(name) for name in materials.new_heads)
+        with processes.together():
+            if processes.first:
+                run.relevance.mkdir(parents=True, exist_ok=True)
+                save_file(new_head_tensors(model, materials.new_heads), run.head)
+    return model
+
+
+def _drawn_examples(materials: Materials) -> DataLoader:
+    """The training examples that relevance is measured on, drawn by seed, in batches."""
+    config, sample = materials.config, materials.sample
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = torch.randperm(len(sample), generator=generator)[: config.analysis_examples].tolist()
+    return DataLoader(Subset(sample, drawn), batch_size=config.analysis_batch_size, collate_fn=materials.collator)
 
 
 def options_of(config: AnalysisConfig) -> dict[str, dict[str, Any]]:
@@ -165,7 +175,7 @@ def restrictions(config: SelectionConfig) -> dict[str, Any]:
     return {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
 
 
-def train_heads(materials: Materials, model: nn.Module, epochs: float) -> training.TrainingCost | None:
+def train_new_heads(materials: Materials, model: nn.Module, epochs: float) -> training.TrainingCost | None:
     """Train the new heads alone, with everything else frozen."""
     if epochs == 0:
         return None
@@ -201,17 +211,16 @@ def train_heads(materials: Materials, model: nn.Module, epochs: float) -> traini
     return cost
 
 
-def head_state(model: nn.Module, heads: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The heads' tensors under their names in the model."""
+def new_head_tensors(model: nn.Module, new_heads: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The new heads' tensors under their names in the model."""
+    prefixes = tuple(f"{name}." for name in new_heads)
     return {
-        k: v.detach().cpu().clone()
-        for k, v in model.state_dict().items()
-        if k.startswith(tuple(f"{h}." for h in heads))
+        name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items() if name.startswith(prefixes)
     }
 
 
-def model_with_heads(materials: ModelMaterials, run: RunDirectory) -> nn.Module:
-    """The base model with the heads that the relevance was measured with."""
+def model_with_new_heads(materials: ModelMaterials, run: RunDirectory) -> nn.Module:
+    """The base model with the new heads that relevance was measured with."""
     model = materials.base.take()
     if materials.new_heads:
         if not run.head.is_file():
@@ -240,7 +249,7 @@ def choose(config: RunConfig, relevance: RelevanceScores, criterion: str | None 
             measured = [info.name for info in relevance.inventory.modules]
             wanted[name] = measured if name == "target_modules" else []
     task_type = TASKS[config.task].peft_task_type if config.task else None
-    if not relevance.always_trained and task_type not in WITHOUT_HEADS:
+    if not relevance.always_trained and task_type not in WITHOUT_NEW_HEADS:
         task_type = None
     return choose_units(
         relevance,
@@ -264,27 +273,9 @@ def tune(
     """
     processes = Processes.joined()
     with processes.together():
-        checkpoint = run.checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
-        if (
-            checkpoint
-            and materials.config.streaming
-            and read_json(Path(checkpoint) / "trainer_state.json")["epoch"] >= 1
-        ):
-            warnings.warn(
-                "streamed rows are read from the beginning where training goes on after the first pass over them, so that the "
-                "result is not that of a training without an interruption.",
-                stacklevel=2,
-            )
+        checkpoint = _checkpoint(materials.config, run, resume_from_checkpoint)
         plan = Plan.load(run.plan)
-        if sorted(plan.always_trained) != sorted(materials.new_heads):
-            heads = ", ".join(materials.new_heads) or "nothing"
-            raise InputError(
-                f"plan: always_trained must name this model's new heads ({heads}); they cannot be left out."
-            )
-        model = model_with_heads(materials, run)
-        plan.check_model(take_inventory(model, materials.new_heads), fingerprint(model, materials.new_heads))
-        model = get_peft_model(model, ReltuneConfig(plan=plan, frozen_dtype=materials.config.frozen_dtype))
-        materials.check_training(model)
+        model = _model_to_tune(materials, run, plan)
         method, share = training.method_of(plan)
         args = materials.arguments(method, share)
     callbacks: list[TrainerCallback] = [training.LogFile(run.log)]
@@ -315,43 +306,36 @@ def tune(
             record_bad_rows(run, materials.splits)  # of streamed rows more are known by now
             model.save_pretrained(str(run.adapter), state_dict=state)
             materials.saved_tokenizer().save_pretrained(str(run.adapter))
-            describe(run.adapter, materials.task, model_card(plan, materials.task))
+            describe_adapter(run.adapter, plan, materials.task)
     return model
 
 
-def describe(path: Path, task: Task, card: str) -> None:
-    """Write what must be known of an adapter beside it: for programs the task with its classes, for readers a card in place of
-    PEFT's empty form."""
-    write_json(path / TASK, task.record())
-    write_text(path / "README.md", card)
+def _checkpoint(config: RunConfig, run: RunDirectory, wanted: str | None) -> str | None:
+    """The checkpoint that training resumes from, if one is wanted."""
+    if not wanted:
+        return None
+    checkpoint = run.checkpoint(wanted)
+    if config.streaming and read_json(Path(checkpoint) / "trainer_state.json")["epoch"] >= 1:
+        warnings.warn(
+            "streamed rows are read from the beginning where training goes on after the first pass over them, so that the "
+            "result is not that of a training without an interruption.",
+            stacklevel=2,
+        )
+    return checkpoint
 
 
-def model_card(plan: Plan, task: Task) -> str:
-    """The card of reltune's own adapter."""
-    facts = "\n".join(f"- {line}" for line in [*plan.describe(), *task.facts()])
-    return f"""---
-base_model: {plan.model_name_or_path}
-library_name: peft
-tags:
-- reltune
----
-
-# Adapter for {plan.model_name_or_path}
-
-{facts}
-
-PEFT loads it once reltune is imported (without, it says `KeyError: 'RELTUNE'`):
-
-```python
-import reltune
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "this directory")
-```
-
-An adapter of columns and rows (no single weights) becomes a standard LoRA adapter, which needs no reltune, by `reltune export RUN --to lora`; any
-adapter becomes a plain model by `--to merged`.
-"""
+def _model_to_tune(materials: Materials, run: RunDirectory, plan: Plan) -> PeftModel:
+    """The base model with its new heads and an adapter for the plan. Raises InputError where they do not fit."""
+    if sorted(plan.always_trained) != sorted(materials.new_heads):
+        new_heads = ", ".join(materials.new_heads) or "nothing"
+        raise InputError(
+            f"plan: always_trained must name this model's new heads ({new_heads}); they cannot be left out."
+        )
+    base = model_with_new_heads(materials, run)
+    plan.check_model(take_inventory(base, materials.new_heads), fingerprint(base, materials.new_heads))
+    model = get_peft_model(base, ReltuneConfig(plan=plan, frozen_dtype=materials.config.frozen_dtype))
+    materials.check_training(model)
+    return model
 
 
 def load_tuned(materials: ModelMaterials, run: RunDirectory, base: nn.Module | None = None) -> PeftModel:
@@ -365,12 +349,13 @@ def evaluate(materials: EvaluationMaterials, run: RunDirectory) -> dict[str, flo
     """Metrics on held-out data before training and after it, written to ``all_results.json``; and what the model wrote for
     test examples, to ``outputs.jsonl``.
 
-    Before training means: the base model with the heads that relevance was measured with. It is the tuned one with its
-    adapter disabled, which has the base's weights to the bit. Several processes, each with the whole model, share the data, and the first one writes.
+    Before training means: the base model with the new heads that relevance was measured with. It is the tuned model with its adapter
+    disabled, which has the base's weights to the bit. Several processes, each with the whole model, share the data, and the first
+    one writes.
     """
     processes = Processes.joined()
     with processes.together():
-        model = load_tuned(materials, run, model_with_heads(materials, run))
+        model = load_tuned(materials, run, model_with_new_heads(materials, run))
         plan = Plan.load(run.plan)
         cost = read_json(run.path / "training_cost.json")
         tasks = materials.lm_eval_tasks
@@ -431,25 +416,5 @@ def export(materials: ModelMaterials, run: RunDirectory, to: str, output_dir: st
         return exporting.to_merged(model, materials.saved_tokenizer(), output_dir)
     path = exporting.to_lora(model, output_dir)
     materials.saved_tokenizer().save_pretrained(str(path))
-    describe(path, materials.task, lora_card(materials))
+    describe_lora(path, materials.config.model_name_or_path, materials.task)
     return path
-
-
-def lora_card(materials: ModelMaterials) -> str:
-    """The card of an exported LoRA adapter."""
-    task, name = materials.task, materials.config.model_name_or_path
-    facts = "\n".join(f"- {line}" for line in task.facts())
-    return f"""---
-base_model: {name}
-library_name: peft
-tags:
-- lora
----
-
-# LoRA adapter for {name}
-
-{facts}
-
-PEFT loads it without reltune, on the base model above: `PeftModel.from_pretrained(base_model, "this directory")`.
-`{TASK}` has the task in a form that programs can read.
-"""

@@ -25,12 +25,14 @@ from typing import Any
 
 import psutil
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
+from transformers.utils.hub import is_offline_mode
 
 from reltune.config.training_fields import DEFAULTS
-from reltune.errors import InputError
+from reltune.errors import InputError, first_line
 from reltune.files import write_text
 from reltune.metrics import largest_is_best
 from reltune.plan.plan import Plan
@@ -172,9 +174,10 @@ def launched_on_cpus() -> bool:
 
 def check_arguments(model: nn.Module, args: TrainingArguments, examples: Examples, collator: Any) -> None:
     """Raise InputError for training fields that cannot work here (packages, devices, ranges), before hours are spent."""
+    _check_hub(args)
     with tempfile.TemporaryDirectory() as scratch, _sharing_for_itself(), frozen_base(model):
         args = copy.copy(args)
-        args.output_dir = scratch  # Trainer makes this directory at once
+        args.output_dir, args.push_to_hub = scratch, False  # Trainer makes the directory, and a repository, at once
         try:
             trainer = Trainer(
                 model=model, args=args, train_dataset=examples, eval_dataset=examples, data_collator=collator
@@ -186,6 +189,23 @@ def check_arguments(model: nn.Module, args: TrainingArguments, examples: Example
             raise
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
             raise InputError(f"training fields: {error}") from error
+
+
+def _check_hub(args: TrainingArguments) -> None:
+    """Raise InputError unless training may push to the Hugging Face Hub what it is to push there."""
+    if not args.push_to_hub:
+        return
+    if is_offline_mode():
+        raise InputError(
+            "push_to_hub needs the Hugging Face Hub, and HF_HUB_OFFLINE is set; unset it, or leave --push_to_hub out."
+        )
+    try:
+        HfApi().whoami(token=args.hub_token)
+    except Exception as error:  # of the network, of the login
+        raise InputError(
+            f"push_to_hub cannot reach the Hugging Face Hub, or is not let in ({first_line(error)}); check the network, log in with "
+            "`hf auth login`, or leave --push_to_hub out."
+        ) from error
 
 
 def train(

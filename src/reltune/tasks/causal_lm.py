@@ -38,7 +38,7 @@ from reltune.tasks.chats import (
     to_read,
 )
 from reltune.tasks.decoder import DecoderTask, as_transformers_has_them
-from reltune.tasks.generation import continuations, exact_match
+from reltune.tasks.generation import continuations, ends_of, exact_match
 from reltune.tasks.task import Columns, Examples, RowProblem, Written
 from reltune.tasks.texts import ended, limit_of, shared, tokens_of
 
@@ -180,6 +180,18 @@ class CausalLM(DecoderTask):
             name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
             return f"packing cannot be with a {name!r} model, in which packed examples see each other; leave --packing out."
         return None
+
+    def remarks(self, model: nn.Module, processor: Any, examples: Examples) -> list[str]:
+        """Of chats: with which token answers end, where generation does not stop at it by itself."""
+        stops = {prompt.stop for prompt in examples.sources or () if prompt is not None and prompt.stop is not None}
+        unknown = sorted(stops - set(ends_of(model, processor)))
+        if not unknown:
+            return []
+        tokens = ", ".join(repr(processor.convert_ids_to_tokens(token)) for token in unknown)
+        return [
+            f"Answers end with {tokens}, which the model's generation_config.json does not name as an end of sequence; reltune "
+            "stops there, and other programs that use the tuned model have to be told to."
+        ]
 
     def make_arguments(self, **values: Any) -> TrainingArguments:
         from trl import SFTConfig

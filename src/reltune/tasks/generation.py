@@ -49,7 +49,7 @@ def continuations(
             do_sample=False,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=sorted({*_ends(model, tokenizer), *stops}),
+            eos_token_id=sorted({*ends_of(model, tokenizer), *stops}),
         )
         written = model.generate(  # type: ignore[operator]
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=settings
@@ -79,10 +79,10 @@ def _is_told_positions(model: Any) -> bool:
 
 def exact_match(written: Sequence[Written]) -> float:
     """The share of texts that are the reference to the letter, outer space aside; 0 of none."""
-    return sum(of.text.strip() == of.reference.strip() for of in written) / max(len(written), 1)
+    return sum(one.text.strip() == one.reference.strip() for one in written) / max(len(written), 1)
 
 
-def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def ends_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a text: the tokenizer's, and those of the model's own settings (a chat's end of turn)."""
     own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}

@@ -57,8 +57,8 @@ class MultilabelClassification(ClassTask, TextTask):
     def labels_of(self, row: Row) -> list[str]:
         """The row's labels; those of a text are separated by ``|``."""
         value = row.values[self.columns["label"]]
-        found = value.split(SEPARATOR) if isinstance(value, str) else value
-        return [label_of(one) for one in found if label_of(one)]
+        labels = value.split(SEPARATOR) if isinstance(value, str) else value
+        return [label_of(one) for one in labels if label_of(one)]
 
     def fitted(self, rows: Iterable[Row]) -> MultilabelClassification:
         """The task with its labels and those that occur in ``rows``: numbers by value, then words by character."""

@@ -35,9 +35,10 @@ ITEM = ("prompt_ids", "chosen_ids", "rejected_ids")  # TRL's names
 
 
 class PairTrainer(Trainer):
-    """Evaluates pairs: of each its loss, and (B, 4) the log probabilities of both answers under the model and the reference.
+    """Evaluates pairs. For each pair it gives the loss, and the log probabilities of both answers under the model and under the
+    reference, (B, 4).
 
-    Those of the reference are nan where the model has no adapter to switch off, or it is off. ``args`` is TRL's DPOConfig.
+    Those of the reference are nan where the model has no adapter to switch off, or where it is off. ``args`` is TRL's DPOConfig.
     """
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -67,7 +68,7 @@ class Preference(DecoderTask):
     """The task of preferring one answer to another.
 
     Attributes:
-        beta: how much of a reward a change of log probability is.
+        beta: the strength of the pull to the reference model; a reward is ``beta`` times a change of log probability.
         loss_type: the loss of a pair, one of ``losses.PREFERENCE_LOSSES``.
     """
 
@@ -98,9 +99,9 @@ class Preference(DecoderTask):
         names = [self.columns[role] for role in ("chosen", "rejected", "prompt") if role in self.columns]
         for column in names:
             value = row.values.get(column)
-            found = messages_problem(value, column) if isinstance(value, list) else text_problem(row.values, column)
-            if found:
-                return found
+            problem = messages_problem(value, column) if isinstance(value, list) else text_problem(row.values, column)
+            if problem:
+                return problem
         chosen, rejected = names[:2]
         a, b = row.values[chosen], row.values[rejected]
         if type(a) is not type(b):
@@ -122,7 +123,7 @@ class Preference(DecoderTask):
         return None
 
     def _prompt(self, row: Row) -> Any:
-        """A prompt for the answers; None where the answers are whole texts or conversations with a common beginning."""
+        """The prompt for both answers; None where the answers are whole texts or conversations with a common beginning."""
         prompt = row.values.get(self.columns["prompt"]) if "prompt" in self.columns else None
         # Some data have the first question as a text beside whole conversations.
         return None if isinstance(prompt, str) and isinstance(row.values[self.columns["chosen"]], list) else prompt
@@ -237,15 +238,15 @@ class Preference(DecoderTask):
         is the reference itself and has no rewards.
         """
         chosen, rejected, *reference = torch.as_tensor(prediction.predictions).double().unbind(1)
-        found = {"chosen_likelier": (chosen > rejected).double().mean().item()}
+        metrics = {"chosen_likelier": (chosen > rejected).double().mean().item()}
         margins = self.beta * ((chosen - reference[0]) - (rejected - reference[1]))
         if not margins.isnan().any():
-            found = {
+            metrics = {
                 "reward_accuracy": (margins > 0).double().mean().item(),
                 "reward_margin": margins.mean().item(),
-                **found,
+                **metrics,
             }
-        return found
+        return metrics
 
 
 @dataclass
@@ -257,7 +258,7 @@ class Pairs:
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         prompts = [item["prompt_ids"] for item in items]
         answers = [[item["chosen_ids"], item["rejected_ids"]] for item in items]
-        longest = max(len(prompt) + len(of) for prompt, pair in zip(prompts, answers, strict=True) for of in pair)
+        longest = max(len(prompt) + len(one) for prompt, pair in zip(prompts, answers, strict=True) for one in pair)
         ids = torch.full((len(items), 2, longest), self.pad_token_id)
         attention, completion = torch.zeros_like(ids), torch.zeros_like(ids)
         for i, (prompt, pair) in enumerate(zip(prompts, answers, strict=True)):

@@ -32,8 +32,8 @@ from reltune.data.rows import Row, text_problem
 from reltune.errors import InputError
 from reltune.losses import LOSSES
 from reltune.pretrained import as_it_is, load_model
-from reltune.tasks.task import Columns, Examples, Task
-from reltune.tasks.texts import limit_of
+from reltune.tasks.task import Columns, Examples, RowProblem, Task
+from reltune.tasks.texts import limit_of, read
 
 MAX_ANSWER = 30  # tokens of an answer, at most, as in the baselines for SQuAD
 
@@ -89,8 +89,8 @@ class QuestionAnswering(Task):
         column = self.columns["answers"]
         context, answers = row.values.get(self.columns["context"]), row.values.get(column)
         for role in ("question", "context"):
-            if found := text_problem(row.values, self.columns[role]):
-                return found
+            if problem := text_problem(row.values, self.columns[role]):
+                return problem
         if isinstance(answers, str):
             return (
                 None if answers.strip() and answers in str(context) else f"a {column!r} that the context does not hold"
@@ -112,10 +112,10 @@ class QuestionAnswering(Task):
 
     def answers(self, row: Row) -> list[tuple[str, int]]:
         """Each answer with the character at which it begins."""
-        found = row.values[self.columns["answers"]]
-        if isinstance(found, str):
-            return [(found, row.values[self.columns["context"]].index(found))]
-        return list(zip(found["text"], found["answer_start"], strict=True))
+        answers = row.values[self.columns["answers"]]
+        if isinstance(answers, str):
+            return [(answers, row.values[self.columns["context"]].index(answers))]
+        return list(zip(answers["text"], answers["answer_start"], strict=True))
 
     def fitted(self, rows: Iterable[Row]) -> QuestionAnswering:
         return replace(self, unanswerable=any(not self.answers(row) for row in rows))
@@ -148,20 +148,16 @@ class QuestionAnswering(Task):
         limit = limit_of(processor, max_length, least=8)
         items: list[dict[str, Any]] = []
         sources: list[Window] = []
+        lost: dict[str, list[int]] = {}
         n_truncated = 0
         for number, row in enumerate(rows):
-            context, answers = str(row.values[self.columns["context"]]), self.answers(row)
-            question, cut = _cut(str(row.values[self.columns["question"]]), processor, limit // 2)
+            try:
+                encoded, cut = self._windows(row, processor, limit)
+            except RowProblem as problem:
+                lost.setdefault(str(problem), []).append(row.line)
+                continue
             n_truncated += cut
-            encoded = processor(
-                question,
-                context,
-                truncation="only_second",
-                max_length=limit,
-                stride=limit // 8,
-                return_overflowing_tokens=True,
-                return_offsets_mapping=True,
-            )
+            context, answers = str(row.values[self.columns["context"]]), self.answers(row)
             offsets_of, _ = encoded.pop("offset_mapping"), encoded.pop("overflow_to_sample_mapping", None)
             for i, all_offsets in enumerate(offsets_of):
                 inside = [part == 1 for part in encoded.sequence_ids(i)]
@@ -170,7 +166,21 @@ class QuestionAnswering(Task):
                 item["labels"] = _place(offsets, answers, _nowhere(item["input_ids"], processor))
                 items.append(item)
                 sources.append(Window(number, offsets, context, [text for text, _ in answers]))
-        return Examples(items, n_truncated, sources)
+        return Examples(items, n_truncated, sources, lost)
+
+    def _windows(self, row: Row, tokenizer: PreTrainedTokenizerBase, limit: int) -> tuple[Any, bool]:
+        """The tokenizer's output for the windows of a row, and whether its question was cut."""
+        question, cut = _cut(str(row.values[self.columns["question"]]), tokenizer, limit // 2)
+        return read(
+            tokenizer,
+            question,
+            str(row.values[self.columns["context"]]),
+            truncation="only_second",
+            max_length=limit,
+            stride=limit // 8,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        ), cut
 
     def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
         """Pads a batch to its longest window; labels are (B, 2)."""
@@ -194,11 +204,11 @@ class QuestionAnswering(Task):
         nothing: dict[int, float] = {}
         answers: dict[int, list[str]] = {}
         scores: Any = prediction.predictions
-        for item, window, of_tokens in zip(items, windows, scores, strict=True):
-            found = best_span(of_tokens, window.offsets)
-            if found is not None and found[0] > best.get(window.row, (-np.inf, ""))[0]:
-                best[window.row] = (found[0], window.context[found[1] : found[2]])
-            none = float(of_tokens[_nowhere(item["input_ids"], processor)].sum())
+        for item, window, token_scores in zip(items, windows, scores, strict=True):
+            span = best_span(token_scores, window.offsets)
+            if span is not None and span[0] > best.get(window.row, (-np.inf, ""))[0]:
+                best[window.row] = (span[0], window.context[span[1] : span[2]])
+            none = float(token_scores[_nowhere(item["input_ids"], processor)].sum())
             nothing[window.row] = min(none, nothing.get(window.row, np.inf))
             answers[window.row] = window.answers
         exact, f1 = [], []
@@ -260,7 +270,7 @@ def _nowhere(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _cut(question: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[str, bool]:
     """The question's first tokens as text, and whether something was cut."""
-    offsets = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+    offsets = read(tokenizer, question, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
         "offset_mapping"
     ]
     if len(offsets) <= tokens:

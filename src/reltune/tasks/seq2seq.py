@@ -121,8 +121,9 @@ class Seq2Seq(Task):
     ) -> dict[str, float]:
         """F1 of ROUGE (Lin 2004) and the share of targets written to the letter, outer space aside."""
         assert examples is not None
-        found = self._decoded(prediction.predictions, examples, processor)
-        return {**rouge([of.text for of in found], [of.reference for of in found]), "exact_match": exact_match(found)}
+        written = self._decoded(prediction.predictions, examples, processor)
+        texts, references = [one.text for one in written], [one.reference for one in written]
+        return {**rouge(texts, references), "exact_match": exact_match(written)}
 
     def written(
         self, model: nn.Module, examples: Examples, processor: Any, batch_size: int, predictions: Any

@@ -209,6 +209,10 @@ class Task(abc.ABC):
         """What keeps the task's Trainer from training the model as the task's fields say, as a sentence; or None."""
         return None
 
+    def remarks(self, model: nn.Module, processor: Any, examples: Examples) -> list[str]:
+        """Sentences on what a user should know of this model together with the task's examples."""
+        return []
+
     def reduced(self, logits: Any, labels: torch.Tensor) -> Any:
         """What metrics need of a batch's outputs, so that they alone are kept until the end."""
         return logits[0] if isinstance(logits, tuple) else logits  # models that also return hidden states

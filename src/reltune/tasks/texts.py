@@ -118,15 +118,17 @@ def encode_texts(
         texts = [(first, f"\n{second}") for first, second in texts]
     encoded = EncodedTexts([], [], 0, {})
     n_truncated = 0
-    for row, found in zip(rows, tokenized(texts, tokenizer, limit), strict=True):
-        item, cut = found if isinstance(found, tuple) else ({"input_ids": []}, False)
-        if item["input_ids"]:
-            encoded.items.append(item)
-            encoded.rows.append(row)
-            n_truncated += cut
-        else:
-            phrase = "a text that gives no tokens" if isinstance(found, tuple) else str(found)
-            encoded.lost.setdefault(phrase, []).append(row.line)
+    for row, made in zip(rows, tokenized(texts, tokenizer, limit), strict=True):
+        problem = str(made) if isinstance(made, RowProblem) else None
+        item, cut = ({}, False) if isinstance(made, RowProblem) else made
+        if problem is None and not item["input_ids"]:
+            problem = "a text that gives no tokens"
+        if problem is not None:
+            encoded.lost.setdefault(problem, []).append(row.line)
+            continue
+        encoded.items.append(item)
+        encoded.rows.append(row)
+        n_truncated += cut
     return encoded._replace(n_truncated=n_truncated)
 
 

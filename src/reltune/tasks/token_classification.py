@@ -23,8 +23,8 @@ from reltune.errors import InputError
 from reltune.losses import IGNORED
 from reltune.pretrained import load_tokenizer, saved_tokenizer
 from reltune.tasks.classes import ClassTask
-from reltune.tasks.task import Columns, Examples
-from reltune.tasks.texts import limit_of
+from reltune.tasks.task import Columns, Examples, RowProblem
+from reltune.tasks.texts import limit_of, read
 
 WORDS = {"add_prefix_space": True}  # what byte-level tokenizers want to be told of lists of words
 CHUNKS = re.compile(r"O|[BIESLU]-.+")  # tags of entities: IOB and its kin
@@ -114,22 +114,24 @@ class TokenClassification(ClassTask):
         Words of which no token is left when a row is cut are not measured either.
         """
         limit = limit_of(processor, max_length)
-        if not rows:
-            return Examples([])
-        encoded = processor(
-            [self.words(row) for row in rows], is_split_into_words=True, truncation=True, max_length=limit
-        )
         index = {label: position for position, label in enumerate(self.labels)}
-        items = []
-        for i, row in enumerate(rows):
+        items, n_truncated = [], 0
+        lost: dict[str, list[int]] = {}
+        for row, made in zip(rows, _tokenized([self.words(row) for row in rows], processor, limit), strict=True):
+            if isinstance(made, RowProblem):
+                lost.setdefault(str(made), []).append(row.line)
+                continue
+            encoded, i = made
             tags, labels, before = self.tags(row), [], None
             for word in encoded.word_ids(i):
                 labels.append(IGNORED if word is None or word == before else index[tags[word]])
                 before = word
             if all(label == IGNORED for label in labels):
-                raise InputError(f"The words on line {row.line} give no tokens; delete it or use another model.")
+                lost.setdefault("words that give no tokens", []).append(row.line)
+                continue
             items.append({**{key: values[i] for key, values in encoded.items()}, "labels": labels})
-        return Examples(items, sum(bool(encoding.overflowing) for encoding in encoded.encodings or ()))
+            n_truncated += bool(encoded.encodings[i].overflowing)
+        return Examples(items, n_truncated, lost=lost)
 
     def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorForTokenClassification:
         """Pads a batch to its longest example, and the labels with it."""
@@ -157,18 +159,31 @@ class TokenClassification(ClassTask):
             return {"token_accuracy": accuracy}
         from seqeval.metrics import f1_score, precision_score, recall_score
 
-        truth, found = [labels for labels, _ in pairs], [predicted for _, predicted in pairs]
+        truth, guess = [labels for labels, _ in pairs], [predicted for _, predicted in pairs]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that nothing was found is what a 0 says
             return {
-                "f1": float(f1_score(truth, found, zero_division=0)),
-                "precision": float(precision_score(truth, found, zero_division=0)),
-                "recall": float(recall_score(truth, found, zero_division=0)),
+                "f1": float(f1_score(truth, guess, zero_division=0)),
+                "precision": float(precision_score(truth, guess, zero_division=0)),
+                "recall": float(recall_score(truth, guess, zero_division=0)),
                 "token_accuracy": accuracy,
             }
 
     def _named(self, indices: Iterable[int]) -> list[str]:
         return [self.labels[i] for i in indices]
+
+
+def _tokenized(
+    texts: Sequence[list[str]], tokenizer: PreTrainedTokenizerBase, limit: int
+) -> list[tuple[Any, int] | RowProblem]:
+    """For each list of words the tokenizer's output with the place in it, or what is wrong with the words."""
+    if not texts:
+        return []
+    try:
+        encoded = read(tokenizer, list(texts), is_split_into_words=True, truncation=True, max_length=limit)
+    except RowProblem as problem:  # of one of them: which?
+        return [problem] if len(texts) == 1 else [one for own in texts for one in _tokenized([own], tokenizer, limit)]
+    return [(encoded, i) for i in range(len(texts))]
 
 
 def _wants_words(tokenizer: PreTrainedTokenizerBase) -> bool:

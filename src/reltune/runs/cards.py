@@ -1,0 +1,67 @@
+"""What stands beside an adapter for those who have nothing else: a card for readers, the task for programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reltune.files import write_json, write_text
+from reltune.plan.plan import Plan
+from reltune.runs.directory import TASK
+from reltune.tasks.task import Task
+
+
+def describe_adapter(path: Path, plan: Plan, task: Task) -> None:
+    """Write the card of reltune's own adapter, in place of PEFT's empty form, and its task."""
+    facts = _listed([*plan.describe(), *task.facts()])
+    card = f"""---
+base_model: {plan.model_name_or_path}
+library_name: peft
+tags:
+- reltune
+---
+
+# Adapter for {plan.model_name_or_path}
+
+{facts}
+
+PEFT loads it once reltune is imported (without, it says `KeyError: 'RELTUNE'`):
+
+```python
+import reltune
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this directory")
+```
+
+An adapter of columns and rows (no single weights) becomes a standard LoRA adapter, which needs no reltune, by `reltune export RUN --to lora`; any
+adapter becomes a plain model by `--to merged`.
+"""
+    _write(path, card, task)
+
+
+def describe_lora(path: Path, model_name_or_path: str, task: Task) -> None:
+    """Write the card of an exported LoRA adapter, and its task."""
+    card = f"""---
+base_model: {model_name_or_path}
+library_name: peft
+tags:
+- lora
+---
+
+# LoRA adapter for {model_name_or_path}
+
+{_listed(task.facts())}
+
+PEFT loads it without reltune, on the base model above: `PeftModel.from_pretrained(base_model, "this directory")`.
+`{TASK}` says what it is for in a form that programs can read.
+"""
+    _write(path, card, task)
+
+
+def _listed(facts: list[str]) -> str:
+    return "\n".join(f"- {fact}" for fact in facts)
+
+
+def _write(path: Path, card: str, task: Task) -> None:
+    write_json(path / TASK, task.record())
+    write_text(path / "README.md", card)
