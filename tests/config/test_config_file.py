@@ -9,11 +9,12 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from transformers import IntervalStrategy
 
 from command_line import reltune
 from reltune.config.file import defaults_yaml, json_schema, read_config
 from reltune.config.run_config import FIELDS, RunConfig
-from reltune.config.training_fields import DEFAULTS, training_field_kinds
+from reltune.config.training_fields import DEFAULTS, checked_training_fields, training_field_kinds
 from reltune.errors import InputError
 
 FULL = """
@@ -198,6 +199,20 @@ def test_defaults_are_what_they_say(tmp_path: Path) -> None:
 
 def _names_a_field(line: str) -> bool:
     return line.strip().partition(":")[0] in training_field_kinds()
+
+
+def test_typed_values_of_training_stay_what_they_are() -> None:
+    """A run's config.yaml holds typed values, and words where somebody has edited it; Python has members of enums."""
+    typed = checked_training_fields(
+        yaml.safe_load(FULL.replace("save_strategy: no", "save_strategy: 'no'"))["training"]
+    )
+    assert checked_training_fields(typed) == typed and list(checked_training_fields(typed)) == list(typed)
+    assert checked_training_fields({"learning_rate": "1e-3", "eval_strategy": IntervalStrategy.EPOCH}) == {
+        "learning_rate": 1e-3,
+        "eval_strategy": "epoch",
+    }
+    with pytest.raises(InputError, match=r"^warmup_steps: invalid float value: 'many'"):
+        checked_training_fields({"warmup_steps": "many"})
 
 
 def test_no_field_of_a_run_is_one_of_training_too() -> None:

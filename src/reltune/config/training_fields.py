@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import enum
 import functools
 import importlib.util
 import re
@@ -159,7 +160,10 @@ def checked_training_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     check_training_names(values)
     kinds = {name: str(kind) for name, kind in training_field_kinds().items()}
     found: dict[str, Any] = {}
+    words = []
     for name, value in values.items():
+        if isinstance(value, enum.Enum):
+            value = value.value
         if isinstance(value, dict | list):
             if type(value).__name__ not in kinds[name]:
                 raise InputError(f"{name} is {value!r}; it must be a single value.")
@@ -168,8 +172,9 @@ def checked_training_fields(values: Mapping[str, Any]) -> dict[str, Any]:
             word = str(value).lower() if isinstance(value, bool) else str(value)
             if value is False and "bool" not in kinds[name]:  # what YAML 1.1 makes of a plain no
                 word = "no"
-            try:
-                found |= parse_training_fields([f"--{name}={word}"])
-            except InputError as error:
-                raise InputError(str(error).removeprefix("--")) from error
-    return found
+            words.append(f"--{name}={word}")
+    try:
+        found |= parse_training_fields(words)
+    except InputError as error:
+        raise InputError(str(error).removeprefix("--")) from error
+    return {name: found[name] for name in values if name in found}

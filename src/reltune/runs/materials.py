@@ -22,6 +22,7 @@ from transformers.trainer_utils import set_seed
 from reltune.config.model import ModelConfig
 from reltune.config.run_config import RunConfig
 from reltune.config.training import TrainingConfig
+from reltune.config.training_fields import checked_training_fields
 from reltune.errors import InputError, nearest
 from reltune.layers.inventory import new_head_modules, take_inventory
 from reltune.layers.quantised import keep_as_loaded
@@ -198,6 +199,7 @@ def prepare(config: RunConfig, run: RunDirectory | None = None) -> Materials:
     Raises:
         InputError: whatever is wrong with either.
     """
+    config.training = checked_training_fields(config.training)
     config.check()
     config.check_data()
     with _noting() as notes:
