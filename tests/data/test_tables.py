@@ -105,6 +105,13 @@ def test_what_spreadsheets_add(tmp_path: Path) -> None:
         read_rows(tmp_path / "d.csv")
 
 
+@pytest.mark.parametrize("name", ["d.csv", "d.tsv"])
+def test_long_texts(tmp_path: Path, name: str) -> None:
+    csv.field_size_limit(131_072)  # the library's own limit
+    text, mark = "word " * 50_000, "," if name == "d.csv" else "\t"
+    assert read(tmp_path, f'text{mark}label\n"{text}"{mark}p\n"b"{mark} "q"\n', name)[0][0] == (text, "p")
+
+
 def test_an_open_quote_is_said(tmp_path: Path) -> None:
     lines = ["text,label", "a,p", '"b,q', *[f"c{number},p" for number in range(10)], 'd",q', "e,p"]
     rows, notes = read(tmp_path, "\n".join(lines) + "\n")

@@ -261,3 +261,17 @@ def test_quotes_in_a_tsv_swallow_no_rows(tmp_path: Path, model: Path) -> None:
     made = prepare(RunConfig(str(model), str(tmp_path / "run"), train_file=str(data)))
     assert sum(map(len, (made.train, made.validation, made.test))) == 40
     assert [row.values["text"] for row in made.splits.train if '"' in row.values["text"]]
+
+
+def test_a_test_file_without_labels_is_left_out_for_good(tmp_path: Path, model: Path) -> None:
+    """The run, and each evaluation of it, measure the same part of the training data in its place."""
+    data = write_csv(tmp_path / "train.csv", [(text, str(int(label == "pos"))) for text, label in PAIRS])
+    test = write_csv(tmp_path / "test.csv", [(f"{text} film", "-1") for text, _ in PAIRS])
+    answer = run(model, tmp_path / "run", "--train_file", data, "--test_file", test)
+    assert "test.csv: no row of the test split has a label; the split is left out" in answer.err
+    first = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    data.unlink()
+    again = reltune("evaluate", tmp_path / "run")
+    assert again.code == 0, again.err
+    assert json.loads((tmp_path / "run" / "all_results.json").read_text())["test_loss"] == first["test_loss"]
+    assert first["test_samples"] == 6

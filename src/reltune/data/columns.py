@@ -164,9 +164,9 @@ def guess_task(
         )
     known = (*CONVENTIONS[: 1 - len(PAIRS)], TEXT_ALONE)
     layouts = "; ".join(str(dataclasses.replace(convention, optional={})) for convention in known)
+    subject = f"The columns {_shown(columns)} are" if len(columns) != 1 else f"The column {columns[0]!r} is"
     raise InputError(
-        f"The columns {_shown(columns)} are of no layout that is known ({layouts}). Name yours with --text_column and "
-        "--label_column, or rename them."
+        f"{subject} of no layout that is known ({layouts}). Name yours with --text_column and --label_column, or rename them."
     )
 
 

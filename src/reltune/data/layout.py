@@ -150,4 +150,18 @@ def known_layout(
 
 
 def _first(rows: Rows | StreamedRows) -> Rows:
-    return rows[:LOOKED_AT] if isinstance(rows, Rows) else rows.take(LOOKED_AT)
+    """The first rows in memory, without the bytes of images."""
+    head = rows[:LOOKED_AT] if isinstance(rows, Rows) else rows.take(LOOKED_AT)
+    values = [
+        {name: None if isinstance(value, Mapping) and "bytes" in value else value for name, value in row.values.items()}
+        for row in head
+    ]
+    return Rows(
+        values,
+        head.source,
+        head.columns,
+        head.lines,
+        header_line=head.header_line,
+        repeated=head.repeated,
+        unit=head.unit,
+    )

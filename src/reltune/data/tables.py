@@ -33,6 +33,7 @@ class Dialect(NamedTuple):
 
 def dialect_of(path: Path, suffix: str, lines: Iterable[str]) -> Dialect:
     """The dialect of a table by its suffix and its first lines."""
+    csv.field_size_limit(2**31 - 1)  # texts may be long
     head = [line for line in lines if line.strip("\r\n")]
     telling = TELLING_FIRST_LINE.fullmatch(head[0].strip()) if head else None
     if telling:
@@ -111,7 +112,6 @@ def _record(line: int, fields: list[str], names: list[str]) -> Record:
 
 
 def _csv_lines(path: Path, file: Iterable[str], dialect: Dialect) -> Iterator[Line]:
-    csv.field_size_limit(2**31 - 1)  # texts may be long
     record: list[str] = []  # the lines of the current one
     separator = dialect.separator
     # strict, because otherwise a quote that is never closed swallows the rest of the file silently

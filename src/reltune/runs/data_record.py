@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reltune.config.run_config import RunConfig
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def record_data(run: RunDirectory, materials: Materials) -> None:
-    """Write the task with its classes, the held-out rows that have no file of their own, and what was skipped, assumed or
+    """Write the task with its classes, the held-out rows that come from no file of their own, and what was skipped, assumed or
     left out."""
     write_json(run.task, materials.task.record())
     for split in ("validation", "test"):
-        if getattr(materials.config, f"{split}_file") is None:
-            rows = getattr(materials.splits, split)
+        rows, file = getattr(materials.splits, split), getattr(materials.config, f"{split}_file")
+        if file is None or Path(rows.source) != Path(file):  # also where the file's rows have no labels
             keep(run.kept_rows / f"{split}.jsonl", rows, materials.task.columns.values())
     record_bad_rows(run, materials.splits)
     notes = run.path / "notes.json"

@@ -100,7 +100,7 @@ def read_data(config: RunConfig, fitted: Task | None = None) -> tuple[Task, Spli
             else read.checked(rule, config.on_bad_rows)
         )
     train = good.pop("train")
-    if layout.conversion.class_names is not None and isinstance(train, Rows):
+    if layout.task == "sequence_classification" and isinstance(train, Rows):
         note_rare_classes(Counter(map(task.label, train)), train.source, guessed=config.task is None)
     held = {split: rows if isinstance(rows, Rows) else rows.take(None) for split, rows in good.items()}
     given = list(held)
