@@ -24,7 +24,7 @@ def ended(command: Callable[[], object], *words: str, **environment: str) -> tup
     """The exit code of a program that does this, and what it wrote to stderr."""
     app = typer.Typer()
     app.callback(invoke_without_command=True)(lambda: command() and None)
-    handler, err = signal.getsignal(signal.SIGTERM), io.StringIO()
+    handler, err = signal.signal(signal.SIGTERM, signal.SIG_IGN), io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["reltune", *words]),
         mock.patch.dict(os.environ, environment),

@@ -141,3 +141,10 @@ def test_bad_input_is_refused_before_anything_heavy_is_loaded(tmp_path: Path) ->
         assert code == 2 and named in message, (words, message)
         assert not HEAVY & set(loaded), (words, HEAVY & set(loaded))
     assert contents(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_what_libraries_remark_on_themselves_is_not_shown() -> None:
+    """Of those that transformers and PEFT import because they are installed, too."""
+    done = subprocess.run([sys.executable, "-m", "reltune", "config", "--defaults"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("# A config for") and done.stderr == ""

@@ -10,6 +10,8 @@ from reltune.metrics import METRICS
 from reltune.relevance.heatmap import Heatmap
 from reltune.report import numbers
 from reltune.report.record import LMEvalScore
+from reltune.report.terminal import metrics_table
+from report_cases import shown
 
 
 def test_counts_and_sizes() -> None:
@@ -136,3 +138,57 @@ def test_long_labels_keep_their_ends() -> None:
     name = "a_module.with_a_very_long_name_indeed"
     assert numbers.layer_labels([name])[0] == ["…" + name[-19:]]
     assert numbers.layer_labels([name], width=len(name))[0] == [name]
+
+
+def test_labels_of_several_stacks():
+    both = [f"{side}coder.block.{i}" for side in ("en", "de") for i in (0, 11)]
+    assert numbers.layer_labels(both)[0] == ["encoder.0", "encoder.11", "decoder.0", "decoder.11"]
+    assert numbers.layer_labels(["model.norm", "model.layers.3"]) == (["model.norm", "3"], "model.layers.N")
+    assert numbers.layer_labels(["0", "1"]) == (["0", "1"], "")
+    assert numbers.layer_labels(["bert.embeddings.LayerNorm"], 10) == (["…LayerNorm"], "")
+    assert numbers.layer_labels([]) == ([], "")
+
+
+@pytest.mark.parametrize(
+    "write, value, text",
+    [
+        (numbers.size, 1023, "1023 B"),
+        (numbers.size, 1536, "1.5 KiB"),
+        (numbers.size, 3 * 2**20, "3.0 MiB"),
+        (numbers.size, 5.5 * 2**40, "5632.0 GiB"),
+        (numbers.percent, 0.97216, "97.22"),
+        (numbers.percent, float("nan"), "—"),
+        (numbers.share, 0.0, "0.0"),
+        (numbers.share, 1e-9, "<0.1"),
+        (numbers.share, 1.0, "100.0"),
+        (numbers.short_count, 9_999_999, "9,999,999"),
+        (numbers.short_count, 109_482_240, "109.5 M"),
+    ],
+)
+def test_numbers(write, value, text):
+    assert write(value) == text
+
+
+def test_metrics_before_training_stand_beside_those_after():
+    metrics = {
+        **{"test_before_loss": 1.5, "test_before_accuracy": 0.25, "other_before_loss": 3.0},
+        **{"test_loss": 0.5, "test_accuracy": 0.75, "train_steps": 7},
+        **{"forgetting_before_accuracy": 0.5, "forgetting_after_accuracy": 0.125},
+    }
+    assert numbers.before_and_after(metrics) == [
+        ("other_before_loss", None, 3.0),  # nothing to stand beside
+        *[("test_loss", 1.5, 0.5), ("test_accuracy", 0.25, 0.75), ("train_steps", None, 7)],
+        ("forgetting_after_accuracy", 0.5, 0.125),
+    ]
+    lines = [line.split() for line in shown(metrics_table(metrics), 80)]
+    for line in ("metric before after", "test_accuracy 25.00 % 75.00 %", "train_steps 7", "test_loss 1.5 0.5"):
+        assert line.split() in lines
+
+
+def test_a_text_is_cut_where_it_can_be_read():
+    words = " ".join(["word"] * 60)
+    start, rest = numbers.opening(f" {words}\n")
+    assert len(start) <= 200 and f"{start} {rest}" == words
+    assert numbers.opening("字" * 250) == ("字" * 200, "字" * 50)
+    assert numbers.opening("a\nb\nc\nd\n\ne\n") == ("a\nb\nc\nd", "e")
+    assert numbers.opening("a\nb\n") == ("a\nb", "") and numbers.opening(" ") == ("", "")

@@ -61,7 +61,7 @@ def run_program(app: typer.Typer) -> NoReturn:
         _fail(message, 1, common=getattr(error, "agreed", False))
 
 
-def _fail(message: str, code: int, common: bool = False) -> NoReturn:
+def _fail(message: str, code: int, common: bool) -> NoReturn:
     """End with a message. If it is ``common`` to all processes of a launcher, the first one prints it."""
     if common and not first():
         raise SystemExit(code)
