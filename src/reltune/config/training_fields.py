@@ -172,7 +172,8 @@ def checked_training_fields(values: Mapping[str, Any]) -> dict[str, Any]:
             word = str(value).lower() if isinstance(value, bool) else str(value)
             if value is False and "bool" not in kinds[name]:  # what YAML 1.1 makes of a plain no
                 word = "no"
-            words.append(f"--{name}={word}")
+            # A flag without a value, such as a bare --fsdp, is held as true whatever its kind.
+            words.append(f"--{name}" if value is True and "bool" not in kinds[name] else f"--{name}={word}")
     try:
         found |= parse_training_fields(words)
     except InputError as error:
