@@ -128,8 +128,9 @@ def test_bare_quotes_are_characters_of_tsv(tmp_path: Path) -> None:
     texts = [f"text {number}" for number in range(14)]
     texts[1], texts[13] = '"an open quote', '"another'
     texts[5], texts[8], texts[9] = 'a "word" inside', '"first" word', '5"'
-    content = "text\tlabel\n" + "".join(f"{text}\tp\n" for text in texts)
-    assert read(tmp_path, content, "d.tsv") == ([(text, "p") for text in texts], [])
+    content = "text\tlabel\n" + "".join(f"{text}\tp\n" for text in texts) + '"closed in\tthe next field"\n'
+    rows = [*((text, "p") for text in texts), ('"closed in', 'the next field"')]
+    assert read(tmp_path, content, "d.tsv") == (rows, [])
 
 
 def test_quotes_that_close_are_quotes_of_tsv(tmp_path: Path) -> None:
