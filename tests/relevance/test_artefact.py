@@ -48,9 +48,10 @@ def test_it_is_read_from_the_json_file_alone(directory: Path, tmp_path: Path) ->
     assert read_overview(tmp_path) == read_overview(directory)
 
 
-def test_scores_of_older_versions_have_one_too(directory: Path, tmp_path: Path) -> None:
+def test_scores_of_older_versions_have_to_be_loaded_for_one(directory: Path, tmp_path: Path) -> None:
     old = edited(directory, tmp_path / "old", lambda values: values.pop("overview"))
-    assert read_overview(old) == read_overview(directory)
+    assert read_overview(old) is None
+    assert RelevanceScores.load(old).overview() == read_overview(directory)
 
 
 @pytest.mark.parametrize(

@@ -55,16 +55,15 @@ def read_scores(directory: Path) -> dict[str, Any]:
     return dict(values)
 
 
-def read_overview(directory: Path) -> Overview:
-    """What people are shown of the scores in a directory.
+def read_overview(directory: Path) -> Overview | None:
+    """What people are shown of the scores in a directory; None if an older version measured them, of which the tensors
+    have to be read (``RelevanceScores.overview``).
 
     Raises InputError for scores that are missing or damaged.
     """
     values = read_scores(directory)
-    if "overview" not in values:  # an older version measured them: the tensors have to be read
-        from reltune.relevance.scores import RelevanceScores
-
-        return RelevanceScores.load(directory).overview()
+    if "overview" not in values:
+        return None
     try:
         return Overview(
             provenance=values["provenance"],

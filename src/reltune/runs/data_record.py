@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
@@ -11,27 +11,26 @@ from reltune.files import read_json, write_json
 from reltune.runs.bad_rows import bad_rows
 from reltune.runs.directory import RunDirectory
 from reltune.runs.kept_rows import keep
+from reltune.runs.splits import Splits
 from reltune.tasks.registry import task_of_record
 from reltune.tasks.task import Task
 
-if TYPE_CHECKING:
-    from reltune.runs.materials import Materials
-    from reltune.runs.splits import Splits
 
-
-def record_data(run: RunDirectory, materials: Materials) -> None:
+def record_data(run: RunDirectory, config: RunConfig, task: Task, splits: Splits, notes: Sequence[str]) -> None:
     """Write the task with its classes, the held-out rows that come from no file of their own, and what was skipped, assumed or
     left out."""
-    write_json(run.task, materials.task.record())
+    write_json(run.task, task.record())
     for split in ("validation", "test"):
-        rows, file = getattr(materials.splits, split), getattr(materials.config, f"{split}_file")
+        rows, file = getattr(splits, split), getattr(config, f"{split}_file")
         if file is None or Path(rows.source) != Path(file):  # also where the file's rows have no labels
-            keep(run.kept_rows / f"{split}.jsonl", rows, materials.task.columns.values())
-    record_bad_rows(run, materials.splits)
-    notes = run.path / "notes.json"
-    earlier = read_json(notes)["notes"] if notes.is_file() else []  # an analysis and a later training each have some
-    if every := list(dict.fromkeys([*earlier, *materials.notes])):
-        write_json(notes, {"notes": every})
+            keep(run.kept_rows / f"{split}.jsonl", rows, task.columns.values())
+    record_bad_rows(run, splits)
+    file_of_notes = run.path / "notes.json"
+    earlier = (
+        read_json(file_of_notes)["notes"] if file_of_notes.is_file() else []
+    )  # an analysis and a later training each have some
+    if every := list(dict.fromkeys([*earlier, *notes])):
+        write_json(file_of_notes, {"notes": every})
 
 
 def record_bad_rows(run: RunDirectory, splits: Splits) -> None:

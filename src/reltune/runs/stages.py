@@ -99,7 +99,7 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
     config, processes = materials.config, Processes.joined()
     with processes.together():
         if processes.first:
-            record_data(run, materials)
+            record_data(run, config, materials.task, materials.splits, materials.notes)
     model = _with_trained_new_heads(materials, run)
     model.to(materials.arguments("head").device)
     relevance = measure_relevance(
@@ -285,7 +285,7 @@ def tune(
         if processes.first:
             run.clear("tune", checkpoints=checkpoint is None)
             materials.config.save(run.config_file)
-            record_data(run, materials)
+            record_data(run, materials.config, materials.task, materials.splits, materials.notes)
     trainer, cost = training.train(
         model,
         args,

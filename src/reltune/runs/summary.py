@@ -23,6 +23,10 @@ from reltune.runs.directory import RunDirectory
 def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
     """The record of a run, from its artefacts. Needs relevance and a plan; shows what else is there."""
     relevance, plan = read_overview(run.relevance), Plan.load(run.plan)
+    if relevance is None:
+        from reltune.relevance.scores import RelevanceScores  # needs torch, which the report does not else
+
+        relevance = RelevanceScores.load(run.relevance).overview()
 
     def read(name: str, default: Any) -> Any:
         path = run.path / name
