@@ -379,3 +379,19 @@ def test_heads_of_conv1d_are_rows_and_columns_of_the_canonical_weight():
         assert moved[f"{key}.weight"].all(0).nonzero().squeeze(1).tolist() == list(rows)  # stored as (in, out)
     assert moved[f"{group.output}.weight"].all(1).nonzero().squeeze(1).tolist() == list(group.output_columns(head))
     assert sum(int(where.sum()) for where in moved.values()) == plan.parameters
+
+
+class OddlyGroupedAttention(nn.Module):
+    """Four query heads and three of keys and values, which no query head could share evenly."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_dim = 4, 8
+        self.q_proj, self.o_proj = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.k_proj, self.v_proj = nn.Linear(32, 24), nn.Linear(32, 24)
+
+
+def test_heads_that_keys_and_values_do_not_divide_are_none():
+    inventory = take_inventory(nn.ModuleDict({"attention": OddlyGroupedAttention()}))
+    assert inventory.attention_heads == []
+    assert "do not fit 4 heads of size 8" in inventory.without_attention_heads["attention"]

@@ -12,7 +12,7 @@ from measured_models import MODELS
 from relevance_cases import data_for, measure, own_loss, split
 from reltune.errors import InputError
 from reltune.relevance.artefact import PARTIAL
-from reltune.relevance.criteria.correlation import EVERY, Options, correlations, drawn, reliability, stable
+from reltune.relevance.criteria.correlation import EVERY, STRENGTHS, Options, correlations, drawn, reliability, stable
 from reltune.relevance.scores import RelevanceScores
 
 MINE = ["correlation"]
@@ -84,7 +84,8 @@ def test_what_says_nothing_has_the_widest_interval():
         assert (low[0] > -1) == known and not relevance.isnan().any()
     exact = torch.where(perturbed[:, 0], 0.0, 1.0).double()
     relevance, low, high = correlations(perturbed, exact)
-    assert relevance[0] == low[0] == high[0] == 1
+    for value in (relevance[0], low[0], high[0]):
+        assert float(value) == pytest.approx(1, abs=1e-6)  # atanh makes much of a last digit
 
 
 def test_draws_depend_on_seed_purpose_and_number_alone():
@@ -171,7 +172,7 @@ def test_planted_units_are_found(planted, strength, tmp_path):
             assert low <= found.by(kind)[key] <= high
     facts = found.provenance["correlation"]
     assert facts["level"] == 0.95 and facts["layer"]["trials"] <= 100
-    assert facts["layer"]["strength"] == (strength if strength != "auto" else facts["layer"]["strength"])
+    assert facts["layer"]["strength"] == strength or (strength == "auto" and facts["layer"]["strength"] in STRENGTHS)
     found.save(tmp_path)
     loaded = RelevanceScores.load(tmp_path)
     assert set(loaded.interval("module")) == set(found.interval("module"))

@@ -51,7 +51,7 @@ def test_the_whole_flow(place: Path, answer: Answer) -> None:
     plan = Plan.load(run / "plan")
     assert plan.criterion == "ablation" and len({name.split(".")[2] for name in plan.modules}) == 1
     page = (run / "report.html").read_text()
-    assert all(f">{name}</h3>" in page or name in page for name in BEHAVIOUR)
+    assert all(f"<h3>{name}</h3>" in page for name in BEHAVIOUR)
     assert "the sum of absolute values" in page and "ablation is measured by the accuracy, " in page
     assert "12 trials of heads, ranking not yet stable" in page
 
