@@ -119,6 +119,18 @@ def regret_table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def on_an_edge(phase: str) -> str:
+    """How many pairs of task and method have their best rate on an edge of those tried, and of how many."""
+    tried: dict[tuple[str, str], set[float]] = defaultdict(set)
+    best: dict[tuple[str, str], float] = {}
+    for r in read(phase):
+        tried[r["task"], r["method"]].add(r["rate"])
+        if "test_metric" in r:
+            best[r["task"], r["method"]] = r["rate"]
+    edges = sum(rate in (min(tried[pair]), max(tried[pair])) for pair, rate in best.items())
+    return f"{phase} {edges} of {len(best)}"
+
+
 def goals_table() -> str:
     encoder, confirm, decoder = (figures_of(read(phase)) for phase in ("encoder", "confirm", "decoder"))
     rows = []
@@ -144,6 +156,7 @@ def page() -> str:
     parts = {
         "about": f"{kept['confirm']['hardware']}, torch {kept['confirm']['torch']}; commits: {commits}",
         "goals": goals_table(),
+        "edges": ", ".join(map(on_an_edge, PHASES)),
         "explore": methods_table(read("explore"), ("LoRA 4", "full", "random")),
         "encoder": methods_table(read("encoder"), ("LoRA 4", "full", "random 0.25%")),
         "confirm": methods_table(read("confirm"), ("LoRA 4", "full", "random 0.25%")),
