@@ -251,7 +251,32 @@ CONFIRM = dataclasses.replace(  # what the phase before found best, put together
     },
     statistics=False,
 )
-PHASES = {"confirm": CONFIRM, "explore": EXPLORE, "encoder": ENCODER, "decoder": DECODER}
+R100 = "all 1 100"
+COLUMNS = f"{R100}|columns|0.0025"
+HEADS = dataclasses.replace(  # what could close the gap to full tuning on regression and tagging
+    ENCODER,
+    tasks=("movie_score", "capitals", "movie", "nyt"),
+    probes={"all": ProbeRun(((1e-4, False), (2e-3, True)), (50, 100, 200), scope="all")},
+    methods={
+        "columns first": Method(COLUMNS),
+        "columns first, head 1e-3": Method(COLUMNS, head_rate=1e-3),
+        "columns first, head 4e-3": Method(COLUMNS, head_rate=4e-3),
+        "both first": Method(f"{R100}|both|0.0025"),
+        "both first, words": Method(f"{R100}|both words|0.0025"),
+        "columns first, words": Method(f"{R100}|columns words|0.0025"),
+        "columns first, biases": Method(COLUMNS, small=True),
+        "200 steps, columns first": Method("all 1 200|columns|0.0025"),
+        "200 steps, fixed, columns first": Method("all 0 200|columns|0.0025"),
+        "rows first": Method(f"{R100}|rows|0.0025"),
+        "full": Method("all", FULL),
+        "full, head 1e-3": Method("all", FULL, head_rate=1e-3),
+        "both first, 1%": Method(f"{R100}|both|0.01"),
+        "columns first, 1%": Method(f"{R100}|columns|0.01"),
+    },
+    statistics=False,
+    main="all 0 50",
+)
+PHASES = {"confirm": CONFIRM, "explore": EXPLORE, "encoder": ENCODER, "decoder": DECODER, "heads": HEADS}
 
 
 def batches(task: dict[str, np.ndarray], seed: int, steps: int, batch: int, purpose: int) -> Tensor:
@@ -502,7 +527,7 @@ class Worker:
             options["scope"] = "all"
         else:
             chosen = measured["chosen"][method.selection][pick].to(self.device)
-            options["scope"] = "layers" if method.small else "linear"
+            options["scope"] = "layers" if method.small else "all" if " words|" in method.selection else "linear"
             if method.small:
                 beside = torch.arange(self.base.size["linear"], self.base.size["layers"], device=self.device)
                 chosen = torch.cat((chosen, beside.expand(len(seeds), -1)), 1)
@@ -738,9 +763,10 @@ def main() -> None:
                 running += 1
     for inbox in queues:
         inbox.put(None)
-    from selection_tables import table
+    from selection_tables import methods_table
 
-    print(table(Path(options.output_dir) / f"{options.phase}.jsonl"))
+    kept = (Path(options.output_dir) / f"{options.phase}.jsonl").read_text(encoding="utf-8").splitlines()
+    print(methods_table([json.loads(line) for line in kept], ()))
     print(f"{done} jobs in {time.monotonic() - began:.0f} s; {left_out} were left out")
     for process in processes:
         process.join(timeout=1)

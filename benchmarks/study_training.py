@@ -487,7 +487,7 @@ class Probe:
         self.size = sizes.to(replicas.base.device).unsqueeze(1)
         self.relative = relative.to(replicas.base.device).unsqueeze(1)
         self.rms = replicas.base.rms()
-        like = replicas.values[:, : replicas.base.size["linear"]]
+        like = replicas.values
         self.votes, self.sums, self.squares = (torch.zeros_like(like) for _ in range(3))
         self.m, self.v = (torch.zeros_like(like if how != "sign" else like[:, :0]) for _ in range(2))
 
@@ -502,8 +502,8 @@ class Probe:
         gradients = torch.autograd.grad(loss.sum(), r.leaves, materialize_grads=True)
         with torch.no_grad():
             every = torch.cat([g.reshape(r.R, -1) for g in gradients], 1)
-            n = self.votes.shape[1]
-            gradient = every[:, :n]
+            n = r.base.size["linear"]
+            gradient = every
             move = gradient.sign()
             if self.how != "sign":
                 self.m.lerp_(gradient, 0.1)
@@ -516,9 +516,9 @@ class Probe:
             self.sums.add_(gradient)
             self.squares.addcmul_(gradient, gradient)
             unit = torch.where(self.relative, self.rms, torch.ones((), device=self.rms.device))
-            r.values[:, :n].sub_(move * unit * self.size)
+            r.values[:, :n].sub_(move[:, :n] * unit * self.size)
             if every.shape[1] > n:  # what is not a linear map moves by a fixed step
-                r.values[:, n:].sub_(every[:, n:].sign() * self.size * torch.where(self.relative, 0.05, 1.0))
+                r.values[:, n:].sub_(move[:, n:] * self.size * torch.where(self.relative, 0.05, 1.0))
             r.t.add_(1)
 
     def run(self, stops: Sequence[int]) -> Iterator[int]:
@@ -532,7 +532,7 @@ class Probe:
             yield stop
 
     def score(self) -> Tensor:
-        """(R, linear) absolute votes, ties by the size of the summed gradient."""
+        """(R, scope) absolute votes, ties by the size of the summed gradient."""
         top = self.sums.abs().amax(1, keepdim=True).clamp(min=1e-30)
         return self.votes.abs() + 0.5 * self.sums.abs() / top
 
@@ -583,12 +583,18 @@ def choose(base: Base, score: Tensor, share: float, spread: str = "even") -> Ten
     """Places of the share of the linear maps' weights with the highest score (linear,), sorted.
 
     ``spread``: "even" gives each matrix the same share, "global" none, "root" the geometric mean of both; "rows" and "columns"
-    are even and take the best of each row (column) of a matrix before any second one.
+    are even and take the best of each row (column) of a matrix before any second one, "both" those that come early in their row
+    and in their column. "… words": as many places, and the table of words is one matrix more.
     """
-    sizes = [base.weights[n].numel() for n in base.maps]
+    maps = list(base.maps)
+    if spread.endswith(" words"):
+        spread = spread.removesuffix(" words")
+        maps.append(next(n for n in base.place if n.endswith("word_embeddings.weight")))
+        share *= sum(base.weights[n].numel() for n in base.maps) / sum(base.weights[n].numel() for n in maps)
+    sizes = [base.weights[n].numel() for n in maps]
     quotas = [max(1, round(share * n)) for n in sizes]
     if spread in ("global", "root"):
-        whole = top(score, sum(quotas))
+        whole = top(score[: base.size["linear"]], sum(quotas))
         if spread == "global":
             return whole.sort().values
         ends = torch.tensor(sizes, device=score.device).cumsum(0)
@@ -600,13 +606,13 @@ def choose(base: Base, score: Tensor, share: float, spread: str = "even") -> Ten
             given[m] += 1
         quotas = given
     places = []
-    for name, quota in zip(base.maps, quotas, strict=True):
+    for name, quota in zip(maps, quotas, strict=True):
         at, shape = base.place[name]
         mine = score[at : at + shape.numel()]
-        if spread in ("rows", "columns"):
+        if spread in ("rows", "columns", "both"):
             table = mine.view(shape)
-            axis = 1 if spread == "rows" else 0
-            rank = table.argsort(axis, descending=True).argsort(axis)
+            axes = {"rows": (1,), "columns": (0,), "both": (0, 1)}[spread]
+            rank = torch.stack([table.argsort(axis, descending=True).argsort(axis) for axis in axes]).amax(0)
             mine = (table / table.max().clamp(min=1e-30) - rank).reshape(-1)
         if quota:
             places.append(at + top(mine, quota))
