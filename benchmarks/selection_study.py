@@ -276,7 +276,32 @@ HEADS = dataclasses.replace(  # what could close the gap to full tuning on regre
     statistics=False,
     main="all 0 50",
 )
-PHASES = {"confirm": CONFIRM, "explore": EXPLORE, "encoder": ENCODER, "decoder": DECODER, "heads": HEADS}
+COVER = dataclasses.replace(  # the spread that the phase before found best, on all tasks and fresh seeds
+    ENCODER,
+    probes={"all": ProbeRun(((1e-4, False), (2e-3, True)), (50, 100, 200), scope="all")},
+    methods={
+        "both first, relative": Method(f"{R100}|both|0.0025"),
+        "both first": Method("all 0 100|both|0.0025"),
+        "LoRA 4": Method(lora=4, rates=LORA),
+        "full": Method("all", FULL),
+        "random, both first": Method("random|both|0.0025"),
+        "both first, 200 steps": Method("all 0 200|both|0.0025"),
+        "both first, 200 steps, relative": Method("all 1 200|both|0.0025"),
+        "LoRA 4, equal cost": Method(lora=4, rates=LORA, more_steps=100),
+        "full, equal cost": Method("all", FULL, more_steps=100),
+        "both first, 1%": Method("all 0 100|both|0.01"),
+    },
+    statistics=False,
+    main="all 0 50",
+)
+PHASES = {
+    "confirm": CONFIRM,
+    "explore": EXPLORE,
+    "encoder": ENCODER,
+    "decoder": DECODER,
+    "heads": HEADS,
+    "cover": COVER,
+}
 
 
 def batches(task: dict[str, np.ndarray], seed: int, steps: int, batch: int, purpose: int) -> Tensor:
