@@ -219,6 +219,7 @@ DECODER = Phase(
         "weights 1%": Method(even(ALL, 0.01), DECODER_WEIGHTS),
         "LoRA 8": Method(lora=8, rates=DECODER_LORA),
         "full": Method("all", DECODER_FULL),
+        "LoRA 16, A from movement and fixed": Method(lora=16, rates=DECODER_LORA, start_a=ALL, fixed_a=True),
         "weights 0.25%": Method(even(ALL), DECODER_WEIGHTS),
         "LoRA 1": Method(lora=1, rates=DECODER_LORA),
         "LoRA 8, equal cost": Method(lora=8, rates=DECODER_LORA, more_steps=PROBE_STEPS),
@@ -506,36 +507,42 @@ class Worker:
 
     # ---- the trainings
 
-    def train(self, task: str, name: str, known: set[tuple[str, str]]) -> Iterator[dict[str, Any]]:
-        """All rates and seeds of a method on a task; yields one record per training."""
-        if (task, name) in known:
-            return
+    def train(self, task: str, name: str, earlier: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """All rates and seeds of a method on a task, those of ``earlier`` among them; yields one record per training."""
         method = self.phase.methods[name]
         measured = torch.load(self.scratch / f"{task}.pt")
-        records: list[dict[str, Any]] = []
+        records = [{**record, "seed": record["seed"] - self.first_seed} for record in earlier]
         states: dict[tuple[float, int], dict[str, Tensor]] = {}
-        rates = list(method.rates)
-        todo = rates
+        rates = sorted({record["rate"] for record in records})
+        todo = list(method.rates)
+        if records:
+            best, edge = best_rate(records), on_edge(records)
+            todo = [] if edge is None else [edge / 2 if edge == min(rates) else edge * 2]
         for _ in range(3):
+            rates += todo
             pairs = [(rate, seed) for rate in todo for seed in range(self.seeds)]
             size = self.phase.max_replicas
             for some in [pairs[i : i + size] for i in range(0, len(pairs), size)]:
                 records += self._train(task, name, method, measured, some, states)
-            best = best_rate(records)
-            edge = min(rates) if best == min(rates) else max(rates) if best == max(rates) else None
+            best, edge = best_rate(records), on_edge(records)
             if edge is None or (self.scale < 1 and len(rates) > len(method.rates)):
                 break
             todo = [edge / 2 if edge == min(rates) else edge * 2]
-            rates += todo
-        kept = [states[best, seed] for seed in range(self.seeds)]
-        replicas = self._replicas(task, method, measured, list(range(self.seeds)), 1)
-        if method.grow:  # the places of the second half differ between rates
-            replicas.chosen = torch.stack([state["chosen"] for state in kept])
-        replicas.load({part: torch.stack([state[part] for state in kept]) for part in ("values", "factors", "head")})
-        figures = st.evaluate(replicas, self.rows(task, list(range(self.seeds)), "test"))
+        figures: list[dict[str, float]] = []
+        if (best, 0) in states:
+            kept = [states[best, seed] for seed in range(self.seeds)]
+            replicas = self._replicas(task, method, measured, list(range(self.seeds)), 1)
+            if method.grow:  # the places of the second half differ between rates
+                replicas.chosen = torch.stack([state["chosen"] for state in kept])
+            replicas.load(
+                {part: torch.stack([state[part] for state in kept]) for part in ("values", "factors", "head")}
+            )
+            figures = st.evaluate(replicas, self.rows(task, list(range(self.seeds)), "test"))
         for record in records:
-            if record["rate"] == best:
+            if record["rate"] == best and figures:
                 record |= {f"test_{key}": value for key, value in figures[record["seed"]].items()}
+            elif record["rate"] != best:  # what an earlier run took for the best
+                record = {key: value for key, value in record.items() if not key.startswith("test_")}
             yield {**record, "seed": self.first_seed + record["seed"]}
 
     def _replicas(
@@ -673,6 +680,13 @@ def best_rate(records: list[dict[str, Any]]) -> float:
     return max(sorted({r["rate"] for r in records}), key=figure)
 
 
+def on_edge(records: list[dict[str, Any]]) -> float | None:
+    """The best rate, where it is the lowest or the highest of those tried."""
+    rates = {record["rate"] for record in records}
+    best = best_rate(records)
+    return best if best in (min(rates), max(rates)) else None
+
+
 # ---- jobs over GPUs
 
 
@@ -683,7 +697,7 @@ def work(number: int, options: argparse.Namespace, jobs: Any, answers: Any) -> N
         if gpus:
             torch.cuda.set_device(device)
         torch.set_num_threads(2)
-        known = finished(Path(options.output_dir) / f"{options.phase}.jsonl")
+        earlier = kept_before(options)
         worker = Worker(
             PHASES[options.phase], options.seeds, options.first_seed, device, Path(options.scratch), options.scale
         )
@@ -697,7 +711,10 @@ def work(number: int, options: argparse.Namespace, jobs: Any, answers: Any) -> N
                     if not path.exists():
                         torch.save(worker.measure(task), path)
                 else:
-                    lines = "".join(json.dumps(record) + "\n" for record in worker.train(task, method, known))
+                    lines = "".join(
+                        json.dumps(record) + "\n"
+                        for record in worker.train(task, method, earlier.get((task, method), []))
+                    )
                     with open(Path(options.output_dir) / f"{options.phase}.jsonl", "a", encoding="utf-8") as log:
                         log.write(lines)
             except Exception:
@@ -711,10 +728,14 @@ def work(number: int, options: argparse.Namespace, jobs: Any, answers: Any) -> N
         answers.put(("dead", number, None, 0.0))
 
 
-def finished(path: Path) -> set[tuple[str, str]]:
-    if not path.exists():
-        return set()
-    return {(r["task"], r["method"]) for r in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+def kept_before(options: argparse.Namespace) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """By task and method, what benchmarks/results holds of the phase, where --go_on asks for it."""
+    from selection_tables import read
+
+    pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in read(options.phase) if options.go_on else []:
+        pairs.setdefault((record["task"], record["method"]), []).append(record)
+    return pairs
 
 
 def main() -> None:
@@ -728,6 +749,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes per GPU; the phase's own number by default")
     parser.add_argument("--tasks", nargs="*", default=[])
     parser.add_argument("--methods", nargs="*", default=[], help="parts of methods' names; all by default")
+    parser.add_argument(
+        "--go_on",
+        action="store_true",
+        help="run what benchmarks/results lacks, and widen where the best rate is on an edge",
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="below 1: shorter trainings, to try the program")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--scratch", default="", help="heads and chosen places; in the output directory by default")
@@ -747,7 +773,11 @@ def main() -> None:
     ]
     for process in processes:
         process.start()
-    waiting = [("measure", task, "") for task in tasks] + [("train", t, m) for m in methods for t in tasks]
+    earlier = kept_before(options)
+    trainings = [
+        ("train", t, m) for m in methods for t in tasks if (t, m) not in earlier or on_edge(earlier[t, m]) is not None
+    ]
+    waiting = [("measure", task, "") for task in tasks if any(t == task for _, t, _ in trainings)] + trainings
     measured: set[str] = set()
     took: list[float] = []
     idle: list[int] = []

@@ -22,7 +22,7 @@ import numpy as np
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "selection.md"
-PHASES = ("explore", "encoder", "confirm", "decoder")
+PHASES = ("explore", "encoder", "confirm", "decoder", "heads", "cover")
 FIELDS = ("task", "method", "rate", "seed", "steps", "trained", "validation_metric", "validation_loss")
 TESTED = ("test_metric", "test_loss")
 CLASSES = ("movie", "amazon", "nyt", "tweets", "bbc")
@@ -37,13 +37,17 @@ Figures = dict[tuple[str, int], float]
 
 
 def keep(folder: Path, commits: dict[str, str], about: dict[str, str]) -> None:
-    """Keep the records of a study that ran, one training per line."""
+    """Keep the records of a study that ran, one training per line; they replace those of the same task and method."""
     for phase in PHASES:
         source = folder / f"{phase}.jsonl"
         if not source.exists():
             continue
         lines = []
-        for record in map(json.loads, source.read_text(encoding="utf-8").splitlines()):
+        records = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+        new = {(r["task"], r["method"]) for r in records}
+        if (RESULTS / f"selection_{phase}.json").exists():
+            records = [r for r in read(phase) if (r["task"], r["method"]) not in new] + records
+        for record in records:
             fields = (*FIELDS, *TESTED) if "test_metric" in record else FIELDS
             values = [round(v, 5) if isinstance(v, float) and np.isfinite(v) else v for v in map(record.get, fields)]
             lines.append(json.dumps([None if isinstance(v, float) and not np.isfinite(v) else v for v in values]))
