@@ -136,7 +136,7 @@ def on_an_edge(phase: str) -> str:
 
 
 def goals_table() -> str:
-    encoder, confirm, decoder = (figures_of(read(phase)) for phase in ("encoder", "confirm", "decoder"))
+    encoder, confirm, decoder, cover = (figures_of(read(phase)) for phase in ("encoder", "confirm", "decoder", "cover"))
     rows = []
     for name in (SIMPLE, BEST, LARGER):
         for other in ("LoRA 4", "LoRA 4, equal cost", "full", "full, equal cost", "random 0.25%"):
@@ -148,6 +148,15 @@ def goals_table() -> str:
         rows.append((f"SmolLM2: weights 1% − {other}", difference(decoder["weights 1%"], decoder[other])))
     for other in ("LoRA 1", "LoRA 1, equal cost"):
         rows.append((f"SmolLM2: weights 0.25% − {other}", difference(decoder["weights 0.25%"], decoder[other])))
+    rows.append(
+        ("SmolLM2: weights 0.25% − random 0.25%", difference(decoder["weights 0.25%"], decoder["random 0.25%"]))
+    )
+    fixed = "LoRA 16, A from movement and fixed"
+    for other in ("LoRA 8", "full"):
+        rows.append((f"SmolLM2: {fixed} − {other}", difference(decoder[fixed], decoder[other])))
+    for name in ("both first", "both first, relative", "both first, 200 steps"):
+        for other in ("LoRA 4", "full", "random, both first"):
+            rows.append((f"MiniLM, six more seeds: {name} − {other}", difference(cover[name], cover[other])))
     for name in ("columns 1%, diverse movement", "columns 1%, diverse", "LoRA 5, A from movement and fixed"):
         rows.append((f"MiniLM: {name} − LoRA 3", difference(encoder[name], encoder["LoRA 3"])))
     return "\n".join(["| case | points [95%] |", "|---|---|", *(f"| {case} | {figure} |" for case, figure in rows)])
@@ -155,7 +164,7 @@ def goals_table() -> str:
 
 def page() -> str:
     kept = {phase: json.loads((RESULTS / f"selection_{phase}.json").read_text(encoding="utf-8")) for phase in PHASES}
-    commits = ", ".join(f"{phase} {of['commit']}" for phase, of in kept.items())
+    commits = ", ".join(f"{phase} {head['commit']}" for phase, head in kept.items())
     text = (HERE / "selection_page.md").read_text(encoding="utf-8")
     parts = {
         "about": f"{kept['confirm']['hardware']}, torch {kept['confirm']['torch']}; commits: {commits}",
@@ -165,6 +174,8 @@ def page() -> str:
         "encoder": methods_table(read("encoder"), ("LoRA 4", "full", "random 0.25%")),
         "confirm": methods_table(read("confirm"), ("LoRA 4", "full", "random 0.25%")),
         "decoder": methods_table(read("decoder"), ("LoRA 8", "full", "random 1%")),
+        "heads": methods_table(read("heads"), ("full",)),
+        "cover": methods_table(read("cover"), ("LoRA 4", "full", "random, both first")),
         "regret": regret_table(
             [
                 ("encoder", "weights 0.1%"),
