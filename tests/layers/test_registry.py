@@ -1,6 +1,7 @@
-"""A layer type that is made up here is measured, chosen, tuned and exported, and no file of the package is edited for it.
+"""Layer types that are made up here are measured, chosen, tuned and exported, and no file of the package is edited for them.
 
-It is a linear map times a fixed scale. Everything is compared with plain autograd through the module's own forward.
+One is a linear map times a fixed scale, the other a 1-D convolution, whose weight has three dimensions. Everything is
+compared with plain autograd through the module's own forward.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import reltune
 from oracles.per_example_gradients import gradient_sums
 from relevance_cases import assert_parts_equal, by_module, measure, parts_by_formula, split
 from reltune.errors import InputError
-from reltune.layers import registry
+from reltune.layers import linear, registry
+from reltune.layers.conv2d import Conv2dType
 from reltune.layers.inventory import take_inventory
 from reltune.layers.linear import LinearType
 from reltune.plan.plan import ModulePlan, Plan
@@ -277,3 +279,101 @@ def test_what_does_not_train_it_is_refused_when_it_is_entered() -> None:
             get_peft_model(made(), reltune.ReltuneConfig(plan=plan))
     finally:
         registry.deregister("scaled_linear")
+
+
+# -- a weight with three dimensions ------------------------------------------------------------------------------------
+
+
+class WindowType(Conv2dType):
+    """nn.Conv1d without padding."""
+
+    name = "window"
+    covers = "nn.Conv1d"
+
+    def matches(self, module: nn.Module) -> bool:
+        return type(module) is nn.Conv1d
+
+    def by_example(self, module: nn.Module, x: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
+        return windows(module, x), g.mT
+
+    def squared_inputs(self, module: nn.Module, x: Tensor, mask: Tensor | None, route: Any) -> dict[str, Tensor]:
+        return linear.squared_inputs(windows(module, x), None)
+
+
+def windows(module: Any, x: Tensor) -> Tensor:
+    return F.unfold(x[..., None], (*module.kernel_size, 1), stride=(*module.stride, 1)).mT
+
+
+class ReltuneWindow(ReltuneLayer):
+    def attach_columns(self, y: Tensor, x: Tensor, columns: Tensor, idx: Tensor, row_idx: Tensor | None) -> Tensor:
+        change = columns - columns.detach()
+        change = change if row_idx is None else change.index_fill(0, row_idx, 0)
+        return y + F.conv1d(x[:, idx], change, stride=self.get_base_layer().stride)
+
+    def attach_rows(self, y: Tensor, x: Tensor, rows: Tensor, idx: Tensor) -> Tensor:
+        return y.index_add(1, idx, F.conv1d(x, rows - rows.detach(), stride=self.get_base_layer().stride))
+
+    def change_of_output(self, x: Tensor, kept: Any, columns: Tensor | None, rows: Tensor | None) -> Tensor:
+        change = torch.zeros_like(self.weight)
+        if columns is not None:
+            change = change.index_copy(1, kept.column_idx, columns)
+        if rows is not None:
+            change = change.index_add(0, kept.row_idx, rows)
+        return F.conv1d(x, change, stride=self.get_base_layer().stride)
+
+
+@pytest.fixture
+def window_registered() -> Iterator[None]:
+    registry.register(WindowType())
+    trainable.register_trainable("window", ReltuneWindow)
+    yield
+    trainable.deregister_trainable("window")
+    registry.deregister("window")
+
+
+def convolutions() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv1d(4, 6, 3),
+        nn.Tanh(),
+        nn.Conv1d(6, 5, 2, stride=2),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(),
+        nn.Linear(5, 3),
+    ).double()
+
+
+def signals(size: int = 9) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(size, 4, 11, dtype=torch.float64, generator=generator), torch.arange(size) % 3
+
+
+@pytest.mark.usefixtures("window_registered")
+def test_a_weight_with_three_dimensions(tmp_path: Path) -> None:
+    base, (x, labels) = convolutions(), signals()
+    batches = split((x, labels), 4)
+    found = measure(base, batches, None, ["fisher"], target_modules=["0", "2"])
+    squares, _, count = gradient_sums(base, batches, loss_of_one)
+    for name in ("0", "2"):
+        weight, bias = (squares[f"{name}.{part}"] / count for part in ("weight", "bias"))
+        parts = {"column": weight.sum((0, 2)), "row": weight.sum((1, 2)), "weight": weight.sum(), "bias": bias.sum()}
+        assert_parts_equal({name: found.parts["fisher"][name]}, {name: parts})
+
+    plan = reltune.select(found, "50%", ["column", "row"], target_modules=["0", "2"])
+    plan.save(tmp_path)
+    assert Plan.load(tmp_path) == plan and any(module.columns for module in plan.modules.values())
+    tuned = get_peft_model(base, reltune.ReltuneConfig(plan=plan))
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=3)
+    before = tuned(x)
+    for _ in range(5):
+        optimizer.zero_grad()
+        F.cross_entropy(tuned(x), labels).backward()
+        optimizer.step()
+    wanted = tuned(x)
+    assert (wanted - before).abs().max() > 0.1
+
+    to_lora(tuned, tmp_path / "lora")
+    loaded = PeftModel.from_pretrained(convolutions(), tmp_path / "lora").double()
+    torch.testing.assert_close(loaded(x), wanted, rtol=1e-5, atol=1e-5)  # the file is in float32
+    torch.testing.assert_close(tuned.merge_and_unload()(x), wanted, rtol=1e-10, atol=0)

@@ -101,7 +101,10 @@ def test_a_convolution_has_its_columns_in_groups(tmp_path):
         with pytest.raises(InputError, match="groups of 0 must be a divisor of its 6 filters"):
             edited(plan, tmp_path, set_in("modules", "0", "groups", value=groups))
     with pytest.raises(InputError, match="shape of 0 must be"):
-        edited(plan, tmp_path, set_in("modules", "0", "shape", value=[6, 2, 3, 5, 1]))
+        edited(plan, tmp_path, set_in("modules", "0", "shape", value=[6, 2, 3, 0]))
+    deeper = edited(plan, tmp_path, set_in("modules", "0", "shape", value=[6, 2, 3, 5, 1]))
+    with pytest.raises(InputError, match=r"0 has shape \[6, 2, 3, 5\] in this model and \[6, 2, 3, 5, 1\]"):
+        deeper.check_model(take_inventory(model, []), "")
     with pytest.raises(InputError, match="groups of 0 has no meaning, because only convolutions have groups"):
         edited(plan, tmp_path, set_in("modules", "0", "shape", value=[6, 2]))
     plan.modules["0"] = ModulePlan((6, 2, 3, 5), rows=[0], groups=1)
@@ -192,7 +195,7 @@ def test_edits_that_make_sense_are_taken(by_hand, tmp_path):
         (set_in("modules", KEY, value={"shape": [16, 16]}), f"{KEY} trains nothing"),
         (removed("modules", KEY, "shape"), f"{KEY} lacks its shape"),
         (set_in("modules", KEY, "shape", value=[]), f"shape of {KEY} must be"),
-        (set_in("modules", KEY, "shape", value=[16, 16, 1]), f"shape of {KEY} must be"),
+        (set_in("modules", KEY, "shape", value=[16, 0]), f"shape of {KEY} must be"),
         (set_in("modules", KEY, "shape", value=["16", "16"]), f"shape of {KEY} must be"),
         (set_in("modules", KEY, "shape", value=[-16, 16]), f"shape of {KEY} must be"),
         (set_in("modules", KEY, "shape", value=16), "field of the wrong kind"),

@@ -130,14 +130,14 @@ class ModulePlan:
 
     def check(self, name: str) -> None:
         """Raise InputError, naming the module, if what is trained of it contradicts itself."""
-        if len(self.shape) not in (1, 2, 4) or any(type(size) is not int or size < 1 for size in self.shape):
+        if not self.shape or any(type(size) is not int or size < 1 for size in self.shape):
             raise InputError(
-                f"plan: shape of {name} must be [out, in] of a linear map, [out, in / groups, height, width] of a "
-                "convolution, [tokens, features] of an embedding or [features] of a norm."
+                f"plan: shape of {name} must be a list of sizes: [out, in] of a linear map, [out, in / groups, height, width] "
+                "of a 2-D convolution, [tokens, features] of an embedding or [features] of a norm."
             )
         if type(self.groups) is not int or self.groups < 1 or self.shape[0] % self.groups:
             raise InputError(f"plan: groups of {name} must be a divisor of its {self.shape[0]} filters.")
-        if self.groups > 1 and len(self.shape) != 4:
+        if self.groups > 1 and len(self.shape) < 3:
             raise InputError(
                 f"plan: groups of {name} has no meaning, because only convolutions have groups; remove it."
             )

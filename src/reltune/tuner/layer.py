@@ -379,8 +379,8 @@ class ReltuneLayer(WrittenWeight):
         """lora_A (r, in) and lora_B (out, r) with lora_B lora_A the adapter's change of the map; r = columns + rows.
 
         A change of columns idx is (D − W[:, idx]) Eᵀ with E one-hot, which is lora_B = D − W[:, idx] and lora_A = Eᵀ;
-        of rows it is the other way round. Of a convolution, whose columns have a kernel of h · w places,
-        (r, in, h, w) and (out, r, 1, 1) with r = columns · h · w + rows.
+        of rows it is the other way round. Of a convolution, whose columns have a kernel of k = h · w · … places,
+        (r, in, h, w, …) and (out, r, 1, 1, …) with r = columns · k + rows.
         """
         kept = self.originals[adapter_name]
         out_features, in_features = (self.weight.shape[dim] for dim in (self.row_dim, self.column_dim))
@@ -393,7 +393,7 @@ class ReltuneLayer(WrittenWeight):
             one_hot = _one_hot(kept.column_idx, in_features, change)
             if kernel:
                 places = torch.eye(kernel.numel()).to(change).unflatten(1, kernel)
-                one_hot = torch.einsum("ci,khw->ckihw", one_hot, places).flatten(0, 1)
+                one_hot = torch.einsum("ci,k...->cki...", one_hot, places).flatten(0, 1)
             a.append(one_hot)
             b.append(change.flatten(1))
         if kept.rows is not None and kept.row_idx is not None:
@@ -401,7 +401,7 @@ class ReltuneLayer(WrittenWeight):
             a.append(change)
             b.append(_one_hot(kept.row_idx, out_features, change).mT)
         lora_a, lora_b = torch.cat(a, 0), torch.cat(b, 1)
-        return lora_a, lora_b[..., None, None] if lora_a.ndim == 4 else lora_b
+        return lora_a, lora_b.reshape(*lora_b.shape, *(1 for _ in lora_a.shape[2:]))
 
     def lora_tensors(self, adapter_name: str) -> dict[str, Tensor]:
         """The factors under the names that PEFT's file has for them, behind the module's name."""
