@@ -1,8 +1,9 @@
 import pytest
 
-from reltune.data.columns import columns_of, guess_task
+from reltune.data.columns import CONVENTIONS, TEXT_ALONE, columns_of, guess_task
 from reltune.data.rows import Row
 from reltune.errors import InputError
+from reltune.names import TASKS
 
 
 def labelled(labels):
@@ -116,6 +117,14 @@ def test_columns_of_a_known_task():
     assert columns_of("masked_lm", ["text", "label"]) == {"text": "text"}
     assert columns_of("causal_lm", ["messages", "chosen", "rejected"]) == {"messages": "messages"}
     with pytest.raises(
-        InputError, match="'text', 'tag' are none that token_classification can use; it wants tokens, ner_tags"
+        InputError,
+        match=r"token_classification cannot use the columns 'text', 'tag'; it wants tokens, ner_tags\. Rename them\.$",
     ):
         columns_of("token_classification", ["text", "tag"])
+    with pytest.raises(InputError, match=r"it wants image, label\. Rename them, or name them with --label_column\.$"):
+        columns_of("image_classification", ["photo", "class"])
+
+
+def test_every_task_has_columns_that_it_can_use():
+    for task in TASKS:
+        assert any(task in convention.tasks for convention in (*CONVENTIONS, TEXT_ALONE)), task

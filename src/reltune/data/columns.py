@@ -188,9 +188,10 @@ def columns_of(
     if fitting:
         return max(fitting, key=len)
     known = " or ".join(map(str, mine if task not in LABELLED else mine[:2]))
+    named = " and ".join(f"--{role}_column" for role in ("text", "label") if any(role in c.roles for c in mine))
     raise InputError(
-        f"The columns {_shown(columns)} are none that {task} can use; it wants {known}. "
-        "Rename them, or name them with --text_column and --label_column."
+        f"{task} cannot use the columns {_shown(columns)}; it wants {known}. "
+        f"{'Rename them' if not named else f'Rename them, or name them with {named}'}."
     )
 
 
