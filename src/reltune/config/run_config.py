@@ -71,7 +71,7 @@ class RunConfig(ModelConfig, DataConfig, AnalysisConfig, SelectionConfig, Traini
         super().check()
         for value in self.criteria:
             if criterion_of_package(value) is None and value not in CRITERIA and value not in self._measured():
-                raise InputError(f"criteria {value!r} is unknown; {nearest(value, known_criteria())}")
+                raise InputError(f"criterion {value!r} is unknown; {nearest(value, known_criteria())}")
         if not set(self.criteria) <= set(WITHOUT_DATA):
             self.check_data()
         steps = "max_steps" in self.sweep or _above_zero(self.training.get("max_steps"))
