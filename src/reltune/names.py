@@ -22,8 +22,8 @@ CRITERIA = (
 WITHOUT_DATA = ("magnitude", "spectral_snr", "principal", "random", "depth")  # criteria that look at no data
 GRANULARITIES = ("layer", "module", "head", "column", "row", "element", "bias", "norm")
 FROZEN_DTYPES = ("float8_e4m3fn",)  # what the base's frozen weights can be held in, other than their own type
-SPREADS = ("global", "even")  # the best units of the whole model, or the same share of every module
-
+SPREADS = {"global": "the best units of the whole model", "even": "the same share of every module"}
+EXPORT_FORMS = {"lora": "a standard PEFT adapter", "merged": "a plain model"}
 
 # Data sets that come inside packages; other names are the Hub's.
 DATASETS = (

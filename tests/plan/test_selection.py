@@ -15,8 +15,9 @@ from reltune.errors import InputError
 from reltune.layers.head_group import HeadGroup
 from reltune.layers.inventory import Inventory
 from reltune.layers.units import ModuleInfo
+from reltune.names import SPREADS
 from reltune.plan.plan import ModulePlan, Plan
-from reltune.plan.selection import select
+from reltune.plan.selection import SPREAD_OUT, select
 from reltune.relevance.scores import RelevanceScores
 
 LARGER = ["layer", "module", "head", "column", "row", "bias", "norm"]  # all granularities but elements
@@ -370,6 +371,7 @@ def test_what_a_plan_says_of_itself():
     by_layer = plan.by_layer({info.name: info.layer for info in scores.inventory.modules})
     assert sum(by_layer.values()) == plan.parameters
     assert list(by_layer) == list(dict.fromkeys(info.layer for info in scores.inventory.modules))
+    assert str(plan) == "\n".join(plan.describe())
     lines = " ".join(plan.describe())
     assert f"{plan.parameters:,} trainable parameters" in lines
     assert f"the backward pass ends at {next(iter(plan.modules))}" in lines
@@ -522,6 +524,10 @@ def test_spread_evenly_every_module_keeps_its_own_share(kind):
         assert plan.modules[info.name] == alone.modules[info.name]
     assert plan.parameters <= plan.budget_parameters
     assert select(scores, "30%", kind).modules != plan.modules
+
+
+def test_every_spread_has_its_rule():
+    assert list(SPREADS) == list(SPREAD_OUT)
 
 
 def test_spread_names_what_it_cannot_spread():

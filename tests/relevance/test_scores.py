@@ -67,6 +67,13 @@ def test_what_adds_up(scores):
             assert close(relevance, sum(v for name, v in modules.items() if name.startswith(f"{layer}.")))
 
 
+def test_scores_are_shown_in_a_line(scores):
+    modules = len(scores.inventory.modules)
+    assert (
+        repr(scores) == f"<RelevanceScores of {modules} modules of {scores.provenance['model']}, by {', '.join(EVERY)}>"
+    )
+
+
 def test_heatmap_holds_every_module_once(scores):
     for criterion in EVERY:
         heatmap, modules = scores.heatmap(criterion), scores.by("module", criterion)

@@ -36,10 +36,10 @@ class SelectionConfig(Subject):
     spread: str = field(
         default=BY_RECIPE,
         metadata=about(
-            f"Where to choose. {SPREADS[0]}: the best units of the whole model; {SPREADS[1]}: the same share of every module. If "
-            f"not given: {BEST.spread} for single weights by {BEST.criterion}, else {COLUMNS.spread}.",
+            f"Where to choose. {'; '.join(f'{name}: {meaning}' for name, meaning in SPREADS.items())}. If not given: "
+            f"{BEST.spread} for single weights by {BEST.criterion}, else {COLUMNS.spread}.",
             "HOW",
-            SPREADS,
+            tuple(SPREADS),
         ),
     )
     target_modules: list[str] = field(

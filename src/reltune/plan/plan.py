@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from reltune.errors import InputError, nearest
 from reltune.files import write_text
+from reltune.names import SPREADS
 
 if TYPE_CHECKING:
     import torch
@@ -231,6 +232,9 @@ class Plan:
             totals[layer] = totals.get(layer, 0) + module.parameters
         return totals
 
+    def __str__(self) -> str:
+        return "\n".join(self.describe())
+
     def describe(self) -> list[str]:
         """The plan in words, one fact a line."""
         counts = {
@@ -245,7 +249,7 @@ class Plan:
         first = next(iter(self.modules))
         return [
             f"{chosen} in {len(self.modules)} modules, by {self.criterion or 'hand'}"
-            + (", the same share of every module" if self.spread == "even" else ""),
+            + (f", {SPREADS[self.spread]}" if self.spread != "global" and self.spread in SPREADS else ""),
             f"{self.parameters:,} trainable parameters of {self.base_parameters:,} "
             f"({self.parameters / self.base_parameters:.2%}), budget {self.budget} = {self.budget_parameters:,}",
             f"{self.head_parameters:,} parameters of new heads are always trained and counted apart",

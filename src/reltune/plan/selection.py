@@ -93,8 +93,7 @@ def select(
             "raise the budget or choose a finer granularity."
         )
 
-    spread_out = _evenly if spread == "even" else _greedy
-    chosen = spread_out(inventory, granularities, candidates, elements, limit)
+    chosen = SPREAD_OUT[spread](inventory, granularities, candidates, elements, limit)
     plan = Plan(
         modules=_in_order(inventory, chosen),
         budget=str(budget),
@@ -353,6 +352,9 @@ def _greedy(
         for name, index in largest(elements, limit - used).items():
             chosen.setdefault(name, ModulePlan(inventory[name].shape)).take_elements(index)
     return chosen
+
+
+SPREAD_OUT = {"global": _greedy, "even": _evenly}  # for each of names.SPREADS
 
 
 def _elements_before(

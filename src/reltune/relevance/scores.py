@@ -47,6 +47,11 @@ class RelevanceScores:
     fingerprint: str
     provenance: dict[str, Any]
 
+    def __repr__(self) -> str:
+        """Without the numbers, of which there may be millions."""
+        modules, measured = len(self.inventory.modules), ", ".join(self.criteria)
+        return f"<RelevanceScores of {modules} modules of {self.provenance.get('model', 'a model')}, by {measured}>"
+
     @property
     def criteria(self) -> list[str]:
         return list(self.parts)

@@ -12,11 +12,11 @@ from reltune.config.run_config import RunConfig
 from reltune.data.text_files import check_text_file
 from reltune.errors import InputError
 from reltune.files import check_destination, model_directory_problem
+from reltune.names import EXPORT_FORMS
 from reltune.plan.budget import check_budget
 from reltune.runs.directory import RunDirectory
 
 FILES = ("train_file", "validation_file", "test_file", "forgetting_file")
-FORMS = ("lora", "merged")  # that an adapter is exported in
 
 
 def check_new_run(config: RunConfig, overwrite: bool) -> None:
@@ -56,8 +56,8 @@ def check_evaluation(config: RunConfig, directory: RunDirectory) -> None:
 
 def check_export(directory: RunDirectory, to: str, output_dir: str) -> None:
     """Raise InputError for an export in an unknown form, of a run without an adapter, or to a directory with files."""
-    if to not in FORMS:
-        raise InputError(f"--to {to!r} is unknown; write {' or '.join(FORMS)}.")
+    if to not in EXPORT_FORMS:
+        raise InputError(f"--to {to!r} is unknown; write {' or '.join(EXPORT_FORMS)}.")
     directory.check_adapter()
     check_destination(output_dir)
 

@@ -409,12 +409,14 @@ def measure_lm_eval(materials: ModelMaterials, tuned: PeftModel) -> LMEvalRecord
 
 
 def export(materials: ModelMaterials, run: RunDirectory, to: str, output_dir: str) -> Path:
-    """Write the adapter as a LoRA adapter or merged into a plain model."""
+    """Write the tuned model in one of ``names.EXPORT_FORMS``."""
     check_destination(output_dir)
     model = load_tuned(materials, run)
-    if to != "lora":
+    if to == "lora":
+        path = exporting.to_lora(model, output_dir)
+        materials.saved_tokenizer().save_pretrained(str(path))
+        describe_lora(path, materials.config.model_name_or_path, materials.task)
+        return path
+    if to == "merged":
         return exporting.to_merged(model, materials.saved_tokenizer(), output_dir)
-    path = exporting.to_lora(model, output_dir)
-    materials.saved_tokenizer().save_pretrained(str(path))
-    describe_lora(path, materials.config.model_name_or_path, materials.task)
-    return path
+    raise ValueError(f"nothing writes the form {to!r}.")
