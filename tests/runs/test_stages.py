@@ -673,6 +673,14 @@ def test_help_fits_a_terminal(command: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert all(f"\n  {name} " in answer.out for name in COMMANDS)
 
 
+@pytest.mark.parametrize("command", ["select", "tune", "evaluate"])
+def test_help_says_no_defaults_where_the_run_has_values(command: str) -> None:
+    text = " ".join(reltune(command, "--help").out.split())
+    assert "stays as it is in RUN/config.yaml" in text
+    assert "[default" not in text and "If not given" not in text
+    assert "[default: error]" in reltune("run", "--help").out and "If not given" in reltune("run", "--help").out
+
+
 def test_no_command_shows_the_help_and_version_the_version() -> None:
     assert reltune().out == reltune("--help").out
     assert reltune("--version").out == "0.1.0\n"

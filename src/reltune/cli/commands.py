@@ -16,6 +16,7 @@ from reltune.cli.launcher import several, together
 from reltune.cli.output import say, show_lm_eval, show_metrics, show_record, show_relevance, show_sweep
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
+from reltune.names import EXPORT_FORMS
 
 app = typer.Typer(
     help="Measure which parameters matter for a task, choose them under a budget, train only those, evaluate.",
@@ -27,14 +28,20 @@ app = typer.Typer(
 TRAINING = {"allow_extra_args": True, "ignore_unknown_options": True}
 TRAINING_HELP = "Any field of transformers.TrainingArguments is a flag too: --num_train_epochs 5 --learning_rate 1e-3."
 STORED_HELP = "Whatever is not given stays as it is in RUN/config.yaml."
+SELECT_HELP = (
+    "Whatever is not given stays as it is in RUN/config.yaml; but where the run has the default choice, another --granularity "
+    "brings its own budget and spread."
+)
 HELD_OUT = ("validation_file", "test_file", "on_bad_rows")
 SHARED = ("run", "analyze", "tune", "evaluate")  # commands that several processes work on together
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run.", show_default=False)]
 ConfigFile = Annotated[
-    str | None, typer.Option("--config", metavar="FILE", help="YAML file with fields of the run; flags win over it.")
+    str | None, typer.Option("--config", metavar="FILE", help="A YAML file with fields of the run. Flags win over it.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite_output_dir", help="Replace what the directory holds.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite_output_dir", help="Replace what this command wrote there before.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -60,7 +67,7 @@ def options(
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
 @flags(*EVERY)
 def run(context: typer.Context, config: ConfigFile = None, overwrite_output_dir: Overwrite = False) -> None:
-    """All four steps: analyze, select, tune, evaluate; and a report."""
+    """Analyze, select, tune and evaluate, and write a report."""
     from reltune.runs.preflight import check_new_run
 
     _run_all(
@@ -71,7 +78,10 @@ def run(context: typer.Context, config: ConfigFile = None, overwrite_output_dir:
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
 @flags("output_dir", "budget", "criteria", "granularity", "seed")
 def demo(context: typer.Context, overwrite_output_dir: Overwrite = False) -> None:
-    """The four steps and three baselines on BBC news."""
+    """Do all of this on BBC news, beside three baselines.
+
+    The run is written to the directory demo-run, unless --output_dir names another one.
+    """
     from reltune.runs.demo import demo_config
     from reltune.runs.preflight import check_new_run
 
@@ -96,7 +106,7 @@ def _run_all(config: RunConfig, overwrite: bool, baselines: bool = False) -> Non
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
 @flags(*(name for name in EVERY if name not in ("budget", "granularity", "spread", "frozen_dtype")))
 def analyze(context: typer.Context, config: ConfigFile = None, overwrite_output_dir: Overwrite = False) -> None:
-    """Measure how much each unit matters: DIR/relevance."""
+    """Measure how much each unit matters; write DIR/relevance."""
     from reltune.runs.preflight import check_new_run
 
     made = new_config(context, config, lambda draft: check_new_run(draft, overwrite_output_dir))
@@ -111,10 +121,10 @@ def analyze(context: typer.Context, config: ConfigFile = None, overwrite_output_
     say(f"Next: reltune select {made.output_dir} --budget {made.budget}")
 
 
-@app.command(epilog=STORED_HELP)
-@flags("criteria", "budget", "granularity", "spread", "target_modules", "exclude_modules")
+@app.command(epilog=SELECT_HELP)
+@flags("criteria", "budget", "granularity", "spread", "target_modules", "exclude_modules", stored=True)
 def select(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = False) -> None:
-    """Choose units under a budget: RUN/plan/plan.yaml."""
+    """Choose units under a budget; write RUN/plan/plan.yaml."""
     from reltune.runs.directory import RunDirectory
     from reltune.runs.preflight import check_selection
 
@@ -128,10 +138,10 @@ def select(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = F
     say(*plan.describe(), f"Next: look at {directory.plan / 'plan.yaml'}, {after}")
 
 
-@app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
-@flags("frozen_dtype", "early_stopping_patience", "sweep", "sweep_trials")
+@app.command(context_settings=TRAINING, epilog=f"{STORED_HELP} {TRAINING_HELP}")
+@flags("frozen_dtype", "early_stopping_patience", "sweep", "sweep_trials", stored=True)
 def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = False) -> None:
-    """Train what the plan names: RUN/adapter."""
+    """Train what the plan names; write RUN/adapter."""
     from reltune.runs.directory import RunDirectory
     from reltune.runs.preflight import check_tuning
 
@@ -148,9 +158,9 @@ def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = Fal
 
 
 @app.command(epilog=STORED_HELP)
-@flags(*HELD_OUT, *(name for name in EVERY if name.startswith("lm_eval_")))
+@flags(*HELD_OUT, *(name for name in EVERY if name.startswith("lm_eval_")), stored=True)
 def evaluate(context: typer.Context, run: Run) -> None:
-    """Measure the adapter on held-out data: RUN/all_results.json."""
+    """Measure the adapter on held-out data; write all_results.json."""
     from reltune.runs.directory import RunDirectory
     from reltune.runs.preflight import check_evaluation
 
@@ -166,7 +176,7 @@ def evaluate(context: typer.Context, run: Run) -> None:
 
 @app.command()
 def report(run: Run) -> None:
-    """Draw relevance, results and training: RUN/report.html."""
+    """Draw relevance, results and training; write RUN/report.html."""
     from reltune.runs import summary
     from reltune.runs.directory import RunDirectory
 
@@ -179,10 +189,15 @@ def export(
     run: Run,
     output_dir: Annotated[str, typer.Option("--output_dir", metavar="DIR", help="Directory to write; new or empty.")],
     to: Annotated[
-        str, typer.Option("--to", metavar="FORM", help="lora: a standard PEFT adapter; merged: a plain model.")
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORM",
+            help=f"What to write. {'; '.join(f'{name}: {meaning}' for name, meaning in EXPORT_FORMS.items())}.",
+        ),
     ],
 ) -> None:
-    """Hand the tuned model to programs without reltune."""
+    """Write the tuned model for programs that do not know reltune."""
     from reltune.runs.directory import RunDirectory
     from reltune.runs.preflight import check_export
 

@@ -24,8 +24,13 @@ if TYPE_CHECKING:
 EVERY = tuple(field.name for field in FIELDS if field.name != "training")
 
 
-def flags(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command a flag for each of these fields of RunConfig; it finds them in its context."""
+def flags(*names: str, stored: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command a flag for each of these fields of RunConfig; it finds them in its context.
+
+    Args:
+        stored: whether the command goes by a run's ``config.yaml`` where a flag is not given. Its help then has no
+            defaults, which are those of a new run.
+    """
 
     def with_flags(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True)
@@ -38,7 +43,7 @@ def flags(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         parameters = [parameter.replace(kind=keyword) for parameter in own.parameters.values()]
         for field in FIELDS:
             if field.name in names:
-                default, annotation = _flag(field)
+                default, annotation = _flag(field, stored)
                 parameters.insert(-1, inspect.Parameter(field.name, keyword, default=default, annotation=annotation))
         called.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -47,15 +52,17 @@ def flags(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return with_flags
 
 
-def _flag(field: dataclasses.Field) -> tuple[Any, Any]:
+def _flag(field: dataclasses.Field, stored: bool) -> tuple[Any, Any]:
     """The default and the annotation that make Typer's flag of a field. Values stay words, which ``checked`` reads."""
     kind, default = kind_of(field), None if field.default is dataclasses.MISSING else field.default
     words = [] if field.default_factory is dataclasses.MISSING else field.default_factory()
     types: dict[str, Any] = {"bool": bool, "list[str]": list[str], "dict[str, list[str]]": list[str]}
+    help = field.metadata["help"].partition(" If not given")[0] if stored else field.metadata["help"]
     option = typer.Option(
         f"--{field.name}/--no_{field.name}" if kind == "bool" else f"--{field.name}",
         metavar=field.metadata["metavar"] or None,
-        help=field.metadata["help"] + (f"  [default: {','.join(words)}]" if words else ""),
+        help=help + (f"  [default: {','.join(words)}]" if words and not stored else ""),
+        show_default=not stored,
     )
     return default, Annotated[types.get(kind, str) | None, option]
 
