@@ -256,7 +256,7 @@ def test_batches_and_their_order_do_not_matter():
     "options, sentence",
     [
         ({"ablatoin": {}}, "options are given for 'ablatoin'.*did you mean 'ablation'"),
-        ({"fisher": {}}, "options are given for 'fisher', which is no criterion of this analysis that has options"),
+        ({"fisher": {}}, "options are given for 'fisher', but no criterion of that name in this analysis has options"),
         ({"ablation": {"kind": ["layer"]}}, "ablation has no option 'kind'; did you mean 'kinds'"),
         ({"ablation": {"kinds": "layer"}}, "kinds is 'layer'; give a list"),
         ({"ablation": {"kinds": ["layers"]}}, "kinds 'layers' is unknown; did you mean 'layer'"),

@@ -17,7 +17,7 @@ from reltune.errors import InputError, nearest
 
 SHOWN = reprlib.Repr()  # of a wrong value in a message
 SHOWN.maxstring, SHOWN.maxlong, SHOWN.maxother = 100, 40, 100
-BY_RECIPE: Any = None  # the default of a field that every config has a value for: RunConfig finds it (recipes.py)
+BY_RECIPE: Any = None  # the default of a field that RunConfig fills in (recipes.py), so that every config has a value
 MOST = 2**31 - 1  # of whole numbers, unless a field declares another: what every library counts with
 
 

@@ -61,10 +61,10 @@ def completed(given: Mapping[str, Any], few_bits: bool = False) -> dict[str, Any
 
 
 def chosen_again(stored: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """A run's fields of ``CHOICE`` where ``given`` ones are chosen anew: None for those that follow from another granularity.
+    """A run's fields of ``CHOICE``, to choose units again with the ``given`` fields changed. None: ``completed`` fills it in.
 
-    Of a run with the best recipe, another granularity has its own budget and spread: the best recipe's are for single weights,
-    and nobody asked for them. Whatever else a run holds stays.
+    What a run holds stays, with one exception. A run with the best recipe holds a budget and a spread that are meant for
+    single weights, and that nobody asked for: a new granularity does not take them over.
     """
     kept = {name: stored[name] for name in CHOICE}
     best = BEST.fields()

@@ -36,8 +36,8 @@ class Observer:
             ``Use``); the model goes on with the output that it returns. Uses of the module by ``see`` itself
             are not told.
         refuse: is called with a name and a reason where a use cannot be observed.
-        rows: how many examples the model's input has. A module that looks something up once for all of them does so
-            for each, where this is more than 1.
+        rows: how many rows the model's input has. Where there are several, a module that would look something up once
+            for all rows (positions, say) looks it up for each of them, so that each has a gradient of its own.
         first: see the output before other hooks of the module do, and not after them.
     """
 
@@ -75,9 +75,11 @@ class LayerType(Protocol):
     packed: bool
     """Whether the numbers that its weight holds may stand for something else, as those of a quantised weight do."""
     head_layout: HeadLayout
-    """As which projections of attention (layers/attention_heads.py) it is known to lay its rows out head by head."""
+    """Which projections of attention are known to have their rows head by head in this type: ``separate`` ones of query,
+    key and value, or ``fused`` ones of several of them (layers/attention_heads.py). Empty: neither."""
     unseen: str
-    """Why nothing is known of a module that the loss did not reach; empty where its gradient then is zero."""
+    """What to report where the loss did not reach a module and its gradient is therefore not known. Empty: the gradient
+    of such a module is zero."""
 
     # -- which modules it is, and what they hold --
 
@@ -165,7 +167,7 @@ class LayerType(Protocol):
 
     @abstractmethod
     def own(self, info: ModuleInfo, stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The part that belongs to ``info`` of what was measured of its stack."""
+        """What belongs to ``info`` alone, from what was measured of its whole stack."""
 
     # -- what it gives when it is taken out --
 

@@ -64,7 +64,7 @@ class Examples(Dataset):
 
 
 class Task(abc.ABC):
-    """One task on one data set: made for the columns of its rows, then ``fitted`` to those of training.
+    """One task on one data set. It is made for the columns of the data, then ``fitted`` to the training rows.
 
     Attributes:
         columns: role -> column, of the layouts in ``columns.py``.
@@ -124,7 +124,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def content(self, row: Row) -> str:
-        """What two rows must not share across splits."""
+        """What makes two rows copies of each other, which must not be in different splits."""
 
     def label(self, row: Row) -> str:
         """The row's class, of which splits keep the proportions; the same for all where there are no classes."""

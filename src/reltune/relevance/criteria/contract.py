@@ -138,7 +138,7 @@ def options_of(criteria: Mapping[str, Criterion], given: Mapping[str, Mapping[st
         if name not in adjustable:
             mend = nearest(str(name), adjustable) if adjustable else "leave them out."
             raise InputError(
-                f"options are given for {name!r}, which is no criterion of this analysis that has options; {mend}"
+                f"options are given for {name!r}, but no criterion of that name in this analysis has options; {mend}"
             )
     options = {}
     for name, criterion in adjustable.items():
