@@ -1,6 +1,7 @@
 import pytest
 
 from reltune.data.columns import CONVENTIONS, TEXT_ALONE, columns_of, guess_task
+from reltune.data.labels import READERS
 from reltune.data.rows import Row
 from reltune.errors import InputError
 from reltune.names import TASKS
@@ -128,3 +129,5 @@ def test_columns_of_a_known_task():
 def test_every_task_has_columns_that_it_can_use():
     for task in TASKS:
         assert any(task in convention.tasks for convention in (*CONVENTIONS, TEXT_ALONE)), task
+    labelled = {task for convention in CONVENTIONS if "label" in convention.roles for task in convention.tasks}
+    assert labelled == set(READERS)

@@ -39,9 +39,7 @@ Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run.", s
 ConfigFile = Annotated[
     str | None, typer.Option("--config", metavar="FILE", help="A YAML file with fields of the run. Flags win over it.")
 ]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite_output_dir", help="Replace what this command wrote there before.")
-]
+Overwrite = Annotated[bool, typer.Option("--overwrite_output_dir", help="Replace what an earlier run wrote there.")]
 
 
 @app.callback(invoke_without_command=True)

@@ -41,7 +41,7 @@ class AnalysisConfig(Subject):
     probe_steps: int = field(
         default=100,
         metadata=about(
-            "For the criterion movement: how many steps all weights are trained for, before they are set back.",
+            "For the criterion movement: how many steps the probe takes. The model's weights are the same afterwards.",
             "N",
             least=1,
         ),

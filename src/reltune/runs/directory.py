@@ -118,7 +118,7 @@ class RunDirectory:
         done = [name for name in ARTEFACTS[stage] if (self.path / name).exists()]
         if done and not overwrite:
             raise InputError(
-                f"{self.path} already holds {done[0]}; pass --overwrite_output_dir to make it and what follows from it anew."
+                f"{self.path} already holds {done[0]}; pass --overwrite_output_dir to replace it and what was made from it."
             )
 
     def check_adapter(self) -> None:
