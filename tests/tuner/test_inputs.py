@@ -158,3 +158,27 @@ def test_inputs_are_not_kept() -> None:
             loss = model(**batch).loss
         assert [of() is not None for of in inputs] == [not on, not on]
         loss.backward()
+
+
+def test_gradients_in_the_types_in_which_norms_are_fused() -> None:
+    for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        found = []
+        for on in (False, True):
+            model, batch = tuned("qwen2", dtype)
+            with recompute.force(on):
+                loss = model(**batch).loss
+                assert any("RMSNorm" in type(node).__name__ for node in nodes_of(loss)) == on
+                loss.backward()
+            found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+        for a, b in zip(*found, strict=True):
+            assert (a - b).norm() <= close * b.norm()
+
+
+def nodes_of(loss: Tensor) -> set[Any]:
+    found, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            left += [of for of, _ in node.next_functions]
+    return found

@@ -40,7 +40,7 @@ def fuse(modules: Iterable[nn.Module]) -> list[nn.Module]:
         if not getattr(own, "__module__", "liger_kernel").startswith("liger_kernel"):
             continue
         if _may_be_norm(module):
-            computation = type(module), getattr(own, "__func__", None)
+            computation = type(module), getattr(own, "__func__", None), module.weight.dtype
             if computation not in _alike:
                 _alike[computation] = _computes_the_same(module)
             if _alike[computation]:
