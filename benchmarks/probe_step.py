@@ -14,7 +14,8 @@ and in seconds, to see that it runs: python benchmarks/probe_step.py --tiny --ca
 - minilm: 32 × 64 tokens; full fine-tuning with AdamW as Trainer takes it on a CPU and in its fused form, and a probe step.
 - llama: Llama-3.1-8B's shapes and random weights in bfloat16, 4 × 2048 tokens, no checkpointing. "floor" is the frozen
   model's forward pass and the backward pass down to the embedded tokens; "backward" also has the gradients of all weights,
-  which nobody uses. All take the same loss. "probe, linear maps" moves the seven projections of each layer alone.
+  which nobody uses. All take the same loss. "probe, linear maps" moves the seven projections of each layer alone; "probe,
+  inputs kept" keeps what the maps read, where the probe otherwise makes it again in the backward pass.
 - cap4, cap16: a whole probe through ``analyze`` with gradient checkpointing, and with a score for every single weight of
   the 4-bit maps or of all bfloat16 weights, where torch may take 16 or 30 GiB less what the CUDA context takes.
 
@@ -39,6 +40,7 @@ from harness import Benchmark, Machine, Method, Timed, arguments, benchmark
 from llama import PROJECTIONS, TINY, Shape, described, llama, texts, weights_bytes
 from reltune.layers.inventory import choose, take_inventory
 from reltune.losses import Loss, as_loss
+from reltune.ops import recompute
 from reltune.relevance.batches import frozen
 from reltune.relevance.behaviour.experiment import Experiment
 from reltune.relevance.criteria.movement import Options
@@ -59,6 +61,7 @@ class Probe:
     steps: int
     target_modules: list[str]
     move: str = "allowed"
+    keep_inputs: bool = False  # instead of making them again
 
     @contextlib.contextmanager
     def around(self) -> Iterator[None]:
@@ -67,7 +70,8 @@ class Probe:
         options = Options(steps=1 + self.steps, move=self.move)
         loss = as_loss(self.loss)
         experiment = Experiment("movement", self.model, loss, inventory, [self.batch], options, 0, False, None, "")
-        with frozen(self.model):
+        keeping = recompute.force(False) if self.keep_inputs else contextlib.nullcontext()
+        with frozen(self.model), keeping:
             self.probe = SignProbe(experiment)
             with self.probe.at_work():
                 self.probe.take_step()
@@ -150,6 +154,7 @@ def decoder(bench: Benchmark, options: argparse.Namespace, shape: Shape) -> None
         "floor": Backward(model, batch, loss, options.steps, weights=False),
         "probe": Probe(model, batch, "causal_lm", options.steps, [], "all"),
         "probe, linear maps": Probe(model, batch, "causal_lm", options.steps, PROJECTIONS),
+        "probe, inputs kept": Probe(model, batch, "causal_lm", options.steps, [], "all", keep_inputs=True),
     }
     config = described(shape, dtype="bfloat16", examples=examples, tokens=tokens, steps=options.steps)
     bench.measure("llama", config, [Method(name, of.run, of.around) for name, of in ways.items()], options.repeats)

@@ -40,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 import reltune
 from harness import Benchmark, Method, Timed, TimedLoader, arguments, benchmark
 from llama import PROJECTIONS, TINY, Shape, described, llama, texts, weights_bytes
-from reltune.layers.fused_norms import fused_norms
+from reltune.layers.fused import fused
 from reltune.losses import LOSSES
 
 LOSS = LOSSES["causal_lm"].per_example
@@ -55,7 +55,7 @@ def floor(model: nn.Module, batch: dict[str, Tensor]) -> None:
 
 
 def floor_with_fused_norms(model: nn.Module, batch: dict[str, Tensor]) -> None:
-    with fused_norms(model):
+    with fused(model):
         floor(model, batch)
 
 
@@ -190,7 +190,7 @@ def by_hooks(model: nn.Module, batch: dict[str, Tensor]) -> Sums:
     try:
         batch = {key: value.to(device) for key, value in batch.items()}
         embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
-        with fused_norms(model):
+        with fused(model):
             loss = LOSS(model(inputs_embeds=embedded), batch).sum()
     finally:
         for handle in handles:

@@ -17,6 +17,7 @@ timed steps, weights and optimizer states included.
   `liger-kernel`; left out with its error where that is not installed).
 - fp8: the same again with the base's frozen weights in float8 (e4m3), LoRA in bfloat16 measured just before they are rounded.
   This case is the last: the base is changed for good. "LoRA, eager" is that of case eager in the same run.
+- single: single weights at random places as the model is in case eager, and once more as it is in case liger.
 - switch: another adapter made active on the device, beside unmerging and merging a LoRA of equal size.
 - exactness: on a model with fewer layers, every step's loss beside plain autograd through a materialised weight; in case
   fp8 beside the products in float32 of the same rounded numbers.
@@ -42,11 +43,12 @@ from torch.func import functional_call
 from harness import Benchmark, Machine, Method, Timed, arguments, benchmark
 from llama import PROJECTIONS, TINY, Shape, described, llama, texts
 from reltune import ReltuneConfig
-from reltune.ops import float8
+from reltune.ops import float8, recompute
 from reltune.plan.plan import ModulePlan, Plan
 
 Prepare = Callable[[nn.Module], nn.Module]  # base model -> model with an adapter
 FLOAT8 = "float8_e4m3fn"
+KEPT = "inputs kept"  # ends the names of methods that do not make them again
 
 
 @dataclasses.dataclass
@@ -59,6 +61,7 @@ class Training:
     steps: int
     rate: float
     fused: bool | None = None  # of AdamW; on a GPU if None
+    keep_inputs: bool = False  # of single weights, instead of making them again
     losses: list[list[float]] = dataclasses.field(default_factory=list)
     trained: int = 0
 
@@ -71,9 +74,10 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             parameters, lr=self.rate, fused=parameters[0].is_cuda if self.fused is None else self.fused
         )
-        self.losses.append([self._step().item()])  # the states are made, caches are filled
         try:
-            yield
+            with recompute.force(False) if self.keep_inputs else contextlib.nullcontext():
+                self.losses.append([self._step().item()])  # the states are made, caches are filled
+                yield
         finally:
             del self.optimizer
             self.model.unload()
@@ -144,6 +148,26 @@ def elements(base: nn.Module, r: int) -> Prepare:
     return lambda base: get_peft_model(base, ReltuneConfig(plan=plan))
 
 
+def single_weights(base: nn.Module, share: float) -> Prepare:
+    """So many of all parameters, at random places of the projections."""
+    targets = {name: m for name, m in base.named_modules() if name.rpartition(".")[2] in PROJECTIONS}
+    parameters = sum(p.numel() for p in base.parameters())
+    of_target = share * parameters / sum(module.weight.numel() for module in targets.values())
+    modules = {}
+    for number, (name, module) in enumerate(targets.items()):
+        weight = module.weight
+        generator = torch.Generator(weight.device).manual_seed(number)
+        count = (round(of_target * weight.numel()),)
+        chosen = ModulePlan(tuple(weight.shape))
+        chosen.take_elements(
+            torch.randint(weight.numel(), count, generator=generator, device=weight.device).unique().cpu()
+        )
+        modules[name] = chosen
+    total = sum(chosen.parameters for chosen in modules.values())
+    plan = Plan(modules, str(total), total, parameters, fingerprint="")
+    return lambda base: get_peft_model(base, ReltuneConfig(plan=plan))
+
+
 def _evenly_spaced(layer: nn.Linear, r: int, **_: Any) -> Tensor:
     """SHiRA's r (in + out) elements per weight as a mask like the weight."""
     count = r * (layer.in_features + layer.out_features)
@@ -157,7 +181,10 @@ def case(
 ) -> None:
     base.train()  # it has no dropout, and Liger's fused loss is there in training only
     batch = {key: value.to(options.device) for key, value in texts(shape, options.examples, options.tokens).items()}
-    trainings = {key: Training(base, batch, prepare, options.steps, 1e-5) for key, prepare in methods.items()}
+    trainings = {
+        key: Training(base, batch, prepare, options.steps, 1e-5, keep_inputs=key.endswith(KEPT))
+        for key, prepare in methods.items()
+    }
     records = bench.measure(
         name,
         described(shape, dtype="bfloat16", examples=options.examples, tokens=options.tokens, steps=options.steps),
@@ -218,6 +245,31 @@ def float8_exactness(bench: Benchmark, options: argparse.Namespace, shape: Shape
     largest = max(abs(a - b) / abs(b) for a, b in zip(*losses, strict=True))
     bench.check("fp8: largest difference of a step's loss, relative", largest, 2e-3)
     bench.check("fp8: the training moved the loss: last / first", losses[0][-1] / losses[0][0], 0.99)
+
+
+def single(bench: Benchmark, options: argparse.Namespace, shape: Shape, name: str, base: nn.Module, gpu: bool) -> None:
+    """Single weights, with their inputs made again and kept, beside columns and LoRA."""
+    r, rank = options.columns, max(options.columns // 2, 1)
+    ours, leaner, few, many = (
+        f"columns, r = {r}",
+        f"LoRA, r = {rank}, bf16",
+        "single weights, 0.12%",
+        "single weights, 0.5%",
+    )
+    methods = {
+        few: single_weights(base, 0.0012),
+        f"{few}, {KEPT}": single_weights(base, 0.0012),
+        many: single_weights(base, 0.005),
+        ours: columns(r),
+        leaner: lora(rank, autocast=False),
+    }
+    case(bench, options, shape, name, base, methods)
+    if name.endswith("liger"):
+        ratios(bench, name, few, "floor", 1.10, 1.04, gpu)
+        ratios(bench, name, few, leaner, 0.92, 0.81, gpu)
+        ratios(bench, name, ours, "floor", 1.02, 1.02, gpu)
+    else:
+        ratios(bench, name, many, "floor", 1.05, 1.00, gpu)
 
 
 def top_layers(shape: Shape) -> list[int]:
@@ -314,7 +366,7 @@ def _saved_bytes(model: Any, adapter: str) -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small model: does the script run?")
-    parser.add_argument("--cases", nargs="+", default=["exactness", "eager", "switch", "liger", "fp8"])
+    parser.add_argument("--cases", nargs="+", default=["exactness", "eager", "single", "switch", "liger", "fp8"])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--examples", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2048)
@@ -346,16 +398,22 @@ def main() -> int:
         ratios(bench, "eager", ours, "floor", 1.02, 1.02, gpu)
         ratios(bench, "eager", ours, leaner, 0.90, 0.86, gpu)
         ratios(bench, "eager", "elements, as many", f"SHiRA, r = {rank}", 1.00, 0.86, gpu)
+    if "single" in options.cases:
+        single(bench, options, shape, "single", base, gpu)
     if "switch" in options.cases:
         switch(bench, options, shape, base)
-    if {"liger", "fp8"} & set(options.cases):
+    if {"single", "liger", "fp8"} & set(options.cases):
         try:
             from liger_kernel.transformers import apply_liger_kernel_to_llama
 
             apply_liger_kernel_to_llama(model=base)  # for good: nothing after it is eager
+            liger = True
         except ImportError as error:
-            bench.failed("liger", described(shape), "floor", error, required=gpu)
+            liger = False
+            bench.failed("liger", described(shape), "floor", error, required=gpu and "liger" in options.cases)
             options.cases = [name for name in options.cases if name != "liger"]
+        if liger and "single" in options.cases:
+            single(bench, options, shape, "single, liger", base, gpu)
     if "liger" in options.cases:
         methods = {ours: columns(r), low: columns(r, top), leaner: lora(rank, autocast=False)}
         case(bench, options, shape, "liger", base, methods)

@@ -1,23 +1,25 @@
-"""The Triton kernels for sums of squared gradients, against their PyTorch references: on the GPU, or else in Triton's interpreter."""
+"""The Triton kernels, against their PyTorch references: on the GPU, or else in Triton's interpreter."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from reltune.layers import fused_norms as fused_norms_module
-from reltune.layers.fused_norms import fuse_norms, fused_norms, restore_norms
 from reltune.ops import squared_gradient
+from reltune.ops.gated_product import (
+    ACTIVATIONS,
+    gated_product_gradients_reference,
+    gated_product_reference,
+)
 from reltune.ops.index_copy import Copy, index_copy
+from reltune.ops.kernels import rms_norm as rms_norm_kernels
 from reltune.ops.kernels.column_gradient import column_gradient
+from reltune.ops.kernels.gated_product import gated_product, gated_product_gradients
 from reltune.ops.kernels.index_copy import copy_all
 from reltune.ops.kernels.quadratic_form import quadratic_forms, quadratic_forms_reference, triangle
-from reltune.ops.kernels.rms_norm import RMSNorm, rms_norm, rms_norm_reference
+from reltune.ops.kernels.rms_norm import rms_norm, rms_norm_gradients
 from reltune.ops.kernels.squared_product import squared_product_sums
+from reltune.ops.rms_norm import rms_norm_reference
 from reltune.ops.squared_gradient import input_gram, squared_gradient_sums, squared_gradient_sums_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,64 +116,59 @@ def test_sums_of_the_narrowest_type_are_those_of_float64(cancels, gram, monkeypa
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 5), st.integers(8, 600), st.sampled_from([torch.float32, torch.float16]), st.integers(0, 99))
-def test_rms_norm_and_its_gradient_equal_the_reference(tokens, features, dtype, seed):
+@given(st.integers(1, 700), st.integers(8, 600), st.sampled_from([torch.float32, torch.float16]), st.integers(0, 99))
+def test_rms_norm_and_its_gradients_equal_the_reference(tokens, features, dtype, seed):
+    if DEVICE == "cpu":
+        tokens = 1 + tokens % 9  # the interpreter goes row by row
     x, gain = rows(2, tokens, features, seed, dtype), 1 + rows(1, 1, features, seed + 1, dtype)[0, 0] / 4
     g = rows(2, tokens, features, seed + 2, dtype)
-    found, wanted = x.clone().requires_grad_(), x.double().requires_grad_()
-    y = RMSNorm.apply(found, gain, 1e-3)
-    reference = rms_norm_reference(wanted, gain.double(), 1e-3)
-    y.backward(g)
+    wide, wide_gain = x.double().requires_grad_(), gain.double().requires_grad_()
+    y = rms_norm(x, gain, 1e-3)
+    reference = rms_norm_reference(wide, wide_gain, 1e-3)
     reference.backward(g.double())
     scale = 1 if dtype == torch.float32 else 2**12
     assert (y - reference).abs().max() <= scale * 1e-6 * reference.abs().max()
-    assert (found.grad - wanted.grad).abs().max() <= scale * 2e-6 * wanted.grad.abs().max().clamp(min=1)
-    assert torch.equal(rms_norm(x, gain, 1e-3), y)
+    for of_gain in (False, True):
+        to_x, to_gain = rms_norm_gradients(g, x, gain, 1e-3, of_gain)
+        assert (to_x - wide.grad).abs().max() <= scale * 2e-6 * wide.grad.abs().max().clamp(min=1)
+        assert (to_gain is not None) == of_gain
+    size = (g.double() * reference.detach() / wide_gain.detach()).abs().sum((0, 1)).max()
+    assert to_gain.dtype == dtype and (to_gain - wide_gain.grad).abs().max() <= scale * 1e-6 * size
 
 
-def test_fused_norms_take_what_computes_the_same_and_leave_the_rest(monkeypatch):
-    if DEVICE == "cpu":
-        monkeypatch.setattr(fused_norms_module, "_has_kernel", lambda x: True)
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
-    model = nn.ModuleDict(
-        {"llama": LlamaRMSNorm(48), "gemma": Gemma2RMSNorm(48), "t5": T5LayerNorm(48), "layer": nn.LayerNorm(48)}
-    )
-    model["own"], model["liger"] = LlamaRMSNorm(48), LlamaRMSNorm(48)
-    model.to(DEVICE, dtype).requires_grad_(False)
-    model["own"].forward = own = model["t5"].forward
-
-    def theirs(self, x):
-        return LlamaRMSNorm.forward(self, x)
-
-    theirs.__module__ = "liger_kernel.transformers.rms_norm"  # which puts its forwards into the modules of a model
-    model["liger"].forward = liger = theirs.__get__(model["liger"])
-    x = rows(2, 3, 48, 0, dtype)
-    before = {name: module(x) for name, module in model.items()}
-    with pytest.raises(KeyError), fused_norms(model):
-        unpatched = {name for name, module in model.items() if module.__dict__.get("forward") in (None, own)}
-        assert unpatched == {"gemma", "layer", "own"} and model["liger"].forward is not liger
-        for name, module in model.items():
-            assert torch.allclose(module(x), before[name], rtol=2**-7, atol=0)
-        raise KeyError
-    assert {name: module.__dict__.get("forward") for name, module in model.items() if "forward" in module.__dict__} == {
-        "own": own,
-        "liger": liger,
-    }
+def test_rows_of_a_norm_shared_out_to_programs(monkeypatch):
+    monkeypatch.setattr(rms_norm_kernels, "PROGRAMS", 3)  # 4 rows each, and 2 for the last
+    x, g, gain = rows(1, 10, 40, 0), rows(1, 10, 40, 1), rows(1, 1, 40, 2)[0, 0]
+    found = rms_norm_gradients(g, x, gain, 1e-3, True)
+    monkeypatch.undo()
+    for a, b in zip(found, rms_norm_gradients(g, x, gain, 1e-3, True), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_a_norm_that_is_trained_gets_its_gradient_although_it_was_fused_frozen(monkeypatch):
-    if DEVICE == "cpu":
-        monkeypatch.setattr(fused_norms_module, "_has_kernel", lambda x: True)
-    norm = LlamaRMSNorm(48).to(DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float16).requires_grad_(False)
-    x = rows(2, 3, 48, 0, norm.weight.dtype)
-    model = nn.Sequential(norm)
-    assert fuse_norms(model.modules()) == [norm] and fuse_norms(model.modules()) == []
-    fused = norm(x)
-    norm.requires_grad_(True)
-    norm(x).sum().backward()
-    assert norm.weight.grad is not None and norm.weight.grad.abs().sum() > 0
-    restore_norms(model)
-    assert "forward" not in norm.__dict__ and torch.allclose(norm(x), fused, rtol=2**-7, atol=0)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("numbers", [3, 1030])
+def test_gated_product_and_its_gradients_equal_the_reference(activation, numbers, dtype):
+    gate, up, g = (3 * rows(1, 2, numbers, n, dtype)[0] for n in range(3))
+    wide = [gate.double().requires_grad_(), up.double().requires_grad_()]
+    wanted = gated_product_reference(*wide, activation)
+    wanted.backward(g.double())
+    found = gated_product(gate, up, activation), *gated_product_gradients(g, gate, up, activation)
+    # Rounded where PyTorch's own operations round: nearly all numbers are theirs. The interpreter cuts bfloat16 off instead.
+    plain = gated_product_reference(gate, up, activation), *gated_product_gradients_reference(g, gate, up, activation)
+    exact = dtype == torch.float16 or (dtype == torch.bfloat16 and DEVICE == "cuda")
+    step = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2.4e-2}[dtype]
+    for a, b, c in zip(found, [wanted, *(t.grad for t in wide)], plain, strict=True):
+        assert a.dtype == dtype and (a - b).abs().max() <= step * b.abs().max()
+        assert not exact or int((a != c).sum()) <= 1 + a.numel() // 10
+
+
+def test_large_gates_do_not_overflow():
+    gate, up = torch.tensor([[-1e4, -100.0, 100.0, 1e4]], device=DEVICE), torch.ones(1, 4, device=DEVICE)
+    for activation in ACTIVATIONS:
+        y, (to_gate, to_up) = gated_product(gate, up, activation), gated_product_gradients(up, gate, up, activation)
+        for found, wanted in ((y, [0, 0, 100, 1e4]), (to_gate, [0, 0, 1, 1]), (to_up, [0, 0, 100, 1e4])):
+            assert torch.allclose(found, torch.tensor([wanted], device=DEVICE, dtype=torch.float32), atol=1e-6)
 
 
 @settings(max_examples=15, deadline=None)

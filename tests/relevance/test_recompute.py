@@ -11,12 +11,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from measured_models import MODELS
-from relevance_cases import data_for, measure, split
+from measured_models import MODELS, tiny_gpt2, tiny_mixtral
+from relevance_cases import data_for, lm_batch, measure, split
 from reltune.errors import AnalysisError
+from reltune.ops import recompute
+from reltune.ops.recompute import is_exact, recipe
 from reltune.relevance.statistics import data_pass
 from reltune.relevance.statistics.collector import Collector
-from reltune.relevance.statistics.recompute import is_exact, recipe
 
 CRITERIA = ["fisher", "gradient", "taylor"]
 
@@ -132,3 +133,43 @@ def test_maps_with_one_input_share_its_gram_matrix(monkeypatch):
     for module, parts in wanted.items():
         for part, value in parts.items():
             assert torch.allclose(found[module][part], value, rtol=1e-9, atol=0), (module, part)
+
+
+# -- the probe ----------------------------------------------------------------------------------------------------------
+
+
+PROBED = {**MODELS, "gpt2": tiny_gpt2, "mixtral": tiny_mixtral}
+
+
+@pytest.mark.parametrize("move", ["all", "allowed"])
+@pytest.mark.parametrize("name", PROBED)
+def test_votes_are_the_same(name, move):
+    model = PROBED[name]()
+    loss = None if name in MODELS else "causal_lm"
+    batches = split(data_for(model) if loss is None else lm_batch(), 3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = []
+    for on in (False, True):
+        with recompute.force(on):
+            options = {"movement": {"steps": 4, "move": move}}
+            found.append(measure(model, batches, loss, ["movement"], elements=True, options=options).parts["movement"])
+    for module, parts in found[0].items():
+        for part, value in parts.items():
+            votes, others = value.trunc(), found[1][module][part].trunc()
+            assert torch.equal(votes, others), (module, part)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_the_probe_keeps_no_inputs_of_norms_and_products(monkeypatch):
+    model = MODELS["llama"]()
+    layer = model.get_submodule("model.layers.1")
+    held, alive = {}, []
+    layer.input_layernorm.register_forward_hook(lambda _, args, y: held.update(norm=weakref.ref(y.untyped_storage())))
+    down = layer.mlp.down_proj
+    down.register_forward_pre_hook(lambda _, args: held.update(down=weakref.ref(args[0].untyped_storage())))
+    model.register_forward_hook(lambda *_: alive.append({name: ref() is not None for name, ref in held.items()}))
+    for on in (False, True):
+        with recompute.force(on):
+            measure(model, [data_for(model)], None, ["movement"], options={"movement": {"steps": 1}})
+    assert alive[0] == {"norm": True, "down": True} and alive[-1] == {"norm": False, "down": False}

@@ -3,7 +3,7 @@
 The base layer has already computed y = x Wᵀ + b with frozen W, whose selected columns (rows) hold the current
 values of the trainable tensor. These operators hand y on unchanged and, in the backward pass, hand the trainable
 tensor the gradient that W's selected part would have got. Autograd keeps x for neither purpose: the frozen product
-needs only W, the columns keep x[:, idx], and the rows keep a reference to x.
+needs only W, the columns keep x[:, idx], and the rows have x made again (ops/recompute.py) or keep a reference to it.
 
 Same idea as PaCA (Woo et al., ICLR 2025) and S²FT (Yang et al., NeurIPS 2024).
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reltune.ops import kernels
+from reltune.ops import kernels, recompute
 
 # The operators return y.detach(), not y: an input that is returned counts as a view made inside the function, and
 # autograd then refuses the next in-place operation on it (a residual added in place, say).
@@ -50,14 +50,14 @@ class AttachRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, rows: Tensor, idx: Tensor) -> Tensor:
-        ctx.save_for_backward(x, idx)
+        recompute.keep(ctx, x, idx)
         ctx.dtype = rows.dtype
         return y.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, idx = ctx.saved_tensors
+        x, idx = recompute.kept(ctx)
         gradient = _flat(g.index_select(-1, idx)).mT @ _flat(x.to(g.dtype))
         return g, None, gradient.to(ctx.dtype), None
 

@@ -11,8 +11,8 @@ Two exact ways to G at n places, for T vectors:
   operations at the speed of a matrix product.
 - sampled: T products for each place and nothing else. 2·T·n operations, at the speed of memory.
 
-x is kept for the backward pass, by reference: autograd keeps it for no other purpose, as the frozen product needs the
-weight alone.
+x is needed in the backward pass, and autograd keeps it for no other purpose, as the frozen product needs the weight alone.
+On an accelerator it is made again where that can be (ops/recompute.py), else it is kept by reference.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from reltune.errors import InputError
-from reltune.ops import kernels
+from reltune.ops import kernels, recompute
 
 Form = Literal["dense", "sampled"]
 
@@ -155,7 +155,7 @@ class AttachElements(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, values: Tensor, places: Places, transposed: bool) -> Tensor:
-        ctx.save_for_backward(x)
+        recompute.keep(ctx, x)
         ctx.places, ctx.transposed, ctx.dtype = places, transposed, values.dtype
         ctx.form = "sampled" if is_sampled(places, y) else "dense"  # here: the backward pass may run in another thread
         return y.detach()
@@ -163,8 +163,7 @@ class AttachElements(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        gradient = _gradient(g, x, ctx.places, ctx.transposed, ctx.form)
+        gradient = _gradient(g, recompute.kept(ctx)[0], ctx.places, ctx.transposed, ctx.form)
         return g, None, gradient.to(ctx.dtype), None, None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from reltune.errors import InputError, nearest
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.float8 import Float8Linear, convertible, to_float8
-from reltune.layers.fused_norms import NORM, fuse_norms, restore_norms
+from reltune.layers.fused import can_be_fused, fuse, restore
 from reltune.layers.quantised import check_not_packed, keep_as_loaded
 from reltune.layers.registry import layer_type_of, layer_types, why_not
 from reltune.layers.units import ModuleInfo, by_unit
@@ -268,7 +268,7 @@ class ReltuneModel(BaseTuner):
             setattr(parent, child_name, new_module)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        restore_norms(self.model)
+        restore(self.model)
         _unhook(self.model)
         for module in self.model.modules():
             if isinstance(module, ReltuneLayer):
@@ -279,13 +279,13 @@ class ReltuneModel(BaseTuner):
 class _BeforeForward:
     """Puts right, before each training pass, what others may have changed since the adapter was put in.
 
-    Processes must train the same units, checkpointing must not lengthen the backward pass, and frozen norms run fused.
+    Processes must train the same units, checkpointing must not lengthen the backward pass, and norms and gated MLPs run fused.
     The modules to look at are found once: a walk through all of them would leave the device idle for milliseconds.
     """
 
     def __init__(self) -> None:
         self._checkpointed: list[nn.Module] | None = None
-        self._norms: list[nn.Module] = []
+        self._fusable: list[nn.Module] = []
 
     def __call__(self, model: nn.Module, *_: Any) -> None:
         if not torch.is_grad_enabled():
@@ -293,9 +293,9 @@ class _BeforeForward:
         check_agreement(model)
         if self._checkpointed is None:
             self._checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-            self._norms = [module for module in model.modules() if NORM.matches(module)]
+            self._fusable = [module for module in model.modules() if can_be_fused(module)]
         _end_backward_at_lowest_unit(model, self._checkpointed)
-        fuse_norms(self._norms)
+        fuse(self._fusable)
 
 
 def _unhook(model: nn.Module) -> None:

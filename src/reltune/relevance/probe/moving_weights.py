@@ -29,6 +29,7 @@ from reltune.layers.inventory import Inventory
 from reltune.layers.quantised import is_quantised
 from reltune.layers.registry import is_packed, layer_type, unpacking
 from reltune.layers.units import ModuleInfo
+from reltune.ops import recompute
 from reltune.ops import votes as ops
 
 HELD = "_reltune_moving"  # where a module has its moving weights, by the names of its parameters
@@ -103,6 +104,12 @@ class _Saved(NamedTuple):
     offset: int
 
 
+class _Again(NamedTuple):
+    """What is kept of an input that can be made again."""
+
+    read: Callable[[], Tensor]
+
+
 class Readings:
     """The moved weights that stand in memory at the moment, and which weights were read since ``forget``."""
 
@@ -126,7 +133,7 @@ class Readings:
         return found
 
     def not_kept(self) -> contextlib.AbstractContextManager[Any]:
-        """A context in which autograd keeps no moved weight."""
+        """A context in which autograd keeps no moved weight, and no input that can be made again."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
@@ -134,7 +141,8 @@ class Readings:
             return tensor
         known = self.standing.get(tensor.untyped_storage().data_ptr())
         if known is None or tensor.dtype != known[0].dtype:
-            return tensor
+            again = recompute.again(tensor)
+            return tensor if again is None else _Again(again)
         return _Saved(known[0], tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
@@ -142,7 +150,7 @@ def _unpack(kept: Any) -> Tensor:
     if isinstance(kept, _Saved):
         with torch.no_grad():
             return kept.weight.view_now(kept.size, kept.stride, kept.offset)
-    return kept
+    return kept.read() if isinstance(kept, _Again) else kept
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from reltune.errors import AnalysisError, InputError
-from reltune.layers.fused_norms import fused_norms
+from reltune.layers.fused import fused
 from reltune.layers.registry import layer_type
 from reltune.layers.units import by_unit
 from reltune.losses import rows_of
@@ -117,7 +117,7 @@ class SignProbe:
         """Steps may be taken for as long as this lasts."""
         with (
             _mode(self.model, self.options.training),
-            fused_norms(self.model),
+            fused(self.model),
             checkpointing_in_evaluation(self.model),
             torch.compiler.set_stance("force_eager"),
             torch.enable_grad(),

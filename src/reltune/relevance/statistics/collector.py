@@ -14,8 +14,8 @@ from reltune.layers.per_example import WEIGHT_SIZED, Shared, Statistics, add, sh
 from reltune.layers.protocol import Handle, Observer, Use
 from reltune.layers.registry import layer_type
 from reltune.layers.units import ModuleInfo
+from reltune.ops.recompute import Recipe, is_exact, recipe, saved_tensors_are_hooked
 from reltune.ops.squared_gradient import accumulator_dtype
-from reltune.relevance.statistics.recompute import Recipe, is_exact, recipe, saved_tensors_are_hooked
 
 INPUT = "input"  # in place of a part, of what the forward pass gave
 Sums = dict[str, Statistics]  # module -> statistic -> part -> sum over examples

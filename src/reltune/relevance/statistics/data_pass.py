@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from reltune.errors import AnalysisError, InputError
-from reltune.layers.fused_norms import fused_norms
+from reltune.layers.fused import fused
 from reltune.layers.inventory import ModuleInfo
 from reltune.layers.per_example import WEIGHT_SIZED
 from reltune.losses import Loss, rows_of
@@ -51,7 +51,7 @@ class DataPass:
         """The model as ``add`` needs it: in evaluation mode, with the collector's hooks. Undone when the context ends."""
         with (
             frozen(self.model),
-            fused_norms(self.model),
+            fused(self.model),
             checkpointing_in_evaluation(self.model),
             torch.enable_grad(),
             self.collector,

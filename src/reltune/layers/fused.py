@@ -1,0 +1,181 @@
+"""Lets fused operators compute a model's norms and gated MLPs, which then keep less for the backward pass.
+
+An RMSNorm keeps its input alone (ops/rms_norm.py), a gated MLP keeps gate and up (ops/gated_product.py). What the linear
+maps behind them read is made again in the backward pass where it is needed (ops/recompute.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reltune.layers.norm import NormType
+from reltune.ops import kernels, recompute
+from reltune.ops.gated_product import ACTIVATIONS, GatedProduct
+from reltune.ops.rms_norm import LARGEST, RMSNorm
+
+NORM = NormType()
+
+# What computes a module's output -> whether a fused operator computes the same; of a gated MLP, its activation or None.
+_alike: dict[Any, bool] = {}
+_activations: dict[Any, str | None] = {}
+
+
+def fuse(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Let fused operators compute what their classes compute, on an accelerator. Gives the modules that were changed.
+
+    Whether they compute the same is tried out on numbers: Gemma's gain is 1 + weight, and others cast at another place. Of
+    an RMSNorm it is asked in bfloat16 alone. A fused operator also takes the place of Liger's, so that what it keeps is
+    known here. A module with any other forward of its own keeps it.
+    """
+    fused: list[nn.Module] = []
+    for module in modules:
+        own = module.__dict__.get("forward")
+        if not getattr(own, "__module__", "liger_kernel").startswith("liger_kernel"):
+            continue
+        if _may_be_norm(module):
+            computation = type(module), getattr(own, "__func__", None), module.weight.dtype
+            if computation not in _alike:
+                _alike[computation] = _computes_the_same(module)
+            if _alike[computation]:
+                module.forward = functools.partial(_norm, module, own)
+                fused.append(module)
+        elif _may_be_gated(module):
+            act: Any = module.act_fn
+            described = (type(act), repr(act)) if isinstance(act, nn.Module) else act
+            if (type(module), described) not in _activations:
+                _activations[type(module), described] = _activation(module)
+            if (activation := _activations[type(module), described]) is not None:
+                module.forward = functools.partial(_gated_mlp, module, own, activation)
+                fused.append(module)
+    return fused
+
+
+def can_be_fused(module: nn.Module) -> bool:
+    """Whether it is of a kind that ``fuse`` looks at: so that it need not walk through a whole model every time."""
+    return NORM.matches(module) or _is_gated(module)
+
+
+def restore(model: nn.Module) -> None:
+    """Undo ``fuse``, in every module of the model."""
+    for module in model.modules():
+        if getattr(module.__dict__.get("forward"), "func", None) in (_norm, _gated_mlp):
+            _restore(module)
+
+
+def _restore(module: nn.Module) -> None:
+    own = module.__dict__.pop("forward").args[1]
+    if own is not None:
+        module.forward = own
+
+
+@contextlib.contextmanager
+def fused(model: nn.Module) -> Iterator[None]:
+    """``fuse`` for all modules of a model, until the context ends."""
+    changed = fuse(model.modules())
+    try:
+        yield
+    finally:
+        for module in changed:
+            _restore(module)
+
+
+def _original(module: nn.Module, own: Any, *args: Any, **kwargs: Any) -> Any:
+    """``own``: a forward that stood in the place of the class's, or None."""
+    return type(module).forward(module, *args, **kwargs) if own is None else own(*args, **kwargs)
+
+
+def _can_compute(x: Any) -> bool:
+    spread = hasattr(x, "to_local")  # over processes: such a module stays as it is
+    return not spread and (kernels.can_be_imported() if x.is_cuda else recompute.is_wanted(x))
+
+
+# -- norms -------------------------------------------------------------------------------------------------------------
+
+
+def _may_be_norm(module: nn.Module) -> bool:
+    return (
+        NORM.matches(module)
+        and type(module) is not nn.LayerNorm
+        and isinstance(_epsilon(module), float)
+        and _suits(module.weight)
+    )
+
+
+def _suits(x: Any) -> bool:
+    return _can_compute(x) and x.shape[-1] <= LARGEST and (x.dtype == torch.bfloat16 or not x.is_cuda)
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    return getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+
+
+def _norm(module: nn.Module, own: Any, x: Tensor) -> Tensor:
+    gain: Any = module.weight
+    # Compilers make kernels of their own.
+    if not _suits(x) or gain.dtype != x.dtype or torch.compiler.is_compiling():
+        return _original(module, own, x)
+    return RMSNorm.apply(x, gain, _epsilon(module))
+
+
+def _computes_the_same(module: nn.Module) -> bool:
+    """Equal but for a rounding in the last place, which the order of additions decides."""
+    weight: Tensor = module.weight.data  # type: ignore[assignment]
+    generator = torch.Generator(weight.device).manual_seed(0)
+    x = torch.randn(16, weight.numel(), generator=generator, device=weight.device)
+    x = (x * torch.logspace(-4, 3, 16, device=weight.device)[:, None]).to(weight.dtype)
+    with torch.no_grad():
+        found, wanted = _norm(module, None, x).float(), module.forward(x).float()
+    close = (found - wanted).abs() <= 2**-7 * wanted.abs()
+    return bool(close.all()) and float((found == wanted).float().mean()) > 0.99
+
+
+# -- gated MLPs --------------------------------------------------------------------------------------------------------
+
+
+def _is_gated(module: nn.Module) -> bool:
+    return hasattr(module, "act_fn") and all(hasattr(module, f"{name}_proj") for name in ("gate", "up", "down"))
+
+
+def _may_be_gated(module: nn.Module) -> bool:
+    parameter = next(module.parameters(), None) if _is_gated(module) else None
+    return parameter is not None and _can_compute(parameter)
+
+
+def _gated_mlp(module: Any, own: Any, activation: str, *args: Any, **kwargs: Any) -> Any:
+    if len(args) != 1 or kwargs or _is_hooked(module.act_fn) or torch.compiler.is_compiling():
+        return _original(module, own, *args, **kwargs)
+    (x,) = args
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    if _can_compute(gate) and gate.shape == up.shape and gate.dtype == up.dtype:
+        return module.down_proj(GatedProduct.apply(gate, up, activation))
+    return module.down_proj(module.act_fn(gate) * up)
+
+
+def _is_hooked(act: Any) -> bool:
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return any(getattr(act, name, None) for name in hooks)
+
+
+def _activation(module: Any) -> str | None:
+    """Which one, if the class's forward is down(act(gate(x)) · up(x)): tried out with simple maps in place of the three."""
+    z = torch.linspace(-9, 9, 96, device=next(module.parameters()).device).reshape(1, 4, 24)
+    maps = SimpleNamespace(
+        gate_proj=lambda x: 0.9 * x + 0.1, up_proj=lambda x: 2 - x, down_proj=lambda x: 3 * x + 1, act_fn=module.act_fn
+    )
+    try:
+        with torch.no_grad():
+            found = type(module).forward(maps, z)
+    except Exception:  # it needs more of itself, so it is another computation
+        return None
+    for name, (act, _) in ACTIVATIONS.items():
+        wanted = maps.down_proj(act(maps.gate_proj(z)) * maps.up_proj(z))
+        if isinstance(found, Tensor) and found.shape == z.shape and torch.allclose(found, wanted, rtol=1e-5, atol=1e-5):
+            return name
+    return None
