@@ -97,7 +97,7 @@ def main() -> None:
         "commit": commit(options.commit),
         "hardware": hardware(torch.device("cuda")),
         "versions": versions(["unsloth", "unsloth_zoo", "triton"]),
-        "options": {**vars(options), "unsloth": unsloth.__version__},
+        "options": {k: v for k, v in vars(options).items() if k not in ("commit", "output_dir")},
         "trained": sum(p.numel() for p in parameters),
         "trained dtype": str(parameters[0].dtype),
         "repeats": repeats,
