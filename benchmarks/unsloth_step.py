@@ -11,7 +11,7 @@ in tuner_step.py: forward, backward, fused AdamW, clear gradients; the peak is t
 
 from __future__ import annotations
 
-import unsloth  # first, as it asks to be; isort: skip
+import unsloth  # noqa: F401  first, as it asks to be; isort: skip
 import argparse
 import json
 import statistics
