@@ -14,7 +14,7 @@ from reltune.data.labels import (
     LabelSets,
     Numbers,
     is_empty,
-    is_minus_one,
+    mark_of_none,
     note_odd_labels,
     note_rare_classes,
     switch_of,
@@ -59,7 +59,7 @@ def test_several_labels(labels: list[Any], words: str) -> None:
         (["a;b", "b;a"], "several labels of one text or one class"),
         ([[[0, 5, "PER"]], []], "lists of lists or of objects.*token_classification"),
         ([[{"start": 0, "end": 5}]], "lists of lists or of objects"),
-        ([{"a": 3}], "lists with numbers, or lists and other things"),
+        ([{"a": 3}], "are objects; multilabel_classification wants a list of classes"),
         ([[0.5, 1.0]], "lists with numbers"),
     ],
 )
@@ -197,7 +197,8 @@ def test_columns_of_labels() -> None:
 
 def test_what_is_no_label() -> None:
     assert all(map(is_empty, (None, "", " ", float("nan")))) and not any(map(is_empty, (0, "0", [], False)))
-    assert all(map(is_minus_one, (-1, "-1", -1.0, [-1, -1]))) and not any(map(is_minus_one, (1, "", [], [-1, 0], None)))
+    assert [*map(mark_of_none, (-1, "-1", -1.0, [-1, -1], "N/A", "?"))] == ["-1"] * 4 + ["n/a", "?"]
+    assert not any(map(mark_of_none, (1, "", [], [-1, 0], None, float("nan"), "none at all")))
 
 
 @pytest.mark.parametrize(

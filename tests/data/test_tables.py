@@ -183,6 +183,7 @@ def test_compressed_files(tmp_path: Path, suffix: str, pack: object) -> None:
         ("d.pkl", "can run code"),
         ("d.gz", "unknown suffix"),
         ("d.txt", "unknown suffix '.txt'"),
+        ("d.arrow", "name the directory that it is in"),
     ],
 )
 def test_files_that_must_be_saved_otherwise(tmp_path: Path, name: str, words: str) -> None:
