@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -199,3 +201,17 @@ def test_nested_lists_and_missing_values(tmp_path: Path) -> None:
     ]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data.parquet")
     assert values(read_rows(tmp_path / "data.parquet")) == rows
+
+
+def test_decimal_numbers_are_plain_ones(tmp_path: Path) -> None:
+    table = pyarrow.table({"label": pyarrow.array([Decimal("1.50"), None])})
+    pyarrow.parquet.write_table(table, tmp_path / "data.parquet")
+    assert values(read_rows(tmp_path / "data.parquet")) == [{"label": 1.5}, {"label": None}]
+
+
+def test_a_parquet_file_without_rows(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(
+        pyarrow.table({"label": pyarrow.array([], pyarrow.string())}), tmp_path / "data.parquet"
+    )
+    with pytest.raises(InputError, match="has no rows of data"):
+        read_rows(tmp_path / "data.parquet")

@@ -48,7 +48,7 @@ def _in_rgb(opened: Any) -> Any:
 def _range(least: float, largest: float, mode: str) -> tuple[float, float]:
     """Which numbers are black and white: those of the usual depth that holds an image's least and largest one, else these two."""
     depths = {"F": (1.0, 255.0, 65535.0), "I": (255.0, 65535.0)}.get(mode, (65535.0,))
-    usual = next((depth for depth in depths if 0 <= least and largest <= depth), None)
+    usual = next((depth for depth in depths if least >= 0 and largest <= depth), None)
     return (0.0, usual) if usual else (float(least), float(largest) + (least == largest))
 
 

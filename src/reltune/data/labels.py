@@ -155,12 +155,12 @@ def _check_texts(texts: Sequence[str], column: str) -> None:
 def _check_tags(labels: Sequence[Sequence[Any]], column: str) -> None:
     """Raise InputError where the parts of labels are tags of words, O among them."""
     parts = {part for label in labels for part in label}
-    if "O" in parts and any(len(label) > 1 for label in labels) and all(isinstance(part, str) for part in parts):
-        if entity_tags(parts):
-            raise InputError(
-                f"The labels in {column!r} are tags of words, such as {max(parts - {'O'})!r}; for token_classification call the column "
-                "ner_tags, and give the words in a column tokens (a list, or a text with spaces between)."
-            )
+    strings = all(isinstance(part, str) for part in parts)
+    if strings and "O" in parts and any(len(label) > 1 for label in labels) and entity_tags(parts):
+        raise InputError(
+            f"The labels in {column!r} are tags of words, such as {max(parts - {'O'})!r}; for token_classification call the column "
+            "ner_tags, and give the words in a column tokens (a list, or a text with spaces between)."
+        )
 
 
 def _quantity(text: str) -> str | None:
