@@ -104,7 +104,7 @@ def test_folder_of_images(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"1 row|on row \d"):
         checked(rows, lambda row: image_problem(row.values, "image"))
     good = checked(rows, lambda row: image_problem(row.values, "image"), "skip")
-    assert len(good) == 4 and list(good.skipped) == ["a 'image' that cannot be decoded"]
+    assert len(good) == 4 and list(good.skipped) == ["a 'image' that cannot be decoded (cat/torn.png)"]
     assert sorted(open_image(row.values["image"]).getpixel((0, 0))[0] for row in good) == [0, 0, 200, 200]
 
 

@@ -72,8 +72,8 @@ def test_paths(tmp_path: Path) -> None:
 
 def test_what_is_no_file(tmp_path: Path) -> None:
     for value, words in (
-        (str(tmp_path / "no.png"), "a 'image' whose file is not there"),
-        ({"path": str(tmp_path / "left" / "no.png"), "bytes": None}, "whose file is not there (left/no.png)"),
+        (str(tmp_path / "no.png"), "a 'image' that cannot be decoded, because its file is not there"),
+        ({"path": str(tmp_path / "left" / "no.png"), "bytes": None}, "its file is not there (left/no.png)"),
         ("https://example.org/a.png", "a link or the image itself"),
         ("data:image/png;base64,iVBO", "a link or the image itself"),
         ("iVBO" * 300, "a link or the image itself"),

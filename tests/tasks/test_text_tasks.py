@@ -79,7 +79,7 @@ def test_numbers_that_teach_nothing_or_slowly() -> None:
         return notes
 
     assert fit(1, 5) == [] and "lie between 0 and 100" in fit(0, 100)[0]
-    with pytest.raises(InputError, match="All training rows have the label 0.5"):
+    with pytest.raises(InputError, match=r"All training rows have the label 0\.5"):
         fit(0.5, 0.5)
 
 

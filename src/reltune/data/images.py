@@ -69,7 +69,7 @@ def image_problem(values: Mapping[str, Any], column: str) -> str | None:
         path = value.get("path") if isinstance(value, Mapping) else None
         name = f" ({Path(path).parent.name}/{Path(path).name})" if path else ""
         missing = isinstance(error, FileNotFoundError)
-        return f"a {column!r} {'whose file is not there' if missing else 'that cannot be decoded'}{name}"
+        return f"a {column!r} {'that cannot be decoded, because its file is not there' if missing else 'that cannot be decoded'}{name}"
     return None
 
 

@@ -188,8 +188,8 @@ def _say_unlabelled(split: str, rows: Rows, layout: Layout, config: RunConfig) -
         require_columns(rows, dict.fromkeys(missing, ""))  # which has the mend
     if missing and getattr(config, f"{split}_file") is not None:
         raise InputError(
-            f"{rows.source} has no column {missing[0]!r} as the training data have, and nothing can be measured without labels. Rename "
-            f"its column of labels, or leave --{split}_file out: then a part of the training data is split off."
+            f"{rows.source} has no column {missing[0]!r}, and nothing can be measured without labels. Rename its column of labels "
+            f"as in the training data, or leave --{split}_file out: then a part of the training data is split off."
         )
     note(
         f"{Path(rows.source).name}: no row of the {split} split has a label; the split is left out, and a part of the training "
