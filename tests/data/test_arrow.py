@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -102,7 +104,7 @@ def test_folder_of_images(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"1 row|on row \d"):
         checked(rows, lambda row: image_problem(row.values, "image"))
     good = checked(rows, lambda row: image_problem(row.values, "image"), "skip")
-    assert len(good) == 4 and list(good.skipped) == ["a 'image' that cannot be decoded"]
+    assert len(good) == 4 and list(good.skipped) == ["a 'image' that cannot be decoded (cat/torn.png)"]
     assert sorted(open_image(row.values["image"]).getpixel((0, 0))[0] for row in good) == [0, 0, 200, 200]
 
 
@@ -199,3 +201,17 @@ def test_nested_lists_and_missing_values(tmp_path: Path) -> None:
     ]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data.parquet")
     assert values(read_rows(tmp_path / "data.parquet")) == rows
+
+
+def test_decimal_numbers_are_plain_ones(tmp_path: Path) -> None:
+    table = pyarrow.table({"label": pyarrow.array([Decimal("1.50"), None])})
+    pyarrow.parquet.write_table(table, tmp_path / "data.parquet")
+    assert values(read_rows(tmp_path / "data.parquet")) == [{"label": 1.5}, {"label": None}]
+
+
+def test_a_parquet_file_without_rows(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(
+        pyarrow.table({"label": pyarrow.array([], pyarrow.string())}), tmp_path / "data.parquet"
+    )
+    with pytest.raises(InputError, match="has no rows of data"):
+        read_rows(tmp_path / "data.parquet")

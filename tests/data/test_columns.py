@@ -131,3 +131,43 @@ def test_every_task_has_columns_that_it_can_use():
         assert any(task in convention.tasks for convention in (*CONVENTIONS, TEXT_ALONE)), task
     labelled = {task for convention in CONVENTIONS if "label" in convention.roles for task in convention.tasks}
     assert labelled == set(READERS)
+
+
+@pytest.mark.parametrize(
+    ("columns", "flags"),
+    [
+        ("review sentiment", "--text_column review --label_column sentiment"),
+        ("id review lang sentiment", "--text_column review --label_column sentiment"),
+        ("text category", "--label_column category"),
+        (
+            "sentence1 sentence2 gold_label",
+            "--text_column sentence1 --text_pair_column sentence2 --label_column gold_label",
+        ),
+    ],
+)
+def test_flags_for_what_columns_seem_to_be(columns, flags):
+    def value(name, line):
+        return f"a few words {line}" if name in ("review", "text", "sentence1", "sentence2") else "ab"[line % 2]
+
+    rows = [Row({name: value(name, line) for name in columns.split()}, line) for line in range(20)]
+    with pytest.raises(InputError, match=f"pass {flags}[.]"):
+        guess_task(columns.split(), rows)
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        (["text", "entities"], "parts of a text by their places .'entities'. are not read"),
+        (["image"], "without a label: put the images of each label into a folder"),
+    ],
+)
+def test_columns_with_a_mend_of_their_own(columns, words):
+    with pytest.raises(InputError, match=words):
+        guess_task(columns, [])
+
+
+def test_paths_of_images():
+    rows = [Row({"file_name": f"{n}.JPG", "label": "a", "text": "b"}, n) for n in range(3)]
+    assert guess_task(["file_name", "label"], rows)[0] == "image_classification"
+    rows = [Row({"file_name": f"{n}.txt", "label": "a", "text": "b"}, n) for n in range(3)]
+    assert guess_task(["file_name", "label", "text"], rows)[0] == "sequence_classification"

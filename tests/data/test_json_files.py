@@ -133,3 +133,19 @@ def test_squad(tmp_path: Path) -> None:
 def test_other_shapes_are_refused(tmp_path: Path, content: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
         checked(read(tmp_path, content), lambda row: None)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"a": 1},\n{"a": null},\n', "{'a': 1}\n{'a': None}\n", '{\n"a": 1\n},\n{\n"a": null\n}\n']
+)
+def test_lines_that_are_nearly_json(tmp_path: Path, content: str) -> None:
+    """Commas between lines, and lines as Python writes them."""
+    assert [row.values for row in read(tmp_path, content)] == [{"a": 1}, {"a": None}]
+
+
+def test_paragraphs_with_questions(tmp_path: Path) -> None:
+    """As simpletransformers has them."""
+    answer = {"text": "c", "answer_start": 0}
+    content = json.dumps([{"context": "c", "qas": [{"id": "1", "question": "q", "answers": [answer]}]}] * 2)
+    row = {"id": "1", "question": "q", "context": "c", "answers": [answer]}
+    assert [found.values for found in read(tmp_path, content)] == [row, row]

@@ -14,8 +14,9 @@ from reltune.data.labels import (
     LabelSets,
     Numbers,
     is_empty,
-    is_minus_one,
+    mark_of_none,
     note_odd_labels,
+    note_one_class,
     note_rare_classes,
     switch_of,
     task_of_labels,
@@ -44,6 +45,9 @@ def task_of(labels: Sequence[Any]) -> tuple[str, list[str]]:
         (["a|b", "a", ""], "'a|b' in 'y' are read as several"),
         (["1|2", "1"], "several"),
         ([["a"], ["b"]], "exactly one label"),
+        (["1 0 0", "0 1 1"], ""),
+        (["1|0", "1|1"], ""),
+        ([[1, 0, 0], [0, 1, 1], [1, 0]], ""),  # the last is a bad row
     ],
 )
 def test_several_labels(labels: list[Any], words: str) -> None:
@@ -59,8 +63,15 @@ def test_several_labels(labels: list[Any], words: str) -> None:
         (["a;b", "b;a"], "several labels of one text or one class"),
         ([[[0, 5, "PER"]], []], "lists of lists or of objects.*token_classification"),
         ([[{"start": 0, "end": 5}]], "lists of lists or of objects"),
-        ([{"a": 3}], "lists with numbers, or lists and other things"),
+        ([{"a": 3}], "are objects; multilabel_classification wants a list of classes"),
         ([[0.5, 1.0]], "lists with numbers"),
+        (["10%", "20%", "5 %"], "'10%' in 'y' could be classes or quantities; .*--task regression"),
+        (["$1.50", "$2.50", "$3"], "could be classes or quantities"),
+        (["1,234.50", "2,100.00", "1,000,000"], "could be classes or quantities"),
+        (["2020-01-01", "2020-01-02", "2020-01-03"], "are dates"),
+        (["010", "110", "000"], r"a zero or one for each of several labels.*\[0, 1, 0\]"),
+        (["B-X O", "O O"], "tags of words, such as 'B-X'; for token_classification"),
+        ([["B-X", "O"], ["O"]], "tags of words"),
     ],
 )
 def test_labels_that_could_be_several_things(labels: list[Any], words: str) -> None:
@@ -68,7 +79,18 @@ def test_labels_that_could_be_several_things(labels: list[Any], words: str) -> N
         task_of(labels)
 
 
-@pytest.mark.parametrize("labels", [["Paris, France", "Rome, Italy"], ["a, b", "c"], [0.0, 1.0], ["0.0", "1.0", 1]])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["10%", "20%"],
+        ["100", "110", "101"],
+        ["1/5", "2/5"],
+        ["Paris, France", "Rome, Italy"],
+        ["a, b", "c"],
+        [0.0, 1.0],
+        ["0.0", "1.0", 1],
+    ],
+)
 def test_one_class(labels: list[Any]) -> None:
     assert task_of(labels) == ("sequence_classification", [])
 
@@ -114,6 +136,11 @@ def test_spellings_are_said_once() -> None:
         (['"bad"', "bad"], "look alike"),
         (["B-PER", "O", "o"], "'O' and 'o' in 'y' are different ones"),
         (["“bad”", "“good”"], "keep their quotes, which are no marks of CSV"),
+        (["'bad'", "'good'"], "keep their quotes"),
+        (["-", "entailment"], "'-' in 'y' is read as a class"),
+        (["#N/A", "good"], "'#N/A' in 'y' is read as a class"),
+        (["bad", "bad\u200b"], "'bad' and 'bad\\u200b' in 'y' are different ones"),
+        (["n\u00e9g", "ne\u0301g"], "'ne\\u0301g' and 'n\\xe9g' in 'y' are different"),
         (["-1", "0", "1"], None),
         (["bad", "good"], None),
     ],
@@ -129,6 +156,7 @@ def test_odd_labels(labels: list[str], words: str | None) -> None:
     [
         ([[1, 0, 1], [0, 0, 0], "[0 1 0]"], [["0", "2"], [], ["1"]], ["0", "1", "2"], "3 zeros and ones"),
         ([[1, 0], [0, 1]], [["0"], ["1"]], ["0", "1"], "each row has exactly one"),
+        (["1,0,0", "0,1,1"], [["0"], ["1", "2"]], ["0", "1", "2"], "3 zeros and ones"),
         ([{"a": 1.0, "b": 0}, {"b": 1}], [["a"], ["b"]], ["a", "b"], ""),
         (["a|b", " c | a ", ""], [["a", "b"], ["c", "a"], []], [], ""),
         (["a, b", "c"], [["a", "b"], ["c"]], [], "'a, b' in 'y' are read as several, with ',' between"),
@@ -173,6 +201,41 @@ def test_numbers() -> None:
         Numbers(["1,000", "12"], "y")
 
 
+@pytest.mark.parametrize(
+    ("labels", "numbers"),
+    [
+        (["45%", "7 %", "3.5%"], ["45", "7", "3.5"]),
+        (["$1,234.50", "$2"], ["1234.50", "2"]),
+        (["12.50€", "3€"], ["12.50", "3"]),
+        (["1,234.50", "1,000", "7"], ["1234.50", "1000", "7"]),
+        (["1.234,50", "2.000,00"], ["1234.50", "2000.00"]),
+        (["\N{MINUS SIGN}0.5", "1.5"], ["-0.5", "1.5"]),
+        (["45%", "0.5"], ["45%", "0.5"]),  # of two kinds: bad rows
+        (["$5", "5€"], ["$5", "5€"]),
+    ],
+)
+def test_signs_and_thousands(labels: list[str], numbers: list[str]) -> None:
+    with collecting() as notes:
+        read = Numbers(labels, "y")
+    assert list(map(read, labels)) == numbers
+    assert notes == (
+        [f"Labels such as {labels[0]!r} in 'y' are read as the number {numbers[0]}."] if labels != numbers else []
+    )
+
+
+def test_lists_of_another_length_are_bad_rows() -> None:
+    with collecting():
+        read = LabelSets([[1, 0, 0], [0, 1, 1], [1, 0]], "y")
+    assert read([1, 0, 0]) == ["0"] and "no list of 3 zeros and ones" in read([1, 0]).reason
+
+
+def test_held_out_rows_of_one_class() -> None:
+    with collecting() as notes:
+        note_one_class("test", ["0"] * 9)
+        note_one_class("validation", ["0", "1"])
+    assert len(notes) == 1 and "All 9 rows of the test split have the label '0'" in notes[0]
+
+
 def test_columns_of_labels() -> None:
     join = LabelColumns(["toxic", "obscene"], "y")
     assert join({"t": "x", "toxic": "1", "obscene": 1.0}) == {
@@ -197,7 +260,8 @@ def test_columns_of_labels() -> None:
 
 def test_what_is_no_label() -> None:
     assert all(map(is_empty, (None, "", " ", float("nan")))) and not any(map(is_empty, (0, "0", [], False)))
-    assert all(map(is_minus_one, (-1, "-1", -1.0, [-1, -1]))) and not any(map(is_minus_one, (1, "", [], [-1, 0], None)))
+    assert [*map(mark_of_none, (-1, "-1", -1.0, [-1, -1], "N/A", "?"))] == ["-1"] * 4 + ["n/a", "?"]
+    assert not any(map(mark_of_none, (1, "", [], [-1, 0], None, float("nan"), "none at all")))
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,8 @@ def test_long_fields_are_read(tmp_path):
 @given(st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1)), min_size=1, max_size=8))
 def test_what_csv_writes_is_read_back(tmp_path_factory, pairs):
     pairs = [(text, label) for text, label in pairs if text.strip() and label.strip()]
-    pairs = [pair for pair in pairs if "\0" not in "".join(pair)] or [("text", "label")]
+    pairs = [pair for pair in pairs if "\0" not in "".join(pair)] or [("good", "pos")]
+    pairs = [pair for pair in pairs if [field.strip() for field in pair] != ["text", "label"]] or [("good", "pos")]
     path = tmp_path_factory.mktemp("rows") / "data.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("text", "label"), *pairs])

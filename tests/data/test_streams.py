@@ -65,7 +65,7 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("d.csv", "text,label\n", "no rows of data"),
-        ("d.jsonl", "nothing\n", "no rows of data"),
+        ("d.jsonl", "nothing\n", "holds no JSON"),
         ("d.json", "[{}]", "one list, which cannot be streamed"),
         ("d.txt", "text\na\n", "unknown suffix"),
         ("d.csv", 'text,label\n"open,b\n', "line 2 is not valid CSV"),

@@ -183,9 +183,57 @@ def test_compressed_files(tmp_path: Path, suffix: str, pack: object) -> None:
         ("d.pkl", "can run code"),
         ("d.gz", "unknown suffix"),
         ("d.txt", "unknown suffix '.txt'"),
+        ("d.arrow", "name the directory that it is in"),
     ],
 )
 def test_files_that_must_be_saved_otherwise(tmp_path: Path, name: str, words: str) -> None:
     (tmp_path / name).write_bytes(b"\x00")
     with pytest.raises(InputError, match=words):
         read_rows(tmp_path / name)
+
+
+# -- what does not belong into a table ------------------------------------------------------------------------------
+
+
+def test_files_put_one_behind_another(tmp_path: Path) -> None:
+    assert read(tmp_path, "text,label\na,p\ntext,label\nb,q\n")[0] == [("a", "p"), ("b", "q")]
+    assert read_rows(tmp_path / "d.csv").broken == [(3, "the header once more")]
+    assert read(tmp_path, "text\na\ntext\n")[0] == [("a",), ("text",)]  # a text like any other
+
+
+@pytest.mark.parametrize("above", ["Export of May\n", "# by a program\n# version 1\n", "Export,\n,\n"])
+def test_titles_above_the_columns(tmp_path: Path, above: str) -> None:
+    for streaming in (False, True):
+        (tmp_path / "d.csv").write_text(above + "text,label\na,p\nb,q\nc,p\n")
+        with pytest.raises(InputError, match="one field, and goes on with 2; the first line must name the columns"):
+            read_splits(tmp_path / "d.csv", streaming=streaming)
+    assert read(tmp_path, ",text\n0,a\n1,b\n")[0] == [("0", "a"), ("1", "b")]  # a program's numbers
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_numbers_of_rows_without_a_name(tmp_path: Path, start: int) -> None:
+    """As R writes tables."""
+    content = '"text"\t"label"\n' + "".join(f'"{start + number}"\t"a{number}"\t"p"\n' for number in range(3))
+    assert read(tmp_path, content, "d.tsv")[0] == [(str(start + number), f"a{number}", "p") for number in range(3)]
+    assert read_rows(tmp_path / "d.tsv").columns == ["", "text", "label"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("d.csv", b"PAR1\x15\x04", "is a Parquet file; rename it to .parquet"),
+        ("d.csv", gzip.compress(b"text,label\n"), "is compressed; add .gz"),
+        ("d.csv", b'{"text": "a", "label": "p"}\n', "holds JSON; rename it to .jsonl"),
+        ("d.csv", b'[\n {"text": "a"}]', "holds JSON"),
+        ("d.jsonl", b"text,label\na,p\n", "holds no JSON.*rename it to .csv or .tsv"),
+        ("d.csv", b"\xef\xbb\xbf<!DOCTYPE html><html>, not found</html>", "is a web page"),
+        ("d.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "git lfs pull"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_that_are_not_what_their_name_says(
+    tmp_path: Path, name: str, content: bytes, words: str, streaming: bool
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        read_splits(tmp_path / name, streaming=streaming)

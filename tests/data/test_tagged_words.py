@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from reltune.data.bad_rows import checked
+from reltune.data.layout import layout_of
 from reltune.data.rows import Rows
 from reltune.data.sources import read_rows, read_splits
+from reltune.data.tagged_words import entity_tags
 from reltune.errors import InputError
 from reltune.notes import collecting
 
@@ -59,3 +61,45 @@ def test_lines_that_lack_a_tag(tmp_path: Path) -> None:
     ):
         checked(rows, lambda row: None)
     assert len(checked(rows, lambda row: None, "skip")) == 2
+
+
+def test_a_hash_that_is_a_word(tmp_path: Path) -> None:
+    rows = read(tmp_path, "# id 7\n# O\nAnn B-PER\n# O\n\n# a comment\nsings O\n# two words\n")
+    assert [row.values["tokens"] for row in rows] == [["#", "Ann", "#"], ["sings"]]
+
+
+@pytest.mark.parametrize("name", ["sentence_id", "Sentence #"])
+def test_a_word_in_each_row(name: str) -> None:
+    """The number of a sentence on all of its words, or on the first alone."""
+    words = [("1", "Ann", "B-PER"), ("" if "#" in name else "1", "sings", "O"), ("2", "Bob", "B-PER")]
+    columns = (name, "words", "labels")
+    rows = Rows([dict(zip(columns, word, strict=True)) for word in words], "d.csv", lines=[2, 3, 4])
+    with collecting() as notes:
+        layout = layout_of(rows)
+        found = layout.read(rows)
+    assert [(row.line, row.values["words"], row.values["labels"]) for row in found] == [
+        (2, ["Ann", "sings"], ["B-PER", "O"]),
+        (4, ["Bob"], ["B-PER"]),
+    ]
+    assert layout.task == "token_classification" and name in layout.used and f"by the column {name!r}" in notes[0]
+    for record in rows.records:
+        del record[name]
+    with pytest.raises(InputError, match="one word in each row, and no column that tells the sentences"):
+        layout_of(Rows(rows.records, "d.csv"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "usual"),
+    [
+        ("O B-X I-X", "O B-X I-X"),
+        ("O B-X M-X E-X S-X", "O B-X I-X E-X S-X"),
+        ("O B-X I-X L-X U-Y", "O B-X I-X E-X S-Y"),
+        ("o b_x i_x", "O B-x I-x"),
+        ("O X-B X-I", "O B-X I-X"),
+        ("O X", ""),
+        ("NOUN VERB", ""),
+        ("0 1 2", ""),
+    ],
+)
+def test_schemes_of_tags(labels: str, usual: str) -> None:
+    assert entity_tags(labels.split()) == (dict(zip(labels.split(), usual.split(), strict=True)) if usual else {})

@@ -350,7 +350,8 @@ def test_minus_one_can_be_a_class(jsonl: Jsonl) -> None:
     train = jsonl(lambda number, text: {"text": text, "label": number % 2 * 2 - 1})
     test = jsonl(lambda _, text: {"text": f"held {text}", "label": -1}, "test.jsonl")
     read = Read(train, test_file=str(test))
-    assert len(read.splits.test) == 20 and read.notes == []
+    assert len(read.splits.test) == 20 and len(read.notes) == 1
+    assert "All 20 rows of the test split have the label '-1'" in read.notes[0]
 
 
 @pytest.mark.parametrize("name", ["Unnamed: 0", "__index_level_0__", ""])
@@ -411,3 +412,45 @@ def test_held_out_rows_of_training(csv: Csv) -> None:
     read = Read(path, test_file=str(path), validation_file=str(path))
     assert read.notes == ["data.csv: 20 of 20 held-out rows are in the training data too."]
     assert Read(path).notes == []
+
+
+def test_columns_of_held_out_rows_in_other_case(csv: Csv) -> None:
+    train = csv("text,label", lambda number, text: f"{text},{number % 2}")
+    held = csv("Text,LABEL", lambda number, text: f"held {text},{number % 2}", "test.csv")
+    assert Read(train, test_file=str(held)).splits.test[3].values == {"text": "held text 3", "label": "1"}
+    with pytest.raises(InputError, match=r"no column 'text', only 'words', 'label'.* Rename the right one"):
+        Read(train, test_file=str(csv("words,label", lambda number, text: f"{text},{number % 2}", "test.csv")))
+
+
+@pytest.mark.parametrize("mark", ["?", "N/A", "-"])
+def test_marks_of_no_label(csv: Csv, mark: str) -> None:
+    train = csv("text,label", lambda number, text: f"{text},{'ab'[number % 2]}")
+    held = csv("text,label", lambda number, text: f"held {text},{mark}", "test.csv")
+    assert "test.csv: no row of the test split has a label" in Read(train, test_file=str(held)).notes[0]
+    train = csv("text,label", lambda number, text: f"{text},{['a', mark][number % 2]}")
+    assert len(Read(train, test_file=str(held)).splits.test) == 20  # a class of training
+
+
+def test_texts_with_several_labels(csv: Csv) -> None:
+    read = Read(csv("text,label", lambda number, text: f"text {number // 2},{'ab'[number % 2]}"))
+    assert read.notes == [
+        "data.csv: 10 texts stand in several rows with different labels; if a text may have several, write them in one row (a|b)."
+    ]
+
+
+def test_words_in_place_of_texts(csv: Csv) -> None:
+    read = Read(csv("text,label", lambda number, text: f"{'nan' if number == 2 else text},{number % 2}"))
+    assert len(read.notes) == 1 and "Texts such as 'nan' in 'text' (line 4) are read as they are" in read.notes[0]
+
+
+def test_answers_beside_their_places(csv: Csv, jsonl: Jsonl) -> None:
+    path = csv("question,context,answer,answer_start", lambda _, text: f"what,text {text},text,5")
+    read = Read(path)
+    assert read.values[0]["answers"] == {"text": ["text"], "answer_start": [5]} and read.notes == []
+    for start in ("5", 5.0):
+        answers = {"text": ["text"], "answer_start": [start]}
+        read = Read(jsonl(lambda _, text, own=answers: {"question": "q", "context": f"text {text}", "answers": own}))
+        assert read.values[0]["answers"]["answer_start"] == [5]
+    read = Read(jsonl(lambda _, text: {"question": "q", "context": f"text {text}", "answers": ["text", text]}))
+    assert read.values[0]["answers"] == ["text", "text 0"]
+    assert "14 of 14 answers stand in their contexts several times; the first place is learned" in read.notes[0]

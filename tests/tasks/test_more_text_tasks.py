@@ -163,6 +163,14 @@ def test_answers_that_are_none() -> None:
         ({"text": ["film"], "answer_start": [-1]}, "wrong answer_start"),
     ):  # fmt: skip
         assert words in str(task.problem(Row({**good.values, "answers": answers}, 1)))
+    for answers in (None, ""):
+        assert "an empty 'answers' (where the context has no answer, write an empty list)" in str(
+            task.problem(Row({**good.values, "answers": answers}, 1))
+        )
+    several = Row({**good.values, "answers": ["film", "good"]}, 1)
+    assert task.problem(several) is None and task.answers(several) == [("film", 4), ("good", 12)]
+    with pytest.raises(InputError, match="No training row has an answer in 'answers'"):
+        task.fitted([question("the film")])
     assert not task.fitted([good]).unanswerable and task.fitted([good, question("the film")]).unanswerable
 
 

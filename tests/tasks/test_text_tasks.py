@@ -16,6 +16,7 @@ from transformers import EvalPrediction
 from reltune.data.rows import Row
 from reltune.errors import InputError
 from reltune.losses import LOSSES
+from reltune.notes import collecting
 from reltune.tasks.multilabel_classification import MultilabelClassification
 from reltune.tasks.regression import Regression
 from reltune.tasks.task import Task
@@ -69,6 +70,17 @@ def test_regression_rows(model: Path) -> None:
         problem = task.problem(Row({"text": "good", "label": value}, 1))
         assert problem is None if found is None else found in str(problem), value
     check_loss(task, model, [Row({"text": "good film", "label": "1.5"}, 1), Row({"text": "bad", "label": -2}, 2)])
+
+
+def test_numbers_that_teach_nothing_or_slowly() -> None:
+    def fit(*labels: float) -> list[str]:
+        with collecting() as notes:
+            Regression().fitted([Row({"text": "good", "label": label}, 1) for label in labels])
+        return notes
+
+    assert fit(1, 5) == [] and "lie between 0 and 100" in fit(0, 100)[0]
+    with pytest.raises(InputError, match=r"All training rows have the label 0\.5"):
+        fit(0.5, 0.5)
 
 
 def test_a_head_of_one_number_is_kept(tmp_path: Path) -> None:
@@ -249,6 +261,26 @@ def test_parts_of_speech_are_no_entities() -> None:
     task = TokenClassification(labels=["ADJ", "NOUN"])
     assert task.best == "token_accuracy"
     assert task.compute_metrics(EvalPrediction(np.array([[0, 1]]), np.array([[0, 0]]))) == {"token_accuracy": 0.5}
+
+
+@pytest.mark.parametrize("tags", ["O B-X E-X S-X", "O B-X L-X U-X", "O X_B X_E X_S"])
+def test_entities_of_other_schemes_are_counted_whole(tags: str) -> None:
+    """Two words that are an entity each, of which one is found; and one of two words that is found."""
+    truth, found = np.array([[3, 3, 0, 1, 2]]), np.array([[3, 0, 0, 1, 2]])
+    metrics = TokenClassification(labels=tags.split()).compute_metrics(EvalPrediction(found, truth))
+    assert (metrics["precision"], metrics["recall"]) == (1, pytest.approx(2 / 3))
+
+
+def test_tags_that_do_not_mark_entities_are_said() -> None:
+    def notes(*tags: str) -> list[str]:
+        with collecting() as made:
+            TokenClassification().fitted([Row({"tokens": ["a"] * len(tags), "ner_tags": list(tags)}, 1)])
+        return made
+
+    assert notes("O", "B-X") == notes("NOUN", "VERB") == []
+    assert "not whole entities" in notes("O", "X")[0] and "not whole entities" in notes("0", "3")[0]
+    problem = TokenClassification().problem(Row({"tokens": ["a"], "ner_tags": [-100]}, 1))
+    assert problem == "a 'ner_tags' with -100, which stands for no tag"
 
 
 def test_a_run_of_tags(model: Path, tmp_path: Path) -> None:

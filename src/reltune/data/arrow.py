@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,12 @@ def read_folder(path: Path, streaming: bool = False) -> dict[str, Rows | Streame
             if streaming:
                 data = _each(data, lambda split: split.to_iterable_dataset())
     elif any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
+        images = _check_images(path)
+        splits = _split_folders(path)
         with _reading(str(path), "give each label a folder, or write a metadata.csv with file_name and label"):
-            data = datasets.load_dataset("imagefolder", data_dir=str(path), streaming=streaming)
+            data = datasets.load_dataset("imagefolder", data_dir=str(path), data_files=splits, streaming=streaming)
+        if images and not streaming and (rest := images - sum(map(len, data.values()))) > 0:
+            note(f"{path.name}: {rest} images are in no row of the metadata file, and are left out.")
     elif any(path.rglob("*.parquet")):  # a data set of the Hub as it is downloaded: its splits are in the files' names
         with _reading(str(path), "check that its files are whole"):
             files = datasets.load_dataset_builder("parquet", data_dir=str(path)).config.data_files
@@ -58,6 +63,52 @@ def read_folder(path: Path, streaming: bool = False) -> dict[str, Rows | Streame
             "the data set with save_to_disk."
         )
     return _splits(data, str(path))
+
+
+def _split_folders(path: Path) -> dict[str, str] | None:
+    """Split -> its files, where all folders of a folder are called as splits are, in any case ("Training"); else None."""
+    names = {folder.name: SPLITS.get(folder.name.casefold()) for folder in _visible(path) if folder.is_dir()}
+    if not names or None in names.values() or len(set(names.values())) < len(names):
+        return None
+    return {str(split): f"{name}/**" for name, split in names.items()}
+
+
+def _visible(path: Path) -> list[Path]:
+    """What lies in a folder, but for what programs hide there."""
+    return sorted(inner for inner in path.iterdir() if not inner.name.startswith((".", "__")))
+
+
+def _check_images(path: Path) -> int:
+    """The number of images of a folder that a metadata file should list; 0 where there is none. Says which files are not read.
+
+    Raises:
+        InputError: folders of labels hold folders of the same names, so that no one knows which are the labels.
+    """
+    files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path))]
+    described = any(file.name in ("metadata.csv", "metadata.jsonl", "metadata.parquet") for file in files)
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    others = Counter(
+        file.suffix or file.name for file in files if file not in set(images) and not file.name.startswith("metadata.")
+    )
+    if others:
+        shown = ", ".join(f"{count} of {suffix!r}" for suffix, count in others.most_common(5))
+        note(f"{path.name}: not read, because they are no images of a known kind: {shown}.")
+    above: dict[str, set[Path]] = {}
+    for image in images:
+        above.setdefault(image.parent.name, set()).add(image.parent.parent)
+    splits = [name for name in above for parent in above[name] if parent.name.casefold() in SPLITS]
+    twice = next((name for name, parents in above.items() if len(parents) > 1 and name not in splits), None)
+    if twice is not None and not described:
+        first, second, *_ = sorted(parent.name for parent in above[twice])
+        raise InputError(
+            f"{path} holds folders in folders, {first}/{twice} and {second}/{twice}, and does not say which names are the labels; put "
+            "all images of a label into one folder, or write a metadata.csv with file_name and label."
+        )
+    return len(images) if described else 0
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name in ("Thumbs.db", "desktop.ini") or any(part.startswith((".", "__")) for part in path.parts)
 
 
 def read_hub(name: str, config: str | None = None, streaming: bool = False) -> dict[str, Rows | StreamedRows]:
@@ -96,6 +147,10 @@ def _reading(source: str, mend: str) -> Iterator[None]:
         raise
     except Exception as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        if "BatchSize must be greater than 0" in str(
+            cause or error
+        ):  # what pyarrow says of a Parquet file without rows
+            raise InputError(f"{source} has no rows of data; add some.") from error
         raise InputError(f"{source} cannot be read ({first_line(cause or error)}); {mend}.") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
@@ -134,10 +189,12 @@ def _rows(data: Any, source: str) -> Rows | StreamedRows:
 
 
 def _stored(data: Any) -> Any:
-    """The data with images as they are stored."""
+    """The data with images as they are stored, and with decimal numbers as plain ones."""
     for name, feature in data.features.items():
         if isinstance(feature, datasets.Image):
             data = data.cast_column(name, datasets.Image(decode=False))
+        elif str(getattr(feature, "dtype", "")).startswith("decimal"):
+            data = data.cast_column(name, datasets.Value("float64"))
     return data
 
 

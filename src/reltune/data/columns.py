@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from reltune.data.labels import LABELLED, switch_of, task_of_labels
+from reltune.data.labels import CLASSES, LABELLED, REPEATS, switch_of, task_of_labels
 from reltune.data.rows import Row, Rows
 from reltune.data.streams import StreamedRows
 from reltune.errors import InputError, nearest
@@ -49,17 +50,40 @@ class Convention:
 
 
 def _called(names: Iterable[str], columns: Sequence[str]) -> str | None:
-    """The column with one of these names, if need be in other case."""
+    """The column with one of these names, if need be in other case or with space around."""
     exact = next((name for name in names if name in columns), None)
     if exact is not None:
         return exact
-    folded = [column.casefold() for column in columns]
+    folded = [column.strip().casefold() for column in columns]
     wanted = next((name.casefold() for name in names if folded.count(name.casefold()) == 1), None)
     return None if wanted is None else columns[folded.index(wanted)]
 
 
 LABEL = ("label", "labels")
 TEXT = ("text", "sentence")
+IMAGES = ("image", "image_path", "img_path", "file_name", "filename", "filepath", "file_path")
+IMAGE_FILE = re.compile(r".+\.(png|jpe?g|webp|bmp|gif|tiff?)", re.I)
+LIKELY_LABELS = (  # names that columns of labels have without being called so
+    *(
+        "sentiment",
+        "category",
+        "class",
+        "target",
+        "stars",
+        "rating",
+        "score",
+        "gold_label",
+        "polarity",
+        "intent",
+        "emotion",
+    ),
+    *("topic", "airline_sentiment", "is_spam", "toxic", "v1", "y"),
+)
+MARKED_PARTS = (
+    "entities",
+    "spans",
+    "annotations",
+)  # parts of a text by their places, as annotation programs write them
 PAIRS = (  # two texts that are read together -> the names of their label, if they have one of their own
     (("sentence1", "sentence2"), ("score", "similarity_score")),
     (("sentence_a", "sentence_b"), ("relatedness_score",)),
@@ -80,11 +104,15 @@ CONVENTIONS = (
         {"prompt": ("prompt", "question", "instruction", "conversations")},
     ),
     Convention(
-        ("question_answering",), {"question": ("question",), "context": ("context",), "answers": ("answers", "answer")}
+        ("question_answering",),
+        {"question": ("question",), "context": ("context",), "answers": ("answers", "answer", "answer_text")},
     ),
     Convention(
         ("token_classification",),
-        {"tokens": ("tokens", "words"), "tags": ("ner_tags", "tags", "pos_tags", "chunk_tags", "labels")},
+        {
+            "tokens": ("tokens", "words", "word"),
+            "tags": ("ner_tags", "tags", "pos_tags", "chunk_tags", "labels", "tag", "ner_tag"),
+        },
     ),
     Convention(("causal_lm",), {"messages": ("messages", "conversations", "conversation")}, {"tools": ("tools",)}),
     Convention(("causal_lm",), {"prompt": ("prompt",), "completion": ("completion",)}, {"tools": ("tools",)}),
@@ -96,7 +124,7 @@ CONVENTIONS = (
     Convention(("seq2seq",), {"source": ("source",), "target": ("target",)}),
     Convention(("seq2seq",), {"source": ("document",), "target": ("summary",)}),
     Convention(("seq2seq",), {"source": ("article",), "target": ("highlights", "summary")}),
-    Convention(("image_classification",), {"image": ("image",), "label": LABEL}),
+    Convention(("image_classification",), {"image": IMAGES, "label": LABEL}),
     Convention(LABELLED, {"text": TEXT, "label": LABEL}),
     *(
         Convention(LABELLED, {"text": (first,), "text_pair": (second,), "label": (*LABEL, *own)})
@@ -156,18 +184,55 @@ def guess_task(
         raise InputError(
             f"The columns {_shown(columns)} look like data; put a line above them that names the columns (text,label)."
         )
+    raise InputError(_no_layout(columns, rows, text_column, label_column))
+
+
+def _no_layout(columns: Sequence[str], rows: Sequence[Row], text_column: str, label_column: str) -> str:
+    """The message for columns that no task fits, with the flags that name what they seem to be."""
+    subject = f"The columns {_shown(columns)} are" if len(columns) != 1 else f"The column {columns[0]!r} is"
+    marked = next((name for name in columns if name.casefold() in MARKED_PARTS), "")
+    if marked:
+        return (
+            f"{subject} of no layout that is known: parts of a text by their places ({marked!r}) are not read. For "
+            "token_classification give each row its words (tokens) and a tag for each (ner_tags)."
+        )
+    if columns in (["image"], ["image", "image_id"]):
+        return (
+            f"{subject} without a label: put the images of each label into a folder of its own, two labels at least, or write a "
+            "metadata.csv with the columns file_name and label beside them."
+        )
     text = _called(TEXT if text_column == "text" else [text_column], columns)
+    if flags := _flags(columns, rows, text if text_column == "text" else text_column, label_column):
+        return f"{subject} of no layout that is known. If they are a text and its label, pass {flags}."
     if text is not None and label_column in LABEL:
-        raise InputError(
-            f"The columns {_shown(columns)} are of no layout that is known, because {text!r} has no label beside it (text, label). "
+        return (
+            f"{subject} of no layout that is known, because {text!r} has no label beside it (text, label). "
             "Name the label with --label_column, or pass --task causal_lm to learn to write the texts."
         )
     known = (*CONVENTIONS[: 1 - len(PAIRS)], TEXT_ALONE)
     layouts = "; ".join(str(dataclasses.replace(convention, optional={})) for convention in known)
-    subject = f"The columns {_shown(columns)} are" if len(columns) != 1 else f"The column {columns[0]!r} is"
-    raise InputError(
-        f"{subject} of no layout that is known ({layouts}). Name yours with --text_column and --label_column, or rename them."
-    )
+    return f"{subject} of no layout that is known ({layouts}). Name yours with --text_column and --label_column, or rename them."
+
+
+def _flags(columns: Sequence[str], rows: Sequence[Row], text: str | None, label_column: str) -> str:
+    """The flags for columns of which one or two certainly hold texts, and one labels; else ""."""
+    free = [name for name in columns if not BESIDE.fullmatch(name) and name != text]
+    values = {name: [row.values.get(name) for row in rows if row.values.get(name) not in (None, "")] for name in free}
+    words = {name: [len(one.split()) for one in own if isinstance(one, str)] for name, own in values.items()}
+    texts = [name for name in free if values[name] and sum(words[name]) >= 3 * len(values[name])]
+    labels = [
+        name
+        for name in free
+        if name not in texts
+        and 1 < len({str(one) for one in values[name]}) <= max(2, min(CLASSES, len(rows) // REPEATS))
+    ]
+    likely = [name for name in labels if name.casefold() in LIKELY_LABELS] or labels
+    found = [name for name in (text, *texts) if name is not None]
+    if label_column not in LABEL or not 1 <= len(found) <= 2 or len(likely) != 1 or (text and text not in columns):
+        return ""
+    given = [] if found[0] in TEXT else ["--text_column", found[0]]
+    pair = ["--text_pair_column", found[1]] if len(found) == 2 else []
+    return shlex.join([*given, *pair, "--label_column", likely[0]])
 
 
 def columns_of(
@@ -214,6 +279,16 @@ def label_columns(
     if len(switches) < 2 or len(texts) != 1 or text_column not in ("text", texts[0]):
         return None
     return (texts[0], switches) if all(isinstance(row.values.get(texts[0]), str) for row in rows) else None
+
+
+def aligned(rows: Rows, wanted: Iterable[str]) -> Rows:
+    """The rows with these columns also where they differ in case or in space around their names."""
+    names = {found: name for name in wanted if name not in rows.columns and (found := _called([name], rows.columns))}
+    if not names:
+        return rows
+    renamed = rows.mapped(lambda values: {names.get(name, name): value for name, value in values.items()})
+    renamed.columns = [names.get(name, name) for name in rows.columns]
+    return renamed
 
 
 def require_columns(rows: Rows | StreamedRows, wanted: Mapping[str, str]) -> None:
@@ -277,4 +352,9 @@ def _is_meant(chosen: Mapping[str, str], columns: Sequence[str], rows: Iterable[
     with its response is to be learned only where no label says something else of the two."""
     if chosen.get("label") == "answer":
         return all(switch_of(row.values.get("answer")) is not None for row in rows)
+    if "image" in chosen and chosen["image"].casefold() != "image":  # names that other files have too
+        paths = [row.values.get(chosen["image"]) for row in rows]
+        return bool(paths) and all(
+            isinstance(path, str) and IMAGE_FILE.fullmatch(path.strip()) for path in paths if path
+        )
     return chosen.get("instruction") != "query" or _called(LABEL, columns) is None

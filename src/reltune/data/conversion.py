@@ -12,7 +12,7 @@ from typing import Any
 
 from reltune.data.cells import Unreadable, looks_structured, structure_in
 from reltune.data.conversations import as_messages, with_system
-from reltune.data.labels import READERS, ClassNames, switch_of
+from reltune.data.labels import MISSING, READERS, ClassNames, switch_of
 from reltune.data.rows import Row
 from reltune.notes import note
 
@@ -20,6 +20,7 @@ SYSTEM = "system"  # the column whose text opens a conversation beside it
 VERDICTS = ("label", "labels", "kto_tag")  # columns that say of a single answer whether it is good
 JUDGED = ("completion", "messages", "output")  # roles of single answers
 BYTES = re.compile(r"b(['\"]).*\1", re.DOTALL)
+START = "answer_start"  # the column that says where the answer of a column beside it begins
 ANNOTATED = "answer"  # the column in which Prodigy has accept, reject or ignore
 
 
@@ -61,6 +62,7 @@ class Conversion:
                 self.class_names = reader if isinstance(reader, ClassNames) else None
             elif role in ("text", "text_pair"):
                 _note_code([row.values.get(column) for row in rows], column)
+                _note_no_text(rows, column)
             elif role in CELLS:
                 self.cells[column] = partial(CELLS[role], column=column)
         free = [name for name in every if name not in columns.values()]
@@ -70,10 +72,12 @@ class Conversion:
             self.judged = next((columns[role] for role in JUDGED if role in columns), "")
             self.verdict = next((name for name in VERDICTS if name in free and _all(rows, name, switch_of)), "")
         self.annotated = ANNOTATED if ANNOTATED in free and _all(rows, ANNOTATED, _annotation) else ""
+        start = START if START in free and task == "question_answering" else ""
+        self.start, self.answers = start, columns.get("answers", "") if start else ""
         asked = columns.get("prompt", "")
         self.asked = asked if asked == "instruction" and "input" in free and task == "preference" else ""
         verdict = self.verdict if self.judged else ""
-        extra = (SYSTEM if self.messages else "", "input" if self.asked else "", verdict, self.annotated)
+        extra = (SYSTEM if self.messages else "", "input" if self.asked else "", verdict, self.annotated, self.start)
         self.used = [name for name in extra if name]
 
     def __bool__(self) -> bool:
@@ -82,6 +86,8 @@ class Conversion:
 
     def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
         made = {**values, **{column: read(values.get(column)) for column, read in self.cells.items()}}
+        if self.start and isinstance(answer := made[self.answers], str) and values.get(self.start) not in (None, ""):
+            made[self.answers] = {"text": [answer], "answer_start": [_whole(values[self.start])]}
         if self.messages:
             made[self.messages] = with_system(made[self.messages], values.get(SYSTEM), SYSTEM)
         if self.asked and values.get(self.asked) and values.get("input"):
@@ -115,6 +121,24 @@ def _note_code(values: Sequence[Any], column: str) -> None:
         note(f"The texts in {column!r} are bytes as Python writes them (b'…'), and are read with all their marks.")
 
 
+def _note_no_text(rows: Sequence[Row], column: str) -> None:
+    """Say that texts are words which programs write where there is no value."""
+    found = [row for row in rows if isinstance(text := row.values.get(column), str) and text.strip().lower() in MISSING]
+    if found:
+        shown = found[0].values[column].strip()
+        note(
+            f"Texts such as {shown!r} in {column!r} (line {found[0].line}) are read as they are; if they mark rows without a text, "
+            "delete them."
+        )
+
+
+def _whole(value: Any) -> Any:
+    """The whole number that a text or a fraction of .0 stands for; other values as they are."""
+    if isinstance(value, str) and value.strip().isdigit():
+        return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _annotation(value: Any) -> Any:
     return value if value in ("accept", "reject", "ignore") else None
 
@@ -128,14 +152,19 @@ def _as_list(value: Any, column: str) -> Any:
 
 
 def _as_answers(value: Any, column: str) -> Any:
-    """SQuAD's ``{"text": [...], "answer_start": [...]}`` of a text that spells it, of a list of answers, and of one answer."""
+    """SQuAD's ``{"text": [...], "answer_start": [...]}`` of a text that spells it, of a list of answers, and of one answer; texts
+    without a place as they are."""
     if isinstance(value, str):
         parsed = structure_in(value)
         value = parsed if isinstance(parsed, list | Mapping) else value
+    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        return value  # texts that the context holds somewhere
     if isinstance(value, list) and all(isinstance(one, Mapping) and "text" in one for one in value):
-        return {"text": [one["text"] for one in value], "answer_start": [one.get("answer_start") for one in value]}
+        value = {"text": [one["text"] for one in value], "answer_start": [one.get("answer_start") for one in value]}
     if isinstance(value, Mapping) and isinstance(value.get("text"), str):
-        return {"text": [value["text"]], "answer_start": [value.get("answer_start")]}
+        value = {"text": [value["text"]], "answer_start": [value.get("answer_start")]}
+    if isinstance(value, Mapping) and isinstance(starts := value.get("answer_start"), list):
+        value = {**value, "answer_start": [_whole(start) for start in starts]}
     return value
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from reltune.data.cells import structure_in
 from reltune.data.rows import SPLITS, Record
 from reltune.errors import InputError
 from reltune.notes import note
@@ -46,9 +48,19 @@ def json_lines(lines: Iterable[str]) -> Iterator[Record]:
         try:
             record = json.loads(source)
         except (ValueError, RecursionError) as error:
-            yield line, f"no valid JSON ({getattr(error, 'msg', 'nested too deeply')})"
+            record = _nearly(source)
+            reason = f"no valid JSON ({getattr(error, 'msg', 'nested too deeply')})"
+            yield line, _row(record) if record is not None else reason
         else:
             yield line, _row(record)
+
+
+def _nearly(source: str) -> Any:
+    """The object of a line that ends with a comma, or that is written as Python writes it; else None."""
+    source = source.strip().removesuffix(",")
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(source)
+    return structure_in(source)
 
 
 def _row(value: Any) -> dict[str, Any] | str:
@@ -95,7 +107,8 @@ def _list(path: Path, content: str) -> Iterator[Record]:
 
 
 def _objects(content: str) -> list[tuple[int, dict[str, Any]]]:
-    """The objects that the whole content consists of, each with its first line; none if it holds anything else."""
+    """The objects that the whole content consists of, perhaps with commas between, each with its first line; none if it holds
+    anything else."""
     decoder = json.JSONDecoder()
     objects = []
     place, line, counted = _skip(content, 0), 1, 0
@@ -109,6 +122,8 @@ def _objects(content: str) -> list[tuple[int, dict[str, Any]]]:
             return []
         objects.append((line, value))
         place = _skip(content, place)
+        if content[place : place + 1] == ",":
+            place = _skip(content, place + 1)
     return objects
 
 
@@ -189,13 +204,16 @@ def _numbered(rows: Iterable[Any]) -> list[Record]:
 
 
 def _flat(records: list[Record]) -> list[Record]:
-    """SQuAD's articles as a row for each question; other records as they are."""
-    if not all(isinstance(record, dict) and isinstance(record.get("paragraphs"), list) for _, record in records):
+    """SQuAD's articles, or their paragraphs alone, as a row for each question; other records as they are."""
+    for name in ("paragraphs", "qas"):
+        if all(isinstance(record, dict) and isinstance(record.get(name), list) for _, record in records):
+            break
+    else:
         return records
     flat: list[Record] = []
     for line, article in records:
         assert isinstance(article, dict)
-        for paragraph in article["paragraphs"]:
+        for paragraph in article["paragraphs"] if name == "paragraphs" else [article]:
             for question in paragraph.get("qas", ()):
                 answers = [] if question.get("is_impossible") else question.get("answers", [])
                 own = {name: question[name] for name in ("id", "question") if name in question}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from reltune.data.cells import Unreadable, looks_structured, structure_in
 from reltune.data.rows import Row
+from reltune.data.tagged_words import entity_tags
 from reltune.errors import InputError
 from reltune.notes import note
 
@@ -28,7 +30,28 @@ NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 WHOLE = re.compile(r"([+-]?\d+)(\.0*)?")
 WITH_COMMA = re.compile(r"[+-]?\d+,\d+")
 THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
-MISSING = ("nan", "none", "null", "n/a", "<na>")  # what programs write where there is no value
+MISSING = (
+    "nan",
+    "none",
+    "null",
+    "n/a",
+    "<na>",
+    "#n/a",
+    "#name?",
+    "#ref!",
+    "#value!",
+)  # what programs write in place of a value
+MARKS_OF_NONE = frozenset(
+    (*MISSING, "-1", "?", "-", "unlabeled", "unlabelled")
+)  # what stands for no label in data sets
+SIGN = re.compile(r"(?P<before>[$€£¥₹]?) ?(?P<number>[+-]?\d[\d.,]*) ?(?P<behind>[%$€£¥₹]?)")  # of money, and percent
+DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}([T ].*)?|\d{1,2}[-/.]\d{1,2}[-/.]\d{4}")
+GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(?:,\d{3})+\.\d+|[+-]?[1-9]\d{0,2}(?:,\d{3}){2,}")  # 1,234.50 and 1,234,567
+GROUPED_BY_POINTS = re.compile(r"[+-]?[1-9]\d{0,2}(?:\.\d{3})+,\d+|[+-]?[1-9]\d{0,2}(?:\.\d{3}){2,}")
+SWITCHES = re.compile(r"[01](?:(?P<mark>[ ,;|])[01])(?:(?P=mark)[01])*")
+DIGITS = re.compile(r"[01]{3,}")
+MINUS = "\N{MINUS SIGN}"
+AROUND = f"0123456789.,+-{MINUS} "  # what is left of a number without them is its sign
 TYPOGRAPHIC = "“”„‟«»‘’"
 TRUTH = {"true": "True", "false": "False"}
 
@@ -54,6 +77,10 @@ def task_of_labels(rows: Iterable[Row], column: str) -> str:
         _check_lists(labels, column)
         return "multilabel_classification"
     texts = [label.strip() for label in labels if isinstance(label, str)]
+    if len(texts) == len(labels):
+        if _switches_in(texts):
+            return "multilabel_classification"
+        _check_texts(texts, column)
     if several := next((text for text in texts if "|" in text.strip("|")), None):
         note(f"Labels such as {several!r} in {column!r} are read as several labels of one text.")
         return "multilabel_classification"
@@ -92,11 +119,76 @@ def is_empty(label: Any) -> bool:
     return label is None or (isinstance(label, str) and not label.strip()) or label != label
 
 
-def is_minus_one(label: Any) -> bool:
-    """Whether a label is -1, or a list of such, which stands for no label in many data sets."""
+def mark_of_none(label: Any) -> str | None:
+    """The mark of ``MARKS_OF_NONE`` that a label is, or that all of a list are; None for others."""
     if isinstance(label, list):
-        return bool(label) and all(map(is_minus_one, label))
-    return str(label).strip() in ("-1", "-1.0")
+        marks = set(map(mark_of_none, label))
+        return marks.pop() if len(marks) == 1 else None
+    if is_empty(label):
+        return None
+    text = str(label).strip().lower()
+    text = "-1" if text == "-1.0" else text
+    return text if text in MARKS_OF_NONE else None
+
+
+def _check_texts(texts: Sequence[str], column: str) -> None:
+    """Raise InputError for texts that are quantities, tags of words, or zeros and ones that could be several labels."""
+    either = "say with --task sequence_classification that they are classes"
+    if len(set(texts)) > 2 and all(_quantity(text) is not None for text in texts):
+        raise InputError(
+            f"Labels such as {texts[0]!r} in {column!r} could be classes or quantities; say which with "
+            "--task sequence_classification or --task regression."
+        )
+    if len(set(texts)) > 2 and all(DATE.fullmatch(text) for text in texts):
+        raise InputError(
+            f"Labels such as {texts[0]!r} in {column!r} are dates; {either}, or name another --label_column."
+        )
+    digits = all(DIGITS.fullmatch(text) for text in texts) and len({len(text) for text in texts}) == 1
+    if digits and len(set(texts)) > 2 and any(text.startswith("0") for text in texts):
+        raise InputError(
+            f"Labels such as {texts[0]!r} in {column!r} could be classes or a zero or one for each of several labels; {either}, or "
+            f"write lists: [{', '.join(texts[0])}]."
+        )
+    _check_tags([text.split() for text in texts], column)
+
+
+def _check_tags(labels: Sequence[Sequence[Any]], column: str) -> None:
+    """Raise InputError where the parts of labels are tags of words, O among them."""
+    parts = {part for label in labels for part in label}
+    strings = all(isinstance(part, str) for part in parts)
+    if strings and "O" in parts and any(len(label) > 1 for label in labels) and entity_tags(parts):
+        raise InputError(
+            f"The labels in {column!r} are tags of words, such as {max(parts - {'O'})!r}; for token_classification call the column "
+            "ner_tags, and give the words in a column tokens (a list, or a text with spaces between)."
+        )
+
+
+def _quantity(text: str) -> str | None:
+    """The plain number in a text with a sign of money or percent, or with marks between thousands; None for other texts."""
+    sign = SIGN.fullmatch(text.replace(MINUS, "-"))
+    if sign is None or (sign["before"] and sign["behind"]):
+        return None
+    number = sign["number"]
+    if GROUPED.fullmatch(number):
+        return number.replace(",", "")
+    if GROUPED_BY_POINTS.fullmatch(number):
+        return number.replace(".", "").replace(",", ".")
+    return number if number != text and NUMBER.fullmatch(number) else None
+
+
+def _switches_in(texts: Sequence[str]) -> int:
+    """The number of labels if all texts are a zero or one for each, with marks between (``0 1 0``); else 0.
+
+    Names of labels do not come twice in a text, so that one text at least must have a zero or a one twice.
+    """
+    found = [SWITCHES.fullmatch(text) for text in texts]
+    lengths, marks = {len(text) for text in texts}, {match and match["mark"] for match in found}
+    if not texts or not all(found) or len(lengths) != 1 or len(marks) != 1:
+        return 0
+    parts = [text[::2] for text in texts]
+    if lengths == {3} and marks == {","}:  # 1,0 may be a number
+        return 0
+    return len(parts[0]) if any(len(set(one)) < len(one) for one in parts) else 0
 
 
 def _check_lists(labels: Sequence[Any], column: str) -> None:
@@ -108,6 +200,12 @@ def _check_lists(labels: Sequence[Any], column: str) -> None:
         raise InputError(
             f"The labels in {column!r} are lists of lists or of objects, as annotation programs mark parts of a text; for "
             "token_classification give each row its words (tokens) and a tag for each (ner_tags)."
+        )
+    _check_tags([label for label in labels if isinstance(label, list)], column)
+    if any(isinstance(label, Mapping) for label in labels):
+        raise InputError(
+            f"The labels in {column!r} are objects; multilabel_classification wants a list of classes in every row, or an object "
+            "of 0 and 1 (for one class per text write its name alone)."
         )
     if any(isinstance(label, Mapping | str | int | float) for label in labels) or any(
         isinstance(one, float) for one in elements
@@ -124,10 +222,15 @@ def _check_lists(labels: Sequence[Any], column: str) -> None:
 
 
 def _places(labels: Sequence[Any]) -> int:
-    """The length of the lists if they are all lists of one length of 0 and 1, a place for each label; else 0."""
-    lengths = {len(label) if isinstance(label, list) else 0 for label in labels}
-    length = lengths.pop() if len(lengths) == 1 else 0
-    return length if length > 1 and all(_is_switch(one) for label in labels for one in label) else 0
+    """The length of the lists, or of most, if they are all lists of 0 and 1, a place for each label; else 0."""
+    lists = [label for label in labels if isinstance(label, list)]
+    if len(lists) < len(labels) or not all(_is_switch(one) for label in lists for one in label):
+        return 0
+    lengths = Counter(map(len, lists))
+    length = max(lengths, key=lambda one: lengths[one], default=0)
+    # of several lengths only where names would come twice: then the lists of other lengths are bad rows
+    twice = len(lengths) > 1 and any(len(set(label)) < len(label) for label in lists)
+    return length if length > 1 and (len(lengths) == 1 or twice) else 0
 
 
 def _is_switch(value: Any) -> bool:
@@ -169,7 +272,8 @@ def _number(label: Any) -> float | None:
         return None
     if isinstance(label, int | float):
         return float(label) if abs(label) != float("inf") else None
-    return float(label) if isinstance(label, str) and NUMBER.fullmatch(label.strip()) else None
+    text = label.strip().replace(MINUS, "-") if isinstance(label, str) else ""
+    return float(text) if NUMBER.fullmatch(text) else None
 
 
 # -- values ---------------------------------------------------------------------------------------------------------
@@ -235,12 +339,16 @@ class LabelSets:
         filled = [parsed for label in labels if not is_empty(parsed := _parsed(label))]
         self.column = column
         self.places = _places(filled)
+        texts = [label.strip() for label in filled if isinstance(label, str)]
+        self.spelled = len(texts) == len(filled) and _switches_in(texts) > 0
+        if self.spelled:
+            filled = [[int(one) for one in text[::2]] for text in texts]
+            self.places, texts = len(filled[0]), []
         if known and set(known) != {str(place) for place in range(self.places)}:
             self.places = 0
         self.labels: Sequence[str] = [str(place) for place in range(self.places)]
         if filled and all(map(_is_switches, filled)):
             self.labels = list(dict.fromkeys(str(name) for label in filled for name in label))
-        texts = [label for label in filled if isinstance(label, str)]
         marks = [mark for mark in SEPARATORS if any(mark in text for text in texts)]
         if known:
             marks = [
@@ -262,11 +370,13 @@ class LabelSets:
     def __call__(self, label: Any) -> Any:
         if label is None or label != label:
             return None
+        if isinstance(label, str) and self.spelled and SWITCHES.fullmatch(label.strip()):
+            label = [int(one) for one in label.strip()[::2]]
         if isinstance(label, str) and not looks_structured(label):
             if self.places:
                 return Unreadable(f"a {self.column!r} that is no list of {self.places} zeros and ones")
             return _parts(label, self.mark)
-        label = _parsed(label)
+        label = _parsed(label) if isinstance(label, str) else label
         if self.places:
             if not isinstance(label, list) or len(label) != self.places or not all(map(_is_switch, label)):
                 return Unreadable(f"a {self.column!r} that is no list of {self.places} zeros and ones")
@@ -281,7 +391,8 @@ class LabelSets:
 
 
 class Numbers:
-    """One number per row; texts may have a decimal comma where training's have one.
+    """One number per row; texts may have a decimal comma where training's have one, marks between thousands where there is no
+    other way to read them, and one sign of money or percent that all have.
 
     Raises:
         InputError: "1,000" could be a thousand or one.
@@ -299,13 +410,27 @@ class Numbers:
             )
         if self.comma:
             note(f"Labels such as {texts[0]!r} in {column!r} are read as numbers with a decimal comma.")
+        spelled = [label.strip() for label in labels if isinstance(label, str) and label.strip()]
+        signs = {label.strip(AROUND) for label in spelled}
+        self.sign = signs.pop() if len(signs) == 1 else ""
+        self.grouped = any(GROUPED.fullmatch(label) for label in spelled)
+        if example := next((label for label in spelled if self._plain(label)), ""):
+            note(f"Labels such as {example!r} in {column!r} are read as the number {self._plain(example)}.")
+
+    def _plain(self, label: str) -> str | None:
+        """The number that a text with signs or marks between thousands means; None for others."""
+        if self.grouped and THOUSANDS.fullmatch(label):
+            return label.replace(",", "")
+        return _quantity(label) if label.strip(AROUND) in ("", self.sign) else None
 
     def __call__(self, label: Any) -> Any:
         label = _parsed(label)
         if isinstance(label, list) and len(label) == 1:
             label = label[0]
-        if self.comma and isinstance(label, str) and WITH_COMMA.fullmatch(label.strip()):
+        if isinstance(label, str) and self.comma and WITH_COMMA.fullmatch(label.strip()):
             return label.replace(",", ".")
+        if isinstance(label, str) and (plain := self._plain(label.strip())) is not None:
+            return plain
         return None if is_empty(label) else label
 
 
@@ -335,22 +460,37 @@ def note_odd_labels(labels: Sequence[str], column: str) -> None:
     """Say which of a task's labels may be none, or the same as another."""
     numbers = all(WHOLE.fullmatch(label) for label in labels)
     for label in labels:
-        if label.lower() in MISSING or (
+        if label.lower() in (*MISSING, "-", "?") or (
             label == "-1" and numbers and "2" in labels
         ):  # with 0 and 1 alone mostly a class
             note(
                 f"The label {label!r} in {column!r} is read as a class; if it marks rows without a label, delete them."
             )
-    if quoted := next((label for label in labels if label[0] in TYPOGRAPHIC and label[-1] in TYPOGRAPHIC), ""):
+    around = [
+        label for label in labels if len(label) > 2 and label[0] in f"'{TYPOGRAPHIC}" and label[-1] in f"'{TYPOGRAPHIC}"
+    ]
+    if quoted := next(iter(around), ""):
         note(f'Labels such as {quoted!r} in {column!r} keep their quotes, which are no marks of CSV; write them as ".')
     alike = defaultdict(list)
     for label in labels:
-        alike[" ".join(label.strip(f"\"'{TYPOGRAPHIC}").lower().split())].append(label)
+        shown = "".join(one for one in unicodedata.normalize("NFKC", label) if unicodedata.category(one) != "Cf")
+        alike[" ".join(shown.strip(f"\"'{TYPOGRAPHIC}").lower().split())].append(label)
     for names in alike.values():
         if len(names) > 1:
+            look = repr if len({unicodedata.normalize("NFC", name) for name in names}) == len(names) else ascii
             note(
-                f"The labels {' and '.join(map(repr, sorted(names)))} in {column!r} are different ones, although they look alike."
+                f"The labels {' and '.join(map(look, sorted(names)))} in {column!r} are different ones, although they look alike."
             )
+
+
+def note_one_class(split: str, labels: Iterable[str]) -> None:
+    """Say that all rows of a split that is held out have one label, as tests have whose labels are kept back."""
+    found = Counter(labels)
+    if len(found) == 1 and found.total() > 1:
+        note(
+            f"All {found.total()} rows of the {split} split have the label {next(iter(found))!r}; if its labels are not real, leave the "
+            "file out: then a part of the training data is split off."
+        )
 
 
 def note_rare_classes(counts: Mapping[str, int], source: str, guessed: bool) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
 from typing import overload
 
 from reltune.data.columns import LOOKED_AT, columns_of, guess_task, label_columns, other_separator, require_columns
 from reltune.data.conversion import Conversion
-from reltune.data.labels import MULTILABEL, LabelColumns, is_empty, is_minus_one
+from reltune.data.images import located
+from reltune.data.labels import MARKS_OF_NONE, MULTILABEL, LabelColumns, is_empty, mark_of_none
 from reltune.data.rows import Rows
 from reltune.data.streams import StreamedRows
+from reltune.data.tagged_words import ONE_SENTENCE, one_word_each, sentence_column, sentences
 from reltune.errors import InputError
 from reltune.notes import note
 
@@ -27,7 +30,8 @@ class Layout:
         conversion: makes the values that the task wants.
         joined: where each label has a column of its own, what makes one column of them.
         flags: column -> the flag that names it.
-        minus_one: whether -1 is a label, and not the lack of one.
+        marks: marks such as -1 that mean the lack of a label, because training has no such label.
+        sentence: where each row has one word, the column that says which sentence it belongs to; else "".
     """
 
     task: str
@@ -35,7 +39,8 @@ class Layout:
     conversion: Conversion
     joined: LabelColumns | None
     flags: Mapping[str, str]
-    minus_one: bool
+    marks: Set[str]
+    sentence: str = ""
 
     @property
     def labels(self) -> list[str]:
@@ -54,7 +59,8 @@ class Layout:
     @property
     def used(self) -> list[str]:
         """The columns of the source that anything is made of."""
-        return [*self.columns.values(), *self.conversion.used, *(self.joined.names if self.joined else ())]
+        more = [self.sentence] if self.sentence else []
+        return [*self.columns.values(), *self.conversion.used, *(self.joined.names if self.joined else ()), *more]
 
     @overload
     def read(self, rows: Rows) -> Rows: ...
@@ -71,16 +77,25 @@ class Layout:
         made = self.joined.column if self.joined else None
         wanted = {column: self.flags.get(column, "") for column in self.columns.values() if column != made}
         require_columns(rows, wanted | dict.fromkeys(self.joined.names if self.joined else (), "--label_column"))
+        if self.sentence:
+            if not isinstance(rows, Rows):
+                raise InputError(f"{rows.source} has one word in each row, which cannot be streamed; {ONE_SENTENCE}.")
+            rows = sentences(rows, self.sentence, self.columns["tokens"], self.columns["tags"])
         if self.joined:
             rows = rows.mapped(self.joined, [self.joined.column])
+        if image := self.columns.get("image"):
+            folder = Path(rows.source).parent
+            rows = rows.mapped(lambda values: {**values, image: located(values.get(image), folder)})
         return rows.mapped(self.conversion) if self.conversion else rows
 
     def lacks_labels(self, rows: Rows) -> bool:
-        """Whether no row has a label: nothing, or -1 where training has no such class."""
+        """Whether no row has a label: nothing, or -1 or "N/A" and the like where training has no such class."""
         if not self.label_columns or not set(self.label_columns) <= set(rows.columns):
             return bool(self.label_columns)
         values = (row.values.get(name) for row in rows for name in self.label_columns)
-        return all(is_empty(value) or (is_minus_one(value) and not self.minus_one) for value in values)
+        if "tags" in self.columns:  # a list of several labels may be empty
+            values = (None if value == [] else value for value in values)
+        return all(is_empty(value) or (mark_of_none(value) or " ") in self.marks for value in values)
 
 
 def layout_of(
@@ -124,8 +139,9 @@ def layout_of(
         conversion = Conversion(task, roles, looked_at, rows.columns)
     except InputError as error:
         raise InputError(f"{rows.source}: {error}") from error
-    layout = Layout(task, roles, conversion, joined, flags, minus_one=False)
-    layout.minus_one = any(is_minus_one(row.values.get(name)) for row in first for name in layout.label_columns)
+    layout = Layout(task, roles, conversion, joined, flags, set(), _sentence(first, roles))
+    found = {mark_of_none(row.values.get(name)) for row in first for name in layout.label_columns}
+    layout.marks = MARKS_OF_NONE - found
     return layout
 
 
@@ -146,7 +162,27 @@ def known_layout(
         conversion = Conversion(task, columns, looked_at, rows.columns, labels)
     except InputError as error:
         raise InputError(f"{rows.source}: {error}") from error
-    return Layout(task, columns, conversion, joined, {}, minus_one="-1" in labels)
+    marks = MARKS_OF_NONE - {label.lower() for label in labels}
+    return Layout(task, columns, conversion, joined, {}, marks, _sentence(first, columns))
+
+
+def _sentence(rows: Rows, roles: Mapping[str, str]) -> str:
+    """The column that says to which sentence the word of each row belongs; "" where rows are sentences.
+
+    Raises:
+        InputError: each row has one word, and there is no such column.
+    """
+    if "tags" not in roles or not one_word_each(rows, roles["tokens"], roles["tags"]):
+        return ""
+    column = sentence_column(rows.columns)
+    if column is None:
+        raise InputError(
+            f"{rows.source} has one word in each row, and no column that tells the sentences; {ONE_SENTENCE}."
+        )
+    note(
+        f"Each row has one word: read as sentences by the column {column!r}, which goes on where it is empty or the same as before."
+    )
+    return column
 
 
 def _first(rows: Rows | StreamedRows) -> Rows:

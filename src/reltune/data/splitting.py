@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -63,6 +63,7 @@ def _few(labels: Mapping[str, str], usable: int) -> str:
         return words
     numbers = all(NUMBER.fullmatch(name) for name in labels.values())
     hint = " (are the labels quantities? pass --task regression)" if numbers else ""
+    hint = hint or (" (is that the column of labels? --label_column names it)" if alone == count else "")
     return f"{count} different texts, {alone} of which are the only one of their label{hint}, are"
 
 
@@ -74,6 +75,18 @@ def note_shared(train: Rows, held_out: Sequence[Rows], content: Callable[[Row], 
     for rows, keys in zip(held_out, contents, strict=True):
         if count := sum(key in shared for key in keys):
             note(f"{Path(rows.source).name}: {count} of {len(rows)} held-out rows are in the training data too.")
+
+
+def note_ambiguous(rows: Rows, content: Callable[[Row], str], label: Callable[[Row], str]) -> None:
+    """Say how many texts stand in several rows with different labels."""
+    labels: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        labels[_same(content(row))].add(label(row))
+    if count := sum(len(own) > 1 for own in labels.values()):
+        note(
+            f"{Path(rows.source).name}: {count} texts stand in several rows with different labels; if a text may have several, write them "
+            "in one row (a|b)."
+        )
 
 
 def check_splits(

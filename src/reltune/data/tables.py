@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
+import textwrap
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,15 +26,21 @@ Line = tuple[int, list[str]]  # the number of a record's first line, and its fie
 
 
 class Dialect(NamedTuple):
-    """How a table is written: what separates fields, whether the first line says so, and whether space precedes quotes."""
+    """How a table is written: what separates fields, whether the first line says so, whether space precedes quotes, and whether
+    lines begin with a number that the header has no name for, as R writes them."""
 
     separator: str
     told: bool = False
     spaced: bool = False
+    numbered: bool = False
 
 
 def dialect_of(path: Path, suffix: str, lines: Iterable[str]) -> Dialect:
-    """The dialect of a table by its suffix and its first lines."""
+    """The dialect of a table by its suffix and its first lines.
+
+    Raises:
+        InputError: a title stands above the names of the columns.
+    """
     csv.field_size_limit(2**31 - 1)  # texts may be long
     head = [line for line in lines if line.strip("\r\n")]
     telling = TELLING_FIRST_LINE.fullmatch(head[0].strip()) if head else None
@@ -44,7 +52,9 @@ def dialect_of(path: Path, suffix: str, lines: Iterable[str]) -> Dialect:
             note(
                 f"{path.name}: fields are separated by {separator!r}, although the suffix implies {SEPARATORS[suffix]!r}."
             )
-    return Dialect(separator, bool(telling), _spaced(head[bool(telling) :], separator))
+    head = head[bool(telling) :]
+    _check_header(path, head, separator)
+    return Dialect(separator, bool(telling), _spaced(head, separator), _numbered(head, separator))
 
 
 def read_table(path: Path, dialect: Dialect, file: Iterable[str]) -> tuple[int, list[str], Iterator[Record]]:
@@ -62,6 +72,7 @@ def read_table(path: Path, dialect: Dialect, file: Iterable[str]) -> tuple[int, 
         next(filled)
     header_line, header = next(filled, (1, []))
     names = [name.strip().strip("\ufeff") for name in header]  # some programs write a byte order mark too many
+    names = ["", *names] if dialect.numbered else names
     return header_line, names, (_record(line, fields, names) for line, fields in filled)
 
 
@@ -81,6 +92,33 @@ def _fields(line: str, separator: str) -> list[str]:
         return next(csv.reader([line], delimiter=separator), [])
     except csv.Error:
         return []
+
+
+def _check_header(path: Path, head: list[str], separator: str) -> None:
+    """Raise InputError where lines of a single field, or comments, stand above lines that all have the same number of several."""
+    widths = [1 if line.startswith("#") else _width(_fields(line, separator)) for line in head]
+    above = len(list(itertools.takewhile(lambda width: width <= 1, widths)))
+    table = [width for width in widths[above:] if width]
+    if 0 < above < len(table) and len({*table}) == 1 and not _numbered(head, separator):
+        shown = textwrap.shorten(head[0].strip(f"\ufeff{separator} \r\n"), 40, placeholder=" …")
+        raise InputError(
+            f"{path} begins with {shown!r}, one field, and goes on with {table[0]}; the first line must name the columns, so delete "
+            "titles and comments above it (or, if there is one column, put texts that hold the separator in quotes)."
+        )
+
+
+def _width(fields: list[str]) -> int:
+    """The number of fields without empty ones at the end."""
+    return max((number for number, field in enumerate(fields, start=1) if field.strip()), default=0)
+
+
+def _numbered(head: list[str], separator: str) -> bool:
+    """Whether every line but the header begins with one more field, which counts the lines."""
+    header, *rest = [_fields(line, separator) for line in head] or [[]]
+    if len(rest) < 2 or any(len(fields) != len(header) + 1 for fields in rest):
+        return False
+    first = [fields[0] for fields in rest]
+    return any(first == [str(number) for number in range(start, start + len(rest))] for start in (0, 1))
 
 
 def _spaced(head: list[str], separator: str) -> bool:
@@ -105,6 +143,8 @@ def _record(line: int, fields: list[str], names: list[str]) -> Record:
     missing = names[len(fields) :]
     if len(fields) > len(names) or any(missing):
         return line, f"another number of fields than the header's {len(names)}"
+    if len(names) > 1 and [field.strip() for field in fields] == names:
+        return line, "the header once more"  # of files that were put one behind another
     return line, dict(zip(names, [*fields, *("" for _ in missing)], strict=True))
 
 

@@ -10,6 +10,7 @@ import io
 import itertools
 import lzma
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,11 +35,25 @@ MENDS = {  # suffixes of what people have instead -> what they can do
     ),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar", ".zst"), "an archive; unpack it and name the file inside."),
     **dict.fromkeys(
+        (".arrow", ".feather"), "a part of a saved data set; name the directory that it is in, or save it as Parquet."
+    ),
+    **dict.fromkeys(
         (".pkl", ".pickle", ".pt"),
         "a format that can run code when it is opened; save the rows as Parquet or JSON Lines.",
     ),
 }
 COMMON_ENCODINGS = ("utf-8", "utf-16", "gbk", "gb18030", "big5", "shift_jis", "euc-kr", "latin-1", "cp1252")
+STARTS = {  # how files begin that are not what their suffix says -> what they are, and the mend
+    b"PAR1": "is a Parquet file; rename it to .parquet.",
+    b"\x1f\x8b": "is compressed; add .gz to its name.",
+    b"BZh": "is compressed; add .bz2 to its name.",
+    b"\xfd7zXZ": "is compressed; add .xz to its name.",
+    b"PK\x03\x04": "is no text but a spreadsheet or an archive; save the sheet as CSV, or unpack it.",
+    b"version https://git-lfs": "is a pointer of Git LFS and not the file itself; fetch that with git lfs pull.",
+    b"<!doctype html": "is a web page and not the file itself; download that.",
+    b"<html": "is a web page and not the file itself; download that.",
+}
+START = 200  # bytes that say what a file is
 UNPACKING = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
 
@@ -167,10 +182,25 @@ def _open(path: Path) -> BinaryIO:
     return file
 
 
+def _check_start(path: Path, start: bytes) -> None:
+    """Raise InputError where a file begins as one of another format does."""
+    text = start.removeprefix(codecs.BOM_UTF8).lstrip()
+    found = next((what for mark, what in STARTS.items() if text.lower().startswith(mark.lower())), "")
+    suffix = format_of(path)
+    if not found and suffix in SEPARATORS and re.match(rb"\[?\s*\{\s*\"", text):
+        found = "holds JSON; rename it to .jsonl (an object on each line) or .json."
+    if not found and suffix in JSON_SUFFIXES and text and text[0] < 128 and text[:1] not in (b"{", b"["):
+        found = "holds no JSON, which begins with { or [; if it is a table, rename it to .csv or .tsv."
+    if found:
+        raise InputError(f"{path} {found}")
+
+
 def _text(path: Path, encoding: str) -> io.TextIOWrapper:
     """The file as text, line ends as they are. JSON lines end at a line feed alone."""
     with _open(path) as file:
-        codec = _codec(encoding, file.read(2))
+        start = file.read(START)
+    _check_start(path, start)
+    codec = _codec(encoding, start[:2])
     return io.TextIOWrapper(_open(path), codec, newline="" if format_of(path) in SEPARATORS else "\n")
 
 
@@ -199,8 +229,7 @@ def _decode(path: Path, encoding: str) -> str:
     codec = _codec(encoding, data[:2])
     if not data.strip():
         raise InputError(f"{path} is empty; it needs rows of data.")
-    if data.startswith(b"PK\x03\x04"):
-        raise InputError(f"{path} is no text but a spreadsheet or an archive; save the sheet as CSV, or unpack it.")
+    _check_start(path, data[:START])
     no_text = f"{path} holds no text but binary data; if it is UTF-16, pass --encoding utf-16."
     try:
         content = data.decode(codec)

@@ -11,11 +11,11 @@ from typing import Any
 from reltune.config.run_config import RunConfig
 from reltune.data import sources
 from reltune.data.bad_rows import checked, in_words, no_good_rows
-from reltune.data.columns import note_left_out, other_separator, require_columns
-from reltune.data.labels import MULTILABEL, note_odd_labels, note_rare_classes
+from reltune.data.columns import aligned, note_left_out, other_separator, require_columns
+from reltune.data.labels import MULTILABEL, note_odd_labels, note_one_class, note_rare_classes
 from reltune.data.layout import Layout, known_layout, layout_of
 from reltune.data.rows import Row, Rows
-from reltune.data.splitting import note_shared, split_off
+from reltune.data.splitting import note_ambiguous, note_shared, split_off
 from reltune.data.streams import StreamedRows
 from reltune.errors import InputError
 from reltune.notes import note
@@ -90,17 +90,23 @@ def read_data(config: RunConfig, fitted: Task | None = None) -> tuple[Task, Spli
     rule = _rule(fitted) if fitted else task.problem
     good: dict[str, Rows | StreamedRows] = {}
     for split, rows in every.items():
+        if split != "train" and isinstance(rows, Rows):
+            rows = aligned(rows, [*layout.columns.values(), *layout.label_columns])
         if split in HELD and isinstance(rows, Rows) and layout.lacks_labels(rows):
             _say_unlabelled(split, rows, layout, config)
             continue
-        read = layout.read(rows)
+        read = (layout if split == "train" else dataclasses.replace(layout, flags={})).read(rows)
         good[split] = (
             checked(read, rule, config.on_bad_rows)
             if isinstance(read, Rows)
             else read.checked(rule, config.on_bad_rows)
         )
     train = good.pop("train")
+    if layout.task in ("sequence_classification", "image_classification"):
+        for split, rows in good.items():
+            note_one_class(split, [] if isinstance(rows, StreamedRows) else map(task.label, rows))
     if layout.task == "sequence_classification" and isinstance(train, Rows):
+        note_ambiguous(train, task.content, task.label)
         note_rare_classes(Counter(map(task.label, train)), train.source, guessed=config.task is None)
     held = {split: rows if isinstance(rows, Rows) else rows.take(None) for split, rows in good.items()}
     given = list(held)
@@ -136,6 +142,7 @@ def read_held_out(config: RunConfig, task: Task, kept_rows: Path) -> HeldOut:
         own = kept(kept_rows / f"{split}.jsonl", str(config.train_file or config.dataset_name))
         if file is not None:
             rows = sources.read_rows(file, config.encoding, "test" if split == "forgetting" else split)
+            rows = aligned(rows, [*task.columns.values(), *getattr(task, "labels", ())])
             layout = _layout(config, rows, task)
             if own is None or not layout.lacks_labels(rows):
                 held[split] = checked(layout.read(rows), _rule(task), config.on_bad_rows)
@@ -181,8 +188,8 @@ def _say_unlabelled(split: str, rows: Rows, layout: Layout, config: RunConfig) -
         require_columns(rows, dict.fromkeys(missing, ""))  # which has the mend
     if missing and getattr(config, f"{split}_file") is not None:
         raise InputError(
-            f"{rows.source} has no column {missing[0]!r}, and nothing can be measured without labels. Name the column with "
-            f"--label_column, or leave --{split}_file out: then a part of the training data is split off."
+            f"{rows.source} has no column {missing[0]!r}, and nothing can be measured without labels. Rename its column of labels "
+            f"as in the training data, or leave --{split}_file out: then a part of the training data is split off."
         )
     note(
         f"{Path(rows.source).name}: no row of the {split} split has a label; the split is left out, and a part of the training "

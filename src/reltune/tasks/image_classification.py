@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from reltune.data.images import image_problem, open_image
+from reltune.data.images import image_needed, image_problem
 from reltune.data.rows import Row, label_problem
 from reltune.errors import InputError, first_line
 from reltune.pretrained import load_config
@@ -77,7 +77,7 @@ class ImageClassification(SequenceClassification):
         """Decodes the images of a batch and makes them ``pixel_values`` (B, channels, height, width)."""
 
         def collate(items: list[Any]) -> dict[str, Any]:
-            pixels = processor(images=[open_image(item["image"]) for item in items], return_tensors="pt")
+            pixels = processor(images=[image_needed(item["image"]) for item in items], return_tensors="pt")
             return {**pixels, "labels": torch.tensor([item["labels"] for item in items])}
 
         return collate

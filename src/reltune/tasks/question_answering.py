@@ -31,6 +31,7 @@ from transformers import (
 from reltune.data.rows import Row, text_problem
 from reltune.errors import InputError
 from reltune.losses import LOSSES
+from reltune.notes import note
 from reltune.pretrained import as_it_is, load_model
 from reltune.tasks.task import Columns, Examples, RowProblem, Task
 from reltune.tasks.texts import limit_of, read
@@ -66,7 +67,8 @@ class SpanTrainer(Trainer):
 class QuestionAnswering(Task):
     """The task of finding the answer to a question in a context.
 
-    Answers are SQuAD's ``{"text": [...], "answer_start": [...]}`` (none: the context does not answer it), or one text.
+    Answers are SQuAD's ``{"text": [...], "answer_start": [...]}`` (none: the context does not answer it), or texts that stand
+    somewhere in the context.
 
     Attributes:
         unanswerable: whether some questions of training have no answer, so that the model may give none.
@@ -91,10 +93,11 @@ class QuestionAnswering(Task):
         for role in ("question", "context"):
             if problem := text_problem(row.values, self.columns[role]):
                 return problem
-        if isinstance(answers, str):
-            return (
-                None if answers.strip() and answers in str(context) else f"a {column!r} that the context does not hold"
-            )
+        if answers is None or answers == "":
+            return f"an empty {column!r} (where the context has no answer, write an empty list)"
+        if isinstance(answers, str) or _texts_alone(answers):
+            held = all(text.strip() and text in str(context) for text in _texts(answers))
+            return None if held else f"a {column!r} that the context does not hold"
         if not isinstance(answers, Mapping):
             return f"a {column!r} that is neither a text nor has a text and an answer_start"
         texts, starts = answers.get("text"), answers.get("answer_start")
@@ -113,12 +116,25 @@ class QuestionAnswering(Task):
     def answers(self, row: Row) -> list[tuple[str, int]]:
         """Each answer with the character at which it begins."""
         answers = row.values[self.columns["answers"]]
-        if isinstance(answers, str):
-            return [(answers, row.values[self.columns["context"]].index(answers))]
+        if isinstance(answers, str) or _texts_alone(answers):
+            return [(text, row.values[self.columns["context"]].index(text)) for text in _texts(answers)]
         return list(zip(answers["text"], answers["answer_start"], strict=True))
 
     def fitted(self, rows: Iterable[Row]) -> QuestionAnswering:
-        return replace(self, unanswerable=any(not self.answers(row) for row in rows))
+        answered = unanswered = several = 0
+        for row in rows:
+            answers, context = self.answers(row), row.values[self.columns["context"]]
+            answered, unanswered = answered + bool(answers), unanswered + (not answers)
+            if not isinstance(row.values[self.columns["answers"]], Mapping):
+                several += any(context.count(text) > 1 for text, _ in answers)
+        if not answered:
+            raise InputError(f"No training row has an answer in {self.columns['answers']!r}; check the column.")
+        if several:
+            note(
+                f"{several} of {answered + unanswered} answers stand in their contexts several times; the first place is learned. An "
+                "answer_start says which is meant."
+            )
+        return replace(self, unanswerable=unanswered > 0)
 
     def load_model(
         self, model_name_or_path: str | os.PathLike, dtype: torch.dtype | str | None = None, **options: Any
@@ -225,6 +241,15 @@ def plain(text: str) -> str:
     """A text as SQuAD compares it: without case, punctuation, articles and further space."""
     text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def _texts_alone(answers: Any) -> bool:
+    """Whether answers are a list of texts without their places."""
+    return isinstance(answers, list) and bool(answers) and all(isinstance(text, str) for text in answers)
+
+
+def _texts(answers: str | list[str]) -> list[str]:
+    return [answers] if isinstance(answers, str) else answers
 
 
 def shared_words(one: str, other: str) -> float:

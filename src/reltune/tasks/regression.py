@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,11 +19,14 @@ from transformers import (
 )
 
 from reltune.data.rows import Row
+from reltune.errors import InputError
 from reltune.notes import note
 from reltune.pretrained import load_model
 from reltune.tasks.classes import ANEW, has_head
 from reltune.tasks.task import Columns, Examples, Task
 from reltune.tasks.texts import TextTask, encode_texts, number_of
+
+FAR_APART = 10.0  # a standard deviation of labels that squared error is slow to learn
 
 
 @dataclass
@@ -45,6 +48,18 @@ class Regression(TextTask):
         if value is None or (isinstance(value, str) and not value.strip()):
             return f"an empty {column!r}"
         return None if number_of(value) is not None else f"a {column!r} that is no number"
+
+    def fitted(self, rows: Iterable[Row]) -> Regression:
+        column = self.columns["label"]
+        numbers = np.array([number_of(row.values[column]) for row in rows], np.float64)
+        if np.ptp(numbers) == 0:
+            raise InputError(f"All training rows have the label {numbers[0]:g} in {column!r}; check the label column.")
+        if numbers.std() > FAR_APART:
+            note(
+                f"The labels in {column!r} lie between {numbers.min():g} and {numbers.max():g} and are learned as they are; divide numbers "
+                "this far apart before, so that they lie between about 0 and 1."
+            )
+        return self
 
     def suited_to(self, config: PreTrainedConfig) -> Task:
         if has_head(config, AutoModelForSequenceClassification) and not is_one_number(config):

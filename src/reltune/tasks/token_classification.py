@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,15 +18,17 @@ from transformers import (
 )
 
 from reltune.data.rows import Row, label_of
+from reltune.data.tagged_words import entity_tags
 from reltune.errors import InputError
 from reltune.losses import IGNORED
+from reltune.notes import note
 from reltune.pretrained import load_tokenizer, saved_tokenizer
 from reltune.tasks.classes import ClassTask
 from reltune.tasks.task import Columns, Examples, RowProblem
 from reltune.tasks.texts import limit_of, read
 
 WORDS = {"add_prefix_space": True}  # what byte-level tokenizers want to be told of lists of words
-CHUNKS = re.compile(r"O|[BIESLU]-.+")  # tags of entities: IOB and its kin
+NO_TAG = "-100"  # Transformers' mark for tokens that are not measured
 
 
 @dataclass
@@ -58,6 +59,8 @@ class TokenClassification(ClassTask):
             return f"a {self.columns['tags']!r} with a tag that is neither a string nor an integer"
         if len(_listed(words)) != len(_listed(tags)):
             return "another number of tags than of words"
+        if any(label_of(tag) == NO_TAG for tag in _listed(tags)):
+            return f"a {self.columns['tags']!r} with {NO_TAG}, which stands for no tag"
         return None
 
     def content(self, row: Row) -> str:
@@ -74,6 +77,11 @@ class TokenClassification(ClassTask):
         labels = {tag for row in rows for tag in self.tags(row)}
         if len(labels) == 1:
             raise InputError(f"All training words have the tag {min(labels)!r}; there must be at least two.")
+        if not entity_tags(labels) and ("O" in labels or ("0" in labels and all(label.isdigit() for label in labels))):
+            note(
+                f"The tags in {self.columns['tags']!r} do not say where entities begin, as B-PER, I-PER and O do; what is measured "
+                "is the share of words, and not whole entities."
+            )
         return replace(self, labels=sorted(labels, key=lambda tag: (tag != "O", tag.partition("-")[2], tag)))
 
     def misfit(self, row: Row) -> str | None:
@@ -86,7 +94,7 @@ class TokenClassification(ClassTask):
     @property
     def entities(self) -> bool:
         """Whether the tags mark entities (B-PER, I-PER, O) and not each word by itself, as parts of speech do."""
-        return all(CHUNKS.fullmatch(label) for label in self.labels)
+        return bool(entity_tags(self.labels))
 
     @property
     def best(self) -> str:
@@ -149,17 +157,18 @@ class TokenClassification(ClassTask):
         best: Any = prediction.predictions
         wanted: Any = prediction.label_ids
         counted = wanted != IGNORED
-        pairs = [
-            (self._named(labels[kept]), self._named(predicted[kept]))
-            for labels, predicted, kept in zip(wanted, best, counted, strict=True)
-        ]
         right = (best == wanted)[counted]
         accuracy = float(right.mean()) if right.size else 0.0
         if not self.entities:
             return {"token_accuracy": accuracy}
         from seqeval.metrics import f1_score, precision_score, recall_score
 
-        truth, guess = [labels for labels, _ in pairs], [predicted for _, predicted in pairs]
+        usual = entity_tags(self.labels)
+        names = [usual[label] for label in self.labels]
+        truth, guess = (
+            [[names[index] for index in row[kept]] for row, kept in zip(rows, counted, strict=True)]
+            for rows in (wanted, best)
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that nothing was found is what a 0 says
             return {
@@ -168,9 +177,6 @@ class TokenClassification(ClassTask):
                 "recall": float(recall_score(truth, guess, zero_division=0)),
                 "token_accuracy": accuracy,
             }
-
-    def _named(self, indices: Iterable[int]) -> list[str]:
-        return [self.labels[i] for i in indices]
 
 
 def _tokenized(
