@@ -97,7 +97,7 @@ def behaviour_notes(relevance: Overview) -> list[str]:
             trials = [
                 f"{of['trials']} trials of {kind}s, ranking {'stable' if of['stable'] else 'not yet stable'}"
                 for kind, of in facts.items()
-                if isinstance(of, dict)
+                if isinstance(of, dict) and "trials" in of
             ]
             notes.append("; ".join([note, *trials]) + ".")
     return notes
