@@ -42,8 +42,9 @@ class _Pass:
 
     batch: Any  # held, so that its id stays its own
     outputs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    ended: list[str] = dataclasses.field(default_factory=list)  # pieces in the order in which they ended
-    before: dict[str, int] = dataclasses.field(default_factory=dict)  # of each unit's module: pieces ended before its call
+    # Pieces in the order in which they ended, and of each unit's module how many had ended when it was first called.
+    ended: list[str] = dataclasses.field(default_factory=list)
+    before: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def below(self, changed: Changed) -> list[str]:
         """The pieces that end before anything is changed, and the piece whose output is the first thing changed."""
@@ -79,8 +80,7 @@ class KeptOutputs:
     def holds(self, batch: Any) -> bool:
         return id(batch) in self.passes
 
-    @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         return self.bytes >= _room(self.place)
 
     def clear(self) -> None:
@@ -108,7 +108,7 @@ class KeptOutputs:
 
     def keep(self, batch: Any, run: Callable[[], Any]) -> Any:
         """``run()``, a pass of the unchanged model over this batch, with what its pieces give kept."""
-        if self.off or self.full or self.holds(batch):
+        if self.off or self.is_full() or self.holds(batch):
             return run()
         device = next(self.model.parameters()).device
         found, versions, states = _Pass(batch), list[tuple[Tensor, int]](), _random_states(device)
@@ -130,7 +130,7 @@ class KeptOutputs:
         if not self.checked:
             self.plain = self.plain or (batch, outputs)
         self.bytes += sum(map(_bytes, found.outputs.values()))
-        if self.place.type == "cuda" and len(self.passes) == 1 and self.full:
+        if self.place.type == "cuda" and len(self.passes) == 1 and self.is_full():
             self.place = torch.device("cpu")
             found.outputs = {name: _mapped(output, _to(self.place)) for name, output in found.outputs.items()}
         return outputs

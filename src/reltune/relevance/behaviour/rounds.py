@@ -9,7 +9,7 @@ over them is that of a stratified sample, and its standard error at most about t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,7 +89,10 @@ def _filled(parts: list[tuple[Any, Tensor]], largest: int) -> list[tuple[Any, Te
 
 def labels_of(batches: Sequence[Any]) -> Tensor | None:
     """The examples' labels (N,) where each example has one that is a whole number."""
-    found = [batch.get("labels") if isinstance(batch, dict) else batch[-1] for batch in batches]
-    if not all(isinstance(of, Tensor) and of.ndim == 1 and not of.is_floating_point() for of in found):
-        return None
-    return torch.cat([of.cpu() for of in found])
+    found: list[Tensor] = []
+    for batch in batches:
+        labels = batch.get("labels") if isinstance(batch, Mapping) else batch[-1]
+        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
+            return None
+        found.append(labels.cpu())
+    return torch.cat(found)

@@ -41,9 +41,7 @@ class Trials:
         self.experiment, self.neutral, self.units, self.strength = experiment, neutral, units, strength
         self.name = f"{kind} metrics"
         self.metrics = experiment.table(self.name, most, len(neutral.base))
-        self.bar = tqdm(
-            total=most, desc=f"{experiment.criterion} {kind}", unit="pass", disable=not experiment.progress
-        )
+        self.bar = tqdm(total=most, desc=f"{experiment.criterion} {kind}", unit="pass", disable=not experiment.progress)
         self.opened = 1
 
     def __enter__(self) -> Trials:
@@ -74,7 +72,7 @@ class Trials:
         for number, batch in enumerate(batches):
             if not self.metrics[:trials, places[number]].isnan().any():
                 continue
-            if group and not self.neutral.kept.holds(batch) and self.neutral.kept.full:
+            if group and not self.neutral.kept.holds(batch) and self.neutral.kept.is_full():
                 self._run(trials, [batches[n] for n in group], torch.cat([places[n] for n in group]))
                 self.neutral.kept.clear()
                 group.clear()
@@ -97,7 +95,8 @@ class Trials:
         if not units:
             return self.neutral.base[places]
         with self.neutral.without(units, self.strength):
-            what = f"{units[0]} taken out" if len(units) == 1 else f"{len(units)} units perturbed, {units[0]} among them"
+            others = f" and {len(units) - 1} more units" if len(units) > 1 else ""
+            what = f"{units[0]}{others} changed"
             return experiment.metric(what).of_examples
 
 

@@ -27,6 +27,7 @@ Options: ``kinds`` (of layer, module, head), ``replace_by``: "zero" or "mean" (n
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any
@@ -36,7 +37,7 @@ from torch import Tensor
 
 from reltune.errors import InputError
 from reltune.relevance.behaviour.experiment import Experiment, known_words, whole_number
-from reltune.relevance.behaviour.neutral import REMOVABLE, REPLACEMENTS, Neutral, warn_of
+from reltune.relevance.behaviour.neutral import REMOVABLE, REPLACEMENTS, Neutral, Unit, warn_of
 from reltune.relevance.behaviour.trials import Trials, predicted_agreement
 from reltune.relevance.criteria.contract import ScoresByName
 
@@ -69,13 +70,12 @@ def measure(experiment: Experiment) -> tuple[ScoresByName, dict[str, Any]]:
     for kind, units in neutral.units.items():
         if not units:
             continue
-        with Trials(experiment, neutral, kind, lambda trial, units=units: [units[trial]], len(units)) as trials:
+        with Trials(experiment, neutral, kind, functools.partial(_alone, units), len(units)) as trials:
             for count, opened in enumerate(neutral.rounds, 1):
                 metrics = trials.measured(len(units), count)
                 drops = neutral.base[: opened.examples] - metrics
-                agreement = predicted_agreement(
-                    lambda some, drops=drops: drops[:, some].mean(1), opened.examples, total, experiment.seed
-                )
+                by_some = functools.partial(_mean_drops, drops)
+                agreement = predicted_agreement(by_some, opened.examples, total, experiment.seed)
                 if agreement >= options.agreement and options.agreement < 1:
                     break
         neutral.enter(parts, kind, kind, drops.mean(1))
@@ -85,6 +85,14 @@ def measure(experiment: Experiment) -> tuple[ScoresByName, dict[str, Any]]:
             neutral.enter(parts, kind, f"{kind}_high", drops.mean(1) + half)
         facts[kind] = {"examples": opened.examples, "agreement": agreement}
     return parts, facts
+
+
+def _alone(units: Sequence[Unit], trial: int) -> list[Unit]:
+    return [units[trial]]
+
+
+def _mean_drops(drops: Tensor, some: Tensor) -> Tensor:
+    return drops[:, some].mean(1)
 
 
 def half_width(drops: Tensor, total: int) -> Tensor:

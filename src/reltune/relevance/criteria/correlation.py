@@ -20,16 +20,24 @@ Trials end when the ranking is stable: at CHECKS checks in a row, every EVERY tr
 correlation ρ between the relevance by even and by odd trials, stepped up to their whole number by 2ρ / (1 + ρ) (Spearman 1910,
 Brown 1910), is at least ``agreement``; or at ``max_trials``, with a warning. A trial depends on the seed and its number alone.
 
+Examples are taken in rounds (behaviour/rounds.py): all trials on a stratified sample of about ``sample`` of them first. More
+follow, the same trials on them too, until the ranking by those seen is expected to agree with that by all (behaviour/trials.py) to
+``agreement``, or as far as the trials themselves settle it; or until all are seen. Where n of N examples are seen, the square of the
+standard error of z is 1/(trials − 3) plus (1 − n/N) times its jackknife variance over examples.
+
 Scores layers, modules and heads; columns would need a number of trials that grows with theirs. Cost: one forward pass of
-all data per trial, and up to 1 + 5 · PILOT for the strength. Memory: that of a forward pass; all batches in host memory.
+the untouched model over all examples, one over each round, one of the examples seen per trial, from the first perturbed unit on
+(behaviour/kept_outputs.py), and up to 1 + 5 · PILOT over the first round for the strength. Memory: that of a forward pass, all
+batches in host memory, what is kept.
 
 Options: ``kinds`` (of layer, module, head), ``share``, ``strength`` (a number up to 1, or "auto"), ``replace_by`` (neutral.py),
-``min_trials``, ``max_trials``, ``agreement``.
+``min_trials``, ``max_trials``, ``agreement``, ``sample``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 import warnings
@@ -62,9 +70,9 @@ class Options:
     strength: float | str = "auto"
     replace_by: str = "zero"
     min_trials: int = 50
-    max_trials: int = 400
+    max_trials: int = 200
     agreement: float = 0.9
-    sample: int = 64
+    sample: int = 32
 
     def __post_init__(self) -> None:
         known_words("kinds", self.kinds, REMOVABLE)
@@ -117,20 +125,17 @@ def _measure(
             if not settled and count < most:
                 count = min(count + EVERY, most)
                 continue
-            of_examples = predicted_agreement(
-                lambda some: correlations(design(count), metrics[:, some].mean(1))[0],
-                metrics.shape[1],
-                total,
-                experiment.seed,
-            )
-            if rounds == len(neutral.rounds) or of_examples >= options.agreement:
+            by_some = functools.partial(_relevance, design(count), metrics)
+            of_examples = predicted_agreement(by_some, metrics.shape[1], total, experiment.seed)
+            # Examples need not settle the ranking further than the trials do.
+            agreement = reliability(design(count), metrics.mean(1))
+            if rounds == len(neutral.rounds) or not of_examples < min(options.agreement, agreement):
                 break
             rounds += 1
     means = metrics.mean(1)
     scores = correlations(design(count), means, _variance(design(count), metrics, total))
     for part, score in zip((kind, f"{kind}_low", f"{kind}_high"), scores, strict=True):
         neutral.enter(parts, kind, part, score)
-    agreement = reliability(design(count), means)
     if not settled:
         warnings.warn(
             f"the ranking of {kind}s by {experiment.criterion} is not stable after {count} trials (agreement of "
@@ -155,9 +160,7 @@ def drawn(seed: int, purpose: str, trial: int, units: int, share: float) -> Tens
     return torch.rand(units, generator=generator, dtype=torch.float64) < share
 
 
-def correlations(
-    perturbed: Tensor, metrics: Tensor, variance: Tensor | float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
+def correlations(perturbed: Tensor, metrics: Tensor, variance: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """Relevance and the ends of its interval (units,), from trials (T, units) and their metrics (T,). ``variance`` of
     Fisher's z (units,) comes from the choice of examples."""
     z = perturbed.to(metrics.dtype)
@@ -190,6 +193,11 @@ def stable(design: Any, values: Sequence[float], options: Options) -> bool:
     return all(reliability(perturbed[:count], metrics[:count]) >= options.agreement for count in checks)
 
 
+def _relevance(perturbed: Tensor, metrics: Tensor, some: Tensor) -> Tensor:
+    """The relevance (units,) by some of the examples of metrics (T, n)."""
+    return correlations(perturbed, metrics[:, some].mean(1))[0]
+
+
 def _variance(perturbed: Tensor, metrics: Tensor, total: int) -> Tensor | float:
     """The variance of Fisher's z (units,) that comes from having seen some of the examples, metrics (T, n) of ``total``.
 
@@ -199,7 +207,7 @@ def _variance(perturbed: Tensor, metrics: Tensor, total: int) -> Tensor | float:
     if seen == total:
         return 0.0
     group = torch.arange(seen) * GROUPS // seen
-    without = [correlations(perturbed, metrics[:, group != g].mean(1))[0] for g in range(GROUPS)]
+    without = [_relevance(perturbed, metrics, group != g) for g in range(GROUPS)]
     z = torch.atanh(torch.stack(without).clamp(-1 + 1e-9, 1 - 1e-9))
     return (1 - seen / total) * (GROUPS - 1) * z.var(0, unbiased=False)
 
