@@ -88,7 +88,9 @@ def correlation_by_hand(model, batch, kind, names, trials, strength, share):
         found = metrics_one_by_one(perturbed, examples(batch), minus_loss)
         metrics.append(sum(found) / len(found))
     both = torch.stack([masks.double().T, torch.tensor(metrics, dtype=torch.float64).expand(len(names), -1)], 1)
-    return torch.stack([-torch.corrcoef(pair)[0, 1] for pair in both]).nan_to_num(0)  # 0 where a unit was never perturbed
+    return torch.stack([-torch.corrcoef(pair)[0, 1] for pair in both]).nan_to_num(
+        0
+    )  # 0 where a unit was never perturbed
 
 
 @pytest.mark.filterwarnings("ignore:the ranking of")

@@ -86,7 +86,7 @@ def test_batches_of_one_form_come_together():
     assert [[batch_size(batch) for batch in one.batches] for one in rounds] == [[5, 3], [5, 3], [5, 5, 5, 5, 4]]
     apart = [{"x": torch.randn(5, 4), "labels": torch.arange(5), "temperature": 1.0} for _ in range(8)]
     rounds = rounds_of(apart, torch.arange(40), SAMPLE)
-    assert [[batch_size(batch) for batch in one.batches] for one in rounds][0] == [5, 3]
+    assert [batch_size(batch) for batch in rounds[0].batches] == [5, 3]
     assert all(batch["temperature"] == 1.0 for one in rounds for batch in one.batches)
 
 
