@@ -65,9 +65,9 @@ def test_rounds_hold_each_example_with_what_belongs_to_it():
     whole = data_for(model, LENGTHS)
     order = torch.randperm(len(LENGTHS), generator=torch.Generator().manual_seed(1))
     rounds = rounds_of(batches, order, SAMPLE)
-    assert [one.examples for one in rounds] == [8, 16, 40]
+    assert [one.examples for one in rounds] == [8, 12, 18, 27, 40]
     seen = []
-    for one, start in zip(rounds, (0, 8, 16), strict=True):
+    for one, start in zip(rounds, (0, 8, 12, 18, 27), strict=True):
         assert sorted(torch.cat(one.places).tolist()) == list(range(start, one.examples))
         assert all(batch_size(batch) <= 7 for batch in one.batches)
         for batch, places in zip(one.batches, one.places, strict=True):
@@ -83,7 +83,7 @@ def test_rounds_hold_each_example_with_what_belongs_to_it():
 def test_batches_of_one_form_come_together():
     pairs = [(torch.randn(5, 4), torch.arange(5)) for _ in range(8)]
     rounds = rounds_of(pairs, torch.arange(40), SAMPLE)
-    assert [[batch_size(batch) for batch in one.batches] for one in rounds] == [[5, 3], [5, 3], [5, 5, 5, 5, 4]]
+    assert [[batch_size(batch) for batch in one.batches] for one in rounds] == [[5, 3], [4], [5, 1], [5, 4], [5, 5, 3]]
     apart = [{"x": torch.randn(5, 4), "labels": torch.arange(5), "temperature": 1.0} for _ in range(8)]
     rounds = rounds_of(apart, torch.arange(40), SAMPLE)
     assert [batch_size(batch) for batch in rounds[0].batches] == [5, 3]
@@ -112,7 +112,8 @@ def test_the_agreement_with_all_examples_is_foreseen(noise):
         foreseen.append(predicted_agreement(lambda some, drops=drops: drops[:, some].mean(1), 50, 200, seed))
         found.append(spearman(drops[:, :50].mean(1), drops.mean(1)))
     mean = sum(found) / len(found)
-    assert sum(foreseen) / len(foreseen) == pytest.approx(mean, abs=0.03) and 0.7 < mean < 0.99
+    assert mean - 0.12 < sum(foreseen) / len(foreseen) < mean + 0.01 and 0.7 < mean < 0.99
+    assert sum(a <= b for a, b in zip(foreseen, found, strict=True)) >= 0.8 * len(found)  # one standard error below
 
 
 def test_agreement_at_the_ends():

@@ -99,7 +99,13 @@ def behaviour_notes(relevance: Overview) -> list[str]:
                 for kind, of in facts.items()
                 if isinstance(of, dict) and "trials" in of
             ]
-            notes.append("; ".join([note, *trials]) + ".")
+            total = relevance.provenance.get("examples", 0)
+            samples = [
+                f"{kind}s on {of['examples']} of {total} examples"
+                for kind, of in facts.items()
+                if isinstance(of, dict) and of.get("examples", total) < total
+            ]
+            notes.append("; ".join([note, *trials, *samples]) + ".")
     return notes
 
 

@@ -58,7 +58,7 @@ class Neutral:
     """Takes units of one experiment out, one or several at a time.
 
     Making it costs one pass over the data, which tells what can be taken out, the means (O(features) numbers per unit) and in which
-    rounds the examples are taken: the first of them has about ``sample`` examples.
+    rounds the examples are taken: the first of them has ``sample`` examples, or all.
 
     Attributes:
         units: those that can be taken out, for each granularity that was asked for.

@@ -55,11 +55,11 @@ def stratified_order(labels: Tensor | None, losses: Tensor, seed: int) -> Tensor
 
 
 def rounds_of(batches: Sequence[Any], order: Tensor, first: int) -> list[Round]:
-    """Rounds of ``first`` examples, as many again, twice as many, and so on. Examples of batches of one form come together, in
+    """Rounds that end with the first ``first`` examples, one and a half times as many, and so on, and with all. Examples of batches of one form come together, in
     batches no larger than the largest that there is."""
     total, ends = len(order), [first]
     while ends[-1] < total:
-        ends.append(2 * ends[-1] if 3 * ends[-1] <= total else total)  # no small rest
+        ends.append(ends[-1] * 3 // 2 if 2 * ends[-1] <= total else total)  # no small rest
     place = torch.empty_like(order)
     place[order] = torch.arange(total)
     largest = max(map(batch_size, batches))

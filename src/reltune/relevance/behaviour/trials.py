@@ -41,7 +41,13 @@ class Trials:
         self.experiment, self.neutral, self.units, self.strength = experiment, neutral, units, strength
         self.name = f"{kind} metrics"
         self.metrics = experiment.table(self.name, most, len(neutral.base))
-        self.bar = tqdm(total=most, desc=f"{experiment.criterion} {kind}", unit="pass", disable=not experiment.progress)
+        self.bar = tqdm(
+            total=most,
+            initial=int((~self.metrics.isnan()).any(1).sum()),
+            desc=f"{experiment.criterion} {kind}",
+            unit="pass",
+            disable=not experiment.progress,
+        )
         self.opened = 1
 
     def __enter__(self) -> Trials:
@@ -72,21 +78,22 @@ class Trials:
         for number, batch in enumerate(batches):
             if not self.metrics[:trials, places[number]].isnan().any():
                 continue
-            if group and not self.neutral.kept.holds(batch) and self.neutral.kept.is_full():
-                self._run(trials, [batches[n] for n in group], torch.cat([places[n] for n in group]))
+            if not self.neutral.kept.holds(batch) and self.neutral.kept.is_full():
+                self._run(trials, [batches[n] for n in group], [places[n] for n in group])
                 self.neutral.kept.clear()
                 group.clear()
             self.neutral.keep([batch])
             group.append(number)
-        if group:
-            self._run(trials, [batches[n] for n in group], torch.cat([places[n] for n in group]))
+        self._run(trials, [batches[n] for n in group], [places[n] for n in group])
 
-    def _run(self, trials: int, batches: list[Any], places: Tensor) -> None:
-        here = dataclasses.replace(self.experiment, batches=batches)
+    def _run(self, trials: int, batches: list[Any], places: list[Tensor]) -> None:
+        if not batches:
+            return
+        here, where = dataclasses.replace(self.experiment, batches=batches), torch.cat(places)
         for trial in range(trials):
-            if not self.metrics[trial, places].isnan().any():
+            if not self.metrics[trial, where].isnan().any():
                 continue
-            self.metrics[trial, places] = self._metrics(trial, here, places)
+            self.metrics[trial, where] = self._metrics(trial, here, where)
             self.bar.update()
             self.experiment.save_if_due()
 
@@ -101,12 +108,12 @@ class Trials:
 
 
 def predicted_agreement(scores_of: Callable[[Tensor], Tensor], examples: int, total: int, seed: int) -> float:
-    """How far the ranking of units by these examples would agree with that by all: Spearman's ρ, expected.
+    """How far the ranking of units by these examples would agree with that by all: Spearman's ρ, expected with some caution.
 
-    ``scores_of`` gives the units' scores by some of the examples, of which it is given the places. With ρ½ the mean rank
-    correlation between random halves of the n examples, taken as that of noisy measurements of the same thing, the ratio of
-    variance between units to variance between examples is λ = 2ρ½ / (n (1 − ρ½)), and the correlation with the mean over all N, these
-    n among them, is √((λ + 1/N) / (λ + 1/n)).
+    ``scores_of`` gives the units' scores by some of the examples, of which it is given the places. ρ½ is the mean rank
+    correlation between random halves of the n examples, less its standard error between U units, (1 − ρ½²) / √(U − 1). Taken as
+    that of noisy measurements of the same thing, it gives the variance between units over that between examples,
+    λ = 2ρ½ / (n (1 − ρ½)), and the correlation with the mean over all N examples, these n among them, √((λ + 1/N) / (λ + 1/n)).
     """
     if examples == total:
         return 1.0
@@ -118,7 +125,8 @@ def predicted_agreement(scores_of: Callable[[Tensor], Tensor], examples: int, to
         if len(first) < 2:
             return 1.0  # one unit has one ranking
         found.append(spearman(first, second))
-    half = max(0.0, float(torch.tensor(found).nan_to_num(0).mean()))
+    half = float(torch.tensor(found).nan_to_num(0).mean())
+    half = max(0.0, half - (1 - half**2) / (len(first) - 1) ** 0.5)
     if half >= 1:
         return 1.0
     ratio = 2 * half / (examples * (1 - half))

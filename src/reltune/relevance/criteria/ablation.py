@@ -10,14 +10,14 @@ Jurafsky (2016, arXiv:1612.08220).
 Scores layers, modules and heads, no columns, rows or single weights. Draws nothing but which examples come first. An accuracy
 over n examples moves in steps of 1/n: with few examples many units tie.
 
-Examples are taken in rounds (behaviour/rounds.py): a stratified sample of about ``sample`` first, then as many again, and so on.
+Examples are taken in rounds (behaviour/rounds.py): a stratified sample of ``sample`` first, then half as many more, and so on.
 They end when the ranking of a kind of unit by those seen is expected to have a rank correlation of ``agreement`` or more with that
 by all (behaviour/trials.py); or with all of them, which ``agreement`` 1 asks for. Where they end early, A(u) is the mean over the n
 examples seen of N, and has a 95% interval for the mean over all: ± 1.96 √((1 − n/N) s²/n), s² being the variance of the
 examples' own drops, two more added to them of plus and minus the largest seen (after Agresti and Caffo 2000: no drop in a
 sample is not none at all).
 
-Cost: one forward pass of the untouched model over all examples, one over the first round, and one per unit over those seen, from the
+Cost: one forward pass of the untouched model over all examples, one over those seen, and one per unit over those seen, from the
 unit on: what lies below it is kept (behaviour/kept_outputs.py). Memory: that of a forward pass, all batches in host memory, what is
 kept.
 

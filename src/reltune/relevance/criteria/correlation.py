@@ -20,7 +20,7 @@ Trials end when the ranking is stable: at CHECKS checks in a row, every EVERY tr
 correlation ρ between the relevance by even and by odd trials, stepped up to their whole number by 2ρ / (1 + ρ) (Spearman 1910,
 Brown 1910), is at least ``agreement``; or at ``max_trials``, with a warning. A trial depends on the seed and its number alone.
 
-Examples are taken in rounds (behaviour/rounds.py): all trials on a stratified sample of about ``sample`` of them first. More
+Examples are taken in rounds (behaviour/rounds.py): all trials on a stratified sample of ``sample`` of them first. More
 follow, the same trials on them too, until the ranking by those seen is expected to agree with that by all (behaviour/trials.py) to
 ``agreement``, or as far as the trials themselves settle it; or until all are seen. Where n of N examples are seen, the square of the
 standard error of z is 1/(trials − 3) plus (1 − n/N) times its jackknife variance over examples.
