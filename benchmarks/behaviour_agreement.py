@@ -103,6 +103,11 @@ def measured(
     train, held_out = parts["train"][: options.train], parts["validation"][: options.validation]
     model = classifier(weights, int(task["labels"].max()) + 1, seed).to(device)
     fit(model, ["classifier"], task, train, seed, HEAD_RATE)
+    settings: dict[str, dict[str, Any]] = {
+        name: {"kinds": options.kinds} for name in ("correlation", "ablation") if name in options.criteria
+    }
+    if options.tiny:
+        settings["correlation"]["max_trials"], settings["movement"] = 12, {"steps": 3}
     scores = reltune.analyze(
         model,
         list(batches(task, train[: options.examples], "cpu")),
@@ -111,7 +116,7 @@ def measured(
         always_trained=["classifier"],
         seed=seed,
         progress=False,
-        options={name: {"kinds": options.kinds} for name in ("correlation", "ablation") if name in options.criteria},
+        options=settings,
     )
     start = copy.deepcopy(model.state_dict())
 

@@ -53,6 +53,9 @@ def main() -> int:
     fit(model, ["classifier"], task, rows[texts : texts + head_texts], 0, 3e-2)
     data = list(batches(task, rows[:texts], device))
     facts: dict[str, Any] = {}
+    settings: dict[str, dict[str, Any]] = {name: {"kinds": KINDS} for name in options.criteria}
+    if options.tiny:
+        settings["correlation"]["max_trials"] = 12
 
     def plain() -> Timed:
         machine = Machine(device)
@@ -72,7 +75,7 @@ def main() -> int:
                 always_trained=["classifier"],
                 seed=SEED,
                 progress=False,
-                options={criterion: {"kinds": KINDS}},
+                options={criterion: settings[criterion]},
             )
             facts[criterion] = scores.provenance[criterion]
             facts["units"] = {kind: list(scores.by(kind)) for kind in KINDS}

@@ -113,7 +113,6 @@ def test_the_agreement_with_all_examples_is_foreseen(noise):
         found.append(spearman(drops[:, :50].mean(1), drops.mean(1)))
     mean = sum(found) / len(found)
     assert mean - 0.12 < sum(foreseen) / len(foreseen) < mean + 0.01 and 0.7 < mean < 0.99
-    assert sum(a <= b for a, b in zip(foreseen, found, strict=True)) >= 0.8 * len(found)  # one standard error below
 
 
 def test_agreement_at_the_ends():
