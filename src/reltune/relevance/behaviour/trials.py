@@ -18,7 +18,7 @@ HALVINGS = 16  # of the examples, whose agreement is averaged
 
 
 class Trials:
-    """The metric of every trial and example.
+    """The metric of every trial and example, in a context at the end of which it is kept for a call that goes on.
 
     Args:
         units: gives the units that a trial takes out or perturbs; none of them leaves the model as it is.
@@ -55,6 +55,7 @@ class Trials:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
+        self.experiment.save()
 
     def measured(self, trials: int, rounds: int) -> Tensor:
         """The metrics (trials, n) of the first trials, for the n examples of the first rounds.
@@ -64,12 +65,8 @@ class Trials:
         if rounds > self.opened:
             self.bar.total = self.bar.n + trials
             self.opened = rounds
-        try:
-            for opened in self.neutral.rounds[:rounds]:
-                self._fill(trials, opened.batches, opened.places)
-        except BaseException:
-            self.experiment.save()
-            raise
+        for opened in self.neutral.rounds[:rounds]:
+            self._fill(trials, opened.batches, opened.places)
         return self.metrics[:trials, : self.neutral.rounds[rounds - 1].examples]
 
     def _fill(self, trials: int, batches: Sequence[Any], places: Sequence[Tensor]) -> None:
