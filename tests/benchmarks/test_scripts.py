@@ -9,11 +9,14 @@ import sys
 import pytest
 import torch
 
+import behaviour_agreement
+import behaviour_trials
 import peers
 import relevance_overhead
 import relevance_peers
 from harness import Benchmark, Machine
 from llama import TINY
+from reltune.runs.training import LEARNING_RATES
 
 IN_TORCH = [peer for peer in peers.PEERS if peer.run in (peers.loop, peers.vmap_of_grad)]
 
@@ -79,3 +82,34 @@ def test_the_size_that_was_fastest_is_taken_and_the_failures_kept(bench, case):
     size, every = relevance_peers.fastest_size(bench, case, peer, ours, limit=1e-4)
     assert size == 1 and every["3"] == {"error": "MemoryError: too large"}
     assert every["2"] == {"seconds": 5.0, "difference": 0.0} and every["1"]["seconds"] == 3.0
+
+
+@pytest.mark.filterwarnings("ignore:the ranking of")
+def test_behaviour_beside_plain_passes_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["behaviour_trials", "--tiny", "--repeats", "1", "--commit", "abc", "--output_dir", str(tmp_path)]
+    )
+    assert behaviour_trials.main() == 0
+    found = json.loads((tmp_path / "behaviour_trials.json").read_text())
+    assert [method["method"] for method in found["cases"][0]["methods"]] == ["plain pass", "ablation", "correlation"]
+    # 4 modules of the embeddings, 16 in two blocks and the pooler; 2 layers; the plain pass.
+    ideal = found["values"]["ablation: plain passes of the ideal plan"]
+    assert ideal == 1 + (4 + 8 + 8 / 2) + 1 / 2 and found["values"]["ablation: facts"]["module"]["examples"] == 40
+    assert len(found["checks"]) == 4
+
+
+@pytest.mark.filterwarnings("ignore:the ranking of")
+def test_agreement_of_behaviour_with_gains_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["behaviour_agreement", "--tiny", "--commit", "abc", "--output_dir", str(tmp_path)]
+    )
+    assert behaviour_agreement.main() == 0
+    assert {"layer": behaviour_agreement.RATE, "head": behaviour_agreement.HEAD_RATE}.items() <= LEARNING_RATES.items()
+    layers, modules = json.loads((tmp_path / "behaviour_agreement.json").read_text())["records"]
+    assert layers["kind"] == "layer" and len(layers["units"]) == 2 and len(modules["units"]) == 21
+    for record in (layers, modules):
+        assert {"correlation and ablation", "movement and gain in loss", "size and gain in loss"} <= set(
+            record["spearman"]
+        )
+        assert all(len(values) == len(record["units"]) for values in record["scores"].values())
+    assert max(modules["scores"]["gain in loss"]) > 0  # some module gains over the classifier alone

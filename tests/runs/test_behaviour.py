@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from command_line import Answer, reltune, review_rows, write_csv
 from reltune.plan.plan import Plan
 from reltune.relevance.criteria import ablation, movement
 from reltune.relevance.scores import RelevanceScores
+from reltune.runs.summary import behaviour_notes
 from tiny_models import save_tiny_bert
 
 BEHAVIOUR = ("ablation", "correlation", "movement")
@@ -114,3 +116,10 @@ def test_the_same_command_begins_again_where_nothing_was_kept(place: Path, monke
 def test_warnings_are_sentences(answer: Answer) -> None:
     assert "\nreltune: warning: the ranking of heads by correlation is not stable after 12 trials" in answer.err
     assert "RuntimeWarning" not in answer.err and "run.py" not in answer.err
+
+
+def test_the_report_says_how_many_examples_were_seen() -> None:
+    facts = {"metric": "accuracy", "of_the_model": 0.9, "layer": {"examples": 128}, "module": {"examples": 300}}
+    relevance = SimpleNamespace(criteria=["ablation"], provenance={"ablation": facts, "examples": 300})
+    wanted = "ablation is measured by the accuracy, 0.9 for the untouched model; layers on 128 of 300 examples."
+    assert behaviour_notes(relevance) == [wanted]  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ class AnalysisConfig(Subject):
         default=32, metadata=about("How many examples the analysis puts in one batch.", "N", least=1)
     )
     max_trials: int = field(
-        default=400,
+        default=200,
         metadata=about("For the criterion correlation: at most this many trials per kind of unit.", "N", least=4),
     )
     probe_steps: int = field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,16 +82,41 @@ def part_of(batch: Any, start: int, stop: int) -> Any:
     return like(batch, lambda v: v[start:stop] if isinstance(v, Tensor) and v.ndim and len(v) == size else v)
 
 
+def picked(batch: Any, rows: list[int]) -> Any:
+    """These examples of the batch."""
+    size = batch_size(batch)
+    return like(batch, lambda v: v[rows] if isinstance(v, Tensor) and v.ndim and len(v) == size else v)
+
+
+def joined(batches: Sequence[Any]) -> Any:
+    """The examples of several batches of one ``form`` in one."""
+    first = batches[0]
+    keys = list(first) if isinstance(first, Mapping) else range(len(first))
+    values = [torch.cat([batch[key] for batch in batches]) for key in keys]
+    return dict(zip(keys, values, strict=True)) if isinstance(first, Mapping) else tuple(values)
+
+
+def form(batch: Any) -> tuple | None:
+    """What batches must have in common to be joined; None for a batch that holds more than a row per example."""
+    size = batch_size(batch)
+    values = list(values_of(batch))
+    if not all(isinstance(value, Tensor) and value.ndim and len(value) == size for value in values):
+        return None
+    names = tuple(batch) if isinstance(batch, Mapping) else len(values)
+    return (names, *((value.dtype, tuple(value.shape[1:])) for value in values))
+
+
 def with_labels(batch: Any, labels: Tensor) -> Any:
     return {**batch, "labels": labels} if isinstance(batch, Mapping) else (*batch[:-1], labels)
 
 
-def forward(model: nn.Module, batch: Any) -> Any:
+def forward(model: nn.Module, batch: Any, call: Callable[..., Any] | None = None) -> Any:
     """The model's outputs. The model is not given the labels; a sequence-to-sequence model is given the decoder input that
-    it would have made from them, if the batch has none."""
+    it would have made from them, if the batch has none. ``call``: what is called in place of the model."""
+    call = call or model
     if isinstance(batch, Mapping):
-        return model(**{key: value for key, value in batch.items() if key != "labels"}, **_shifted_labels(model, batch))
-    return model(batch[0])
+        return call(**{key: value for key, value in batch.items() if key != "labels"}, **_shifted_labels(model, batch))
+    return call(batch[0])
 
 
 def _shifted_labels(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:

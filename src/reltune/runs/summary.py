@@ -97,9 +97,15 @@ def behaviour_notes(relevance: Overview) -> list[str]:
             trials = [
                 f"{of['trials']} trials of {kind}s, ranking {'stable' if of['stable'] else 'not yet stable'}"
                 for kind, of in facts.items()
-                if isinstance(of, dict)
+                if isinstance(of, dict) and "trials" in of
             ]
-            notes.append("; ".join([note, *trials]) + ".")
+            total = relevance.provenance.get("examples", 0)
+            samples = [
+                f"{kind}s on {of['examples']} of {total} examples"
+                for kind, of in facts.items()
+                if isinstance(of, dict) and of.get("examples", total) < total
+            ]
+            notes.append("; ".join([note, *trials, *samples]) + ".")
     return notes
 
 

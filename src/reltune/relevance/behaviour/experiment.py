@@ -21,6 +21,7 @@ from reltune.layers.inventory import Inventory
 from reltune.losses import Loss, rows_of
 from reltune.processes import Processes
 from reltune.relevance.batches import batch_size, forward, moved, part_of
+from reltune.relevance.behaviour.kept_outputs import KeptOutputs
 from reltune.relevance.resumption import Partial
 
 
@@ -35,6 +36,20 @@ def known_words(name: str, values: Sequence[str], known: Sequence[str]) -> None:
     for value in values:
         if value not in known:
             raise InputError(f"{name} {value!r} is unknown; {nearest(str(value), known)}")
+
+
+class MeanMetric(float):
+    """The mean metric of a pass over the data."""
+
+    of_examples: Tensor
+    """The metric of each example (n,), in float64."""
+
+    @classmethod
+    def over(cls, metrics: Sequence[Tensor]) -> MeanMetric:
+        of_examples = torch.cat(list(metrics))
+        mean = cls(of_examples.mean())
+        mean.of_examples = of_examples
+        return mean
 
 
 @dataclasses.dataclass
@@ -55,6 +70,7 @@ class Experiment:
 
     processes: Processes = dataclasses.field(default_factory=Processes)
     same_batches: bool = True  # whether all processes have these batches, or each has batches of its own
+    kept: KeptOutputs | None = None  # of the unchanged model, for passes that change it
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
@@ -70,43 +86,75 @@ class Experiment:
         return found
 
     @functools.cached_property
-    def passes_done(self) -> dict[str, list[float]]:
-        """What ``passes`` has, by its names."""
+    def tables(self) -> dict[str, Tensor]:
+        """What is measured so far, by name: numbers (passes,), or tables (passes, examples) with nan where nothing is yet."""
         found = self.resumed()
-        return {} if found is None else {name: tensor.tolist() for name, tensor in found[1].items()}
+        return {} if found is None else found[1]
+
+    def table(self, name: str, passes: int, examples: int) -> Tensor:
+        """A table to be filled, with what an interrupted call has measured."""
+        table = torch.full((passes, examples), torch.nan, dtype=torch.float64)
+        found = self.tables.get(name)
+        if found is not None and found.shape[1:] == table.shape[1:] and len(found) <= passes:
+            table[: len(found)] = found
+        self.tables[name] = table
+        return table
 
     @property
     def layers(self) -> list[str]:
         """Names of the blocks that hold measured modules, from the input on."""
         return list(dict.fromkeys(info.layer for info in self.inventory.modules if info.in_block))
 
-    def metric(self, what: str = "the model") -> float:
+    def metric(self, what: str = "the model") -> MeanMetric:
         """The task metric, the mean over all examples, in one pass over the data. ``what`` names it in errors."""
-        total, examples = 0.0, 0
+        found = []
         for index, (_, metrics) in enumerate(self.forward()):
             if not torch.isfinite(metrics).all():
                 raise AnalysisError(f"the metric of batch {index} is not finite with {what}.")
-            total += float(metrics.sum())
-            examples += len(metrics)
-        return total / examples
+            found.append(metrics)
+        return MeanMetric.over(found)
 
-    def forward(self, before: Callable[[Any], None] | None = None) -> Iterator[tuple[Any, Tensor]]:
+    def forward(
+        self, before: Callable[[Any], None] | None = None, keep: bool = False, losses: list[Tensor] | None = None
+    ) -> Iterator[tuple[Any, Tensor]]:
         """One pass: every batch (halved where memory does not hold it) with the metric of each of its examples.
 
-        ``before`` is told what the model sees of the batch before its forward pass.
+        ``before`` is told what the model sees of the batch before its forward pass. ``keep``: the model is unchanged, and what
+        its pieces give is kept. ``losses`` gets the examples' losses.
         """
         seeded(self.device, self.seed)
-
-        def metrics(batch: Any) -> Tensor:
-            if before is not None:
-                before(rows_of(batch, self.loss))
-            return self._metrics(batch).cpu().double()
-
         for batch in self.batches:
-            yield from in_halves(moved(batch, self.device), metrics)
+            here = moved(batch, self.device)
 
-    def _metrics(self, batch: Any) -> Tensor:
-        outputs = forward(self.model, rows_of(batch, self.loss))
+            def metrics(part: Any, batch: Any = batch, whole: Any = here) -> Tensor:
+                if before is not None:
+                    before(rows_of(part, self.loss))
+                outputs = self._outputs(part, batch if part is whole else None, keep)
+                if losses is not None:
+                    losses.append(self.loss.per_example(outputs, part).cpu().double())
+                return self._metrics(outputs, part).cpu().double()
+
+            yield from in_halves(here, metrics)
+
+    def _outputs(self, batch: Any, key: Any, keep: bool) -> Any:
+        """``key``: the batch that this is the whole of, as ``batches`` has it; None for a part of one."""
+        inputs = rows_of(batch, self.loss)
+        if self.kept is None or key is None:
+            return forward(self.model, inputs)
+        if not keep:
+            with self.kept.used(key):
+                return forward(self.model, inputs)
+        return self.kept.keep(key, lambda: forward(self.model, inputs))
+
+    @torch.no_grad()
+    def check_kept(self) -> None:
+        """Let ``kept`` see that it changes nothing. The pass calls the model's forward itself: it is none over the data."""
+        if self.kept is not None:
+            self.kept.check(
+                lambda batch: forward(self.model, rows_of(moved(batch, self.device), self.loss), self.model.forward)
+            )
+
+    def _metrics(self, outputs: Any, batch: Any) -> Tensor:
         metric = getattr(self.loss, "metric", None)
         metrics = -self.loss.per_example(outputs, batch) if metric is None else metric(outputs, batch)
         if metrics.shape != (batch_size(batch),):
@@ -132,7 +180,7 @@ class Experiment:
         What an interrupted call with the same ``name`` got is not performed again; what is performed is kept every few
         minutes and on the way out. A pass cut short leaves nothing: it is performed whole the next time.
         """
-        values = self.passes_done.setdefault(name, [])
+        values: list[float] = self.tables.get(name, torch.empty(0)).tolist()
         bar = tqdm(
             total=total, initial=len(values), desc=f"{self.criterion} {name}", unit="pass", disable=not self.progress
         )
@@ -140,16 +188,25 @@ class Experiment:
             with bar:
                 while len(values) < total and not enough(values):
                     values.append(perform(len(values)))
+                    self.tables[name] = torch.tensor(values, dtype=torch.float64)
                     bar.update()
-                    if self.partial and self.partial.due():
-                        self._save()
+                    self.save_if_due()
         except BaseException:
-            self._save()
+            self.save()
             raise
         return values
 
-    def _save(self) -> None:
-        tensors = {k: torch.tensor(values, dtype=torch.float64) for k, values in self.passes_done.items() if values}
+    def save_if_due(self) -> None:
+        if self.partial and self.partial.due():
+            self.save()
+
+    def save(self) -> None:
+        """Keep what is measured so far for a call that goes on with it."""
+        tensors = {}
+        for name, table in self.tables.items():
+            begun = (~table.isnan()).flatten(1).any(1).nonzero() if table.ndim > 1 else torch.arange(len(table))
+            if len(begun):
+                tensors[name] = table[: int(begun.max()) + 1]
         if self.partial and tensors:
             self.partial.save({"data": self.data}, tensors)
 

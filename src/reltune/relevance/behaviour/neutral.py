@@ -28,6 +28,8 @@ from reltune.layers.registry import layer_type
 from reltune.layers.units import ModuleInfo
 from reltune.relevance.batches import batch_size
 from reltune.relevance.behaviour.experiment import Experiment
+from reltune.relevance.behaviour.kept_outputs import Changed, KeptOutputs
+from reltune.relevance.behaviour.rounds import Round, is_one_round, labels_of, one_round, rounds_of, stratified_order
 from reltune.relevance.criteria.contract import ScoresByName
 
 REMOVABLE = ("layer", "module", "head")  # the granularities whose units can be taken out
@@ -55,16 +57,20 @@ class Unit:
 class Neutral:
     """Takes units of one experiment out, one or several at a time.
 
-    Making it costs one pass over the data, which tells what can be taken out and the means: O(features) numbers per unit.
+    Making it costs one pass over the data, which tells what can be taken out, the means (O(features) numbers per unit) and in which
+    rounds the examples are taken: the first of them has ``sample`` examples, or all.
 
     Attributes:
         units: those that can be taken out, for each granularity that was asked for.
         left_out: the other ones, with the reason.
         baseline: the metric of the untouched model.
+        rounds: the examples, as they are taken.
+        base: the untouched model's metric of each example (N,), in the order in which they are taken.
+        kept: what the untouched model's blocks give.
     """
 
-    def __init__(self, experiment: Experiment, granularities: Sequence[str], replace_by: str) -> None:
-        self.model = experiment.model
+    def __init__(self, experiment: Experiment, granularities: Sequence[str], replace_by: str, sample: int) -> None:
+        self.experiment, self.model = experiment, experiment.model
         self.infos = experiment.inventory.by_name
         self.groups = {group.name: group for group in experiment.inventory.attention_heads}
         candidates = {
@@ -73,8 +79,21 @@ class Neutral:
             "head": [Unit("head", group.name, head) for group in self.groups.values() for head in range(group.heads)],
         }
         wanted = [unit for granularity in granularities for unit in candidates[granularity]]
+        sites = {self._site(unit): None for unit in wanted}
+        self.kept = experiment.kept = KeptOutputs(self.model, list(sites))
         look = _Look(self.model, self.infos, self.groups, with_means=replace_by == "mean")
-        self.baseline = look.over(experiment, list(dict.fromkeys(unit.place for unit in wanted)))
+        places = list(dict.fromkeys(unit.place for unit in wanted))
+        batches = experiment.batches
+        if is_one_round(sum(map(batch_size, batches)), sample):
+            self.base, rounds = look.over(experiment, places, keep=True), one_round(batches)
+        else:
+            losses: list[Tensor] = []
+            metrics = look.over(experiment, places, losses=losses)
+            order = stratified_order(labels_of(batches), torch.cat(losses), experiment.seed)
+            self.base, rounds = metrics[order], rounds_of(batches, order, sample)
+        self.rounds: list[Round] = rounds
+        self.baseline = float(self.base.mean())
+        experiment.check_kept()
         self.means = look.means()  # what stands for a unit; empty where that is zero
         self.left_out = {unit: reason for unit in wanted if (reason := look.why_not(unit.place))}
         self.units = {
@@ -91,6 +110,8 @@ class Neutral:
         heads: dict[str, list[int]] = {}
         modules: list[str] = []
         handles: list[Handle] = []
+        blocks = [unit.name for unit in units if unit.granularity == "layer"]
+        changed = Changed([self._site(unit) for unit in units if unit.granularity != "layer"], blocks)
         try:
             # All hooks come after the modules' own: what others make of the output goes too.
             for unit in units:
@@ -108,10 +129,25 @@ class Neutral:
             for name, which in heads.items():
                 output = self.model.get_submodule(self.groups[name].output)
                 handles.append(output.register_forward_pre_hook(self._cut(name, which, strength)))
-            yield
+            with self.kept.changed(changed):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def keep(self, batches: Sequence[Any]) -> None:
+        """Let what the untouched model's blocks give for these batches be kept, if it is not yet."""
+        missing = [batch for batch in batches if not self.kept.holds(batch)]
+        if missing and not self.kept.off:
+            for _ in dataclasses.replace(self.experiment, batches=missing).forward(keep=True):
+                pass
+            self.experiment.check_kept()
+
+    def _site(self, unit: Unit) -> str:
+        """The module that is changed to take the unit out."""
+        if unit.granularity == "head":
+            return self.groups[unit.name].output
+        return self.infos[unit.name].owner if unit.granularity == "module" else unit.name
 
     def enter(self, parts: ScoresByName, granularity: str, part: str, scores: Tensor) -> None:
         """Put one score per unit into ``parts``: () per layer and module, (heads,) per attention module."""
@@ -181,8 +217,8 @@ class _Look:
         self.mask: Tensor | None = None
         self.examples = 0
 
-    def over(self, experiment: Experiment, places: Sequence[Place]) -> float:
-        """Pass over the data once and look at these places. Gives the metric."""
+    def over(self, experiment: Experiment, places: Sequence[Place], **how: Any) -> Tensor:
+        """Pass over the data once (``how``: as in ``Experiment.forward``) and look at these places. Gives the metrics (N,)."""
         handles: list[Handle] = []
         try:
             for granularity, name in places:
@@ -196,7 +232,7 @@ class _Look:
                 module = self.model.get_submodule(infos[0].owner)
                 observer = Observer(self._see_modules(infos), self._refuse_module)
                 handles += layer_type(infos[0].layer_type).observe(module, infos, observer)
-            return float(torch.cat([metrics for _, metrics in experiment.forward(self._before)]).mean())
+            return torch.cat([metrics for _, metrics in experiment.forward(self._before, **how)])
         finally:
             for handle in handles:
                 handle.remove()
