@@ -26,7 +26,7 @@ import torch
 
 from reltune.config.run_config import RunConfig
 from reltune.config.training import TrainingConfig
-from reltune.config.training_fields import NOT_FOR_RUNS, checked_training_fields, training_field_kinds
+from reltune.config.training_fields import NOT_FOR_RUNS, checked_training_fields, training_field_names
 from reltune.errors import InputError, nearest
 from reltune.files import write_json
 from reltune.processes import Processes
@@ -53,7 +53,7 @@ def space(config: TrainingConfig) -> dict[str, Any]:
     """
     _optuna()
     own = {field.name for field in dataclasses.fields(RunConfig)}
-    known = [*OWN, *(name for name in training_field_kinds() if name not in (*NOT_FOR_RUNS, *COMPARE))]
+    known = [*OWN, *(name for name in training_field_names() if name not in (*NOT_FOR_RUNS, *COMPARE))]
     found = {}
     for name, words in config.sweep.items():
         if name not in known:
