@@ -95,8 +95,8 @@ def _repeated(node: yaml.Node | None) -> tuple[str, int] | None:
             return key.value, key.start_mark.line + 1
         if isinstance(key, yaml.ScalarNode):
             seen.add(key.value)
-        if found := _repeated(value):
-            return found
+        if repeated := _repeated(value):
+            return repeated
     return None
 
 

@@ -54,8 +54,8 @@ def training_declarations() -> type:
         for file in ("debug_utils.py", "trainer_utils.py", "training_args.py"):
             source = Path(package.origin).with_name(file).read_text(encoding="utf-8")
             classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
-            needed = [_fields_alone(node) if node.name == "TrainingArguments" else node for node in classes]
-            needed = [node for node in needed if node.name == "TrainingArguments" or _names_words(node)]
+            needed: list[ast.stmt] = [node for node in classes if _names_words(node)]
+            needed += [_fields_alone(node) for node in classes if node.name == "TrainingArguments"]
             exec(compile(ast.Module(needed, []), file, "exec", dont_inherit=True), names)
         return dataclasses.dataclass(names["TrainingArguments"])
     except (NameError, KeyError):
@@ -72,7 +72,7 @@ def _fields_alone(node: ast.ClassDef) -> ast.ClassDef:
     """The class without methods and decorators. A default that depends on torch's release is that of a new one."""
     statements = [one for one in node.body if isinstance(one, ast.AnnAssign | ast.Assign | ast.If)]
     parts = [part for statement in statements for part in ast.walk(statement)]
-    body = [
+    body: list[ast.stmt] = [
         part
         for part in parts
         if isinstance(part, ast.AnnAssign) or (isinstance(part, ast.Assign) and isinstance(part.value, ast.Constant))
@@ -191,7 +191,7 @@ def checked_training_fields(values: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     check_training_names(values)
     kinds = {name: str(kind) for name, kind in training_field_kinds().items()}
-    found: dict[str, Any] = {}
+    checked: dict[str, Any] = {}
     words = []
     for name, value in values.items():
         if isinstance(value, enum.Enum):
@@ -199,7 +199,7 @@ def checked_training_fields(values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict | list):
             if type(value).__name__ not in kinds[name]:
                 raise InputError(f"{name} is {value!r}; it must be a single value.")
-            found[name] = value
+            checked[name] = value
         elif value is not None:
             word = str(value).lower() if isinstance(value, bool) else str(value)
             if value is False and "bool" not in kinds[name]:  # what YAML 1.1 makes of a plain no
@@ -207,7 +207,7 @@ def checked_training_fields(values: Mapping[str, Any]) -> dict[str, Any]:
             # A flag without a value, such as a bare --fsdp, is held as true whatever its kind.
             words.append(f"--{name}" if value is True and "bool" not in kinds[name] else f"--{name}={word}")
     try:
-        found |= parse_training_fields(words)
+        checked |= parse_training_fields(words)
     except InputError as error:
         raise InputError(str(error).removeprefix("--")) from error
-    return {name: found[name] for name in values if name in found}
+    return {name: checked[name] for name in values if name in checked}

@@ -127,12 +127,12 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
     return table
 
 
-def outputs(found: Sequence[Output], few: int = 3) -> RenderableType:
+def outputs(written: Sequence[Output], few: int = 3) -> RenderableType:
     """The first few outputs, each as prompt, reference, base and tuned model's text, one below the other."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold", max_width=WIDTH - 12)
-    for output in found[:few]:
+    for output in written[:few]:
         for name, text in vars(output).items():
             start, rest = numbers.opening(CONTROL.sub("\ufffd", text))
             table.add_row(name, Text(f"{start} …" if rest else start), end_section=name == "tuned")

@@ -95,9 +95,9 @@ def behaviour_notes(relevance: Overview) -> list[str]:
                 f"{criterion} is measured by the {facts['metric']}, {facts['of_the_model']:.4g} for the untouched model"
             )
             trials = [
-                f"{of['trials']} trials of {kind}s, ranking {'stable' if of['stable'] else 'not yet stable'}"
-                for kind, of in facts.items()
-                if isinstance(of, dict)
+                f"{own['trials']} trials of {kind}s, ranking {'stable' if own['stable'] else 'not yet stable'}"
+                for kind, own in facts.items()
+                if isinstance(own, dict)
             ]
             notes.append("; ".join([note, *trials]) + ".")
     return notes
