@@ -76,8 +76,10 @@ def heatmap(h: Heatmap) -> RenderableType:
 
 
 def comparison_table(results: Sequence[MethodResult]) -> Table:
-    """One row per method; at most 100 columns wide. ``—`` where nothing was measured."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    """One row per method, with its scores on test data; at most 100 columns wide. ``—`` where nothing was measured."""
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title="Scores on test data", title_justify="left"
+    )
     table.add_column("method", overflow="fold", max_width=20)
     scores = numbers.measured(result.metrics for result in results)[:2]  # the main one first; more would be too wide
     quality = ("trainable", "+ head", *(numbers.head(name, short=True) for name in scores))
