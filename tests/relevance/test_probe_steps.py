@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from measured_models import MODELS, tiny_bert, tiny_gpt2
 from relevance_cases import data_for, labels_of, measure, own_loss, split
 from reltune.errors import AnalysisError, InputError
+from reltune.relevance.probe.moving_weights import weights_that_move
+from reltune.relevance.probe.stability import WatchedSample
 from reltune.relevance.probe.steps import no_larger, share_of, steps_of
 from reltune.relevance.scores import RelevanceScores
 
@@ -238,6 +240,21 @@ def test_a_probe_ends_when_the_choice_has_settled():
     with pytest.warns(RuntimeWarning, match="not stable after 120 steps"):
         facts = probe(model, batches, steps="auto", agreement=1.5).provenance["movement"]
     assert not facts["stable"] and facts["steps_taken"] == 120
+
+
+def test_the_choice_is_of_the_most_votes_and_then_of_the_largest_summed_gradient():
+    """Of 400 weights four are chosen: one by its votes against all, three of those with two votes either way."""
+    (weight,) = weights_that_move(nn.Linear(20, 20, bias=False), None, RATE, torch.int8)
+    sample = WatchedSample([weight], seed=0)
+    votes, first, second = weight.votes.view(-1), torch.zeros(400), torch.zeros(400)
+    votes[7] = -3
+    for place, vote, a, b in ((50, 2, 1, -9), (60, -2, 5, 0), (70, 2, 1, 1), (80, 2, 0, 6), (90, -2, 9, -9)):
+        votes[place], first[place], second[place] = vote, a, b
+    sample.note(weight, first.view(20, 20))
+    sample.note(weight, second.view(20, 20))
+    assert sample.check() == 0 and sample.chosen.tolist() == [7, 50, 60, 80]  # sums of -8, 5 and 6
+    votes[90] = 3
+    assert sample.check() == 0.75 and sample.chosen.tolist() == [7, 50, 80, 90]
 
 
 def test_many_steps_have_larger_votes():
