@@ -26,8 +26,8 @@ REFUSED = "its weight is used otherwise than in one kind of linear map"
 class RouterType(LinearType):
     """Called …Router, with a matrix and perhaps a bias and nothing else; whether it is a linear map shows when it runs.
 
-    Taken out, it gives zero logits, by which all experts are alike and ties decide, or its mean logits, by which all
-    tokens go the same way.
+    When it is taken out it gives zero logits, so that all experts are alike and ties decide, or its mean logits, so
+    that all tokens go to the same experts.
     """
 
     name = "router"

@@ -175,6 +175,6 @@ class RunDirectory:
         return path
 
     def newest_checkpoint(self) -> str | None:
-        """The newest checkpoint that was written whole, if there is one: its trainer_state.json comes last."""
+        """The newest checkpoint that was written whole, if there is one: trainer_state.json is the last file of a checkpoint."""
         whole = [path.parent for path in self.path.glob("checkpoint-*/trainer_state.json")]
         return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None

@@ -45,8 +45,7 @@ def evaluate(
     texts that the metrics of what the model writes were computed from.
 
     ``datasets`` maps the prefix ("eval", "test") to the examples, ``arguments`` are fields of TrainingArguments. Run
-    times are left out: they are no property of the model. Without ``generate``, so are the metrics of what the model writes
-    after training.
+    times are left out, because they say nothing of the model; without ``generate``, metrics of what the model writes are too.
     """
     evaluation = Evaluation({}, {})
     with tempfile.TemporaryDirectory() as scratch:

@@ -86,7 +86,7 @@ def forgetting_notes(config: DataConfig, results: dict[str, Any]) -> list[str]:
 
 
 def behaviour_notes(relevance: Overview) -> list[str]:
-    """What scores measured from behaviour are changes of, and how many trials stand behind them."""
+    """Of each criterion that tries units out: by which metric it scores them, and in how many trials."""
     notes = []
     for criterion in relevance.criteria:
         facts = relevance.provenance.get(criterion, {})
