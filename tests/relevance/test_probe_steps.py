@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from measured_models import MODELS, tiny_bert, tiny_gpt2
 from relevance_cases import data_for, labels_of, measure, own_loss, split
 from reltune.errors import AnalysisError, InputError
 from reltune.relevance.probe.moving_weights import weights_that_move
+from reltune.relevance.probe.sign_probe import SignProbe
 from reltune.relevance.probe.stability import WatchedSample
 from reltune.relevance.probe.steps import no_larger, share_of, steps_of
 from reltune.relevance.scores import RelevanceScores
@@ -346,6 +348,28 @@ def test_a_loss_that_rises_is_a_step_too_large():
     ):
         probe(model, batches, steps=60, step_size=0.5)
     probe(model, batches, steps=60, step_size=1e-3)
+
+
+@pytest.mark.parametrize(
+    "losses, rises",
+    [([1.0] * 9 + [100.0] * 10, False), ([1.0] * 10 + [2.0] * 10, False), ([1.0] * 10 + [2.1] * 10, True)],
+)
+def test_ten_losses_are_compared_with_the_first_ten_once_both_are_there(losses, rises):
+    stands_for_a_probe = SimpleNamespace(losses=losses, options=SimpleNamespace(diverged=2.0))
+    if rises:
+        with pytest.raises(AnalysisError, match=r"rose from 1 to 2\.1"):
+            SignProbe._check_losses(stands_for_a_probe)
+    else:
+        SignProbe._check_losses(stands_for_a_probe)
+
+
+def test_weights_of_zero_move_by_the_median_step():
+    model = nn.Sequential(*[nn.Linear(4, 4, bias=i == 4) for i in range(5)])
+    for layer, size in zip(model, (1.0, 8.0, 2.0, 2.5, 0.0), strict=True):
+        nn.init.constant_(layer.weight, size)
+    nn.init.zeros_(model[4].bias)
+    steps = [weight.step for weight in weights_that_move(model, None, RATE, torch.int8)]
+    assert steps == pytest.approx([RATE * size for size in (1, 8, 2, 2.5, 2.5, 2.5)])
 
 
 def test_gradients_that_are_not_finite_are_named():
