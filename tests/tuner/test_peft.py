@@ -466,6 +466,17 @@ def test_a_saved_config_alone_does_not_train_the_wrong_columns(saved: dict[str, 
     assert torch.equal(_logits(model.eval()), saved["logits"])
 
 
+def test_the_name_of_a_deleted_adapter_without_a_file_is_free(saved: dict[str, Any]) -> None:
+    config = PeftConfig.from_pretrained(saved["adapter"])
+    base = _load_base(saved)
+    model = get_peft_model(base, _config(base, BERT, always_trained=HEADS, task_type="SEQ_CLS")).eval()
+    model.add_adapter("other", config)
+    model.delete_adapter("other")
+    model.add_adapter("other", _config(_bert(), BERT, init_weights=True, always_trained=HEADS, task_type="SEQ_CLS"))
+    model.set_adapter("other")
+    assert torch.equal(_logits(model), saved["base_logits"])
+
+
 def test_inject_adapter_in_model(saved: dict[str, Any]) -> None:
     base = _load_base(saved)
     config = _config(base, BERT, init_weights=True)
@@ -625,6 +636,15 @@ def test_switching_while_a_graph_is_alive() -> None:
         _check_gradients(model, expected[name], name)
 
 
+def test_a_write_through_data_counts_from_the_next_change_of_mode_on() -> None:
+    model = _model().train()
+    _check_output(model, "default")
+    for name, p in model.named_parameters():
+        if name.endswith(".default"):
+            p.data.add_(0.5)
+    _check_output(model.eval(), "default")
+
+
 def test_a_hand_written_update_of_an_adapter_that_is_switched_away() -> None:
     """Its old values are still in the base weight while a graph needs them."""
     model = _model(FIRST, other=SECOND)
@@ -767,6 +787,14 @@ def test_safe_merge_refuses_values_that_are_not_finite(kind: str, value: float) 
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_adapter(safe_merge=True)
     _check_base_is(_base_state(model), _net())
+
+
+def test_safe_merge_refuses_values_that_the_base_cannot_hold() -> None:
+    model = _model({"second": {"columns": [1]}}, torch.float16)
+    with torch.no_grad():
+        _layers(model)["second"].reltune_columns["default"].view(-1)[0] = 1e6
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
 
 
 def test_disabling_a_merged_model_unmerges_it() -> None:
