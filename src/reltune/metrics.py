@@ -49,8 +49,8 @@ METRICS = {
 
 def metric_of(name: str) -> Metric | None:
     """The metric of a result such as ``test_before_f1_macro``: the one with the longest name that the result's ends with."""
-    found = [metric for metric in METRICS if f"_{name}".endswith(f"_{metric}")]
-    return METRICS[max(found, key=len)] if found else None
+    fitting = [metric for metric in METRICS if f"_{name}".endswith(f"_{metric}")]
+    return METRICS[max(fitting, key=len)] if fitting else None
 
 
 def largest_is_best(name: str) -> bool:

@@ -1,6 +1,7 @@
 """`reltune --help` must answer at once, so neither the package nor the command line loads a heavy library."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,8 +144,18 @@ def test_bad_input_is_refused_before_anything_heavy_is_loaded(tmp_path: Path) ->
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("what", ["--defaults", "--schema"])
+def test_what_a_config_can_say_is_printed_without_anything_heavy(what: str) -> None:
+    shown = f"import sys; sys.argv = ['reltune', 'config', '{what}']\nfrom reltune.cli.commands import main"
+    assert loaded_after(f"{shown}\ntry: main()\nexcept SystemExit as end: assert not end.code") & HEAVY == set()
+
+
 @pytest.mark.slow
-def test_what_libraries_remark_on_themselves_is_not_shown() -> None:
+def test_what_libraries_remark_on_themselves_is_not_shown(tmp_path: Path) -> None:
     """Of those that transformers and PEFT import because they are installed, too."""
-    done = subprocess.run([sys.executable, "-m", "reltune", "config", "--defaults"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("# A config for") and done.stderr == ""
+    shutil.copytree(Path(__file__).parents[1] / "artefacts" / "v0_1" / "columns", tmp_path / "columns")
+    words = ["select", "columns", "--overwrite_output_dir"]
+    script = f"import sys; sys.argv = ['reltune', *{words}]\nfrom reltune.cli.commands import main\ntry: main()\n"
+    script += "except SystemExit as end: assert not end.code\nassert {'transformers', 'peft'} <= {*sys.modules}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "Next: " in done.stdout and done.stderr == "", done.stderr

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import inspect
 import math
+import typing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from transformers import TrainingArguments
 
 from command_line import assert_refused, reltune
 from reltune.config.analysis import AnalysisConfig
@@ -21,7 +24,7 @@ from reltune.config.model import ModelConfig
 from reltune.config.run_config import FIELDS, ORDER, RunConfig
 from reltune.config.selection import SelectionConfig
 from reltune.config.training import TrainingConfig
-from reltune.config.training_fields import training_field_kinds, training_field_names
+from reltune.config.training_fields import training_declarations, training_field_names
 from reltune.errors import InputError
 
 SUBJECTS = (ModelConfig, DataConfig, AnalysisConfig, SelectionConfig, TrainingConfig, EvaluationConfig)
@@ -174,5 +177,36 @@ def test_every_subject_is_checked_in_a_run() -> None:
             RunConfig(**NEEDED, **wrong).check()
 
 
-def test_names_of_training_fields_are_read_right() -> None:
-    assert training_field_names() == tuple(training_field_kinds())
+def test_training_fields_are_read_right_from_the_source_of_transformers() -> None:
+    read = {field.name: field for field in dataclasses.fields(training_declarations())}
+    real = dataclasses.fields(TrainingArguments)
+    hints = typing.get_type_hints(TrainingArguments)
+    assert training_field_names() == tuple(read) == tuple(field.name for field in real)
+    for field in real:
+        own = read[field.name]
+        assert (own.default, own.default_factory) == (field.default, field.default_factory), field.name
+        assert own.metadata["help"] == field.metadata["help"], field.name
+        assert _words(own.type) == _words(hints[field.name]), field.name
+
+
+def _words(annotation: Any) -> set[Any]:
+    """The types of a union by name, and the members of enums in place of them; what has no name of a word or number is left out."""
+    found: set[Any] = set()
+    for kind in typing.get_args(annotation) or (annotation,):
+        name = getattr(kind, "__name__", str(kind))
+        found |= {one.value for one in kind} if isinstance(kind, enum.EnumType) else {name}
+    return found - {"ParallelismConfig", "Any"}
+
+
+def test_a_release_of_transformers_with_names_that_are_not_known_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Path.read_text
+
+    def changed(path: Path, *args: Any, **options: Any) -> str:
+        return read(path, *args, **options).replace("trainer_log_levels.keys()", "levels_of_a_later_release()")
+
+    monkeypatch.setattr(Path, "read_text", changed)
+    training_declarations.cache_clear()
+    try:
+        assert training_declarations() is TrainingArguments
+    finally:
+        training_declarations.cache_clear()

@@ -14,6 +14,7 @@ from relevance_cases import data_for, measure
 from reltune.errors import InputError
 from reltune.layers.head_group import HeadGroup
 from reltune.layers.inventory import Inventory
+from reltune.layers.registry import layer_type
 from reltune.layers.units import ModuleInfo
 from reltune.names import SPREADS
 from reltune.plan.plan import ModulePlan, Plan
@@ -394,6 +395,32 @@ def test_units_that_harm_are_never_taken():
     parts = {"b.0.m": {"column": [-3, -1, -2, -8]}, "b.1.m": {"column": [-2]}}
     with pytest.raises(InputError, match="fisher gives every column a negative score; select by another"):
         select(scores_of(modules, parts), 12, "column")
+
+
+def test_a_unit_of_which_a_part_cannot_be_trained_is_not_chosen(monkeypatch):
+    """Of a head, whose rows and columns lie in several modules, too."""
+    monkeypatch.setattr(type(layer_type("embedding")), "trains", frozenset({"row"}))
+    embedding = dataclasses.replace(linear("b.0.e", 4, 2, False, "b.0"), layer_type="embedding")
+    modules = [embedding, linear("b.0.q", 2, 2, False, "b.0"), linear("b.0.o", 2, 2, False, "b.0")]
+    parts = {info.name: {"column": [5.0, 5.0], "row": [5.0] * info.rows} for info in modules}
+    scores = scores_of(modules, parts)
+    assert list(select(scores, "100%", "column").modules) == ["b.0.q", "b.0.o"]
+    assert list(select(scores, "100%", "row").modules) == ["b.0.e", "b.0.q", "b.0.o"]
+    heads = {output: HeadGroup("b.0.attn", "b.0", 2, 1, output, {"b.0.q": [0]}) for output in ("b.0.o", "b.0.e")}
+    for output, can in (("b.0.o", True), ("b.0.e", False)):
+        scores.inventory.attention_heads = [heads[output]]
+        if can:
+            assert list(select(scores, "100%", "head").modules) == ["b.0.q", "b.0.o"]
+        else:
+            with pytest.raises(InputError, match="has a unit of granularity head"):
+                select(scores, "100%", "head")
+
+
+@pytest.mark.parametrize("kind", ["column", "element"])
+def test_scores_of_zero_are_scores(kind):
+    scores = scores_of([linear("a", 2, 2, bias=False)], {"a": {"column": [0.0, -1.0], "element": [[0, -1], [0, -1]]}})
+    plan = select(scores, 4, kind)
+    assert (plan.modules["a"].columns or list(plan.modules["a"].elements)) == ([0] if kind == "column" else [0, 2])
 
 
 # Single weights

@@ -211,6 +211,36 @@ def test_auto_takes_the_first_strength_that_leaves_half_of_the_metric():
         assert found.provenance["correlation"]["module"]["strength"] in (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
+class Even(nn.Module):
+    """The mean of 96 maps that hand 1 on: what is left of it is 1 less the perturbed share times the strength."""
+
+    def __init__(self):
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in range(96))
+        for one in self.maps:
+            nn.init.ones_(one.weight)
+
+    def forward(self, x):
+        return torch.stack([one(x) for one in self.maps]).mean(0)
+
+
+@QUIET
+@pytest.mark.parametrize(
+    "drop, strength", [(1.1, 1.0), (1.4, 0.5), (2.2, 0.5), (2.8, 0.25), (9, 0.125), (11, 0.0625), (90, 0.0625)]
+)
+def test_auto_halves_the_strength_until_the_metric_is_no_nearer_to_that_of_nothing(drop, strength):
+    """The metric falls from 0 by drop · share · strength, at most to −1, where it is when all maps are out: at a share of
+    0.4 it is no nearer to −1 than to 0 where drop · strength ≤ 1.25."""
+
+    def loss(outputs, batch):
+        return (drop * (1 - outputs[:, 0])).clamp(max=1)
+
+    options = {"kinds": ["module"], "share": 0.4, "min_trials": 4, "max_trials": 4}
+    batches = [(torch.ones(2, 1, dtype=torch.float64), torch.zeros(2))]
+    scores = measure(Even().double(), batches, loss, MINE, options={"correlation": options})
+    assert scores.provenance["correlation"]["module"]["strength"] == strength
+
+
 @QUIET
 @pytest.mark.parametrize("name", ["llama", "vit"])
 def test_other_models(name):

@@ -36,14 +36,17 @@ def assert_same(found: RelevanceScores, wanted: RelevanceScores, relative: float
         for name, parts in wanted.parts[criterion].items():
             assert found.parts[criterion][name].keys() == parts.keys()
         for part in {part for parts in wanted.parts[criterion].values() for part in parts}:
-            of = [name for name, parts in wanted.parts[criterion].items() if part in parts]
-            a = torch.cat([found.parts[criterion][name][part].reshape(-1) for name in of])
-            b = torch.cat([wanted.parts[criterion][name][part].reshape(-1) for name in of])
-            assert a.dtype == b.dtype
-            # the variance in the signal to noise is a difference, and of keys' biases one of rounding errors
-            bound = 1e-9 if criterion == "gradient_snr" else relative
+            names = [name for name, parts in wanted.parts[criterion].items() if part in parts]
+            bound = relative
             if criterion == "gradient_snr":
-                a, b = a.clamp(max=1e3), b.clamp(max=1e3)
+                # The variance in it is a difference. Of keys' biases, whose gradient is zero, it is one of rounding errors, which
+                # depend on the processor and on the number of threads.
+                bound = 1e-9
+                if part in ("bias", "element_bias"):
+                    names = [name for name in names if not name.endswith(("key", "k_proj", "c_attn"))]
+            a = torch.cat([found.parts[criterion][name][part].reshape(-1) for name in names])
+            b = torch.cat([wanted.parts[criterion][name][part].reshape(-1) for name in names])
+            assert a.dtype == b.dtype
             assert (a - b).abs().max() <= bound * b.abs().max(), (criterion, part)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from torch.nn import functional as F
 from measured_models import MODELS, tiny_bert, tiny_gpt2
 from relevance_cases import data_for, labels_of, measure, own_loss, split
 from reltune.errors import AnalysisError, InputError
+from reltune.relevance.probe.moving_weights import weights_that_move
+from reltune.relevance.probe.sign_probe import SignProbe
+from reltune.relevance.probe.stability import WatchedSample
 from reltune.relevance.probe.steps import no_larger, share_of, steps_of
 from reltune.relevance.scores import RelevanceScores
 
@@ -234,17 +238,33 @@ def test_a_probe_ends_when_the_choice_has_settled():
     found = probe(model, batches, steps="auto")
     facts = found.provenance["movement"]
     assert facts["stable"] and facts["steps_taken"] % 10 == 1 and 21 <= facts["steps_taken"] < 120
+    assert facts["loss_at_last"] < facts["loss_at_first"]
     assert_equal(probe(model, batches, steps=facts["steps_taken"]), found)  # the last step is one like the others
     with pytest.warns(RuntimeWarning, match="not stable after 120 steps"):
         facts = probe(model, batches, steps="auto", agreement=1.5).provenance["movement"]
     assert not facts["stable"] and facts["steps_taken"] == 120
 
 
+def test_the_choice_is_of_the_most_votes_and_then_of_the_largest_summed_gradient():
+    """Of 400 weights four are chosen: one by its votes against all, three of those with two votes either way."""
+    (weight,) = weights_that_move(nn.Linear(20, 20, bias=False), None, RATE, torch.int8)
+    sample = WatchedSample([weight], seed=0)
+    votes, first, second = weight.votes.view(-1), torch.zeros(400), torch.zeros(400)
+    votes[7] = -3
+    for place, vote, a, b in ((50, 2, 1, -9), (60, -2, 5, 0), (70, 2, 1, 1), (80, 2, 0, 6), (90, -2, 9, -9)):
+        votes[place], first[place], second[place] = vote, a, b
+    sample.note(weight, first.view(20, 20))
+    sample.note(weight, second.view(20, 20))
+    assert sample.check() == 0 and sample.chosen.tolist() == [7, 50, 60, 80]  # sums of -8, 5 and 6
+    votes[90] = 3
+    assert sample.check() == 0.75 and sample.chosen.tolist() == [7, 50, 80, 90]
+
+
 def test_many_steps_have_larger_votes():
     model = nn.Linear(3, 2).double()
     batch = torch.ones(4, 3).double(), torch.zeros(4).long()
-    found = probe(model, [batch], steps=150, step_size=1e-4)
-    assert (found.parts["movement"][""]["element"].floor() == 150).all()
+    found = probe(model, [batch], steps=128, step_size=1e-4)
+    assert (found.parts["movement"][""]["element"].floor() == 128).all()
 
 
 # -- interruptions ----------------------------------------------------------------------------------------------------
@@ -282,6 +302,24 @@ def test_an_interrupted_probe_goes_on_to_the_bit(options, tmp_path):
     assert_equal(found, wanted)
     assert {**found.provenance["movement"]} == {**wanted.provenance["movement"]}
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_probe_goes_on_with_pieces_that_fit_in_memory(tmp_path):
+    model, sizes = MODELS["sequential"](), []
+
+    def loss(outputs, batch):
+        sizes.append(len(outputs))
+        if len(outputs) > 3:
+            raise MemoryError
+        if len(sizes) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return own_loss(outputs, batch)
+
+    batches = split(data_for(model), 6)[:1]
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="out of memory with 6 examples"):
+        probe(model, batches, loss, resume=tmp_path)
+    probe(model, batches, loss, resume=tmp_path)
+    assert sizes == [6, *[3] * 12]  # two pieces in each of six steps, none of them twice
 
 
 def test_what_an_interrupted_probe_does_not_go_on_with(tmp_path):
@@ -329,6 +367,28 @@ def test_a_loss_that_rises_is_a_step_too_large():
     ):
         probe(model, batches, steps=60, step_size=0.5)
     probe(model, batches, steps=60, step_size=1e-3)
+
+
+@pytest.mark.parametrize(
+    "losses, rises",
+    [([1.0] * 9 + [100.0] * 10, False), ([1.0] * 10 + [2.0] * 10, False), ([1.0] * 10 + [2.1] * 10, True)],
+)
+def test_ten_losses_are_compared_with_the_first_ten_once_both_are_there(losses, rises):
+    stands_for_a_probe = SimpleNamespace(losses=losses, options=SimpleNamespace(diverged=2.0))
+    if rises:
+        with pytest.raises(AnalysisError, match=r"rose from 1 to 2\.1"):
+            SignProbe._check_losses(stands_for_a_probe)
+    else:
+        SignProbe._check_losses(stands_for_a_probe)
+
+
+def test_weights_of_zero_move_by_the_median_step():
+    model = nn.Sequential(*[nn.Linear(4, 4, bias=i == 4) for i in range(5)])
+    for layer, size in zip(model, (1.0, 8.0, 2.0, 2.5, 0.0), strict=True):
+        nn.init.constant_(layer.weight, size)
+    nn.init.zeros_(model[4].bias)
+    steps = [weight.step for weight in weights_that_move(model, None, RATE, torch.int8)]
+    assert steps == pytest.approx([RATE * size for size in (1, 8, 2, 2.5, 2.5, 2.5)])
 
 
 def test_gradients_that_are_not_finite_are_named():

@@ -80,7 +80,7 @@ def test_comparison_table_fits_100_columns():
         *(12.28123, 127 * 2**30, 13 * 2**30, 1234.567, 1234.567),
     )
     lines = shown(comparison_table([*FULL.comparison, wide]), 100)
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= 100 and lines[0].strip() == "Scores on test data"
     rows = {line.split()[0]: line.split() for line in lines if len(line.split()) > 8}
     assert rows["columns"] == ("columns 547,072 3,845 97.13 96.54 0.1234 2.0 GiB 3.0 MiB 2.25 2.12".split())
     assert rows["head"][-9:] == "0 3,845 91.11 90.22 — — — — —".split()

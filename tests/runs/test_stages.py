@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -546,8 +547,12 @@ def test_interrupted_runs_go_on_from_the_finished_stages(
     run = place / "interrupted"
     assert [name for name in STAGES if (run / name).exists()] == ["relevance", "plan"]
     assert reltune("tune", run).code == 0
-    assert reltune("evaluate", run).code == 0
+    answer = reltune("evaluate", run)
+    assert answer.code == 0
     assert metrics(run) == metrics(quick)
+    bars = re.findall(r"(evaluate [a-z ]+): 100%", answer.err)
+    data = ["validation before training", "test before training", "validation", "test"]
+    assert list(dict.fromkeys(bars)) == [f"evaluate {name}" for name in data]
 
 
 def test_a_failure_is_one_line_and_debug_tells_where(place: Path, quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from reltune.data.rows import Row
 from reltune.errors import InputError
 from reltune.losses import LOSSES
 from reltune.notes import collecting
+from reltune.tasks import fit
 from reltune.tasks.causal_lm import CausalLM
 from reltune.tasks.fit import check_tokens, settle_padding
 from reltune.tasks.masked_lm import MaskedLM
@@ -209,6 +212,92 @@ def test_a_model_that_sees_padding_is_refused(tmp_path: Path) -> None:
     tokenizer.model_input_names = ["input_ids"]
     with pytest.raises(InputError, match="'fnet' model reads an example otherwise when its batch is padded"):
         settle_padding(task, model, tokenizer, task.encode(labelled(), tokenizer, 16))
+
+
+class Lengths:
+    """A task whose examples are numbers of tokens. Notes which examples were tried, in batches on each side."""
+
+    padding_side = ""
+
+    def __init__(self, loss: Any = lambda outputs, batch: outputs, sides: tuple[str, ...] = ("right", "left")) -> None:
+        self.relevance_loss, self.padding_sides, self.tried = loss, sides, []
+
+    def token_ids(self, length: int) -> list[range]:
+        return [range(length)]
+
+    def collator(self, processor: Any) -> Any:
+        def collate(lengths: list[int]) -> dict[str, torch.Tensor]:
+            self.tried.append(lengths)
+            return {"input_ids": torch.ones(len(lengths), max(lengths))}
+
+        return collate
+
+
+class Told(torch.nn.Module):
+    """Gives one value for an example alone, and another where it is in a batch with others."""
+
+    def __init__(self, alone: float, together: float, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones((), dtype=dtype))
+        self.values = alone, together
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.values[len(input_ids) > 1], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tried"),
+    [
+        ([5, 3, 700, 512, 4, 3, 513], [3, 512]),  # the shortest, and the longest that is not too long
+        ([3, 900, 600], [3, 600]),  # or the shortest of those that are
+        ([4, 4, 4], None),
+        ([4, 4, 4, 4, 9], None),  # the fifth is not looked at
+    ],
+)
+def test_which_two_examples_are_tried(lengths: list[int], tried: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "LOOKED_AT", 4 if len(lengths) == 5 else 2000)
+    task: Any = Lengths()
+    settle_padding(task, Told(1.0, 1.0), SimpleNamespace(), lengths)  # type: ignore[arg-type]
+    assert task.tried == ([[tried[0]], tried] if tried else [])
+
+
+def test_a_task_that_never_pads_is_not_tried() -> None:
+    task: Any = Lengths(sides=())
+    task.token_ids = None
+    settle_padding(task, Told(1.0, 2.0), SimpleNamespace(), [3, 5])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "alone", "together", "same"),
+    [
+        (torch.float32, 1.0, 1.00009, True),
+        (torch.float32, 1.0, 1.0002, False),
+        (torch.float32, 1e-6, 5e-5, True),  # of losses below 1 the absolute difference counts
+        (torch.float32, 1000.0, 1000.09, True),
+        (torch.float32, 1000.0, 1000.2, False),
+        (torch.bfloat16, 1.0, 1.04, True),
+        (torch.bfloat16, 1.0, 1.06, False),
+        (torch.float32, float("nan"), 1.0, True),  # no matter of padding
+    ],
+)
+@pytest.mark.parametrize("of_untouched", [False, True])
+def test_how_far_losses_may_differ(
+    dtype: torch.dtype, alone: float, together: float, same: bool, of_untouched: bool
+) -> None:
+    same_for_all = dataclasses.replace(  # a loss that is the same for every untouched model
+        LOSSES["preference"],
+        rows_per_example=1,
+        per_example=lambda outputs, batch: torch.zeros_like(outputs),
+        of_untouched=lambda outputs, batch: {"reference": outputs},
+    )
+    task: Any = Lengths(same_for_all) if of_untouched else Lengths()
+    if same:
+        settle_padding(task, Told(alone, together, dtype), SimpleNamespace(), [3, 5])  # type: ignore[arg-type]
+        assert task.padding_side == "right"
+    else:
+        with pytest.raises(InputError, match="'Told' model reads an example otherwise when its batch is padded"):
+            settle_padding(task, Told(alone, together, dtype), SimpleNamespace(), [3, 5])  # type: ignore[arg-type]
+        assert task.padding_side == "left"  # tried last
 
 
 def test_a_model_that_cannot_read_the_data(tmp_path: Path) -> None:

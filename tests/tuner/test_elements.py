@@ -13,6 +13,7 @@ from peft import PeftModel, ShiraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 from oracles import dense_update
 from reltune.errors import InputError
@@ -201,6 +202,25 @@ def test_a_weight_that_is_not_contiguous() -> None:
                 of.reltune_elements["default"]
             )
     torch.testing.assert_close(model(x), expected(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_weight_that_is_stored_the_other_way_round(form: Any) -> None:
+    """Indices count the weight as it is stored, and ascend there; each place has its own gradient."""
+    torch.manual_seed(0)
+    base = nn.Sequential(Conv1D(16, 6)).double()
+    chosen = [5, 6, 17, 40, 95]  # of (out, in) = (16, 6): (0, 5), (1, 0), (2, 5), (6, 4), (15, 5)
+    stored = sorted(i % 6 * 16 + i // 6 for i in chosen)
+    x, weight = torch.randn(7, 6, dtype=torch.float64), base[0].weight.detach().clone().requires_grad_()
+    (x @ weight + base[0].bias.detach()).square().sum().backward()
+    config = ReltuneConfig(plan=Plan({"0": ModulePlan((16, 6), elements=chosen)}, "all", 10**9, 10**9, ""))
+    model = get_peft_model(base, config)
+    layer: Any = model.get_submodule("base_model.model.0")
+    assert layer.reltune_element_indices["default"].tolist() == stored
+    with force(form):
+        model(x).square().sum().backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(layer.reltune_elements["default"].grad, weight.grad.flatten()[stored])
 
 
 def test_a_plan_of_elements_is_for_linear_maps_only() -> None:

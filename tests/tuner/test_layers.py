@@ -236,11 +236,14 @@ def test_the_padding_token_gets_no_gradient_in_any_way() -> None:
                 model.set_adapter("other")
             loss(model).backward()
             layer = model.base_model.model.words
+            reached = []
             for kind in ("reltune_columns", "reltune_rows", "reltune_weight"):
                 for adapter, trained in getattr(layer, kind).items():
                     if trained.grad is not None:
                         row = 0 if kind == "reltune_rows" else 2
                         assert not trained.grad[row].any() and trained.grad.any(), (units, path, adapter)
+                        reached.append(adapter)
+            assert reached == ["default" if path == "written" else "other"], (units, path)
         del held
 
 

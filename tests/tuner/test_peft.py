@@ -466,6 +466,17 @@ def test_a_saved_config_alone_does_not_train_the_wrong_columns(saved: dict[str, 
     assert torch.equal(_logits(model.eval()), saved["logits"])
 
 
+def test_the_name_of_a_deleted_adapter_without_a_file_is_free(saved: dict[str, Any]) -> None:
+    config = PeftConfig.from_pretrained(saved["adapter"])
+    base = _load_base(saved)
+    model = get_peft_model(base, _config(base, BERT, always_trained=HEADS, task_type="SEQ_CLS")).eval()
+    model.add_adapter("other", config)
+    model.delete_adapter("other")
+    model.add_adapter("other", _config(_bert(), BERT, init_weights=True, always_trained=HEADS, task_type="SEQ_CLS"))
+    model.set_adapter("other")
+    assert torch.equal(_logits(model), saved["base_logits"])
+
+
 def test_inject_adapter_in_model(saved: dict[str, Any]) -> None:
     base = _load_base(saved)
     config = _config(base, BERT, init_weights=True)
@@ -625,6 +636,36 @@ def test_switching_while_a_graph_is_alive() -> None:
         _check_gradients(model, expected[name], name)
 
 
+def test_a_write_through_data_counts_from_the_next_change_of_mode_on() -> None:
+    model = _model().train()
+    _check_output(model, "default")
+    for name, p in model.named_parameters():
+        if name.endswith(".default"):
+            p.data.add_(0.5)
+    _check_output(model.eval(), "default")
+
+
+def test_a_parameter_whose_tensor_was_exchanged_is_used() -> None:
+    model = _model()
+    _check_output(model, "default")
+    for name, p in model.named_parameters():
+        if name.endswith(".default"):
+            p.data = p.data + 0.5
+    _check_output(model, "default")
+
+
+def test_a_step_of_some_of_a_layers_parameters_is_written() -> None:
+    model = _model({"second": {"columns": [1], "rows": [3]}})
+    layer = _layers(model)["second"]
+    columns = layer.reltune_columns["default"]
+    model(X).square().sum().backward()
+    before = columns.detach().clone()
+    torch.optim.SGD([columns], lr=0.1).step()
+    outside = [i for i in range(len(columns)) if i != 3]  # where they cross, the row counts
+    assert not torch.equal(columns, before)
+    assert torch.equal(layer.weight[outside, 1], columns[outside, 0])
+
+
 def test_a_hand_written_update_of_an_adapter_that_is_switched_away() -> None:
     """Its old values are still in the base weight while a graph needs them."""
     model = _model(FIRST, other=SECOND)
@@ -767,6 +808,14 @@ def test_safe_merge_refuses_values_that_are_not_finite(kind: str, value: float) 
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_adapter(safe_merge=True)
     _check_base_is(_base_state(model), _net())
+
+
+def test_safe_merge_refuses_values_that_the_base_cannot_hold() -> None:
+    model = _model({"second": {"columns": [1]}}, torch.float16)
+    with torch.no_grad():
+        _layers(model)["second"].reltune_columns["default"].view(-1)[0] = 1e6
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
 
 
 def test_disabling_a_merged_model_unmerges_it() -> None:
@@ -954,6 +1003,19 @@ def test_whole_state_is_loaded_whatever_was_active(active_then: str, active_now:
             model.set_adapter(name)
             torch.testing.assert_close(fresh(X), model(X), rtol=0, atol=1e-12)
     _check_base_is(_base_state(fresh), _net())
+
+
+def test_a_base_weight_that_was_saved_with_the_adapters_values_is_put_right() -> None:
+    model = _model()
+    _check_output(model, "default")
+    state = model.state_dict()
+    for name, layer in _layers(model).items():
+        key = f"base_model.model.{name}.base_layer.weight"
+        assert key in state
+        state[key] = _dense(model, "default").get_submodule(name).weight.detach() if layer.originals else state[key]
+    model.load_state_dict(state)
+    _check_output(model, "default")
+    _check_base_is(_base_state(model), _net())
 
 
 def test_whole_state_is_loaded_over_other_indices() -> None:
@@ -1644,6 +1706,15 @@ def test_whole_tensors_are_used_under_fsdp() -> None:
             torch.testing.assert_close(wrapped(X), expected, rtol=0, atol=1e-12)
     finally:
         dist.destroy_process_group()
+
+
+def test_tensors_put_past_the_registered_ones_are_left_there() -> None:
+    model = _model({"norm": {"weight": True, "bias": True}})
+    module = _layers(model)["norm"].get_base_layer()
+    put = {name: p.detach().clone() for name, p in module.named_parameters()}
+    vars(module).update(put)
+    _check_output(model, "default")
+    assert all(vars(module)[name] is tensor for name, tensor in put.items())
 
 
 def test_what_reltune_does_not_do_is_refused_by_name(tmp_path: Path) -> None:

@@ -70,27 +70,27 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
         return None
     read, phrase = KINDS[kind]
     try:
-        found = read(value)
+        result = read(value)
     except _Empty as error:
         raise InputError(f"{field.name} {error}.") from error
     except (TypeError, ValueError, OverflowError) as error:
         mend = " (put it in quotes)" if kind == "str" and isinstance(value, bool) else ""
         raise InputError(f"{field.name} is {SHOWN.repr(value)}; it must be {phrase}{mend}.") from error
     choices, limits = field.metadata["choices"], limits_of(field)
-    for word in found if isinstance(found, list) else [found]:
+    for word in result if isinstance(result, list) else [result]:
         if choices and word not in choices:
             raise InputError(f"{field.name} {word!r} is unknown; {nearest(str(word), choices)}")
-    if isinstance(found, list):
-        if len(found) < limits.get("least", 0):
+    if isinstance(result, list):
+        if len(result) < limits.get("least", 0):
             raise InputError(f"{field.name} is empty; name at least one word.")
-        return found
-    if "least" in limits and found < limits["least"]:
-        raise InputError(f"{field.name} is {SHOWN.repr(found)}; it must be at least {limits['least']}.")
-    if "above" in limits and found <= limits["above"]:
-        raise InputError(f"{field.name} is {SHOWN.repr(found)}; it must be above {limits['above']}.")
-    if "most" in limits and found > limits["most"]:
-        raise InputError(f"{field.name} is {SHOWN.repr(found)}; it must be at most {limits['most']}.")
-    return found
+        return result
+    if "least" in limits and result < limits["least"]:
+        raise InputError(f"{field.name} is {SHOWN.repr(result)}; it must be at least {limits['least']}.")
+    if "above" in limits and result <= limits["above"]:
+        raise InputError(f"{field.name} is {SHOWN.repr(result)}; it must be above {limits['above']}.")
+    if "most" in limits and result > limits["most"]:
+        raise InputError(f"{field.name} is {SHOWN.repr(result)}; it must be at most {limits['most']}.")
+    return result
 
 
 # -- kinds of value -------------------------------------------------------------------------------------------------
@@ -147,10 +147,10 @@ def _swept(value: Any) -> dict[str, list[str]]:
 
 def _swept_values(value: Any) -> list[str]:
     values = value if isinstance(value, list | tuple) else [value]
-    found = split_words(str(item) if isinstance(item, bool) else _text(item) for item in values)
-    if not found:
+    words = split_words(str(item) if isinstance(item, bool) else _text(item) for item in values)
+    if not words:
         raise ValueError
-    return found
+    return words
 
 
 # Type of a field -> how a value is read as one, and what such a value is called.
@@ -167,24 +167,24 @@ KINDS: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 def split_words(values: Iterable[str]) -> list[str]:
     """Words that may come with commas between them; a comma inside brackets belongs to a regular expression."""
-    found = [part.strip() for value in values for part in re.split(r",(?![^\[({]*[\])}])", value)]
-    if "" in found:
+    words = [part.strip() for value in values for part in re.split(r",(?![^\[({]*[\])}])", value)]
+    if "" in words:
         raise _Empty("has an empty word; remove it, and the comma beside it")
-    return found
+    return words
 
 
 def assignments(words: Iterable[str]) -> dict[str, list[str]]:
     """Words like ``learning_rate=1e-4,1e-3`` as a mapping of names to values. Raises InputError for others."""
-    found: dict[str, list[str]] = {}
+    fields: dict[str, list[str]] = {}
     for word in words:
         name, _, values = word.partition("=")
         name = name.strip().replace("-", "_")
         if not name or not values.strip():
             raise InputError(f"{word!r} names no values of a field; write it like learning_rate=1e-4,1e-3.")
-        if name in found:
+        if name in fields:
             raise InputError(f"{name} is given twice; write all its values at once, with commas between.")
-        found[name] = [values]
-    return found
+        fields[name] = [values]
+    return fields
 
 
 # -- a subject ------------------------------------------------------------------------------------------------------

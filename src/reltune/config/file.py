@@ -21,7 +21,7 @@ from reltune.config.training_fields import (
     NOT_FOR_RUNS,
     check_training_names,
     checked_training_fields,
-    training_field_kinds,
+    training_declarations,
     training_field_names,
 )
 from reltune.errors import InputError, nearest
@@ -95,8 +95,8 @@ def _repeated(node: yaml.Node | None) -> tuple[str, int] | None:
             return key.value, key.start_mark.line + 1
         if isinstance(key, yaml.ScalarNode):
             seen.add(key.value)
-        if found := _repeated(value):
-            return found
+        if repeated := _repeated(value):
+            return repeated
     return None
 
 
@@ -146,9 +146,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 def _training_fields() -> list[dataclasses.Field]:
     """Those of TrainingArguments that a run can be given."""
-    from transformers import TrainingArguments
-
-    return [field for field in dataclasses.fields(TrainingArguments) if field.name not in NOT_FOR_RUNS]
+    return [field for field in dataclasses.fields(training_declarations()) if field.name not in NOT_FOR_RUNS]
 
 
 def _help(field: dataclasses.Field) -> str:
@@ -162,8 +160,7 @@ def _help(field: dataclasses.Field) -> str:
 
 def json_schema() -> str:
     """A JSON Schema (draft 2020-12) of the file that ``read_config`` reads."""
-    kinds = training_field_kinds()
-    training = {field.name: _training_schema(kinds[field.name], _help(field)) for field in _training_fields()}
+    training = {field.name: _training_schema(field.type, _help(field)) for field in _training_fields()}
     own = {field.name: _own_schema(field) for field in FIELDS}
     own["training"] |= {"properties": training, "additionalProperties": False}
     schema = {

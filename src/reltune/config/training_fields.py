@@ -35,27 +35,59 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-@functools.cache
-def training_field_names() -> tuple[str, ...]:
-    """The names of the fields, read from the source of transformers.
+class ExplicitEnum(enum.StrEnum):
+    """In the place of transformers' class of that name: words of which a field holds one."""
 
-    Importing it takes seconds, which nobody should wait for to be told of a misspelled name.
+
+@functools.cache
+def training_declarations() -> type:
+    """A dataclass that has the fields of TrainingArguments and nothing else, made from the source of transformers.
+
+    Importing transformers takes seconds, which nobody should wait for to be told of a misspelled name. A release whose
+    source refers to a name that is not known here is imported.
     """
     package = importlib.util.find_spec("transformers")
     assert package is not None and package.origin is not None, "reltune depends on it"
-    source = Path(package.origin).with_name("training_args.py").read_text(encoding="utf-8")
-    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
-    body = next(node.body for node in classes if node.name == "TrainingArguments")
-    targets = [node.target for node in body if isinstance(node, ast.AnnAssign)]
-    return tuple(target.id for target in targets if isinstance(target, ast.Name))
+    names: dict[str, Any] = {"__name__": __name__, "field": dataclasses.field, "ExplicitEnum": ExplicitEnum}
+    names |= {"Any": Any, "Literal": typing.Literal, "ParallelismConfig": Any, "trainer_log_levels": {}}
+    try:
+        for file in ("debug_utils.py", "trainer_utils.py", "training_args.py"):
+            source = Path(package.origin).with_name(file).read_text(encoding="utf-8")
+            classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+            needed: list[ast.stmt] = [node for node in classes if _names_words(node)]
+            needed += [_fields_alone(node) for node in classes if node.name == "TrainingArguments"]
+            exec(compile(ast.Module(needed, []), file, "exec", dont_inherit=True), names)
+        return dataclasses.dataclass(names["TrainingArguments"])
+    except (NameError, KeyError):
+        from transformers import TrainingArguments
+
+        return TrainingArguments
+
+
+def _names_words(node: ast.ClassDef) -> bool:
+    return any(isinstance(base, ast.Name) and base.id == "ExplicitEnum" for base in node.bases)
+
+
+def _fields_alone(node: ast.ClassDef) -> ast.ClassDef:
+    """The class without methods and decorators. A default that depends on torch's release is that of a new one."""
+    statements = [one for one in node.body if isinstance(one, ast.AnnAssign | ast.Assign | ast.If)]
+    parts = [part for statement in statements for part in ast.walk(statement)]
+    body: list[ast.stmt] = [
+        part
+        for part in parts
+        if isinstance(part, ast.AnnAssign) or (isinstance(part, ast.Assign) and isinstance(part.value, ast.Constant))
+    ]
+    return ast.ClassDef(node.name, bases=[], keywords=[], body=body, decorator_list=[], lineno=1, col_offset=0)
+
+
+@functools.cache
+def training_field_names() -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(training_declarations()))
 
 
 def training_field_kinds() -> dict[str, Any]:
-    """The fields with their annotations, which HfArgumentParser changes in the dataclass's own fields."""
-    from transformers import TrainingArguments
-
-    hints = typing.get_type_hints(TrainingArguments)
-    return {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments)}
+    """The fields with their annotations."""
+    return {field.name: field.type for field in dataclasses.fields(training_declarations())}
 
 
 # -- command-line words ---------------------------------------------------------------------------------------------
@@ -159,7 +191,7 @@ def checked_training_fields(values: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     check_training_names(values)
     kinds = {name: str(kind) for name, kind in training_field_kinds().items()}
-    found: dict[str, Any] = {}
+    checked: dict[str, Any] = {}
     words = []
     for name, value in values.items():
         if isinstance(value, enum.Enum):
@@ -167,7 +199,7 @@ def checked_training_fields(values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict | list):
             if type(value).__name__ not in kinds[name]:
                 raise InputError(f"{name} is {value!r}; it must be a single value.")
-            found[name] = value
+            checked[name] = value
         elif value is not None:
             word = str(value).lower() if isinstance(value, bool) else str(value)
             if value is False and "bool" not in kinds[name]:  # what YAML 1.1 makes of a plain no
@@ -175,7 +207,7 @@ def checked_training_fields(values: Mapping[str, Any]) -> dict[str, Any]:
             # A flag without a value, such as a bare --fsdp, is held as true whatever its kind.
             words.append(f"--{name}" if value is True and "bool" not in kinds[name] else f"--{name}={word}")
     try:
-        found |= parse_training_fields(words)
+        checked |= parse_training_fields(words)
     except InputError as error:
         raise InputError(str(error).removeprefix("--")) from error
-    return {name: found[name] for name in values if name in found}
+    return {name: checked[name] for name in values if name in checked}

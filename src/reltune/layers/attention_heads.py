@@ -60,7 +60,7 @@ def find_attention_heads(
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
-    """Called …Attention, with weights of its own or just below: neither in a further attention module nor nowhere."""
+    """Whether the class is called …Attention, with weights and no other attention module inside."""
     nested = any("Attention" in type(child).__name__ for child in module.modules() if child is not module)
     return "Attention" in type(module).__name__ and not nested and any(True for _ in module.parameters())
 

@@ -131,9 +131,9 @@ def _computes_the_same(module: nn.Module) -> bool:
     x = torch.randn(16, weight.numel(), generator=generator, device=weight.device)
     x = (x * torch.logspace(-4, 3, 16, device=weight.device)[:, None]).to(weight.dtype)
     with torch.no_grad():
-        found, wanted = _norm(module, None, x).float(), module.forward(x).float()
-    close = (found - wanted).abs() <= 2**-7 * wanted.abs()
-    return bool(close.all()) and float((found == wanted).float().mean()) > 0.99
+        fused, wanted = _norm(module, None, x).float(), module.forward(x).float()
+    close = (fused - wanted).abs() <= 2**-7 * wanted.abs()
+    return bool(close.all()) and float((fused == wanted).float().mean()) > 0.99
 
 
 # -- gated MLPs --------------------------------------------------------------------------------------------------------
@@ -171,11 +171,15 @@ def _activation(module: Any) -> str | None:
     )
     try:
         with torch.no_grad():
-            found = type(module).forward(maps, z)
+            computed = type(module).forward(maps, z)
     except Exception:  # it needs more of itself, so it is another computation
         return None
     for name, (act, _) in ACTIVATIONS.items():
         wanted = maps.down_proj(act(maps.gate_proj(z)) * maps.up_proj(z))
-        if isinstance(found, Tensor) and found.shape == z.shape and torch.allclose(found, wanted, rtol=1e-5, atol=1e-5):
+        if (
+            isinstance(computed, Tensor)
+            and computed.shape == z.shape
+            and torch.allclose(computed, wanted, rtol=1e-5, atol=1e-5)
+        ):
             return name
     return None

@@ -108,8 +108,8 @@ def new_parameters(model: nn.Module) -> list[str]:
 def new_head_modules(model: nn.Module, names: str | Iterable[str]) -> list[str]:
     """The modules to train and save whole (PEFT's ``modules_to_save``) for these names of new parameters or modules.
 
-    A module that has one new parameter is trained whole. Modules that together are all there is in a larger one are
-    given as that one: a new head is one module, however many layers it has.
+    A module that has one new parameter is trained whole. A module whose parts are all new is given in the place of
+    its parts: a new head is one module, however many layers it has.
     """
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     modules = dict(model.named_modules())

@@ -58,7 +58,7 @@ class NormType(SingleWeight):
     def neutral(
         self, info: ModuleInfo, module: nn.Module, x: Tensor, y: Tensor, mean: Tensor | None, route: Any
     ) -> Tensor:
-        """Normalised without gain and bias, whatever the mean: a constant would take away the stream it stands in."""
+        """The normalised input without gain and bias, also where a mean is given: a constant would remove all that passes through."""
         return normalised(module, x)
 
 

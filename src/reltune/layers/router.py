@@ -26,8 +26,8 @@ REFUSED = "its weight is used otherwise than in one kind of linear map"
 class RouterType(LinearType):
     """Called …Router, with a matrix and perhaps a bias and nothing else; whether it is a linear map shows when it runs.
 
-    Taken out, it gives zero logits, by which all experts are alike and ties decide, or its mean logits, by which all
-    tokens go the same way.
+    When it is taken out it gives zero logits, so that all experts are alike and ties decide, or its mean logits, so
+    that all tokens go to the same experts.
     """
 
     name = "router"
@@ -53,7 +53,7 @@ class _Maps(TorchFunctionMode):
 
     def __init__(self, module: nn.Module, see: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.see, self.found, self.otherwise = see, False, False
+        self.see, self.seen, self.otherwise = see, False, False
         self.weights: list[Tensor] = [module.get_parameter("weight")]  # and what casts have made of it
         self.biases: list[Tensor | None] = [module._parameters.get("bias")]
 
@@ -64,7 +64,7 @@ class _Maps(TorchFunctionMode):
             named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
             x, weight, bias = (named.get(key) for key in ("input", "weight", "bias"))
             if _among(weight, self.weights) and _among(bias, self.biases) and not _among(x, self.weights):
-                self.found = True
+                self.seen = True
                 return self.see(x, result)
         if isinstance(result, Tensor):  # neither a shape nor a dtype
             arguments = [
@@ -97,7 +97,7 @@ class _Watched:
         def watched(*args: Any, **kwargs: Any) -> Any:
             with _Maps(module, see) as maps:
                 output = forward(*args, **kwargs)
-            if maps.otherwise or not maps.found:
+            if maps.otherwise or not maps.seen:
                 refuse(REFUSED)
             return output
 

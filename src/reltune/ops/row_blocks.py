@@ -15,7 +15,7 @@ PRODUCT_NUMBERS = 1 << 22
 
 
 def row_blocks(matrix: Tensor, dtype: torch.dtype, numbers: int = 0) -> Iterator[tuple[slice, Tensor]]:
-    """Give the matrix block by block: which rows, and these rows in ``dtype``, as views where it has that type already."""
+    """Give the matrix block by block: the slice of rows, and these rows in ``dtype`` (views, if it has that type already)."""
     rows, columns = matrix.shape
     step = max(1, (numbers or NUMBERS) // max(1, columns))
     for start in range(0, rows, step):

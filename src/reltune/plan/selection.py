@@ -336,7 +336,7 @@ def _greedy(
         pieces = [
             piece.without(taken.get((piece.info.name, piece.granularity), ()))
             for piece in _pieces(inventory, granularity, name, int(candidates.index[candidate]))
-            if not _covered(chosen.get(piece.info.name), piece.granularity)
+            if piece.info.name not in chosen or not chosen[piece.info.name].weight
         ]
         pieces = [piece for piece in pieces if piece.indices]
         added = [p.cost - (held.get(p.info.name, 0) if p.granularity in WHOLE else 0) for p in pieces]
@@ -376,11 +376,6 @@ def _elements_before(
             thresholds, inverse = np.unique(ratio[where], return_inverse=True)
             before[where] = above(elements, torch.from_numpy(thresholds), equal).numpy()[inverse]
     return before
-
-
-def _covered(module: ModulePlan | None, granularity: str) -> bool:
-    """Whether what is chosen of a module already holds its next unit of that granularity."""
-    return module is not None and (module.bias if granularity == "bias" else module.weight)
 
 
 def _take(module: ModulePlan, piece: _Piece) -> None:

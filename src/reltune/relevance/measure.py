@@ -175,7 +175,7 @@ class _Analysis:
     resume_directory: Path | None
 
     def partial(self, measured: Any, criterion: str = "") -> Partial | None:
-        """Where intermediate results are kept; those of something else ``measured``, or of another model, are not used."""
+        """The file for intermediate results. Results of another model, or of anything but ``measured``, are not used."""
         if self.resume_directory is None:
             return None
         names = [info.name for info in self.inventory.modules]
@@ -283,7 +283,7 @@ def _assemble(
 
 
 def _of_inventory(scores: ScoresByName, inventory: Inventory) -> ScoresByName:
-    """The scores of what the inventory holds: behaviour is measured of modules that mix examples too."""
+    """The scores of the inventory's modules alone: behaviour criteria have scored those that mix examples, too."""
     known = {name for info in inventory.modules for name in (info.name, info.layer)}
     known |= {group.name for group in inventory.attention_heads}
     return {name: parts for name, parts in scores.items() if name in known}

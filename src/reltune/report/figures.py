@@ -176,10 +176,10 @@ def curve_figures(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, A
         ("loss", losses, "optimizer step", "loss"),
         ("scores", scores, "epoch", "validation score, %" if in_percent else "validation score"),
     ):
-        found = [curve for curve in curves if curve["x"]]
-        if found:
+        drawn = [curve for curve in curves if curve["x"]]
+        if drawn:
             figures[name] = {
-                "data": found,
+                "data": drawn,
                 "layout": _layout(
                     300,
                     margin={"t": 36, "b": 48, "l": 0, "r": 14},
@@ -265,9 +265,9 @@ def _named_ticks(labels: Sequence[str]) -> dict[str, Any]:
 def _two_lines(name: str) -> list[str]:
     """A long module name in two lines, broken after its last dot, underscore or blank."""
     for mark in "._ ":
-        parent, found, last = name.rpartition(mark)
-        if found and len(name) > 14:
-            return [parent + found, last]
+        parent, separator, last = name.rpartition(mark)
+        if separator and len(name) > 14:
+            return [parent + separator, last]
     return [name]
 
 

@@ -109,7 +109,7 @@ def sweep_rows(record: Mapping[str, Any]) -> tuple[list[str], list[tuple[list[st
 
 def measured(results: Iterable[Mapping[str, Any]], prefix: str = "") -> list[str]:
     """Names of the tasks' metrics that any of the results has behind the prefix, in the order found."""
-    keys = dict.fromkeys(key for found in results for key in found)
+    keys = dict.fromkeys(key for result in results for key in result)
     return [key.removeprefix(prefix) for key in keys if key.startswith(prefix) and key.removeprefix(prefix) in METRICS]
 
 

@@ -111,34 +111,34 @@ def _cells_of(output: Output) -> list[tuple[str, str, bool]]:
 
 def key_figures(record: RunRecord) -> list[tuple[str, str, str, str]]:
     """(name, value, unit, value before training) of what a reader looks for first; those that the run has."""
-    found = []
+    figures = []
     for prefix, split in (("test", "Test"), ("eval", "Validation")):
         for name in numbers.measured([record.metrics], f"{prefix}_"):
             value = numbers.score(name, record.metrics[f"{prefix}_{name}"])
             before = record.metrics.get(f"{prefix}_before_{name}")
             unit = "%" if METRICS[name].share else ""
             earlier = "" if before is None else f"{numbers.score(name, before)} {unit}".strip()
-            found.append((f"{split} {METRICS[name].label}", value, unit, earlier))
-        if found:
+            figures.append((f"{split} {METRICS[name].label}", value, unit, earlier))
+        if figures:
             break
     trainable = record.metrics.get("trainable_parameters")
     if trainable is None and record.selected_by_layer:
         trainable = sum(record.selected_by_layer.values())
     if trainable is not None:
-        found.append(("Trainable parameters", numbers.count(trainable), "", ""))
-    return found
+        figures.append(("Trainable parameters", numbers.count(trainable), "", ""))
+    return figures
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as dotted names and text."""
-    found = []
+    lines = []
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            found += flatten(value, f"{prefix}{key}.")
+            lines += flatten(value, f"{prefix}{key}.")
         elif value is None or value == [] or value == {}:
-            found.append((f"{prefix}{key}", numbers.MISSING))
+            lines.append((f"{prefix}{key}", numbers.MISSING))
         elif isinstance(value, list | tuple):
-            found.append((f"{prefix}{key}", ", ".join(map(str, value))))
+            lines.append((f"{prefix}{key}", ", ".join(map(str, value))))
         else:
-            found.append((f"{prefix}{key}", str(value)))
-    return found
+            lines.append((f"{prefix}{key}", str(value)))
+    return lines

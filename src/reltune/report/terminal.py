@@ -76,8 +76,10 @@ def heatmap(h: Heatmap) -> RenderableType:
 
 
 def comparison_table(results: Sequence[MethodResult]) -> Table:
-    """One row per method; at most 100 columns wide. ``—`` where nothing was measured."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    """One row per method, with its scores on test data; at most 100 columns wide. ``—`` where nothing was measured."""
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title="Scores on test data", title_justify="left"
+    )
     table.add_column("method", overflow="fold", max_width=20)
     scores = numbers.measured(result.metrics for result in results)[:2]  # the main one first; more would be too wide
     quality = ("trainable", "+ head", *(numbers.head(name, short=True) for name in scores))
@@ -127,12 +129,12 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
     return table
 
 
-def outputs(found: Sequence[Output], few: int = 3) -> RenderableType:
+def outputs(written: Sequence[Output], few: int = 3) -> RenderableType:
     """The first few outputs, each as prompt, reference, base and tuned model's text, one below the other."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold", max_width=WIDTH - 12)
-    for output in found[:few]:
+    for output in written[:few]:
         for name, text in vars(output).items():
             start, rest = numbers.opening(CONTROL.sub("\ufffd", text))
             table.add_row(name, Text(f"{start} …" if rest else start), end_section=name == "tuned")

@@ -135,9 +135,9 @@ class RunDirectory:
     def write_outputs(self, base: Sequence[Written], tuned: Sequence[Written]) -> None:
         """Write what two models wrote for the same examples, a line for each; if they wrote nothing, no file."""
         self.outputs.unlink(missing_ok=True)
-        found = [Output(*one[:2], base=one.text, tuned=other.text) for one, other in zip(base, tuned, strict=True)]
-        if found:
-            lines = [json.dumps(dataclasses.asdict(output), ensure_ascii=False) + "\n" for output in found]
+        outputs = [Output(*one[:2], base=one.text, tuned=other.text) for one, other in zip(base, tuned, strict=True)]
+        if outputs:
+            lines = [json.dumps(dataclasses.asdict(output), ensure_ascii=False) + "\n" for output in outputs]
             write_text(self.outputs, "".join(lines))
 
     def read_outputs(self, count: int) -> list[Output]:
@@ -165,16 +165,16 @@ class RunDirectory:
     def checkpoint(self, wanted: str) -> str:
         """A checkpoint of this run by its path, by its name (checkpoint-30), or the newest (true)."""
         if wanted.lower() == "true":
-            found = self.newest_checkpoint() or ""
+            path = self.newest_checkpoint() or ""
         else:
-            found = next((str(place) for place in (Path(wanted), self.path / wanted) if place.is_dir()), "")
-        if not (Path(found) / "trainer_state.json").is_file():
+            path = next((str(place) for place in (Path(wanted), self.path / wanted) if place.is_dir()), "")
+        if not (Path(path) / "trainer_state.json").is_file():
             raise InputError(
                 f"resume_from_checkpoint {wanted!r} names no checkpoint of {self.path}; look there for checkpoint-N."
             )
-        return found
+        return path
 
     def newest_checkpoint(self) -> str | None:
-        """The newest checkpoint that was written whole, if there is one: its trainer_state.json comes last."""
+        """The newest checkpoint that was written whole, if there is one: trainer_state.json is the last file of a checkpoint."""
         whole = [path.parent for path in self.path.glob("checkpoint-*/trainer_state.json")]
         return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None

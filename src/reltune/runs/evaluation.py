@@ -45,15 +45,14 @@ def evaluate(
     texts that the metrics of what the model writes were computed from.
 
     ``datasets`` maps the prefix ("eval", "test") to the examples, ``arguments`` are fields of TrainingArguments. Run
-    times are left out: they are no property of the model. Without ``generate``, so are the metrics of what the model writes
-    after training.
+    times are left out, because they say nothing of the model; without ``generate``, metrics of what the model writes are too.
     """
     evaluation = Evaluation({}, {})
     with tempfile.TemporaryDirectory() as scratch:
         args = task.make_arguments(output_dir=scratch, **{**DEFAULTS, **task.defaults, **arguments})
         for prefix, examples in datasets.items():
             trainer = task.make_trainer(_counting_once(task.trainer_class), model, args, processor, examples)
-            show_progress(trainer, "evaluate")
+            show_progress(trainer, f"evaluate {data_of(prefix)}")
             output = trainer.predict(examples, metric_key_prefix=prefix)
             metrics = {
                 name: value
@@ -66,6 +65,13 @@ def evaluate(
                 evaluation.written[prefix] = written
             evaluation.metrics.update(metrics, **{f"{prefix}_samples": len(examples)})
     return evaluation
+
+
+def data_of(prefix: str) -> str:
+    """What a bar calls the data of a prefix: "validation before training" for ``eval_before``."""
+    name, _, when = prefix.partition("_")
+    data = "validation" if name == "eval" else name
+    return f"{data} {when} training" if when else data
 
 
 def _counting_once(trainer_class: type[Trainer]) -> type[Trainer]:

@@ -89,8 +89,8 @@ def start(config: RunConfig, overwrite: bool = False, select: bool = True) -> St
 
 
 def measure_and_choose(started: Started) -> Plan | None:
-    """Analyze and select. None where that is not to be done here: an interrupted sweep has done it, and a sweep of budgets
-    selects in each trial."""
+    """Analyze and select. None where there is no one plan to show: an interrupted sweep has selected already, and a sweep of
+    budgets selects in each trial."""
     if started.going_on == "sweep":
         return None
     stages.analyze(started.materials, started.directory)
@@ -133,7 +133,7 @@ def analyze_weights(config: RunConfig, overwrite: bool = False) -> RelevanceScor
 
 
 def choose_again(config: RunConfig, directory: RunDirectory) -> Plan:
-    """Select from the relevance of an existing run, whose config is this one from now on."""
+    """Select from the relevance of an existing run, and store this config as the run's."""
     plan = stages.select(config, directory)
     config.save(directory.config_file)
     return plan
@@ -173,7 +173,7 @@ def evaluate_again(config: RunConfig, directory: RunDirectory) -> tuple[dict[str
 
 
 def export(directory: RunDirectory, config: RunConfig, to: str, output_dir: str) -> str:
-    """Write the tuned model for programs without reltune; where it is, and for a LoRA adapter its ranks."""
+    """Write the tuned model for programs without reltune. Gives a phrase: where it is, and the largest rank of a LoRA adapter."""
     preflight.check_export(directory, to, output_dir)
     path: Path = stages.export(prepare_export(config, directory), directory, to, output_dir)
     return f"{path}: {lora_summary(path)}" if to == "lora" else str(path)

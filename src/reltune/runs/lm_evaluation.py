@@ -50,9 +50,9 @@ def load_tasks(words: Sequence[str], limit: int | None = None) -> list[Any]:
     from lm_eval.tasks import TaskManager
 
     files = {word: _task_files(word) for word in words}
-    configs = {file: _read(file) for of in files.values() for file in of}
-    for word, of in files.items():
-        if not Path(word).is_dir() and any("group" in configs[file] for file in of):
+    configs = {file: _read(file) for paths in files.values() for file in paths}
+    for word, paths in files.items():
+        if not Path(word).is_dir() and any("group" in configs[file] for file in paths):
             raise InputError(f"lm_eval_tasks {word!r} is a group of tasks; name the directory that holds it and them.")
     written = {str(config.get("group") or config.get("task")) for config in configs.values()}
     members = {
@@ -86,13 +86,13 @@ def load_tasks(words: Sequence[str], limit: int | None = None) -> list[Any]:
                     )
                 known[name] = task
     held = {
-        of.name if isinstance(of, Group) else of.task_name
+        member.name if isinstance(member, Group) else member.task_name
         for group in known.values()
         if isinstance(group, Group)
-        for of in (*group.get_all_tasks(), *group.get_all_groups())
+        for member in (*group.get_all_tasks(), *group.get_all_groups())
     }
     chosen = [task for name, task in known.items() if name not in held]
-    for task in (t for of in chosen for t in (of.get_all_tasks() if isinstance(of, Group) else [of])):
+    for task in (t for one in chosen for t in (one.get_all_tasks() if isinstance(one, Group) else [one])):
         _check(task, limit)
     return chosen
 
@@ -196,10 +196,10 @@ def evaluate(
     if processes.count > 1:  # for a model that comes loaded, HFLM leaves this to its caller
         harness_model._rank, harness_model._world_size = processes.rank, processes.count
         harness_model.accelerator = Accelerator(cpu=model.device.type == "cpu")
-    found = []
+    results = []
     for adapter in (model.disable_adapter(), contextlib.nullcontext()):
         with adapter:
-            found.append(
+            results.append(
                 simple_evaluate(
                     model=harness_model,
                     tasks=list(tasks),
@@ -210,7 +210,7 @@ def evaluate(
                     task_manager=TaskManager(include_defaults=False),
                 )
             )
-    base, tuned = found
+    base, tuned = results
     return None if base is None or tuned is None else scores(base, tuned)
 
 

@@ -73,7 +73,7 @@ class ModelMaterials:
     """The task and the model of a run.
 
     Attributes:
-        tokenizer: or what else makes the model's inputs.
+        tokenizer: the tokenizer, or the image processor, that makes the model's inputs.
     """
 
     config: RunConfig
@@ -91,7 +91,7 @@ class ModelMaterials:
 
     @property
     def longest(self) -> int:
-        """The tokens of an example, at most."""
+        """How many tokens an example may have."""
         return min(self.config.max_length, getattr(self.tokenizer, "model_max_length", self.config.max_length))
 
     def check_fit(self, settled: bool, first: Examples, *others: Examples | None) -> None:

@@ -36,7 +36,7 @@ class _Progress(ProgressCallback):
             training = self.training_bar is not None
             self.prediction_bar = tqdm(
                 total=len(eval_dataloader),
-                desc="evaluate" if training else self.description,
+                desc="evaluate validation" if training else self.description,
                 leave=not training,
                 dynamic_ncols=True,
             )

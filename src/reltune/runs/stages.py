@@ -55,8 +55,8 @@ WITHOUT_NEW_HEADS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # PEFT's task types that trai
 def check_choice(materials: Materials, select: bool = True) -> None:
     """Raise InputError for patterns that match no module and budgets that no unit fits, before hours are spent.
 
-    Select on relevance that looks at no data: whatever fails here would fail after the analysis. Without ``select``
-    the patterns alone are checked.
+    A trial selection, by a criterion that needs no data, fails where the real one would fail after the analysis. Without
+    ``select`` the patterns alone are checked.
     """
     config = materials.config
     find_criteria(config.criteria, config.scores_elements)
@@ -92,7 +92,7 @@ def check_choice(materials: Materials, select: bool = True) -> None:
 
 
 def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
-    """Train the new heads briefly, then measure relevance: before a new head means something, no gradient does.
+    """Train the new heads briefly, then measure relevance: gradients through an untrained head mean nothing.
 
     Of several processes the first one's new heads count, and the first one writes.
     """

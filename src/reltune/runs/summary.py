@@ -86,7 +86,7 @@ def forgetting_notes(config: DataConfig, results: dict[str, Any]) -> list[str]:
 
 
 def behaviour_notes(relevance: Overview) -> list[str]:
-    """What scores measured from behaviour are changes of, and how many trials stand behind them."""
+    """Of each criterion that tries units out: by which metric it scores them, and in how many trials."""
     notes = []
     for criterion in relevance.criteria:
         facts = relevance.provenance.get(criterion, {})
@@ -95,15 +95,15 @@ def behaviour_notes(relevance: Overview) -> list[str]:
                 f"{criterion} is measured by the {facts['metric']}, {facts['of_the_model']:.4g} for the untouched model"
             )
             trials = [
-                f"{of['trials']} trials of {kind}s, ranking {'stable' if of['stable'] else 'not yet stable'}"
-                for kind, of in facts.items()
-                if isinstance(of, dict) and "trials" in of
+                f"{own['trials']} trials of {kind}s, ranking {'stable' if own['stable'] else 'not yet stable'}"
+                for kind, own in facts.items()
+                if isinstance(own, dict) and "trials" in own
             ]
             total = relevance.provenance.get("examples", 0)
             samples = [
-                f"{kind}s on {of['examples']} of {total} examples"
-                for kind, of in facts.items()
-                if isinstance(of, dict) and of.get("examples", total) < total
+                f"{kind}s on {own['examples']} of {total} examples"
+                for kind, own in facts.items()
+                if isinstance(own, dict) and own.get("examples", total) < total
             ]
             notes.append("; ".join([note, *trials, *samples]) + ".")
     return notes

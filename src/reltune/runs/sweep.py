@@ -26,7 +26,7 @@ import torch
 
 from reltune.config.run_config import RunConfig
 from reltune.config.training import TrainingConfig
-from reltune.config.training_fields import NOT_FOR_RUNS, checked_training_fields, training_field_kinds
+from reltune.config.training_fields import NOT_FOR_RUNS, checked_training_fields, training_field_names
 from reltune.errors import InputError, nearest
 from reltune.files import write_json
 from reltune.processes import Processes
@@ -53,8 +53,8 @@ def space(config: TrainingConfig) -> dict[str, Any]:
     """
     _optuna()
     own = {field.name for field in dataclasses.fields(RunConfig)}
-    known = [*OWN, *(name for name in training_field_kinds() if name not in (*NOT_FOR_RUNS, *COMPARE))]
-    found = {}
+    known = [*OWN, *(name for name in training_field_names() if name not in (*NOT_FOR_RUNS, *COMPARE))]
+    distributions = {}
     for name, words in config.sweep.items():
         if name not in known:
             why = (
@@ -63,10 +63,10 @@ def space(config: TrainingConfig) -> dict[str, Any]:
                 else nearest(name, known)
             )
             raise InputError(f"sweep: {name!r} cannot be swept; {why}")
-        found[name] = _distribution(name, words)
-    if config.sweep_trials is not None and _is_grid(found):
+        distributions[name] = _distribution(name, words)
+    if config.sweep_trials is not None and _is_grid(distributions):
         raise InputError("sweep_trials is for ranges; of values every combination is tried once, so leave it out.")
-    return found
+    return distributions
 
 
 def _distribution(name: str, words: list[str]) -> optuna.distributions.BaseDistribution:
@@ -102,12 +102,12 @@ def _typed(name: str, word: str) -> Any:
 
 
 def _is_grid(distributions: dict[str, Any]) -> bool:
-    return all(hasattr(of, "choices") for of in distributions.values())
+    return all(hasattr(one, "choices") for one in distributions.values())
 
 
 def _combinations(distributions: dict[str, Any]) -> list[dict[str, Any]]:
     """All combinations of values in the order given, the last field's changing fastest; of ranges both ends."""
-    sides = [of.choices if hasattr(of, "choices") else (of.low, of.high) for of in distributions.values()]
+    sides = [one.choices if hasattr(one, "choices") else (one.low, one.high) for one in distributions.values()]
     return [dict(zip(distributions, values, strict=True)) for values in itertools.product(*sides)]
 
 

@@ -305,8 +305,8 @@ class LogFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            found = self.path.read_text(encoding="utf-8") if state.global_step and self.path.exists() else ""
-            whole = found[: found.rfind("\n") + 1].splitlines()  # the last line may have been cut short
+            text = self.path.read_text(encoding="utf-8") if state.global_step and self.path.exists() else ""
+            whole = text[: text.rfind("\n") + 1].splitlines()  # the last line may have been cut short
             kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
             write_text(self.path, "".join(f"{line}\n" for line in kept))
 

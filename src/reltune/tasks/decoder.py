@@ -58,7 +58,7 @@ class DecoderTask(Task):
 
 
 def as_transformers_has_them(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments for a config of TRL's, with what Transformers leaves off and TRL turns on left off."""
+    """Arguments for a config of TRL's. What TRL turns on by default, and Transformers does not, stays off."""
     values = {"bf16": False, **values}
     names = (
         "gradient_checkpointing",

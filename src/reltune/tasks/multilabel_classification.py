@@ -89,7 +89,7 @@ class MultilabelClassification(ClassTask, TextTask):
     def compute_metrics(
         self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None
     ) -> dict[str, float]:
-        """A label is predicted from probability 1/2 on. Subset accuracy: the share of texts with all labels right."""
+        """A label is predicted where its probability is above 1/2. Subset accuracy: the share of texts with all labels right."""
         logits: Any = prediction.predictions
         labels: Any = prediction.label_ids
         predicted, labels = logits > 0, labels > 0.5

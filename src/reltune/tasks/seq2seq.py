@@ -113,7 +113,7 @@ class Seq2Seq(Task):
         )
 
     def reduced(self, logits: Any, labels: torch.Tensor) -> Any:
-        """Token ids, since Seq2SeqTrainer has the model write."""
+        """The token ids that the model wrote: Seq2SeqTrainer evaluates by letting it write."""
         return logits
 
     def compute_metrics(

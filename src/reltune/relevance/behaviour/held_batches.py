@@ -42,14 +42,14 @@ def hold_batches(loader: Iterable[Any], processes: Processes, parallel: str) -> 
     same = processes.count == 1 or share.every > 1
     if same:
         check_same_stream(processes, stream)
-    found = processes.gather([sum(map(batch_size, batches)), f"{sum(map(contents, batches)) % (1 << 128):x}", stream])
-    own = found[:1] if same else found
-    examples = sum(count for count, _, _ in own)
+    shares = processes.gather([sum(map(batch_size, batches)), f"{sum(map(contents, batches)) % (1 << 128):x}", stream])
+    shares = shares[:1] if same else shares
+    examples = sum(count for count, _, _ in shares)
     if examples == 0:
         raise InputError(NO_DATA)
     if not same:
-        stream = hashlib.sha256("/".join(of for _, _, of in own).encode()).hexdigest()[:32]
-    fingerprint = sum(int(content, 16) for _, content, _ in own) % (1 << 128)
+        stream = hashlib.sha256("/".join(hashed for _, _, hashed in shares).encode()).hexdigest()[:32]
+    fingerprint = sum(int(content, 16) for _, content, _ in shares) % (1 << 128)
     return HeldBatches(batches, same, examples, f"{fingerprint:032x}", stream)
 
 

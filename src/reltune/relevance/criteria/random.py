@@ -30,6 +30,6 @@ def elements(info: ModuleInfo, weights: Mapping[str, Tensor], sums: ModuleSums, 
     return {name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()}
 
 
-def _generator(info: ModuleInfo, context: Context, of: str = "units") -> torch.Generator:
-    digest = hashlib.sha256(f"{context.seed}/{of}/{info.name}".encode()).digest()
+def _generator(info: ModuleInfo, context: Context, purpose: str = "units") -> torch.Generator:
+    digest = hashlib.sha256(f"{context.seed}/{purpose}/{info.name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

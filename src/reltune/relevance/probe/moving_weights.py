@@ -121,16 +121,16 @@ class Readings:
         self.order.clear()
 
     def read(self, weight: MovingWeight) -> Tensor:
-        found = _Read.apply(weight.leaf, weight)
+        tensor = _Read.apply(weight.leaf, weight)
         self.order.setdefault(weight)
-        place = found.untyped_storage().data_ptr()
+        place = tensor.untyped_storage().data_ptr()
 
-        def gone(of: weakref.ref) -> None:
-            if place in self.standing and self.standing[place][1] is of:
+        def gone(reference: weakref.ref) -> None:
+            if place in self.standing and self.standing[place][1] is reference:
                 del self.standing[place]
 
-        self.standing[place] = (weight, weakref.ref(found, gone))
-        return found
+        self.standing[place] = (weight, weakref.ref(tensor, gone))
+        return tensor
 
     def not_kept(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which autograd keeps no moved weight, and no input that can be made again."""
@@ -225,7 +225,7 @@ def weights_that_move(
     Raises InputError for a weight that is held in a way that is not known.
     """
     wanted = None if inventory is None else {id(p) for info in inventory.modules for p in parameters_of(info, model)}
-    found: dict[int, MovingWeight] = {}
+    weights: dict[int, MovingWeight] = {}
     siblings: dict[int, int] = {}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for name, module in model.named_modules():
@@ -238,23 +238,25 @@ def weights_that_move(
             )  # refuses also what need not move: would gradients pass it?
             if wanted is not None and id(parameter) not in wanted:
                 continue
-            if id(parameter) in found:
-                found[id(parameter)].places.append((module, key))
+            if id(parameter) in weights:
+                weights[id(parameter)].places.append((module, key))
                 continue
-            found[id(parameter)] = _moving_weight(own, module, key, parameter, packed, dtype, votes)
+            weights[id(parameter)] = _moving_weight(own, module, key, parameter, packed, dtype, votes)
             if key.endswith("bias"):
-                of = module._parameters.get(key.removesuffix("bias") + "weight", module._parameters.get(key[:-5]))
-                siblings[id(parameter)] = id(of)
-    sizes = {key: weight.size() for key, weight in found.items() if key not in siblings or siblings[key] not in found}
+                sibling = module._parameters.get(key.removesuffix("bias") + "weight", module._parameters.get(key[:-5]))
+                siblings[id(parameter)] = id(sibling)
+    sizes = {
+        key: weight.size() for key, weight in weights.items() if key not in siblings or siblings[key] not in weights
+    }
     positive = sorted(size for size in sizes.values() if size > 0)
     if not all(map(math.isfinite, positive)):
-        bad = next(found[key].name for key, size in sizes.items() if not math.isfinite(size))
+        bad = next(weights[key].name for key, size in sizes.items() if not math.isfinite(size))
         raise AnalysisError(f"{bad} holds numbers that are not finite; load the model again.")
     middle = positive[len(positive) // 2] if positive else 1.0
-    for key, weight in found.items():
+    for key, weight in weights.items():
         own_size = sizes.get(key, sizes.get(siblings.get(key, 0), 0.0)) or middle
         weight.step = rate * own_size if relative else rate
-    return list(found.values())
+    return list(weights.values())
 
 
 def parameters_of(info: ModuleInfo, model: nn.Module) -> list[nn.Parameter]:

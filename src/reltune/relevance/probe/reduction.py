@@ -53,5 +53,5 @@ class GradientsInOrder:
 
 def shared_order(reads: Sequence[Sequence[int]], weights: Sequence[MovingWeight]) -> list[MovingWeight]:
     """What the processes read, from ``reads`` in the order of the first process's forward pass, backwards."""
-    known = dict.fromkeys(number for of in reads for number in of)
+    known = dict.fromkeys(number for read in reads for number in read)
     return [weights[number] for number in reversed(known)]

@@ -45,14 +45,14 @@ def share_of(pieces: Sequence[Piece], rank: int, count: int) -> list[Piece]:
     """The part of a step's examples that process ``rank`` of ``count`` takes: equally many, as far as they divide."""
     total = sum(piece.examples for piece in pieces)
     first, last = rank * total // count, (rank + 1) * total // count
-    found, before = [], 0
+    own, before = [], 0
     for piece in pieces:
         start = max(piece.start, piece.start + first - before)
         stop = min(piece.stop, piece.start + last - before)
         if start < stop:
-            found.append(Piece(piece.batch, start, stop))
+            own.append(Piece(piece.batch, start, stop))
         before += piece.examples
-    return found
+    return own
 
 
 def no_larger(pieces: Sequence[Piece], most: int | None) -> list[Piece]:

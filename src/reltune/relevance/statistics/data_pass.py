@@ -70,7 +70,7 @@ class DataPass:
         return examples
 
     def expect_all(self) -> None:
-        """Have modules that no batch has reached end with zeros, as if a batch had been measured."""
+        """Give modules that no batch has reached sums of zeros, as if a batch had been measured."""
         self.collector.seen |= self.observed | self.sampled
 
     @property

@@ -3,7 +3,7 @@
 ``model.activation_checkpointing_enable()`` (formerly ``gradient_checkpointing_enable``) marks blocks, and a marked block
 recomputes itself only while its ``training`` flag is set. The analysis runs in evaluation mode, because dropout would
 make another function of the model, and it is where memory is short. So the flag of the marked blocks alone is set; what
-a block computes runs with the flag as it was, since some blocks have dropout of their own by it (BART's, for one).
+a block computes runs with the flag as it was, because the same flag switches on the dropout of some blocks (BART's, for one).
 """
 
 from __future__ import annotations
