@@ -22,6 +22,7 @@ FORMS: list[Any] = [
     ],
     [{"role": "user", "content": "hi", "name": None}, {**CHAT[1], "tool_calls": [], "weight": 1}],
     json.dumps([{"from": "user", "value": "hi"}, {"from": "chatgpt", "value": "yes"}]),
+    [{"role": "prompter", "content": "hi"}, {"from": "AI", "value": "yes"}],
     repr(CHAT),
 ]
 

@@ -87,7 +87,8 @@ def test_chats_and_instructions_follow_the_template(models: Path) -> None:
         words
         == "<|user|> good film <|end|> <|assistant|> bad <|end|> <|user|> fine <|end|> <|assistant|> poor book <|end|>"
     )
-    assert kept == "bad <|end|> poor book <|end|>" and reference == "poor book"
+    assert kept == "bad <|end|> poor book <|end|>"
+    assert reference == "poor book <|end|>"  # what the model writes that learned it: this mark is no special token here
     assert shown == "user: good film\nassistant: bad\nuser: fine"
     tokenizer = task.load_tokenizer(models / "chat")
     assert tokenizer.decode(prompt) == words.removesuffix(" poor book <|end|>")
@@ -292,7 +293,7 @@ def test_a_turn_that_the_cut_takes_is_not_asked_for(models: Path) -> None:
     )
     rows = [Row({"messages": turns}, 1) for turns in ([*first, *last], first, first[1:])]
     found = task.encode(rows, tokenizer, 8)
-    assert [source and source.reference for source in found.sources or ()] == [None, "bad", None]
+    assert [source and source.reference for source in found.sources or ()] == [None, "bad <|end|>", None]
     # of a turn with nothing before it, its own words are the answer, not the marks before them
     labels = found.items[2]["labels"]
     assert tokenizer.decode([of for of in labels if of != -100]).split() == ["bad", "<|end|>"]
