@@ -10,7 +10,7 @@ from reltune.data.cells import Unreadable, structure_in
 ROLES = {  # names of speakers in use -> what chat templates call them
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "chatbot", "ai", "model"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    **dict.fromkeys(("tool", "function", "observation", "function_response"), "tool"),
     "system": "system",
 }
 LEFT_OUT_BY = ("weight", "train", "training", "loss")  # marks of messages that are not to be learned, where they are 0
@@ -87,6 +87,8 @@ def _message(message: Mapping[str, Any], column: str) -> dict[str, Any] | Unread
         made["role"] = ROLES.get(made["role"].lower(), made["role"])
     if "content" not in made and "value" in made:
         made["content"] = made.pop("value")
+    if "function_call" in made and "tool_calls" not in made:  # OpenAI's older name of a single one
+        made["tool_calls"] = [{"type": "function", "function": made.pop("function_call")}]
     if "tool_calls" in made:
         made["tool_calls"] = _calls(made["tool_calls"])
         made.setdefault("content", "")  # templates add to it

@@ -38,13 +38,14 @@ from reltune.tasks.chats import (
     to_read,
 )
 from reltune.tasks.decoder import DecoderTask, as_transformers_has_them
-from reltune.tasks.generation import continuations, ends_of, exact_match
+from reltune.tasks.generation import continuations, ends_of, exact_match, remarks_on_answers
 from reltune.tasks.task import Columns, Examples, RowProblem, Written
 from reltune.tasks.texts import ended, limit_of, shared, tokens_of
 
 # The prompt of Alpaca (Taori et al. 2023), for tokenizers without a chat template.
 INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"
 INSTRUCTION_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+UNSPACED = "\u0700"  # from here on there are scripts without spaces between words
 
 
 class Prompt(NamedTuple):
@@ -188,13 +189,17 @@ class CausalLM(DecoderTask):
         return None
 
     def remarks(self, model: nn.Module, processor: Any, examples: Examples) -> list[str]:
-        """Of chats: with which token answers end, where generation does not stop at it by itself."""
-        stops = {prompt.stop for prompt in examples.sources or () if prompt is not None and prompt.stop is not None}
-        unknown = sorted(stops - set(ends_of(model, processor)))
+        """With which token answers of chats end, where generation does not stop at it by itself; and of answers that the model
+        cannot write."""
+        asked = [(item, prompt) for item, prompt in zip(examples.items, examples.sources or (), strict=False) if prompt]
+        answers = [(item["input_ids"][len(prompt.ids) :], prompt.reference) for item, prompt in asked]
+        remarks = remarks_on_answers(answers, processor, self.max_new_tokens) if self.generation_examples else []
+        unknown = sorted({prompt.stop for _, prompt in asked if prompt.stop is not None} - set(ends_of(model, processor)))
         if not unknown:
-            return []
+            return remarks
         tokens = ", ".join(repr(processor.convert_ids_to_tokens(token)) for token in unknown)
         return [
+            *remarks,
             f"Answers end with {tokens}, which the model's generation_config.json does not name as an end of sequence; reltune "
             "stops there, and other programs that use the tuned model have to be told to."
         ]
@@ -326,6 +331,11 @@ def _completed(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase)
         )
         prompt, completion = (
             str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:start], ids[start:])
+        )
+    elif all(letter.isalpha() and letter < UNSPACED for letter in (prompt[-1], completion[0])):
+        note(
+            f"Some completions go on with a letter where their prompt ends with one ({(prompt[-20:] + completion[:20])!r}), and nothing "
+            "is put between; put a space at the start of the completion, unless that is meant."
         )
     return ids, [(start, len(ids))], Prompt(ids[:start], prompt, completion)
 

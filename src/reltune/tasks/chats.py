@@ -125,9 +125,10 @@ def check_heard(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> None:
             raise InputError(
                 f"the model's chat template leaves {what} out, and the data have some; use a model whose template has them{into}."
             )
+    shown = "".join(whole.split())
     for message in chat.messages:
         said = message.get("content")
-        if message["role"] == "assistant" and isinstance(said, str) and said.strip() not in whole:
+        if message["role"] == "assistant" and isinstance(said, str) and "".join(said.split()) not in shown:
             note(
                 "The model's chat template changes what the assistant says, as some do that leave out what stands before </think>; "
                 "what it makes of an answer is what is learned."
