@@ -175,6 +175,8 @@ def launched_on_cpus() -> bool:
 def check_arguments(model: nn.Module, args: TrainingArguments, examples: Examples, collator: Any) -> None:
     """Raise InputError for training fields that cannot work here (packages, devices, ranges), before hours are spent."""
     _check_hub(args)
+    if args.fp16 and _on_cpus(args):
+        raise InputError("fp16 has no effect on a CPU; leave it out, or write bf16.")
     with tempfile.TemporaryDirectory() as scratch, _sharing_for_itself(), frozen_base(model):
         args = copy.copy(args)
         args.output_dir, args.push_to_hub = scratch, False  # Trainer makes the directory, and a repository, at once

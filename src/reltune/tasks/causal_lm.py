@@ -334,8 +334,8 @@ def _completed(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase)
         )
     elif all(letter.isalpha() and letter < UNSPACED for letter in (prompt[-1], completion[0])):
         note(
-            f"Some completions go on with a letter where their prompt ends with one ({(prompt[-20:] + completion[:20])!r}), and nothing "
-            "is put between; put a space at the start of the completion, unless that is meant."
+            "Some prompts end with a letter and their completions begin with one, and nothing is put between the two; put a space at the "
+            "start of the completion, unless they are parts of one word."
         )
     return ids, [(start, len(ids))], Prompt(ids[:start], prompt, completion)
 

@@ -22,8 +22,7 @@ LIKELIEST = {
     "num_beams": 1,
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": 0,
+    "min_new_tokens": 0,  # which wins over min_length
 }
 
 

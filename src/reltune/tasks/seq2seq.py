@@ -41,7 +41,7 @@ class WritingTrainer(Seq2SeqTrainer):
 
     def prediction_step(self, *args: Any, **options: Any) -> Any:
         ends = {"eos_token_id": list(self.ends)} if self.ends else {}
-        own = {"do_sample": False, "min_length": 0, "min_new_tokens": 0, **ends}
+        own = {"do_sample": False, "min_new_tokens": 0, **ends}
         self._gen_kwargs = {**getattr(self, "_gen_kwargs", {}), **own}
         return super().prediction_step(*args, **options)
 
