@@ -198,6 +198,7 @@ def test_answers_that_the_model_cannot_write_are_said(models: Path) -> None:
     words = task.load_tokenizer(models / "llama")
     rows = [Row({"prompt": "good", "completion": completion}, 1) for completion in (" {fine} book", " fine book")]
     (remark,) = task.remarks(model, words, task.encode(rows, words, 40))
+    assert CausalLM().remarks(model, words, CausalLM().encode([Row({"text": "good"}, 1)], words, 40)) == []
     assert "cannot write 1 of 2 answers" in remark and "'{fine} book' becomes 'book'" in remark
 
 

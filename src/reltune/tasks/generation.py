@@ -99,7 +99,10 @@ def remarks_on_answers(
 ) -> list[str]:
     """Sentences on answers that no model could write to the letter. Each is given as the token ids that are learned, the one that
     ends it among them, and as the text that it stands for."""
-    remarks, answers = [], answers[:LOOKED_AT]
+    remarks: list[str] = []
+    if not answers:
+        return remarks
+    answers = answers[:LOOKED_AT]
     long = sum(len(ids) - 1 > max_new_tokens for ids, _ in answers)
     if long:
         remarks.append(
