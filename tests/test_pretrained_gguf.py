@@ -92,7 +92,9 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     write_tiny(tmp_path / "tiny.gguf")
     with pytest.raises(InputError, match="cannot be held in 4 or 8 bits"):
         CausalLM().load_model(tmp_path / "tiny.gguf", quantization_config=BitsAndBytesConfig(load_in_4bit=True))
-    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "clip")  # the part of a model that reads images, which lies beside it
+    writer = gguf.GGUFWriter(
+        tmp_path / "other.gguf", "clip"
+    )  # the part of a model that reads images, which lies beside it
     writer.add_block_count(1)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

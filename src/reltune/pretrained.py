@@ -220,7 +220,9 @@ def load_model(
     if (saved := getattr(config, "quantization_config", None)) and "quantization_config" in options:
         del options["quantization_config"]  # else transformers says so itself, in a warning
         kind = saved.get("quant_method") if isinstance(saved, dict) else saved.quant_method
-        note(f"The weights of {name} are saved in few bits already ({getattr(kind, 'value', kind)}), and stay as they are.")
+        note(
+            f"The weights of {name} are saved in few bits already ({getattr(kind, 'value', kind)}), and stay as they are."
+        )
     if "quantization_config" in options:
         options["quantization_config"].llm_int8_skip_modules = _kept_whole(auto_class, config)
     with _held_load_report(name) as report:

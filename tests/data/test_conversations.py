@@ -66,7 +66,11 @@ def test_calls_of_tools_stay() -> None:
     expected = [CHAT[0], {**call, "content": ""}]
     assert as_messages([CHAT[0], {**call, "content": None}], "messages") == expected
     older = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
-    newer = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}], "content": ""}
+    newer = {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+        "content": "",
+    }
     assert as_messages([CHAT[0], older], "messages") == [CHAT[0], newer]
 
 

@@ -101,7 +101,9 @@ def test_convolutions_that_lora_cannot_follow_are_refused(fields: dict[str, Any]
 def test_a_base_in_few_bits(bits: int, tmp_path: Path) -> None:
     """Against plain PEFT on the same base."""
     save_tiny_llama(tmp_path / "base", hidden_size=64, intermediate_size=128)
-    held = BitsAndBytesConfig(**{f"load_in_{bits}bit": True, **({"bnb_4bit_compute_dtype": torch.float32} if bits == 4 else {})})
+    held = BitsAndBytesConfig(
+        **{f"load_in_{bits}bit": True, **({"bnb_4bit_compute_dtype": torch.float32} if bits == 4 else {})}
+    )
     tokens = torch.tensor([[7, 8, 9, 10, 11]])
 
     def base() -> nn.Module:
@@ -111,7 +113,9 @@ def test_a_base_in_few_bits(bits: int, tmp_path: Path) -> None:
 
     def logits(model: nn.Module) -> Tensor:
         with torch.no_grad():
-            return model.train()(tokens).logits  # in evaluation bitsandbytes rounds the inputs of 8-bit products on a CPU
+            return model.train()(
+                tokens
+            ).logits  # in evaluation bitsandbytes rounds the inputs of 8-bit products on a CPU
 
     name = "model.layers.0.mlp.down_proj"
     model = _adapted(base(), {name: ModulePlan((64, 128), columns=[5, 100], rows=[63, 2])})

@@ -352,7 +352,9 @@ def test_what_ends_a_chats_answers_ends_a_continuation(models: Path) -> None:
     ]
     assert found[0].split() != whole[0]
     # what the checkpoint says of chats changes nothing: sampling, penalties, least lengths
-    model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0, min_new_tokens=6, no_repeat_ngram_size=1)
+    model.generation_config.update(
+        do_sample=True, temperature=5.0, repetition_penalty=9.0, min_new_tokens=6, no_repeat_ngram_size=1
+    )
     assert [text.split() for text in continuations(model, tokenizer, prompts, 6, 1)] == whole
     assert continuations(model, tokenizer, [], 6, 1) == []
 

@@ -185,7 +185,11 @@ def test_arguments_of_calls_are_what_the_template_takes(template: str) -> None:
     calls = [{"type": "function", "id": None, "function": {"name": "search", "arguments": written}}]
     rows = [
         as_messages([USER, {"role": "assistant", "content": None, "tool_calls": form}, MODEL], "messages")
-        for form in (calls, json.dumps(calls), [{**calls[0], "function": {"name": "search", "arguments": {"very": "good"}}}])
+        for form in (
+            calls,
+            json.dumps(calls),
+            [{**calls[0], "function": {"name": "search", "arguments": {"very": "good"}}}],
+        )
     ]
     texts = [_text(Chat(messages), tokenizer_of(template)) for messages in rows]
     assert texts[0] == texts[1] == texts[2]

@@ -87,7 +87,9 @@ CONVENTIONS = (
         {"tokens": ("tokens", "words"), "tags": ("ner_tags", "tags", "pos_tags", "chunk_tags", "labels")},
     ),
     Convention(("causal_lm",), {"messages": ("messages", "conversations", "conversation")}, {"tools": ("tools",)}),
-    Convention(("causal_lm",), {"prompt": ("prompt",), "completion": ("completion", "response")}, {"tools": ("tools",)}),
+    Convention(
+        ("causal_lm",), {"prompt": ("prompt",), "completion": ("completion", "response")}, {"tools": ("tools",)}
+    ),
     Convention(
         ("causal_lm",),
         {"instruction": ("instruction", "query", "question"), "output": ("output", "response", "answer")},
@@ -278,6 +280,6 @@ def _is_meant(chosen: Mapping[str, str], columns: Sequence[str], rows: Iterable[
     else stands beside them (choices, say)."""
     if chosen.get("label") == "answer":
         return all(switch_of(row.values.get("answer")) is not None for row in rows)
-    if "question" == chosen.get("instruction") or "answer" == chosen.get("output"):
+    if chosen.get("instruction") == "question" or chosen.get("output") == "answer":
         return all(name in chosen.values() or BESIDE.fullmatch(name) for name in columns)
     return chosen.get("instruction") != "query" or _called(LABEL, columns) is None

@@ -285,7 +285,9 @@ def scaled_in_float32(model: nn.Module, args: TrainingArguments) -> Iterator[Non
     """Under ``fp16``, hold float16 parameters that are trained (new heads of a float16 base) in float32 meanwhile: the gradient
     scaler takes no float16 gradients."""
     spread = args.fsdp or args.deepspeed
-    narrow = [p for p in model.parameters() if p.requires_grad and p.dtype == torch.float16 and args.fp16 and not spread]
+    narrow = [
+        p for p in model.parameters() if p.requires_grad and p.dtype == torch.float16 and args.fp16 and not spread
+    ]
     for parameter in narrow:
         parameter.data = parameter.data.float()
     try:

@@ -58,7 +58,10 @@ class Prompt(NamedTuple):
     stop: int | None = None
 
 
-Encoded = tuple[list[int], list[Span] | None, Prompt | None]  # ids, what is learned of them (None: all), what is asked for
+Encoded = tuple[
+    list[int], list[Span] | None, Prompt | None
+]  # ids, what is learned of them (None: all), what is asked for
+
 
 @dataclass
 class CausalLM(DecoderTask):
@@ -194,14 +197,16 @@ class CausalLM(DecoderTask):
         asked = [(item, prompt) for item, prompt in zip(examples.items, examples.sources or (), strict=False) if prompt]
         answers = [(item["input_ids"][len(prompt.ids) :], prompt.reference) for item, prompt in asked]
         remarks = remarks_on_answers(answers, processor, self.max_new_tokens) if self.generation_examples else []
-        unknown = sorted({prompt.stop for _, prompt in asked if prompt.stop is not None} - set(ends_of(model, processor)))
+        unknown = sorted(
+            {prompt.stop for _, prompt in asked if prompt.stop is not None} - set(ends_of(model, processor))
+        )
         if not unknown:
             return remarks
         tokens = ", ".join(repr(processor.convert_ids_to_tokens(token)) for token in unknown)
         return [
             *remarks,
             f"Answers end with {tokens}, which the model's generation_config.json does not name as an end of sequence; reltune "
-            "stops there, and other programs that use the tuned model have to be told to."
+            "stops there, and other programs that use the tuned model have to be told to.",
         ]
 
     def make_arguments(self, **values: Any) -> TrainingArguments:

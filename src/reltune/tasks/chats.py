@@ -86,7 +86,9 @@ def _with_written_arguments(messages: Messages) -> Messages:
             return call
         return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
-    return [{**one, "tool_calls": list(map(written, one["tool_calls"]))} if "tool_calls" in one else one for one in messages]
+    return [
+        {**one, "tool_calls": list(map(written, one["tool_calls"]))} if "tool_calls" in one else one for one in messages
+    ]
 
 
 def check_heard(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -33,6 +33,7 @@ from reltune.tasks.generation import ends_of, exact_match, remarks_on_answers
 from reltune.tasks.task import Columns, Examples, RowProblem, Task, Written
 from reltune.tasks.texts import encode_texts, ended, limit_of, tokenized
 
+
 class WritingTrainer(Seq2SeqTrainer):
     """A Trainer whose model writes the same every time, and ends where the targets of training do, whatever its
     generation_config.json says. Beams and what is forced (the language, say) are the model's own."""
@@ -145,7 +146,9 @@ class Seq2Seq(Task):
 
     def remarks(self, model: nn.Module, processor: Any, examples: Examples) -> list[str]:
         """Of targets that the model cannot write."""
-        answers = [(item["labels"], target) for item, (_, target) in zip(examples.items, examples.sources or (), strict=True)]
+        answers = [
+            (item["labels"], target) for item, (_, target) in zip(examples.items, examples.sources or (), strict=True)
+        ]
         return remarks_on_answers(answers, processor, self.max_new_tokens)
 
     def reduced(self, logits: Any, labels: torch.Tensor) -> Any:

@@ -13,7 +13,17 @@ from reltune.errors import InputError, first_line
 from reltune.notes import note
 from reltune.tasks.task import RowProblem, Task
 
-ENDS = ("</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "<|return|>")
+ENDS = (
+    "</s>",
+    "<eos>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<|return|>",
+)
 
 
 class TextTask(Task):
