@@ -14,7 +14,7 @@ from reltune.errors import InputError
 from reltune.losses import IGNORED
 from reltune.notes import collecting
 from reltune.tasks.causal_lm import CausalLM
-from reltune.tasks.chats import Chat, _text
+from reltune.tasks.chats import Chat, as_text
 from reltune.tasks.preference import Preference
 from tiny_models import tiny_decoder_tokenizer
 
@@ -74,6 +74,10 @@ TEMPLATES = {
     ),
     "of parts": (  # of a text it shows none
         "{% for m in messages %}<|{{ m['role'] }}|> {% for part in m['content'] %}{{ part['text'] }}{% endfor %} </s> {% endfor %}"
+    ),
+    "soon thoughtless": (  # leaves out what was thought when more follows
+        "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] if loop.last else m['content'].split('</think>')[-1] }} </s> "
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|> {% endif %}"
     ),
     "thoughtless": (  # leaves out what was thought, also of the last answer
         "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'].split('</think>')[-1] }} </s> {% endfor %}"
@@ -191,7 +195,7 @@ def test_arguments_of_calls_are_what_the_template_takes(template: str) -> None:
             [{**calls[0], "function": {"name": "search", "arguments": {"very": "good"}}}],
         )
     ]
-    texts = [_text(Chat(messages), tokenizer_of(template)) for messages in rows]
+    texts = [as_text(Chat(messages), tokenizer_of(template)) for messages in rows]
     assert texts[0] == texts[1] == texts[2]
     assert {"tools": written, "items": "very=good", "text": f"very {written}"}[template] in texts[0]
 
@@ -215,6 +219,7 @@ def test_messages_that_the_template_does_not_show(template: str, message: dict[s
         ("two roles", {**MODEL, "reasoning_content": "very"}, "leaves out the 'reasoning_content'"),
         ("thoughtless", {**MODEL, "content": "very </think> bad book"}, "changes what the assistant says"),
         ("two roles", MODEL, None),
+        ("forgetful", MODEL, None),
     ],
 )
 def test_what_a_template_leaves_out_of_answers_is_said(template: str, answer: dict[str, Any], what: str | None) -> None:
@@ -222,6 +227,18 @@ def test_what_a_template_leaves_out_of_answers_is_said(template: str, answer: di
         _, kept, prompt = encoded(template, USER, answer)
     assert kept == "bad book </s>" and prompt.reference == "bad book"
     assert [what in sentence for sentence in notes if what] == ([True] if what else []) and len(notes) == bool(what)
+
+
+def test_thoughts_that_are_left_out_later_are_learned_in_time() -> None:
+    thought = {**MODEL, "content": "very </think> bad book"}
+    with collecting() as notes:
+        _, kept, _ = encoded("soon thoughtless", USER, thought, USER, thought)
+    assert kept.startswith("very") and not notes
+
+
+def test_a_system_message_that_the_template_would_put_by_itself() -> None:
+    default = {"role": "system", "content": "very good"}
+    assert encoded("chatml", default, USER, MODEL)[0] == encoded("chatml", USER, MODEL)[0]
 
 
 def test_empty_answers_are_bad_rows() -> None:

@@ -124,7 +124,9 @@ class CausalLM(DecoderTask):
         out, and their lines are in ``lost``.
         """
         limit = limit_of(processor, max_length, least=2)
-        items, prompts, n_truncated = [], [], 0
+        items: list[dict[str, Any]] = []
+        prompts: list[Prompt | None] = []
+        n_truncated = 0
         lost: dict[str, list[int]] = {}
         for row in rows:
             try:

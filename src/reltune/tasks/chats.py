@@ -96,11 +96,11 @@ def check_heard(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> None:
 
     Other fields that it leaves out, and answers that it changes, are noted.
     """
-    whole = _text(chat, tokenizer)
+    whole = as_text(chat, tokenizer)
 
     def heard(messages: Messages, tools: Sequence[Any] | None = chat.tools) -> bool:
         try:
-            return _text(Chat(messages, tools), tokenizer) != whole
+            return as_text(Chat(messages, tools), tokenizer) != whole
         except RowProblem:  # it takes no chat without
             return True
 
@@ -109,15 +109,20 @@ def check_heard(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> None:
             "the model's chat template does not show tools to the model, and the data have some; use a model whose template does, "
             "or leave that column out."
         )
+    looked_at: set[tuple[str, str]] = set()
     for i, message in enumerate(chat.messages):
         before, after = chat.messages[:i], chat.messages[i + 1 :]
         for key, value in message.items():
-            if key == "role" or not value or (key, message["role"]) in [
-                (key, one["role"]) for one in before if one.get(key)
-            ]:  # fmt: skip
+            part = (message["role"], key)
+            if key == "role" or not value or part in looked_at:
                 continue
-            less = {**message, "content": ""} if key == "content" else {k: v for k, v in message.items() if k != key}
-            if heard([*before, less, *after]):
+            looked_at.add(part)
+            other = {k: v for k, v in message.items() if k != key}
+            if key == "content":
+                other[key] = (
+                    f"{value}x"  # without a content, some templates put one of their own, which may be the same
+                )
+            if heard([*before, other, *after]):
                 continue
             if key not in ("content", "tool_calls"):
                 note(f"The model's chat template leaves out the {key!r} of messages.")
@@ -127,17 +132,24 @@ def check_heard(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> None:
             raise InputError(
                 f"the model's chat template leaves {what} out, and the data have some; use a model whose template has them{into}."
             )
-    shown = "".join(whole.split())
-    for message in chat.messages:
-        said = message.get("content")
-        if message["role"] == "assistant" and isinstance(said, str) and "".join(said.split()) not in shown:
+    for i, message in enumerate(chat.messages):
+        if message["role"] == "assistant" and not _shows(whole, message) and not _shows(
+            as_text(Chat(chat.messages[: i + 1], chat.tools), tokenizer), message
+        ):  # fmt: skip
             note(
                 "The model's chat template changes what the assistant says, as some do that leave out what stands before </think>; "
                 "what it makes of an answer is what is learned."
             )
 
 
-def _text(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
+def _shows(text: str, message: Mapping[str, Any]) -> bool:
+    """Whether the words of a message stand in the text, space aside."""
+    said = message.get("content")
+    return not isinstance(said, str) or "".join(said.split()) in "".join(text.split())
+
+
+def as_text(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A chat as the template writes it, before it becomes tokens."""
     return str(_applied(chat, tokenizer, tokenize=False, return_dict=False))
 
 
