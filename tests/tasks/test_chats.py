@@ -233,7 +233,7 @@ def test_thoughts_that_are_left_out_later_are_learned_in_time() -> None:
     thought = {**MODEL, "content": "very </think> bad book"}
     with collecting() as notes:
         _, kept, _ = encoded("soon thoughtless", USER, thought, USER, thought)
-    assert kept.startswith("very") and not notes
+    assert kept.startswith("very") and len(notes) == 1 and "an example of its own" in notes[0]
 
 
 def test_a_system_message_that_the_template_would_put_by_itself() -> None:

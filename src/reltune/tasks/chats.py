@@ -177,7 +177,13 @@ def examples_of(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple[li
         alone.append((upto, [(start, len(upto))]))
         if special.issuperset(upto[stop:]):  # some templates end a whole chat with one more
             whole.append((start, stop))
-    return [(ids, whole)] if len(whole) == len(alone) else alone
+    if len(whole) == len(alone):
+        return [(ids, whole)]
+    note(
+        "The chat template writes an answer in another way once more follow, so that each answer of a chat is an example of its own, which "
+        "ends with it."
+    )
+    return alone
 
 
 def answer_span(prompt: Sequence[int], ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Span:
