@@ -8,9 +8,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainingArguments,
+)
 
-from reltune.pretrained import as_it_is, load_model, load_tokenizer
+from reltune.errors import InputError
+from reltune.pretrained import as_it_is, load_config, load_model, load_tokenizer
+from reltune.tasks.causal_lm import CausalLM
 
 
 def write_tiny(path: Path) -> dict[str, np.ndarray]:
@@ -78,3 +86,27 @@ def test_a_file_of_llama_cpp_is_loaded_as_the_plain_model_that_it_is(tmp_path: P
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     trainer = Trainer(model=model, args=args, train_dataset=[{key: value[0] for key, value in batch.items()}] * 2)
     assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+
+
+def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "tiny.gguf")
+    with pytest.raises(InputError, match="cannot be held in 4 or 8 bits"):
+        CausalLM().load_model(tmp_path / "tiny.gguf", quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    writer = gguf.GGUFWriter(
+        tmp_path / "other.gguf", "clip"
+    )  # the part of a model that reads images, which lies beside it
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    whole = (tmp_path / "tiny.gguf").read_bytes()
+    for name, content, words in (
+        ("other", None, "clip.*name the directory of the model that it was made from"),
+        ("half", whole[: len(whole) // 2], "copy or download it again"),
+        ("empty", b"", "copy or download it again"),
+        ("pointer", b"version https://git-lfs.github.com/spec/v1\n", "copy or download it again"),
+    ):
+        if content is not None:
+            (tmp_path / f"{name}.gguf").write_bytes(content)
+        with pytest.raises(InputError, match=words):
+            load_config(str(tmp_path / f"{name}.gguf"))

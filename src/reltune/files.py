@@ -62,14 +62,26 @@ def make_directory(path: Path) -> None:
 
 def model_directory_problem(name: str) -> str | None:
     """Why a name or path cannot be a pretrained model's, as far as the files show; None where a library must try to load it."""
+    gguf = name.lower().endswith(".gguf")
     if os.path.isfile(name):
-        return None if name.endswith(".gguf") else f"{name} is a file; name the model's directory."
+        if gguf and not name.endswith(".gguf"):
+            return f"{name} is not told by transformers to be in llama.cpp's format; rename it so that its name ends in .gguf."
+        return None if gguf else f"{name} is a file; name the model's directory."
     if os.path.isdir(name):
         if (Path(name) / "config.json").is_file():
-            return None
+            if not (Path(name) / "adapter_config.json").is_file():
+                return None
+            return (
+                f"{name} holds a model and an adapter for one (adapter_config.json), so that it is not clear what to train; merge the "
+                "two and name the merged model, or take the adapter's files away."
+            )
         if (Path(name) / "adapter_config.json").is_file():
             return f"{name} is an adapter, not a model; name the base model it was trained on."
+        if files := sorted(path.name for path in Path(name).iterdir() if path.suffix.lower() == ".gguf"):
+            return f"{name} has no config.json; name the model's file itself, such as {Path(name) / files[0]}."
         return f"{name} has no config.json, so it is no model; name a directory that save_pretrained wrote."
+    if gguf:
+        return f"The model file {name} does not exist; check the path."
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):  # the form of ids on the Hub
         return f"The model directory {name} does not exist; check the path."
     return None

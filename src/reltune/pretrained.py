@@ -55,6 +55,11 @@ def _why_no_config(name: str, error: Exception) -> str:
             f"({first_line(error)}). Copy or download the model again, or update transformers."
         )
     if folder.is_file():
+        if "architecture" in str(error) and "not supported" in str(error):
+            return (
+                f"{name} holds a model that transformers cannot make of a file in llama.cpp's format ({first_line(error)}); name the "
+                "directory of the model that it was made from."
+            )
         return (
             f"{name} cannot be read as a model in llama.cpp's format ({first_line(error)}); copy or download it again."
         )
@@ -204,9 +209,20 @@ def load_model(
             f"{name} is a {config.model_type!r} model, for which transformers has no {head}; "
             f"name another model, such as {_known(mapping)}."
         )
+    if place and "quantization_config" in options:
+        raise InputError(
+            f"{name} is in llama.cpp's format, which is loaded with whole weights and cannot be held in 4 or 8 bits; leave the flag out, "
+            "or name the directory of the model that it was made from."
+        )
     same = adapt(config)
     if dtype is not None:
         options["dtype"] = dtype
+    if (saved := getattr(config, "quantization_config", None)) and "quantization_config" in options:
+        del options["quantization_config"]  # else transformers says so itself, in a warning
+        kind = saved.get("quant_method") if isinstance(saved, dict) else saved.quant_method
+        note(
+            f"The weights of {name} are saved in few bits already ({getattr(kind, 'value', kind)}), and stay as they are."
+        )
     if "quantization_config" in options:
         options["quantization_config"].llm_int8_skip_modules = _kept_whole(auto_class, config)
     with _held_load_report(name) as report:
@@ -230,9 +246,20 @@ def load_model(
             "use the config.json that was saved with these weights."
         )
     # a head is always missing, and so is the pooler of masked language models; anything else is news
-    if any(".pooler." not in key for key in body & missing):
+    if lacking := sorted(key for key in body & missing if ".pooler." not in key):
         for record in report:
             logging.getLogger(record.name).handle(record)
+        note(
+            f"The checkpoint has no values for {_first(lacking)} of a {config.model_type!r} model: they begin anew and are trained as a new "
+            "head is. Check that config.json belongs to the weights."
+        )
+    own = f"{model.base_model_prefix}."
+    unused = sorted(key for key in loading["unexpected_keys"] if key.startswith(own) and ".pooler." not in key)
+    if unused:
+        note(
+            f"The checkpoint has {_first(unused)}, for which a {config.model_type!r} model has no place, and which are left out. Check that "
+            "config.json belongs to the weights."
+        )
     new = missing | (parameters & mismatched)
     if not same:
         of_head = parameters - body if body else {key for key in parameters if key.startswith(HEADS)}
@@ -254,6 +281,10 @@ def _loaded(name: str, auto_class: Any, path: str, **options: Any) -> tuple[Any,
         )
     except (MemoryError, torch.OutOfMemoryError):
         raise
+    except ImportError as error:
+        raise InputError(
+            f"{name} cannot be loaded without another package ({first_line(error)}); install it, or name the model in another form."
+        ) from error
     except OSError as error:
         raise InputError(
             f"The weights of {name} cannot be found or read: "
@@ -264,6 +295,10 @@ def _loaded(name: str, auto_class: Any, path: str, **options: Any) -> tuple[Any,
             f"The weights of {name} cannot be loaded ({first_line(error)}); "
             "if the files are damaged, copy or download the model again."
         ) from error
+
+
+def _first(names: list[str]) -> str:
+    return f"{names[0]} and {len(names) - 1:,} more" if len(names) > 1 else names[0]
 
 
 @torch.no_grad()

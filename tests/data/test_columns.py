@@ -40,6 +40,8 @@ def labelled(labels):
         ("prompt completion tools", "causal_lm", "prompt=prompt completion=completion tools=tools"),
         ("query response history", "causal_lm", "instruction=query output=response history=history"),
         ("instruction context response category", "causal_lm", "instruction=instruction output=response input=context"),
+        ("id question answer", "causal_lm", "instruction=question output=answer"),
+        ("prompt response", "causal_lm", "prompt=prompt completion=response"),
         ("question chosen rejected", "preference", "chosen=chosen rejected=rejected prompt=question"),
     ],
 )
@@ -103,6 +105,7 @@ def test_columns_that_the_user_named():
         ([], "none are of no layout"),
         (["text", "sentiment"], "'text', 'sentiment' are of no layout.*text, label.*--label_column"),
         (["query", "response", "label"], "are of no layout"),
+        (["question", "choices", "answer"], "are of no layout"),
         (["source", "comment"], "are of no layout that is known .chosen, rejected; .*text, label; sentence1"),
         (["messages", "prompt", "chosen", "rejected"], "preference or causal_lm; say which with --task"),
         ([f"c{n}" for n in range(40)], "'c11', … are"),

@@ -22,6 +22,7 @@ FORMS: list[Any] = [
     ],
     [{"role": "user", "content": "hi", "name": None}, {**CHAT[1], "tool_calls": [], "weight": 1}],
     json.dumps([{"from": "user", "value": "hi"}, {"from": "chatgpt", "value": "yes"}]),
+    [{"role": "prompter", "content": "hi"}, {"from": "AI", "value": "yes"}],
     repr(CHAT),
 ]
 
@@ -62,7 +63,15 @@ def test_one_message_alone() -> None:
 
 def test_calls_of_tools_stay() -> None:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
-    assert as_messages([CHAT[0], {**call, "content": None}], "messages") == [CHAT[0], {**call, "content": ""}]
+    expected = [CHAT[0], {**call, "content": ""}]
+    assert as_messages([CHAT[0], {**call, "content": None}], "messages") == expected
+    older = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    newer = {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+        "content": "",
+    }
+    assert as_messages([CHAT[0], older], "messages") == [CHAT[0], newer]
 
 
 def test_a_system_column() -> None:

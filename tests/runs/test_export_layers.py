@@ -10,12 +10,15 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from reltune.errors import InputError
+from reltune.layers.quantised import keep_as_loaded
 from reltune.plan.plan import ModulePlan, Plan
 from reltune.runs.export import to_lora
 from reltune.tuner import ReltuneConfig
+from tiny_models import save_tiny_llama
 
 
 class Words(nn.Module):
@@ -92,3 +95,32 @@ def test_convolutions_that_lora_cannot_follow_are_refused(fields: dict[str, Any]
     with pytest.raises(InputError, match=r"special cannot .* a convolution with groups, dilation .*--to merged"):
         to_lora(_adapted(Picture(**fields), plan), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_in_few_bits(bits: int, tmp_path: Path) -> None:
+    """Against plain PEFT on the same base."""
+    save_tiny_llama(tmp_path / "base", hidden_size=64, intermediate_size=128)
+    held = BitsAndBytesConfig(
+        **{f"load_in_{bits}bit": True, **({"bnb_4bit_compute_dtype": torch.float32} if bits == 4 else {})}
+    )
+    tokens = torch.tensor([[7, 8, 9, 10, 11]])
+
+    def base() -> nn.Module:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=held, dtype=torch.float32)
+        keep_as_loaded(model)
+        return model
+
+    def logits(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model.train()(
+                tokens
+            ).logits  # in evaluation bitsandbytes rounds the inputs of 8-bit products on a CPU
+
+    name = "model.layers.0.mlp.down_proj"
+    model = _adapted(base(), {name: ModulePlan((64, 128), columns=[5, 100], rows=[63, 2])})
+    expected = logits(model)
+    assert (expected - logits(base())).abs().max() > 1e-3
+    to_lora(model, tmp_path / "lora")
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "lora", autocast_adapter_dtype=False)
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-4)

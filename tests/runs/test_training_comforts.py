@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainingArguments
 
 from command_line import reltune, review_rows, write_csv
 from reltune.config.run_config import RunConfig
@@ -158,6 +159,15 @@ def test_tensorboard_sees_what_is_logged(place: Path) -> None:
 def test_half_precision_and_checkpointing_train(place: Path) -> None:
     run = new_run(place, "bf16", *RATE, "--num_train_epochs", 6, "--bf16", "--use_cpu", "--gradient_checkpointing")
     assert read(run / "all_results.json")["test_accuracy"] > 0.8
+
+
+def test_a_gradient_scaler_sees_no_float16(tmp_path: Path) -> None:
+    """GradScaler of CUDA refuses to unscale gradients in float16, which new heads of a float16 base have."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3).half().requires_grad_(False), torch.nn.Linear(3, 2).half())
+    for fp16, expected in ((False, torch.float16), (True, torch.float32)):
+        with training.scaled_in_float32(model, TrainingArguments(str(tmp_path), use_cpu=True, fp16=fp16)):
+            assert [p.dtype for p in model.parameters()] == [torch.float16] * 2 + [expected] * 2
+        assert {p.dtype for p in model.parameters()} == {torch.float16}
 
 
 def test_a_missing_logger_is_named_before_anything_is_written(place: Path) -> None:

@@ -87,7 +87,8 @@ def test_chats_and_instructions_follow_the_template(models: Path) -> None:
         words
         == "<|user|> good film <|end|> <|assistant|> bad <|end|> <|user|> fine <|end|> <|assistant|> poor book <|end|>"
     )
-    assert kept == "bad <|end|> poor book <|end|>" and reference == "poor book"
+    assert kept == "bad <|end|> poor book <|end|>"
+    assert reference == "poor book <|end|>"  # what the model writes that learned it: this mark is no special token here
     assert shown == "user: good film\nassistant: bad\nuser: fine"
     tokenizer = task.load_tokenizer(models / "chat")
     assert tokenizer.decode(prompt) == words.removesuffix(" poor book <|end|>")
@@ -160,6 +161,45 @@ def test_special_tokens_that_texts_have_already_are_taken_once() -> None:
         examples = task.encode([Row({"text": text}, 1) for text in ("<s>ab</s>", "ab", "<s>ab")], tokenizer, 40)
     assert examples[0] == examples[1] == examples[2]
     assert len(notes) == 2 and "'<s>'" in notes[0] and "'</s>'" in notes[1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "words"),
+    [
+        ("is", "paris", "nothing is put between"),
+        ("is", " paris", None),
+        ("2+2=", "a", None),
+        ("人", "人", None),
+        ("is", " paris<|im_end|>", "'<|im_end|>', with which other models end"),
+        ("is", " paris</s>", None),
+    ],
+)
+def test_texts_that_were_written_for_another_reader_are_said(prompt: str, completion: str, words: str | None) -> None:
+    with collecting() as notes:
+        CausalLM(columns=COMPLETION).encode(
+            [Row({"prompt": prompt, "completion": completion}, line) for line in (1, 2)], byte_tokenizer(), 40
+        )
+    assert len(notes) == bool(words) and all(str(words) in sentence for sentence in notes)
+
+
+def test_an_end_with_space_behind_it_is_an_end() -> None:
+    tokenizer, task = byte_tokenizer(), CausalLM(columns={"text": "text"})
+    examples = task.encode([Row({"text": text}, 1) for text in ("ab</s>\n", "ab\n")], tokenizer, 40)
+    assert [item["input_ids"].count(0) for item in examples.items] == [1, 1]
+    assert examples[0]["input_ids"][-1] != 0 and examples[1]["input_ids"][-1] == 0
+
+
+def test_answers_that_the_model_cannot_write_are_said(models: Path) -> None:
+    tokenizer, task = byte_tokenizer(), CausalLM(columns=COMPLETION, max_new_tokens=3)
+    model, _ = CausalLM().load_model(models / "llama")
+    rows = [Row({"prompt": "a", "completion": completion}, 1) for completion in (" bcd", " bc", " b")]
+    (remark,) = task.remarks(model, tokenizer, task.encode(rows, tokenizer, 40))
+    assert remark.startswith("1 of 3 answers are longer than the 3 tokens")
+    words = task.load_tokenizer(models / "llama")
+    rows = [Row({"prompt": "good", "completion": completion}, 1) for completion in (" {fine} book", " fine book")]
+    (remark,) = task.remarks(model, words, task.encode(rows, words, 40))
+    assert CausalLM().remarks(model, words, CausalLM().encode([Row({"text": "good"}, 1)], words, 40)) == []
+    assert "cannot write 1 of 2 answers" in remark and "'{fine} book' becomes 'book'" in remark
 
 
 def test_a_tokenizer_without_an_end() -> None:
@@ -292,7 +332,7 @@ def test_a_turn_that_the_cut_takes_is_not_asked_for(models: Path) -> None:
     )
     rows = [Row({"messages": turns}, 1) for turns in ([*first, *last], first, first[1:])]
     found = task.encode(rows, tokenizer, 8)
-    assert [source and source.reference for source in found.sources or ()] == [None, "bad", None]
+    assert [source and source.reference for source in found.sources or ()] == [None, "bad <|end|>", None]
     # of a turn with nothing before it, its own words are the answer, not the marks before them
     labels = found.items[2]["labels"]
     assert tokenizer.decode([of for of in labels if of != -100]).split() == ["bad", "<|end|>"]
@@ -311,6 +351,12 @@ def test_what_ends_a_chats_answers_ends_a_continuation(models: Path) -> None:
         words[: words.index(stop) + 1] if stop in words else words for words in whole
     ]
     assert found[0].split() != whole[0]
+    # what the checkpoint says of chats changes nothing: sampling, penalties, least lengths
+    model.generation_config.update(
+        do_sample=True, temperature=5.0, repetition_penalty=9.0, min_new_tokens=6, no_repeat_ngram_size=1
+    )
+    assert [text.split() for text in continuations(model, tokenizer, prompts, 6, 1)] == whole
+    assert continuations(model, tokenizer, [], 6, 1) == []
 
 
 def save_tiny_blenderbot(path: Path) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from reltune.data.conversations import as_messages
 from reltune.data.rows import Row
 from reltune.errors import InputError
 from reltune.losses import IGNORED
 from reltune.notes import collecting
 from reltune.tasks.causal_lm import CausalLM
+from reltune.tasks.chats import Chat, as_text
 from reltune.tasks.preference import Preference
 from tiny_models import tiny_decoder_tokenizer
 
@@ -52,6 +55,33 @@ TEMPLATES = {
     "forgetful": (  # an answer looks another way when it is not the last
         "{% for m in messages %}<|{{ m['role'] }}|> {% if m['role'] == 'assistant' and not loop.last %}very {% endif %}"
         "{{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}<|assistant|> {% endif %}"
+    ),
+    "tools": (  # written as JSON
+        "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} {% for call in m['tool_calls'] %}"
+        "{{ call['function']['arguments'] | tojson }} {% endfor %}</s> {% endfor %}"
+    ),
+    "items": (  # taken apart
+        "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} {% for call in m['tool_calls'] %}"
+        "{% for key, value in call['function']['arguments'] | items %}{{ key }}={{ value }} {% endfor %}{% endfor %}</s> {% endfor %}"
+    ),
+    "text": (  # joined to other text
+        "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} {% for call in m['tool_calls'] %}"
+        "{{ 'very ' + call['function']['arguments'] }} {% endfor %}</s> {% endfor %}"
+    ),
+    "two roles": (
+        "{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}<|{{ m['role'] }}|> {{ m['content'] }} </s> {% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|> {% endif %}"
+    ),
+    "of parts": (  # of a text it shows none
+        "{% for m in messages %}<|{{ m['role'] }}|> {% for part in m['content'] %}{{ part['text'] }}{% endfor %} </s> {% endfor %}"
+    ),
+    "soon thoughtless": (  # leaves out what was thought when more follows
+        "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] if loop.last else m['content'].split('</think>')[-1] }} </s> "
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|> {% endif %}"
+    ),
+    "thoughtless": (  # leaves out what was thought, also of the last answer
+        "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'].split('</think>')[-1] }} </s> {% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|> {% endif %}"
     ),
     "strict": "{% for m in messages %}{{ m['tool_calls'][0]['name'] }} {{ m['content'] }} </s> {% endfor %}",
 }
@@ -127,12 +157,103 @@ def test_a_template_without_an_end() -> None:
         ("mistral", (SYSTEM, USER, MODEL), "System role not supported"),
         ("mistral", (USER, USER, MODEL), "roles must alternate"),
         ("strict", (USER, {**MODEL, "tool_calls": []}), "refuses"),
-        ("forgetful", (USER, MODEL, USER, MODEL), "renders otherwise when more follow"),
     ],
 )
 def test_what_a_template_refuses_is_a_bad_row(template: str, messages: Any, phrase: str) -> None:
     _, _, lost = encoded(template, *messages)
     assert list(lost.values()) == [[7]] and phrase in next(iter(lost)), lost
+
+
+def test_answers_that_look_another_way_when_more_follow_are_examples_of_their_own() -> None:
+    """As when the model writes them. Qwen3's template is of this kind: it drops the thoughts of earlier answers."""
+    tokenizer, task = tokenizer_of("forgetful"), CausalLM(columns={"messages": "messages"})
+    turns = [USER, MODEL, {**USER, "content": "not good"}, {**MODEL, "content": "fine"}]
+    examples = task.encode([Row({"messages": turns}, 7)], tokenizer, 100)
+    assert [tokenizer.decode(item["input_ids"]) for item in examples.items] == [
+        "<|user|> good film </s> <|assistant|> bad book </s>",
+        "<|user|> good film </s> <|assistant|> very bad book </s> <|user|> not good </s> <|assistant|> fine </s>",
+    ]
+    assert [tokenizer.decode([i for i in item["labels"] if i != IGNORED]) for item in examples.items] == [
+        "bad book </s>",
+        "fine </s>",
+    ]
+    assert [prompt and prompt.reference for prompt in examples.sources or ()] == [None, "fine"]
+    cut = task.encode([Row({"messages": turns}, 7)], tokenizer, 8)  # what is left of the row is learned
+    assert len(cut) == 1 and not cut.lost
+
+
+@pytest.mark.parametrize("template", ["tools", "items", "text"])
+def test_arguments_of_calls_are_what_the_template_takes(template: str) -> None:
+    """OpenAI has them as JSON texts; most templates want objects, and some would write a text as JSON once more."""
+    written = '{"very": "good"}'
+    calls = [{"type": "function", "id": None, "function": {"name": "search", "arguments": written}}]
+    rows = [
+        as_messages([USER, {"role": "assistant", "content": None, "tool_calls": form}, MODEL], "messages")
+        for form in (
+            calls,
+            json.dumps(calls),
+            [{**calls[0], "function": {"name": "search", "arguments": {"very": "good"}}}],
+        )
+    ]
+    texts = [as_text(Chat(messages), tokenizer_of(template)) for messages in rows]
+    assert texts[0] == texts[1] == texts[2]
+    assert {"tools": written, "items": "very=good", "text": f"very {written}"}[template] in texts[0]
+
+
+@pytest.mark.parametrize(
+    ("template", "message", "what"),
+    [
+        ("two roles", {"role": "tool", "content": "great"}, "leaves tool messages out"),
+        ("two roles", {**MODEL, "tool_calls": [{"function": {"name": "search", "arguments": {}}}]}, "leaves calls of tools out"),
+        ("of parts", USER, "leaves user messages out"),
+    ],
+)  # fmt: skip
+def test_messages_that_the_template_does_not_show(template: str, message: dict[str, Any], what: str) -> None:
+    with pytest.raises(InputError, match=what):
+        encoded(template, USER, message, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "what"),
+    [
+        ("two roles", {**MODEL, "reasoning_content": "very"}, "leaves out the 'reasoning_content'"),
+        ("thoughtless", {**MODEL, "content": "very </think> bad book"}, "changes what the assistant says"),
+        ("two roles", MODEL, None),
+        ("forgetful", MODEL, None),
+    ],
+)
+def test_what_a_template_leaves_out_of_answers_is_said(template: str, answer: dict[str, Any], what: str | None) -> None:
+    with collecting() as notes:
+        _, kept, prompt = encoded(template, USER, answer)
+    assert kept == "bad book </s>" and prompt.reference == "bad book"
+    assert [what in sentence for sentence in notes if what] == ([True] if what else []) and len(notes) == bool(what)
+
+
+def test_thoughts_that_are_left_out_later_are_learned_in_time() -> None:
+    thought = {**MODEL, "content": "very </think> bad book"}
+    with collecting() as notes:
+        _, kept, _ = encoded("soon thoughtless", USER, thought, USER, thought)
+    assert kept.startswith("very") and len(notes) == 1 and "an example of its own" in notes[0]
+
+
+def test_a_system_message_that_the_template_would_put_by_itself() -> None:
+    default = {"role": "system", "content": "very good"}
+    assert encoded("chatml", default, USER, MODEL)[0] == encoded("chatml", USER, MODEL)[0]
+
+
+def test_empty_answers_are_bad_rows() -> None:
+    task = CausalLM(columns={"messages": "messages"})
+    for content in ("", " \n"):
+        assert "empty answer" in str(task.problem(Row({"messages": [USER, {**MODEL, "content": content}]}, 1)))
+    call = {**MODEL, "content": "", "tool_calls": [{"function": {"name": "search", "arguments": {}}}]}
+    assert task.problem(Row({"messages": [USER, call]}, 1)) is None
+
+
+def test_a_template_that_marks_no_answer() -> None:
+    tokenizer = tokenizer_of("deaf")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} </s> {% if false %}{% generation %}{% endgeneration %}{% endif %}{% endfor %}"
+    lost = CausalLM(columns={"messages": "messages"}).encode([Row({"messages": [USER, MODEL]}, 7)], tokenizer, 100).lost
+    assert list(lost.values()) == [[7]] and "marks nothing as the assistant's" in next(iter(lost))
 
 
 def test_the_system_is_heard() -> None:

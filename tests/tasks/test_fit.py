@@ -313,6 +313,25 @@ def test_a_model_that_cannot_read_the_data(tmp_path: Path) -> None:
         settle_padding(task, model, tokenizer, task.encode(labelled(("good", "bad [SEP] very dull")), tokenizer, 16))
 
 
+def test_examples_of_one_length_are_tried_too(tmp_path: Path) -> None:
+    """An error of the model's own code is refused before the run's directory is made."""
+    save_tiny_bert(tmp_path)
+    task = SequenceClassification(["a", "b"])
+    tokenizer, (model, _) = task.load_tokenizer(tmp_path), task.load_model(tmp_path)
+    model.forward = lambda **_: (_ for _ in ()).throw(ValueError("no start"))
+    with pytest.raises(InputError, match=r"cannot read an example of 3 tokens \(ValueError: no start"):
+        settle_padding(task, model, tokenizer, task.encode(labelled(("good", "bad")), tokenizer, 16))
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path)
+    task = CausalLM()
+    tokenizer, (model, _) = task.load_tokenizer(tmp_path), task.load_model(tmp_path)
+    model.model.layers[1].mlp.up_proj.weight.data[0, :2] = torch.tensor([torch.nan, torch.inf])
+    with pytest.raises(InputError, match=r"model.layers.1.mlp.up_proj.weight has 2 that are infinite or not a number"):
+        settle_padding(task, model, tokenizer, task.encode(labelled(), tokenizer, 16))
+
+
 def test_every_task_says_where_it_pads() -> None:
     for name, task in TASKS.items():
         assert set(task.padding_sides) <= {"left", "right"}, name

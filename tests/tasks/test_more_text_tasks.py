@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForQuestionAnswering,
     BertModel,
@@ -26,11 +28,13 @@ from transformers import (
 from reltune.data.rows import Row
 from reltune.errors import InputError
 from reltune.losses import LOSSES
+from reltune.runs.evaluation import evaluate
+from reltune.tasks.causal_lm import CausalLM
 from reltune.tasks.masked_lm import MaskedLM
 from reltune.tasks.question_answering import QuestionAnswering, best_span, shared_words
 from reltune.tasks.seq2seq import Seq2Seq, rouge
 from task_cases import check_reload, run_task
-from tiny_models import WORDS, save_tiny_bert, save_tiny_masked, tiny_tokenizer
+from tiny_models import WORDS, save_tiny_bert, save_tiny_llama, save_tiny_masked, tiny_tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 LEARNS: dict[str, Any] = {"num_train_epochs": 20, "learning_rate": 5e-3, "per_device_train_batch_size": 8}
@@ -101,6 +105,60 @@ def test_the_loss_of_a_translation_is_the_models(tmp_path: Path) -> None:
     assert LOSSES[task.loss].per_example(outputs, batch).mean().item() == pytest.approx(outputs.loss.item())
     assert task.encode([Row({"source": "good", "target": "bad " * 20}, 1)], tokenizer, 8).n_truncated == 1
     assert "empty 'target'" in str(task.problem(Row({"source": "x", "target": ""}, 1)))
+
+
+def save_tiny_bart(path: Path) -> None:
+    """Its texts stand between [CLS] and [SEP], and its decoder starts with the latter."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.save_pretrained(path)
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(
+        vocab_size=len(tokenizer), d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=32,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3, decoder_start_token_id=3, tie_word_embeddings=False, **sizes,
+    )  # fmt: skip
+    BartForConditionalGeneration(config).save_pretrained(path)
+
+
+@pytest.mark.parametrize(("save", "eos"), [(save_tiny_t5, 3), (save_tiny_t5, 7), (save_tiny_bart, 3)])
+def test_targets_end_where_the_model_stops(save: Any, eos: int, tmp_path: Path) -> None:
+    """Whatever generation_config.json says: against a loop that takes the likeliest token, from the decoder's first input in
+    training up to the token that ends the targets of training."""
+    save(tmp_path)
+    task = Seq2Seq(max_new_tokens=5)
+    (model, _), tokenizer = task.load_model(tmp_path), task.load_tokenizer(tmp_path)
+    for parameter in model.parameters():
+        parameter.data.mul_(6)
+    model.generation_config.update(
+        do_sample=True, temperature=5.0, min_length=4, eos_token_id=eos, forced_eos_token_id=None
+    )
+    rows = [Row({"source": f"{word} film", "target": "poor book"}, 1) for word in WORDS[:8]]
+    examples = task.encode(rows, tokenizer, 16)
+    labels = torch.tensor([examples[0]["labels"]])
+    start = model.prepare_decoder_input_ids_from_labels(labels)[0, 0].item()
+    assert labels[0, -1] == tokenizer.eos_token_id == 3
+    arguments = {"use_cpu": True, "per_device_eval_batch_size": 8}
+    written = evaluate(model, {"test": examples}, task, tokenizer, **arguments).written["test"]
+    for item, one in zip(examples.items, written, strict=True):
+        ids = [start]
+        while len(ids) < 6 and (len(ids) == 1 or ids[-1] not in (3, eos)):
+            with torch.no_grad():
+                logits = model.eval()(
+                    input_ids=torch.tensor([item["input_ids"]]), decoder_input_ids=torch.tensor([ids])
+                ).logits
+            ids.append(int(logits[0, -1].argmax()))
+        assert one.text == tokenizer.decode(ids[1:], skip_special_tokens=True)
+    assert len({one.text for one in written}) > 2
+
+
+def test_models_that_are_of_the_other_kind(tmp_path: Path) -> None:
+    save_tiny_t5(tmp_path / "t5")
+    save_tiny_llama(tmp_path / "llama")
+    with pytest.raises(InputError, match="source and target"):
+        CausalLM().load_model(tmp_path / "t5")
+    with pytest.raises(InputError, match="prompt and completion"):
+        Seq2Seq().load_model(tmp_path / "llama")
 
 
 def test_a_run_of_translation(tmp_path: Path) -> None:

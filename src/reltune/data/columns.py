@@ -115,10 +115,12 @@ CONVENTIONS = (
         },
     ),
     Convention(("causal_lm",), {"messages": ("messages", "conversations", "conversation")}, {"tools": ("tools",)}),
-    Convention(("causal_lm",), {"prompt": ("prompt",), "completion": ("completion",)}, {"tools": ("tools",)}),
+    Convention(
+        ("causal_lm",), {"prompt": ("prompt",), "completion": ("completion", "response")}, {"tools": ("tools",)}
+    ),
     Convention(
         ("causal_lm",),
-        {"instruction": ("instruction", "query"), "output": ("output", "response")},
+        {"instruction": ("instruction", "query", "question"), "output": ("output", "response", "answer")},
         {"input": ("input", "context"), "system": ("system",), "history": ("history",)},
     ),
     Convention(("seq2seq",), {"source": ("source",), "target": ("target",)}),
@@ -348,8 +350,9 @@ def _named(text_column: str, label_column: str, text_pair_column: str | None) ->
 
 
 def _is_meant(chosen: Mapping[str, str], columns: Sequence[str], rows: Iterable[Row]) -> bool:
-    """Whether names that serve several purposes mean this one: an answer is a label only where it is yes or no, and a query
-    with its response is to be learned only where no label says something else of the two."""
+    """Whether names that serve several purposes mean this one: an answer is a label only where it is yes or no, a query with its
+    response is to be learned only where no label says something else of the two, and an answer to a question only where nothing
+    else stands beside them (choices, say)."""
     if chosen.get("label") == "answer":
         return all(switch_of(row.values.get("answer")) is not None for row in rows)
     if "image" in chosen and chosen["image"].casefold() != "image":  # names that other files have too
@@ -357,4 +360,6 @@ def _is_meant(chosen: Mapping[str, str], columns: Sequence[str], rows: Iterable[
         return bool(paths) and all(
             isinstance(path, str) and IMAGE_FILE.fullmatch(path.strip()) for path in paths if path
         )
+    if chosen.get("instruction") == "question" or chosen.get("output") == "answer":
+        return all(name in chosen.values() or BESIDE.fullmatch(name) for name in columns)
     return chosen.get("instruction") != "query" or _called(LABEL, columns) is None

@@ -8,9 +8,9 @@ from typing import Any, TypeGuard
 from reltune.data.cells import Unreadable, structure_in
 
 ROLES = {  # names of speakers in use -> what chat templates call them
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "chatbot", "ai", "model"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "function_response"), "tool"),
     "system": "system",
 }
 LEFT_OUT_BY = ("weight", "train", "training", "loss")  # marks of messages that are not to be learned, where they are 0
@@ -87,7 +87,10 @@ def _message(message: Mapping[str, Any], column: str) -> dict[str, Any] | Unread
         made["role"] = ROLES.get(made["role"].lower(), made["role"])
     if "content" not in made and "value" in made:
         made["content"] = made.pop("value")
+    if "function_call" in made and "tool_calls" not in made:  # OpenAI's older name of a single one
+        made["tool_calls"] = [{"type": "function", "function": made.pop("function_call")}]
     if "tool_calls" in made:
+        made["tool_calls"] = _calls(made["tool_calls"])
         made.setdefault("content", "")  # templates add to it
     if isinstance(made.get("content"), list):
         text = _joined(made["content"])
@@ -97,6 +100,28 @@ def _message(message: Mapping[str, Any], column: str) -> dict[str, Any] | Unread
     if made.get("role") == "assistant" and any(mark in made and not made[mark] for mark in LEFT_OUT_BY):
         return Unreadable(f"a {column!r} with an answer that is marked as not to be learned")
     return {key: value for key, value in made.items() if key not in LEFT_OUT_BY}
+
+
+def _calls(calls: Any) -> Any:
+    """Calls of tools with their arguments as objects, as chat templates want them; OpenAI's are objects written as JSON."""
+    calls = structure_in(calls) if isinstance(calls, str) else calls
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        return calls
+    made = []
+    for call in map(without_none, calls):
+        function = call.get("function", call)
+        if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+            parsed = structure_in(function["arguments"])
+            function = {**function, "arguments": parsed if isinstance(parsed, dict) else function["arguments"]}
+        made.append({**call, "function": function} if "function" in call else function)
+    return made
+
+
+def without_none(value: Any) -> Any:
+    """The value without what Arrow fills in where objects of several rows have different keys."""
+    if isinstance(value, Mapping):
+        return {key: without_none(one) for key, one in value.items() if one is not None}
+    return [without_none(one) for one in value] if isinstance(value, list) else value
 
 
 def _joined(parts: list[Any]) -> str | None:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from reltune.data.cells import Unreadable, looks_structured, structure_in
-from reltune.data.conversations import as_messages, with_system
+from reltune.data.conversations import as_messages, with_system, without_none
 from reltune.data.labels import MISSING, READERS, ClassNames, switch_of
 from reltune.data.rows import Row
 from reltune.notes import note
@@ -175,7 +175,7 @@ def _as_tools(value: Any, column: str) -> Any:
     parsed = structure_in(value) if isinstance(value, str) else value
     parsed = [parsed] if isinstance(parsed, Mapping) else parsed
     good = isinstance(parsed, list) and all(isinstance(tool, Mapping) for tool in parsed)
-    return (parsed or None) if good else Unreadable(f"a {column!r} that is no list of tools")
+    return (without_none(parsed) or None) if good else Unreadable(f"a {column!r} that is no list of tools")
 
 
 def _as_history(value: Any, column: str) -> Any:

@@ -59,7 +59,8 @@ class BaseModel:
     def look(self) -> nn.Module:
         """The model, for a caller that leaves it as it is."""
         if self._model is None:
-            self._model, _ = self._load()
+            with collecting():  # what there is to note was noted the first time
+                self._model, _ = self._load()
         return self._model
 
     def take(self) -> nn.Module:

@@ -175,6 +175,8 @@ def launched_on_cpus() -> bool:
 def check_arguments(model: nn.Module, args: TrainingArguments, examples: Examples, collator: Any) -> None:
     """Raise InputError for training fields that cannot work here (packages, devices, ranges), before hours are spent."""
     _check_hub(args)
+    if args.fp16 and _on_cpus(args):
+        raise InputError("fp16 has no effect on a CPU; leave it out, or write bf16.")
     with tempfile.TemporaryDirectory() as scratch, _sharing_for_itself(), frozen_base(model):
         args = copy.copy(args)
         args.output_dir, args.push_to_hub = scratch, False  # Trainer makes the directory, and a repository, at once
@@ -229,12 +231,13 @@ def train(
     set_seed(args.seed)
     clock = _StepClock()
     evaluated = held_out if args.eval_strategy != "no" else None
-    with _sharing_for_itself(), frozen_base(model):
-        trainer = task.trainer(model, args, processor, train_examples, evaluated, callbacks=[clock, *callbacks])
-    trainer.evaluate = _apart(trainer.evaluate)  # type: ignore[method-assign]
-    show_progress(trainer, description)
-    with PeakMemory() as memory, frozen_statistics(model):
-        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    with scaled_in_float32(model, args):
+        with _sharing_for_itself(), frozen_base(model):
+            trainer = task.trainer(model, args, processor, train_examples, evaluated, callbacks=[clock, *callbacks])
+        trainer.evaluate = _apart(trainer.evaluate)  # type: ignore[method-assign]
+        show_progress(trainer, description)
+        with PeakMemory() as memory, frozen_statistics(model):
+            trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     with Processes.joined().together():
         trained: list[Any] = [p.detach() for p in model.parameters() if p.requires_grad]
         if not all(torch.isfinite(getattr(p, "_local_tensor", p)).all() for p in trained):
@@ -275,6 +278,23 @@ def frozen_base(model: nn.Module) -> Iterator[None]:
     finally:
         if marked:
             model._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def scaled_in_float32(model: nn.Module, args: TrainingArguments) -> Iterator[None]:
+    """Under ``fp16``, hold float16 parameters that are trained (new heads of a float16 base) in float32 meanwhile: the gradient
+    scaler takes no float16 gradients."""
+    spread = args.fsdp or args.deepspeed
+    narrow = [
+        p for p in model.parameters() if p.requires_grad and p.dtype == torch.float16 and args.fp16 and not spread
+    ]
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter in narrow:
+            parameter.data = parameter.data.half()
 
 
 @contextlib.contextmanager

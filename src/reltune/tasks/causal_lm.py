@@ -30,21 +30,22 @@ from reltune.tasks.chats import (
     Chat,
     Span,
     answer_span,
-    assistant_spans,
     check_heard,
     closing_token,
+    examples_of,
     messages_problem,
     rendered,
     to_read,
 )
 from reltune.tasks.decoder import DecoderTask, as_transformers_has_them
-from reltune.tasks.generation import continuations, ends_of, exact_match
+from reltune.tasks.generation import continuations, ends_of, exact_match, remarks_on_answers
 from reltune.tasks.task import Columns, Examples, RowProblem, Written
 from reltune.tasks.texts import ended, limit_of, shared, tokens_of
 
 # The prompt of Alpaca (Taori et al. 2023), for tokenizers without a chat template.
 INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"
 INSTRUCTION_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+UNSPACED = "\u0700"  # from here on there are scripts without spaces between words
 
 
 class Prompt(NamedTuple):
@@ -55,6 +56,11 @@ class Prompt(NamedTuple):
     text: str
     reference: str
     stop: int | None = None
+
+
+Encoded = tuple[
+    list[int], list[Span] | None, Prompt | None
+]  # ids, what is learned of them (None: all), what is asked for
 
 
 @dataclass
@@ -118,36 +124,42 @@ class CausalLM(DecoderTask):
         out, and their lines are in ``lost``.
         """
         limit = limit_of(processor, max_length, least=2)
-        items, prompts, n_truncated = [], [], 0
+        items: list[dict[str, Any]] = []
+        prompts: list[Prompt | None] = []
+        n_truncated = 0
         lost: dict[str, list[int]] = {}
         for row in rows:
             try:
-                ids, labels, prompt = self._encoded(row, processor)
+                encoded = self._encoded(row, processor)
             except RowProblem as problem:
                 lost.setdefault(str(problem), []).append(row.line)
                 continue
-            n_truncated += len(ids) > limit
-            ids, labels = ids[:limit], labels[:limit]
-            if any(label != IGNORED for label in labels[1:]):  # nothing predicts the first
-                items.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
-                # a chat's last answer may come after the cut, and may be the first
-                prompts.append(prompt if prompt is not None and 0 < len(prompt.ids) < limit else None)
-            else:
-                lost.setdefault(f"a prompt of {limit} tokens or more", []).append(row.line)
+            whole, kept = len(items), None
+            for ids, spans, prompt in encoded:
+                labels = _labels(ids, None if self.completion_only_loss is False else spans)[:limit]
+                if any(label != IGNORED for label in labels[1:]):  # nothing predicts the first
+                    n_truncated += len(ids) > limit
+                    ids = ids[:limit]
+                    items.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+                    # a chat's last answer may come after the cut, and may be the first
+                    prompts.append(prompt if prompt is not None and 0 < len(prompt.ids) < limit else None)
+                elif len(ids) <= limit:
+                    kept = "messages of which the chat template marks nothing as the assistant's"
+            if len(items) == whole:
+                n_truncated += kept is None
+                lost.setdefault(kept or f"a prompt of {limit} tokens or more", []).append(row.line)
         return Examples(items, n_truncated, prompts, lost)
 
-    def _encoded(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], Prompt | None]:
+    def _encoded(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
         values = self._values(row)
         if "instruction" in values:
             values = instruction_as_prompt(values, tokenizer)
         if "text" in values:
             ids = ended(tokens_of(str(values["text"]), tokenizer), tokenizer)
-            return ids, list(ids), None
+            return [(ids, None, None)]
         if isinstance(values.get("prompt"), str):
-            ids, spans, prompt = _completed(str(values["prompt"]), str(values["completion"]), tokenizer)
-        else:
-            ids, spans, prompt = _chatted(values, tokenizer)
-        return ids, _labels(ids, None if self.completion_only_loss is False else spans), prompt
+            return [_completed(str(values["prompt"]), str(values["completion"]), tokenizer)]
+        return _chatted(values, tokenizer)
 
     def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
         """Pads a batch to its longest example, and the labels with it."""
@@ -182,15 +194,21 @@ class CausalLM(DecoderTask):
         return None
 
     def remarks(self, model: nn.Module, processor: Any, examples: Examples) -> list[str]:
-        """Of chats: with which token answers end, where generation does not stop at it by itself."""
-        stops = {prompt.stop for prompt in examples.sources or () if prompt is not None and prompt.stop is not None}
-        unknown = sorted(stops - set(ends_of(model, processor)))
+        """With which token answers of chats end, where generation does not stop at it by itself; and of answers that the model
+        cannot write."""
+        asked = [(item, prompt) for item, prompt in zip(examples.items, examples.sources or (), strict=False) if prompt]
+        answers = [(item["input_ids"][len(prompt.ids) :], prompt.reference) for item, prompt in asked]
+        remarks = remarks_on_answers(answers, processor, self.max_new_tokens) if self.generation_examples else []
+        unknown = sorted(
+            {prompt.stop for _, prompt in asked if prompt.stop is not None} - set(ends_of(model, processor))
+        )
         if not unknown:
-            return []
+            return remarks
         tokens = ", ".join(repr(processor.convert_ids_to_tokens(token)) for token in unknown)
         return [
+            *remarks,
             f"Answers end with {tokens}, which the model's generation_config.json does not name as an end of sequence; reltune "
-            "stops there, and other programs that use the tuned model have to be told to."
+            "stops there, and other programs that use the tuned model have to be told to.",
         ]
 
     def make_arguments(self, **values: Any) -> TrainingArguments:
@@ -305,9 +323,7 @@ def instruction_as_prompt(values: Mapping[str, Any], tokenizer: PreTrainedTokeni
     return {"prompt": "".join([*before, layout.format(instruction=instruction, input=given)]), "completion": output}
 
 
-def _completed(
-    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[Span], Prompt | None]:
+def _completed(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Token ids of a prompt with its completion, where the completion stands, and what the model is asked to go on from: the
     ids that the prompt by itself and both together begin with."""
     before = tokens_of(prompt, tokenizer)
@@ -323,31 +339,38 @@ def _completed(
         prompt, completion = (
             str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:start], ids[start:])
         )
+    elif all(letter.isalpha() and letter < UNSPACED for letter in (prompt[-1], completion[0])):
+        note(
+            "Some prompts end with a letter and their completions begin with one, and nothing is put between the two; put a space at the "
+            "start of the completion, unless they are parts of one word."
+        )
     return ids, [(start, len(ids))], Prompt(ids[:start], prompt, completion)
 
 
-def _chatted(
-    values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[Span], Prompt | None]:
+def _chatted(values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     """The same of a chat: of prompt and completion in messages, or of messages in which the assistant answers several times and
-    the last answer is asked for."""
+    the last answer is asked for, as the template writes it."""
     tools = values.get("tools")
     if "messages" in values:
         chat = Chat(values["messages"], tools)
-        ids, spans = assistant_spans(chat, tokenizer)
-        last = max(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
-        before, reference = chat.messages[:last], chat.messages[last].get("content")
+        examples = examples_of(chat, tokenizer)
+        before = chat.messages[: max(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")]
+        asked = bool(before)
     else:
         before, answers = values["prompt"], values["completion"]
         chat = Chat([*before, *answers], tools)
         ids = rendered(chat, tokenizer)
-        spans = [answer_span(rendered(Chat(before, tools), tokenizer, prompt=True), ids, tokenizer)]
-        reference = answers[0].get("content") if len(answers) == 1 else None
+        examples = [(ids, [answer_span(rendered(Chat(before, tools), tokenizer, prompt=True), ids, tokenizer)])]
+        asked = len(answers) == 1
     check_heard(chat, tokenizer)
-    stops = [closing_token(ids, span, tokenizer) for span in spans]
-    if not spans or not before or not isinstance(reference, str):
-        return ids, spans, None
-    return ids, spans, Prompt(ids[: spans[-1][0]], to_read(before), reference, stops[-1])
+    stops = [closing_token(ids, span, tokenizer) for ids, spans in examples for span in spans]
+    encoded: list[Encoded] = [(ids, spans, None) for ids, spans in examples]
+    ids, spans = examples[-1]
+    if spans and asked:
+        start, stop = spans[-1]
+        reference = str(tokenizer.decode(ids[start:stop], skip_special_tokens=True)).strip()
+        encoded[-1] = (ids, spans, Prompt(ids[:start], to_read(before), reference, stops[-1]))
+    return encoded
 
 
 def _labels(ids: list[int], spans: Iterable[Span] | None) -> list[int]:

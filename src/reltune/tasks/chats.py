@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,16 @@ def messages_problem(messages: list[Any], column: str) -> str | None:
             return f"a {column!r} with a message that has no role"
         if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
             return f"a {column!r} with a message that has no content"
+        if message["role"] == "assistant" and not _says_something(message):
+            return f"a {column!r} in which the assistant gives an empty answer"
     return None
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    """Whether a message has words, calls of tools, or whatever else a template may show (what the model thought)."""
+    content = message.get("content")
+    words = content.strip() if isinstance(content, str) else content
+    return bool(words) or any(value for key, value in message.items() if key not in ("role", "content", "name"))
 
 
 def rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> list[int]:
@@ -53,67 +63,127 @@ def rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase, prompt: bool = Fals
 
 
 def _applied(chat: Chat, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
+    options = {"tokenize": True, "return_dict": True, "tools": list(chat.tools) if chat.tools else None, **options}
     try:
-        return tokenizer.apply_chat_template(
-            chat.messages,
-            tools=list(chat.tools) if chat.tools else None,
-            tokenize=True,
-            return_dict=True,
-            **options,
-        )
+        try:
+            return tokenizer.apply_chat_template(chat.messages, **options)
+        except TypeError:  # some templates take the arguments of a tool's call as text
+            if (written := _with_written_arguments(chat.messages)) == chat.messages:
+                raise
+            return tokenizer.apply_chat_template(written, **options)
     except MemoryError:
         raise
     except Exception as error:  # templates are programs: they raise errors of their own, and those of Jinja and Python
         raise RowProblem(f"messages that the chat template refuses ({first_line(error)})") from error
 
 
+def _with_written_arguments(messages: Messages) -> Messages:
+    """The messages with the arguments of calls as JSON texts."""
+
+    def written(call: Any) -> Any:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), Mapping):
+            return call
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return [
+        {**one, "tool_calls": list(map(written, one["tool_calls"]))} if "tool_calls" in one else one for one in messages
+    ]
+
+
 def check_heard(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise InputError where the template leaves out a chat's tools or its system message without a word."""
-    whole = rendered(chat, tokenizer)
-    if chat.tools and whole == rendered(Chat(chat.messages), tokenizer):
+    """Raise InputError where the template leaves out a chat's tools, the messages of a role or the calls of tools without a word.
+
+    Other fields that it leaves out, and answers that it changes, are noted.
+    """
+    whole = as_text(chat, tokenizer)
+
+    def heard(messages: Messages, tools: Sequence[Any] | None = chat.tools) -> bool:
+        try:
+            return as_text(Chat(messages, tools), tokenizer) != whole
+        except RowProblem:  # it takes no chat without
+            return True
+
+    if chat.tools and not heard(chat.messages, None):
         raise InputError(
             "the model's chat template does not show tools to the model, and the data have some; use a model whose template does, "
             "or leave that column out."
         )
-    first, *rest = chat.messages
-    if first["role"] != "system" or not rest:
-        return
-    try:
-        heard = whole != rendered(Chat(rest, chat.tools), tokenizer)
-    except RowProblem:  # it takes no chat without one
-        return
-    if not heard:
-        raise InputError(
-            "the model's chat template leaves system messages out, and the data have some; use a model whose template has them, "
-            "or write them into the first question."
-        )
+    looked_at: set[tuple[str, str]] = set()
+    for i, message in enumerate(chat.messages):
+        before, after = chat.messages[:i], chat.messages[i + 1 :]
+        for key, value in message.items():
+            part = (message["role"], key)
+            if key == "role" or not value or part in looked_at:
+                continue
+            looked_at.add(part)
+            other = {k: v for k, v in message.items() if k != key}
+            if key == "content":
+                other[key] = (
+                    f"{value}x"  # without a content, some templates put one of their own, which may be the same
+                )
+            if heard([*before, other, *after]):
+                continue
+            if key not in ("content", "tool_calls"):
+                note(f"The model's chat template leaves out the {key!r} of messages.")
+                continue
+            what = f"{message['role']} messages" if key == "content" else "calls of tools"
+            into = ", or write them into the first question" if message["role"] == "system" else ""
+            raise InputError(
+                f"the model's chat template leaves {what} out, and the data have some; use a model whose template has them{into}."
+            )
+    for i, message in enumerate(chat.messages):
+        if message["role"] == "assistant" and not _shows(whole, message) and not _shows(
+            as_text(Chat(chat.messages[: i + 1], chat.tools), tokenizer), message
+        ):  # fmt: skip
+            note(
+                "The model's chat template changes what the assistant says, as some do that leave out what stands before </think>; "
+                "what it makes of an answer is what is learned."
+            )
 
 
-def assistant_spans(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[Span]]:
-    """A chat's token ids, and from where to where the assistant wrote them: a span for each of its messages.
+def _shows(text: str, message: Mapping[str, Any]) -> bool:
+    """Whether the words of a message stand in the text, space aside."""
+    said = message.get("content")
+    return not isinstance(said, str) or "".join(said.split()) in "".join(text.split())
 
-    By the template's own marks, if it has some; else a message is what the chat up to it has more than the prompt for it.
+
+def as_text(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A chat as the template writes it, before it becomes tokens."""
+    return str(_applied(chat, tokenizer, tokenize=False, return_dict=False))
+
+
+def examples_of(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[Span]]]:
+    """The examples that a chat makes: token ids, and from where to where the assistant wrote them, a span for each of its messages.
+
+    By the template's own marks, if it has some; else a message is what the chat up to it has more than the prompt for it. A chat
+    is one example, unless the template renders an answer otherwise when more follow (Qwen3's leaves out what was thought before an
+    earlier one): then each answer ends an example of its own, as it does when the model writes it.
     """
     messages = chat.messages
-    written = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if marks_answers(tokenizer):
         marked = _applied(chat, tokenizer, return_assistant_tokens_mask=True)
-        return list(marked["input_ids"]), _runs(marked["assistant_masks"])
-    ids, special, spans = rendered(chat, tokenizer), special_tokens(tokenizer), []
-    for i in written:
+        return [(list(marked["input_ids"]), _runs(marked["assistant_masks"]))]
+    ids, special = rendered(chat, tokenizer), special_tokens(tokenizer)
+    whole: list[Span] = []
+    alone: list[tuple[list[int], list[Span]]] = []
+    for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
         upto = rendered(Chat(messages[: i + 1], chat.tools), tokenizer)
         stop = shared(upto, ids)
-        if not special.issuperset(upto[stop:]):  # some templates end a whole chat with one more
-            raise RowProblem(
-                "messages that the chat template renders otherwise when more follow, so that it cannot be told what the "
-                "assistant wrote (write such chats as prompt and completion)"
-            )
         if i:
             start = answer_span(rendered(Chat(messages[:i], chat.tools), tokenizer, prompt=True), upto, tokenizer)[0]
         else:  # before a first message there is what the template puts before any: a system prompt, the turn's marks
             start = shared(rendered(Chat([{**messages[0], "content": ""}], chat.tools), tokenizer), upto)
-        spans.append((start, stop))
-    return ids, spans
+        alone.append((upto, [(start, len(upto))]))
+        if special.issuperset(upto[stop:]):  # some templates end a whole chat with one more
+            whole.append((start, stop))
+    if len(whole) == len(alone):
+        return [(ids, whole)]
+    note(
+        "The chat template writes an answer in another way once more follow, so that each answer of a chat is an example of its own, which "
+        "ends with it."
+    )
+    return alone
 
 
 def answer_span(prompt: Sequence[int], ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Span:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     PreTrainedModel,
     TrainingArguments,
@@ -40,6 +41,11 @@ class DecoderTask(Task):
             raise InputError(
                 f"{name} is a {config.model_type!r} model, which sees the whole text at once and cannot continue one; "
                 "use a decoder such as Llama or GPT-2, or --task masked_lm."
+            )
+        if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise InputError(
+                f"{name} is a {config.model_type!r} model, which has an encoder and cannot continue a text; name the columns of the data "
+                "source and target (--task seq2seq), or use a decoder such as Llama or GPT-2."
             )
         return load_model(
             name,

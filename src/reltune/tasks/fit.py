@@ -56,9 +56,11 @@ def settle_padding(task: Task, model: nn.Module, processor: Any, examples: Examp
         InputError: the model cannot read the examples, or there is no such side.
     """
     pair = _two_lengths(task, examples)
-    if pair is None:
-        return
     collate = task.collator(processor)
+    if pair is None:
+        if len(examples):
+            _value(task, model, collate([examples[0]]))
+        return
     short, long = pair
     for side in task.padding_sides:
         task.padding_side = processor.padding_side = side
@@ -92,8 +94,12 @@ def _value(task: Task, model: nn.Module, batch: Any) -> float:
             batch = moved(dict(batch), next(model.parameters()).device)
             outputs = forward(model, rows_of(batch, loss))
             if loss.of_untouched is not None:
-                return float(sum(value[0].sum() for value in loss.of_untouched(outputs, batch).values()))
-            return float(loss.per_example(outputs, batch)[0])
+                value = float(sum(value[0].sum() for value in loss.of_untouched(outputs, batch).values()))
+            else:
+                value = float(loss.per_example(outputs, batch)[0])
+        if not math.isfinite(value):
+            _check_weights(model)
+        return value
     except (MemoryError, torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # of the model's own code
@@ -102,6 +108,16 @@ def _value(task: Task, model: nn.Module, batch: Any) -> float:
             f"the model cannot read an example of {tokens} tokens ({type(error).__name__}: {first_line(error)}); check that its "
             "tokenizer and its config.json belong to it."
         ) from error
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Raise InputError if a weight is infinite or not a number."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            raise InputError(
+                f"the model's weights are not all finite numbers: {name} has {int((~parameter.isfinite()).sum()):,} that are infinite or "
+                "not a number; copy or download the model again, or take an earlier checkpoint."
+            )
 
 
 def _tolerance(model: nn.Module) -> float:

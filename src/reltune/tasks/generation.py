@@ -15,6 +15,16 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from reltune.tasks.task import Written
 
+LOOKED_AT = 2000  # answers
+# Each token is the likeliest one: without what generation_config.json of chat models says beside the tokens that end a text.
+LIKELIEST = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,  # which wins over min_length
+}
+
 
 @torch.no_grad()
 def continuations(
@@ -32,6 +42,8 @@ def continuations(
     positions do. The processes of torch.distributed, each of which calls this with the whole model, share the prompts, and all
     get all texts.
     """
+    if not prompts:
+        return []
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     batch_size = max(1, min(batch_size, -(-len(prompts) // processes)))
     texts: dict[int, str] = {}
@@ -46,7 +58,7 @@ def continuations(
         longest = batch["input_ids"].shape[1]
         settings = GenerationConfig(
             max_new_tokens=max(1, min(max_new_tokens, tokenizer.model_max_length - longest)),
-            do_sample=False,
+            **LIKELIEST,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=sorted({*ends_of(model, tokenizer), *stops}),
@@ -80,6 +92,33 @@ def _is_told_positions(model: Any) -> bool:
 def exact_match(written: Sequence[Written]) -> float:
     """The share of texts that are the reference to the letter, outer space aside; 0 of none."""
     return sum(one.text.strip() == one.reference.strip() for one in written) / max(len(written), 1)
+
+
+def remarks_on_answers(
+    answers: Sequence[tuple[Sequence[int], str]], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> list[str]:
+    """Sentences on answers that no model could write to the letter. Each is given as the token ids that are learned, the one that
+    ends it among them, and as the text that it stands for."""
+    remarks: list[str] = []
+    if not answers:
+        return remarks
+    answers = answers[:LOOKED_AT]
+    long = sum(len(ids) - 1 > max_new_tokens for ids, _ in answers)
+    if long:
+        remarks.append(
+            f"{long:,} of {len(answers):,} answers are longer than the {max_new_tokens} tokens that the model may write in evaluation, "
+            "so that it cannot match them; a larger --max_new_tokens lets it."
+        )
+    texts = tokenizer.batch_decode([list(ids) for ids, _ in answers], skip_special_tokens=True)
+    pairs = [(text.strip(), wanted.strip()) for text, (_, wanted) in zip(texts, answers, strict=True)]
+    others = [(text, wanted) for text, wanted in pairs if not wanted.startswith(text)]  # some are cut
+    if others:
+        text, wanted = (one if len(one) < 60 else f"{one[:60]}…" for one in min(others, key=lambda pair: len(pair[1])))
+        remarks.append(
+            f"The tokenizer cannot write {len(others):,} of {len(answers):,} answers as they are, so that the model cannot match them: "
+            f"{wanted!r} becomes {text!r}."
+        )
+    return remarks
 
 
 def ends_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -108,7 +108,7 @@ class Preference(DecoderTask):
             return f"a {chosen!r} and a {rejected!r} of which one is a text and the other messages"
         if a == b:
             return f"a {chosen!r} that equals {rejected!r}"
-        prompt = self._prompt(row)
+        prompt, a, b = self._parts(row)
         if isinstance(prompt, list) and isinstance(a, str):
             return f"a {names[2]!r} of messages beside answers that are texts"
         if prompt is None:
@@ -122,11 +122,20 @@ class Preference(DecoderTask):
                     return f"a {column!r} in which the assistant answers nothing"
         return None
 
-    def _prompt(self, row: Row) -> Any:
-        """The prompt for both answers; None where the answers are whole texts or conversations with a common beginning."""
+    def _parts(self, row: Row) -> tuple[Any, Any, Any]:
+        """The prompt for both answers, the chosen and the rejected one. The prompt is None where the answers are whole texts or
+        conversations with a common beginning."""
         prompt = row.values.get(self.columns["prompt"]) if "prompt" in self.columns else None
-        # Some data have the first question as a text beside whole conversations.
-        return None if isinstance(prompt, str) and isinstance(row.values[self.columns["chosen"]], list) else prompt
+        pair = [row.values[self.columns[role]] for role in ("chosen", "rejected")]
+        if isinstance(prompt, str) and isinstance(pair[0], list):
+            # Some data have the first question as a text beside whole conversations, or beside the answers alone.
+            prompt = None if shared(*pair) else [{"role": "user", "content": prompt}]
+        elif prompt and all(
+            type(prompt) is type(answer) and len(answer) > len(prompt) and answer[: len(prompt)] == prompt
+            for answer in pair
+        ):
+            pair = [answer[len(prompt) :] for answer in pair]  # both have it once more
+        return prompt, *pair
 
     def content(self, row: Row) -> str:
         return " ".join(str(row.values.get(column)) for column in self.columns.values())
@@ -164,7 +173,7 @@ class Preference(DecoderTask):
 
         Tokens may merge where prompt and answer meet: answers start at the first token that is not the prompt's.
         """
-        prompt, pair = self._prompt(row), [row.values[self.columns[role]] for role in ("chosen", "rejected")]
+        prompt, *pair = self._parts(row)
         if isinstance(pair[0], str):
             chosen, rejected = (ended(tokens_of((prompt or "") + text, tokenizer), tokenizer) for text in pair)
             before = chosen if prompt is None else tokens_of(prompt, tokenizer)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoModelForSeq2SeqLM,
     DataCollatorForSeq2Seq,
@@ -25,11 +26,26 @@ from transformers import (
 )
 
 from reltune.data.rows import Row, text_problem
+from reltune.errors import InputError
 from reltune.losses import IGNORED
-from reltune.pretrained import as_it_is, load_model
-from reltune.tasks.generation import exact_match
+from reltune.pretrained import as_it_is, load_config, load_model
+from reltune.tasks.generation import ends_of, exact_match, remarks_on_answers
 from reltune.tasks.task import Columns, Examples, RowProblem, Task, Written
 from reltune.tasks.texts import encode_texts, ended, limit_of, tokenized
+
+
+class WritingTrainer(Seq2SeqTrainer):
+    """A Trainer whose model writes the same every time, and ends where the targets of training do, whatever its
+    generation_config.json says. Beams and what is forced (the language, say) are the model's own."""
+
+    ends: Sequence[int] = ()
+
+    def prediction_step(self, *args: Any, **options: Any) -> Any:
+        ends = {"eos_token_id": list(self.ends)} if self.ends else {}
+        own = {"do_sample": False, "min_new_tokens": 0, **ends}
+        self._gen_kwargs = {**getattr(self, "_gen_kwargs", {}), **own}
+        return super().prediction_step(*args, **options)
+
 
 ROUGE = ("rougeL", "rouge1", "rouge2")
 # Letters and digits between others are one word; of scripts without spaces every character is one.
@@ -52,7 +68,7 @@ class Seq2Seq(Task):
     loss: ClassVar[str] = "seq2seq"
     metrics: ClassVar[tuple[str, ...]] = (*ROUGE, "exact_match")
     peft_task_type: ClassVar[str] = "SEQ_2_SEQ_LM"
-    trainer_class: ClassVar[type[Trainer]] = Seq2SeqTrainer
+    trainer_class: ClassVar[type[Trainer]] = WritingTrainer
     fields: ClassVar[tuple[str, ...]] = ("max_new_tokens",)
 
     def problem(self, row: Row) -> str | None:
@@ -64,8 +80,15 @@ class Seq2Seq(Task):
     def load_model(
         self, model_name_or_path: str | os.PathLike, dtype: torch.dtype | str | None = None, **options: Any
     ) -> tuple[PreTrainedModel, list[str]]:
-        return load_model(
-            os.fspath(model_name_or_path),
+        name = os.fspath(model_name_or_path)
+        config = load_config(name)
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+            raise InputError(
+                f"{name} is a {config.model_type!r} model, which has no encoder; name the columns of the data prompt and completion "
+                "(--task causal_lm), or use a model such as T5 or BART."
+            )
+        model, missing = load_model(
+            name,
             AutoModelForSeq2SeqLM,
             MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
             "sequence-to-sequence head",
@@ -73,6 +96,9 @@ class Seq2Seq(Task):
             dtype,
             **options,
         )
+        if model.config.pad_token_id is None:  # the decoder's inputs are made of padded targets
+            model.config.pad_token_id = self.load_tokenizer(name).pad_token_id
+        return model, missing
 
     def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
         """Token ids of sources and targets, each cut to the limit; an example's source is both, as texts."""
@@ -111,6 +137,19 @@ class Seq2Seq(Task):
             generation_max_length=self.max_new_tokens + 1,  # the token that starts the decoder counts too
             **values,
         )
+
+    def make_trainer(self, trainer_class: type[Trainer], model: nn.Module, args: TrainingArguments, processor: Any, *rest: Any,
+                     **options: Any) -> Trainer:  # fmt: skip
+        trainer = super().make_trainer(trainer_class, model, args, processor, *rest, **options)
+        trainer.ends = ends_of(model, processor)  # type: ignore[attr-defined]
+        return trainer
+
+    def remarks(self, model: nn.Module, processor: Any, examples: Examples) -> list[str]:
+        """Of targets that the model cannot write."""
+        answers = [
+            (item["labels"], target) for item, (_, target) in zip(examples.items, examples.sources or (), strict=True)
+        ]
+        return remarks_on_answers(answers, processor, self.max_new_tokens)
 
     def reduced(self, logits: Any, labels: torch.Tensor) -> Any:
         """The token ids that the model wrote: Seq2SeqTrainer evaluates by letting it write."""

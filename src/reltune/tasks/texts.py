@@ -13,6 +13,18 @@ from reltune.errors import InputError, first_line
 from reltune.notes import note
 from reltune.tasks.task import RowProblem, Task
 
+ENDS = (
+    "</s>",
+    "<eos>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<|return|>",
+)
+
 
 class TextTask(Task):
     """A task on one text per row, in the column "text"; or on two that are read together, the second in "text_pair"."""
@@ -71,6 +83,12 @@ def read(tokenizer: PreTrainedTokenizerBase, *texts: Any, **options: Any) -> Any
 
 def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """A text's token ids with the tokenizer's special tokens; those that it adds are there once where the text has them too."""
+    for mark in ENDS:
+        if mark in text and tokenizer.convert_tokens_to_ids(mark) in (None, tokenizer.unk_token_id):
+            note(
+                f"Texts have {mark!r}, with which other models end a text or a turn: the model's tokenizer has no such token, and "
+                "reads it as plain characters."
+            )
     ids = list(read(tokenizer, text, verbose=False)["input_ids"])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and ids[:2] == [bos, bos] and text.startswith(str(tokenizer.bos_token)):
@@ -83,11 +101,17 @@ def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids with the end-of-sequence token behind them."""
+    """Token ids with the end-of-sequence token behind them, unless it is there already, and nothing but space behind it."""
     end = tokenizer.eos_token_id
     if end is None:
         note("The tokenizer has no end-of-sequence token, so that the model learns nothing to stop at.")
-    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+        return ids
+    for token in reversed(ids):
+        if token == end:
+            return ids
+        if str(tokenizer.decode([token])).strip():
+            break
+    return [*ids, end]
 
 
 def shared(items: Sequence[Any], others: Sequence[Any]) -> int:

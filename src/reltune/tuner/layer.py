@@ -383,7 +383,7 @@ class ReltuneLayer(WrittenWeight):
         (r, in, h, w, …) and (out, r, 1, 1, …) with r = columns · k + rows.
         """
         kept = self.originals[adapter_name]
-        out_features, in_features = (self.weight.shape[dim] for dim in (self.row_dim, self.column_dim))
+        out_features, in_features = (self._shape()[dim] for dim in (self.row_dim, self.column_dim))
         a, b = [], []
         if kept.columns is not None and kept.column_idx is not None:
             # a cell in both belongs to the row
