@@ -158,8 +158,8 @@ def _trains(info: ModuleInfo) -> frozenset[str]:
 
 
 def _check_whole(inventory: Inventory, named: Sequence[str], granularities: Sequence[str]) -> None:
-    """Raise InputError where whole weights or single ones are wanted of modules that have no trainable numbers."""
-    wanted = [word for word in granularities if word in ("layer", "module", "element")]
+    """Raise InputError where whole weights are wanted of modules that have no trainable numbers."""
+    wanted = [word for word in granularities if word in ("layer", "module")]
     for name in named if wanted else ():
         info = inventory[name]
         if _trains(info) and "weight" not in _trains(info):
