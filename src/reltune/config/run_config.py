@@ -57,8 +57,7 @@ class RunConfig(ModelConfig, DataConfig, AnalysisConfig, SelectionConfig, Traini
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        few_bits = self.load_in_4bit or self.load_in_8bit or self.frozen_dtype is not None
-        for name, value in completed({name: getattr(self, name) for name in CHOICE}, few_bits).items():
+        for name, value in completed({name: getattr(self, name) for name in CHOICE}).items():
             setattr(self, name, value)
 
     @property
