@@ -5,6 +5,8 @@ In float32: |a − b| ≤ 1e-5 · max|b| per kind of unit, since neither library
 
 from __future__ import annotations
 
+import signal
+
 import bitsandbytes
 import pytest
 import torch
@@ -21,6 +23,7 @@ from relevance_cases import assert_parts_equal, by_module, cross_entropy_of_one,
 from reltune.errors import InputError
 from reltune.layers.inventory import take_inventory
 from reltune.layers.registry import canonical_weights
+from reltune.relevance.probe.moving_weights import check_can_move
 from reltune.relevance.scores import RelevanceScores
 
 CRITERIA = ["fisher", "fisher_true", "gradient", "taylor", "activation", "magnitude"]
@@ -190,3 +193,40 @@ def test_a_layer_that_is_not_quantised_yet_is_left_out_by_name():
     layer = bitsandbytes.nn.Linear4bit(16, 16)
     inventory = take_inventory(nn.Sequential(layer, nn.Linear(16, 3)))
     assert inventory.left_out["0.weight"] == "the weight of Linear4bit is a Params4bit, which is not covered"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_interrupted_probe_of_another_quantised_base_is_not_continued(way, tmp_path):
+    """Quantised bases have no fingerprint that plain ones could be compared with, but votes know the numbers they are held in."""
+    quantised, _ = pair(tiny_bert, way)
+
+    def interrupting(outputs, batch):
+        signal.raise_signal(signal.SIGINT)
+        return F.cross_entropy(outputs.logits, batch["labels"], reduction="none")
+
+    def probe(model, loss=None):
+        options = {"movement": {"steps": 3}}
+        return measure(model, batches(), loss, ["movement"], options=options, resume_directory=tmp_path)
+
+    with pytest.raises(KeyboardInterrupt):
+        probe(quantised, interrupting)
+    other = tiny_bert()
+    with torch.no_grad():
+        other.bert.encoder.layer[0].output.dense.weight.mul_(-1)
+    with pytest.raises(InputError, match="of another model, with other modules or with other options"):
+        probe(pair(lambda: other, way)[0])
+    found = probe(pair(tiny_bert, way)[0])  # loaded anew
+    wanted = measure(pair(tiny_bert, way)[0], batches(), None, ["movement"], options={"movement": {"steps": 3}})
+    for name, parts in wanted.parts["movement"].items():
+        assert all(torch.equal(found.parts["movement"][name][part], value) for part, value in parts.items())
+
+
+def test_weights_in_float8_that_nobody_knows_are_named():
+    """As fine-grained float8 checkpoints have them, whose scales lie elsewhere."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    model[0].weight = nn.Parameter(model[0].weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(
+        InputError, match=r"0\.weight is quantised \(torch.float8_e4m3fn\) in a way that cannot be probed"
+    ):
+        check_can_move(model)
+    check_can_move(pair(tiny_bert, "nf4")[0])

@@ -111,8 +111,12 @@ def numel(parameter: Tensor) -> int:
 
 
 def is_quantised(parameter: Tensor) -> bool:
-    """Whether the parameter's numbers stand for weights and are not the weights themselves."""
-    return not parameter.is_floating_point() or type(parameter) not in (nn.Parameter, Tensor)
+    """Whether the parameter's numbers stand for weights and are not the weights themselves.
+
+    Those of a float8 type have a scale somewhere.
+    """
+    plain = parameter.is_floating_point() and parameter.element_size() > 1
+    return not plain or type(parameter) not in (nn.Parameter, Tensor)
 
 
 def stops_the_gradient(module: nn.Module) -> str:
