@@ -125,7 +125,7 @@ def stops_the_gradient(module: nn.Module) -> str:
     if _is_torchao(module):
         dynamic = getattr(weight, "act_quant_kwargs", None) is not None or "Activation" in type(weight).__name__
         return "rounds its inputs and not only its weight; quantise the weights only" if dynamic else ""
-    if _is_4bit(module) and getattr(weight.quant_state, "packing_format_for_cpu", False):
+    if _is_4bit(module) and getattr(_state_of_4bit(module), "packing_format_for_cpu", False):
         return "was packed for inference by running in evaluation mode on this CPU; load the model again"
     return ""
 
@@ -138,7 +138,7 @@ def dequantised(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         assert isinstance(module, nn.Linear)
-        unpacked = dequantize_4bit(weight.data, weight.quant_state).reshape(module.out_features, module.in_features)
+        unpacked = dequantize_4bit(weight.data, _state_of_4bit(module)).reshape(module.out_features, module.in_features)
     elif _is_8bit(module):
         # Each row's scale is its largest weight, at 127; the first forward pass moves it to the module's state.
         state: Any = module.state
@@ -162,7 +162,13 @@ def product_dtypes(module: nn.Module, x: Tensor) -> tuple[torch.dtype, torch.dty
 def _is_4bit(module: nn.Module) -> bool:
     if type(module).__name__ not in FOUR_BIT or not type(module).__module__.startswith("bitsandbytes."):
         return False
-    return getattr(module._parameters.get("weight"), "quant_state", None) is not None
+    return _state_of_4bit(module) is not None
+
+
+def _state_of_4bit(module: nn.Module) -> Any:
+    """What the packed numbers mean. The module has it too, for weights that FSDP2 gathers, which have lost theirs."""
+    state = getattr(module._parameters.get("weight"), "quant_state", None)
+    return getattr(module, "quant_state", None) if state is None else state
 
 
 def _is_8bit(module: nn.Module) -> bool:
