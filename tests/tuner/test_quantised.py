@@ -23,6 +23,7 @@ from relevance_cases import measure
 from reltune.errors import InputError
 from reltune.layers.inventory import take_inventory
 from reltune.layers.quantised import compute_as_in_training, dequantised
+from reltune.ops import recompute
 from reltune.ops.attach_elements import force
 from reltune.plan.plan import ModulePlan, Plan
 from reltune.runs.export import to_lora
@@ -458,3 +459,20 @@ def test_single_weights_are_measured_chosen_and_trained(spread, way):
     model = get_peft_model(quantised, reltune.ReltuneConfig(plan=plans[0]))
     model(**batches()[0]).loss.backward()
     assert all(p.grad is not None for p in trained(model).values()) and len(trained(model)) > 5
+
+
+@pytest.mark.parametrize("way", ["nf4", "torchao fp8"])
+def test_inputs_that_are_made_again_are_the_same(way, monkeypatch):
+    gradients, reads, read = [], [], recompute.Remade.read
+    monkeypatch.setattr(recompute.Remade, "read", lambda self: reads.append(1) or read(self))
+    for on in (False, True):
+        quantised, _ = pair(tiny_llama, way)
+        plan, _ = in_every_map(quantised)
+        model = get_peft_model(quantised, reltune.ReltuneConfig(plan=plan)).eval()
+        compute_as_in_training(quantised)
+        with recompute.force(on):
+            model(**batches()[0]).loss.backward()
+        assert bool(reads) == on
+        gradients.append([p.grad for p in trained(model).values()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

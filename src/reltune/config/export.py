@@ -19,6 +19,6 @@ class ExportConfig(Subject):
             "At the end of `reltune run`, also write the tuned model for programs without reltune, into a directory of this name "
             "in the run's: lora, a standard PEFT adapter (of columns, rows and attention heads), or merged, a plain model.",
             "FORM",
-            EXPORT_FORMS,
+            tuple(EXPORT_FORMS),
         ),
     )

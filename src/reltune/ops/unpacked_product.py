@@ -4,7 +4,7 @@
 
 The product with such a weight unpacks it, Ŵ, into a copy that is dropped afterwards, once in the forward pass and once in the
 backward pass for ∂x = g W. The values are written into that copy each time, at the cost of writing n numbers; what is
-packed is never written to. ∂values = (gᵀ x) at the places (ops/attach_elements.py), for which x is kept by reference. The
+packed is never written to. ∂values = (gᵀ x) at the places (ops/attach_elements.py), for which x is kept by reference, or made again (ops/recompute.py). The
 values are kept as they were written, so that the backward pass is right whatever an optimizer or an adapter that is switched
 does to them in the meantime.
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from reltune.ops import recompute
 from reltune.ops.attach_elements import Form, Places, gradient_at, is_sampled
 from reltune.ops.autocast import without_autocast
 
@@ -56,8 +57,12 @@ class UnpackedProduct(torch.autograd.Function):
             ]
             weight = _with_values(unpack(), chosen, written)
             y = F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
-        trains = any(ctx.needs_input_grad[5:])
-        ctx.save_for_backward(x if trains else None, *(written if ctx.needs_input_grad[0] else ()))
+        ctx.trains = any(ctx.needs_input_grad[5:])
+        written = written if ctx.needs_input_grad[0] else []
+        if ctx.trains:
+            recompute.keep(ctx, x, *written)
+        else:
+            ctx.save_for_backward(None, *written)
         ctx.unpack, ctx.chosen = unpack, chosen
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype, [own.dtype for own in values]
         # here, not there: the backward pass may run in another thread
@@ -67,7 +72,7 @@ class UnpackedProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, *written = ctx.saved_tensors
+        x, *written = recompute.kept(ctx) if ctx.trains else ctx.saved_tensors
         of_x, of_bias, of_values = ctx.dtypes
         forms: list[Form] = ctx.forms
         to_x = to_bias = None
