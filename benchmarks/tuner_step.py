@@ -7,6 +7,11 @@ On one GPU of 141 GB, without a network, from the repository's root (about 8 min
 
 and on any machine, in seconds: python benchmarks/tuner_step.py --tiny --output_dir /tmp
 
+A base in few bits needs bitsandbytes and is measured by itself (about 6 minutes for both):
+
+    PYTHONPATH=src:PEERS PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python3 benchmarks/tuner_step.py \
+        --device cuda --commit COMMIT --cases 4bit 8bit --name tuner_step_few_bits --output_dir benchmarks/results
+
 The model has Llama-3.1-8B's shapes and random weights in bfloat16, the batch is 4 × 2048 tokens, the optimizer fused AdamW.
 A repeat puts a method's adapter on the shared base, takes one step untimed, times STEPS steps (forward, backward, clear
 gradients, optimizer step, write-back) and takes the adapter off. The floor is the frozen model's forward pass and the
@@ -18,9 +23,12 @@ timed steps, weights and optimizer states included.
 - fp8: the same again with the base's frozen weights in float8 (e4m3), LoRA in bfloat16 measured just before they are rounded.
   This case is the last: the base is changed for good. "LoRA, eager" is that of case eager in the same run.
 - single: single weights at random places as the model is in case eager, and once more as it is in case liger.
+- 4bit, 8bit: a base whose linear maps are held by bitsandbytes (nf4 with double quantisation; LLM.int8), with gradient
+  checkpointing: single weights at random places, 0.12% of all, beside QLoRA (PEFT's LoRA on the same base, without
+  ``prepare_model_for_kbit_training``, which would hold all that is not quantised in float32).
 - switch: another adapter made active on the device, beside unmerging and merging a LoRA of equal size.
-- exactness: on a model with fewer layers, every step's loss beside plain autograd through a materialised weight; in case
-  fp8 beside the products in float32 of the same rounded numbers.
+- exactness: on a model with fewer layers, every step's loss beside plain autograd through a materialised weight, in the
+  cases in few bits too; in case fp8 beside the products in float32 of the same rounded numbers.
 """
 
 from __future__ import annotations
@@ -40,15 +48,18 @@ from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from analysis_memory_cap import quantised_llama
 from harness import Benchmark, Machine, Method, Timed, arguments, benchmark
 from llama import PROJECTIONS, TINY, Shape, described, llama, texts
 from reltune import ReltuneConfig
+from reltune.layers.quantised import dequantised, numel
 from reltune.ops import float8, recompute
 from reltune.plan.plan import ModulePlan, Plan
 
 Prepare = Callable[[nn.Module], nn.Module]  # base model -> model with an adapter
 FLOAT8 = "float8_e4m3fn"
 KEPT = "inputs kept"  # ends the names of methods that do not make them again
+SHARE = 0.0012  # of all parameters, as single weights: the default recipe's
 
 
 @dataclasses.dataclass
@@ -148,24 +159,22 @@ def elements(base: nn.Module, r: int) -> Prepare:
     return lambda base: get_peft_model(base, ReltuneConfig(plan=plan))
 
 
-def single_weights(base: nn.Module, share: float) -> Prepare:
-    """So many of all parameters, at random places of the projections."""
+def single_weights(base: nn.Module, share: float, frozen_dtype: str | None = None) -> Prepare:
+    """So many of all parameters, at random places of the projections, which may be held in few bits."""
     targets = {name: m for name, m in base.named_modules() if name.rpartition(".")[2] in PROJECTIONS}
-    parameters = sum(p.numel() for p in base.parameters())
-    of_target = share * parameters / sum(module.weight.numel() for module in targets.values())
+    shapes = {name: (module.out_features, module.in_features) for name, module in targets.items()}
+    parameters = sum(numel(p) for p in base.parameters())
+    of_target = share * parameters / sum(rows * columns for rows, columns in shapes.values())
     modules = {}
     for number, (name, module) in enumerate(targets.items()):
-        weight = module.weight
-        generator = torch.Generator(weight.device).manual_seed(number)
-        count = (round(of_target * weight.numel()),)
-        chosen = ModulePlan(tuple(weight.shape))
-        chosen.take_elements(
-            torch.randint(weight.numel(), count, generator=generator, device=weight.device).unique().cpu()
-        )
-        modules[name] = chosen
+        device, size = module.weight.device, shapes[name][0] * shapes[name][1]
+        generator = torch.Generator(device).manual_seed(number)
+        count = (max(1, round(of_target * size)),)
+        modules[name] = ModulePlan(shapes[name])
+        modules[name].take_elements(torch.randint(size, count, generator=generator, device=device).unique().cpu())
     total = sum(chosen.parameters for chosen in modules.values())
     plan = Plan(modules, str(total), total, parameters, fingerprint="")
-    return lambda base: get_peft_model(base, ReltuneConfig(plan=plan))
+    return lambda base: get_peft_model(base, ReltuneConfig(plan=plan, frozen_dtype=frozen_dtype))
 
 
 def _evenly_spaced(layer: nn.Linear, r: int, **_: Any) -> Tensor:
@@ -217,7 +226,9 @@ def in_float8(bench: Benchmark, options: argparse.Namespace, shape: Shape, base:
     )
     case(bench, options, shape, "fp8, before", base, {leaner: lora(rank, autocast=False)})
     columns(r, frozen_dtype=FLOAT8)(base).unload()
+    single = f"elements, {SHARE:.2%}, fp8"
     methods = {ours: columns(r, frozen_dtype=FLOAT8), low: columns(r, top, FLOAT8)}
+    methods[single] = single_weights(base, SHARE, FLOAT8)
     case(bench, options, shape, "fp8", base, methods)
     for key, limit, kind in (("seconds", 0.62, "time"), ("peak_bytes", 0.66, "peak memory")):
         if gpu or key == "seconds":
@@ -225,6 +236,69 @@ def in_float8(bench: Benchmark, options: argparse.Namespace, shape: Shape, base:
             bench.check(f"fp8: {ours} / {leaner}, {kind}", found, limit, required=False)
     found = bench.median("fp8", low) / bench.median("eager", leaner)
     bench.check(f"fp8: {low} / {leaner}, eager, time", found, 0.30, required=False)
+
+
+def in_few_bits(bench: Benchmark, options: argparse.Namespace, shape: Shape, bits: int, gpu: bool) -> None:
+    """Cases 4bit and 8bit, on a base of their own."""
+    name, rank = f"{bits}bit", max(options.columns // 2, 1)
+    few_bits_exactness(bench, options, shape, bits)
+    base = quantised_llama(shape, options.device, bits)
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    ours, leaner = f"elements, {SHARE:.2%}", f"QLoRA, r = {rank}, bf16"
+    methods = {
+        ours: single_weights(base, SHARE),
+        leaner: lora(rank, autocast=False),
+        f"QLoRA, r = {rank}": lora(rank),
+    }
+    case(bench, options, shape, name, base, methods)
+    ratios(bench, name, ours, "floor", 1.10, 1.05, gpu)
+    ratios(bench, name, ours, leaner, 1.00, 1.00, gpu)
+
+
+def few_bits_exactness(
+    bench: Benchmark, options: argparse.Namespace, shape: Shape, bits: int, steps: int = 8, rate: float = 1e-2
+) -> None:
+    """Losses of single weights against plain autograd through unpacked weights with the values put in."""
+    shape = dataclasses.replace(shape, layers=2)
+    base = quantised_llama(shape, options.device, bits)
+    batch = {key: value.to(options.device) for key, value in texts(shape, 2, min(options.tokens, 512)).items()}
+    weights = {
+        name: dequantised(module, torch.bfloat16)
+        for name, module in base.named_modules()
+        if name.rpartition(".")[2] in PROJECTIONS
+    }
+    training = Training(base, batch, single_weights(base, SHARE), steps, rate)
+    with training.around():
+        chosen = {
+            name.removeprefix("base_model.model."): module.reltune_element_indices["default"].long()
+            for name, module in training.model.named_modules()
+            if hasattr(module, "reltune_elements")
+        }
+        training.run()
+    plain = llama(shape, options.device)
+    state = {name: p for name, p in base.state_dict().items() if name in plain.state_dict()}
+    plain.load_state_dict({**plain.state_dict(), **state, **{f"{name}.weight": w for name, w in weights.items()}})
+    values = {name: weights[name].flatten()[idx].float().requires_grad_() for name, idx in chosen.items()}
+    optimizer = torch.optim.AdamW(values.values(), lr=rate, fused=batch["input_ids"].is_cuda)
+    found = []
+    for _ in range(steps + 1):
+        put = {
+            f"{name}.weight": weights[name]
+            .flatten()
+            .index_copy(0, chosen[name], own.to(torch.bfloat16))
+            .view(weights[name].shape)
+            for name, own in values.items()
+        }
+        loss = functional_call(plain, put, kwargs=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    bench.value(f"{bits}bit: losses of the tuner", [round(x, 5) for x in training.losses[-1]])
+    bench.value(f"{bits}bit: losses by plain autograd", [round(x, 5) for x in found])
+    largest = max(abs(a - b) / abs(b) for a, b in zip(training.losses[-1], found, strict=True))
+    bench.check(f"{bits}bit: largest difference of a step's loss, relative", largest, 2e-3)
+    bench.check(f"{bits}bit: the training moved the loss: last / first", found[-1] / found[0], 0.999)
 
 
 def float8_exactness(bench: Benchmark, options: argparse.Namespace, shape: Shape, steps: int = 8) -> None:
@@ -257,8 +331,8 @@ def single(bench: Benchmark, options: argparse.Namespace, shape: Shape, name: st
         "single weights, 0.5%",
     )
     methods = {
-        few: single_weights(base, 0.0012),
-        f"{few}, {KEPT}": single_weights(base, 0.0012),
+        few: single_weights(base, SHARE),
+        f"{few}, {KEPT}": single_weights(base, SHARE),
         many: single_weights(base, 0.005),
         ours: columns(r),
         leaner: lora(rank, autocast=False),
@@ -379,6 +453,14 @@ def main() -> int:
     if options.tiny:
         shape, options.examples, options.tokens, options.columns, options.steps = TINY, 2, 16, 4, 2
     gpu = options.device != "cpu"
+    for bits in (4, 8):
+        if f"{bits}bit" in options.cases:
+            try:
+                in_few_bits(bench, options, shape, bits, gpu)
+            except ImportError as error:
+                bench.failed(f"{bits}bit", described(shape), "floor", error, required=gpu)
+    if not {"exactness", "eager", "single", "switch", "liger", "fp8"} & set(options.cases):
+        return bench.finish(options.output_dir, options.name)
     if "exactness" in options.cases:
         exactness(bench, options, shape)
     r, top = options.columns, top_layers(shape)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -376,6 +377,57 @@ def checkpointed(directory: Path) -> None:
     train(accelerator, model, optimizer, batches(3))
     state = {k.replace("_checkpoint_wrapped_module.", ""): v for k, v in accelerator.get_state_dict(model).items()}
     save_file({k: v.contiguous() for k, v in state.items() if "reltune_" in k}, directory / f"{dist.get_rank()}.st")
+
+
+FEW_BITS: dict[str, Selection] = {
+    "single weights": {"0": {"elements": [0, 33, 700, 1023]}, "2": {"elements": [5, 31]}},
+    "all together": {
+        "0": {"columns": [3], "elements": [0, 33, 700]},
+        "2": {"rows": [7], "elements": [5, 31], "bias": True},
+    },
+}
+
+
+def four_bits() -> nn.Sequential:
+    """Two linear maps in 4 bits, of a size that two processes share evenly, and a head."""
+    torch.manual_seed(0)
+    packed = []
+    for _ in range(2):
+        plain = nn.Linear(32, 32)
+        map_of_4_bits = bitsandbytes.nn.Linear4bit(32, 32, compute_dtype=torch.float32, quant_type="nf4")
+        map_of_4_bits.load_state_dict(plain.state_dict())
+        packed.append(map_of_4_bits.to("cpu"))  # which packs it
+    return nn.Sequential(packed[0], nn.Tanh(), packed[1], nn.Tanh(), nn.Linear(32, 3))
+
+
+def tuned_in_4_bits(chosen: str) -> PeftModel:
+    modules = {name: ModulePlan((32, 32), **units) for name, units in FEW_BITS[chosen].items()}
+    return get_peft_model(four_bits(), ReltuneConfig(plan=Plan(modules, "all", 10**6, 10**6, "")))
+
+
+def vectors(steps: int) -> list[Batch]:
+    g = torch.Generator().manual_seed(3)
+    return [(torch.randn(8, 32, generator=g), torch.randint(0, 3, (8,), generator=g)) for _ in range(steps)]
+
+
+def in_few_bits(directory: Path) -> None:
+    """Bases in 4 bits under DDP and FSDP2, with the base's output between the passes."""
+    rank = dist.get_rank()
+    for kind, wrap in {"ddp": nn.parallel.DistributedDataParallel, "fsdp": fully_shard}.items():
+        for chosen in FEW_BITS:
+            model = tuned_in_4_bits(chosen)
+            wrapped = wrap(model)
+            optimizer = adam(p for p in wrapped.parameters() if p.requires_grad)
+            for x, labels in vectors(5):
+                two_graphs(wrapped, (x.chunk(2)[rank], labels.chunk(2)[rank])).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+            if rank == 0:
+                trained = {key: value for key, value in state.items() if ".reltune_" in key}
+                save_file(
+                    {key: value.contiguous() for key, value in trained.items()}, directory / f"{kind} {chosen}.st"
+                )
 
 
 BERT = {

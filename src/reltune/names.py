@@ -21,6 +21,7 @@ CRITERIA = (
 )
 WITHOUT_DATA = ("magnitude", "spectral_snr", "principal", "random", "depth")  # criteria that look at no data
 GRANULARITIES = ("layer", "module", "head", "column", "row", "element", "bias", "norm")
+IN_A_LORA_FILE = ("column", "row", "head")  # granularities whose change a LoRA adapter holds without loss
 FROZEN_DTYPES = ("float8_e4m3fn",)  # what the base's frozen weights can be held in, other than their own type
 SPREADS = {"global": "the best units of the whole model", "even": "the same share of every module"}
 EXPORT_FORMS = {"lora": "a standard PEFT adapter", "merged": "a plain model"}

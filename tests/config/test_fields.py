@@ -19,6 +19,7 @@ from command_line import assert_refused, reltune
 from reltune.config.analysis import AnalysisConfig
 from reltune.config.data import DataConfig
 from reltune.config.evaluation import EvaluationConfig
+from reltune.config.export import ExportConfig
 from reltune.config.file import read_config
 from reltune.config.model import ModelConfig
 from reltune.config.run_config import FIELDS, ORDER, RunConfig
@@ -27,7 +28,7 @@ from reltune.config.training import TrainingConfig
 from reltune.config.training_fields import training_declarations, training_field_names
 from reltune.errors import InputError
 
-SUBJECTS = (ModelConfig, DataConfig, AnalysisConfig, SelectionConfig, TrainingConfig, EvaluationConfig)
+SUBJECTS = (ModelConfig, DataConfig, AnalysisConfig, SelectionConfig, TrainingConfig, EvaluationConfig, ExportConfig)
 NEEDED = {"model_name_or_path": "model", "output_dir": "run", "train_file": "train.csv"}
 NUMBERS = [
     ("seed", -1, "seed is -1; it must be at least 0"),

@@ -36,11 +36,11 @@ CASES: list[tuple[dict[str, Any], tuple[list[str], list[str], str, str]]] = [
     # both
     ({"criteria": "fisher", "granularity": "element"}, (["fisher"], ["element"], "0.5%", "global")),
     ({"criteria": "movement", "granularity": "column"}, (["movement"], ["column"], "0.5%", "global")),
-    # bases of which no single weights can be trained
-    ({"load_in_4bit": True}, COLUMN_FIELDS),
-    ({"load_in_8bit": True}, COLUMN_FIELDS),
-    ({"frozen_dtype": "float8_e4m3fn"}, COLUMN_FIELDS),
-    ({"load_in_4bit": True, "criteria": "movement"}, (["movement"], ["column"], "0.5%", "global")),
+    # bases in few bits
+    ({"load_in_4bit": True}, BEST_FIELDS),
+    ({"load_in_8bit": True}, BEST_FIELDS),
+    ({"frozen_dtype": "float8_e4m3fn"}, BEST_FIELDS),
+    ({"load_in_4bit": True, "granularity": "column"}, COLUMN_FIELDS),
 ]
 
 

@@ -362,10 +362,11 @@ def test_what_an_interrupted_probe_does_not_go_on_with(tmp_path):
 def test_a_loss_that_rises_is_a_step_too_large():
     model = MODELS["sequential"]()
     batches = split(data_for(model), 3)
-    with pytest.raises(
-        AnalysisError, match=r"the probe diverges: the mean loss of 10 steps rose from .*lower its step_size"
-    ):
+    mend = r"lower its step_size, which is 0\.5 \(--probe_step_size\)"
+    with pytest.raises(InputError, match=rf"the probe diverges: the mean loss of 10 steps rose from .*; {mend}"):
         probe(model, batches, steps=60, step_size=0.5)
+    with pytest.raises(InputError, match=r"the loss rose from \S+ at the start to \S+, the mean of 10 steps; .*is 20"):
+        probe(model, [data_for(model, (3,) * 12)], steps=60, step_size=20)  # the first ones are as bad as the last
     probe(model, batches, steps=60, step_size=1e-3)
 
 

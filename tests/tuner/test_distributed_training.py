@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from command_line import contents, review_rows, write_csv
 from command_line import reltune as command
 from distributed_worker import (
+    FEW_BITS,
     SELECTIONS,
     SWEEP,
     TUNE,
@@ -32,6 +33,8 @@ from distributed_worker import (
     net,
     sgd,
     trainer,
+    tuned_in_4_bits,
+    vectors,
     with_saved,
 )
 from oracles import dense_update
@@ -90,6 +93,7 @@ FUNCTIONS = (
     "wrapped_by_hand",
     "bfloat16",
     "checkpointed",
+    "in_few_bits",
     "by_trainer",
     "by_command",
     "swept",
@@ -179,6 +183,25 @@ def test_activation_checkpointing_of_fsdp(by_two: Path) -> None:
     model = PeftModel.from_pretrained(net(), by_two / "trained" / "full everything")
     set_peft_model_state_dict(model, found)
     same_weights(model.merge_and_unload(), expected)
+
+
+@pytest.mark.parametrize("chosen", FEW_BITS)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_bases_in_4_bits(kind: str, chosen: str, by_two: Path) -> None:
+    """As in one process, which tests/tuner/test_quantised.py compares with plain autograd."""
+    model = tuned_in_4_bits(chosen)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = adam(p for p in model.parameters() if p.requires_grad)
+    for x, labels in vectors(5):
+        loss_of(model, (x, labels)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = load_file(by_two / "in_few_bits" / f"{kind} {chosen}.st")
+    wanted = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    assert wanted.keys() <= found.keys()
+    for name, value in wanted.items():
+        assert (value - before[name]).abs().max() > 1e-2
+        torch.testing.assert_close(found[name], value, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.fixture(scope="module")

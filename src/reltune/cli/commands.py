@@ -99,10 +99,12 @@ def _run_all(config: RunConfig, overwrite: bool, baselines: bool = False) -> Non
         show_sweep(trials)
     if record := flow.evaluate_and_report(started, baselines):
         show_record(record, started.directory)
+    if exported := flow.export_as_configured(started):
+        say(f"Exported to {exported}")
 
 
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
-@flags(*(name for name in EVERY if name not in ("budget", "granularity", "spread", "frozen_dtype")))
+@flags(*(name for name in EVERY if name not in ("budget", "granularity", "spread", "frozen_dtype", "export")))
 def analyze(context: typer.Context, config: ConfigFile = None, overwrite_output_dir: Overwrite = False) -> None:
     """Measure how much each unit matters; write DIR/relevance."""
     from reltune.runs.preflight import check_new_run

@@ -46,6 +46,10 @@ class AnalysisConfig(Subject):
             least=1,
         ),
     )
+    probe_step_size: float = field(
+        default=1e-4,
+        metadata=about("For the criterion movement: how far a weight moves in each of these steps.", "X", above=0),
+    )
     elements: bool = field(
         default=False,
         metadata=about(

@@ -34,23 +34,19 @@ class Recipe:
 BEST = Recipe("movement", "element", "0.12%", "even")
 SINGLE_WEIGHTS = dataclasses.replace(BEST, budget="0.5%")
 
-# Where another granularity or other criteria are named, or the base is held in few bits, of which no single weights can be trained.
+# Where another granularity or other criteria are named.
 COLUMNS = Recipe("fisher", "column", "0.5%", "global")
 
 CHOICE = ("criteria", "granularity", "budget", "spread")  # the fields that a recipe fills
 
 
-def completed(given: Mapping[str, Any], few_bits: bool = False) -> dict[str, Any]:
-    """The fields of ``CHOICE``: those that are given, and for those that are None what the recipe says.
-
-    Args:
-        few_bits: whether the base is held in 4 or 8 bits (bitsandbytes, float8).
-    """
+def completed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``CHOICE``: those that are given, and for those that are None what the recipe says."""
     criteria, granularity = given["criteria"], given["granularity"]
     if granularity is not None:
         recipe = SINGLE_WEIGHTS if "element" in granularity else COLUMNS
     else:
-        recipe = BEST if criteria in (None, [BEST.criterion]) and not few_bits else COLUMNS
+        recipe = BEST if criteria in (None, [BEST.criterion]) else COLUMNS
     filled = recipe.fields() | {name: value for name, value in given.items() if value is not None}
     if (
         given["spread"] is None

@@ -14,6 +14,7 @@ import yaml
 from reltune.config.analysis import AnalysisConfig
 from reltune.config.data import DataConfig
 from reltune.config.evaluation import EvaluationConfig
+from reltune.config.export import ExportConfig
 from reltune.config.fields import about, checked_fields
 from reltune.config.model import ModelConfig
 from reltune.config.recipes import CHOICE, completed
@@ -21,7 +22,7 @@ from reltune.config.selection import SelectionConfig
 from reltune.config.training import TrainingConfig
 from reltune.errors import InputError, nearest
 from reltune.files import write_text
-from reltune.names import CRITERIA, WITHOUT_DATA
+from reltune.names import CRITERIA, IN_A_LORA_FILE, WITHOUT_DATA
 from reltune.relevance.entry_points import criterion_of_package, known_criteria
 
 # The order in which flags, YAML files and the schema show the fields. A new field of a subject is entered here too.
@@ -33,13 +34,15 @@ ORDER = """
     lm_eval_tasks lm_eval_num_fewshot lm_eval_limit lm_eval_batch_size lm_eval_apply_chat_template
     load_in_4bit load_in_8bit early_stopping_patience sweep sweep_trials
     budget criteria granularity spread target_modules exclude_modules
-    head_epochs analysis_examples analysis_batch_size max_trials probe_steps elements frozen_dtype
-    seed training
+    head_epochs analysis_examples analysis_batch_size max_trials probe_steps probe_step_size elements frozen_dtype
+    export seed training
 """.split()
 
 
 @dataclasses.dataclass
-class RunConfig(ModelConfig, DataConfig, AnalysisConfig, SelectionConfig, TrainingConfig, EvaluationConfig):
+class RunConfig(
+    ModelConfig, DataConfig, AnalysisConfig, SelectionConfig, TrainingConfig, EvaluationConfig, ExportConfig
+):
     """Everything that decides a run; saved as ``config.yaml`` in the run directory.
 
     Each subject's fields, and the rules among them, are in the file of that name. Here are the fields that belong to none
@@ -57,8 +60,7 @@ class RunConfig(ModelConfig, DataConfig, AnalysisConfig, SelectionConfig, Traini
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        few_bits = self.load_in_4bit or self.load_in_8bit or self.frozen_dtype is not None
-        for name, value in completed({name: getattr(self, name) for name in CHOICE}, few_bits).items():
+        for name, value in completed({name: getattr(self, name) for name in CHOICE}).items():
             setattr(self, name, value)
 
     @property
@@ -77,6 +79,21 @@ class RunConfig(ModelConfig, DataConfig, AnalysisConfig, SelectionConfig, Traini
         steps = "max_steps" in self.sweep or _above_zero(self.training.get("max_steps"))
         if self.streaming and not steps:
             raise InputError("streaming has no epochs, because the number of rows is not known; give --max_steps.")
+        self._check_export()
+
+    def _check_export(self) -> None:
+        other = next((word for word in self.granularity if word not in IN_A_LORA_FILE), None)
+        if self.export == "lora" and other is not None:
+            what = "single weights" if other == "element" else "biases, norms or whole matrices"
+            raise InputError(
+                f"export lora: a LoRA file cannot hold what granularity {other} trains, {what}; add --granularity column, or take "
+                "--export merged."
+            )
+        if self.export == "merged" and (self.load_in_4bit or self.load_in_8bit):
+            raise InputError(
+                "export merged: an adapter cannot be merged into a base in 4 or 8 bits, which would round what was trained; leave "
+                "--export out and run the adapter unmerged, or load the base whole."
+            )
 
     def _measured(self) -> list[str]:
         """Criteria of the run's saved scores. They can be chosen by even if their package is no longer installed."""

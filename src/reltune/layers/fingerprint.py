@@ -13,19 +13,31 @@ from reltune.layers.quantised import is_quantised
 SAMPLES = 256  # numbers read per parameter
 
 
-def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
+def fingerprint(model: nn.Module, without: Iterable[str] = (), as_held: bool = False) -> str:
     """Hash of all parameters' names and shapes and of evenly spaced samples of their values.
 
     Values are rounded to bfloat16 first, so that a model loaded in float32 and in bfloat16 is the same model. New
     heads (``without``) are random and left out. Reads a few numbers per parameter: instant at any size, but a change
     between the samples goes unseen. ``without`` names modules. Empty when the weights are not there to be read (meta
-    device) or quantised.
+    device) or quantised; unless ``as_held``, where the numbers that stand for quantised weights are read, by which only models
+    that are held alike can be compared.
     """
     parameters = dict(model.named_parameters())
     kept = outside(parameters, without)
-    if any(parameters[name].device.type == "meta" or is_quantised(parameters[name]) for name in kept):
+    values = {name: parameters[name].detach() for name in kept}
+    if any(value.device.type == "meta" for value in values.values()):
         return ""
-    return fingerprint_of({name: (tuple(parameters[name].shape), samples(parameters[name])) for name in kept})
+    if any(is_quantised(parameters[name]) for name in kept):
+        if not as_held:
+            return ""
+        values = {name: _numbers(parameters[name]) for name in kept}
+    return fingerprint_of({name: (tuple(value.shape), samples(value)) for name, value in values.items()})
+
+
+def _numbers(parameter: Tensor) -> Tensor:
+    """The parameter's own numbers, packed or not; of torchao's, which are several tensors, what they stand for."""
+    held = parameter.data
+    return held if type(held) is Tensor else held.dequantize()
 
 
 def fingerprint_of(read: Mapping[str, tuple[tuple[int, ...], bytes]]) -> str:

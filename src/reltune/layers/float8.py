@@ -50,9 +50,10 @@ class Float8Linear(nn.Linear):
                 wide = self.__dict__["_wide_scale"] = scale, state, scale.float()  # what the products take
         return float8_linear(input, self.weight, wide[2], self.bias, columns, idx, own)
 
-    def dequantised(self) -> Tensor:
-        """Ŵ (out, in) in the type that the model has: exact, but for what is too small for float16."""
-        return self.weight.detach().view(E4M3).to(self.weight_scale.dtype) * self.weight_scale[:, None]
+    def dequantised(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Ŵ (out, in) in the type that the model has, or in ``dtype``: exact, but for what is too small for float16."""
+        dtype = dtype or self.weight_scale.dtype
+        return self.weight.detach().view(E4M3).to(dtype).mul_(self.weight_scale[:, None].to(dtype))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         weight = state_dict.get(f"{prefix}weight")

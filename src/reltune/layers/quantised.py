@@ -2,8 +2,8 @@
 
 Such a layer computes y = x Ŵᵀ + b with Ŵ the dequantised weight, and hands g Ŵ back to its input, so input and output
 gradient are those of a plain linear map and the statistics are linear.py's. Ŵ itself, in its logical shape (out, in)
-whatever the packed one is, is made for one module at a time, where a criterion asks for it. Units are columns and rows
-of Ŵ.
+whatever the packed one is, is made for one module at a time, where a criterion asks for it. Units are columns, rows and
+single weights of Ŵ.
 
 bitsandbytes computes otherwise in evaluation mode on a CPU. 4-bit weights are packed anew, for good, where the
 processor has AVX-512 BF16: the product with such a weight has no gradient, the scales are rounded to bfloat16, and
@@ -25,6 +25,7 @@ from reltune.errors import InputError
 from reltune.layers.linear import LinearType
 from reltune.layers.protocol import HeadLayout
 from reltune.layers.units import ModuleInfo
+from reltune.ops import autocast
 
 FOUR_BIT = ("Linear4bit", "LinearFP4", "LinearNF4")
 
@@ -34,7 +35,7 @@ class QuantisedType(LinearType):
 
     name = "quantised"
     covers = "quantised nn.Linear"
-    trains = frozenset({"column", "row", "bias"})
+    trains = frozenset({"column", "row", "element", "bias"})
     packed = True
     head_layout: HeadLayout = ""
 
@@ -110,8 +111,12 @@ def numel(parameter: Tensor) -> int:
 
 
 def is_quantised(parameter: Tensor) -> bool:
-    """Whether the parameter's numbers stand for weights and are not the weights themselves."""
-    return not parameter.is_floating_point() or type(parameter) not in (nn.Parameter, Tensor)
+    """Whether the parameter's numbers stand for weights and are not the weights themselves.
+
+    Those of a float8 type have a scale somewhere.
+    """
+    plain = parameter.is_floating_point() and parameter.element_size() > 1
+    return not plain or type(parameter) not in (nn.Parameter, Tensor)
 
 
 def stops_the_gradient(module: nn.Module) -> str:
@@ -120,32 +125,50 @@ def stops_the_gradient(module: nn.Module) -> str:
     if _is_torchao(module):
         dynamic = getattr(weight, "act_quant_kwargs", None) is not None or "Activation" in type(weight).__name__
         return "rounds its inputs and not only its weight; quantise the weights only" if dynamic else ""
-    if _is_4bit(module) and getattr(weight.quant_state, "packing_format_for_cpu", False):
+    if _is_4bit(module) and getattr(_state_of_4bit(module), "packing_format_for_cpu", False):
         return "was packed for inference by running in evaluation mode on this CPU; load the model again"
     return ""
 
 
 @torch.no_grad()
-def dequantised(module: nn.Module) -> Tensor:
-    """Ŵ (out, in), a floating-point copy."""
+def dequantised(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """Ŵ (out, in), a floating-point copy; in the type that the library unpacks to (float32 of 8 bits), or in ``dtype``."""
     weight: Any = module._parameters["weight"]
     if _is_4bit(module):
         from bitsandbytes.functional import dequantize_4bit
 
         assert isinstance(module, nn.Linear)
-        return dequantize_4bit(weight.data, weight.quant_state).reshape(module.out_features, module.in_features)
-    if _is_8bit(module):
+        unpacked = dequantize_4bit(weight.data, _state_of_4bit(module)).reshape(module.out_features, module.in_features)
+    elif _is_8bit(module):
         # Each row's scale is its largest weight, at 127; the first forward pass moves it to the module's state.
         state: Any = module.state
         scale = state.SCB if weight.SCB is None else weight.SCB
-        return weight.data.float() * (scale.float() / 127)[:, None]
-    return weight.dequantize()
+        unpacked = weight.data.to(dtype or torch.float32).mul_((scale.float() / 127)[:, None])
+    else:
+        unpacked = weight.dequantize()
+    return unpacked.to(dtype or unpacked.dtype)
+
+
+def product_dtypes(module: nn.Module, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """The type in which x (…, in) is multiplied with Ŵ, and that of the output, which is as the layer itself gives it."""
+    if _is_4bit(module):
+        return module.compute_dtype or x.dtype, x.dtype  # type: ignore[return-value]
+    if _is_torchao(module):
+        return x.dtype, x.dtype
+    dtype = autocast.product_dtype(x)
+    return dtype, x.dtype if _is_8bit(module) and x.is_cuda else dtype
 
 
 def _is_4bit(module: nn.Module) -> bool:
     if type(module).__name__ not in FOUR_BIT or not type(module).__module__.startswith("bitsandbytes."):
         return False
-    return getattr(module._parameters.get("weight"), "quant_state", None) is not None
+    return _state_of_4bit(module) is not None
+
+
+def _state_of_4bit(module: nn.Module) -> Any:
+    """What the packed numbers mean. The module has it too, for weights that FSDP2 gathers, which have lost theirs."""
+    state = getattr(module._parameters.get("weight"), "quant_state", None)
+    return getattr(module, "quant_state", None) if state is None else state
 
 
 def _is_8bit(module: nn.Module) -> bool:

@@ -163,7 +163,7 @@ class AttachElements(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = _gradient(g, recompute.kept(ctx)[0], ctx.places, ctx.transposed, ctx.form)
+        gradient = gradient_at(g, recompute.kept(ctx)[0], ctx.places, ctx.transposed, ctx.form)
         return g, None, gradient.to(ctx.dtype), None, None
 
 
@@ -189,11 +189,12 @@ class SparseProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_x = _spread(g, delta, ctx.places, to_rows=ctx.transposed).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            to_delta = _gradient(g, x, ctx.places, ctx.transposed, ctx.form).to(delta.dtype)
+            to_delta = gradient_at(g, x, ctx.places, ctx.transposed, ctx.form).to(delta.dtype)
         return to_x, to_delta, None, None
 
 
-def _gradient(g: Tensor, x: Tensor, places: Places, transposed: bool, form: Form) -> Tensor:
+def gradient_at(g: Tensor, x: Tensor, places: Places, transposed: bool, form: Form) -> Tensor:
+    """G at the places, for the gradient g (…, out) of y and the input x (…, in); ``transposed`` as above."""
     a, b = _flat(g), _flat(x.to(g.dtype))
     return element_gradient(b, a, places, form) if transposed else element_gradient(a, b, places, form)
 

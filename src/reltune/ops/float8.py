@@ -16,7 +16,6 @@ Float8Tensor, which does neither, has no derivative.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import weakref
 from typing import Any
@@ -27,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from reltune.ops import kernels
 from reltune.ops.attach import gradient_of_columns
+from reltune.ops.autocast import product_dtype, without_autocast
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -188,7 +188,7 @@ def _output(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y, and x[:, idx] and D − Ŵ[:, idx] in ``dtype`` where there are columns."""
     selected = change = None
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         y = _product(rounded, weight, scale, dtype)
         if bias is not None:
             y += bias.to(dtype)
@@ -230,7 +230,7 @@ class Float8Product(torch.autograd.Function):
         weight, scale, change, idx, selected = ctx.saved_tensors
         of_x, of_columns, of_bias = ctx.dtypes
         gradients: list[Tensor | None] = [None] * 9
-        with _without_autocast(g.device.type):
+        with without_autocast(g.device.type):
             if selected is not None:
                 gradients[5] = gradient_of_columns(g, selected).to(of_columns)
             if ctx.needs_input_grad[4]:
@@ -257,13 +257,9 @@ def float8_linear(
     ``weight`` is q (out, in) as int8 and ``scale`` (out,) in float32; ``columns`` D (out, c), ``idx`` (c,) int64, all different, and ``own``
     Ŵ[:, idx] (out, c) come together or not at all.
     """
-    device = x.device.type
-    dtype = x.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
     with torch.no_grad():
         rounded = _latest.rounded(x)
-    given = (_flat(x), rounded, weight, scale, bias, columns, idx, own, dtype)
+    given = (_flat(x), rounded, weight, scale, bias, columns, idx, own, product_dtype(x))
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, columns))
     if needed:
         y = Float8Product.apply(*given)
@@ -271,11 +267,6 @@ def float8_linear(
         with torch.no_grad():
             y = _output(*given)[0]
     return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _without_autocast(device: str) -> contextlib.AbstractContextManager:
-    """Entering autocast's own context takes longer than launching a product."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _flat(x: Tensor) -> Tensor:

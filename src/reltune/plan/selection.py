@@ -142,6 +142,21 @@ def check_together(granularities: Sequence[str], spread: str = "global") -> None
         )
 
 
+def check_share(limit: int, modules: int) -> None:
+    """Raise InputError for a budget that, spread evenly, is less than one single weight for each module."""
+    if limit < modules:
+        raise InputError(
+            f"a budget of {limit:,} parameters spread evenly allows less than one single weight in each of {modules:,} modules; "
+            f"raise it to {modules:,} at least, name fewer modules, or spread globally."
+        )
+
+
+def modules_with_elements(inventory: Inventory, everywhere: bool = False) -> list[str]:
+    """The modules whose single weights may be chosen: of those in layers alone, where there are any, unless ``everywhere``."""
+    allowed = _allowed(inventory, [info.name for info in inventory.modules], everywhere)
+    return [info.name for info in inventory.modules if info.name in allowed and "element" in _trains(info)]
+
+
 def _check_known(granularities: Sequence[str]) -> None:
     if not granularities:
         raise InputError(f"no granularity was named; choose from {', '.join(GRANULARITIES)}.")
@@ -158,8 +173,8 @@ def _trains(info: ModuleInfo) -> frozenset[str]:
 
 
 def _check_whole(inventory: Inventory, named: Sequence[str], granularities: Sequence[str]) -> None:
-    """Raise InputError where whole weights or single ones are wanted of modules that have no trainable numbers."""
-    wanted = [word for word in granularities if word in ("layer", "module", "element")]
+    """Raise InputError where whole weights are wanted of modules that have no trainable numbers."""
+    wanted = [word for word in granularities if word in ("layer", "module")]
     for name in named if wanted else ():
         info = inventory[name]
         if _trains(info) and "weight" not in _trains(info):
@@ -301,6 +316,8 @@ def _evenly(
     """What each module gets for its share of the budget."""
     names = {name for _, name in candidates.places} | {*elements}
     sizes = {name: inventory[name].weight_parameters for name in names}
+    if elements:
+        check_share(limit, len(elements))
     chosen: dict[str, ModulePlan] = {}
     for name, size in sizes.items():
         own = {name: elements[name]} if name in elements else {}

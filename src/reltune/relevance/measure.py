@@ -179,7 +179,7 @@ class _Analysis:
         if self.resume_directory is None:
             return None
         names = [info.name for info in self.inventory.modules]
-        identity = json.dumps([fingerprint(self.model), measured, names, self.seed])
+        identity = json.dumps([fingerprint(self.model, as_held=True), measured, names, self.seed])
         return Partial(self.resume_directory, hashlib.sha256(identity.encode()).hexdigest(), criterion)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
 from reltune.files import check_writable, make_directory, write_text
+from reltune.names import EXPORT_FORMS
 from reltune.relevance.artefact import SCORES, interrupted_in
 from reltune.report.record import Output
 
@@ -27,7 +28,7 @@ ARTEFACTS = {  # in the order of the stages; writing one makes those after it ou
     "select": ("plan",),
     "tune": ("adapter", "trainer_state.json", "training_cost.json", "sweep.json", "sweep"),
     "evaluate": ("all_results.json", "outputs.jsonl", "comparison.json", "lm_eval.json"),
-    "report": ("report.html",),
+    "report": ("report.html", *EXPORT_FORMS),
 }
 
 

@@ -172,6 +172,15 @@ def evaluate_again(config: RunConfig, directory: RunDirectory) -> tuple[dict[str
     return results, read_lm_eval(directory) if materials.lm_eval_tasks and processes.first else None
 
 
+def export_as_configured(started: Started) -> str | None:
+    """Export the run in the form that its config asks for; what ``export`` says, in the first process."""
+    form, directory, processes = started.config.export, started.directory, Processes.joined()
+    if form is None:
+        return None
+    with processes.together():
+        return export(directory, started.config, form, str(directory.path / form)) if processes.first else None
+
+
 def export(directory: RunDirectory, config: RunConfig, to: str, output_dir: str) -> str:
     """Write the tuned model for programs without reltune. Gives a phrase: where it is, and the largest rank of a LoRA adapter."""
     preflight.check_export(directory, to, output_dir)

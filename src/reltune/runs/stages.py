@@ -27,15 +27,17 @@ from reltune.files import check_destination, disk_bytes, read_json, write_json
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.float8 import convertible
 from reltune.layers.inventory import take_inventory
-from reltune.layers.registry import layer_type
+from reltune.layers.quantised import check_not_packed
+from reltune.names import WITHOUT_DATA
 from reltune.plan.budget import parse_budget
 from reltune.plan.plan import Plan
-from reltune.plan.selection import check_scored, check_together
+from reltune.plan.selection import check_scored, check_share, check_together, modules_with_elements
 from reltune.plan.selection import select as choose_units
 from reltune.processes import Processes
 from reltune.relevance.artefact import interrupted_in
 from reltune.relevance.criteria.registry import find_criteria
 from reltune.relevance.measure import analyze as measure_relevance
+from reltune.relevance.probe.moving_weights import check_can_move
 from reltune.relevance.scores import RelevanceScores
 from reltune.relevance.weights.scan import analyze_checkpoint
 from reltune.report.record import LMEvalRecord
@@ -61,6 +63,10 @@ def check_choice(materials: Materials, select: bool = True) -> None:
     config = materials.config
     find_criteria(config.criteria, config.scores_elements)
     model = materials.base.look()
+    if not set(config.criteria) <= set(WITHOUT_DATA):
+        check_not_packed(model)
+    if "movement" in config.criteria:
+        check_can_move(model)
     if select:
         check_scored(config.granularity, config.criteria[0])
         check_together(config.granularity, config.spread)
@@ -79,13 +85,16 @@ def check_choice(materials: Materials, select: bool = True) -> None:
         budgets = config.sweep.get("budget", [config.budget])
         if "element" in config.granularity:
             # One weight always fits, wherever a column could be chosen; a number for every weight would be made for nothing.
-            for budget in budgets:
-                parse_budget(budget, relevance.inventory.base_parameters)
-            if not any("element" in layer_type(info.layer_type).trains for info in relevance.inventory.modules):
+            modules = modules_with_elements(relevance.inventory, everywhere=bool(config.target_modules))
+            if not modules:
                 raise InputError(
                     "no module that may be chosen has single weights that can be trained; choose another --granularity, such as "
                     "column."
                 )
+            for budget in budgets:
+                limit = parse_budget(budget, relevance.inventory.base_parameters)
+                if config.spread == "even":
+                    check_share(limit, len(modules))
             config, budgets = dataclasses.replace(config, granularity=["column"], spread="global"), ["100%"]
         for budget in budgets:
             choose(dataclasses.replace(config, budget=budget), relevance)
@@ -147,7 +156,10 @@ def _drawn_examples(materials: Materials) -> DataLoader:
 
 def options_of(config: AnalysisConfig) -> dict[str, dict[str, Any]]:
     """What the config says about single criteria."""
-    return {"correlation": {"max_trials": config.max_trials}, "movement": {"steps": config.probe_steps}}
+    return {
+        "correlation": {"max_trials": config.max_trials},
+        "movement": {"steps": config.probe_steps, "step_size": config.probe_step_size},
+    }
 
 
 def analyze_weights(config: RunConfig, run: RunDirectory, overwrite: bool = False) -> RelevanceScores:

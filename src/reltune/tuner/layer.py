@@ -11,7 +11,7 @@ processes) is computed as a correction beside the product.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,7 +68,7 @@ class ReltuneLayer(WrittenWeight):
 
     def _base_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The base layer's output with other tensors in place of its own."""
-        with _in_place(self.get_base_layer(), {"weight": weight, "bias": bias}):
+        with in_place(self.get_base_layer(), {"weight": weight, "bias": bias}):
             return self.get_base_layer()(x)
 
     def attach_columns(self, y: Tensor, x: Tensor, columns: Tensor, idx: Tensor, row_idx: Tensor | None) -> Tensor:
@@ -234,9 +234,9 @@ class ReltuneLayer(WrittenWeight):
         # gives the base's output to the bit; it is not worth keeping for a backward pass.
         copied = self._written not in (None, *partial) and not (torch.is_grad_enabled() and x.requires_grad)
         if whole or biased or copied:
-            weight = _combined(self._pristine_weight() if whole or copied else self.weight, self.reltune_weight, whole)
+            weight = combined(self._pristine_weight() if whole or copied else self.weight, self.reltune_weight, whole)
             bias = self._base_bias()
-            bias = None if bias is None else _combined(bias, self.reltune_bias, biased)
+            bias = None if bias is None else combined(bias, self.reltune_bias, biased)
             y = self._base_forward(x, weight, bias)
         else:
             y = self.base_layer(x, *args, **kwargs)
@@ -438,12 +438,12 @@ def _one_hot(idx: Tensor, size: int, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def _in_place(module: nn.Module, tensors: dict[str, Tensor | None]) -> Iterator[None]:
-    """Let the module's forward find these tensors as its own.
+def in_place(module: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
+    """Let the module find these tensors, or functions, as its own attributes; those that are None as they are.
 
     ``torch.func.functional_call`` exchanges registered parameters, past which FSDP puts plain attributes.
     """
-    attributes, new = module.__dict__, {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    attributes, new = module.__dict__, {name: own for name, own in given.items() if own is not None}
     before = {name: attributes[name] for name in new if name in attributes}
     attributes.update(new)
     try:
@@ -454,7 +454,7 @@ def _in_place(module: nn.Module, tensors: dict[str, Tensor | None]) -> Iterator[
         attributes.update(before)
 
 
-def _combined(base: Tensor, trained: nn.ParameterDict, names: list[str]) -> Tensor:
+def combined(base: Tensor, trained: nn.ParameterDict, names: list[str]) -> Tensor:
     """The tensor to use in place of the base's: the adapter's own, or the base plus every adapter's change."""
     if not names:
         return base

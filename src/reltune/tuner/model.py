@@ -142,7 +142,7 @@ class ReltuneModel(BaseTuner):
         units.check_layer_type(info)
         if isinstance(target, ReltuneLayer):
             layer = target
-        elif current_key in self._to_float8 and not (units.rows or units.elements or units.weight):
+        elif current_key in self._to_float8 and not (units.rows or units.weight):
             to_float8(target)
             layer = ReltuneFloat8Linear(target, unrounded=weight)
         else:

@@ -4,15 +4,24 @@ The trained columns and rows are added beside the product, y = x Ŵᵀ + x[:, id
 the backward pass, with Ŵ the dequantised weight. This equals a product with the columns of Ŵ set to zero and x[:, idx] Dᵀ
 added, and leaves the packed numbers as they are: adapters are switched and disabled at no cost, and the base is always
 its own. Ŵ is made once, to take the columns from.
+
+Single weights are written into the copy that a product unpacks anyhow (ops/unpacked_product.py). Of bitsandbytes' 8 bits that copy
+takes the place of the integer product, which on a GPU rounds its input in the forward pass, though not in the backward pass.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reltune.errors import InputError
-from reltune.layers.quantised import dequantised
+from reltune.layers.quantised import dequantised, product_dtypes
+from reltune.ops.unpacked_product import Chosen, UnpackedProduct
+from reltune.tuner.layer import combined, in_place
 from reltune.tuner.linear import ReltuneLinear
 
 
@@ -47,6 +56,37 @@ class ReltuneQuantisedLinear(ReltuneLinear):
 
     def _change_dtype(self, x: Tensor) -> torch.dtype:
         return x.dtype
+
+    def _output(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        base = self.get_base_layer()
+        # One that brings its weight here from elsewhere (accelerate) has a forward of its own: then all is beside the product.
+        if "forward" in vars(base) or not any(name in self.reltune_elements for name in names):
+            return super()._output(x, names, *args, **kwargs)
+        partial = [name for name in names if name in self.originals]
+        self._check_loaded(partial)
+        with in_place(base, {"forward": functools.partial(self._unpacked_product, names)}):
+            y = self.base_layer(x)  # with its hooks
+        for name in partial:
+            columns, rows, _ = self._values_of(name)
+            if columns is not None or rows is not None:
+                y = y + self._correction(x, name, (columns, rows, None))
+        return y
+
+    def _unpacked_product(self, names: list[str], x: Tensor) -> Tensor:
+        """The base layer's output with the single weights, and the bias, of these adapters."""
+        dtype, of_output = product_dtypes(self.get_base_layer(), x)
+        adapters = [name for name in names if name in self.reltune_elements]
+        chosen = [Chosen(self.originals[name].places, self.originals[name].elements) for name in adapters]
+        bias = self._base_bias()
+        if bias is not None:
+            bias = combined(bias, self.reltune_bias, [name for name in names if name in self.reltune_bias])
+        values = [self.reltune_elements[name] for name in adapters]
+        y: Tensor = UnpackedProduct.apply(x, bias, self._unpacking(dtype), dtype, chosen, *values)
+        return y.to(of_output)
+
+    def _unpacking(self, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """What gives the base's own weight, a contiguous copy in ``dtype``."""
+        return functools.partial(dequantised, self.get_base_layer(), dtype)
 
     def train(self, mode: bool = True) -> ReltuneQuantisedLinear:
         super().train(mode)

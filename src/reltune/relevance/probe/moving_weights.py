@@ -259,6 +259,14 @@ def weights_that_move(
     return list(weights.values())
 
 
+def check_can_move(model: nn.Module) -> None:
+    """Raise InputError, naming the weight, where the model holds one in a way that the probe does not know."""
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                _is_packed(f"{name}.{key}" if name else key, module, key, parameter)
+
+
 def parameters_of(info: ModuleInfo, model: nn.Module) -> list[nn.Parameter]:
     """The parameters that hold the module's weights; of an expert, those of all experts of its projection."""
     owner = model.get_submodule(info.owner)

@@ -41,7 +41,7 @@ from reltune.relevance.statistics.not_finite import where_not_finite
 MOST_IN_A_BYTE = 127
 MOMENTUM = 0.9  # β₁ of Adam, the sign of whose step is that of its running mean of gradients
 WINDOW = 10  # steps whose mean loss is compared with that of the first ones
-MEND = "lower its step_size (probe_step_size on the command line)"
+BLOWN_UP = 8.0  # times the loss of the first step, of WINDOW examples at least, that no window's mean may be above
 
 
 class SignProbe:
@@ -211,10 +211,10 @@ class SignProbe:
             )
         if not torch.isfinite(losses).all():
             where = where_not_finite(self.model, rows_of(batch, loss))
-            mend = f"; {MEND}" if self.step else ""
-            raise AnalysisError(
-                f"the loss of batch {piece.batch} is not finite in step {self.step} of the probe: {where}{mend}."
-            )
+            what = f"the loss of batch {piece.batch} is not finite in step {self.step} of the probe: {where}"
+            if self.step:  # at the start it was finite
+                raise InputError(f"{what}; {self._mend()}.")
+            raise AnalysisError(f"{what}.")
         if not losses.requires_grad:
             raise InputError("the loss does not depend on any weight that may move; widen target_modules.")
         return losses
@@ -255,14 +255,23 @@ class SignProbe:
                 raise AnalysisError(f"the gradient of {name} is not finite in step {self.step} of the probe.")
 
     def _check_losses(self) -> None:
-        """Raise AnalysisError where the loss rises as it does when steps are too large."""
+        """Raise InputError where the loss rises as it does when steps are too large."""
         if len(self.losses) < 2 * WINDOW:
             return
         first, last = fmean(self.losses[:WINDOW]), fmean(self.losses[-WINDOW:])
         if last > self.options.diverged * first:
-            raise AnalysisError(
-                f"the probe diverges: the mean loss of {WINDOW} steps rose from {first:.4g} to {last:.4g}; {MEND}."
+            raise InputError(
+                f"the probe diverges: the mean loss of {WINDOW} steps rose from {first:.4g} to {last:.4g}; {self._mend()}."
             )
+        start, enough = self.losses[0], sum(of[0] for of in self.examples if of) >= WINDOW
+        if enough and last > BLOWN_UP * start:  # a step so large that the first ones are no measure any more
+            raise InputError(
+                f"the probe diverges: the loss rose from {start:.4g} at the start to {last:.4g}, the mean of {WINDOW} steps; "
+                f"{self._mend()}."
+            )
+
+    def _mend(self) -> str:
+        return f"lower its step_size, which is {self.options.step_size:g} (--probe_step_size)"
 
     def _start_anew(self, sizes: Sequence[int]) -> None:
         if self.experiment.device.type == "cuda":
