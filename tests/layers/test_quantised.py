@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 
 import bitsandbytes
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit
@@ -214,12 +215,15 @@ UNITS = {
     "rows": {"rows": [2, 7]},
     "columns, rows and bias": {"columns": [1, 4], "rows": [0, 7], "bias": True},
     "bias": {"bias": True},
+    "directions": {"directions": [0, 2], "bias": True},
 }
 
 
 def tuned(model, units, adapter="default"):
     shape = tuple(take_inventory(model)[LINEAR].shape)
     chosen = ModulePlan(shape, **units)
+    if chosen.directions:
+        chosen.vectors = np.random.default_rng(0).normal(size=(3, shape[1])).astype(np.float32)
     plan = Plan({LINEAR: chosen}, "all", chosen.parameters, 10**6, fingerprint="", always_trained=["classifier"])
     tuned = get_peft_model(model, reltune.ReltuneConfig(plan=plan), adapter_name=adapter).eval()
     compute_as_in_training(model)  # bitsandbytes computes in another way in evaluation on a CPU
@@ -255,14 +259,16 @@ def test_it_is_trained_as_the_dequantised_weights_are(way, units):
     assert torch.equal(dequantised(models[0].get_submodule(f"base_model.model.{LINEAR}").base_layer), weight)
 
 
+@pytest.mark.parametrize("units", ["columns", "directions"])
 @pytest.mark.parametrize("way", WAYS)
-def test_adapters_on_it_are_switched_disabled_saved_and_loaded(way, tmp_path):
+def test_adapters_on_it_are_switched_disabled_saved_and_loaded(way, units, tmp_path):
     quantised, _ = pair(tiny_bert, way)
     batch = batches()[0]
     with torch.no_grad():
-        base = tuned(quantised, UNITS["columns"], "first")
+        base = tuned(quantised, UNITS[units], "first")
         start = base(**batch).logits
-        values = base.get_submodule(f"base_model.model.{LINEAR}").reltune_columns["first"]
+        values = base.get_submodule(f"base_model.model.{LINEAR}")
+        values = getattr(values, f"reltune_{units}")["first"]
         values.add_(torch.randn(values.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE))
         changed = base(**batch).logits
         assert not torch.allclose(changed, start, atol=1e-3)

@@ -34,7 +34,7 @@ class QuantisedType(LinearType):
 
     name = "quantised"
     covers = "quantised nn.Linear"
-    trains = frozenset({"column", "row", "bias"})
+    trains = frozenset({"column", "row", "direction", "bias"})
     packed = True
     head_layout: HeadLayout = ""
 
