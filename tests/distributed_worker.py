@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -93,6 +94,11 @@ SELECTIONS: dict[str, Selection] = {
         "conv": {"columns": [1], "rows": [0, 3], "bias": True},
         "head": {"columns": [2, 4], "bias": True},
     },
+    "directions": {"blocks.0.mixed": {"directions": [0, 2]}, "blocks.1.linear": {"directions": [1]}},
+}
+VECTORS = {  # of the modules with directions
+    name: np.random.default_rng(seed).normal(size=(3, size)).astype(np.float32)
+    for seed, (name, size) in enumerate({"blocks.0.mixed": 7, "blocks.1.linear": 8}.items())
 }
 SAVED = {"columns": ["head"]}  # modules that are trained and saved whole
 
@@ -109,6 +115,7 @@ def tuned(chosen: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Pef
         module = model.get_submodule(name)
         shape = tuple(module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape)  # type: ignore[union-attr]
         modules[name] = ModulePlan(shape, **own)
+        modules[name].vectors = VECTORS[name] if modules[name].directions else None
     plan = Plan(modules, "all", 10**9, 10**9, "", always_trained=SAVED.get(chosen, []))
     return get_peft_model(model, ReltuneConfig(plan=plan))
 
@@ -244,8 +251,8 @@ def same_on_all(model: nn.Module) -> None:
         others = [torch.empty_like(tensor) for _ in range(2)]
         dist.all_gather(others, tensor.detach().contiguous())
         assert torch.equal(*others), name
-    layers = [m for m in model.modules() if isinstance(m, ReltuneLayer) and m.originals]
-    assert layers and all(layer._written == "default" for layer in layers)
+    layers = [m for m in model.modules() if isinstance(m, ReltuneLayer)]
+    assert layers and all(layer._written == "default" for layer in layers if layer.originals)
 
 
 def resumed(directory: Path) -> None:
@@ -567,6 +574,9 @@ def refusals(directory: Path) -> None:
             other(tokens)
     with expect("the processes train different units or different base models"):
         nn.parallel.DistributedDataParallel(tuned("rows", seed=rank))(tokens)
+    SELECTIONS["of this process"] = {"blocks.1.linear": {"directions": [rank]}}
+    with expect("the processes train different units or different base models"):
+        nn.parallel.DistributedDataParallel(tuned("of this process"))(tokens)
     model = tuned("rows")
     base = model.base_model.model.blocks[1].linear.base_layer
     base.weight = base._parameters.pop("weight").data  # what FSDP1 does while a module runs; it is not there for CPUs

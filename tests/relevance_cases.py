@@ -126,6 +126,20 @@ def of_expert(owner: Any, projection: str, expert: int, values: Any) -> dict[str
     return found
 
 
+def assert_directions_of(matrix: Tensor, parts: dict[str, Tensor], most: int = 64) -> None:
+    """Take the directions out of a module's parts: the first right singular vectors v of a matrix (out, in), MᵀM v = σ² v."""
+    exact = torch.linalg.svdvals(matrix.double())
+    exact = exact[exact > 1e-6 * exact[0]][:most]
+    if not len(exact):
+        assert "direction" not in parts and "direction_vectors" not in parts
+        return
+    values, vectors = parts.pop("direction").double(), parts.pop("direction_vectors").double()
+    torch.testing.assert_close(values, exact, rtol=1e-6, atol=1e-6 * float(exact[0]))
+    torch.testing.assert_close(vectors @ vectors.mT, torch.eye(len(values)).double(), rtol=0, atol=1e-5)
+    of = matrix.double().mT @ matrix.double() @ vectors.mT
+    torch.testing.assert_close(of, vectors.mT * values**2, rtol=0, atol=1e-5 * float(exact[0]) ** 2)
+
+
 def assert_parts_equal(
     found: dict[str, dict[str, Tensor]], wanted: dict[str, dict[str, Tensor]], relative: float = 1e-9
 ) -> None:

@@ -20,11 +20,16 @@ CRITERIA = (
     "depth",
 )
 WITHOUT_DATA = ("magnitude", "spectral_snr", "principal", "random", "depth")  # criteria that look at no data
-GRANULARITIES = ("layer", "module", "head", "column", "row", "element", "bias", "norm")
-IN_A_LORA_FILE = ("column", "row", "head")  # granularities whose change a LoRA adapter holds without loss
+GRANULARITIES = ("layer", "module", "head", "column", "row", "element", "direction", "bias", "norm")
+IN_A_LORA_FILE = ("column", "row", "head", "direction")  # granularities whose change a LoRA adapter holds without loss
 FROZEN_DTYPES = ("float8_e4m3fn",)  # what the base's frozen weights can be held in, other than their own type
-SPREADS = {"global": "the best units of the whole model", "even": "the same share of every module"}
+SPREADS = {
+    "global": "the best units of the whole model",
+    "even": "the same share of every module",
+    "columns": "the same share of every module, the best of each column first",
+}
 EXPORT_FORMS = {"lora": "a standard PEFT adapter", "merged": "a plain model"}
+SERVERS = {"vllm": "one rank for all modules, padded with zeros"}  # that want a LoRA adapter in a form of their own
 
 # Data sets that come inside packages; other names are the Hub's.
 DATASETS = (

@@ -14,6 +14,7 @@ from reltune.config.recipes import BEST, CHOICE, COLUMNS, chosen_again
 from reltune.config.run_config import RunConfig
 
 BEST_FIELDS = (["movement"], ["element"], "0.12%", "even")
+DIRECTION_FIELDS = (["movement"], ["direction"], "0.5%", "even")
 COLUMN_FIELDS = (["fisher"], ["column"], "0.5%", "global")
 CASES: list[tuple[dict[str, Any], tuple[list[str], list[str], str, str]]] = [
     ({}, BEST_FIELDS),
@@ -28,6 +29,10 @@ CASES: list[tuple[dict[str, Any], tuple[list[str], list[str], str, str]]] = [
         ({"granularity": name}, (["fisher"], [name], "0.5%", "global"))
         for name in ("column", "row", "head", "module", "layer", "bias", "norm")
     ],
+    ({"granularity": "direction"}, DIRECTION_FIELDS),
+    ({"granularity": "direction", "load_in_4bit": True}, DIRECTION_FIELDS),
+    ({"granularity": "direction", "spread": "global"}, (["movement"], ["direction"], "0.5%", "global")),
+    ({"granularity": "element", "spread": "columns"}, (["movement"], ["element"], "0.5%", "columns")),
     ({"granularity": "column", "spread": "even"}, (["fisher"], ["column"], "0.5%", "even")),
     # criteria
     ({"criteria": "gradient"}, (["gradient"], ["column"], "0.5%", "global")),
@@ -75,6 +80,7 @@ def test_another_granularity_of_a_run_with_the_best_recipe() -> None:
     assert chosen({}, granularity=["column"]) == (["movement"], ["column"], "0.5%", "global")
     assert chosen({}, granularity=["module"], budget="20%") == (["movement"], ["module"], "20%", "global")
     assert chosen({"budget": "0.3%"}, granularity=["column"]) == (["movement"], ["column"], "0.3%", "global")
+    assert chosen({}, granularity=["direction"]) == DIRECTION_FIELDS
     assert chosen({}, budget="1%") == (["movement"], ["element"], "1%", "even")
     assert chosen({}, criteria=["movement"]) == BEST_FIELDS
 
@@ -94,4 +100,4 @@ def test_words_say_what_happens() -> None:
         assert f"If not given: {BEST.criterion} for single weights" in text and COLUMNS.criterion in text
         assert f"If not given: {BEST.budget}, and {COLUMNS.budget} where" in text
         assert f"If not given: {BEST.granularity}, and {COLUMNS.granularity} where" in text
-        assert f"If not given: {BEST.spread} for single weights by {BEST.criterion}, else {COLUMNS.spread}" in text
+        assert f"If not given: {BEST.spread} for single weights and directions by {BEST.criterion}, else" in text

@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reltune.errors import InputError
@@ -95,6 +95,7 @@ def test_what_no_budget_is(budget, why):
     assert repr(budget) in str(caught.value)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**13), st.integers(1, 10**6))
 def test_a_percentage_is_exact_and_rounded_down(base, share):
     """Shares with four decimals, against fractions."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -359,3 +360,79 @@ def test_units_that_the_model_has_and_a_plan_cannot_train(by_hand, scores):
         by_hand.modules = {name: ModulePlan((3, 16), columns=[0])}
         with pytest.raises(InputError, match=f"{name} cannot be trained by this plan: .*{why}"):
             by_hand.check_model(inventory, scores.fingerprint)
+
+
+# Directions
+
+
+@pytest.fixture
+def along(scores, tmp_path):
+    """A plan of directions on disk."""
+    vectors = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
+    modules = {KEY: ModulePlan((16, 16), directions=[0, 2], vectors=vectors)}
+    Plan(modules, "32", 32, 10**6, scores.fingerprint, always_trained=["classifier"], spread="even").save(tmp_path)
+    return tmp_path
+
+
+def changed(folder, change):
+    values = yaml.safe_load((folder / "plan.yaml").read_text())
+    change(values["modules"][KEY], values)
+    (folder / "plan.yaml").write_text(yaml.safe_dump(values))
+
+
+def test_directions_have_their_vectors_beside_the_plan(along):
+    assert {path.name for path in along.iterdir()} == {"plan.yaml", "directions.safetensors"}
+    assert "directions: [0, 2]" in (along / "plan.yaml").read_text()
+    assert yaml.safe_load((along / "plan.yaml").read_text())["predicted"]["fixed_numbers"] == 32
+    held = load_file(along / "directions.safetensors")
+    assert {name: tuple(t.shape) for name, t in held.items()} == {KEY: (4, 16)}
+    changed(along, lambda module, plan: module.update(directions=[3]))  # any that was measured
+    plan = Plan.load(along)
+    assert plan.parameters == 16 and (plan.modules[KEY].chosen_vectors() == held[KEY].numpy()[[3]]).all()
+    changed(along, lambda module, plan: (module.pop("directions"), module.update(columns=[1])))
+    Plan.load(along).save(along)
+    assert {path.name for path in along.iterdir()} == {"plan.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda module, plan: module.update(directions=[4]), "has 4 directions in its file, counted from 0; 4 is none"),
+        (lambda module, plan: module.update(directions=[-1]), "-1 is none of them"),
+        (lambda module, plan: module.update(directions=[1, 1]), "name 1 twice"),
+        (lambda module, plan: module.update(directions=[1.5]), "must be a list of whole numbers"),
+        (lambda module, plan: module.update(directions=True), "must be a list of whole numbers"),
+        (lambda module, plan: module.update(weight=True), "trains the whole weight and directions of it"),
+        (lambda module, plan: module.update(shape=[16]), "is a norm and has no directions"),
+        (lambda module, plan: module.update(shape=[16, 1, 4, 4]), "is a convolution, which has no directions"),
+        (lambda module, plan: module.update(shape=[16, 20]), "no float32 vectors of 20 finite numbers"),
+        (lambda module, plan: module.update(directions=[0, 1, 2]), "above its budget"),
+        (
+            lambda module, plan: plan["modules"].update({VALUE: {"shape": [16, 16], "directions": [0]}}),
+            f"the vectors of the directions of {VALUE} are missing|above its budget",
+        ),
+    ],
+)
+def test_edits_of_directions_that_make_no_sense(along, change, why):
+    changed(along, change)
+    with pytest.raises(InputError, match=why):
+        Plan.load(along)
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda file: file.unlink(), "directions.safetensors cannot be read"),
+        (lambda file: file.write_bytes(b"x"), "directions.safetensors cannot be read"),
+        (lambda file: save_file({"other": torch.zeros(4, 16)}, file), "the vectors of the directions .* are missing"),
+        (lambda file: save_file({KEY: torch.zeros(4, 15)}, file), "no float32 vectors of 16 finite numbers"),
+        (lambda file: save_file({KEY: torch.zeros(4, 16).double()}, file), "no float32 vectors"),
+        (lambda file: save_file({KEY: torch.full((4, 16), torch.nan)}, file), "no float32 vectors of 16 finite"),
+        (lambda file: save_file({KEY: torch.zeros(2, 16)}, file), "has 2 directions in its file, counted from 0; 2"),
+    ],
+)
+def test_a_damaged_file_of_vectors(along, damage, why):
+    damage(along / "directions.safetensors")
+    with pytest.raises(InputError, match=why) as caught:
+        Plan.load(along)
+    assert str(along) in str(caught.value)

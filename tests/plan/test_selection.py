@@ -565,3 +565,126 @@ def test_spread_names_what_it_cannot_spread():
         select(scores, "30%", spread="evenly")
     with pytest.raises(InputError, match="spread evenly allows less than one column in each of 12 modules"):
         select(scores, 100, "column", spread="even")
+
+
+def test_spread_over_columns_no_column_has_a_second_weight_before_every_one_has_its_first():
+    scores = measure(tiny_bert(), [data_for(tiny_bert())], elements=True)
+    plan = select(scores, "8%", "element", spread="columns")
+    maps = [info for info in scores.inventory.modules if info.layer_type == "linear" and info.in_block]
+    assert list(plan.modules) == [info.name for info in maps] and plan.spread == "columns"
+    assert "the same share of every module, the best of each column first" in plan.describe()[0]
+    total = sum(info.weight_parameters for info in maps)
+    for info in maps:
+        elements = list(plan.modules[info.name].elements)
+        assert len(elements) == plan.budget_parameters * info.weight_parameters // total
+        own = (
+            torch.zeros(info.shape, dtype=torch.bool)
+            .view(-1)
+            .index_fill(0, torch.tensor(elements), True)
+            .view(info.shape)
+        )
+        counts = own.sum(0)
+        assert counts.max() - counts.min() <= 1 and counts.max() > 0
+        values = scores.by("element")[info.name]
+        for column, chosen_of, count in zip(values.T, own.T, counts.tolist(), strict=True):
+            assert sorted(column[chosen_of].tolist()) == sorted(column.tolist())[len(column) - count :]
+        last = [float(values[:, j][own[:, j]].min()) for j in range(info.columns) if counts[j] == counts.max()]
+        following = [float(values[:, j][~own[:, j]].max()) for j in range(info.columns) if counts[j] < counts.max()]
+        assert not following or min(last) >= max(following)
+    assert select(scores, "8%", "element", spread="even").modules != plan.modules
+    for kinds in ("column", ["element", "bias"]):
+        with pytest.raises(InputError, match="spread columns is for granularity element alone"):
+            select(scores, "8%", kinds, spread="columns")
+    with pytest.raises(InputError, match="spread evenly allows less than one element in each of 12 modules"):
+        select(scores, 1, "element", spread="columns")
+
+
+# Directions
+
+
+def direction_scores(seed=0, kept=3):
+    """Three maps, one outside the blocks, with so many directions each; singular values descend."""
+    g = torch.Generator().manual_seed(seed)
+    modules = [linear("b.0.wide", 8, 5, layer="b.0"), linear("b.0.tall", 4, 6, layer="b.0"), linear("pooler", 3, 5)]
+    parts = {}
+    for info in modules:
+        values = torch.rand(kept, generator=g).sort(descending=True).values
+        parts[info.name] = {
+            "direction": values.tolist(),
+            "direction_vectors": torch.rand(kept, info.columns, generator=g).tolist(),
+        }
+    scores = scores_of(modules, parts, 1000)
+    scores.parts["movement"] = scores.parts.pop("fisher")
+    return scores
+
+
+def test_directions_cost_their_outputs_and_come_by_singular_value_per_number():
+    scores = direction_scores()
+    values = {name: parts["direction"] for name, parts in scores.parts["movement"].items()}
+    for limit in range(4, 40):
+        plan = select(scores, limit, "direction")
+        units = sorted(
+            (
+                (-float(v) / rows, rows, name, i)
+                for name, rows in (("b.0.wide", 8), ("b.0.tall", 4))
+                for i, v in enumerate(values[name])
+            ),
+            key=lambda unit: unit[0],
+        )
+        wanted, used = {}, 0
+        for _, price, name, i in units:
+            if used + price <= limit:
+                wanted.setdefault(name, []).append(i)
+                used += price
+        assert {name: m.directions for name, m in plan.modules.items()} == {n: sorted(i) for n, i in wanted.items()}
+        assert plan.parameters == used == sum(m.shape[0] * len(m.directions) for m in plan.modules.values())
+        for name, module in plan.modules.items():
+            vectors = scores.directions("movement")[name]
+            assert torch.equal(torch.from_numpy(module.chosen_vectors()), vectors[module.directions])
+    assert set(select(scores, 40, "direction", target_modules=["pooler"]).modules) == {"pooler"}
+    assert plan.fixed == 3 * 5 + 3 * 6 and plan.adapter_bytes() == 4 * (plan.parameters + plan.fixed)
+    words = " ".join(plan.describe())
+    assert "6 input directions in 2 modules" in words and "33 numbers of the directions are fixed" in words
+
+
+def test_directions_spread_evenly_are_the_same_number_of_every_module():
+    scores = direction_scores()
+    for limit, count in ((12, 1), (23, 1), (24, 2), (36, 3)):
+        plan = select(scores, limit, "direction", spread="even")
+        assert {name: m.directions for name, m in plan.modules.items()} == {
+            name: list(range(count)) for name in ("b.0.wide", "b.0.tall")
+        }
+    assert "the same number of every module" in plan.describe()[0]
+    with pytest.raises(InputError, match=r"allows 4 directions of every module, .* kept 3 .*--probe_directions 4"):
+        select(scores, 48, "direction", spread="even")
+    with pytest.raises(InputError, match="allows less than one direction in each of 2 modules"):
+        select(scores, 11, "direction", spread="even")
+    with pytest.raises(InputError, match="the smallest direction has 4"):
+        select(scores, 3, "direction")
+
+
+def test_directions_go_with_nothing_else_and_need_their_criterion():
+    scores = direction_scores()
+    for kind in ("column", "bias", "element"):
+        with pytest.raises(InputError, match=f"direction cannot compete with {kind}"):
+            select(scores, 20, ["direction", kind])
+    scores.parts["fisher"] = {name: {} for name in scores.parts["movement"]}
+    with pytest.raises(InputError, match="fisher scores no direction, only"):
+        select(scores, 20, "direction", criterion="fisher")
+    for parts in scores.parts["movement"].values():
+        parts.clear()
+    with pytest.raises(InputError, match="has a unit of granularity direction scored by movement"):
+        select(scores, 20, "direction")
+
+
+def test_measured_directions_are_selected_from_the_saved_artefact(tmp_path):
+    scores = measure(tiny_bert(), [data_for(tiny_bert())], criteria=["movement"], options={"movement": {"steps": 3}})
+    scores.save(tmp_path)
+    again = RelevanceScores.load(tmp_path)
+    plan = select(again, "10%", "direction", spread="even")
+    assert plan == select(scores, "10%", "direction", spread="even")
+    plan.save(tmp_path)
+    loaded = Plan.load(tmp_path)
+    assert loaded == plan and len({len(m.directions) for m in plan.modules.values()}) == 1
+    for name, module in loaded.modules.items():
+        assert torch.equal(torch.from_numpy(module.vectors), scores.directions()[name])

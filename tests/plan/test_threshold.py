@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reltune.plan import threshold
-from reltune.plan.threshold import above, largest
+from reltune.plan.threshold import above, best_of_columns, largest
 
 NUMBERS = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e-45, 5e-324, 3e38, float("inf"), float("nan")]),
@@ -50,3 +50,20 @@ def test_how_many_lie_above(numbers, thresholds, equal):
     thresholds = sorted(set(thresholds))
     wanted = [sum(v > t or (equal and v == t) for v in numbers) for t in thresholds]
     assert above(scores, torch.tensor(thresholds, dtype=torch.float64), equal).tolist() == wanted
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10**9), st.integers(1, 5), st.integers(1, 5), st.integers(0, 30), st.integers(1, 40))
+def test_the_best_of_columns_by_the_rule(seed, rows, columns, count, block):
+    """Place in the column first, then size, then the index; small whole numbers, so that ties and negative ones are common."""
+    g = torch.Generator().manual_seed(seed)
+    scores = torch.randint(-2, 5, (rows, columns), generator=g).float()
+    values = scores.tolist()
+    ranked = []
+    for j in range(columns):
+        order = sorted(range(rows), key=lambda i: -values[i][j])
+        ranked += [(place, -values[i][j], i * columns + j) for place, i in enumerate(order) if values[i][j] >= 0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threshold, "BLOCK", block)
+        found = best_of_columns(scores, count)
+    assert found.tolist() == sorted(index for *_, index in sorted(ranked)[:count])

@@ -9,6 +9,7 @@ from measured_models import MODELS, Convolutions, tiny_gpt2, tiny_mixtral
 from oracles.per_example_gradients import examples
 from oracles.sign_probe import sign_probe, steps_by_rule
 from relevance_cases import (
+    assert_directions_of,
     assert_parts_equal,
     causal_of_one,
     cross_entropy_of_one,
@@ -72,11 +73,14 @@ def without_noise(name):
 
 
 def assert_is_the_probe(found, model, votes, gradients):
-    """Units are sums of |V|; single weights are |V| and, among equals, in the order of the last gradient's size."""
+    """Units are sums of |V|; single weights are |V| and, among equals, in the order of the last gradient's size; directions of linear
+    maps are V's first right singular vectors."""
     infos = found.inventory.modules
     wanted = {info.name: {key: v.abs() for key, v in laid_out(info, model, votes).items()} for info in infos}
     parts = {name: dict(of) for name, of in found.parts["movement"].items()}
     for info in infos:
+        if info.layer_type in ("linear", "conv1d"):
+            assert_directions_of(laid_out(info, model, votes)["weight"], parts[info.name])
         last = laid_out(info, model, gradients)
         for key, part in (("weight", "element"), ("bias", "element_bias")):
             single = parts[info.name].pop(part, None)

@@ -11,6 +11,7 @@ from torch import nn
 from measured_models import MODELS, Convolutions, tiny_gpt2
 from oracles.per_example_gradients import examples
 from relevance_cases import (
+    assert_directions_of,
     assert_parts_equal,
     by_module,
     causal_of_one,
@@ -42,7 +43,7 @@ def moved_by_hand(model, batches, loss_of_one, steps, learning_rate):
                 outputs = model(example[0])
             (loss_of_one(outputs, example) / len(some)).backward()
         optimizer.step()
-    return {name: (p.detach() - before[name]).abs() for name, p in model.named_parameters()}
+    return {name: p.detach() - before[name] for name, p in model.named_parameters()}
 
 
 def case(name):
@@ -68,11 +69,15 @@ def test_is_the_way_that_adamw_goes(name):
         key: move.mT if key.removesuffix(".weight") in conv1d and key.endswith("weight") else move
         for key, move in moves.items()
     }
-    wanted = by_module(moves, [info.name for info in found.inventory.modules])
+    signed = by_module(moves, [info.name for info in found.inventory.modules])
+    wanted = {name: {key: move.abs() for key, move in of.items()} for name, of in signed.items()}
     # Adam divides by √v: a gradient of rounding errors alone (key biases) moves as far as any other.
     noise = [name for name in wanted if name.endswith(("key", "k_proj")) and "bias" in wanted[name]]
     parts = {name: dict(of) for name, of in found.parts["movement"].items()}
     formula = parts_by_formula(wanted)
+    for info in found.inventory.modules:
+        if info.layer_type in ("linear", "conv1d"):
+            assert_directions_of(signed[info.name]["weight"], parts[info.name])
     for name in noise:
         del parts[name]["bias"], formula[name]["bias"]
     elements = {name: (of.pop("element"), of.pop("element_bias", None)) for name, of in parts.items()}

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from command_line import Answer, assert_refused, reltune, review_rows, write_csv
+from reltune.config.recipes import DIRECTIONS_RATE
 from reltune.config.run_config import RunConfig
 from reltune.plan.plan import Plan
 from reltune.relevance.scores import RelevanceScores
@@ -75,9 +76,73 @@ def test_another_granularity_of_the_same_relevance(place: Path, plain: Path) -> 
 
 def test_no_lora_file_of_single_weights(place: Path, plain: Path) -> None:
     answer = reltune("export", plain, "--to", "lora", "--output_dir", place / "lora")
-    assert_refused(answer, "single weights", "--to merged", "--granularity column")
+    assert_refused(answer, "single weights", "--to merged", "--granularity direction")
     assert not (place / "lora").exists()
     assert reltune("export", plain, "--to", "merged", "--output_dir", place / "merged").code == 0
+
+
+def test_directions_of_the_same_relevance_become_a_lora_file(place: Path, plain: Path) -> None:
+    run = shutil.copytree(plain, place / "along")
+    assert reltune("select", run, "--granularity", "direction", "--budget", "5%", "--overwrite_output_dir").code == 0
+    plan = Plan.load(run / "plan")
+    assert (plan.criterion, plan.spread, plan.budget_parameters) == ("movement", "even", 1043)
+    assert {name: len(module.directions) for name, module in plan.modules.items()} == dict.fromkeys(plan.modules, 2)
+    assert len(plan.modules) == 12 and plan.parameters == 2 * 2 * (5 * 32 + 64)
+    assert reltune("tune", run, "--max_steps", 3).code == 0
+    assert read(run / "training_cost.json")["learning_rate"] == DIRECTIONS_RATE
+    held = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert {name.rpartition(".")[2] for name in held} == {
+        "reltune_directions",
+        "reltune_direction_vectors",
+        "weight",
+        "bias",
+    }
+    assert sum(t.numel() for t in held.values()) * 4 == plan.adapter_bytes()
+    answer = reltune("evaluate", run)
+    assert answer.code == 0 and read(run / "all_results.json")["trainable_parameters"] == plan.parameters
+    assert "direction" in (run / "adapter" / "README.md").read_text()
+    assert reltune("report", run).code == 0 and "input directions" in (run / "report.html").read_text()
+    assert reltune("export", run, "--to", "lora", "--output_dir", place / "along_lora").code == 0
+    config = read(place / "along_lora" / "adapter_config.json")
+    assert (config["r"], config["lora_alpha"], set(config["rank_pattern"].values())) == (2, 2, {2})
+
+
+def test_a_run_of_directions_takes_their_recipe(place: Path) -> None:
+    words = ("--granularity", "direction", "--probe_steps", 3, "--probe_directions", 5, "--max_steps", 2)
+    answer = new_run(place, "directions", *words, "--budget", "3%")
+    assert answer.code == 0, answer.err
+    config, plan = RunConfig.load(place / "directions" / "config.yaml"), Plan.load(place / "directions" / "plan")
+    assert (config.criteria, config.granularity, config.spread) == (["movement"], ["direction"], "even")
+    assert {len(module.directions) for module in plan.modules.values()} == {1}
+    assert {len(module.vectors) for module in plan.modules.values()} == {5}
+    found = RelevanceScores.load(place / "directions" / "relevance")
+    assert "element" not in next(iter(found.parts["movement"].values())) and not found.by("element")
+
+
+def test_directions_that_cannot_be_are_refused_before_anything_is_measured(place: Path) -> None:
+    for words, *told in (
+        (("--criteria", "fisher"), "fisher scores no direction"),
+        (("--granularity", "direction,bias"), "direction cannot compete with bias"),
+        (("--budget", "1"), "the smallest direction has 32"),
+        (("--budget", "100"), "spread evenly allows less than one direction in each of 12 modules"),
+        (("--budget", "50%", "--probe_directions", 4), "directions of every module", "--probe_directions"),
+        (("--probe_directions", 0), "unit of granularity direction"),
+        (("--target_modules", "LayerNorm"), "unit of granularity direction"),
+        (("--spread", "columns"), "spread columns is for granularity element alone"),
+    ):
+        given = words if "--granularity" in words else ("--granularity", "direction", *words)
+        assert_refused(new_run(place, "refused", *given), *told)
+        assert not (place / "refused").exists()
+
+
+def test_single_weights_over_columns(place: Path, plain: Path) -> None:
+    run = shutil.copytree(plain, place / "over_columns")
+    answer = reltune("select", run, "--budget", "2%", "--spread", "columns", "--overwrite_output_dir")
+    assert answer.code == 0, answer.err
+    plan = Plan.load(run / "plan")
+    for module in plan.modules.values():
+        columns = [index % module.shape[1] for index in module.elements]
+        assert len(set(columns)) == min(len(columns), module.shape[1])
 
 
 def test_analyze_measures_for_the_default_choice(place: Path) -> None:

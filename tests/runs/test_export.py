@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from command_line import contents, reltune, review_rows, write_csv
+from command_line import assert_refused, contents, reltune, review_rows, write_csv
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
 from reltune.plan.plan import ModulePlan, Plan
@@ -31,6 +32,7 @@ from tiny_models import save_tiny_bert
 TEXTS = ["good film", "bad book very dull", "not great 电影", "fine"]
 QUERY, VALUE = "bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.attention.self.value"
 UP, DOWN = "bert.encoder.layer.0.intermediate.dense", "bert.encoder.layer.1.output.dense"
+VECTORS = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
 PLANS = {
     "columns": {QUERY: ModulePlan((32, 32), columns=[0, 7, 31]), UP: ModulePlan((64, 32), columns=[5])},
     "rows": {VALUE: ModulePlan((32, 32), rows=[3, 4]), UP: ModulePlan((64, 32), rows=[63])},
@@ -44,9 +46,13 @@ PLANS = {
         UP: ModulePlan((64, 32), elements=list(range(0, 2048, 10))),
         DOWN: ModulePlan((32, 64), columns=[1], elements=[0, 63, 2047]),
     },
+    "along": {
+        QUERY: ModulePlan((32, 32), directions=[0, 2], vectors=VECTORS[:, :32].copy()),
+        DOWN: ModulePlan((32, 64), columns=[5], directions=[1], vectors=VECTORS),
+    },
     "whole": {UP: ModulePlan((64, 32), weight=True, bias=True), QUERY: ModulePlan((32, 32), columns=[4], bias=True)},
 }
-LORA = ("columns", "rows", "both")  # plans that a LoRA adapter can carry
+LORA = ("columns", "rows", "both", "along")  # plans that a LoRA adapter can carry
 
 READER = """
 import json, sys
@@ -214,6 +220,19 @@ def test_a_lora_adapter_cannot_carry_whole_tensors(place: Path, tmp_path: Path) 
     ):
         with pytest.raises(InputError, match="--to merged"):
             to_lora(adapted(place / "model", modules), tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+
+
+def test_vllm_is_offered_what_it_takes(place: Path, tmp_path: Path) -> None:
+    for words, told in (
+        (
+            ("--to", "lora", "--for", "vllm"),
+            "vLLM serves no adapter that saves modules whole, and this one saves classifier",
+        ),
+        (("--to", "merged", "--for", "vllm"), "--for vllm is about LoRA adapters"),
+        (("--to", "lora", "--for", "tgi"), "--for 'tgi' is unknown"),
+    ):
+        assert_refused(reltune("export", place / "along", *words, "--output_dir", tmp_path / "new"), told)
         assert not (tmp_path / "new").exists()
 
 

@@ -25,6 +25,7 @@ from distributed_worker import (
     SELECTIONS,
     SWEEP,
     TUNE,
+    VECTORS,
     adam,
     batches,
     bert,
@@ -37,7 +38,7 @@ from distributed_worker import (
     vectors,
     with_saved,
 )
-from oracles import dense_update
+from oracles import dense_update, directions
 from reltune.tasks.generation import continuations
 from tiny_models import save_tiny_bert, save_tiny_llama
 
@@ -61,6 +62,12 @@ def dense(chosen: str, make: Callable, steps: list, max_norm: float | None = Non
     """Plain autograd on whole weights, in one process, on the whole of every batch."""
     model = net()
     losses = [[lambda m, batch=batch, of=step: loss_of(m, batch) / len(of) for batch in step] for step in steps]
+    if chosen == "directions":
+        own = {
+            name: torch.from_numpy(VECTORS[name][of["directions"]]).double() for name, of in SELECTIONS[chosen].items()
+        }
+        directions.train(model, directions.along(model, own).values(), make, losses, max_norm)
+        return directions.finished(model).eval()
     dense_update.train(model, with_saved(chosen), make, losses, max_norm)
     return model.eval()
 

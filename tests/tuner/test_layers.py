@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -125,6 +126,9 @@ def _selection(model: nn.Module, units: str, second: bool = False) -> Selection:
         elif units == "elements":
             flat = [2, 2 * info.columns + 1, info.weight_parameters - 1] if not second else [2 * info.columns + 1, 3]
             own = {"elements": flat} if "element" in layer_type(info.layer_type).trains else {"columns": [0]}
+        elif units == "directions":
+            own = {"directions": [2, 0] if not second else [1]}
+            own = own if "direction" in layer_type(info.layer_type).trains else {"columns": [0]}
         elif "columns" in units or "rows" in units:
             columns, rows = ([0, info.columns - 1], [info.rows - 1, 0]) if not second else ([0], [1, 0])
             own = {"columns": columns} if "columns" in units else {}
@@ -146,6 +150,9 @@ def _config(model: nn.Module, selection: Selection, **fields: Any) -> ReltuneCon
         name: ModulePlan(inventory[name].shape, groups=inventory[name].groups, **units)
         for name, units in selection.items()
     }
+    for module in modules.values():
+        if module.directions:
+            module.vectors = np.random.default_rng(1).normal(size=(3, module.shape[1])).astype(np.float32)
     return ReltuneConfig(plan=Plan(modules, "all", 10**9, 10**9, ""), **fields)
 
 
@@ -262,6 +269,8 @@ PAIRS = [
     ("rows", "weight and bias"),
     ("elements", "elements"),
     ("columns, rows and elements", "elements"),
+    ("directions", "directions"),
+    ("columns and rows", "directions"),
 ]
 
 
@@ -330,7 +339,7 @@ def test_what_is_asked_for_while_a_graph_lives(name: str, pair: tuple[str, str])
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("units", ["columns and rows", "columns, rows and elements", "weight and bias"])
+@pytest.mark.parametrize("units", ["columns and rows", "columns, rows and elements", "directions", "weight and bias"])
 @pytest.mark.parametrize("name", MODELS)
 def test_saved_adapters_load(name: str, units: str, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
     model = _two(name, units, "columns")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -48,16 +49,16 @@ from reltune.tuner.registration import register
 
 Selection = dict[str, dict[str, Any]]
 
-# Adapters that share columns, rows, elements and cells in different ways; "second" also trains a module that "first" does not.
+# Adapters that share columns, rows, elements, directions and cells in different ways; "second" also trains a module that "first" does not.
 FIRST: Selection = {
     "first": {"columns": [5, 0], "rows": [2]},
     "norm": {"weight": True, "bias": True},
-    "second": {"columns": [1, 6], "elements": [10, 0, 24], "bias": True},
+    "second": {"columns": [1, 6], "elements": [10, 0, 24], "bias": True, "directions": [0, 2]},
 }
 SECOND: Selection = {
     "first": {"columns": [4], "rows": [2, 7]},
     "second": {"rows": [1, 3], "elements": [0, 38]},
-    "head": {"columns": [0, 3], "rows": [1], "elements": [7, 21]},
+    "head": {"columns": [0, 3], "rows": [1], "elements": [7, 21], "directions": [2]},
 }
 THIRD: Selection = {
     "first": {"weight": True},
@@ -65,6 +66,17 @@ THIRD: Selection = {
     "norm": {"weight": True},
     "head": {"elements": [21, 0, 9]},
 }
+FOURTH: Selection = {"first": {"directions": [0, 1]}, "second": {"directions": [1]}}
+
+
+def _vectors(name: str, in_features: int) -> np.ndarray:
+    """Four directions of a module's input, which need not be orthogonal."""
+    return np.random.default_rng(len(name)).normal(size=(4, in_features)).astype(np.float32)
+
+
+def _in_the_weight(selection: Selection) -> Selection:
+    """The selection without directions, which are not masks of full fine-tuning."""
+    return {name: {key: of for key, of in units.items() if key != "directions"} for name, units in selection.items()}
 
 
 class Net(nn.Module):
@@ -92,6 +104,8 @@ def _plan(model: nn.Module, selection: Selection, **fields: Any) -> Plan:
         name: ModulePlan(tuple(model.get_submodule(name).weight.shape), **units)  # type: ignore[union-attr,arg-type]
         for name, units in selection.items()
     }
+    for name, module in modules.items():
+        module.vectors = _vectors(name, module.shape[-1]) if module.directions else None
     return Plan(modules, "all", 10**9, 10**9, fields.pop("fingerprint", ""), **fields)
 
 
@@ -136,6 +150,9 @@ def _change(model: nn.Module, base: nn.Module, adapter: str) -> dict[str, Tensor
                     weight[i // weight.shape[1], i % weight.shape[1]] = layer.reltune_elements[adapter][j]
             if adapter in layer.reltune_weight:
                 weight.copy_(layer.reltune_weight[adapter])
+            if adapter in layer.reltune_directions:
+                vectors = layer.reltune_direction_vectors[adapter].to(weight.dtype)
+                weight.add_(layer.reltune_directions[adapter].to(weight.dtype) @ vectors)
             if adapter in layer.reltune_bias:
                 after[f"{name}.bias"].copy_(layer.reltune_bias[adapter])
     return {name: after[name] - before[name] for name in after}
@@ -182,6 +199,8 @@ def _check_gradients(model: nn.Module, expected: dict[str, Tensor], adapter: str
             parts["reltune_rows"] = full[layer.reltune_row_indices[adapter]]
         if adapter in layer.reltune_elements:
             parts["reltune_elements"] = full.flatten()[layer.reltune_element_indices[adapter].long()]
+        if adapter in layer.reltune_directions:
+            parts["reltune_directions"] = full @ layer.reltune_direction_vectors[adapter].mT
         for kind, part in parts.items():
             if adapter in getattr(layer, kind):
                 grad = getattr(layer, kind)[adapter].grad
@@ -244,7 +263,7 @@ def test_either_order_of_imports_lets_peft_load_the_config(order: str, tmp_path:
 HEADS = ["bert.pooler", "classifier"]
 BERT: Selection = {
     "bert.encoder.layer.0.attention.self.query": {"columns": [3, 15], "elements": [250, 17, 0], "bias": True},
-    "bert.encoder.layer.0.intermediate.dense": {"rows": [31, 4], "columns": [9]},
+    "bert.encoder.layer.0.intermediate.dense": {"rows": [31, 4], "columns": [9], "directions": [3]},
     "bert.encoder.layer.1.output.dense": {"weight": True},
     "bert.encoder.layer.1.output.LayerNorm": {"weight": True, "bias": True},
 }
@@ -311,7 +330,9 @@ def test_an_adapter_is_a_config_and_tensors(saved: dict[str, Any]) -> None:
     assert not any("base_layer" in name or "originals" in name for name in tensors)
     assert {"base_model.model.classifier.weight", "base_model.model.bert.pooler.dense.bias"} <= tensors.keys()
     numbers = sum(t.numel() for t in tensors.values() if t.is_floating_point())
-    assert numbers == (32 + 3 + 16) + (32 + 2 * 16) + 16 * 32 + 2 * 16 + (16 * 16 + 16) + (2 * 16 + 2)
+    along = tensors[prefix + "directions"], tensors[prefix + "direction_vectors"]
+    assert [tuple(t.shape) for t in along] == [(32, 1), (1, 16)]
+    assert numbers == (32 + 3 + 16) + (32 + 2 * 16 + 32 + 16) + 16 * 32 + 2 * 16 + (16 * 16 + 16) + (2 * 16 + 2)
 
 
 def test_saved_config_says_nothing_of_the_machine_and_holds_no_plan(saved: dict[str, Any]) -> None:
@@ -322,6 +343,7 @@ def test_saved_config_says_nothing_of_the_machine_and_holds_no_plan(saved: dict[
         "columns": 1,
         "rows": 2,
         "elements": 0,
+        "directions": 1,
         "weight": False,
         "bias": False,
     }
@@ -491,23 +513,25 @@ def test_inject_adapter_in_model(saved: dict[str, Any]) -> None:
 
 
 def test_output_is_that_of_the_changed_weights() -> None:
-    for selection in (FIRST, SECOND, THIRD):
+    for selection in (FIRST, SECOND, THIRD, FOURTH):
         model = _model(selection)
         _check_output(model, "default")
         assert not torch.allclose(model(X), _net()(X), atol=1e-3)
 
 
 def test_switching_between_adapters() -> None:
-    model = _model(FIRST, other=SECOND, third=THIRD)
-    for name in ("default", "other", "third", "other", "default", "third", "default"):
+    model = _model(FIRST, other=SECOND, third=THIRD, fourth=FOURTH)
+    for name in ("default", "other", "third", "fourth", "other", "default", "fourth", "third", "default"):
         model.set_adapter(name)
         _check_output(model, name)
     _check_base_is(_base_state(model), _net())
 
 
-@pytest.mark.parametrize("names", [["default", "other"], ["other", "third"], ["third", "default", "other"]])
+@pytest.mark.parametrize(
+    "names", [["default", "other"], ["other", "third"], ["third", "default", "other"], ["fourth", "third", "default"]]
+)
 def test_several_active_adapters_add_their_changes(names: list[str]) -> None:
-    model = _model(FIRST, other=SECOND, third=THIRD)
+    model = _model(FIRST, other=SECOND, third=THIRD, fourth=FOURTH)
     model.base_model.set_adapter(names)
     _check_output(model, *names)
     dense = _dense(model, *names)
@@ -543,7 +567,8 @@ def test_only_the_active_adapter_is_trained() -> None:
 
 def test_one_optimizer_over_all_adapters_while_switching() -> None:
     """Every adapter follows full fine-tuning of its own weights, whichever was active last."""
-    model = _model(FIRST, other=SECOND)
+    first, second = _in_the_weight(FIRST), _in_the_weight(SECOND)
+    model = _model(first, other=second)
     dense = {"default": _dense(model, "default"), "other": _dense(model, "other")}
     optimizers = {
         name: torch.optim.SGD([p for n, p in model.named_parameters() if n.endswith("." + name)], lr=0.1)
@@ -554,7 +579,7 @@ def test_one_optimizer_over_all_adapters_while_switching() -> None:
         optimizers[name].zero_grad()
         model(X).square().mean().backward()
         optimizers[name].step()
-        selection = FIRST if name == "default" else SECOND
+        selection = first if name == "default" else second
         dense_update.train(
             dense[name], selection, lambda p: torch.optim.SGD(p, lr=0.1), [[lambda m: m(X).square().mean()]]
         )
@@ -739,9 +764,11 @@ def test_training_after_a_first_pass_in_inference_mode() -> None:
 
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("names", [["default"], ["other"], ["default", "other"], ["third", "default", "other"]])
+@pytest.mark.parametrize(
+    "names", [["default"], ["other"], ["fourth"], ["default", "other"], ["third", "default", "fourth", "other"]]
+)
 def test_merging_and_unmerging(names: list[str], dtype: torch.dtype, safe: bool) -> None:
-    model, x = _model(FIRST, dtype, other=SECOND, third=THIRD), X.to(dtype)
+    model, x = _model(FIRST, dtype, other=SECOND, third=THIRD, fourth=FOURTH), X.to(dtype)
     model.base_model.set_adapter(names)
     with torch.no_grad():
         before = model(x)
@@ -784,10 +811,10 @@ def test_merging_one_after_the_other() -> None:
     _check_output(model, "default")
 
 
-@pytest.mark.parametrize("names", [None, ["default"], ["other"], ["third"], ["default", "other", "third"]])
+@pytest.mark.parametrize("names", [None, ["default"], ["other"], ["fourth"], ["default", "other", "third", "fourth"]])
 def test_merge_and_unload(names: list[str] | None) -> None:
     """Also when another adapter is active, in layers that the merged one does not have."""
-    model = _model(FIRST, other=SECOND, third=THIRD)
+    model = _model(FIRST, other=SECOND, third=THIRD, fourth=FOURTH)
     expected = _dense(model, *(names or ["default"]))
     plain = model.merge_and_unload(adapter_names=names)
     assert type(plain) is Net and not _layers(plain)
@@ -798,7 +825,7 @@ def test_merge_and_unload(names: list[str] | None) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", ["columns", "rows", "elements", "weight", "bias"])
+@pytest.mark.parametrize("kind", ["columns", "rows", "elements", "directions", "weight", "bias"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_safe_merge_refuses_values_that_are_not_finite(kind: str, value: float) -> None:
     selection: Selection = {"second": {kind: True if kind in ("weight", "bias") else [1]}}
@@ -1060,12 +1087,12 @@ def test_state_saved_after_a_write_through_data_is_whole() -> None:
 class Random:
     """A model under a random sequence of operations, beside one plain model per adapter that must agree with it."""
 
-    SELECTIONS = (FIRST, SECOND, THIRD)
-    NAMES = ("default", "other", "third")
+    SELECTIONS = (FIRST, SECOND, THIRD, FOURTH)
+    NAMES = ("default", "other", "third", "fourth")
 
     def __init__(self, seed: int) -> None:
         self.random = torch.Generator().manual_seed(seed)
-        self.model = _model(FIRST, other=SECOND, third=THIRD)
+        self.model = _model(FIRST, other=SECOND, third=THIRD, fourth=FOURTH)
         self.base = _net()
         self.dense = {name: _dense(self.model, name) for name in self.NAMES}
         self.active = ["default"]
@@ -1097,13 +1124,19 @@ class Random:
         self.model(X).square().mean().backward()
         optimizer.step()
         for name in self.active:
-            where = dense_update.masks(self.base, self.SELECTIONS[self.NAMES.index(name)])
+            selection = self.SELECTIONS[self.NAMES.index(name)]
+            where = dense_update.masks(self.base, selection)
             with torch.no_grad():
                 for key, p in self.dense[name].named_parameters():
                     p.sub_(0.05 * gradients[key] * where[key])
+                for module, units in selection.items():
+                    weight = self.dense[name].get_submodule(module).weight
+                    own = units.get("directions", [])
+                    along = torch.from_numpy(_vectors(module, weight.shape[-1])[own]).double()  # type: ignore[index]
+                    weight.sub_(0.05 * gradients[f"{module}.weight"] @ along.mT @ along if own else 0)  # type: ignore[operator]
 
     def switch(self) -> None:
-        order = torch.randperm(3, generator=self.random).tolist()
+        order = torch.randperm(len(self.NAMES), generator=self.random).tolist()
         self.active = [self.NAMES[i] for i in order[: 1 + self.pick(3)]]
         self.model.base_model.set_adapter(self.active)
 
@@ -1361,7 +1394,7 @@ def test_module_that_is_missing_is_named() -> None:
 
 
 def test_module_of_another_shape_is_refused() -> None:
-    plan = _plan(_net(), FIRST)
+    plan = _plan(_net(), _in_the_weight(FIRST))
     plan.modules["second"].shape = (8, 16)
     with pytest.raises(InputError, match=r"second.*\[8, 16\].*\[8, 8\]"):
         get_peft_model(_net(), ReltuneConfig(plan=plan))
@@ -1657,7 +1690,7 @@ def test_hooks_of_the_base_layer_are_called_whatever_is_asked_for(units: dict[st
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["columns", "rows", "weight", "bias", "elements"])
+@pytest.mark.parametrize("kind", ["columns", "rows", "weight", "bias", "elements", "directions"])
 def test_half_precision_bases_train_in_float32_unless_told_otherwise(dtype: torch.dtype, kind: str) -> None:
     units: Any = True if kind in ("weight", "bias") else [1, 3]
     for cast, expected in ((True, torch.float32), (False, dtype)):

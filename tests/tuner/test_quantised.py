@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
@@ -35,6 +36,7 @@ UNITS = {
     "columns, rows and bias": {"columns": [1, 4], "rows": [0, 7], "bias": True},
     "bias": {"bias": True},
     "single weights": {"elements": [0, 3, 17, 301, 639]},
+    "directions": {"directions": [0, 2], "bias": True},
     "all together": {"columns": [1, 4], "rows": [0, 7], "elements": [18, 35, 639], "bias": True},
 }
 
@@ -42,6 +44,8 @@ UNITS = {
 def tuned(model, units, adapter="default"):
     shape = tuple(take_inventory(model)[LINEAR].shape)
     chosen = ModulePlan(shape, **units)
+    if chosen.directions:
+        chosen.vectors = np.random.default_rng(0).normal(size=(3, shape[1])).astype(np.float32)
     plan = Plan({LINEAR: chosen}, "all", chosen.parameters, 10**6, fingerprint="", always_trained=["classifier"])
     tuned = get_peft_model(model, reltune.ReltuneConfig(plan=plan), adapter_name=adapter).eval()
     compute_as_in_training(model)  # bitsandbytes computes in another way in evaluation on a CPU
@@ -78,7 +82,7 @@ def test_it_is_trained_as_the_dequantised_weights_are(way, units):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("units", ["columns", "single weights"])
+@pytest.mark.parametrize("units", ["columns", "single weights", "directions"])
 def test_adapters_on_it_are_switched_disabled_saved_and_loaded(units, way, tmp_path):
     quantised, _ = pair(tiny_bert, way)
     batch = batches()[0]
@@ -89,7 +93,7 @@ def test_adapters_on_it_are_switched_disabled_saved_and_loaded(units, way, tmp_p
         near = 1e-6 if DEVICE == "cpu" or way != "8 bits" else 3e-2
         assert torch.allclose(base(**batch).logits, start, rtol=1e-5, atol=near)
         layer = base.get_submodule(f"base_model.model.{LINEAR}")
-        values = (layer.reltune_columns if units == "columns" else layer.reltune_elements)["first"]
+        values = getattr(layer, {"single weights": "reltune_elements"}.get(units, f"reltune_{units}"))["first"]
         values.add_(torch.randn(values.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE))
         changed = base(**batch).logits
         assert not torch.allclose(changed, start, atol=1e-3)
@@ -437,7 +441,7 @@ def test_merging_and_a_lora_file_are_refused_with_what_to_do_instead(tmp_path):
             InputError, match=r"cannot be merged into a quantised weight, .* or run the adapter unmerged"
         ):
             call()
-    with pytest.raises(InputError, match=r"trains single weights, .* --granularity column"):
+    with pytest.raises(InputError, match=r"trains single weights, .* --granularity direction"):
         to_lora(model, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 

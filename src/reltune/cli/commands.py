@@ -16,7 +16,7 @@ from reltune.cli.launcher import several, together
 from reltune.cli.output import say, show_lm_eval, show_metrics, show_record, show_relevance, show_sweep
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
-from reltune.names import EXPORT_FORMS
+from reltune.names import EXPORT_FORMS, SERVERS
 
 app = typer.Typer(
     help="Measure which parameters matter for a task, choose them under a budget, train only those, evaluate.",
@@ -196,16 +196,24 @@ def export(
             help=f"What to write. {'; '.join(f'{name}: {meaning}' for name, meaning in EXPORT_FORMS.items())}.",
         ),
     ],
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="SERVER",
+            help=f"Write the LoRA adapter as a server wants it. {'; '.join(f'{name}: {form}' for name, form in SERVERS.items())}.",
+        ),
+    ] = None,
 ) -> None:
     """Write the tuned model for programs that do not know reltune."""
     from reltune.runs.directory import RunDirectory
     from reltune.runs.preflight import check_export
 
     directory, config = RunDirectory.open(run)
-    check_export(directory, to, output_dir)
+    check_export(directory, to, output_dir, server)
     from reltune.runs import flow
 
-    say(f"Exported to {flow.export(directory, config, to, output_dir)}")
+    say(f"Exported to {flow.export(directory, config, to, output_dir, server)}")
 
 
 @app.command()

@@ -18,8 +18,8 @@ class AnalysisConfig(Subject):
         default=BY_RECIPE,
         metadata=about(
             f"How relevance is measured: one or several of {', '.join(CRITERIA)}, or a criterion of an installed package. "
-            f"Units are chosen by the first one. If not given: {BEST.criterion} for single weights, which is the default, and "
-            f"{COLUMNS.criterion} for every other granularity.",
+            f"Units are chosen by the first one. If not given: {BEST.criterion} for single weights, which is the default, and for "
+            f"directions, and {COLUMNS.criterion} for every other granularity.",
             "NAMES",
             least=1,
         ),
@@ -49,6 +49,15 @@ class AnalysisConfig(Subject):
     probe_step_size: float = field(
         default=1e-4,
         metadata=about("For the criterion movement: how far a weight moves in each of these steps.", "X", above=0),
+    )
+    probe_directions: int = field(
+        default=64,
+        metadata=about(
+            "For the criterion movement: how many input directions of each linear map are kept, of which `select --granularity "
+            "direction` chooses.",
+            "N",
+            least=0,
+        ),
     )
     elements: bool = field(
         default=False,

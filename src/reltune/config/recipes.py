@@ -37,6 +37,19 @@ SINGLE_WEIGHTS = dataclasses.replace(BEST, budget="0.5%")
 # Where another granularity or other criteria are named.
 COLUMNS = Recipe("fisher", "column", "0.5%", "global")
 
+# Where directions of a linear map's input are named as the granularity: "A from movement and fixed" in
+# benchmarks/results/selection_explore.json, selection_encoder.json (MiniLM, 5 directions of every linear map, 0.46% of the model) and
+# selection_decoder.json (SmolLM2-135M, 16, 1.85%). 0.5% allows those 5. Level with LoRA of equal size on the one, ahead of it on the
+# other (docs/selection.md).
+DIRECTIONS = Recipe("movement", "direction", "0.5%", "even")
+
+# AdamW's rate for what is trained along directions of length 1, at scale 1. In those records they had the length 1/√3 and LoRA's scale
+# was 2, so that a step at some rate did what one at 2/√3 times that rate does here. One rate for all was best at 1e-3, which is 1.2e-3
+# here: on MiniLM 0.25 validation points below each task's own best, on average over 12 pairs of task and phase (2e-3 lost 0.60, 4e-3 1.68;
+# a task's own best lay between 5e-4 and 8e-3); on SmolLM2 it was the best on all 4 tasks. So it depends neither on the number of directions
+# nor on the task family.
+DIRECTIONS_RATE = 1.2e-3
+
 CHOICE = ("criteria", "granularity", "budget", "spread")  # the fields that a recipe fills
 
 
@@ -44,14 +57,14 @@ def completed(given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of ``CHOICE``: those that are given, and for those that are None what the recipe says."""
     criteria, granularity = given["criteria"], given["granularity"]
     if granularity is not None:
-        recipe = SINGLE_WEIGHTS if "element" in granularity else COLUMNS
+        named = {"element": SINGLE_WEIGHTS, DIRECTIONS.granularity: DIRECTIONS}
+        recipe = next((named[word] for word in granularity if word in named), COLUMNS)
     else:
         recipe = BEST if criteria in (None, [BEST.criterion]) else COLUMNS
     filled = recipe.fields() | {name: value for name, value in given.items() if value is not None}
-    if (
-        given["spread"] is None
-    ):  # that even shares are best was measured of single weights by movement, and of nothing else
-        alone = (filled["criteria"][0], filled["granularity"]) == (BEST.criterion, [BEST.granularity])
+    if given["spread"] is None:  # that even is best was measured of these two, and of nothing else
+        measured = [(of.criterion, [of.granularity]) for of in (BEST, DIRECTIONS)]
+        alone = (filled["criteria"][0], filled["granularity"]) in measured
         filled["spread"] = BEST.spread if alone else COLUMNS.spread
     return filled
 

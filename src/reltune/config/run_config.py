@@ -34,7 +34,7 @@ ORDER = """
     lm_eval_tasks lm_eval_num_fewshot lm_eval_limit lm_eval_batch_size lm_eval_apply_chat_template
     load_in_4bit load_in_8bit early_stopping_patience sweep sweep_trials
     budget criteria granularity spread target_modules exclude_modules
-    head_epochs analysis_examples analysis_batch_size max_trials probe_steps probe_step_size elements frozen_dtype
+    head_epochs analysis_examples analysis_batch_size max_trials probe_steps probe_step_size probe_directions elements frozen_dtype
     export seed training
 """.split()
 

@@ -26,7 +26,8 @@ class SelectionConfig(Subject):
         default=BY_RECIPE,
         metadata=about(
             f"What kinds of unit to choose: one or several of {', '.join(GRANULARITIES)}. element means single weights, and "
-            f"goes together with bias and norm only; columns and rows alone can become a LoRA file. If not given: {BEST.granularity}, and {COLUMNS.granularity} where other "
+            f"goes together with bias and norm only; direction means fixed directions of a linear map's input, and goes with nothing else. "
+            f"Directions, columns and rows can become a LoRA file. If not given: {BEST.granularity}, and {COLUMNS.granularity} where other "
             f"criteria than {BEST.criterion} alone are named or the base is held in 4 or 8 bits.",
             "NAMES",
             GRANULARITIES,
@@ -36,8 +37,9 @@ class SelectionConfig(Subject):
     spread: str = field(
         default=BY_RECIPE,
         metadata=about(
-            f"Where to choose. {'; '.join(f'{name}: {meaning}' for name, meaning in SPREADS.items())}. If not given: "
-            f"{BEST.spread} for single weights by {BEST.criterion}, else {COLUMNS.spread}.",
+            f"Where to choose. {'; '.join(f'{name}: {meaning}' for name, meaning in SPREADS.items())} (single weights only). Even is, of "
+            f"directions, the same number. If not given: {BEST.spread} for single weights and directions by {BEST.criterion}, else "
+            f"{COLUMNS.spread}.",
             "HOW",
             tuple(SPREADS),
         ),

@@ -28,7 +28,7 @@ class LinearType(SingleWeight):
 
     name = "linear"
     covers = "nn.Linear"
-    trains = frozenset({"column", "row", "element", "weight", "bias"})
+    trains = frozenset({"column", "row", "element", "direction", "weight", "bias"})
     head_layout: HeadLayout = "separate"
 
     def matches(self, module: nn.Module) -> bool:

@@ -71,7 +71,7 @@ class LayerType(Protocol):
     covers: str
     """The classes of modules, for messages: ``nn.Linear``."""
     trains: frozenset[str]
-    """What of it can be trained: of column, row, element, weight and bias. Empty: it is measured only."""
+    """What of it can be trained: of column, row, element, direction, weight and bias. Empty: it is measured only."""
     packed: bool
     """Whether the numbers that its weight holds may stand for something else, as those of a quantised weight do."""
     head_layout: HeadLayout

@@ -35,7 +35,7 @@ class QuantisedType(LinearType):
 
     name = "quantised"
     covers = "quantised nn.Linear"
-    trains = frozenset({"column", "row", "element", "bias"})
+    trains = frozenset({"column", "row", "element", "direction", "bias"})
     packed = True
     head_layout: HeadLayout = ""
 

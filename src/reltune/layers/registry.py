@@ -23,7 +23,7 @@ from reltune.layers.quantised import QuantisedType
 from reltune.layers.router import RouterType
 from reltune.layers.units import ModuleInfo
 
-TRAINABLE_PARTS = ("column", "row", "element", "weight", "bias")
+TRAINABLE_PARTS = ("column", "row", "element", "direction", "weight", "bias")
 
 # By name. A module is of the first type that matches it.
 _types: dict[str, LayerType] = {

@@ -146,10 +146,24 @@ def weight_shapes(info: ModuleInfo) -> dict[str, tuple[int, ...]]:
     return {"weight": info.shape, **({"bias": info.shape[:1]} if info.bias else {})}
 
 
-def part_shapes(info: ModuleInfo) -> dict[str, tuple[int, ...]]:
-    """The shapes of all parts that a module may be scored by."""
+def part_shapes(info: ModuleInfo, directions: int = 0) -> dict[str, tuple[int, ...]]:
+    """The shapes of all parts that a module may be scored by; ``directions``: how many input directions were found in it."""
     elements = {"element": info.shape} | ({"element_bias": info.shape[:1]} if info.bias else {})
-    return {**unit_shapes(info), "module": (), **elements}
+    shapes = {**unit_shapes(info), "module": (), **elements}
+    if directions and has_directions(info):
+        shapes |= {"direction": (directions,), "direction_vectors": (directions, info.columns)}
+    return shapes
+
+
+def has_directions(info: ModuleInfo) -> bool:
+    """Whether the weight is one matrix, whose inputs have directions."""
+    return len(info.shape) == 2 and info.groups == 1
+
+
+def directions_in(parts: Mapping[str, Tensor]) -> int:
+    """How many input directions there are in a module's scores."""
+    found = parts.get("direction")
+    return 0 if found is None or found.ndim != 1 else len(found)
 
 
 def matrices(info: ModuleInfo, weight: Tensor) -> Iterator[Tensor]:

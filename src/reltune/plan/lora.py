@@ -21,7 +21,7 @@ from reltune.plan.plan import ModulePlan, Plan
 def lora_config(plan: Plan, scaling: float = 2.0, **fields: Any) -> LoraConfig:
     """A LoraConfig with the plan's modules as ``target_modules`` and a rank for each as ``rank_pattern``.
 
-    Columns, rows, elements and whole matrices turn into ranks; new heads into ``modules_to_save``. ``scaling`` is lora_alpha
+    Columns, rows, elements, directions and whole matrices turn into ranks; new heads into ``modules_to_save``. ``scaling`` is lora_alpha
     over the rank in every module; ``fields`` are other fields of LoraConfig. Raises InputError for a plan of biases or
     norms, which no low-rank adapter trains.
     """

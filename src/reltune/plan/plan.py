@@ -34,17 +34,20 @@ WORDS = {
     "column": "columns",
     "row": "rows",
     "element": "single weights",
+    "direction": "input directions",
     "weight": "the whole weight",
     "bias": "the bias",
 }
 INLINE_INDICES = 20_000  # more indices than this in all go to a file beside the plan
 INDEX_FILE = "indices.safetensors"
-INDEX_FIELDS = ("columns", "rows", "elements")
+INDEX_FIELDS = ("columns", "rows", "elements", "directions")
+VECTOR_FILE = "directions.safetensors"  # the vectors that directions are counted in
 HEADER = """\
 # What reltune will train. May be edited: add or remove modules, columns, rows, or set weight/bias to true or false.
 # columns are input features and rows output features of a linear map, counted from 0; input channels and filters of a
 # convolution; features and tokens of an embedding. elements are single weights of a linear map: the one in row i and
-# column j of shape [out, in] has the number i * in + j. Checked when it is read.
+# column j of shape [out, in] has the number i * in + j. directions are fixed directions of a linear map's input, along which it is
+# trained: rows of its matrix in directions.safetensors, the strongest first. Checked when it is read.
 """
 
 
@@ -57,6 +60,8 @@ class ModulePlan:
     ``columns``, ``rows`` and ``elements``. A cell in both a chosen row and a chosen column belongs to the row.
     ``elements`` are single weights of a linear map, as flat indices into ``shape`` (row · in + column), in none of the
     chosen columns and rows; held in ascending order in an ``array``, since there may be millions.
+    ``directions`` of a linear map's input are rows of ``vectors`` (k, in), in float32, which is None where they are not known. They are
+    fixed: trained is how the output follows the input along each, ``out`` numbers.
     """
 
     shape: tuple[int, ...]
@@ -66,6 +71,8 @@ class ModulePlan:
     bias: bool = False
     groups: int = 1  # of a convolution
     elements: Sequence[int] = dataclasses.field(default_factory=list)
+    directions: list[int] = dataclasses.field(default_factory=list)
+    vectors: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._pack()
@@ -85,16 +92,24 @@ class ModulePlan:
         size = math.prod(self.shape)
         column = size // self.column_count if self.column_count else 0
         parts = len(self.columns) * column + len(self.rows) * (size // self.shape[0]) + len(self.elements)
+        parts += len(self.directions) * self.shape[0]
         return (size if self.weight else parts) + (self.shape[0] if self.bias else 0)
 
     @property
     def indices(self) -> int:
-        return len(self.columns) + len(self.rows) + len(self.elements)
+        return sum(len(getattr(self, field)) for field in INDEX_FIELDS)
+
+    @property
+    def fixed(self) -> int:
+        """Numbers that the adapter's file holds and that are not trained: those of the directions."""
+        return len(self.directions) * self.shape[-1]
 
     @property
     def index_bytes(self) -> int:
-        """On disk: int64 for columns and rows, for elements the narrower type that fits."""
-        return 8 * (len(self.columns) + len(self.rows)) + index_dtype(self.shape).itemsize * len(self.elements)
+        """On disk, of what says where the trained numbers are: int64 for columns and rows, for elements the narrower type that fits,
+        float32 vectors for directions."""
+        elements = index_dtype(self.shape).itemsize * len(self.elements)
+        return 8 * (len(self.columns) + len(self.rows)) + elements + 4 * self.fixed
 
     def check_layer_type(self, info: ModuleInfo) -> None:
         """Raise InputError, naming the module, for what cannot be trained of its layer type."""
@@ -106,7 +121,7 @@ class ModulePlan:
                 f"plan: {info.name} cannot be trained by this plan: it is of layer type {info.layer_type}, which is "
                 "measured only."
             )
-        chosen = (self.columns, self.rows, self.elements, self.weight, self.bias)
+        chosen = (self.columns, self.rows, self.elements, self.directions, self.weight, self.bias)
         cannot = [part for part, units in zip(WORDS, chosen, strict=True) if units and part not in can]
         if cannot:
             instead = ", ".join(word for part, word in WORDS.items() if part in can)
@@ -120,7 +135,7 @@ class ModulePlan:
         self.elements = _compact(index.numpy())
 
     def index(self, field: str) -> torch.Tensor:
-        """``columns``, ``rows`` or ``elements`` as a tensor, in the type that it has in files."""
+        """``columns``, ``rows``, ``elements`` or ``directions`` as a tensor, in the type that it has in files."""
         import torch
 
         return torch.from_numpy(self.index_array(field))
@@ -128,6 +143,10 @@ class ModulePlan:
     def index_array(self, field: str) -> np.ndarray:
         """The same as an array."""
         return np.array(getattr(self, field), dtype=index_dtype(self.shape) if field == "elements" else np.int64)
+
+    def chosen_vectors(self) -> np.ndarray | None:
+        """The vectors of the chosen directions (directions, in); None where they are not known."""
+        return None if self.vectors is None else self.vectors[self.directions]
 
     def check(self, name: str) -> None:
         """Raise InputError, naming the module, if what is trained of it contradicts itself."""
@@ -142,21 +161,32 @@ class ModulePlan:
             raise InputError(
                 f"plan: groups of {name} has no meaning, because only convolutions have groups; remove it."
             )
-        if self.weight and (self.columns or self.rows or self.elements):
+        parts = any(getattr(self, field) for field in INDEX_FIELDS)
+        kinds = "columns or rows or elements" if not self.directions else "directions"
+        if self.weight and parts:
+            raise InputError(f"plan: {name} trains the whole weight and {kinds} of it; keep one of them.")
+        if len(self.shape) == 1 and parts:
+            raise InputError(f"plan: {name} is a norm and has no {kinds}; set weight: true instead.")
+        if self.directions and (len(self.shape) != 2 or self.groups > 1):
             raise InputError(
-                f"plan: {name} trains the whole weight and columns or rows or elements of it; keep one of them."
+                f"plan: {name} is a convolution, which has no directions to train along; choose columns or rows."
             )
-        if len(self.shape) == 1 and (self.columns or self.rows or self.elements):
-            raise InputError(
-                f"plan: {name} is a norm and has no columns or rows or elements; set weight: true instead."
-            )
-        for field, size in (("columns", self.column_count), ("rows", self.shape[0])):
+        held, vectors = self.shape[-1], self.vectors
+        if self.directions and vectors is not None:
+            fit = vectors.dtype == np.float32 and vectors.ndim == 2 and vectors.shape[1] == held
+            if not fit or not np.isfinite(vectors).all():
+                raise InputError(
+                    f"plan: the directions of {name} are no float32 vectors of {held} finite numbers; select again."
+                )
+            held = len(vectors)
+        for field, size in (("columns", self.column_count), ("rows", self.shape[0]), ("directions", held)):
             values = getattr(self, field)
             if not isinstance(values, list) or any(type(i) is not int for i in values):
                 raise InputError(f"plan: {field} of {name} must be a list of whole numbers.")
             wrong = [i for i in values if not 0 <= i < size]
             if wrong:
-                raise InputError(f"plan: {name} has {size} {field}, counted from 0; {wrong[0]} is none of them.")
+                kept = " in its file" if field == "directions" else ""
+                raise InputError(f"plan: {name} has {size} {field}{kept}, counted from 0; {wrong[0]} is none of them.")
             if len(set(values)) < len(values):
                 twice = next(i for i in values if values.count(i) > 1)
                 raise InputError(f"plan: {field} of {name} name {twice} twice; name it once.")
@@ -241,27 +271,39 @@ class Plan:
             "columns": sum(len(m.columns) for m in self.modules.values()),
             "rows": sum(len(m.rows) for m in self.modules.values()),
             "single weights": sum(len(m.elements) for m in self.modules.values()),
+            "input directions": sum(len(m.directions) for m in self.modules.values()),
             "whole matrices": sum(m.weight and len(m.shape) > 1 for m in self.modules.values()),
             "norms": sum((m.weight or m.bias) and len(m.shape) == 1 for m in self.modules.values()),
             "biases": sum(m.bias and len(m.shape) > 1 for m in self.modules.values()),
         }
         chosen = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
         first = next(iter(self.modules))
+        fixed = [f"{self.fixed:,} numbers of the directions are fixed: part of the adapter's file and not trained"]
         return [
-            f"{chosen} in {len(self.modules)} modules, by {self.criterion or 'hand'}"
-            + (f", {SPREADS[self.spread]}" if self.spread != "global" and self.spread in SPREADS else ""),
+            f"{chosen} in {len(self.modules)} modules, by {self.criterion or 'hand'}" + self._spread_in_words(),
             f"{self.parameters:,} trainable parameters of {self.base_parameters:,} "
             f"({self.parameters / self.base_parameters:.2%}), budget {self.budget} = {self.budget_parameters:,}",
+            *(fixed if self.fixed else []),
             f"{self.head_parameters:,} parameters of new heads are always trained and counted apart",
             f"adapter on disk about {self.adapter_bytes():,} bytes, AdamW states {8 * self.trained_numbers():,} bytes",
             f"the backward pass ends at {first}: nothing below it is differentiated or kept",
         ]
 
+    def _spread_in_words(self) -> str:
+        if self.spread == "even" and self.granularity == ["direction"]:
+            return ", the same number of every module"
+        return f", {SPREADS[self.spread]}" if self.spread != "global" and self.spread in SPREADS else ""
+
+    @property
+    def fixed(self) -> int:
+        """Numbers in the adapter's file that are not trained: those of the directions."""
+        return sum(module.fixed for module in self.modules.values())
+
     def trained_numbers(self) -> int:
         return self.parameters + self.head_parameters
 
     def adapter_bytes(self) -> int:
-        """float32 values and their indices, file headers left out."""
+        """float32 values with their indices and directions, file headers left out."""
         return 4 * self.trained_numbers() + sum(module.index_bytes for module in self.modules.values())
 
     def check(self) -> None:
@@ -275,6 +317,12 @@ class Plan:
                 f"plan: it trains {self.parameters:,} parameters, above its budget of {self.budget_parameters:,}; "
                 "choose fewer or raise budget.parameters."
             )
+
+    def check_vectors(self) -> None:
+        """Raise InputError unless the vectors of all chosen directions are there."""
+        for name, module in self.modules.items():
+            if module.directions and module.vectors is None:
+                raise InputError(f"plan: the vectors of the directions of {name} are missing; select again.")
 
     def check_model(self, inventory: Inventory, fingerprint: str) -> None:
         """Raise InputError if the plan was not made for this model."""
@@ -306,7 +354,9 @@ class Plan:
             )
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write ``plan.yaml``, and ``indices.safetensors`` beside it when there are too many indices to read."""
+        """Write ``plan.yaml``, beside it ``indices.safetensors`` when there are too many indices to read, and
+        ``directions.safetensors`` with all vectors that directions were chosen from."""
+        self.check_vectors()
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         beside = self.indices > INLINE_INDICES
@@ -325,12 +375,14 @@ class Plan:
                     entry[field] = _Inline(values)
             entry.update({field: True for field in ("weight", "bias") if getattr(module, field)})
             modules[name] = entry
-        if beside:
-            partial = directory / (INDEX_FILE + ".partial")
-            save_file(arrays, partial)
-            partial.replace(directory / INDEX_FILE)
-        else:
-            (directory / INDEX_FILE).unlink(missing_ok=True)
+        vectors = {name: module.vectors for name, module in self.modules.items() if module.vectors is not None}
+        for file, held in ((INDEX_FILE, arrays), (VECTOR_FILE, vectors)):
+            if held:
+                partial = directory / (file + ".partial")
+                save_file(held, partial)
+                partial.replace(directory / file)
+            else:
+                (directory / file).unlink(missing_ok=True)
         values = {
             "format": FORMAT,
             "model": {
@@ -346,6 +398,7 @@ class Plan:
             "budget": {"asked": self.budget, "parameters": self.budget_parameters},
             "predicted": {  # for the reader; worked out anew on load
                 "trainable_parameters": self.parameters,
+                **({"fixed_numbers": self.fixed} if self.fixed else {}),
                 "adapter_bytes": self.adapter_bytes(),
                 "backward_ends_at": next(iter(self.modules)),
             },
@@ -399,6 +452,7 @@ class Plan:
             raise InputError(f"{path} has a field of the wrong kind: {error}") from error
         try:
             plan.check()
+            plan.check_vectors()
         except InputError as error:
             raise InputError(f"{path}: {str(error).removeprefix('plan: ')}") from error
         return plan
@@ -437,16 +491,14 @@ def _read_modules(entries: Any, path: Path) -> dict[str, ModulePlan]:
     if not isinstance(entries, dict):
         raise InputError(f"{path}: modules must map module names to what is trained of them.")
     arrays: dict[str, np.ndarray] = {}
+    vectors: dict[str, np.ndarray] | None = None
     modules = {}
     for name, entry in entries.items():
         _known_keys(entry, ("shape", "groups", *INDEX_FIELDS, "weight", "bias"), f"{path}: {name}")
         for field in INDEX_FIELDS:
             if isinstance(entry.get(field), str):
                 if not arrays:
-                    try:
-                        arrays = load_file(path.parent / INDEX_FILE)
-                    except (OSError, KeyError, SafetensorError) as error:
-                        raise InputError(f"{path.parent / INDEX_FILE} cannot be read: {error}") from error
+                    arrays = _load_beside(path, INDEX_FILE)
                 if f"{name}/{field}" not in arrays:
                     raise InputError(f"{path.parent / INDEX_FILE} holds no {field} of {name}.")
                 held = arrays[f"{name}/{field}"]
@@ -456,8 +508,18 @@ def _read_modules(entries: Any, path: Path) -> dict[str, ModulePlan]:
                     entry[field] = held.tolist()
         if "shape" not in entry:
             raise InputError(f"{path}: {name} lacks its shape.")
-        modules[str(name)] = ModulePlan(**{**entry, "shape": tuple(entry["shape"])})
+        module = modules[str(name)] = ModulePlan(**{**entry, "shape": tuple(entry["shape"])})
+        if module.directions:
+            vectors = _load_beside(path, VECTOR_FILE) if vectors is None else vectors
+            module.vectors = vectors.get(str(name))
     return modules
+
+
+def _load_beside(path: Path, file: str) -> dict[str, np.ndarray]:
+    try:
+        return dict(load_file(path.parent / file))
+    except (OSError, KeyError, SafetensorError) as error:
+        raise InputError(f"{path.parent / file} cannot be read: {error}") from error
 
 
 class _Inline(list):

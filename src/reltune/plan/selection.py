@@ -16,7 +16,7 @@ from reltune.layers.units import ModuleInfo
 from reltune.names import GRANULARITIES, SPREADS
 from reltune.plan.budget import parse_budget
 from reltune.plan.plan import WORDS, ModulePlan, Plan
-from reltune.plan.threshold import above, largest
+from reltune.plan.threshold import above, best_of_columns, largest
 from reltune.relevance.criteria.contract import granularities_of
 from reltune.relevance.criteria.registry import CRITERIA
 from reltune.relevance.scores import RelevanceScores
@@ -24,7 +24,8 @@ from reltune.relevance.scores import RelevanceScores
 # Granularities
 WHOLE = ("layer", "module", "norm")  # that take everything a module has, in the place of its parts,
 BESIDE_ELEMENTS = ("element", "bias", "norm")  # that share no weight with elements,
-EVEN = ("column", "row", "element")  # and of which every module can have its share.
+EVEN = ("column", "row", "element", "direction")  # of which every module can have its share,
+ALONE = "direction"  # and whose relevance cannot be compared with that of others.
 
 
 def select(
@@ -51,15 +52,17 @@ def select(
 
     Args:
         budget: "0.5%" of the base model's parameters, or a count of trainable parameters.
-        granularity: one or several of layer, module, head, column, row, element, bias, norm. A head is an attention head
+        granularity: one or several of layer, module, head, column, row, element, direction, bias, norm. A head is an attention head
             (layers/attention_heads.py) and becomes rows of the query, key and value projections and columns of the output
             projection. An element is a single weight of a matrix (not of a bias or norm), and goes with bias and norm
-            only: of any larger unit the best single weights would come first. ``reltune run`` takes element, spread evenly, where
+            only: of any larger unit the best single weights would come first. A direction of a linear map's input goes with nothing
+            else: its relevance is a singular value and no sum over weights. ``reltune run`` takes element, spread evenly, where
             nothing is named.
         criterion: which of the measured criteria decides; the first by default.
         spread: "global" lets all modules compete; "even" gives each module the share of the budget that it has of the
-            weights, for columns, rows and elements. Where a column is too large for a module's share it gets none, and
-            what is left over is not spent.
+            weights, for columns, rows and elements, and for directions the same number of them. Where a column is too large for a
+            module's share it gets none, and what is left over is not spent. "columns", for elements alone, is "even" with, in each
+            module, the best element of every column before the second best of any.
 
     Raises InputError for a budget that is no number or too small for the smallest unit, an unknown granularity or
     criterion, a granularity that the model has no unit of, and patterns that match nothing.
@@ -94,6 +97,9 @@ def select(
         )
 
     chosen = SPREAD_OUT[spread](inventory, granularities, candidates, elements, limit)
+    vectors = relevance.directions(criterion) if ALONE in granularities else {}
+    for name, module in chosen.items():
+        module.vectors = vectors[name].numpy() if name in vectors else None
     plan = Plan(
         modules=_in_order(inventory, chosen),
         budget=str(budget),
@@ -128,6 +134,15 @@ def check_together(granularities: Sequence[str], spread: str = "global") -> None
     """Raise InputError for granularities, or a spread, that do not go together."""
     if spread not in SPREADS:
         raise InputError(f"spread {spread!r} is unknown; {nearest(str(spread), SPREADS)}")
+    others = [word for word in granularities if word != ALONE]
+    if ALONE in granularities and others:
+        raise InputError(
+            f"granularity {ALONE} cannot compete with {others[0]}, whose relevance is no singular value; name one of them."
+        )
+    if spread == "columns" and list(granularities) != ["element"]:
+        raise InputError(
+            f"spread columns is for granularity element alone, and not for {', '.join(granularities)}; spread it evenly or globally."
+        )
     larger = [word for word in granularities if word not in BESIDE_ELEMENTS]
     if "element" in granularities and larger:
         raise InputError(
@@ -232,6 +247,8 @@ class _Piece:
             return len(self.indices) * self.info.column_parameters
         if self.granularity == "row":
             return len(self.indices) * self.info.row_parameters
+        if self.granularity == "direction":
+            return len(self.indices) * self.info.rows  # the direction itself is fixed
         return self.info.bias_parameters + (self.info.weight_parameters if self.granularity in WHOLE else 0)
 
     @property
@@ -315,19 +332,63 @@ def _evenly(
 ) -> dict[str, ModulePlan]:
     """What each module gets for its share of the budget."""
     names = {name for _, name in candidates.places} | {*elements}
-    sizes = {name: inventory[name].weight_parameters for name in names}
+    sizes = {name: _size(inventory[name], granularities) for name in names}
     if elements:
         check_share(limit, len(elements))
+    _check_kept(inventory, granularities, candidates, limit // sum(sizes.values()))
     chosen: dict[str, ModulePlan] = {}
     for name, size in sizes.items():
         own = {name: elements[name]} if name in elements else {}
         share = limit * size // sum(sizes.values())
         chosen |= _greedy(inventory, granularities, candidates.only(name), own, share)
     if not chosen:
+        raise _too_small_evenly(limit, granularities, len(sizes))
+    return chosen
+
+
+def _too_small_evenly(limit: int, granularities: Sequence[str], modules: int) -> InputError:
+    return InputError(
+        f"a budget of {limit:,} parameters spread evenly allows less than one {' or '.join(granularities)} in each of "
+        f"{modules} modules; raise it, name fewer modules, choose a finer granularity, or spread globally."
+    )
+
+
+def _size(info: ModuleInfo, granularities: Sequence[str]) -> int:
+    """What a module's even share is in proportion to: its weights, or what a direction of it costs."""
+    return info.rows if ALONE in granularities else info.weight_parameters
+
+
+def _check_kept(inventory: Inventory, granularities: Sequence[str], candidates: _Candidates, share: int) -> None:
+    """Raise InputError where the share of every module is more directions than were kept of some that has more."""
+    if ALONE not in granularities:
+        return
+    kept = np.bincount(candidates.place)
+    most = int(kept.argmax())
+    (_, name), count = candidates.places[most], int(kept[most])
+    if count < min(share, *inventory[name].shape):
         raise InputError(
-            f"a budget of {limit:,} parameters spread evenly allows less than one {' or '.join(granularities)} in each of "
-            f"{len(sizes)} modules; raise it, name fewer modules, choose a finer granularity, or spread globally."
+            f"the budget allows {share} directions of every module, and the analysis kept {count} of {name}; lower the budget, or "
+            f"analyze again with more (--probe_directions {share})."
         )
+
+
+def _over_columns(
+    inventory: Inventory,
+    granularities: Sequence[str],
+    candidates: _Candidates,
+    elements: Mapping[str, Tensor],
+    limit: int,
+) -> dict[str, ModulePlan]:
+    """Each module's share of the budget in single weights: the best of every column, then the second best, and so on."""
+    sizes = {name: inventory[name].weight_parameters for name in elements}
+    chosen: dict[str, ModulePlan] = {}
+    for name, scores in elements.items():
+        index = best_of_columns(scores, limit * sizes[name] // sum(sizes.values()))
+        if len(index):
+            chosen[name] = ModulePlan(inventory[name].shape)
+            chosen[name].take_elements(index)
+    if not chosen:
+        raise _too_small_evenly(limit, granularities, len(sizes))
     return chosen
 
 
@@ -371,7 +432,7 @@ def _greedy(
     return chosen
 
 
-SPREAD_OUT = {"global": _greedy, "even": _evenly}  # for each of names.SPREADS
+SPREAD_OUT = {"global": _greedy, "even": _evenly, "columns": _over_columns}  # for each of names.SPREADS
 
 
 def _elements_before(
@@ -402,14 +463,16 @@ def _take(module: ModulePlan, piece: _Piece) -> None:
     elif piece.granularity == "bias":
         module.bias = True
     else:
-        (module.columns if piece.granularity == "column" else module.rows).extend(piece.indices)
+        into = {"column": module.columns, "row": module.rows, "direction": module.directions}
+        into[piece.granularity].extend(piece.indices)
 
 
 def _in_order(inventory: Inventory, chosen: Mapping[str, ModulePlan]) -> dict[str, ModulePlan]:
-    """The chosen modules in the model's order, their columns and rows ascending."""
+    """The chosen modules in the model's order, their columns, rows and directions ascending."""
     for module in chosen.values():
         module.columns.sort()
         module.rows.sort()
+        module.directions.sort()
     return {
         info.name: dataclasses.replace(chosen[info.name], groups=info.groups)
         for info in inventory.modules

@@ -40,6 +40,32 @@ def largest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     return indices
 
 
+def best_of_columns(scores: Tensor, count: int) -> Tensor:
+    """Flat indices, ascending, of ``count`` numbers (rows, columns) that are not negative: the largest of each column before the second
+    largest of any, and of the last round the largest. Ties go to the lower index. All, where there are fewer than ``count``."""
+    columns = scores.shape[1]
+    order, best = [], []
+    rounds = min(len(scores), -(-count // columns) if bool((scores >= 0).all()) else len(scores))
+    for block in scores.detach().split(max(1, BLOCK // len(scores)), dim=1):
+        found = torch.where(block >= 0, block, -1).mT.contiguous().sort(dim=1, descending=True, stable=True)
+        best.append(found.values[:, :rounds].mT)
+        order.append(found.indices[:, :rounds].mT)
+    values, rows = torch.cat(best, 1), torch.cat(order, 1)
+    chosen = []
+    for value, row in zip(values, rows, strict=True):
+        at = row * columns + torch.arange(columns)
+        at, value = at[value >= 0], value[value >= 0]
+        if len(at) > count:
+            by_index = at.argsort()
+            at, value = at[by_index], value[by_index]
+            at = at[value.argsort(descending=True, stable=True)[:count]]
+        chosen.append(at)
+        count -= len(at)
+        if not count or not len(at):
+            break
+    return torch.cat(chosen).sort().values if chosen else torch.empty(0, dtype=torch.int64)
+
+
 def above(scores: Mapping[str, Tensor], thresholds: Tensor, equal: bool) -> Tensor:
     """How many numbers lie above each threshold (or ``equal`` it); thresholds in float64, ascending."""
     counts = torch.zeros(len(thresholds) + 1, dtype=torch.int64)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from reltune.errors import InputError, nearest
 from reltune.files import write_json
 from reltune.layers.inventory import Inventory
-from reltune.layers.units import part_shapes
+from reltune.layers.units import directions_in, part_shapes
 from reltune.names import GRANULARITIES
 from reltune.relevance.artefact import FORMAT, SCORES, Overview, read_scores
 from reltune.relevance.criteria.contract import ScoresByName
@@ -32,7 +32,8 @@ class RelevanceScores:
     """The relevance of every unit, by one or several criteria.
 
     ``parts[criterion][module][part]`` are tensors: column (in,), row (out,), weight (), bias () or norm (), as in
-    ``layers/units.py``; element and element_bias where single weights were scored. A criterion whose relevance does not add
+    ``layers/units.py``; element and element_bias where single weights were scored; direction (k,) and direction_vectors (k, in) where
+    input directions were. A criterion whose relevance does not add
     up gives larger units parts of their own: module () under a module's name, layer () under a layer's, head (heads,) under
     an attention module's. The ends of a score's 95% interval, where it has one, are in parts named after it: module_low and
     module_high.
@@ -71,7 +72,7 @@ class RelevanceScores:
 
         ``layer``, ``module``, ``bias`` and ``norm`` give one number () per name; ``column`` (in,) and ``row`` (out,) one
         number per feature; ``head`` (heads,) one number per attention head of each attention module; ``element`` one
-        number per weight. Empty for a granularity that the criterion does not score.
+        number per weight; ``direction`` (k,) one number per input direction, whose vectors ``directions`` gives. Empty for a granularity that the criterion does not score.
         """
         criterion = self.criterion(criterion)
         by_name = self.parts[criterion]
@@ -92,6 +93,11 @@ class RelevanceScores:
             relevance = torch.stack(summands).sum(0)
             totals[key] = totals[key] + relevance if key in totals else relevance
         return totals
+
+    def directions(self, criterion: str | None = None) -> dict[str, Tensor]:
+        """The vectors (k, in) of the input directions that ``by("direction")`` scores, each of length 1, by module name."""
+        by_name = self.parts[self.criterion(criterion)]
+        return {name: parts["direction_vectors"] for name, parts in by_name.items() if "direction_vectors" in parts}
 
     def interval(self, kind: str, criterion: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """The two ends of the 95% interval of every unit of one granularity, in the shapes of ``by``."""
@@ -272,7 +278,10 @@ def _sorted_by_criterion(
     shapes = _shapes_by_name(inventory)
     parts: dict[str, ScoresByName] = {name: {info.name: {} for info in inventory.modules} for name in criteria}
     for criterion, name in itertools.product(criteria, shapes):
-        for part, shape in shapes[name].items():
+        own, found = shapes[name], tensors.get(f"{criterion}/direction/{name}")
+        if found is not None and name in inventory:
+            own = own | part_shapes(inventory[name], directions_in({"direction": found}))
+        for part, shape in own.items():
             tensor = tensors.pop(f"{criterion}/{part}/{name}", None)
             if tensor is None:
                 continue

@@ -33,7 +33,7 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "this directory")
 ```
 
-An adapter of columns and rows (no single weights) becomes a standard LoRA adapter, which needs no reltune, by `reltune export RUN --to lora`; any
+An adapter of input directions, columns or rows (no single weights) becomes a standard LoRA adapter, which needs no reltune, by `reltune export RUN --to lora`; any
 adapter becomes a plain model by `--to merged`.
 """
     _write(path, card, task)

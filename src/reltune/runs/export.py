@@ -1,20 +1,26 @@
 """Hand an adapter to programs that do not know reltune: as a standard LoRA adapter, or merged into a plain model.
 
 A change of columns idx is ΔW = (D − W₀[:, idx]) Eᵀ with E one-hot, which is a LoRA adapter with lora_A = Eᵀ (c × in) and
-lora_B = D − W₀[:, idx] (out × c); rows are the same with lora_B one-hot. So nothing is approximated.
+lora_B = D − W₀[:, idx] (out × c); rows are the same with lora_B one-hot. Directions of the input are lora_A, and what was trained along
+them is lora_B. So nothing is approximated.
 
 Conv1D takes the same two (PEFT's LoRA counts its features as a linear map's). A convolution's rows are the filters of its
 lora_A, with lora_B one-hot; a column needs one of lora_A's filters for each of its places in the kernel. An embedding has
 W = (tokens × features) and ΔWᵀ = lora_embedding_B lora_embedding_A.
+
+Ranks differ per module (PEFT's rank_pattern), which vLLM does not read. For vLLM every module gets the largest rank, padded with zeros,
+and what vLLM refuses is refused here: modules that are saved whole, such as a classifier.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,12 +29,17 @@ from reltune.errors import InputError
 from reltune.files import check_destination, make_directory
 from reltune.tuner.layer import ReltuneLayer
 
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank can be, from 8 on
 
-def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str = "default") -> Path:
-    """Write the adapter as a PEFT LoRA adapter that loads without reltune. Changed columns and rows carry over exactly.
 
-    Rank and alpha differ per module (``rank_pattern``, ``alpha_pattern``). Raises InputError when the adapter trains
-    single weights, whole weights, biases or norms, which have no low-rank form.
+def to_lora(
+    model: PeftModel, output_dir: str | os.PathLike, adapter_name: str = "default", one_rank: bool = False
+) -> Path:
+    """Write the adapter as a PEFT LoRA adapter that loads without reltune. Changed columns, rows and directions carry over exactly.
+
+    Rank and alpha differ per module (``rank_pattern``, ``alpha_pattern``), unless it is to be ``one_rank`` for all, as vLLM wants it.
+    Raises InputError when the adapter trains single weights, whole weights, biases or norms, which have no low-rank form; and, for one
+    rank, when it saves modules whole, or when the padded file would be larger than the base model.
     """
     path = check_destination(output_dir)
     layers = {
@@ -54,14 +65,22 @@ def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str =
     # PEFT enters the usual names of classifiers too, whether the model has them or not, and anew with every load.
     named = dict.fromkeys(getattr(config, "modules_to_save", None) or [])
     saved = [name for name in named if any(f".{name}." in key for key in saved_whole)]
+    if one_rank:
+        if saved:
+            raise InputError(
+                f"vLLM serves no adapter that saves modules whole, and this one saves {', '.join(saved)}; export it without --for, or "
+                "--to merged."
+            )
+        tensors = {key: _padded(key, tensor, max(ranks.values())) for key, tensor in tensors.items()}
+        _check_not_larger(tensors, model, max(ranks.values()))
     lora = LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),
         lora_dropout=0.0,
         target_modules=sorted(ranks),
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
-        rank_pattern=ranks,
-        alpha_pattern=ranks,
+        rank_pattern={} if one_rank else ranks,
+        alpha_pattern={} if one_rank else ranks,
         modules_to_save=saved or None,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
@@ -71,6 +90,24 @@ def to_lora(model: PeftModel, output_dir: str | os.PathLike, adapter_name: str =
     lora.save_pretrained(str(path))
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path / "adapter_model.safetensors")
     return path
+
+
+def _padded(key: str, factor: Tensor, rank: int) -> Tensor:
+    """A factor with zeros up to this rank: lora_A has it in its first dimension, lora_B in the second."""
+    dim = 0 if key.endswith(("lora_A.weight", "lora_embedding_A")) else 1
+    shape = list(factor.shape)
+    shape[dim] = rank - shape[dim]
+    return torch.cat((factor, factor.new_zeros(shape)), dim)
+
+
+def _check_not_larger(tensors: Mapping[str, Tensor], model: PeftModel, rank: int) -> None:
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    base = sum(p.nbytes for name, p in model.named_parameters() if ".reltune_" not in name)
+    if size > base:
+        raise InputError(
+            f"padded to one rank of {rank}, the LoRA adapter would take {size:,} bytes, more than the base model's {base:,}; use --to "
+            "merged, or select again with --spread even."
+        )
 
 
 def _modules_to_save(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
@@ -91,8 +128,15 @@ def to_merged(model: PeftModel, tokenizer: Any, output_dir: str | os.PathLike) -
     return path
 
 
+def served(rank: int) -> int:
+    """The smallest --max-lora-rank of vLLM that allows a rank."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
+
+
 def lora_summary(path: str | os.PathLike) -> str:
     """One line on an exported adapter: the largest rank that a server has to allow."""
     config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
     ranks = config["rank_pattern"].values()
+    if not ranks:
+        return f"{len(config['target_modules'])} modules of rank {config['r']}; start vLLM with --max-lora-rank {served(config['r'])}"
     return f"{len(ranks)} modules, ranks {min(ranks)} to {max(ranks)} (rank_pattern)"

@@ -181,8 +181,8 @@ def export_as_configured(started: Started) -> str | None:
         return export(directory, started.config, form, str(directory.path / form)) if processes.first else None
 
 
-def export(directory: RunDirectory, config: RunConfig, to: str, output_dir: str) -> str:
+def export(directory: RunDirectory, config: RunConfig, to: str, output_dir: str, server: str | None = None) -> str:
     """Write the tuned model for programs without reltune. Gives a phrase: where it is, and the largest rank of a LoRA adapter."""
-    preflight.check_export(directory, to, output_dir)
-    path: Path = stages.export(prepare_export(config, directory), directory, to, output_dir)
+    preflight.check_export(directory, to, output_dir, server)
+    path: Path = stages.export(prepare_export(config, directory), directory, to, output_dir, server)
     return f"{path}: {lora_summary(path)}" if to == "lora" else str(path)

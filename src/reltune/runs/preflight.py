@@ -12,7 +12,7 @@ from reltune.config.run_config import RunConfig
 from reltune.data.text_files import check_text_file
 from reltune.errors import InputError
 from reltune.files import check_destination, model_directory_problem
-from reltune.names import EXPORT_FORMS
+from reltune.names import EXPORT_FORMS, SERVERS
 from reltune.plan.budget import check_budget
 from reltune.runs.directory import RunDirectory
 
@@ -54,10 +54,14 @@ def check_evaluation(config: RunConfig, directory: RunDirectory) -> None:
     check_inputs(config, training=False)
 
 
-def check_export(directory: RunDirectory, to: str, output_dir: str) -> None:
+def check_export(directory: RunDirectory, to: str, output_dir: str, server: str | None = None) -> None:
     """Raise InputError for an export in an unknown form, of a run without an adapter, or to a directory with files."""
     if to not in EXPORT_FORMS:
         raise InputError(f"--to {to!r} is unknown; write {' or '.join(EXPORT_FORMS)}.")
+    if server is not None and server not in SERVERS:
+        raise InputError(f"--for {server!r} is unknown; write {' or '.join(SERVERS)}, or leave it out.")
+    if server is not None and to != "lora":
+        raise InputError(f"--for {server} is about LoRA adapters; write --to lora, or leave it out.")
     directory.check_adapter()
     check_destination(output_dir)
 

@@ -28,6 +28,8 @@ from reltune.layers.fingerprint import fingerprint
 from reltune.layers.float8 import convertible
 from reltune.layers.inventory import take_inventory
 from reltune.layers.quantised import check_not_packed
+from reltune.layers.registry import layer_type
+from reltune.layers.units import has_directions
 from reltune.names import WITHOUT_DATA
 from reltune.plan.budget import parse_budget
 from reltune.plan.plan import Plan
@@ -89,15 +91,27 @@ def check_choice(materials: Materials, select: bool = True) -> None:
             if not modules:
                 raise InputError(
                     "no module that may be chosen has single weights that can be trained; choose another --granularity, such as "
-                    "column."
+                    "direction."
                 )
             for budget in budgets:
                 limit = parse_budget(budget, relevance.inventory.base_parameters)
                 if config.spread == "even":
                     check_share(limit, len(modules))
             config, budgets = dataclasses.replace(config, granularity=["column"], spread="global"), ["100%"]
+        if "direction" in config.granularity:
+            relevance = with_directions(relevance, config)
         for budget in budgets:
             choose(dataclasses.replace(config, budget=budget), relevance)
+
+
+def with_directions(relevance: RelevanceScores, config: RunConfig) -> RelevanceScores:
+    """As many directions as the analysis may keep, without their vectors, as if the config's criterion had found them."""
+    parts = {
+        info.name: {"direction": torch.ones(min(config.probe_directions, *info.shape))}
+        for info in relevance.inventory.modules
+        if "direction" in layer_type(info.layer_type).trains and has_directions(info) and config.probe_directions
+    }
+    return dataclasses.replace(relevance, parts={config.criteria[0]: parts})
 
 
 def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
@@ -158,7 +172,11 @@ def options_of(config: AnalysisConfig) -> dict[str, dict[str, Any]]:
     """What the config says about single criteria."""
     return {
         "correlation": {"max_trials": config.max_trials},
-        "movement": {"steps": config.probe_steps, "step_size": config.probe_step_size},
+        "movement": {
+            "steps": config.probe_steps,
+            "step_size": config.probe_step_size,
+            "directions": config.probe_directions,
+        },
     }
 
 
@@ -420,12 +438,12 @@ def measure_lm_eval(materials: ModelMaterials, tuned: PeftModel) -> LMEvalRecord
     return LMEvalRecord(metadata.version("lm_eval"), scores=scores, **settings) if scores is not None else None
 
 
-def export(materials: ModelMaterials, run: RunDirectory, to: str, output_dir: str) -> Path:
-    """Write the tuned model in one of ``names.EXPORT_FORMS``."""
+def export(materials: ModelMaterials, run: RunDirectory, to: str, output_dir: str, server: str | None = None) -> Path:
+    """Write the tuned model in one of ``names.EXPORT_FORMS``, a LoRA adapter for one of ``names.SERVERS`` if any."""
     check_destination(output_dir)
     model = load_tuned(materials, run)
     if to == "lora":
-        path = exporting.to_lora(model, output_dir)
+        path = exporting.to_lora(model, output_dir, one_rank=server == "vllm")
         materials.saved_tokenizer().save_pretrained(str(path))
         describe_lora(path, materials.config.model_name_or_path, materials.task)
         return path

@@ -31,6 +31,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_utils import set_seed
 from transformers.utils.hub import is_offline_mode
 
+from reltune.config.recipes import DIRECTIONS_RATE
 from reltune.config.training_fields import DEFAULTS
 from reltune.errors import InputError, first_line
 from reltune.files import write_text
@@ -42,8 +43,15 @@ from reltune.tasks.task import Examples, Task
 
 # Learning rates measured per method (docs/learning_rates.md, docs/selection.md): the best one differs by more than an order of
 # magnitude between methods, so one default for all would decide every comparison. That of single weights rises as their share of
-# their matrices falls: 1e-2 at 1%, 2e-2 at 0.25% and below.
-LEARNING_RATES = {"head": 3e-2, "full": 2e-4, "layer": 1e-3, "selection": 2e-3, "weights": 1e-3}
+# their matrices falls: 1e-2 at 1%, 2e-2 at 0.25% and below. That of directions is explained in config/recipes.py.
+LEARNING_RATES = {
+    "head": 3e-2,
+    "full": 2e-4,
+    "layer": 1e-3,
+    "selection": 2e-3,
+    "weights": 1e-3,
+    "directions": DIRECTIONS_RATE,
+}
 MOST_FOR_WEIGHTS = 2e-2
 
 
@@ -57,12 +65,14 @@ def default_rate(method: str, task: Task, share: float = 1.0) -> float:
 def method_of(plan: Plan) -> tuple[str, float]:
     """What the plan trains, as a key of ``LEARNING_RATES``, and which share of the matrices that it trains in.
 
-    Whole matrices (``layer``) want a lower rate than columns and rows (``selection``), single weights (``weights``) a higher one;
-    of a plan with several, the lowest counts.
+    Whole matrices (``layer``) want a lower rate than input directions (``directions``), these one than columns and rows
+    (``selection``), single weights (``weights``) a higher one; of a plan with several, the lowest counts.
     """
     modules = plan.modules.values()
     if any(module.weight and len(module.shape) == 2 for module in modules):
         return "layer", 1.0
+    if any(module.directions for module in modules):
+        return "directions", 1.0
     sizes = [math.prod(module.shape) for module in modules if len(module.elements)]
     if not sizes or any(len(module.columns) or len(module.rows) for module in modules):
         return "selection", 1.0

@@ -16,7 +16,7 @@ from reltune.tuner.registration import peft_type
 
 @dataclass
 class ReltuneConfig(PeftConfig):
-    """Train selected columns, rows, single weights, biases, norms and whole matrices in place of a low-rank update.
+    """Train selected columns, rows, single weights, input directions, biases, norms and whole matrices.
 
     With a ``plan`` (a ``Plan``, or the path of one) it trains what the plan says, and the modules of new heads.
     Without one it behaves like any PEFT config: ``r`` columns of every module that ``target_modules`` names, those of
@@ -36,7 +36,7 @@ class ReltuneConfig(PeftConfig):
             targets them or not: half the memory, and faster products on a GPU that multiplies
             float8. docs/float8.md says what it costs in accuracy. The base model is changed for good; an adapter that is loaded
             for inference leaves it as it is.
-        units: per module, how many columns, rows and single weights and whether weight and bias are trained; filled from
+        units: per module, how many columns, rows, single weights and directions and whether weight and bias are trained; filled from
             the plan and saved, because tensor sizes must be known before an adapter is loaded.
         fingerprint, always_trained: the base model that the plan is for, and its new heads.
     """
@@ -88,12 +88,14 @@ class ReltuneConfig(PeftConfig):
         if any(getattr(self, name) not in (None, {}) for name in choices):
             raise ValueError(f"a plan names its modules and units; leave out {', '.join(choices)}.")
         plan.check()
+        plan.check_vectors()
         self._chosen = plan.modules
         self.units = {
             name: {
                 "columns": len(m.columns),
                 "rows": len(m.rows),
                 "elements": len(m.elements),
+                "directions": len(m.directions),
                 "weight": m.weight,
                 "bias": m.bias,
             }

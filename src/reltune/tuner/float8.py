@@ -45,6 +45,8 @@ class ReltuneFloat8Linear(ReltuneQuantisedLinear):
         return self._base.dequantised() if self._unrounded is None else self._unrounded
 
     def why_no_lora(self, adapter_name: str) -> str:
+        if adapter_name not in self.originals:
+            return super().why_no_lora(adapter_name)
         return (
             "belongs to a weight that is held in float8, so that changes from the base's own columns are not known; load the base "
             "anew and the adapter with PeftModel.from_pretrained, and export that"
@@ -53,11 +55,11 @@ class ReltuneFloat8Linear(ReltuneQuantisedLinear):
     def _remember(self, adapter_name: str, pristine: Tensor) -> None:
         super()._remember(adapter_name, self._base.dequantised())
 
-    def _output(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+    def _product(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         partial = [name for name in names if name in self.originals]
         alone = len(partial) == 1 and not any(name in self.reltune_bias for name in names)
         if not alone or self.originals[partial[0]].columns is None or len(self._trained(partial[0])) > 1:
-            return super()._output(x, names, *args, **kwargs)
+            return super()._product(x, names, *args, **kwargs)
         self._check_loaded(partial)
         kept = self.originals[partial[0]]
         return self.base_layer(x, self._get("reltune_columns", partial[0]), kept.column_idx, kept.columns)

@@ -4,6 +4,8 @@ Columns, rows and single weights of a linear map are trained where they are: the
 that the forward pass is the base layer's one product, and ops/attach.py and ops/attach_elements.py give them their gradient. Whole weights, gains and
 biases are trained as tensors of their own that stand in for the base's, which is never touched.
 
+Along fixed directions of a linear map's input the map is trained beside its product (ops/add_directions.py).
+
 At most one adapter is *written* into the base weight at a time (written_weight.py). Whatever else is asked for
 (disabled adapters, another adapter while a graph is alive, several adapters at once, a weight that is spread over
 processes) is computed as a correction beside the product.
@@ -20,6 +22,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from reltune.ops.add_directions import AddDirections
 from reltune.ops.attach import HoldWeight, LiveGraphs
 from reltune.ops.attach_elements import AttachElements, SparseProduct
 from reltune.plan.plan import ModulePlan
@@ -36,11 +39,26 @@ class ReltuneLayer(WrittenWeight):
     ``row_dim`` (of a linear map (out, c) and (r, in)), ``reltune_weight`` like the weight, ``reltune_bias`` like the
     bias; ``reltune_column_indices`` (c,) and ``reltune_row_indices`` (r,) in int64. ``reltune_elements`` (n,) and
     ``reltune_element_indices`` (n,), flat indices into the weight as it is stored, ascending, in int32 where that counts
-    the weight.
+    the weight. ``reltune_directions`` (out, k), what the map adds along its input's directions, which are fixed:
+    ``reltune_direction_vectors`` (k, in).
     """
 
-    adapter_layer_names = ("reltune_columns", "reltune_rows", "reltune_elements", "reltune_weight", "reltune_bias")
-    other_param_names = ("reltune_column_indices", "reltune_row_indices", "reltune_element_indices", "originals")
+    adapter_layer_names = (
+        "reltune_columns",
+        "reltune_rows",
+        "reltune_elements",
+        "reltune_directions",
+        "reltune_weight",
+        "reltune_bias",
+    )
+    other_param_names = (
+        "reltune_column_indices",
+        "reltune_row_indices",
+        "reltune_element_indices",
+        "reltune_direction_vectors",
+        "originals",
+    )
+    reltune_directions: nn.ParameterDict
     reltune_weight: nn.ParameterDict
     reltune_bias: nn.ParameterDict
 
@@ -48,9 +66,11 @@ class ReltuneLayer(WrittenWeight):
         super().__init__(base_layer)
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
+        self._without_vectors: set[str] = set()  # adapters whose directions have yet to be loaded
         self.reltune_column_indices = BufferDict(persistent=True)
         self.reltune_row_indices = BufferDict(persistent=True)
         self.reltune_element_indices = BufferDict(persistent=True)
+        self.reltune_direction_vectors = BufferDict(persistent=True)
         shape = self._shape()
         self.in_features, self.out_features = shape[min(self.column_dim, len(shape) - 1)], shape[self.row_dim]
 
@@ -124,6 +144,8 @@ class ReltuneLayer(WrittenWeight):
                 idx = idx.to(pristine.device)
                 self.reltune_element_indices[adapter_name] = idx
                 self._parameter("reltune_elements", adapter_name, self._elements_of(pristine, idx), init_weights)
+            if units.directions:
+                self._add_directions(adapter_name, units, init_weights)
             if units.weight:
                 self._parameter("reltune_weight", adapter_name, pristine, init_weights)
             if units.bias:
@@ -140,6 +162,20 @@ class ReltuneLayer(WrittenWeight):
         if not init_weights:
             value = value + 0.1 * torch.randn_like(value)
         getattr(self, attribute)[adapter_name] = nn.Parameter(value)
+
+    def _add_directions(self, adapter_name: str, units: ModulePlan, init_weights: bool) -> None:
+        """The vectors, which are not numbers until an adapter's file is loaded where the plan is not there to give them."""
+        weight = self.weight
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32  # not what holds a weight in few bits
+        chosen = units.chosen_vectors()
+        shape = len(units.directions), self.in_features
+        vectors = torch.full(shape, torch.nan) if chosen is None else torch.from_numpy(chosen)
+        vectors = vectors.to(weight.device, torch.promote_types(dtype, torch.float32))
+        self.reltune_direction_vectors[adapter_name] = vectors
+        start = vectors.new_zeros(self.out_features, len(vectors), dtype=dtype)
+        self._parameter("reltune_directions", adapter_name, start, init_weights)
+        if chosen is None:
+            self._without_vectors.add(adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -158,13 +194,18 @@ class ReltuneLayer(WrittenWeight):
             self._restore()
         super().delete_adapter(adapter_name)
         self._awaited.discard(adapter_name)
+        self._without_vectors.discard(adapter_name)
         self._settle()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         entries = [getattr(self, name) for name in self.adapter_layer_names]
         entries = [parameters for parameters in entries if adapter_name in parameters]
         trained = [parameters[adapter_name].requires_grad for parameters in entries]
+        vectors = self._get("reltune_direction_vectors", adapter_name)
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        if vectors is not None:  # PEFT gives them the base's type, which may be a narrow one
+            moved = self._get("reltune_direction_vectors", adapter_name)
+            self.reltune_direction_vectors[adapter_name] = vectors.to(moved.device)
         for parameters, requires_grad in zip(entries, trained, strict=True):
             # a tensor that was really moved comes back trainable
             parameters[adapter_name].requires_grad_(requires_grad)
@@ -226,6 +267,23 @@ class ReltuneLayer(WrittenWeight):
 
     def _output(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """The output with the changes of these adapters, whatever is written into the base weight."""
+        y = self._product(x, names, *args, **kwargs)
+        for name in names:
+            change = self._get("reltune_directions", name)
+            if change is not None:
+                self._check_vectors(name)
+                y = AddDirections.apply(y, x, self._get("reltune_direction_vectors", name), change)
+        return y
+
+    def _check_vectors(self, name: str) -> None:
+        """Raise InputError where the adapter's directions should have come with a file, and have not."""
+        if name in self._without_vectors:
+            if torch.isnan(self.reltune_direction_vectors[name]).any():
+                self._refuse_unloaded(name)
+            self._without_vectors.discard(name)
+
+    def _product(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """The base's product with what the adapters change in weight and bias, directions left out."""
         whole = [name for name in names if name in self.reltune_weight]
         biased = [name for name in names if name in self.reltune_bias]
         partial = [name for name in names if name in self.originals]
@@ -315,6 +373,8 @@ class ReltuneLayer(WrittenWeight):
         with torch.no_grad():
             for name in names:
                 alone = not self.merged_adapters
+                if name in self.reltune_directions and "weight" not in self._backup:
+                    self._backup["weight"] = self._pristine_weight().clone()  # nothing less would undo it to the bit
                 for part in ("weight", "bias"):
                     trained = self._get(f"reltune_{part}", name)
                     if trained is None:
@@ -330,7 +390,9 @@ class ReltuneLayer(WrittenWeight):
                     if alone:
                         self._put(self.weight, self.originals[name], *self._values_of(name))
                     else:
-                        self.weight.add_(self.get_delta_weight(name))
+                        self.weight.add_(self._change_in_place(name))
+                if name in self.reltune_directions:
+                    self.weight.add_(self._change_along_directions(name).to(self.weight.dtype))
                 self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -354,6 +416,19 @@ class ReltuneLayer(WrittenWeight):
             refuse_sharded("no change can be made dense of", "save the adapter and load it in one process")
         self._refresh()
         self._check_loaded([adapter])
+        change = self._change_in_place(adapter)
+        if adapter in self.reltune_directions:
+            change = change + self._change_along_directions(adapter).to(change.dtype)
+        return change
+
+    def _change_along_directions(self, adapter: str) -> Tensor:
+        """B A in the weight's own layout, in the directions' type."""
+        self._check_vectors(adapter)
+        vectors, own = self.reltune_direction_vectors[adapter], self.reltune_directions[adapter].detach()
+        return self._canonical(own.to(vectors.dtype) @ vectors)
+
+    def _change_in_place(self, adapter: str) -> Tensor:
+        """What the adapter's columns, rows, elements or whole weight change, dense, in the weight's own layout and dtype."""
         pristine = self._pristine_weight()
         if adapter in self.reltune_weight:
             return self.reltune_weight[adapter].to(pristine.dtype) - pristine
@@ -369,22 +444,28 @@ class ReltuneLayer(WrittenWeight):
         if adapter_name in self.reltune_elements:
             return (
                 "trains single weights, whose change has no low rank that a LoRA adapter could carry; use --to merged, or run "
-                "again with --granularity column"
+                "again with --granularity direction, which is made for LoRA files"
             )
         if adapter_name in self.reltune_weight or adapter_name in self.reltune_bias:
             return "trains a whole weight, a bias or a norm, which a LoRA adapter cannot carry; use --to merged"
         return ""
 
     def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """lora_A (r, in) and lora_B (out, r) with lora_B lora_A the adapter's change of the map; r = columns + rows.
+        """lora_A (r, in) and lora_B (out, r) with lora_B lora_A the adapter's change of the map; r = columns + rows + directions.
 
         A change of columns idx is (D − W[:, idx]) Eᵀ with E one-hot, which is lora_B = D − W[:, idx] and lora_A = Eᵀ;
-        of rows it is the other way round. Of a convolution, whose columns have a kernel of k = h · w · … places,
-        (r, in, h, w, …) and (out, r, 1, 1, …) with r = columns · k + rows.
+        of rows it is the other way round. Directions are lora_A as they are, and what was trained along them is lora_B. Of a
+        convolution, whose columns have a kernel of k = h · w · … places, (r, in, h, w, …) and (out, r, 1, 1, …) with r = columns · k + rows.
         """
-        kept = self.originals[adapter_name]
-        out_features, in_features = (self._shape()[dim] for dim in (self.row_dim, self.column_dim))
         a, b = [], []
+        if adapter_name in self.reltune_directions:
+            self._check_vectors(adapter_name)
+            a.append(self.reltune_direction_vectors[adapter_name])
+            b.append(self.reltune_directions[adapter_name].detach().to(a[0].dtype))
+        kept = self.originals.get(adapter_name)
+        if kept is None:
+            return a[0], b[0]
+        out_features, in_features = (self._shape()[dim] for dim in (self.row_dim, self.column_dim))
         if kept.columns is not None and kept.column_idx is not None:
             # a cell in both belongs to the row
             change = self._outside_rows((self.reltune_columns[adapter_name] - kept.columns).detach(), kept)

@@ -186,7 +186,9 @@ class ReltuneModel(BaseTuner):
                 sizes["bias"],
                 groups=info.groups,
             )
+            # Adapters of older versions know nothing of these two.
             units.take_elements(torch.arange(sizes.get("elements", 0)))
+            units.directions = list(range(sizes.get("directions", 0)))
             return units
         if info.is_vector:
             return ModulePlan(shape, weight=True, bias=info.bias)

@@ -43,6 +43,8 @@ def check_agreement(model: nn.Module) -> None:
                 digest.update(idx.cpu().numpy().tobytes())
             for value in kept.values if wrapper is not None else ():
                 digest.update(b"" if value is None else samples(value))
+        for adapter, vectors in getattr(layer, "reltune_direction_vectors", {}).items():
+            digest.update(f"{name} {adapter} directions".encode() + samples(vectors))
     Processes.joined().agree_on(
         digest.hexdigest(),
         "the processes train different units or different base models; give all of them the same plan and model, and seed "

@@ -57,11 +57,11 @@ class ReltuneQuantisedLinear(ReltuneLinear):
     def _change_dtype(self, x: Tensor) -> torch.dtype:
         return x.dtype
 
-    def _output(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+    def _product(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
         # One that brings its weight here from elsewhere (accelerate) has a forward of its own: then all is beside the product.
         if "forward" in vars(base) or not any(name in self.reltune_elements for name in names):
-            return super()._output(x, names, *args, **kwargs)
+            return super()._product(x, names, *args, **kwargs)
         partial = [name for name in names if name in self.originals]
         self._check_loaded(partial)
         with in_place(base, {"forward": functools.partial(self._unpacked_product, names)}):

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -309,12 +309,16 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
                 self._awaited.discard(name)
 
     def _check_loaded(self, names: list[str]) -> None:
-        missing = [name for name in names if name in self._awaited]
-        if missing:
-            raise InputError(
-                f"adapter {missing[0]!r} was made from a saved config, which says how many columns, rows or single weights are "
-                "trained but not which; load it with PeftModel.from_pretrained, or give ReltuneConfig the plan."
-            )
+        for name in names:
+            if name in self._awaited:
+                self._refuse_unloaded(name)
+
+    @staticmethod
+    def _refuse_unloaded(name: str) -> NoReturn:
+        raise InputError(
+            f"adapter {name!r} was made from a saved config, which says how many directions, columns, rows or single weights "
+            "are trained but not which; load it with PeftModel.from_pretrained, or give ReltuneConfig the plan."
+        )
 
     # -- the base weight -------------------------------------------------------------------------------------------
 

@@ -92,7 +92,8 @@ class BehaviourCriterion(Protocol):
         The model comes in evaluation mode with no weight requiring a gradient, with the batches in ``experiment``.
         Whatever this does to the model is undone when it returns or raises. The scores are, under a module's name, the
         parts of ``units.part_shapes``; ``layer`` () under a layer's name; ``head`` (heads,) under an attention
-        module's. The ends of a score's interval are in parts named after its own, with ``_low`` and ``_high``.
+        module's. The ends of a score's interval are in parts named after its own, with ``_low`` and ``_high``. Who scores input
+        directions gives ``direction`` (k,), as many as it likes, with their vectors ``direction_vectors`` (k, in).
         """
 
 
@@ -124,8 +125,8 @@ def granularities_of(criterion: Criterion) -> Sequence[str]:
     if isinstance(criterion, BehaviourCriterion):
         return criterion.SCORES
     if isinstance(criterion, ElementCriterion):
-        return GRANULARITIES
-    return [granularity for granularity in GRANULARITIES if granularity != "element"]
+        return [granularity for granularity in GRANULARITIES if granularity != "direction"]
+    return [granularity for granularity in GRANULARITIES if granularity not in ("element", "direction")]
 
 
 def options_of(criteria: Mapping[str, Criterion], given: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from reltune.errors import InputError, nearest
-from reltune.layers.units import ModuleInfo, part_shapes
+from reltune.layers.units import ModuleInfo, directions_in, part_shapes
 from reltune.relevance.criteria import (
     ablation,
     activation,
@@ -109,8 +109,8 @@ def check_scores(scores: Mapping[str, ScoresByName], modules: Sequence[ModuleInf
 
     ``scores`` has each criterion's scores under its name.
     """
-    shapes = {info.name: part_shapes(info) for info in modules}
     for criterion, by_module in scores.items():
+        shapes = {i.name: part_shapes(i, directions_in(by_module.get(i.name, {}))) for i in modules}
         if criterion in CRITERIA:
             continue
         if not any(by_module.values()):

@@ -26,10 +26,13 @@ from reltune.losses import rows_of
 from reltune.relevance.batches import batch_size, forward, moved
 from reltune.relevance.behaviour.experiment import Experiment, seeded
 from reltune.relevance.criteria.contract import ScoresByName
+from reltune.relevance.probe.directions import directions_of
 
 
-def run(experiment: Experiment, steps: int, learning_rate: float) -> tuple[ScoresByName, dict[str, Any]]:
-    """The scores |Δw| and their sums over units."""
+def run(
+    experiment: Experiment, steps: int, learning_rate: float, directions: int = 0
+) -> tuple[ScoresByName, dict[str, Any]]:
+    """The scores |Δw|, their sums over units, and so many directions of Δw."""
     model = experiment.model
     parts: ScoresByName = {}
     with _rewound(model) as before, torch.enable_grad():
@@ -37,12 +40,14 @@ def run(experiment: Experiment, steps: int, learning_rate: float) -> tuple[Score
         with torch.no_grad():  # the moves in the place of the weights: read out as each layer type lays its weights out
             for name, p in model.named_parameters():
                 master = masters.pop(name)
-                p.data = (master - before[name].to(master)).abs()
+                p.data = master - before[name].to(master)
                 del master
         for info in experiment.inventory.modules:
             owner = model.get_submodule(info.owner)
-            moves = canonical_weights(info, owner)
+            change = canonical_weights(info, owner)
+            moves = {key: value.abs() for key, value in change.items()}
             parts[info.name] = {part: value.cpu() for part, value in by_unit(info, moves).items()}
+            parts[info.name] |= directions_of(info, change, directions)
             if experiment.elements:
                 names = {"weight": "element", "bias": "element_bias"}
                 parts[info.name] |= {names[key]: move.cpu().contiguous() for key, move in moves.items()}

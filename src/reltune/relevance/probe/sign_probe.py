@@ -30,6 +30,7 @@ from reltune.ops import votes as ops
 from reltune.relevance.batches import batch_size, forward, moved, part_of
 from reltune.relevance.behaviour.experiment import Experiment, seeded
 from reltune.relevance.criteria.contract import ScoresByName
+from reltune.relevance.probe.directions import directions_of
 from reltune.relevance.probe.moving_weights import MovingWeight, Readings, moving, weights_that_move
 from reltune.relevance.probe.reduction import GradientsInOrder, shared_order
 from reltune.relevance.probe.stability import EVERY, WatchedSample
@@ -350,8 +351,10 @@ class SignProbe:
             owner = self.model.get_submodule(info.owner)
             own = {key: by_place[id(owner), key] for key in owner._parameters if (id(owner), key) in by_place}
             its_type = layer_type(info.layer_type)
-            sizes = its_type.laid_out(info, owner, {key: weight.votes.abs() for key, weight in own.items()})
+            votes = its_type.laid_out(info, owner, {key: weight.votes for key, weight in own.items()})
+            sizes = {key: value.abs() for key, value in votes.items()}
             parts[info.name] = {part: value.float().cpu() for part, value in by_unit(info, sizes).items()}
+            parts[info.name] |= directions_of(info, votes, self.options.directions)
             if self.experiment.elements:
                 single = {key: self._single(weight) for key, weight in own.items()}
                 names = {"weight": "element", "bias": "element_bias"}
