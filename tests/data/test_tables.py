@@ -222,7 +222,7 @@ def test_numbers_of_rows_without_a_name(tmp_path: Path, start: int) -> None:
     ("name", "content", "words"),
     [
         ("d.csv", b"PAR1\x15\x04", "is a Parquet file; rename it to .parquet"),
-        ("d.csv", gzip.compress(b"text,label\n"), "is compressed; add .gz"),
+        ("d.csv", gzip.compress(b"text,label\n", mtime=0), "is compressed; add .gz"),
         ("d.csv", b'{"text": "a", "label": "p"}\n', "holds JSON; rename it to .jsonl"),
         ("d.csv", b'[\n {"text": "a"}]', "holds JSON"),
         ("d.jsonl", b"text,label\na,p\n", "holds no JSON.*rename it to .csv or .tsv"),

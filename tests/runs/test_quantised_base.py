@@ -129,7 +129,7 @@ def test_a_base_that_no_gradient_passes_is_named_before_anything_is_written(plac
         ),
         (
             ["--export", "lora"],
-            "a LoRA file cannot hold what granularity element trains, single weights; add --granularity column",
+            "a LoRA file cannot hold what granularity element trains, single weights; add --granularity direction",
         ),
         (
             ["--export", "lora", "--granularity", "column,bias"],

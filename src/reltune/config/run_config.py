@@ -86,7 +86,7 @@ class RunConfig(
         if self.export == "lora" and other is not None:
             what = "single weights" if other == "element" else "biases, norms or whole matrices"
             raise InputError(
-                f"export lora: a LoRA file cannot hold what granularity {other} trains, {what}; add --granularity column, or take "
+                f"export lora: a LoRA file cannot hold what granularity {other} trains, {what}; add --granularity direction, or take "
                 "--export merged."
             )
         if self.export == "merged" and (self.load_in_4bit or self.load_in_8bit):
