@@ -19,12 +19,13 @@ from reltune.ops.attach_elements import (
     AttachElements,
     Places,
     SparseProduct,
+    Tiles,
     element_gradient,
     force,
     is_sampled,
     sampled_product_reference,
 )
-from reltune.ops.kernels.sampled_product import sampled_product, transposed
+from reltune.ops.kernels.sampled_product import Launch, sampled_product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ("dense", "sampled")
@@ -164,8 +165,17 @@ def test_the_cheaper_form_is_taken_and_either_can_be_forced(monkeypatch):
     assert taken == list(FORMS)
 
 
-TOKENS = st.one_of(st.integers(1, 9), st.integers(126, 130), st.just(300))
+TOKENS = st.one_of(st.integers(0, 9), st.integers(15, 17), st.just(70))
 FEATURES = st.one_of(st.integers(1, 9), st.integers(30, 33))
+SMALL = {"places": 16, "copied": 16, "warps": 1}
+
+
+def assert_kernel_is_right(a: Tensor, b: Tensor, chosen: Tensor, tiles: Tiles, launch: Launch) -> None:
+    found = sampled_product(a, b, tiles, launch)
+    wanted = sampled_product_reference(a.double(), b.double(), chosen)
+    assert found.dtype == (torch.float64 if a.dtype == torch.float64 else torch.float32)
+    close = 1e-12 if a.dtype == torch.float64 else 2e-6
+    assert not len(chosen) or (found - wanted).abs().max() <= close * (1 + len(a)) ** 0.5 * (1 + wanted.abs().max())
 
 
 @settings(max_examples=25, deadline=None)
@@ -174,31 +184,45 @@ FEATURES = st.one_of(st.integers(1, 9), st.integers(30, 33))
     FEATURES,
     FEATURES,
     st.integers(0, 40),
-    st.sampled_from([torch.float64, torch.float32, torch.float16]),
+    st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
     st.booleans(),
+    st.sampled_from([1, 2, 5, 16, 4096]),
+    st.sampled_from([(32, 32), (32, 16), (64, 32)]),
     st.integers(0, 99),
 )
-def test_the_kernel_equals_the_reference(tokens, rows, columns, count, dtype, narrow, seed):
+def test_the_kernel_equals_the_reference(tokens, rows, columns, count, dtype, narrow, largest, sizes, seed):
+    """Whatever the tiles: also with none of the places, and as many as there are places."""
     a, b = (numbers(tokens, n, seed=seed + n, dtype=dtype).to(DEVICE) for n in (rows, columns))
     index = places(rows, columns, min(count, rows * columns), seed, dtype=torch.int32 if narrow else torch.int64).index
-    found = sampled_product(a, b, index.to(DEVICE))
-    wanted = sampled_product_reference(a.double(), b.double(), index.to(DEVICE))
-    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    close = 1e-12 if dtype == torch.float64 else 2e-6
-    assert count == 0 or (found - wanted).abs().max() <= close * tokens**0.5 * (1 + wanted.abs().max())
+    index = index.to(DEVICE)
+    tiles = Tiles.of(index, (rows, columns), largest)
+    assert_kernel_is_right(a, b, index, tiles, Launch(*sizes, **SMALL))
 
 
-@pytest.mark.parametrize(("vectors", "features"), [(1, 1), (63, 65), (64, 64), (130, 3)])
-def test_transposed_copies(vectors, features):
-    x = numbers(vectors, features, dtype=torch.float16).to(DEVICE)
-    for of in (x, x.mT):
-        assert torch.equal(transposed(of), of.mT) and transposed(of).is_contiguous()
+@pytest.mark.parametrize("which", ["one row", "one column", "all", "the last"])
+def test_the_kernel_where_places_lie_together(which):
+    a, b = numbers(37, 9).to(DEVICE), numbers(37, 11, seed=1).to(DEVICE)
+    mask = torch.zeros(9, 11, dtype=torch.bool, device=DEVICE)
+    mask[{"one row": 4, "one column": (slice(None), 7), "all": slice(None), "the last": (8, 10)}[which]] = True
+    index = mask.flatten().nonzero().flatten()
+    for largest in (4, 100):
+        assert_kernel_is_right(a, b, index, Tiles.of(index, (9, 11), largest), Launch(**SMALL))
 
 
-def test_the_kernel_adds_up_over_blocks_of_vectors(monkeypatch):
-    from reltune.ops.kernels import sampled_product as module
+def test_the_kernel_reads_factors_in_any_layout():
+    a, b = numbers(3, 70).to(DEVICE).mT, numbers(70, 12, seed=1).to(DEVICE)[:, ::2]
+    index = torch.arange(18, device=DEVICE)
+    tiles = Tiles.of(index, (3, 6), 2)
+    torch.testing.assert_close(sampled_product(a, b, tiles), (a.mT @ b).flatten(), rtol=1e-12, atol=1e-12)
 
-    monkeypatch.setattr(module, "CACHED_NUMBERS", 1)
-    a, b = numbers(600, 3).to(DEVICE).mT.contiguous().mT, numbers(600, 4, seed=1).to(DEVICE)
-    index = torch.arange(12, device=DEVICE)
-    torch.testing.assert_close(sampled_product(a, b, index), (a.mT @ b).flatten(), rtol=1e-12, atol=1e-12)
+
+def test_tiles_hold_every_place_once_and_are_made_once():
+    chosen = places(70, 150, 800, dtype=torch.int32)
+    tiles = Tiles.of(chosen.index, chosen.shape, 64)
+    assert (tiles.rows, tiles.columns, tiles.across, len(tiles.starts)) == (64, 64, 3, 7)
+    tile = torch.repeat_interleave(torch.arange(6), tiles.starts.diff())
+    row = tile // 3 * 64 + (tiles.codes >> Tiles.COLUMN_BITS)
+    column = tile % 3 * 64 + (tiles.codes & (1 << Tiles.COLUMN_BITS) - 1)
+    assert torch.equal((row * 150 + column)[tiles.order], chosen.index)
+    assert chosen.tiles is chosen.tiles and chosen.tiles.order is None  # in one tile the order is theirs
+    assert (1 << Tiles.COLUMN_BITS) >= Tiles.LARGEST

@@ -9,7 +9,7 @@ Two exact ways to G at n places, for T vectors:
 
 - dense: G itself, as many rows at a time as make BLOCK_NUMBERS, and of each block the places in it. 2·T·rows·columns
   operations at the speed of a matrix product.
-- sampled: T products for each place and nothing else. 2·T·n operations, at the speed of memory.
+- sampled: T products for each place and nothing else. 2·T·n operations, at the speed of the caches.
 
 x is needed in the backward pass, and autograd keeps it for no other purpose, as the frozen product needs the weight alone.
 On an accelerator it is made again where that can be (ops/recompute.py), else it is kept by reference.
@@ -17,10 +17,11 @@ On an accelerator it is made again where that can be (ops/recompute.py), else it
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,12 +36,13 @@ BLOCK_NUMBERS = 1 << 24  # of G at a time in the dense form: 32 MiB in bfloat16
 GATHERED_NUMBERS = 1 << 22  # workspace of gathered vectors where there is no kernel
 
 # What the sampled form costs, where an operation of a matrix product costs 1: for a vector at a place, and for each of its
-# numbers in the transposed copies. By bytes per number. The copies, float32 and float64 are counted for an H200 (0.55 of
-# 5 TB/s from its cache, 2.5 TB/s for a copy, 25 and 30 × 10¹² multiplications with additions); bfloat16 follows from a
-# training step there, in which the sampled form of 0.5% of the large matrices was faster than the dense one by more than
-# its whole count (0.644 against 0.752 s; benchmarks/results/tuner_step.json, with this rule, has 0.621).
-SAMPLED_COST = {2: 80.0, 4: 33.0, 8: 80.0}
-COPY_COST = {2: 500.0, 4: 80.0, 8: 190.0}
+# numbers that a tile's copy takes. By bytes per number, counted for an H200. A matrix product does 300 × 10¹² multiplications
+# with additions a second in bfloat16, 25 × 10¹² in float32, 30 × 10¹² in float64. The sampled one does about 160
+# instructions per warp for 32 × 8 numbers (that many loads, conversions and products), of which 132 × 4 × 1.75 × 10⁹ are
+# issued a second, and not more than 0.7 of them: 4 × 10¹² numbers a second; float64 is half of that. A training step with an
+# earlier kernel (benchmarks/results/tuner_step.json) had 3.3 × 10¹². A copy is three passes, one of them through memory.
+SAMPLED_COST = {2: 80.0, 4: 8.0, 8: 16.0}
+COPY_COST = {2: 330.0, 4: 60.0, 8: 140.0}
 SAMPLED_COST_ON_CPU = 200.0  # measured, with the copies: see `is_sampled`
 
 _forced: list[Form] = []
@@ -65,6 +67,11 @@ class Places:
         starts: list[int] = torch.searchsorted(self.index.long(), edges).tolist()
         return starts
 
+    @functools.cached_property
+    def tiles(self) -> Tiles:
+        """The places in the order in which the kernel goes through them; made once, in the first backward pass."""
+        return Tiles.of(self.index, self.shape)
+
     def check(self) -> None:
         """Raise InputError for indices, read from a file, that cannot be what was written. Waits for the device."""
         if self.index.device.type == "meta" or not len(self.index):
@@ -81,6 +88,50 @@ class Places:
         return Places(function(self.index), self.shape, self._block_numbers)
 
 
+@dataclasses.dataclass
+class Tiles:
+    """Places of a weight that is cut into tiles of at most LARGEST × LARGEST: by tile, in a tile by row and column.
+
+    ``codes`` (n,): row << COLUMN_BITS | column, both within the tile. ``starts``: where each tile's places begin, and the
+    end. ``order``: which of these each place is; None if that is the order that they have. A tile has ``rows`` and
+    ``columns``, the last ones fewer, and ``across`` of them lie side by side.
+    """
+
+    COLUMN_BITS: ClassVar[int] = 13
+    LARGEST: ClassVar[int] = 4096  # of 32 bytes each: 128 KiB, half of an H100's level-1 cache
+
+    codes: Tensor
+    starts: Tensor
+    order: Tensor | None
+    rows: int
+    columns: int
+    across: int
+
+    @classmethod
+    def of(cls, index: Tensor, shape: tuple[int, int], largest: int | None = None) -> Tiles:
+        """``index``: flat and ascending."""
+        (down, rows), (across, columns) = (_evenly_cut(n, largest or cls.LARGEST) for n in shape)
+        row, column = index.long() // shape[1], index.long() % shape[1]
+        tile = row // rows * across + column // columns
+        codes = row % rows << cls.COLUMN_BITS | column % columns
+        order = None
+        if across > 1:
+            tile, by_tile = tile.sort(stable=True)  # within a tile they are in order
+            codes, order = codes[by_tile], torch.empty_like(by_tile, dtype=torch.int32)
+            order[by_tile] = torch.arange(len(index), device=index.device, dtype=torch.int32)
+        edges = torch.arange(down * across + 1, device=index.device)
+        starts = torch.searchsorted(tile.contiguous(), edges)
+        return cls(codes.int(), starts.int(), order, rows, columns, across)
+
+
+def _evenly_cut(features: int, largest: int) -> tuple[int, int]:
+    """Into how many parts, and the size of all but the last: a multiple of 64, so that reading them is aligned."""
+    parts = max(1, -(-features // largest))
+    size = -(-features // parts)
+    size = min(-(-size // 64) * 64, largest) if parts > 1 else max(size, 1)
+    return max(1, -(-features // size)), size
+
+
 def is_sampled(places: Places, a: Tensor) -> bool:
     """Whether the sampled form costs less, counted; on CUDA it needs Triton.
 
@@ -95,7 +146,9 @@ def is_sampled(places: Places, a: Tensor) -> bool:
     if not kernels.can_be_imported():
         return False
     size = a.element_size()
-    return SAMPLED_COST[size] * len(places.index) + COPY_COST[size] * (rows + columns) < rows * columns
+    (down, _), (across, _) = (_evenly_cut(n, Tiles.LARGEST) for n in places.shape)
+    copied = rows * across + columns * down
+    return SAMPLED_COST[size] * len(places.index) + COPY_COST[size] * copied < rows * columns
 
 
 @contextmanager
@@ -118,7 +171,7 @@ def element_gradient(a: Tensor, b: Tensor, places: Places, form: Form | None = N
         # Imported where it is used: Triton takes a while to import.
         from reltune.ops.kernels.sampled_product import sampled_product
 
-        return sampled_product(a, b, places.index)
+        return sampled_product(a, b, places.tiles)
     return sampled_product_reference(a, b, places.index)
 
 

@@ -1,94 +1,171 @@
 """Chosen numbers of a product aᵀ b, without the rest of it: the sampled dense-dense product (SDDMM), as a Triton kernel.
 
-Each program takes a few chosen places, reads the columns of a and b that they name and adds up their products in float32
-(float64 for float64). Columns are read from transposed copies, where they lie in one piece; the copies are made for as
-many vectors at a time as stay in the cache, because a column of b is read once for every place in it. 2·T·n operations,
-about T·n numbers read, workspace two copies of CACHED_NUMBERS numbers.
+A place's number is the sum over T vectors of a[t, row] · b[t, column], in float32 (float64 for float64). Read in place, every
+number would be a memory access of its own; read from transposed copies, a place costs 2·T numbers from the level-2 cache.
+So the matrix is cut into tiles (ops/attach_elements.py's `Tiles`), and a program goes through a tile's share of the vectors,
+CHUNK of them at a time:
+
+- It copies the tile's part of these vectors, transposed, into a workspace of its own. The columns' copy, at most 128 KiB,
+  then stays in the level-1 cache, and of the rows' it reads one after the other, as the places are ordered by them.
+- For each place of the tile it adds up CHUNK products, and adds the sum to the place's.
+
+a and b are read once per tile, in the layout that they have. Programs share out the chunks of a tile, each with sums of its
+own, which are added up at the end, always in one order.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
 
-PLACES, VECTORS = 16, 128  # per program and step
-CACHED_NUMBERS = 12 << 20  # of a and b together at a time: 24 MiB in bfloat16, half of an H200's level-2 cache
-LEAST = 256  # vectors at a time, however wide a and b are
-TILE = 64  # of the transposed copies
+if TYPE_CHECKING:
+    from reltune.ops.attach_elements import Tiles
+
+
+class Launch(NamedTuple):
+    """``chunk``: bytes of each row and column at a time. ``step``: as many of them in one place's registers. ``programs``:
+    per multiprocessor, which share its level-1 cache. ``copied``: features that are copied in one go."""
+
+    chunk: int = 32
+    step: int = 32
+    programs: int = 1
+    warps: int = 16
+    places: int = 1024
+    copied: int = 512
+
+
+LAUNCH = Launch()
+FEWEST_PROGRAMS = 8  # on a device that does not say how many multiprocessors it has
 
 
 @triton.jit
-def transpose_kernel(x, copy, vectors, features, stride, feature_stride, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """copy (features, vectors) from x (vectors, features), tile by tile, both read and written in one piece."""
-    t = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    inside = (t[:, None] < vectors) & (i[None, :] < features)
-    tile = tl.load(x + t[:, None].to(tl.int64) * stride + i[None, :] * feature_stride, mask=inside, other=0.0)
-    to = copy + i[:, None].to(tl.int64) * vectors + t[None, :]
-    tl.store(to, tl.trans(tile), mask=(i[:, None] < features) & (t[None, :] < vectors))
+def copy_transposed(  # type: ignore[no-untyped-def]
+    x, copy, first, start, vectors, features, width, stride, feature_stride, i, CHUNK: tl.constexpr, COPIED: tl.constexpr
+):
+    """copy[f, t] = x[start + t, first + f] for COPIED of ``width`` features from the i-th; 0 beyond the last vector."""
+    t = start + tl.arange(0, CHUNK)
+    f = i + tl.arange(0, COPIED)
+    inside = (t[:, None] < vectors) & (f[None, :] < width) & (first + f[None, :] < features)
+    part = tl.load(
+        x + t[:, None].to(tl.int64) * stride + (first + f[None, :]).to(tl.int64) * feature_stride, mask=inside, other=0.0
+    )
+    to = copy + f[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    tl.store(to, tl.trans(part), mask=f[:, None] < width)
 
 
 @triton.jit
 def sampled_kernel(  # type: ignore[no-untyped-def]
     a,
     b,
-    index,
+    codes,
+    starts,
+    workspace,
     sums,
-    places,
     vectors,
+    rows,
     columns,
+    a_stride,
+    a_feature_stride,
+    b_stride,
+    b_feature_stride,
+    places,
+    tile_rows,
+    tile_columns,
+    across,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+    COLUMN_BITS: tl.constexpr,
     PLACES: tl.constexpr,
-    VECTORS: tl.constexpr,
+    COPIED: tl.constexpr,
 ):
-    """Add a[row] · b[column] to ``found`` for a (rows, vectors), b (columns, vectors) and places row · columns + column."""
-    at = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
-    inside = at < places
-    flat = tl.load(index + at, mask=inside, other=0).to(tl.int64)
-    left = a + (flat // columns * vectors)[:, None]
-    right = b + (flat % columns * vectors)[:, None]
-    total = tl.load(sums + at, mask=inside, other=0.0)
-    for start in range(0, vectors, VECTORS):
-        t = start + tl.arange(0, VECTORS)[None, :]
-        mask = inside[:, None] & (t < vectors)
-        products = tl.load(left + t, mask=mask, other=0.0).to(total.dtype) * tl.load(
-            right + t, mask=mask, other=0.0
-        ).to(total.dtype)
-        total += tl.sum(products, 1)
-    tl.store(sums + at, total, mask=inside)
+    """sums[share, place] for places of the tile ``program_id(0)`` and the share ``program_id(1)`` of the vectors."""
+    tile, share, shares = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    begin, end = tl.load(starts + tile), tl.load(starts + tile + 1)
+    first_row, first_column = tile // across * tile_rows, tile % across * tile_columns
+    number = (share * tl.num_programs(0) + tile).to(tl.int64)
+    left = workspace + number * (tile_rows + tile_columns) * CHUNK
+    right = left + tile_rows * CHUNK
+    own = sums + share.to(tl.int64) * places
+    chunks = tl.where(begin < end, tl.cdiv(vectors, CHUNK), 0)
+    for chunk in range(share, chunks, shares):
+        start = chunk * CHUNK
+        tl.debug_barrier()  # the copies are read no more
+        for i in range(0, tl.maximum(tile_rows, tile_columns), COPIED):
+            copy_transposed(
+                a, left, first_row, start, vectors, rows, tile_rows, a_stride, a_feature_stride, i, CHUNK, COPIED
+            )
+            copy_transposed(
+                b, right, first_column, start, vectors, columns, tile_columns, b_stride, b_feature_stride, i, CHUNK, COPIED
+            )
+        tl.debug_barrier()  # the copies are complete
+        for at in range(begin, end, PLACES):
+            place = at + tl.arange(0, PLACES)
+            inside = place < end
+            total = tl.load(own + place, mask=inside & (chunk > share), other=0.0)
+            code = tl.load(codes + place, mask=inside, other=0)
+            row = left + ((code >> COLUMN_BITS) * CHUNK)[:, None]
+            column = right + ((code & ((1 << COLUMN_BITS) - 1)) * CHUNK)[:, None]
+            products = tl.zeros([PLACES, STEP], dtype=sums.dtype.element_ty)
+            for first in tl.static_range(0, CHUNK, STEP):
+                t = first + tl.arange(0, STEP)[None, :]
+                products += tl.load(row + t).to(products.dtype) * tl.load(column + t).to(products.dtype)
+            tl.store(own + place, total + tl.sum(products, 1), mask=inside)
 
 
-def transposed(x: Tensor) -> Tensor:
-    """x.mT in one piece; PyTorch's own copy of a transposed matrix either reads or writes number by number."""
-    vectors, features = x.shape
-    copy = torch.empty(features, vectors, device=x.device, dtype=x.dtype)
-    grid = triton.cdiv(vectors, TILE), triton.cdiv(features, TILE)
-    transpose_kernel[grid](x, copy, vectors, features, x.stride(0), x.stride(1), TILE=TILE)
-    return copy
-
-
-def sampled_product(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
-    """(aᵀ b).view(-1)[index] in float32 (float64 for float64), for a (T, rows), b (T, columns) and places (n,).
+def sampled_product(a: Tensor, b: Tensor, tiles: Tiles, launch: Launch | None = None) -> Tensor:
+    """(aᵀ b) at the places, in float32 (float64 for float64), for a (T, rows), b (T, columns) and the tiles' places (n,).
 
     The reference is ops/attach_elements.py's `sampled_product_reference`.
     """
-    sums = torch.zeros(len(index), device=a.device, dtype=torch.float64 if a.dtype == torch.float64 else torch.float32)
-    if not len(index):
-        return sums
-    step = max(LEAST, CACHED_NUMBERS // (a.shape[1] + b.shape[1]) // VECTORS * VECTORS)
+    launch = launch or LAUNCH
+    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    places = len(tiles.codes)
+    if not places or not len(a):
+        return torch.zeros(places, device=a.device, dtype=wide)
+    chunk, step = launch.chunk // a.element_size(), launch.step // a.element_size()
+    count = len(tiles.starts) - 1
+    shares = max(1, min(triton.cdiv(len(a), chunk), launch.programs * _multiprocessors(a.device) // count))
+    workspace = torch.empty(
+        shares * count * (tiles.rows + tiles.columns) * chunk, device=a.device, dtype=a.dtype
+    )
+    sums = torch.empty(shares, places, device=a.device, dtype=wide)
     with torch.cuda.device_of(a):
-        for start in range(0, len(a), step):
-            left, right = (transposed(factor[start : start + step]) for factor in (a, b))
-            sampled_kernel[(triton.cdiv(len(index), PLACES),)](
-                left,
-                right,
-                index,
-                sums,
-                len(index),
-                left.shape[1],
-                b.shape[1],
-                PLACES=PLACES,
-                VECTORS=VECTORS,
-            )
-    return sums
+        sampled_kernel[(count, shares)](
+            a,
+            b,
+            tiles.codes,
+            tiles.starts,
+            workspace,
+            sums,
+            len(a),
+            a.shape[1],
+            b.shape[1],
+            a.stride(0),
+            a.stride(1),
+            b.stride(0),
+            b.stride(1),
+            places,
+            tiles.rows,
+            tiles.columns,
+            tiles.across,
+            CHUNK=chunk,
+            STEP=step,
+            COLUMN_BITS=tiles.COLUMN_BITS,
+            PLACES=launch.places,
+            COPIED=launch.copied,
+            num_warps=launch.warps,
+            num_stages=1,  # what a loop reads must not be read before the barrier
+        )
+    total = sums.sum(0)
+    return total if tiles.order is None else total.index_select(0, tiles.order)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return FEWEST_PROGRAMS
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.multi_processor_count)
