@@ -6,7 +6,7 @@ takes about a minute on a GPU; exit code 1 if anything differs. On a CPU the ref
 
 - The fused norm and the gated product, with their gradients, against float64; and how many of their numbers are those that
   PyTorch's own operations give.
-- Chosen numbers of a product, by the kernel, against float64.
+- Chosen numbers of a product, by the kernel, against float64; and on a GPU how long it takes, launched in several ways.
 - Small Llama, Qwen3, GPT-2 and BERT models: votes of a probe, and losses and trained values of single weights, rows, columns and
   gains, with inputs made again, with inputs kept, and with nothing fused; also with gradient checkpointing and autocast.
 - What the forward pass of a Llama layer leaves in memory for the backward pass, per token, in units of its sizes.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -101,23 +102,73 @@ def kernels(device: str) -> None:
                 [gate, up],
                 g,
             )
+
+
+def sampled_products(device: str) -> None:
+    """By the kernel, against float64: sizes that nothing divides, places in one row or column, several tiles."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for vectors, rows, columns, share in (
             (8192, 1024, 4096, 0.001),
+            (8192, 4096, 14336, 0.0012),
+            (2048, 14336, 4096, 0.005),
             (777, 130, 517, 0.02),
             (64, 4096, 1024, 0.005),
+            (15, 4097, 4099, 0.0001),
+            (1000, 300, 200, "row"),
+            (1000, 300, 200, "column"),
         ):
-            a, b = (
-                numbers(device, vectors, rows, dtype=dtype, seed=0),
-                numbers(device, vectors, columns, dtype=dtype, seed=1),
-            )
-            places = torch.randperm(rows * columns)[: int(share * rows * columns)].sort().values.int().to(device)
-            found = element_gradient(a, b, Places(places, (rows, columns)), "sampled")
-            wanted = (a.double().mT @ b.double()).flatten()[places.long()]
-            report(
-                f"sampled product {vectors} × {rows} × {columns} {short}",
-                float((found - wanted).abs().max()),
-                1e-5 * vectors,
-            )
+            if device == "cpu" and rows * columns > 1 << 20:
+                continue
+            a, b = (numbers(device, vectors, n, dtype=dtype, seed=seed) for seed, n in enumerate((rows, columns)))
+            index = chosen_places(rows, columns, share, device)
+            places = Places(index, (rows, columns))
+            found = element_gradient(a, b, places, "sampled")
+            wanted = (a.double().mT @ b.double()).flatten()[index.long()]
+            what = f"sampled product {vectors} × {rows} × {columns} {str(dtype).removeprefix('torch.')}, {share}"
+            report(what, float((found - wanted).abs().max()), 2e-7 * vectors + 1e-5)
+            again = element_gradient(a, b, places, "sampled")
+            report(f"{what}: numbers that differ from run to run", float((found != again).sum()), 0)
+    if device != "cpu":
+        sampled_product_times(device)
+
+
+def chosen_places(rows: int, columns: int, share: float | str, device: str) -> Tensor:
+    if isinstance(share, str):
+        return (torch.arange(columns) + 7 * columns if share == "row" else torch.arange(rows) * columns + 7).to(device)
+    drawn = torch.randint(rows * columns, (int(share * rows * columns),), generator=torch.Generator().manual_seed(2))
+    return drawn.unique().int().to(device)
+
+
+def sampled_product_times(device: str) -> None:
+    """Of the ways to launch the kernel, and of all of G, in milliseconds: to choose LAUNCH and SAMPLED_COST by."""
+    from reltune.ops.kernels.sampled_product import LAUNCH, sampled_product
+
+    launches = {
+        "as it is": LAUNCH,
+        "1 program": LAUNCH._replace(programs=1),
+        "8 warps": LAUNCH._replace(warps=8, places=512),
+        "2 threads a place": LAUNCH._replace(step=32),
+        "2048 places": LAUNCH._replace(places=2048),
+    }
+    cases = [(14336, 4096, 0.00138), (14336, 4096, 0.00575), (4096, 14336, 0.00138), (4096, 4096, 0.00138)]
+    for rows, columns, share in cases:
+        a, b = (torch.randn(8192, n, device=device, dtype=torch.bfloat16) for n in (rows, columns))
+        tiles = Places(chosen_places(rows, columns, share, device), (rows, columns)).tiles
+        runs: dict[str, Callable[[], Tensor]] = {
+            name: functools.partial(sampled_product, a, b, tiles, launch) for name, launch in launches.items()
+        }
+        runs["all of G"] = functools.partial(torch.matmul, a.mT, b)
+        found = []
+        for name, run in runs.items():
+            run()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(10):
+                run()
+            end.record()
+            torch.cuda.synchronize()
+            found.append(f"{name} {start.elapsed_time(end) / 10:.3f}")
+        print(f"     {rows} × {columns}, {share:.3%}, ms: {', '.join(found)}", flush=True)
 
 
 def models() -> dict[str, Callable[[], Any]]:
@@ -279,8 +330,13 @@ def memory(device: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    device = parser.parse_args().device
-    for part in (kernels, trainings, probes, *([memory] if device != "cpu" else [])):
+    parts = [kernels, sampled_products, trainings, probes, memory]
+    parser.add_argument("--parts", nargs="+", choices=[part.__name__ for part in parts], help="all by default")
+    options = parser.parse_args()
+    device = options.device
+    for part in parts:
+        if part.__name__ not in (options.parts or [part.__name__]) or (part is memory and device == "cpu"):
+            continue
         try:
             part(device)
         except Exception as error:

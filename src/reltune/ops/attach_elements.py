@@ -36,13 +36,12 @@ BLOCK_NUMBERS = 1 << 24  # of G at a time in the dense form: 32 MiB in bfloat16
 GATHERED_NUMBERS = 1 << 22  # workspace of gathered vectors where there is no kernel
 
 # What the sampled form costs, where an operation of a matrix product costs 1: for a vector at a place, and for each of its
-# numbers that a tile's copy takes. By bytes per number, counted for an H200. A matrix product does 300 × 10¹² multiplications
-# with additions a second in bfloat16, 25 × 10¹² in float32, 30 × 10¹² in float64. The sampled one does about 160
-# instructions per warp for 32 × 8 numbers (that many loads, conversions and products), of which 132 × 4 × 1.75 × 10⁹ are
-# issued a second, and not more than 0.7 of them: 4 × 10¹² numbers a second; float64 is half of that. A training step with an
-# earlier kernel (benchmarks/results/tuner_step.json) had 3.3 × 10¹². A copy is three passes, one of them through memory.
-SAMPLED_COST = {2: 80.0, 4: 8.0, 8: 16.0}
-COPY_COST = {2: 330.0, 4: 60.0, 8: 140.0}
+# numbers that the tiles' copies take. By bytes per number; counted for an H200, where a matrix product does 300 × 10¹²
+# multiplications with additions a second in bfloat16, 25 × 10¹² in float32 and 30 × 10¹² in float64. At a place a warp issues
+# 157 instructions for 32 × 32 numbers in bfloat16, and its level-1 caches give about 11 TB/s of scattered sectors: 3.8, 2 and
+# 1 × 10¹² numbers a second. A copy is read, written and read, mostly in the level-2 cache: 1, 0.5 and 0.25 × 10¹².
+SAMPLED_COST = {2: 80.0, 4: 13.0, 8: 30.0}
+COPY_COST = {2: 300.0, 4: 50.0, 8: 120.0}
 SAMPLED_COST_ON_CPU = 200.0  # measured, with the copies: see `is_sampled`
 
 _forced: list[Form] = []

@@ -45,14 +45,27 @@ FEWEST_PROGRAMS = 8  # on a device that does not say how many multiprocessors it
 
 @triton.jit
 def copy_transposed(  # type: ignore[no-untyped-def]
-    x, copy, first, start, vectors, features, width, stride, feature_stride, i, CHUNK: tl.constexpr, COPIED: tl.constexpr
+    x,
+    copy,
+    first,
+    start,
+    vectors,
+    features,
+    width,
+    stride,
+    feature_stride,
+    i,
+    CHUNK: tl.constexpr,
+    COPIED: tl.constexpr,
 ):
     """copy[f, t] = x[start + t, first + f] for COPIED of ``width`` features from the i-th; 0 beyond the last vector."""
     t = start + tl.arange(0, CHUNK)
     f = i + tl.arange(0, COPIED)
     inside = (t[:, None] < vectors) & (f[None, :] < width) & (first + f[None, :] < features)
     part = tl.load(
-        x + t[:, None].to(tl.int64) * stride + (first + f[None, :]).to(tl.int64) * feature_stride, mask=inside, other=0.0
+        x + t[:, None].to(tl.int64) * stride + (first + f[None, :]).to(tl.int64) * feature_stride,
+        mask=inside,
+        other=0.0,
     )
     to = copy + f[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     tl.store(to, tl.trans(part), mask=f[:, None] < width)
@@ -120,7 +133,18 @@ def sampled_kernel(  # type: ignore[no-untyped-def]
                 a, left, first_row, start, vectors, rows, tile_rows, a_stride, a_feature_stride, i, CHUNK, COPIED
             )
             copy_transposed(
-                b, right, first_column, start, vectors, columns, tile_columns, b_stride, b_feature_stride, i, CHUNK, COPIED
+                b,
+                right,
+                first_column,
+                start,
+                vectors,
+                columns,
+                tile_columns,
+                b_stride,
+                b_feature_stride,
+                i,
+                CHUNK,
+                COPIED,
             )
         tl.debug_barrier()  # the copies are complete
         for at in range(begin, end, PLACES):
@@ -147,9 +171,7 @@ def sampled_product(a: Tensor, b: Tensor, tiles: Tiles, launch: Launch | None = 
     chunk, step = launch.chunk // a.element_size(), launch.step // a.element_size()
     count = len(tiles.starts) - 1
     shares = max(1, min(triton.cdiv(len(a), chunk), launch.programs * _multiprocessors(a.device) // count))
-    workspace = torch.empty(
-        shares * count * (tiles.rows + tiles.columns) * chunk, device=a.device, dtype=a.dtype
-    )
+    workspace = torch.empty(shares * count * (tiles.rows + tiles.columns) * chunk, device=a.device, dtype=a.dtype)
     sums = torch.empty(shares, places, device=a.device, dtype=wide)
     with torch.cuda.device_of(a):
         sampled_kernel[(count, shares)](
