@@ -191,7 +191,9 @@ def moving(
                 module.__dict__.setdefault(HELD, {})[key] = weight, readings
         for module in {id(module): module for weight in weights for module, _ in weight.places}.values():
             changed.append((module, type(module)))
-            module.__class__ = _reading(cast(Any, type(module)), tuple(module.__dict__[HELD]), _computes_product(module))
+            module.__class__ = _reading(
+                cast(Any, type(module)), tuple(module.__dict__[HELD]), _computes_product(module)
+            )
         yield
     finally:
         for module, own in changed:
