@@ -145,10 +145,10 @@ def sampled_product_times(device: str) -> None:
 
     launches = {
         "as it is": LAUNCH,
-        "1 program": LAUNCH._replace(programs=1),
-        "8 warps": LAUNCH._replace(warps=8, places=512),
+        "16 warps": LAUNCH._replace(warps=16, places=1024),
+        "16 warps, 512 copied": LAUNCH._replace(warps=16, places=1024, copied=512),
+        "2 programs of 16 warps": LAUNCH._replace(warps=16, places=1024, copied=512, programs=2),
         "2 threads a place": LAUNCH._replace(step=32),
-        "2048 places": LAUNCH._replace(places=2048),
     }
     cases = [(14336, 4096, 0.00138), (14336, 4096, 0.00575), (4096, 14336, 0.00138), (4096, 4096, 0.00138)]
     for rows, columns, share in cases:

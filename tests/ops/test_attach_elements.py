@@ -216,13 +216,17 @@ def test_the_kernel_reads_factors_in_any_layout():
     torch.testing.assert_close(sampled_product(a, b, tiles), (a.mT @ b).flatten(), rtol=1e-12, atol=1e-12)
 
 
-def test_tiles_hold_every_place_once_and_are_made_once():
-    chosen = places(70, 150, 800, dtype=torch.int32)
+@pytest.mark.parametrize(("rows", "columns"), [(70, 150), (150, 70), (150, 60)])
+def test_tiles_hold_every_place_once_and_are_made_once(rows, columns):
+    chosen = places(rows, columns, 800, dtype=torch.int32)
     tiles = Tiles.of(chosen.index, chosen.shape, 64)
-    assert (tiles.rows, tiles.columns, tiles.across, len(tiles.starts)) == (64, 64, 3, 7)
-    tile = torch.repeat_interleave(torch.arange(6), tiles.starts.diff())
-    row = tile // 3 * 64 + (tiles.codes >> Tiles.COLUMN_BITS)
-    column = tile % 3 * 64 + (tiles.codes & (1 << Tiles.COLUMN_BITS) - 1)
-    assert torch.equal((row * 150 + column)[tiles.order], chosen.index)
-    assert chosen.tiles is chosen.tiles and chosen.tiles.order is None  # in one tile the order is theirs
-    assert (1 << Tiles.COLUMN_BITS) >= Tiles.LARGEST
+    parts = -(-min(rows, columns) // 64)
+    assert tiles.keeps_rows == (rows < columns) and tiles.parts == parts and len(tiles.starts) == 3 * parts + 1
+    tile = torch.repeat_interleave(torch.arange(3 * parts), tiles.starts.diff())
+    passing = tile % 3 * tiles.passing + (tiles.codes >> Tiles.KEPT_BITS)
+    kept = tile // 3 * tiles.kept + (tiles.codes & (1 << Tiles.KEPT_BITS) - 1)
+    row, column = (kept, passing) if tiles.keeps_rows else (passing, kept)
+    flat = row * columns + column
+    assert torch.equal(flat if tiles.order is None else flat[tiles.order], chosen.index)
+    assert (tiles.order is None) == (columns == 60)  # with one part of the columns the order is theirs
+    assert chosen.tiles is chosen.tiles and (1 << Tiles.KEPT_BITS) >= Tiles.LARGEST

@@ -89,38 +89,44 @@ class Places:
 
 @dataclasses.dataclass
 class Tiles:
-    """Places of a weight that is cut into tiles of at most LARGEST × LARGEST: by tile, in a tile by row and column.
+    """Places in the order in which the kernel goes through them.
 
-    ``codes`` (n,): row << COLUMN_BITS | column, both within the tile. ``starts``: where each tile's places begin, and the
-    end. ``order``: which of these each place is; None if that is the order that they have. A tile has ``rows`` and
-    ``columns``, the last ones fewer, and ``across`` of them lie side by side.
+    The side of the weight with fewer features is cut into ``parts`` of ``kept`` features, the other into tiles of
+    ``passing``, neither of more than LARGEST, the last ones with fewer. The order is by part, tile, passing and kept feature.
+
+    ``codes`` (n,): passing << KEPT_BITS | kept feature, within tile and part. ``starts``: where the places of each tile of
+    each part begin, and the end. ``order``: which of these each place is; None if that is the order that they have.
     """
 
-    COLUMN_BITS: ClassVar[int] = 13
+    KEPT_BITS: ClassVar[int] = 13
     LARGEST: ClassVar[int] = 4096  # of 32 bytes each: 128 KiB, half of an H100's level-1 cache
 
     codes: Tensor
     starts: Tensor
     order: Tensor | None
-    rows: int
-    columns: int
-    across: int
+    passing: int
+    kept: int
+    parts: int
+    keeps_rows: bool
 
     @classmethod
     def of(cls, index: Tensor, shape: tuple[int, int], largest: int | None = None) -> Tiles:
         """``index``: flat and ascending."""
-        (down, rows), (across, columns) = (_evenly_cut(n, largest or cls.LARGEST) for n in shape)
-        row, column = index.long() // shape[1], index.long() % shape[1]
-        tile = row // rows * across + column // columns
-        codes = row % rows << cls.COLUMN_BITS | column % columns
+        keeps_rows = shape[0] < shape[1]
+        feature, other = index.long() // shape[1], index.long() % shape[1]
+        if keeps_rows:
+            feature, other = other, feature
+        (tiles, passing), (parts, kept) = (_evenly_cut(n, largest or cls.LARGEST) for n in sorted(shape, reverse=True))
+        tile = other // kept * tiles + feature // passing
+        codes = feature % passing << cls.KEPT_BITS | other % kept
         order = None
-        if across > 1:
-            tile, by_tile = tile.sort(stable=True)  # within a tile they are in order
-            codes, order = codes[by_tile], torch.empty_like(by_tile, dtype=torch.int32)
+        if parts > 1 or keeps_rows:
+            by_tile = (tile << 2 * cls.KEPT_BITS | codes).argsort()
+            tile, codes = tile[by_tile], codes[by_tile]
+            order = torch.empty_like(by_tile, dtype=torch.int32)
             order[by_tile] = torch.arange(len(index), device=index.device, dtype=torch.int32)
-        edges = torch.arange(down * across + 1, device=index.device)
-        starts = torch.searchsorted(tile.contiguous(), edges)
-        return cls(codes.int(), starts.int(), order, rows, columns, across)
+        starts = torch.searchsorted(tile, torch.arange(tiles * parts + 1, device=index.device))
+        return cls(codes.int(), starts.int(), order, passing, kept, parts, keeps_rows)
 
 
 def _evenly_cut(features: int, largest: int) -> tuple[int, int]:
@@ -145,8 +151,8 @@ def is_sampled(places: Places, a: Tensor) -> bool:
     if not kernels.can_be_imported():
         return False
     size = a.element_size()
-    (down, _), (across, _) = (_evenly_cut(n, Tiles.LARGEST) for n in places.shape)
-    copied = rows * across + columns * down
+    fewer, more = sorted(places.shape)
+    copied = fewer + more * _evenly_cut(fewer, Tiles.LARGEST)[0]
     return SAMPLED_COST[size] * len(places.index) + COPY_COST[size] * copied < rows * columns
 
 

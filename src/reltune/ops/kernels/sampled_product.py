@@ -2,15 +2,15 @@
 
 A place's number is the sum over T vectors of a[t, row] · b[t, column], in float32 (float64 for float64). Read in place, every
 number would be a memory access of its own; read from transposed copies, a place costs 2·T numbers from the level-2 cache.
-So the matrix is cut into tiles (ops/attach_elements.py's `Tiles`), and a program goes through a tile's share of the vectors,
-CHUNK of them at a time:
+So a program goes through a share of the vectors, CHUNK of them at a time, and reads from transposed copies of its own that
+stay in the caches (the places are cut into tiles for that, see ops/attach_elements.py's `Tiles`):
 
-- It copies the tile's part of these vectors, transposed, into a workspace of its own. The columns' copy, at most 128 KiB,
-  then stays in the level-1 cache, and of the rows' it reads one after the other, as the places are ordered by them.
-- For each place of the tile it adds up CHUNK products, and adds the sum to the place's.
+- Of the side with fewer features it copies as many as the level-1 cache holds, and keeps them for the chunk.
+- Of the other side it copies one tile's part after the other, and for each place of the tile adds up CHUNK products and
+  adds the sum to the place's. The places are in the order of this side, which so passes by once.
 
-a and b are read once per tile, in the layout that they have. Programs share out the chunks of a tile, each with sums of its
-own, which are added up at the end, always in one order.
+a and b are read in the layout that they have, and from memory once where one side fits. The shares of the vectors have sums
+of their own, which are added up at the end, always in one order.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 
 class Launch(NamedTuple):
-    """``chunk``: bytes of each row and column at a time, a sector of the cache. ``step``: bytes that a thread loads at once,
-    so that it has a place of its own. ``programs``: per multiprocessor, one of which computes while the other copies.
-    ``places``, ``copied``: places and features that a program works on at once."""
+    """``chunk``: bytes of each feature at a time, a sector of the cache. ``step``: bytes that a thread loads at once, so that
+    it has a place of its own. ``programs``: per multiprocessor, which share its level-1 cache. ``places``, ``copied``:
+    places and features that a program works on at once."""
 
     chunk: int = 32
     step: int = 16
-    programs: int = 2
-    warps: int = 16
-    places: int = 1024
-    copied: int = 512
+    programs: int = 1
+    warps: int = 32
+    places: int = 2048
+    copied: int = 1024
 
 
 LAUNCH = Launch()
@@ -93,69 +93,81 @@ def dot(row, column, wide: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr
 
 @triton.jit
 def sampled_kernel(  # type: ignore[no-untyped-def]
-    a,
-    b,
+    passing,
+    kept,
     codes,
     starts,
     workspace,
     sums,
     vectors,
-    rows,
-    columns,
-    a_stride,
-    a_feature_stride,
-    b_stride,
-    b_feature_stride,
+    passing_features,
+    kept_features,
+    passing_stride,
+    passing_feature_stride,
+    kept_stride,
+    kept_feature_stride,
     places,
-    tile_rows,
-    tile_columns,
-    across,
+    tile_passing,
+    tile_kept,
+    tiles,
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
-    COLUMN_BITS: tl.constexpr,
+    KEPT_BITS: tl.constexpr,
     PLACES: tl.constexpr,
     COPIED: tl.constexpr,
 ):
-    """sums[share, place] for places of the tile ``program_id(0)`` and the share ``program_id(1)`` of the vectors."""
-    tile, share, shares = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    begin, end = tl.load(starts + tile), tl.load(starts + tile + 1)
-    first_row, first_column = tile // across * tile_rows, tile % across * tile_columns
-    number = (share * tl.num_programs(0) + tile).to(tl.int64)
-    left = workspace + number * (tile_rows + tile_columns) * CHUNK
-    right = left + tile_rows * CHUNK
+    """sums[share, place] for the ``program_id(0)``-th part of the kept side and the share ``program_id(1)`` of the vectors."""
+    part, share, shares = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    number = (share * tl.num_programs(0) + part).to(tl.int64)
+    right = workspace + number * (tile_passing + tile_kept) * CHUNK
+    left = right + tile_kept * CHUNK
     own = sums + share.to(tl.int64) * places
-    chunks = tl.where(begin < end, tl.cdiv(vectors, CHUNK), 0)
-    for chunk in range(share, chunks, shares):
+    for chunk in range(share, tl.cdiv(vectors, CHUNK), shares):
         start = chunk * CHUNK
-        tl.debug_barrier()  # the copies are read no more
-        for i in range(0, tl.maximum(tile_rows, tile_columns), COPIED):
+        tl.debug_barrier()  # the copy is read no more
+        for i in range(0, tile_kept, COPIED):
             copy_transposed(
-                a, left, first_row, start, vectors, rows, tile_rows, a_stride, a_feature_stride, i, CHUNK, COPIED
-            )
-            copy_transposed(
-                b,
+                kept,
                 right,
-                first_column,
+                part * tile_kept,
                 start,
                 vectors,
-                columns,
-                tile_columns,
-                b_stride,
-                b_feature_stride,
+                kept_features,
+                tile_kept,
+                kept_stride,
+                kept_feature_stride,
                 i,
                 CHUNK,
                 COPIED,
             )
-        tl.debug_barrier()  # the copies are complete
-        for at in range(begin, end, PLACES):
-            place = at + tl.arange(0, PLACES)
-            inside = place < end
-            total = tl.load(own + place, mask=inside & (chunk > share), other=0.0)
-            code = tl.load(codes + place, mask=inside, other=0)
-            row = left + ((code >> COLUMN_BITS) * CHUNK)[:, None]
-            column = right + ((code & ((1 << COLUMN_BITS) - 1)) * CHUNK)[:, None]
-            total += dot(row, column, sums.dtype.element_ty, CHUNK, STEP)
-            tl.store(own + place, total, mask=inside)
+        for tile in range(0, tiles):
+            begin, end = tl.load(starts + part * tiles + tile), tl.load(starts + part * tiles + tile + 1)
+            tl.debug_barrier()
+            for i in range(0, tl.where(begin < end, tile_passing, 0), COPIED):
+                copy_transposed(
+                    passing,
+                    left,
+                    tile * tile_passing,
+                    start,
+                    vectors,
+                    passing_features,
+                    tile_passing,
+                    passing_stride,
+                    passing_feature_stride,
+                    i,
+                    CHUNK,
+                    COPIED,
+                )
+            tl.debug_barrier()  # the copies are complete
+            for at in range(begin, end, PLACES):
+                place = at + tl.arange(0, PLACES)
+                inside = place < end
+                total = tl.load(own + place, mask=inside & (chunk > share), other=0.0)
+                code = tl.load(codes + place, mask=inside, other=0)
+                one = left + ((code >> KEPT_BITS) * CHUNK)[:, None]
+                other = right + ((code & ((1 << KEPT_BITS) - 1)) * CHUNK)[:, None]
+                total += dot(one, other, sums.dtype.element_ty, CHUNK, STEP)
+                tl.store(own + place, total, mask=inside)
 
 
 def sampled_product(a: Tensor, b: Tensor, tiles: Tiles, launch: Launch | None = None) -> Tensor:
@@ -168,33 +180,33 @@ def sampled_product(a: Tensor, b: Tensor, tiles: Tiles, launch: Launch | None = 
     places = len(tiles.codes)
     if not places or not len(a):
         return torch.zeros(places, device=a.device, dtype=wide)
+    passing, kept = (b, a) if tiles.keeps_rows else (a, b)
     chunk, step = launch.chunk // a.element_size(), launch.step // a.element_size()
-    count = len(tiles.starts) - 1
-    shares = max(1, min(triton.cdiv(len(a), chunk), launch.programs * _multiprocessors(a.device) // count))
-    workspace = torch.empty(shares * count * (tiles.rows + tiles.columns) * chunk, device=a.device, dtype=a.dtype)
+    shares = max(1, min(triton.cdiv(len(a), chunk), launch.programs * _multiprocessors(a.device) // tiles.parts))
+    workspace = torch.empty(shares * tiles.parts * (tiles.passing + tiles.kept) * chunk, device=a.device, dtype=a.dtype)
     sums = torch.empty(shares, places, device=a.device, dtype=wide)
     with torch.cuda.device_of(a):
-        sampled_kernel[(count, shares)](
-            a,
-            b,
+        sampled_kernel[(tiles.parts, shares)](
+            passing,
+            kept,
             tiles.codes,
             tiles.starts,
             workspace,
             sums,
             len(a),
-            a.shape[1],
-            b.shape[1],
-            a.stride(0),
-            a.stride(1),
-            b.stride(0),
-            b.stride(1),
+            passing.shape[1],
+            kept.shape[1],
+            passing.stride(0),
+            passing.stride(1),
+            kept.stride(0),
+            kept.stride(1),
             places,
-            tiles.rows,
-            tiles.columns,
-            tiles.across,
+            tiles.passing,
+            tiles.kept,
+            (len(tiles.starts) - 1) // tiles.parts,
             CHUNK=chunk,
             STEP=step,
-            COLUMN_BITS=tiles.COLUMN_BITS,
+            KEPT_BITS=tiles.KEPT_BITS,
             PLACES=launch.places,
             COPIED=launch.copied,
             num_warps=launch.warps,
