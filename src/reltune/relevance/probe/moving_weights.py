@@ -7,7 +7,8 @@ plain product.
 
 The backward pass hands a weight's gradient, added up over all readings (tied weights, modules used twice), to ``arrived``
 as soon as it is complete, and keeps it no longer unless it is told to. What autograd would keep of a moved weight for
-the backward pass is not kept but computed once more: of all moved weights, those of the layer at work are in memory.
+the backward pass is not kept but computed once more: of all moved weights, those of the layer at work are in memory, and
+of linear maps only the one at work.
 """
 
 from __future__ import annotations
