@@ -91,7 +91,7 @@ def dot(row, column, wide: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr
     return tl.sum(total, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vectors", "places", "tiles"])  # or maps of one shape would be compiled twice
 def sampled_kernel(  # type: ignore[no-untyped-def]
     passing,
     kept,
