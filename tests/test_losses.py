@@ -29,6 +29,7 @@ from transformers.models.bert import BertConfig
 
 from measured_models import CLASSIFIER, LABELS, VOCAB, made
 from relevance_cases import text_batch
+from reltune import losses
 from reltune.errors import InputError
 from reltune.losses import LOSSES, Loss, as_loss
 
@@ -423,8 +424,21 @@ class WideTensors(TorchDispatchMode):
         return made
 
 
+@pytest.mark.parametrize("shape", [(5,), (7, 5), (3, 9, 5), (2, 0, 5)])
+@pytest.mark.parametrize("numbers", [1, 40])
+def test_the_gradient_comes_a_few_rows_at_a_time(shape, numbers, monkeypatch):
+    monkeypatch.setattr(losses, "WIDE_NUMBERS", numbers)
+    logits, labels = torch.randn(shape, dtype=torch.float64, requires_grad=True), torch.randint(5, shape[:-1])
+    weight = torch.randn(shape[:-1], dtype=torch.float64)
+    (losses._CrossEntropy.apply(logits, labels) * weight).sum().backward()
+    found, logits.grad = logits.grad, None
+    plain = F.cross_entropy(logits.reshape(-1, 5), labels.reshape(-1), reduction="none")
+    (plain * weight.reshape(-1)).sum().backward()
+    torch.testing.assert_close(found, logits.grad, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("task", TOKEN_TASKS)
-def test_one_wide_copy_of_the_logits_at_a_time_and_none_kept(task):
+def test_one_wide_copy_of_the_logits_at_a_time_and_none_kept(task, monkeypatch):
     logits = torch.randn(3, 10, 50, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(50, (3, 10))
     labels[0, :5] = -100
@@ -433,10 +447,14 @@ def test_one_wide_copy_of_the_logits_at_a_time_and_none_kept(task):
         LOSSES[task].per_example(logits, (None, labels))
     assert forward.most == 1
     assert {t.data_ptr() for t in kept if t.numel() >= 20 * 50} == {logits.data_ptr()}
-    losses = LOSSES[task].per_example(logits, (None, labels))
+    found = LOSSES[task].per_example(logits, (None, labels))
     with WideTensors(20 * 50) as backward:
-        losses.sum().backward()
+        found.sum().backward(retain_graph=True)
     assert backward.most == 1
+    monkeypatch.setattr(losses, "WIDE_NUMBERS", 400)
+    with WideTensors(20 * 50) as backward:
+        found.sum().backward()
+    assert backward.most == 0
     with WideTensors(20 * 50) as sampling:
         LOSSES[task].sample_labels(logits, (None, labels), None)
     assert sampling.most == 1

@@ -127,12 +127,15 @@ def _mean(values: Tensor, counted: Tensor) -> Tensor:
     return values.where(counted, 0).sum(1) / counted.sum(1).clamp(min=1)
 
 
+WIDE_NUMBERS = 1 << 25  # of the probabilities at a time: 128 MiB in float32
+
+
 class _CrossEntropy(torch.autograd.Function):
     """−log softmax(logits)[label] for logits (…, classes) and labels (…), in float32 at least.
 
     One wide copy of the logits lives at a time, and none from forward to backward: the probabilities are made again
-    from the logits themselves, which the model's output holds anyway. (On a CPU, logits in half precision are widened
-    once more while they are subtracted from.)
+    from the logits themselves, which the model's output holds anyway, a few rows at a time. (On a CPU, logits in half
+    precision are widened once more while they are subtracted from.)
     """
 
     @staticmethod
@@ -149,9 +152,14 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         logits, log_sum, index = ctx.saved_tensors
-        g = g[..., None]
-        gradient = (logits - log_sum).exp_().mul_(g).scatter_add_(-1, index, -g)
-        return gradient.to(logits.dtype), None
+        gradient = torch.empty_like(logits)
+        # By rows of classes, with a dimension more for a single one.
+        of = [x[None] for x in (gradient, logits, log_sum, index, g[..., None])]
+        step = max(1, WIDE_NUMBERS * of[0].shape[-2] // max(1, logits.numel()))
+        for into, *part in zip(*(x.split(step, -2) for x in of), strict=True):
+            logits, log_sum, index, g = part
+            into.copy_((logits - log_sum).exp_().mul_(g).scatter_add_(-1, index, -g))
+        return gradient, None
 
 
 def _categorical(logits: Tensor, labels: Tensor, ignored: int, generator: torch.Generator | None) -> Tensor:

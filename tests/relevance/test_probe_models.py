@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from measured_models import MODELS
 from oracles.sign_probe import sign_probe, steps_by_rule
 from relevance_cases import causal_of_one, data_for, lm_batch, measure, own_loss, split
 from reltune.errors import AnalysisError, InputError
-from reltune.relevance.probe.moving_weights import Readings, moving, weights_that_move
+from reltune.relevance.probe.moving_weights import MovingWeight, Readings, moving, weights_that_move
 
 MINE = ["movement"]
 RATE = 0.01
@@ -152,9 +156,14 @@ def test_of_a_tied_weight_in_a_language_model():
             assert torch.equal(votes[key].double(), own), key
 
 
+class ReadsItself(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
 def test_no_moved_weight_is_kept_for_the_backward_pass():
     """While the graph lives, none of the tensors that were read is alive; they are computed once more."""
-    model = nn.Sequential(*[nn.Linear(7, 7) for _ in range(5)])
+    model = nn.Sequential(*[ReadsItself(7, 7) for _ in range(5)])
     weights = weights_that_move(model, None, RATE, torch.int8)
     readings, arrived = Readings(), []
     with moving(weights, arrived.append, readings):
@@ -169,6 +178,36 @@ def test_no_moved_weight_is_kept_for_the_backward_pass():
     assert {weight.name for weight in arrived} == {name for name, _ in model.named_parameters()}
     order = [weight.name for weight in arrived if weight.name.endswith("weight")]
     assert order == [f"{number}.weight" for number in reversed(range(5))]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_of_a_linear_map_neither_the_moved_weight_nor_its_gradient_waits_for_the_other(checkpointed, monkeypatch):
+    model = nn.Sequential(*[nn.Linear(7, 7) for _ in range(5)])
+    moved, beside = [], []
+    now = MovingWeight.now
+
+    def noted(weight):
+        found = now(weight)
+        if found.ndim == 2:
+            moved.append(weakref.ref(found))
+        return found
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            found = operation(*args, **(kwargs or {}))
+            if operation is torch.ops.aten.mm.default and found.shape == (7, 7):
+                beside.append(sum(of() is not None for of in moved))
+            return found
+
+    monkeypatch.setattr(MovingWeight, "now", noted)
+    weights, readings, arrived = weights_that_move(model, None, RATE, torch.int8), Readings(), []
+    x = torch.randn(2, 7, requires_grad=True)
+    with moving(weights, arrived.append, readings), Watched():
+        with readings.not_kept():
+            loss = (checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)).sum()
+        assert len(readings.order) == 10
+        loss.backward()
+    assert beside == [0] * 5 and len(arrived) == 10
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -7,7 +7,8 @@ plain product.
 
 The backward pass hands a weight's gradient, added up over all readings (tied weights, modules used twice), to ``arrived``
 as soon as it is complete, and keeps it no longer unless it is told to. What autograd would keep of a moved weight for
-the backward pass is not kept but computed once more: of all moved weights, those of the layer at work are in memory.
+the backward pass is not kept but computed once more: of all moved weights, those of the layer at work are in memory, and
+of linear maps only the one at work.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from reltune.errors import AnalysisError, InputError
@@ -93,6 +95,28 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
+
+
+class _Product(torch.autograd.Function):
+    """(x (…, in), the weight's leaf, bias (out,) or None, the weight) -> x Wᵀ + b with the moved W.
+
+    Beside W's gradient neither W stands in memory nor, in a block that is checkpointed, the other maps' W.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leaf: Tensor, bias: Tensor | None, weight: MovingWeight) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight = weight
+        return F.linear(x, weight.now(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        to_x = (g @ ctx.weight.now().to(g.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        flat = g.reshape(-1, g.shape[-1])
+        to_weight = (flat.mT @ x.reshape(-1, x.shape[-1]).to(g.dtype)).to(ctx.weight.dtype)
+        return to_x, to_weight, flat.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 class _Saved(NamedTuple):
@@ -168,7 +192,9 @@ def moving(
                 module.__dict__.setdefault(HELD, {})[key] = weight, readings
         for module in {id(module): module for weight in weights for module, _ in weight.places}.values():
             changed.append((module, type(module)))
-            module.__class__ = _reading(cast(Any, type(module)), tuple(module.__dict__[HELD]), _computes_packed(module))
+            module.__class__ = _reading(
+                cast(Any, type(module)), tuple(module.__dict__[HELD]), _computes_product(module)
+            )
         yield
     finally:
         for module, own in changed:
@@ -186,12 +212,12 @@ def _tell(arrived: Callable[[MovingWeight], None], weight: MovingWeight, leaf: T
 
 
 @functools.cache
-def _reading(own: Any, keys: tuple[str, ...], packed: bool) -> type:
-    """A class that differs from ``own`` in where it reads these parameters, and in a quantised layer's product."""
+def _reading(own: Any, keys: tuple[str, ...], product: bool) -> type:
+    """A class that differs from ``own`` in where it reads these parameters, and in a linear map's product."""
     content: dict[str, Any] = {key: property(functools.partial(_read_of, key=key)) for key in keys}
     content |= {"__module__": own.__module__, "__doc__": own.__doc__, "__qualname__": own.__qualname__}
-    if packed:
-        content["forward"] = _plain_product
+    if product:
+        content["forward"] = _product
     return type(own.__name__, (own,), content)
 
 
@@ -203,15 +229,23 @@ def _read_of(module: nn.Module, key: str) -> Tensor:
         raise RuntimeError(f"{weight.name} could not be read: {error}") from error
 
 
-def _computes_packed(module: nn.Module) -> bool:
-    """Whether the module's own forward computes with a packed weight that is moving; torchao's is nn.Linear's."""
+def _computes_product(module: nn.Module) -> bool:
+    """Whether the module's forward is nn.Linear's, or that of a packed weight, with a weight that is moving."""
     weight, _ = module.__dict__[HELD].get("weight", (None, None))
-    return weight is not None and weight.base is None and type(module) is not nn.Linear
+    return weight is not None and (weight.base is None or type(module).forward is nn.Linear.forward)
 
 
-def _plain_product(module: Any, input: Tensor) -> Tensor:
-    weight, bias = module.weight, module.bias
-    return F.linear(input.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(input.dtype)
+def _product(module: Any, input: Tensor) -> Tensor:
+    """What nn.Linear computes, and what a packed layer computes that is of the moved weight's type."""
+    weight, readings = module.__dict__[HELD]["weight"]
+    bias, kind = module.bias, input.dtype
+    if type(input) is not Tensor:  # spread over processes
+        return F.linear(input, module.weight, bias)
+    if weight.base is None:
+        input, bias = input.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
+    readings.order.setdefault(weight)
+    product: Tensor = _Product.apply(input, weight.leaf, bias, weight)
+    return product.to(kind) if weight.base is None else product
 
 
 def weights_that_move(
