@@ -162,6 +162,26 @@ def goals_table() -> str:
     return "\n".join(["| case | points [95%] |", "|---|---|", *(f"| {case} | {figure} |" for case, figure in rows)])
 
 
+def chance_table() -> str:
+    """Choices beside random ones of the same kind and size."""
+    explore, confirm, decoder = (figures_of(read(phase)) for phase in ("explore", "confirm", "decoder"))
+    rows = [
+        ("single weights, `movement`, 100 steps (the default)", confirm, SIMPLE, "random 0.25%"),
+        ("single weights, `movement`, 50 steps", explore, "sign 50 all moved", "random"),
+        ("single weights, signs of the gradient, nothing moves", explore, "sign 50 still", "random"),
+        ("single weights, summed gradient over its deviation, along the path", explore, "sign 50 by SNR", "random"),
+        ("single weights of SmolLM2, `movement`, 0.25%", decoder, "weights 0.25%", "random 0.25%"),
+        ("single weights of SmolLM2, `movement`, 1%", decoder, "weights 1%", "random 1%"),
+        ("columns, `fisher`", explore, "columns Fisher", "columns random"),
+        ("columns, `fisher` of centred inputs", explore, "columns centred Fisher", "columns random"),
+        ("columns, `movement`", explore, "columns movement", "columns random"),
+        ("columns, diverse in the inputs", explore, "columns diverse", "columns random"),
+        ("columns, diverse in the movement", explore, "columns diverse movement", "columns random"),
+    ]
+    lines = [f"| {name} | {difference(phase[one], phase[other])} |" for name, phase, one, other in rows]
+    return "\n".join(["| chosen | points above chance [95%] |", "|---|---|", *lines])
+
+
 def page() -> str:
     kept = {phase: json.loads((RESULTS / f"selection_{phase}.json").read_text(encoding="utf-8")) for phase in PHASES}
     commits = ", ".join(f"{phase} {head['commit']}" for phase, head in kept.items())
@@ -169,6 +189,7 @@ def page() -> str:
     parts = {
         "about": f"{kept['confirm']['hardware']}, torch {kept['confirm']['torch']}; commits: {commits}",
         "goals": goals_table(),
+        "chance": chance_table(),
         "edges": ", ".join(map(on_an_edge, PHASES)),
         "explore": methods_table(read("explore"), ("LoRA 4", "full", "random")),
         "encoder": methods_table(read("encoder"), ("LoRA 4", "full", "random 0.25%")),
