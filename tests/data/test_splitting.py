@@ -61,6 +61,13 @@ def test_rare_classes_do_not_stop_a_split():
         assert (len(rest), len(part)) == (16, 2)
 
 
+def test_every_class_keeps_a_text_in_the_rest():
+    classes = {f"c{index}": 2 for index in range(50)}
+    for seed in range(3):  # chance alone would move all texts of some class
+        rest, part = split(rows_of(classes), 0.3, seed)
+        assert set(map(label, rest)) == set(classes) and 20 < len(part) < 30
+
+
 @pytest.mark.parametrize(
     ("rows", "fraction"),
     [

@@ -107,8 +107,27 @@ def test_lists_in_cells_are_words_and_tags(csv: Csv, write: Callable[[Any], str]
     read = Read(csv("tokens,ner_tags", lambda number, text: f"{cell(words[number])},['B-PER' 'O' 'O']"))
     assert [row["tokens"] for row in read.values] == words and read.values[0]["tags"] == ["B-PER", "O", "O"]
     path = csv("tokens,ner_tags", lambda number, text: f"{cell(words[number])},{'[O O O]' if number == 3 else 'O O O'}")
-    with pytest.raises(InputError, match="a 'ner_tags' in brackets that is no list on line 5"):
+    with pytest.raises(InputError, match="a 'ner_tags' that is no list on line 5"):
         Read(path)
+    path = csv(
+        "tokens,ner_tags", lambda number, text: "\"['Ann', 'sings'\",O O" if number == 3 else f"['{text}'],['O']"
+    )
+    with pytest.raises(InputError, match="a 'tokens' that is no list on line 5"):
+        Read(path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_splits_leave_no_label_out_of_training(jsonl: Jsonl, seed: int) -> None:
+    path = jsonl(lambda number, text: {"tokens": [text, "b"], "ner_tags": ["O", f"B-{number}" if number < 8 else "O"]})
+    read = Read(path, seed=seed)
+    assert len(read.task.labels) == 9  # type: ignore[attr-defined]
+    path = jsonl(lambda number, text: {"text": text, "label": ["a", f"b{number}"] if number < 8 else ["a"]})
+    assert len(Read(path, seed=seed).task.labels) == 9  # type: ignore[attr-defined]
+
+
+def test_flags_of_other_tasks_are_said(csv: Csv) -> None:
+    path = csv("text,label", lambda number, text: f"{text},{'ab'[number % 2]}")
+    assert Read(path, packing=True, beta=0.3).notes == ["Without effect in sequence_classification: --beta, --packing."]
 
 
 def test_conversations_in_cells(csv: Csv) -> None:
@@ -303,7 +322,8 @@ def test_spellings_of_a_label_across_splits(csv: Csv, jsonl: Jsonl) -> None:
         path = csv("text,label", lambda number, text, train=train: f"{text},{train[number % 2]}")
         read = Read(path, test_file=str(held))
         assert len(read.splits.test) == 20 and len(read.task.labels) == 2  # type: ignore[attr-defined]
-        assert len(read.notes) == 2 and all("are read as one class" in note for note in read.notes)
+        (note,) = read.notes  # one line, however many classes
+        assert "are read as one class" in note and note.endswith("; so are those of 1 more.")
 
 
 def test_whole_numbers_with_a_point(jsonl: Jsonl) -> None:

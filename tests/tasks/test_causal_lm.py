@@ -27,8 +27,9 @@ from reltune.notes import collecting
 from reltune.runs.training import arguments
 from reltune.tasks.causal_lm import CausalLM, token_metrics, token_sums
 from reltune.tasks.generation import continuations
+from reltune.tasks.texts import tokens_of
 from task_cases import check_reload, run_task, write_rows
-from tiny_models import CHAT, save_tiny_bert, save_tiny_gpt2, save_tiny_llama
+from tiny_models import CHAT, save_tiny_bert, save_tiny_gpt2, save_tiny_llama, tiny_decoder_tokenizer
 
 MARKED = (
     "{% for m in messages %}<|{{ m['role'] }}|> {% if m['role'] == 'assistant' %}"
@@ -200,6 +201,24 @@ def test_answers_that_the_model_cannot_write_are_said(models: Path) -> None:
     (remark,) = task.remarks(model, words, task.encode(rows, words, 40))
     assert CausalLM().remarks(model, words, CausalLM().encode([Row({"text": "good"}, 1)], words, 40)) == []
     assert "cannot write 1 of 2 answers" in remark and "'{fine} book' becomes 'book'" in remark
+
+
+def test_what_stands_behind_the_last_answer_is_none_of_it(models: Path) -> None:
+    tokenizer = CausalLM().load_tokenizer(models / "llama")
+    tokenizer.chat_template = CHAT
+    task = CausalLM(columns={"messages": "messages"})
+    said = [("user", "good film"), ("assistant", "very good"), ("user", "not bad")]
+    row = Row({"messages": [{"role": role, "content": words} for role, words in said]}, 1)
+    model, _ = task.load_model(models / "llama")
+    assert not any(
+        "cannot write" in remark for remark in task.remarks(model, tokenizer, task.encode([row], tokenizer, 40))
+    )
+
+
+def test_the_end_of_text_may_be_the_unknown_token() -> None:
+    with collecting() as notes:
+        assert tokens_of("good <|endoftext|>", tiny_decoder_tokenizer()) == [1, 0]
+    assert notes == []
 
 
 def test_a_tokenizer_without_an_end() -> None:

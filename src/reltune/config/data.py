@@ -117,6 +117,9 @@ class DataConfig(Subject):
         super().check()
         if self.text_column == self.label_column:
             raise InputError(f"text_column and label_column are both {self.text_column!r}; name two columns.")
+        for name in ("text_column", "label_column"):
+            if self.text_pair_column == getattr(self, name):
+                raise InputError(f"{name} and text_pair_column are both {self.text_pair_column!r}; name two columns.")
         if self.streaming and self.packing:
             raise InputError("packing needs all examples at once; leave out packing or streaming.")
         if self.has_data or self.validation_file is not None or self.test_file is not None:

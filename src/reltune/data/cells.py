@@ -6,10 +6,12 @@ import ast
 import dataclasses
 import io
 import json
+import re
 import tokenize
 from typing import Any
 
 BRACKETS = {"[": "]", "{": "}"}
+NEIGHBOURS = re.compile(r"""['"]\s+\w{0,2}['"]|['"]{2}""")  # where Python may join two strings, or one is empty
 ATOMS = (tokenize.NUMBER, tokenize.STRING, tokenize.NAME)
 
 
@@ -34,14 +36,16 @@ def structure_in(text: str) -> list[Any] | dict[str, Any] | None:
     """
     if not looks_structured(text):
         return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+    readers = [json.loads, lambda text: ast.literal_eval(_python_from_numpy(text))]
+    if not NEIGHBOURS.search(text):
+        readers.insert(1, ast.literal_eval)  # many times faster
+    for read in readers:
         try:
-            value = ast.literal_eval(_python_from_numpy(text.strip()))
+            value = read(text.strip())
         except (ValueError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError, TypeError):
-            return None
-    return value if isinstance(value, list | dict) else None
+            continue
+        return value if isinstance(value, list | dict) else None
+    return None
 
 
 def _python_from_numpy(text: str) -> str:

@@ -124,7 +124,7 @@ CONVENTIONS = (
         {"input": ("input", "context"), "system": ("system",), "history": ("history",)},
     ),
     Convention(("seq2seq",), {"source": ("source",), "target": ("target",)}),
-    Convention(("seq2seq",), {"source": ("document",), "target": ("summary",)}),
+    Convention(("seq2seq",), {"source": ("document", "dialogue"), "target": ("summary",)}),
     Convention(("seq2seq",), {"source": ("article",), "target": ("highlights", "summary")}),
     Convention(("image_classification",), {"image": IMAGES, "label": LABEL}),
     Convention(LABELLED, {"text": TEXT, "label": LABEL}),

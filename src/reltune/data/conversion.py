@@ -63,6 +63,8 @@ class Conversion:
             elif role in ("text", "text_pair"):
                 _note_code([row.values.get(column) for row in rows], column)
                 _note_no_text(rows, column)
+            elif role in ("tokens", "tags"):
+                self.cells[column] = partial(_as_list, column=column, always=_mostly_lists(rows, column))
             elif role in CELLS:
                 self.cells[column] = partial(CELLS[role], column=column)
         free = [name for name in every if name not in columns.values()]
@@ -143,12 +145,18 @@ def _annotation(value: Any) -> Any:
     return value if value in ("accept", "reject", "ignore") else None
 
 
-def _as_list(value: Any, column: str) -> Any:
-    """A list in place of the text that spells it; other texts are words with spaces between."""
-    if not isinstance(value, str) or not looks_structured(value):
+def _mostly_lists(rows: Sequence[Row], column: str) -> bool:
+    """Whether most of the column's texts spell lists."""
+    texts = [value for row in rows if isinstance(value := row.values.get(column), str) and value.strip()]
+    return sum(isinstance(structure_in(text), list) for text in texts) > len(texts) / 2
+
+
+def _as_list(value: Any, column: str, always: bool) -> Any:
+    """A list in place of the text that spells it; unless texts ``always`` spell one, others are words with spaces between."""
+    if not isinstance(value, str) or not value.strip() or not (always or looks_structured(value)):
         return value
     parsed = structure_in(value)
-    return parsed if isinstance(parsed, list) else Unreadable(f"a {column!r} in brackets that is no list")
+    return parsed if isinstance(parsed, list) else Unreadable(f"a {column!r} that is no list")
 
 
 def _as_answers(value: Any, column: str) -> Any:
@@ -194,7 +202,6 @@ def _as_history(value: Any, column: str) -> Any:
 
 CELLS: Mapping[str, Callable[..., Any]] = {
     **dict.fromkeys(("messages", "prompt", "completion", "chosen", "rejected"), as_messages),
-    **dict.fromkeys(("tokens", "tags"), _as_list),
     "answers": _as_answers,
     "tools": _as_tools,
     "history": _as_history,

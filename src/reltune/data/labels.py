@@ -319,10 +319,12 @@ class ClassNames:
 
     def note_spellings(self) -> None:
         """Say which labels are one class in several spellings."""
-        for name, spellings in self.spellings.items():
-            if len(spellings) > 1:
-                shown = ", ".join(map(repr, sorted(spellings)))
-                note(f"The labels {shown} in {self.column!r} are read as one class, {name!r}.")
+        found = [(name, spellings) for name, spellings in self.spellings.items() if len(spellings) > 1]
+        if found:
+            name, spellings = found[0]
+            shown = ", ".join(map(repr, sorted(spellings)))
+            more = f"; so are those of {len(found) - 1} more" if len(found) > 1 else ""
+            note(f"The labels {shown} in {self.column!r} are read as one class, {name!r}{more}.")
 
 
 class LabelSets:
@@ -459,13 +461,14 @@ def switch_of(value: Any) -> bool | None:
 def note_odd_labels(labels: Sequence[str], column: str) -> None:
     """Say which of a task's labels may be none, or the same as another."""
     numbers = all(WHOLE.fullmatch(label) for label in labels)
-    for label in labels:
-        if label.lower() in (*MISSING, "-", "?") or (
-            label == "-1" and numbers and "2" in labels
-        ):  # with 0 and 1 alone mostly a class
-            note(
-                f"The label {label!r} in {column!r} is read as a class; if it marks rows without a label, delete them."
-            )
+    none = [label for label in labels if label.lower() in (*MISSING, "-", "?")]
+    if numbers and {"-1", "2"} <= set(labels):  # with 0 and 1 alone mostly a class
+        none.append("-1")
+    if len(none) == 1:
+        note(f"The label {none[0]!r} in {column!r} is read as a class; if it marks rows without a label, delete them.")
+    elif none:
+        shown = ", ".join(map(repr, none))
+        note(f"The labels {shown} in {column!r} are read as classes; if they mark rows without a label, delete them.")
     around = [
         label for label in labels if len(label) > 2 and label[0] in f"'{TYPOGRAPHIC}" and label[-1] in f"'{TYPOGRAPHIC}"
     ]
@@ -475,12 +478,12 @@ def note_odd_labels(labels: Sequence[str], column: str) -> None:
     for label in labels:
         shown = "".join(one for one in unicodedata.normalize("NFKC", label) if unicodedata.category(one) != "Cf")
         alike[" ".join(shown.strip(f"\"'{TYPOGRAPHIC}").lower().split())].append(label)
-    for names in alike.values():
-        if len(names) > 1:
-            look = repr if len({unicodedata.normalize("NFC", name) for name in names}) == len(names) else ascii
-            note(
-                f"The labels {' and '.join(map(look, sorted(names)))} in {column!r} are different ones, although they look alike."
-            )
+    if groups := [names for names in alike.values() if len(names) > 1]:
+        names = groups[0]
+        look = repr if len({unicodedata.normalize("NFC", name) for name in names}) == len(names) else ascii
+        shown = " and ".join(map(look, sorted(names)))
+        more = f"; so are {len(groups) - 1} more such groups" if len(groups) > 1 else ""
+        note(f"The labels {shown} in {column!r} are different ones, although they look alike{more}.")
 
 
 def note_one_class(split: str, labels: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from reltune.data.labels import NUMBER
@@ -18,21 +18,29 @@ def _same(text: str) -> str:
 
 
 def split_off(
-    rows: Rows, fraction: float, seed: int, content: Callable[[Row], str], label: Callable[[Row], str] | None = None
+    rows: Rows,
+    fraction: float,
+    seed: int,
+    content: Callable[[Row], str],
+    label: Callable[[Row], str] | None = None,
+    labels_of: Callable[[Row], Iterable[str]] | None = None,
 ) -> tuple[Rows, Rows]:
     """Split rows into (rest, part). The part has about ``fraction`` of the different contents.
 
     Rows with the same content (whitespace aside) stay on one side. Both sides keep the order of ``rows``, and equal seeds
     give equal splits. With ``label``, classes keep their proportions: a class with one content stays in the rest. If the
-    part is smaller than the number of classes, it is drawn without regard to them.
+    part is smaller than the number of classes, it is drawn without regard to them. ``labels_of`` gives all labels of a row
+    (by default the one): contents whose labels the rest would lack stay there.
     """
     if not 0 < fraction < 1:
         raise InputError(f"The fraction to split off is {fraction}; it must lie between 0 and 1.")
     keys = []
     labels: dict[str, str] = {}
+    every: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         keys.append(_same(content(row)))
         labels.setdefault(keys[-1], label(row) if label else "")
+        every[keys[-1]].update(labels_of(row) if labels_of else [labels[keys[-1]]])
     contents_per_class = Counter(labels.values())
     contents = [key for key, name in labels.items() if contents_per_class[name] > 1]
     size = max(1, round(fraction * len(labels)))
@@ -47,6 +55,16 @@ def split_off(
 
     _, chosen = train_test_split(contents, test_size=size, random_state=seed, stratify=classes if enough else None)
     part = set(chosen)
+    left = {name for key, names in every.items() if key not in part for name in names}
+    for key in chosen:
+        if not every[key] <= left:
+            left |= every[key]
+            part.remove(key)
+    if not part:
+        raise InputError(
+            f"{rows.source}: nothing can be split off, because nearly every text has a label that no other has; name a validation "
+            "file and a test file."
+        )
     sides: tuple[list[int], list[int]] = ([], [])
     for index, key in enumerate(keys):
         sides[key in part].append(index)

@@ -186,7 +186,7 @@ class Materials(EvaluationMaterials):
                 raise InputError(
                     f"metric_for_best_model {name!r} is not measured while {self.task.name} is trained; {nearest(name, known)}"
                 )
-        training.check_arguments(model, args, self.sample, self.collator)
+        training.check_arguments(model, args, self.sample, self.collator, self.config.streaming)
 
 
 def prepare(config: RunConfig, run: RunDirectory | None = None) -> Materials:

@@ -115,7 +115,7 @@ def read_data(config: RunConfig, fitted: Task | None = None) -> tuple[Task, Spli
         for split in HELD:
             if split not in held:
                 fraction = HELD_OUT * whole / len(train)
-                train, held[split] = split_off(train, fraction, config.seed, task.content, task.label)
+                train, held[split] = split_off(train, fraction, config.seed, task.content, task.label, task.labels_of)
     elif missing := [f"--{split}_file" for split in reversed(HELD) if split not in held]:
         raise InputError(f"Nothing can be split off streamed rows; give {' and '.join(missing)}.")
     layout.conversion.note_labels()
@@ -172,6 +172,9 @@ def _task(config: RunConfig, layout: Layout) -> Task:
     """The task for rows of this layout, before it is fitted to those of training."""
     kind = TASKS[layout.task]
     fields = {field: getattr(config, field) for field in kind.fields}
+    others = {field for other in TASKS.values() for field in other.fields if field not in kind.fields}
+    if idle := sorted(field for field in others if getattr(config, field) != getattr(RunConfig, field)):
+        note(f"Without effect in {layout.task}: {', '.join(f'--{field}' for field in idle)}.")
     if layout.task == MULTILABEL:
         fields["labels"] = layout.labels  # also those that no row of training has
     return kind(columns=layout.columns, **fields)
@@ -238,9 +241,9 @@ def _encoded(
     if bad and config.on_bad_rows == "error":
         (source, unit), kinds = next(iter(bad.items()))
         kinds = {phrase: sorted(lines) for phrase, lines in kinds.items()}
+        cut = " (a larger --max_length cuts less)" if any(" tokens" in phrase for phrase in kinds) else ""
         raise InputError(
-            f"{source} has {in_words(kinds, unit)}. Mend or delete these {unit}s (a larger --max_length cuts less), or pass "
-            "--on_bad_rows skip."
+            f"{source} has {in_words(kinds, unit)}. Mend or delete these {unit}s{cut}, or pass --on_bad_rows skip."
         )
     for rows, examples in zip(every, made, strict=True):
         rows.skip(examples.lost)

@@ -182,8 +182,13 @@ def launched_on_cpus() -> bool:
     return int(os.environ.get("WORLD_SIZE") or 1) > 1 and not torch.accelerator.is_available()
 
 
-def check_arguments(model: nn.Module, args: TrainingArguments, examples: Examples, collator: Any) -> None:
-    """Raise InputError for training fields that cannot work here (packages, devices, ranges), before hours are spent."""
+def check_arguments(
+    model: nn.Module, args: TrainingArguments, examples: Examples, collator: Any, streamed: bool = False
+) -> None:
+    """Raise InputError for training fields that cannot work here (packages, devices, ranges), before hours are spent.
+
+    ``examples`` are those of training, or the first of them where these are ``streamed``.
+    """
     _check_hub(args)
     if args.fp16 and _on_cpus(args):
         raise InputError("fp16 has no effect on a CPU; leave it out, or write bf16.")
@@ -194,13 +199,18 @@ def check_arguments(model: nn.Module, args: TrainingArguments, examples: Example
             trainer = Trainer(
                 model=model, args=args, train_dataset=examples, eval_dataset=examples, data_collator=collator
             )
-            trainer.get_train_dataloader()
+            batches = trainer.get_train_dataloader()
             trainer.get_eval_dataloader()
             trainer.create_optimizer_and_scheduler(num_training_steps=1)
         except torch.OutOfMemoryError:
             raise
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
             raise InputError(f"training fields: {error}") from error
+    if not streamed and not len(batches):
+        raise InputError(
+            f"dataloader_drop_last leaves nothing to train on: the {len(examples)} training examples fill no batch of "
+            f"{args.train_batch_size}; leave it out, or pass a smaller --per_device_train_batch_size."
+        )
 
 
 def _check_hub(args: TrainingArguments) -> None:

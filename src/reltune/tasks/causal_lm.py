@@ -50,11 +50,12 @@ UNSPACED = "\u0700"  # from here on there are scripts without spaces between wor
 
 class Prompt(NamedTuple):
     """What the model is asked to go on from, for an example: its token ids, as training has them too; the same to read; the
-    text that should follow; and the token that ends this text, where it is not the end of sequence."""
+    text that should follow; where its tokens end in the example; and the token that ends it, where it is not the end of sequence."""
 
     ids: list[int]
     text: str
     reference: str
+    until: int
     stop: int | None = None
 
 
@@ -197,7 +198,7 @@ class CausalLM(DecoderTask):
         """With which token answers of chats end, where generation does not stop at it by itself; and of answers that the model
         cannot write."""
         asked = [(item, prompt) for item, prompt in zip(examples.items, examples.sources or (), strict=False) if prompt]
-        answers = [(item["input_ids"][len(prompt.ids) :], prompt.reference) for item, prompt in asked]
+        answers = [(item["input_ids"][len(prompt.ids) : prompt.until], prompt.reference) for item, prompt in asked]
         remarks = remarks_on_answers(answers, processor, self.max_new_tokens) if self.generation_examples else []
         unknown = sorted(
             {prompt.stop for _, prompt in asked if prompt.stop is not None} - set(ends_of(model, processor))
@@ -344,7 +345,7 @@ def _completed(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase)
             "Some prompts end with a letter and their completions begin with one, and nothing is put between the two; put a space at the "
             "start of the completion, unless they are parts of one word."
         )
-    return ids, [(start, len(ids))], Prompt(ids[:start], prompt, completion)
+    return ids, [(start, len(ids))], Prompt(ids[:start], prompt, completion, len(ids))
 
 
 def _chatted(values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
@@ -369,7 +370,7 @@ def _chatted(values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> l
     if spans and asked:
         start, stop = spans[-1]
         reference = str(tokenizer.decode(ids[start:stop], skip_special_tokens=True)).strip()
-        encoded[-1] = (ids, spans, Prompt(ids[:start], to_read(before), reference, stops[-1]))
+        encoded[-1] = (ids, spans, Prompt(ids[:start], to_read(before), reference, stop, stops[-1]))
     return encoded
 
 

@@ -130,6 +130,10 @@ class Task(abc.ABC):
         """The row's class, of which splits keep the proportions; the same for all where there are no classes."""
         return ""
 
+    def labels_of(self, row: Row) -> list[str]:
+        """All labels of a row, which training must have too for the row to be measured."""
+        return [self.label(row)]
+
     def fitted(self, rows: Iterable[Row]) -> Task:
         """The task that training rows without a problem make: with their labels, say.
 

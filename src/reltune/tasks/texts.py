@@ -84,7 +84,8 @@ def read(tokenizer: PreTrainedTokenizerBase, *texts: Any, **options: Any) -> Any
 def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """A text's token ids with the tokenizer's special tokens; those that it adds are there once where the text has them too."""
     for mark in ENDS:
-        if mark in text and tokenizer.convert_tokens_to_ids(mark) in (None, tokenizer.unk_token_id):
+        known = mark == tokenizer.unk_token  # as GPT-2 has it
+        if mark in text and not known and tokenizer.convert_tokens_to_ids(mark) in (None, tokenizer.unk_token_id):
             note(
                 f"Texts have {mark!r}, with which other models end a text or a turn: the model's tokenizer has no such token, and "
                 "reads it as plain characters."

@@ -84,6 +84,9 @@ class TokenClassification(ClassTask):
             )
         return replace(self, labels=sorted(labels, key=lambda tag: (tag != "O", tag.partition("-")[2], tag)))
 
+    def labels_of(self, row: Row) -> list[str]:
+        return self.tags(row)
+
     def misfit(self, row: Row) -> str | None:
         unknown = next((tag for tag in self.tags(row) if tag not in self.labels), None)
         return None if unknown is None else self.unknown(unknown, "tag")
