@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from data_parallel_worker import Examples
 from measured_models import MODELS
 from relevance_cases import data_for, measure, own_loss, split
-from reltune.errors import AnalysisError, InputError
+from reltune.errors import InputError
 
 OPTIONS = {"steps": 8, "step_size": 0.01, "relative": True, "move": "allowed", "training": False}
 
@@ -116,7 +116,7 @@ def errors(directory: Path) -> None:
 
     broken = batches_of("sequential")
     broken[1][0][-1, 0] = torch.inf  # with the second process
-    expect("the loss of batch 1 is not finite in step 1", AnalysisError, model, broken)
+    expect("the loss of batch 1 is not finite in step 1", InputError, model, broken)
     expect("the processes' loaders give different batches", InputError, model, batches[:: 1 - 2 * rank])
     expect("the loader gave no batch", InputError, model, [])
     expect("runs in one process", InputError, model, batches, update="adamw")

@@ -169,7 +169,7 @@ def test_training_goes_on_from_its_checkpoint() -> None:
 
 def test_an_interrupted_analysis_goes_on() -> None:
     flags = ["--model_name_or_path", "bert", "--train_file", "reviews.csv", "--head_epochs", 4]
-    flags += ["--criteria", "fisher", "--probe_steps", 50]  # the defaults of that time
+    flags += ["--criteria", "fisher", "--probe_steps", 50, "--max_trials", 400]  # the defaults of that time
     answer = reltune("analyze", *flags, "--output_dir", "interrupted", "--analysis_batch_size", 8)
     assert answer.code == 0 and "Going on with the interrupted analysis" in answer.out, answer
     assert_scores(RelevanceScores.load("interrupted/relevance"), EXPECTED["interrupted"]["relevance"])

@@ -375,9 +375,10 @@ def test_a_loss_that_rises_is_a_step_too_large():
     [([1.0] * 9 + [100.0] * 10, False), ([1.0] * 10 + [2.0] * 10, False), ([1.0] * 10 + [2.1] * 10, True)],
 )
 def test_ten_losses_are_compared_with_the_first_ten_once_both_are_there(losses, rises):
-    stands_for_a_probe = SimpleNamespace(losses=losses, options=SimpleNamespace(diverged=2.0))
+    options = SimpleNamespace(diverged=2.0)
+    stands_for_a_probe = SimpleNamespace(losses=losses, options=options, examples=[], _mend=str)
     if rises:
-        with pytest.raises(AnalysisError, match=r"rose from 1 to 2\.1"):
+        with pytest.raises(InputError, match=r"rose from 1 to 2\.1"):
             SignProbe._check_losses(stands_for_a_probe)
     else:
         SignProbe._check_losses(stands_for_a_probe)

@@ -83,7 +83,7 @@ def test_the_adapter_loads_and_gives_the_same_again(run: Path) -> None:
 
 def test_what_an_export_of_it_says(run: Path) -> None:
     answer = reltune("export", run, "--to", "lora", "--output_dir", run / "out")
-    assert_refused(answer, "single weights", "--to merged", "--granularity column")
+    assert_refused(answer, "single weights", "--to merged", "--granularity direction")
     answer = reltune("export", run, "--to", "merged", "--output_dir", run / "out")
     if run.name == "float8":
         assert answer.code == 0, answer.err

@@ -1039,7 +1039,11 @@ def test_a_base_weight_that_was_saved_with_the_adapters_values_is_put_right() ->
     for name, layer in _layers(model).items():
         key = f"base_model.model.{name}.base_layer.weight"
         assert key in state
-        state[key] = _dense(model, "default").get_submodule(name).weight.detach() if layer.originals else state[key]
+        if layer.originals:
+            values = _dense(model, "default").get_submodule(name).weight.detach()
+            if "default" in layer.reltune_directions:  # they are not written into the base weight
+                values -= (layer.reltune_directions["default"] @ layer.reltune_direction_vectors["default"]).detach()
+            state[key] = values
     model.load_state_dict(state)
     _check_output(model, "default")
     _check_base_is(_base_state(model), _net())
