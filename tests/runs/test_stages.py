@@ -135,7 +135,7 @@ def test_what_a_normal_run_prints(place: Path) -> None:
     assert "84 training, 18 validation and 18 test texts, 2 classes" in answer.out
     assert "test_accuracy" in answer.out and "Report: " in answer.out
     assert "{" not in answer.out  # no dictionaries of the Trainer
-    for bar in ("train the head", "analyze", "tune", "evaluate"):
+    for bar in ("train the head", "analyze", "tune", "evaluate test"):
         assert f"{bar}: 100%" in answer.err
     lines = [line for line in answer.err.replace("\r", "\n").splitlines() if line.strip(" \x1b[A")]
     other = [line for line in lines if "%|" not in line and "mtime may not be reliable" not in line]

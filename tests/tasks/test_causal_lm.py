@@ -83,7 +83,7 @@ def test_chats_and_instructions_follow_the_template(models: Path) -> None:
         {"role": "assistant", "content": "poor book"},
     ]
     task = CausalLM(columns={"messages": "messages"})
-    words, kept, (prompt, shown, reference, _) = encoded(task, models / "chat", messages=turns)
+    words, kept, (prompt, shown, reference, *_) = encoded(task, models / "chat", messages=turns)
     assert (
         words
         == "<|user|> good film <|end|> <|assistant|> bad <|end|> <|user|> fine <|end|> <|assistant|> poor book <|end|>"
