@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 from command_line import assert_refused, contents, reltune, review_rows, write_csv
+from reltune.config.fields import checked_fields
+from reltune.config.run_config import FIELDS, RunConfig
+from reltune.errors import InputError
+from reltune.runs.preflight import check_selection
 from tiny_models import save_tiny_bert
 
 
@@ -168,6 +172,23 @@ def test_unknown_criterion_and_granularity(place: Place) -> None:
     refuse(place, "criteria has an empty word", criteria=",")
     assert_refused(reltune("select", place / "analyzed", "--criteria", "Fisher"), "'Fisher'", "'fisher'")
     assert_refused(reltune("select", place / "analyzed", "--granularity", "colum"), "'colum'", "'column'")
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"granularity": "direction,bias"}, "direction cannot compete with bias"),
+        ({"granularity": "element,column"}, "element cannot compete with column"),
+        ({"granularity": "column", "spread": "columns"}, "for granularity element alone"),
+        ({"granularity": "direction", "probe_directions": 0}, "probe_directions is 0"),
+    ],
+)
+def test_units_that_cannot_be_chosen_are_refused_before_a_model_is_looked_at(changed: dict, named: str) -> None:
+    config = RunConfig(
+        model_name_or_path="org/model", dataset_name="bbc_news", output_dir="new", **checked_fields(changed, FIELDS)
+    )
+    with pytest.raises(InputError, match=named):
+        check_selection(config)
 
 
 def test_a_criterion_that_was_not_measured(place: Place) -> None:

@@ -147,7 +147,7 @@ def test_it_is_chosen_and_tuned() -> None:
     plan = reltune.select(found, 60, "column", spread="even", target_modules=SCALED)
     assert set(columns_of(plan)) == set(SCALED) and plan.parameters == 2 * 12 + 4 * 8
     with pytest.raises(
-        InputError, match=r"0 is scaled_linear, and .* columns, rows, the bias can be trained and no mod"
+        InputError, match=r"0 is scaled_linear, and .* no whole module can be trained, only columns, rows, the bias;"
     ):
         reltune.select(found, "50%", "module", target_modules=SCALED)
 

@@ -195,6 +195,13 @@ def test_what_cannot_be():
         measure(model, [batch], lambda outputs, batch: own_loss(outputs, batch) * torch.nan, MINE)
     with pytest.raises(InputError, match=r"shape \(\) for 7 examples"):
         measure(model, [batch], lambda outputs, batch: own_loss(outputs, batch).mean(), MINE)
-    for key, value in {"steps": 0, "step_size": 0, "update": "sgd", "move": "some", "batch_size": 0}.items():
+    for key, value in {
+        "steps": 0,
+        "step_size": 0,
+        "update": "sgd",
+        "move": "some",
+        "batch_size": 0,
+        "agreement": 2,
+    }.items():
         with pytest.raises(InputError, match=f"{key} (is )?'?{value}"):
             measure(model, [batch], None, MINE, options={"movement": {key: value}})

@@ -28,7 +28,7 @@ class SelectionConfig(Subject):
             f"What kinds of unit to choose: one or several of {', '.join(GRANULARITIES)}. element means single weights, and "
             f"goes together with bias and norm only; direction means fixed directions of a linear map's input, and goes with nothing else. "
             f"Directions, columns and rows can become a LoRA file. If not given: {BEST.granularity}, and {COLUMNS.granularity} where other "
-            f"criteria than {BEST.criterion} alone are named or the base is held in 4 or 8 bits.",
+            f"criteria than {BEST.criterion} alone are named.",
             "NAMES",
             GRANULARITIES,
             least=1,

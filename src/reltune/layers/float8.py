@@ -119,7 +119,7 @@ def convertible(model: nn.Module, without: Collection[str] = ()) -> dict[str, nn
             maps[name] = module
     if not maps:
         raise InputError(
-            "frozen_dtype: this model has no linear map that can be held in float8, with sizes that are multiples of "
-            f"{MULTIPLE}; leave frozen_dtype out."
+            "frozen_dtype: this model has no linear map that can be held in float8, of a floating-point type (not in 4 or 8 bits) and "
+            f"with sizes that are multiples of {MULTIPLE}; leave frozen_dtype out."
         )
     return maps

@@ -13,19 +13,14 @@ from reltune.errors import InputError, nearest
 from reltune.layers.inventory import Inventory, choose
 from reltune.layers.registry import layer_type
 from reltune.layers.units import ModuleInfo
-from reltune.names import GRANULARITIES, SPREADS
+from reltune.names import GRANULARITIES
 from reltune.plan.budget import parse_budget
+from reltune.plan.granularities import ALONE, WHOLE, check_together
 from reltune.plan.plan import WORDS, ModulePlan, Plan
 from reltune.plan.threshold import above, best_of_columns, largest
 from reltune.relevance.criteria.contract import granularities_of
 from reltune.relevance.criteria.registry import CRITERIA
 from reltune.relevance.scores import RelevanceScores
-
-# Granularities
-WHOLE = ("layer", "module", "norm")  # that take everything a module has, in the place of its parts,
-BESIDE_ELEMENTS = ("element", "bias", "norm")  # that share no weight with elements,
-EVEN = ("column", "row", "element", "direction")  # of which every module can have its share,
-ALONE = "direction"  # and whose relevance cannot be compared with that of others.
 
 
 def select(
@@ -130,33 +125,6 @@ def check_scored(granularities: Sequence[str], criterion: str) -> None:
         )
 
 
-def check_together(granularities: Sequence[str], spread: str = "global") -> None:
-    """Raise InputError for granularities, or a spread, that do not go together."""
-    if spread not in SPREADS:
-        raise InputError(f"spread {spread!r} is unknown; {nearest(str(spread), SPREADS)}")
-    others = [word for word in granularities if word != ALONE]
-    if ALONE in granularities and others:
-        raise InputError(
-            f"granularity {ALONE} cannot compete with {others[0]}, whose relevance is no singular value; name one of them."
-        )
-    if spread == "columns" and list(granularities) != ["element"]:
-        raise InputError(
-            f"spread columns is for granularity element alone, and not for {', '.join(granularities)}; spread it evenly or globally."
-        )
-    larger = [word for word in granularities if word not in BESIDE_ELEMENTS]
-    if "element" in granularities and larger:
-        raise InputError(
-            f"granularity element cannot compete with {larger[0]}, whose best single weights would always come first; name "
-            "one of them."
-        )
-    whole = [word for word in granularities if word not in EVEN]
-    if spread == "even" and whole:
-        raise InputError(
-            f"spread even is for {', '.join(EVEN)}, and not every module has a share of granularity {whole[0]}; spread it "
-            "globally."
-        )
-
-
 def check_share(limit: int, modules: int) -> None:
     """Raise InputError for a budget that, spread evenly, is less than one single weight for each module."""
     if limit < modules:
@@ -195,8 +163,8 @@ def _check_whole(inventory: Inventory, named: Sequence[str], granularities: Sequ
         if _trains(info) and "weight" not in _trains(info):
             can = ", ".join(word for part, word in WORDS.items() if part in _trains(info))
             raise InputError(
-                f"{name} is {info.layer_type}, and of a {info.layer_type} module {can} can be trained and no {wanted[0]}; "
-                "choose another granularity, or leave such modules out by exclude_modules."
+                f"{name} is {info.layer_type}, and of such modules no whole {wanted[0]} can be trained, only {can}; choose another "
+                "granularity, or leave them out by exclude_modules."
             )
 
 

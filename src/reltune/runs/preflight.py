@@ -14,6 +14,7 @@ from reltune.errors import InputError
 from reltune.files import check_destination, model_directory_problem
 from reltune.names import EXPORT_FORMS, SERVERS
 from reltune.plan.budget import check_budget
+from reltune.plan.granularities import ALONE, check_together
 from reltune.runs.directory import RunDirectory
 
 FILES = ("train_file", "validation_file", "test_file", "forgetting_file")
@@ -67,10 +68,15 @@ def check_export(directory: RunDirectory, to: str, output_dir: str, server: str 
 
 
 def check_selection(config: RunConfig) -> None:
-    """Raise InputError for budgets that no model could have."""
+    """Raise InputError for budgets that no model could have, and for units that cannot be chosen together or are not measured."""
     for budget in config.sweep.get("budget", [config.budget]):
         if ".." not in budget:  # a range, which the sweep itself refuses
             check_budget(budget)
+    check_together(config.granularity, config.spread)
+    if ALONE in config.granularity and not config.probe_directions:
+        raise InputError(
+            f"granularity {ALONE}: probe_directions is 0, so that none would be kept to choose from; raise it, or leave it out."
+        )
 
 
 def check_inputs(config: RunConfig, training: bool = True) -> None:

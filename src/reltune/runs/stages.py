@@ -32,8 +32,9 @@ from reltune.layers.registry import layer_type
 from reltune.layers.units import has_directions
 from reltune.names import WITHOUT_DATA
 from reltune.plan.budget import parse_budget
+from reltune.plan.granularities import check_together
 from reltune.plan.plan import Plan
-from reltune.plan.selection import check_scored, check_share, check_together, modules_with_elements
+from reltune.plan.selection import check_scored, check_share, modules_with_elements
 from reltune.plan.selection import select as choose_units
 from reltune.processes import Processes
 from reltune.relevance.artefact import interrupted_in

@@ -92,6 +92,8 @@ class Options:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (value is None and name == "learning_rate") and not (number and 0 < value < math.inf):
                 raise InputError(f"{name} is {value!r}; it must be a number above 0.")
+        if self.agreement > 1:
+            raise InputError(f"agreement is {self.agreement!r}; it is a share and must be at most 1.")
 
     @property
     def most_steps(self) -> int:
