@@ -114,6 +114,7 @@ WRONG = [
     ("seed: -1", "seed is -1; it must be at least 0"),
     ("seed: 4294967301", "seed is 4294967301; it must be at most 4294967295"),
     ("probe_steps: 2147483648", "probe_steps is 2147483648; it must be at most 2147483647"),
+    ("probe_steps: often", "probe_steps is 'often'; it must be a whole number or auto"),
     ("task: regresion", "task 'regresion' is unknown; did you mean 'regression'"),
     ("granularity: [columns]", "granularity 'columns' is unknown; did you mean 'column'"),
     ("criteria: []", "criteria is empty"),

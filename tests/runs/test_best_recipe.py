@@ -152,6 +152,14 @@ def test_analyze_measures_for_the_default_choice(place: Path) -> None:
     assert Plan.load(place / "analyzed" / "plan").granularity == ["element"]
 
 
+def test_a_probe_that_ends_when_the_choice_has_settled(place: Path) -> None:
+    answer = new_run(place, "settled", "--probe_steps", "auto", command="analyze")
+    assert answer.code == 0, answer.err
+    assert RunConfig.load(place / "settled" / "config.yaml").probe_steps == "auto"
+    facts = RelevanceScores.load(place / "settled" / "relevance").provenance["movement"]
+    assert 10 < facts["steps_taken"] <= 120
+
+
 def test_where_no_single_weight_can_be_trained(place: Path) -> None:
     answer = new_run(place, "norms", "--target_modules", "LayerNorm")
     assert_refused(answer, "no module that may be chosen has single weights", "--granularity")

@@ -38,10 +38,11 @@ class AnalysisConfig(Subject):
         default=200,
         metadata=about("For the criterion correlation: at most this many trials per kind of unit.", "N", least=4),
     )
-    probe_steps: int = field(
+    probe_steps: int | str = field(
         default=100,
         metadata=about(
-            "For the criterion movement: how many steps the probe takes. The model's weights are the same afterwards.",
+            "For the criterion movement: how many steps the probe takes, or auto: until the choice has settled. The model's weights are "
+            "the same afterwards.",
             "N",
             least=1,
         ),

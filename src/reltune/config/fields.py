@@ -18,6 +18,7 @@ from reltune.errors import InputError, nearest
 SHOWN = reprlib.Repr()  # of a wrong value in a message
 SHOWN.maxstring, SHOWN.maxlong, SHOWN.maxother = 100, 40, 100
 BY_RECIPE: Any = None  # the default of a field that RunConfig fills in (recipes.py), so that every config has a value
+AUTO = "auto"
 MOST = 2**31 - 1  # of whole numbers, unless a field declares another: what every library counts with
 
 
@@ -41,7 +42,7 @@ def kind_of(field: dataclasses.Field) -> str:
 
 def limits_of(field: dataclasses.Field) -> dict[str, float]:
     """The limits that a field declares; whole numbers have a ``most`` in any case."""
-    general = {"most": MOST} if kind_of(field) == "int" else {}
+    general = {"most": MOST} if kind_of(field) in ("int", "int | str") else {}
     return general | {name: field.metadata[name] for name in ("least", "most", "above") if name in field.metadata}
 
 
@@ -84,6 +85,8 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
         if len(result) < limits.get("least", 0):
             raise InputError(f"{field.name} is empty; name at least one word.")
         return result
+    if isinstance(result, str):
+        return result
     if "least" in limits and result < limits["least"]:
         raise InputError(f"{field.name} is {SHOWN.repr(result)}; it must be at least {limits['least']}.")
     if "above" in limits and result <= limits["above"]:
@@ -123,6 +126,10 @@ def _whole_number(value: Any) -> int:
     return number
 
 
+def _whole_number_or_auto(value: Any) -> int | str:
+    return AUTO if value == AUTO else _whole_number(value)
+
+
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not math.isfinite(float(value)):
         raise ValueError
@@ -158,6 +165,7 @@ KINDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "str": (_text, "text"),
     "bool": (_truth, "true or false"),
     "int": (_whole_number, "a whole number"),
+    "int | str": (_whole_number_or_auto, f"a whole number or {AUTO}"),
     "float": (_number, "a finite number"),
     "list[str]": (_list, "a list of words"),
     "dict[str, Any]": (_training, "a mapping of fields of transformers.TrainingArguments"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from reltune.config.fields import KINDS, checked_fields, kind_of, limits_of
+from reltune.config.fields import AUTO, KINDS, checked_fields, kind_of, limits_of
 from reltune.config.run_config import FIELDS
 from reltune.config.training_fields import (
     DEFAULTS,
@@ -190,6 +190,7 @@ def _own_schema(field: dataclasses.Field) -> dict[str, Any]:
         "str": word,
         "bool": {"type": "boolean"},
         "int": {"type": "integer", **bounds},
+        "int | str": {"anyOf": [{"type": "integer", **bounds}, {"const": AUTO}]},
         "float": {"anyOf": [{"type": "number", **bounds}, NUMBER_WORD]},
         "list[str]": {"anyOf": [words, {"type": "string", "pattern": r"\S"}]},
         "dict[str, Any]": {"type": "object"},

@@ -8,6 +8,7 @@ import io
 import json
 import re
 import tokenize
+from collections.abc import Callable
 from typing import Any
 
 BRACKETS = {"[": "]", "{": "}"}
@@ -36,7 +37,7 @@ def structure_in(text: str) -> list[Any] | dict[str, Any] | None:
     """
     if not looks_structured(text):
         return None
-    readers = [json.loads, lambda text: ast.literal_eval(_python_from_numpy(text))]
+    readers: list[Callable[[str], Any]] = [json.loads, lambda text: ast.literal_eval(_python_from_numpy(text))]
     if not NEIGHBOURS.search(text):
         readers.insert(1, ast.literal_eval)  # many times faster
     for read in readers:
