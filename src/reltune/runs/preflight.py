@@ -76,7 +76,7 @@ def check_export(directory: RunDirectory, to: str, output_dir: str, server: str 
 def check_form(method: str, to: str) -> None:
     """Raise InputError for a method whose result cannot be written in a form."""
     if to == "lora" and not METHODS[method].lora_file:
-        raise InputError(f"what the method {method} trains cannot be a LoRA adapter; export it as merged.")
+        raise InputError(f"what the method {method} trains cannot be a LoRA adapter; use --to merged.")
 
 
 def check_chooses(config: RunConfig) -> None:
