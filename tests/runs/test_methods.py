@@ -186,6 +186,20 @@ def test_ranks_by_relevance(method: str, places: dict[str, tuple[Path, list[str]
     assert answer.code == 0 and "rank_pattern" in answer.out, answer
 
 
+def test_lora_on_a_base_in_four_bits(places: dict[str, tuple[Path, list[str]]], tmp_path: Path) -> None:
+    """Trained, measured again and written as LoRA; merging would round it, which PEFT does without a word."""
+    answer = run("lora", places["sequence_classification"], "--load_in_4bit", name="packed")
+    assert answer.code == 0, answer.err
+    directory = places["sequence_classification"][0] / "packed"
+    results = read(directory / "all_results.json")
+    assert reltune("evaluate", directory).code == 0
+    assert read(directory / "all_results.json") == results
+    assert reltune("export", directory, "--to", "lora", "--output_dir", tmp_path / "lora").code == 0
+    answer = reltune("export", directory, "--to", "merged", "--output_dir", tmp_path / "merged")
+    assert_refused(answer, "cannot be merged into a quantised weight")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_sweep_of_lora(places: dict[str, tuple[Path, list[str]]]) -> None:
     answer = run("lora", places["regression"], "--sweep", "learning_rate=1e-4,1e-2", name="swept")
     assert answer.code == 0, answer.err

@@ -22,13 +22,16 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from reltune.errors import InputError
 from reltune.files import check_destination, make_directory
+from reltune.layers.quantised import is_quantised
 from reltune.tuner.layer import ReltuneLayer
+from reltune.tuner.quantised import MERGED_IS_ROUNDED
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank can be, from 8 on
 
@@ -136,8 +139,14 @@ def _modules_to_save(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
 
 
 def to_merged(model: Any, tokenizer: Any, output_dir: str | os.PathLike) -> Path:
-    """Write a plain Transformers model with the adapter's values in its weights: inference costs what the base costs."""
+    """Write a plain Transformers model with the adapter's values in its weights: inference costs what the base costs.
+
+    Raises InputError where the adapted weights are held in 4 or 8 bits.
+    """
     path = check_destination(output_dir)
+    for module in model.modules():  # PEFT's own LoRA would be rounded without a word
+        if isinstance(module, LoraLayer) and any(map(is_quantised, module.get_base_layer().parameters())):
+            raise InputError(MERGED_IS_ROUNDED)
     merged = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
     make_directory(path)
     merged.save_pretrained(str(path))
