@@ -43,7 +43,7 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
     from reltune.plan.lora import lora_config
     from reltune.plan.selection import select
     from reltune.runs import stages, training
-    from reltune.runs.comparison import BASELINES
+    from reltune.runs.comparison import BASELINES, prepared
     from reltune.runs.directory import RunDirectory
     from reltune.runs.evaluation import evaluate
     from reltune.runs.materials import prepare
@@ -92,14 +92,10 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
                 log.write(json.dumps(records[-1]) + "\n")
 
         for baseline in () if job["only"] else BASELINES:
-            rates = {"head": HEAD_RATES, "layer": LAYER_RATES, "full": FULL_RATES}[baseline.rates]
+            rates = {"head": HEAD_RATES, "layers": LAYER_RATES, "full": FULL_RATES}[BASELINES[baseline]]
             for rate in rates[: job["rates"]]:
-                model = stages.model_with_new_heads(materials, directory)
-                prefixes = (*baseline.trained(materials, model), *(f"{head}." for head in materials.new_heads))
-                for name, parameter in model.named_parameters():
-                    parameter.requires_grad_(name.startswith(prefixes))
-                trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-                record(baseline.name, rate, trainable - relevance.inventory.head_parameters, model)
+                trainable = prepared(materials, directory, BASELINES[baseline])
+                record(baseline, rate, trainable.parameters, trainable.model)
         for rank in () if job["only"] else (3,):  # the size nearest to the budget of 0.5%
             for rate in SMALL_RATES[: job["rates"]]:
                 model = get_peft_model(

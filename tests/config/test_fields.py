@@ -21,6 +21,7 @@ from reltune.config.data import DataConfig
 from reltune.config.evaluation import EvaluationConfig
 from reltune.config.export import ExportConfig
 from reltune.config.file import read_config
+from reltune.config.method import MethodConfig
 from reltune.config.model import ModelConfig
 from reltune.config.run_config import FIELDS, ORDER, RunConfig
 from reltune.config.selection import SelectionConfig
@@ -28,7 +29,16 @@ from reltune.config.training import TrainingConfig
 from reltune.config.training_fields import training_declarations, training_field_names
 from reltune.errors import InputError
 
-SUBJECTS = (ModelConfig, DataConfig, AnalysisConfig, SelectionConfig, TrainingConfig, EvaluationConfig, ExportConfig)
+SUBJECTS = (
+    ModelConfig,
+    DataConfig,
+    MethodConfig,
+    AnalysisConfig,
+    SelectionConfig,
+    TrainingConfig,
+    EvaluationConfig,
+    ExportConfig,
+)
 NEEDED = {"model_name_or_path": "model", "output_dir": "run", "train_file": "train.csv"}
 NUMBERS = [
     ("seed", -1, "seed is -1; it must be at least 0"),

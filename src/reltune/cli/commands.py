@@ -107,9 +107,13 @@ def _run_all(config: RunConfig, overwrite: bool, baselines: bool = False) -> Non
 @flags(*(name for name in EVERY if name not in ("budget", "granularity", "spread", "frozen_dtype", "export")))
 def analyze(context: typer.Context, config: ConfigFile = None, overwrite_output_dir: Overwrite = False) -> None:
     """Measure how much each unit matters; write DIR/relevance."""
-    from reltune.runs.preflight import check_new_run
+    from reltune.runs.preflight import check_chooses, check_new_run
 
-    made = new_config(context, config, lambda draft: check_new_run(draft, overwrite_output_dir))
+    def check(draft: RunConfig) -> None:
+        check_chooses(draft)
+        check_new_run(draft, overwrite_output_dir)
+
+    made = new_config(context, config, check)
     from reltune.runs import flow, stages
 
     if made.has_data:
@@ -126,9 +130,10 @@ def analyze(context: typer.Context, config: ConfigFile = None, overwrite_output_
 def select(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = False) -> None:
     """Choose units under a budget; write RUN/plan/plan.yaml."""
     from reltune.runs.directory import RunDirectory
-    from reltune.runs.preflight import check_selection
+    from reltune.runs.preflight import check_chooses, check_selection
 
     directory, stored = RunDirectory.open(run)
+    check_chooses(stored)
     directory.check_stage("select", overwrite_output_dir)
     config = changed_config(context, stored, check_selection)
     from reltune.runs import flow

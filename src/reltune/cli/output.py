@@ -61,7 +61,10 @@ def show_record(record: RunRecord, directory: RunDirectory) -> None:
     """What the report of a run shows, as far as a terminal can."""
     from reltune.report.terminal import comparison_table, heatmap, outputs
 
-    show(heatmap(record.heatmaps[0]))
+    if record.heatmaps:
+        show(heatmap(record.heatmaps[0]))
+    else:
+        say(*record.plan_lines)
     if record.comparison:
         show(comparison_table(record.comparison), width=100)  # its lines would break in the wrong places
     else:
@@ -69,4 +72,4 @@ def show_record(record: RunRecord, directory: RunDirectory) -> None:
     if record.outputs:
         show(outputs(record.outputs))
     show_lm_eval(record.lm_eval)
-    say(record.depth_sentence, *record.notes, f"Report: {directory.report}")
+    say(*filter(None, [record.depth_sentence]), *record.notes, f"Report: {directory.report}")

@@ -53,14 +53,18 @@ DIRECTIONS_RATE = 1.2e-3
 CHOICE = ("criteria", "granularity", "budget", "spread")  # the fields that a recipe fills
 
 
-def completed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of ``CHOICE``: those that are given, and for those that are None what the recipe says."""
+def completed(given: Mapping[str, Any], ranks: bool = False) -> dict[str, Any]:
+    """The fields of ``CHOICE``: those that are given, and for those that are None what the recipe says.
+
+    Args:
+        ranks: whether the choice becomes the ranks of a LoRA. Even shares would give every module the same one.
+    """
     criteria, granularity = given["criteria"], given["granularity"]
     if granularity is not None:
         named = {"element": SINGLE_WEIGHTS, DIRECTIONS.granularity: DIRECTIONS}
         recipe = next((named[word] for word in granularity if word in named), COLUMNS)
     else:
-        recipe = BEST if criteria in (None, [BEST.criterion]) else COLUMNS
+        recipe = BEST if criteria in (None, [BEST.criterion]) and not ranks else COLUMNS
     filled = recipe.fields() | {name: value for name, value in given.items() if value is not None}
     if given["spread"] is None:  # that even is best was measured of these two, and of nothing else
         measured = [(of.criterion, [of.granularity]) for of in (BEST, DIRECTIONS)]

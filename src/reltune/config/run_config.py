@@ -16,6 +16,7 @@ from reltune.config.data import DataConfig
 from reltune.config.evaluation import EvaluationConfig
 from reltune.config.export import ExportConfig
 from reltune.config.fields import about, checked_fields
+from reltune.config.method import CHOSEN, MEASURED, METHODS, RANKS, MethodConfig
 from reltune.config.model import ModelConfig
 from reltune.config.recipes import CHOICE, completed
 from reltune.config.selection import SelectionConfig
@@ -32,16 +33,26 @@ ORDER = """
     task text_column text_pair_column label_column encoding on_bad_rows streaming max_length completion_only_loss packing
     max_new_tokens generation_examples report_examples beta loss_type forgetting_file
     lm_eval_tasks lm_eval_num_fewshot lm_eval_limit lm_eval_batch_size lm_eval_apply_chat_template
-    load_in_4bit load_in_8bit early_stopping_patience sweep sweep_trials
+    load_in_4bit load_in_8bit method lora_r lora_alpha lora_dropout rank_by early_stopping_patience sweep sweep_trials
     budget criteria granularity spread target_modules exclude_modules
     head_epochs analysis_examples analysis_batch_size max_trials probe_steps probe_step_size probe_directions elements frozen_dtype
     export seed training
 """.split()
 
 
+OF_SOME_METHODS = tuple(dict.fromkeys(name for way in METHODS.values() for name in (*way.defaults, *way.takes)))
+
+
 @dataclasses.dataclass
 class RunConfig(
-    ModelConfig, DataConfig, AnalysisConfig, SelectionConfig, TrainingConfig, EvaluationConfig, ExportConfig
+    ModelConfig,
+    DataConfig,
+    MethodConfig,
+    AnalysisConfig,
+    SelectionConfig,
+    TrainingConfig,
+    EvaluationConfig,
+    ExportConfig,
 ):
     """Everything that decides a run; saved as ``config.yaml`` in the run directory.
 
@@ -60,21 +71,28 @@ class RunConfig(
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in completed({name: getattr(self, name) for name in CHOICE}).items():
+        self.fill()
+        if not self.needs_plan:  # the choice stays None: nothing is chosen
+            return
+        given = {name: getattr(self, name) for name in CHOICE}
+        if self.way.granularity and given["granularity"] is None:
+            given["granularity"] = [self.way.granularity]
+        for name, value in completed(given, ranks=self.rank_by is not None).items():
             setattr(self, name, value)
 
     @property
     def scores_elements(self) -> bool:
         """Whether the analysis scores single weights: when told to, and when they are to be chosen."""
-        return self.elements or "element" in self.granularity
+        return self.elements or "element" in (self.granularity or ())
 
     def check(self) -> None:
         """Raise InputError for values that no later stage could use. Of files it reads the run's own scores at most."""
         super().check()
-        for value in self.criteria:
+        self._check_method()
+        for value in self.criteria or ():
             if criterion_of_package(value) is None and value not in CRITERIA and value not in self._measured():
                 raise InputError(f"criterion {value!r} is unknown; {nearest(value, known_criteria())}")
-        if not set(self.criteria) <= set(WITHOUT_DATA):
+        if not self.needs_plan or not set(self.criteria) <= set(WITHOUT_DATA):
             self.check_data()
         steps = "max_steps" in self.sweep or _above_zero(self.training.get("max_steps"))
         if self.streaming and not steps:
@@ -82,7 +100,9 @@ class RunConfig(
         self._check_export()
 
     def _check_export(self) -> None:
-        other = next((word for word in self.granularity if word not in IN_A_LORA_FILE), None)
+        other = next((word for word in self.granularity or () if word not in IN_A_LORA_FILE), None)
+        if self.rank_by is not None:
+            other = None
         if self.export == "lora" and other is not None:
             what = "single weights" if other == "element" else "biases, norms or whole matrices"
             raise InputError(
@@ -94,6 +114,34 @@ class RunConfig(
                 "export merged: an adapter cannot be merged into a base in 4 or 8 bits, which would round what was trained; leave "
                 "--export out and run the adapter unmerged, or load the base whole."
             )
+
+    def _check_method(self) -> None:
+        """Raise InputError for fields that the method does not take: they would be ignored."""
+        for each in FIELDS:
+            name = each.name
+            if name not in OF_SOME_METHODS or name in self.taken:
+                continue
+            default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
+            if getattr(self, name) == default and name not in self.sweep:
+                continue
+            if self.rank_by is not None and name in RANKS:
+                raise InputError(f"{name} is given, and rank_by gives each module its own rank; leave one of them out.")
+            if name in (*CHOSEN, *MEASURED) and "rank_by" in self.way.defaults:
+                raise InputError(
+                    f"{name} is given, and {self.method} chooses nothing unless told to; add --rank_by relevance, or leave {name} out."
+                )
+            takers = [method for method, way in METHODS.items() if name in (*way.defaults, *way.takes)]
+            raise InputError(
+                f"{name} is given, and the method {self.method} does not use it; leave it out, or choose one of {', '.join(takers)}."
+            )
+        own = self.way.granularity
+        if own and self.granularity != [own]:
+            raise InputError(
+                f"the method {self.method} trains {own}s and granularity is {', '.join(self.granularity)}; leave one of them out."
+            )
+        low_rank = {"column", "row", "element", "module", "layer", "head"}
+        if self.rank_by is not None and (wrong := [word for word in self.granularity if word not in low_rank]):
+            raise InputError(f"granularity {wrong[0]} cannot be turned into ranks, as rank_by says; leave it out.")
 
     def _measured(self) -> list[str]:
         """Criteria of the run's saved scores. They can be chosen by even if their package is no longer installed."""

@@ -4,43 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_model, save_file, save_model
-from torch import nn
+from safetensors.torch import load_model, save_model
 
 from reltune.files import disk_bytes, write_json
-from reltune.layers.inventory import take_inventory
+from reltune.methods.contract import Trainable
+from reltune.methods.registry import METHODS
 from reltune.plan.plan import Plan
 from reltune.report.record import MethodResult
 from reltune.runs import training
 from reltune.runs.directory import RunDirectory
 from reltune.runs.evaluation import evaluate, inference_ms_per_text
 from reltune.runs.materials import Materials, placement
-from reltune.runs.stages import load_tuned, model_with_new_heads
+from reltune.runs.stages import base_of, load_tuned, model_with_new_heads
+
+# What a comparison calls a method that a user could pick by hand.
+BASELINES = {"head only": "head", "top encoder layer": "layers", "full fine-tuning": "full"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Baseline:
-    """A way of training that a user could pick by hand: which parameters of the plain model require a gradient."""
-
-    name: str
-    rates: str  # key of training.LEARNING_RATES
-    trained: Callable[[Materials, nn.Module], list[str]]  # prefixes of parameter names, the heads left out
-
-
-def _top_layer(materials: Materials, model: nn.Module) -> list[str]:
-    blocks = [info.layer for info in take_inventory(model, materials.new_heads).modules if info.in_block]
-    return [blocks[-1] + "."]
-
-
-BASELINES = (
-    Baseline("head only", "head", lambda materials, model: []),
-    Baseline("top encoder layer", "layer", _top_layer),
-    Baseline("full fine-tuning", "full", lambda materials, model: [""]),
-)
+def prepared(materials: Materials, run: RunDirectory, method: str) -> Trainable:
+    """The base model with the new heads that relevance was measured with, ready for a method that needs no plan."""
+    config = dataclasses.replace(materials.config, method=method, target_modules=[], exclude_modules=[])
+    base = dataclasses.replace(base_of(materials, model_with_new_heads(materials, run), None), config=config)
+    return METHODS[method].prepare(base)
 
 
 def compare(materials: Materials, run: RunDirectory, results: dict[str, Any]) -> list[MethodResult]:
@@ -51,9 +39,9 @@ def compare(materials: Materials, run: RunDirectory, results: dict[str, Any]) ->
     rows: list[MethodResult] = []
     with tempfile.TemporaryDirectory() as scratch:
         # Trained models wait on disk, so that the next method's peak memory is its own.
-        for baseline in BASELINES:
-            rows.append(_train(materials, run, baseline, Path(scratch)))
-        timed = {baseline.name: materials.base.take() for baseline in BASELINES}
+        for name in BASELINES:
+            rows.append(_train(materials, run, name, Path(scratch)))
+        timed = {name: materials.base.take() for name in BASELINES}
         for name, model in timed.items():
             load_model(model, Path(scratch) / f"{name}.safetensors")
     timed["base"] = materials.base.take()
@@ -105,26 +93,13 @@ def task_metrics(materials: Materials, results: dict[str, Any]) -> dict[str, flo
     return {name: results[f"test_{name}"] for name in names if f"test_{name}" in results}
 
 
-def _train(materials: Materials, run: RunDirectory, baseline: Baseline, scratch: Path) -> MethodResult:
-    model = model_with_new_heads(materials, run)
-    prefixes = tuple(baseline.trained(materials, model))
-    heads = tuple(f"{head}." for head in materials.new_heads)
-    chosen = {}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith((*heads, *prefixes)))
-        if parameter.requires_grad:
-            chosen[name] = parameter
+def _train(materials: Materials, run: RunDirectory, name: str, scratch: Path) -> MethodResult:
+    trainable = prepared(materials, run, BASELINES[name])
+    model = trainable.model
     args = materials.arguments(
-        baseline.rates, save_strategy="no", eval_strategy="no", eval_on_start=False, load_best_model_at_end=False
+        trainable.rate, save_strategy="no", eval_strategy="no", eval_on_start=False, load_best_model_at_end=False
     )
-    _, cost = training.train(
-        model,
-        args,
-        materials.task,
-        materials.tokenizer,
-        materials.train,
-        description=baseline.name,
-    )
+    _, cost = training.train(model, args, materials.task, materials.tokenizer, materials.train, description=name)
     metrics = evaluate(
         model,
         {"test": materials.test},
@@ -132,13 +107,12 @@ def _train(materials: Materials, run: RunDirectory, baseline: Baseline, scratch:
         materials.tokenizer,
         **placement(materials.config),
     ).metrics
-    save_model(model, str(scratch / f"{baseline.name}.safetensors"))
-    save_file({k: v.detach().cpu().contiguous() for k, v in chosen.items()}, scratch / "trained.safetensors")
-    head = sum(p.numel() for name, p in chosen.items() if name.startswith(heads))
+    save_model(model, str(scratch / f"{name}.safetensors"))
+    METHODS[BASELINES[name]].save(model, scratch)
     return MethodResult(
-        method=baseline.name,
-        trainable_parameters=sum(p.numel() for p in chosen.values()) - head,
-        head_parameters=head,
+        method=name,
+        trainable_parameters=trainable.parameters,
+        head_parameters=trainable.head_parameters,
         metrics=task_metrics(materials, metrics),
         loss=metrics["test_loss"],
         seconds_per_step=cost.seconds_per_step,

@@ -21,12 +21,17 @@ from reltune.report.record import Output
 if TYPE_CHECKING:
     from reltune.tasks.task import Written
 
+ADAPTER_FILES = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "trained.safetensors",
+)  # of PEFT, of methods/freed.py
 TASK = "task.json"  # in a run's directory, beside its adapter and in exports
 
 ARTEFACTS = {  # in the order of the stages; writing one makes those after it out of date
     "analyze": ("relevance", "task.json", "held_out", "bad_rows.json", "notes.json"),
     "select": ("plan",),
-    "tune": ("adapter", "trainer_state.json", "training_cost.json", "sweep.json", "sweep"),
+    "tune": ("adapter", "method.json", "trainer_state.json", "training_cost.json", "sweep.json", "sweep"),
     "evaluate": ("all_results.json", "outputs.jsonl", "comparison.json", "lm_eval.json"),
     "report": ("report.html", *EXPORT_FORMS),
 }
@@ -44,6 +49,7 @@ class RunDirectory:
         self.head = self.relevance / "head.safetensors"
         self.plan = self.path / "plan"
         self.adapter = self.path / "adapter"
+        self.method = self.path / "method.json"  # where no plan says what was trained
         self.results = self.path / "all_results.json"
         self.outputs = self.path / "outputs.jsonl"
         self.lm_eval = self.path / "lm_eval.json"
@@ -82,9 +88,9 @@ class RunDirectory:
     def is_unfinished(self) -> bool:
         """Whether a run was interrupted here: in its analysis, before that, or in a sweep."""
         try:
-            RunConfig.load(self.config_file)
+            config = RunConfig.load(self.config_file)
             analyzed = (self.relevance / SCORES).exists() and not interrupted_in(self.relevance)
-            return not analyzed or self.is_in_sweep()
+            return (config.needs_plan and not analyzed) or self.is_in_sweep()
         except (InputError, OSError):  # a name that is too long, say: check_new has the words for it
             return False
 
@@ -122,9 +128,14 @@ class RunDirectory:
                 f"{self.path} already holds {done[0]}; pass --overwrite_output_dir to replace it and what was made from it."
             )
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the run was tuned."""
+        return any((self.adapter / name).is_file() for name in ADAPTER_FILES[1:])
+
     def check_adapter(self) -> None:
         """Raise InputError unless the run was tuned."""
-        if not (self.adapter / "adapter_config.json").is_file():
+        if not self.has_adapter:
             raise InputError(f"{self.path} holds no adapter; run `reltune tune {self.path}` first.")
 
     def create(self, config: RunConfig) -> None:

@@ -22,12 +22,16 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from reltune.errors import InputError
 from reltune.files import check_destination, make_directory
+from reltune.layers.quantised import is_quantised
 from reltune.tuner.layer import ReltuneLayer
+from reltune.tuner.quantised import MERGED_IS_ROUNDED
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank can be, from 8 on
 
@@ -42,6 +46,12 @@ def to_lora(
     rank, when it saves modules whole, or when the padded file would be larger than the base model.
     """
     path = check_destination(output_dir)
+    if isinstance(config := model.peft_config[adapter_name], LoraConfig):
+        if one_rank:
+            _check_for_vllm(config, model, adapter_name)
+        make_directory(path)
+        model.save_pretrained(str(path), selected_adapters=[adapter_name])
+        return path
     layers = {
         name.removeprefix("base_model.model."): layer
         for name, layer in model.named_modules()
@@ -59,7 +69,6 @@ def to_lora(
         factors = layer.lora_tensors(adapter_name)
         tensors |= {f"base_model.model.{name}.{key}": factor for key, factor in factors.items()}
         ranks[name] = next(iter(factors.values())).shape[0]
-    config = model.peft_config[adapter_name]
     saved_whole = _modules_to_save(model, adapter_name)
     tensors |= saved_whole
     # PEFT enters the usual names of classifiers too, whether the model has them or not, and anew with every load.
@@ -92,6 +101,17 @@ def to_lora(
     return path
 
 
+def _check_for_vllm(config: LoraConfig, model: PeftModel, adapter_name: str) -> None:
+    """Raise InputError for what vLLM does not serve of an adapter that is LoRA as it is."""
+    saved = any(".lora_" not in key for key in _modules_to_save(model, adapter_name))
+    reason = "has a rank for each module" if config.rank_pattern else "has magnitudes (DoRA)" if config.use_dora else ""
+    reason = reason or ("saves modules whole" if saved else "")
+    if reason:
+        raise InputError(
+            f"vLLM serves no adapter that {reason}, and this one does; export it without --for, or --to merged."
+        )
+
+
 def _padded(key: str, factor: Tensor, rank: int) -> Tensor:
     """A factor with zeros up to this rank: lora_A has it in its first dimension, lora_B in the second."""
     dim = 0 if key.endswith(("lora_A.weight", "lora_embedding_A")) else 1
@@ -118,10 +138,16 @@ def _modules_to_save(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if ".reltune_" not in key}
 
 
-def to_merged(model: PeftModel, tokenizer: Any, output_dir: str | os.PathLike) -> Path:
-    """Write a plain Transformers model with the adapter's values in its weights: inference costs what the base costs."""
+def to_merged(model: Any, tokenizer: Any, output_dir: str | os.PathLike) -> Path:
+    """Write a plain Transformers model with the adapter's values in its weights: inference costs what the base costs.
+
+    Raises InputError where the adapted weights are held in 4 or 8 bits.
+    """
     path = check_destination(output_dir)
-    merged = model.merge_and_unload(safe_merge=True)
+    for module in model.modules():  # PEFT's own LoRA would be rounded without a word
+        if isinstance(module, LoraLayer) and any(map(is_quantised, module.get_base_layer().parameters())):
+            raise InputError(MERGED_IS_ROUNDED)
+    merged = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
     make_directory(path)
     merged.save_pretrained(str(path))
     tokenizer.save_pretrained(str(path))
@@ -138,5 +164,7 @@ def lora_summary(path: str | os.PathLike) -> str:
     config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
     ranks = config["rank_pattern"].values()
     if not ranks:
-        return f"{len(config['target_modules'])} modules of rank {config['r']}; start vLLM with --max-lora-rank {served(config['r'])}"
+        with safe_open(Path(path) / "adapter_model.safetensors", "pt") as file:
+            count = sum("lora_A" in key or "lora_embedding_A" in key for key in file.keys())  # noqa: SIM118
+        return f"{count} modules of rank {config['r']}; start vLLM with --max-lora-rank {served(config['r'])}"
     return f"{len(ranks)} modules, ranks {min(ranks)} to {max(ranks)} (rank_pattern)"

@@ -74,7 +74,8 @@ def start(config: RunConfig, overwrite: bool = False, select: bool = True) -> St
                 f"output_dir {directory.path} holds an interrupted analysis, which goes on in one process only; start it "
                 "without a launcher, or pass --overwrite_output_dir."
             )
-        materials = prepare(config, directory if resumed and directory.relevance.exists() else None)
+        recorded = resumed and (directory.relevance.exists() or directory.is_in_sweep())
+        materials = prepare(config, directory if recorded else None)
         stages.check_choice(materials, select)
         materials.check_training()
         if config.sweep:
@@ -89,9 +90,9 @@ def start(config: RunConfig, overwrite: bool = False, select: bool = True) -> St
 
 
 def measure_and_choose(started: Started) -> Plan | None:
-    """Analyze and select. None where there is no one plan to show: an interrupted sweep has selected already, and a sweep of
-    budgets selects in each trial."""
-    if started.going_on == "sweep":
+    """Analyze and select. None where there is no one plan to show: an interrupted sweep has selected already, a sweep of
+    budgets selects in each trial, and some methods choose nothing."""
+    if started.going_on == "sweep" or not started.config.needs_plan:
         return None
     stages.analyze(started.materials, started.directory)
     if "budget" in started.config.sweep:
@@ -150,7 +151,7 @@ def tune_again(config: RunConfig, directory: RunDirectory, overwrite: bool = Fal
             sweeps.space(config)
         selects = "budget" in config.sweep
         relevance = RelevanceScores.load(directory.relevance) if selects else None
-        if not selects:
+        if not selects and config.needs_plan:
             Plan.load(directory.plan)
         materials = prepare(config, directory)
         if config.sweep:

@@ -12,6 +12,7 @@ from reltune.config.run_config import RunConfig
 from reltune.data.text_files import check_text_file
 from reltune.errors import InputError
 from reltune.files import check_destination, model_directory_problem
+from reltune.methods.registry import METHODS
 from reltune.names import EXPORT_FORMS, SERVERS
 from reltune.plan.budget import check_budget
 from reltune.plan.granularities import ALONE, check_together
@@ -23,6 +24,9 @@ FILES = ("train_file", "validation_file", "test_file", "forgetting_file")
 def check_new_run(config: RunConfig, overwrite: bool) -> None:
     """Raise InputError for a new run whose model, data or directory cannot be what is wanted. Creates nothing."""
     config.check()
+    METHODS[config.method].check_config(config)
+    if config.export is not None:
+        check_form(config.method, config.export)
     check_selection(config)
     check_inputs(config)
     directory = RunDirectory(config.output_dir)
@@ -37,6 +41,7 @@ def check_tuning(config: RunConfig, directory: RunDirectory, overwrite: bool) ->
             f"{directory.path} was analyzed without data, so there is nothing to train on; analyze again with --train_file "
             "or --dataset_name."
         )
+    METHODS[config.method].check_config(config)
     check_selection(config)
     check_inputs(config)
     if not directory.is_in_sweep():
@@ -64,11 +69,29 @@ def check_export(directory: RunDirectory, to: str, output_dir: str, server: str 
     if server is not None and to != "lora":
         raise InputError(f"--for {server} is about LoRA adapters; write --to lora, or leave it out.")
     directory.check_adapter()
+    check_form(RunConfig.load(directory.config_file).method, to)
     check_destination(output_dir)
+
+
+def check_form(method: str, to: str) -> None:
+    """Raise InputError for a method whose result cannot be written in a form."""
+    if to == "lora" and not METHODS[method].lora_file:
+        raise InputError(f"what the method {method} trains cannot be a LoRA adapter; use --to merged.")
+
+
+def check_chooses(config: RunConfig) -> None:
+    """Raise InputError for a method that nothing is measured or chosen for."""
+    if not config.needs_plan:
+        more = ", or name --rank_by relevance" if "rank_by" in config.way.defaults else ""
+        raise InputError(
+            f"the method {config.method} needs no analysis and no selection; start it with `reltune run`{more}."
+        )
 
 
 def check_selection(config: RunConfig) -> None:
     """Raise InputError for budgets that no model could have, and for units that cannot be chosen together or are not measured."""
+    if not config.needs_plan:
+        return
     for budget in config.sweep.get("budget", [config.budget]):
         if ".." not in budget:  # a range, which the sweep itself refuses
             check_budget(budget)

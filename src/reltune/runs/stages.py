@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -24,12 +23,13 @@ from reltune.config.run_config import RunConfig
 from reltune.config.selection import SelectionConfig
 from reltune.errors import InputError
 from reltune.files import check_destination, disk_bytes, read_json, write_json
-from reltune.layers.fingerprint import fingerprint
 from reltune.layers.float8 import convertible
-from reltune.layers.inventory import take_inventory
+from reltune.layers.inventory import Inventory, take_inventory
 from reltune.layers.quantised import check_not_packed
 from reltune.layers.registry import layer_type
 from reltune.layers.units import has_directions
+from reltune.methods.contract import Base, Trainable
+from reltune.methods.registry import METHODS
 from reltune.names import WITHOUT_DATA
 from reltune.plan.budget import parse_budget
 from reltune.plan.granularities import check_together
@@ -46,13 +46,12 @@ from reltune.relevance.weights.scan import analyze_checkpoint
 from reltune.report.record import LMEvalRecord
 from reltune.runs import export as exporting
 from reltune.runs import lm_evaluation, training
-from reltune.runs.cards import describe_adapter, describe_lora
+from reltune.runs.cards import describe_adapter, describe_lora, describe_method
 from reltune.runs.data_record import record_bad_rows, record_data
-from reltune.runs.directory import RunDirectory
+from reltune.runs.directory import ADAPTER_FILES, RunDirectory
 from reltune.runs.evaluation import evaluate as measure_metrics
 from reltune.runs.materials import EvaluationMaterials, Materials, ModelMaterials, placement
 from reltune.tasks.registry import TASKS
-from reltune.tuner.config import ReltuneConfig
 
 WITHOUT_NEW_HEADS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # PEFT's task types that train no head by themselves
 
@@ -64,6 +63,10 @@ def check_choice(materials: Materials, select: bool = True) -> None:
     ``select`` the patterns alone are checked.
     """
     config = materials.config
+    METHODS[config.method].check_config(config)
+    if not config.needs_plan:
+        METHODS[config.method].check(base_of(materials, materials.base.look(), None))
+        return
     find_criteria(config.criteria, config.scores_elements)
     model = materials.base.look()
     if not set(config.criteria) <= set(WITHOUT_DATA):
@@ -251,9 +254,9 @@ def new_head_tensors(model: nn.Module, new_heads: Sequence[str]) -> dict[str, to
 
 
 def model_with_new_heads(materials: ModelMaterials, run: RunDirectory) -> nn.Module:
-    """The base model with the new heads that relevance was measured with."""
+    """The base model with the new heads that relevance was measured with; where it was not, with untrained ones."""
     model = materials.base.take()
-    if materials.new_heads:
+    if materials.new_heads and materials.config.needs_plan:
         if not run.head.is_file():
             raise InputError(f"{run.head} is missing; run `reltune analyze` again.")
         model.load_state_dict(load_file(run.head), strict=False)
@@ -279,9 +282,6 @@ def choose(config: RunConfig, relevance: RelevanceScores, criterion: str | None 
         if patterns and patterns == relevance.provenance.get(name):
             measured = [info.name for info in relevance.inventory.modules]
             wanted[name] = measured if name == "target_modules" else []
-    task_type = TASKS[config.task].peft_task_type if config.task else None
-    if not relevance.always_trained and task_type not in WITHOUT_NEW_HEADS:
-        task_type = None
     return choose_units(
         relevance,
         config.budget,
@@ -289,15 +289,21 @@ def choose(config: RunConfig, relevance: RelevanceScores, criterion: str | None 
         criterion=criterion,
         spread=config.spread,
         model_name_or_path=config.model_name_or_path,
-        task_type=task_type,
+        task_type=_task_type(config, relevance.always_trained),
         **wanted,
     )
 
 
+def _task_type(config: RunConfig, new_heads: Sequence[str]) -> str | None:
+    """PEFT's name of the task. Without a new head it is left out where PEFT would train a head because of it."""
+    task_type = TASKS[config.task].peft_task_type if config.task else None
+    return task_type if new_heads or task_type in WITHOUT_NEW_HEADS else None
+
+
 def tune(
     materials: Materials, run: RunDirectory, resume_from_checkpoint: str | None = None, description: str = "tune"
-) -> PeftModel:
-    """Train what the plan names and save the adapter, with the tokenizer beside it. ``description`` names the progress bar.
+) -> Any:
+    """Train by the config's method and save the adapter, with the tokenizer beside it. ``description`` names the progress bar.
 
     Whatever can be wrong with the plan, the training fields or the checkpoint is found before anything of an earlier
     adapter is removed. Of several processes the first one writes.
@@ -305,10 +311,14 @@ def tune(
     processes = Processes.joined()
     with processes.together():
         checkpoint = _checkpoint(materials.config, run, resume_from_checkpoint)
-        plan = Plan.load(run.plan)
-        model = _model_to_tune(materials, run, plan)
-        method, share = training.method_of(plan)
-        args = materials.arguments(method, share)
+        config, method = materials.config, METHODS[materials.config.method]
+        plan = Plan.load(run.plan) if config.needs_plan else None
+        base = model_with_new_heads(materials, run)
+        inventory = take_inventory(base, materials.new_heads)
+        trainable = method.prepare(base_of(materials, base, plan))
+        model = trainable.model
+        materials.check_training(model)
+        args = materials.arguments(trainable.rate, trainable.divisor)
     callbacks: list[TrainerCallback] = [training.LogFile(run.log)]
     if materials.config.early_stopping_patience is not None:
         callbacks.append(training.stops_early(materials.config.early_stopping_patience))
@@ -335,9 +345,13 @@ def tune(
             facts = {**dataclasses.asdict(cost), "learning_rate": args.learning_rate, "machine": training.machine()}
             write_json(run.path / "training_cost.json", facts)
             record_bad_rows(run, materials.splits)  # of streamed rows more are known by now
-            model.save_pretrained(str(run.adapter), state_dict=state)
+            method.save(model, run.adapter, state)
             materials.saved_tokenizer().save_pretrained(str(run.adapter))
-            describe_adapter(run.adapter, plan, materials.task)
+            if plan is not None and config.rank_by is None:
+                describe_adapter(run.adapter, plan, materials.task)
+            else:
+                write_json(run.method, _method_record(materials, trainable, base, inventory))
+                describe_method(run.adapter, config, trainable.lines, materials.task)
     return model
 
 
@@ -355,40 +369,55 @@ def _checkpoint(config: RunConfig, run: RunDirectory, wanted: str | None) -> str
     return checkpoint
 
 
-def _model_to_tune(materials: Materials, run: RunDirectory, plan: Plan) -> PeftModel:
-    """The base model with its new heads and an adapter for the plan. Raises InputError where they do not fit."""
-    if sorted(plan.always_trained) != sorted(materials.new_heads):
-        new_heads = ", ".join(materials.new_heads) or "nothing"
-        raise InputError(
-            f"plan: always_trained must name this model's new heads ({new_heads}); they cannot be left out."
-        )
-    base = model_with_new_heads(materials, run)
-    plan.check_model(take_inventory(base, materials.new_heads), fingerprint(base, materials.new_heads))
-    model = get_peft_model(base, ReltuneConfig(plan=plan, frozen_dtype=materials.config.frozen_dtype))
-    materials.check_training(model)
-    return model
+def base_of(materials: Materials, model: nn.Module, plan: Plan | None) -> Base:
+    """What the config's method is given: a base model that it may change, unless it only checks it."""
+    config, new_heads = materials.config, materials.new_heads
+    return Base(config, model, new_heads, materials.not_tuned, _task_type(config, new_heads), plan)
 
 
-def load_tuned(materials: ModelMaterials, run: RunDirectory, base: nn.Module | None = None) -> PeftModel:
-    """The run's adapter from disk on a base model: on ``base``, or on the untouched one if none is given."""
-    if not (run.adapter / "adapter_config.json").is_file():
+def _method_record(materials: Materials, trainable: Trainable, base: nn.Module, inventory: Inventory) -> dict[str, Any]:
+    """What a method trained that no plan describes, for ``method.json``."""
+    layers = {info.name: info.layer for info in inventory.modules}
+    by_layer = dict.fromkeys(layers.values(), 0)
+    for name, parameter in trainable.model.named_parameters():
+        parts = name.removeprefix("base_model.model.").split(".")
+        owners = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        layer = next((layers[owner] for owner in owners if owner in layers), None)
+        if parameter.requires_grad and layer is not None:
+            by_layer[layer] += parameter.numel()
+    return {
+        "method": materials.config.method,
+        "architecture": type(base).__name__,
+        "lines": list(trainable.lines),
+        "trainable_parameters": trainable.parameters,
+        "head_parameters": trainable.head_parameters,
+        "by_layer": by_layer,
+    }
+
+
+def load_tuned(materials: ModelMaterials, run: RunDirectory, base: nn.Module | None = None) -> Any:
+    """The run's adapter from disk on a base model: on ``base``, or on the untouched one if none is given.
+
+    Its ``disable_adapter()`` gives the base model back for a while.
+    """
+    if not run.has_adapter:
         raise InputError(f"{run.path} holds no adapter; run `reltune tune` first.")
-    return PeftModel.from_pretrained(materials.base.take() if base is None else base, str(run.adapter))
+    return METHODS[materials.config.method].load(materials.base.take() if base is None else base, run.adapter)
 
 
 def evaluate(materials: EvaluationMaterials, run: RunDirectory) -> dict[str, float]:
     """Metrics on held-out data before training and after it, written to ``all_results.json``; and what the model wrote for
     test examples, to ``outputs.jsonl``.
 
-    Before training means: the base model with the new heads that relevance was measured with. It is the tuned model with its adapter
-    disabled, which has the base's weights to the bit. Several processes, each with the whole model, share the data, and the first
+    Before training means: the base model with the new heads that relevance was measured with, or with untrained ones where none
+    was. It is the tuned model with its adapter disabled, which has the base's weights to the bit. Several processes, each with the whole model, share the data, and the first
     one writes.
     """
     processes = Processes.joined()
     with processes.together():
         model = load_tuned(materials, run, model_with_new_heads(materials, run))
-        plan = Plan.load(run.plan)
         cost = read_json(run.path / "training_cost.json")
+        trained, heads = trained_parameters(run)
         tasks = materials.lm_eval_tasks
     second = {} if materials.forgetting is None else {"forgetting": materials.forgetting}
     task, processor, placed = materials.task, materials.tokenizer, placement(materials.config)
@@ -400,9 +429,9 @@ def evaluate(materials: EvaluationMaterials, run: RunDirectory) -> dict[str, flo
     results = {
         **before.metrics,
         **after.metrics,
-        "trainable_parameters": plan.parameters,
-        "head_parameters": plan.head_parameters,
-        "adapter_bytes": disk_bytes(run.adapter, ("adapter_model.safetensors", "adapter_config.json")),
+        "trainable_parameters": trained,
+        "head_parameters": heads,
+        "adapter_bytes": disk_bytes(run.adapter, [name for name in ADAPTER_FILES if (run.adapter / name).is_file()]),
         "train_steps": cost["steps"],
         "train_seconds_per_step": cost["seconds_per_step"],
         "train_peak_memory_bytes": cost["peak_memory_bytes"],
@@ -420,7 +449,16 @@ def evaluate(materials: EvaluationMaterials, run: RunDirectory) -> dict[str, flo
     return results
 
 
-def measure_lm_eval(materials: ModelMaterials, tuned: PeftModel) -> LMEvalRecord | None:
+def trained_parameters(run: RunDirectory) -> tuple[int, int]:
+    """How many parameters the run trained, and how many of new heads."""
+    if run.method.is_file():
+        record = read_json(run.method)
+        return record["trainable_parameters"], record["head_parameters"]
+    plan = Plan.load(run.plan)
+    return plan.parameters, plan.head_parameters
+
+
+def measure_lm_eval(materials: ModelMaterials, tuned: Any) -> LMEvalRecord | None:
     """What lm-evaluation-harness says of the base and the tuned model; of several processes the first one is told."""
     config = materials.config
     settings: dict[str, Any] = {

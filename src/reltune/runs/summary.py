@@ -9,6 +9,7 @@ from typing import Any
 from reltune.config.data import DataConfig
 from reltune.config.run_config import RunConfig
 from reltune.data.packages import CORPORA
+from reltune.errors import InputError
 from reltune.files import read_json
 from reltune.metrics import METRICS
 from reltune.plan.plan import Plan
@@ -21,12 +22,9 @@ from reltune.runs.directory import RunDirectory
 
 
 def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
-    """The record of a run, from its artefacts. Needs relevance and a plan; shows what else is there."""
-    relevance, plan = read_overview(run.relevance), Plan.load(run.plan)
-    if relevance is None:
-        from reltune.relevance.scores import RelevanceScores  # needs torch, which the report does not else
-
-        relevance = RelevanceScores.load(run.relevance).overview()
+    """The record of a run, from its artefacts. Needs relevance and a plan, or what a method trained without them; shows what
+    else is there."""
+    relevance = _read_relevance(run) if config.needs_plan else None
 
     def read(name: str, default: Any) -> Any:
         path = run.path / name
@@ -38,20 +36,32 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
         notes.append(CORPORA[config.dataset_name].note)
     notes += read("notes.json", {"notes": []})["notes"]
     notes += in_words(read("bad_rows.json", {}))
-    notes += behaviour_notes(relevance)
     results = read("all_results.json", {})
+    if relevance is not None:
+        notes += behaviour_notes(relevance)
     notes += forgetting_notes(config, results)
-    if relevance.left_out:
+    if relevance is not None and relevance.left_out:
         reasons = sorted(set(relevance.left_out.values()))
         notes.append(f"Not measured: {len(relevance.left_out)} parameter tensors ({'; '.join(reasons)}).")
+    method, lines, by_layer = read(run.method.name, {}), [], {}
+    if relevance is not None:
+        plan = Plan.load(run.plan)
+        lines, by_layer = plan.describe(), plan.by_layer(relevance.layers)
+    if method:
+        lines, by_layer = [*lines, *method["lines"]], method["by_layer"]
+    elif relevance is None:
+        raise InputError(
+            f"{run.path} was not tuned yet, and nothing was measured; run `reltune tune {run.path}` first."
+        )
+    architecture = method["architecture"] if relevance is None else relevance.provenance["architecture"]
     data = f" on {config.dataset_name or Path(str(config.train_file)).name}" if config.has_data else ", weights alone"
     return RunRecord(
-        title=f"reltune: {relevance.provenance['architecture']}{data}",
+        title=f"reltune: {architecture}{data}",
         config=config.values(),
-        heatmaps=relevance.heatmaps,
-        depth_sentence=relevance.depth_sentence,
-        plan_lines=plan.describe(),
-        selected_by_layer=plan.by_layer(relevance.layers),
+        heatmaps=relevance.heatmaps if relevance is not None else [],
+        depth_sentence=relevance.depth_sentence if relevance is not None else "",
+        plan_lines=lines,
+        selected_by_layer=by_layer,
         metrics=results,
         history=read("trainer_state.json", {}).get("log_history", []),
         comparison=[MethodResult(**method) for method in comparison["methods"]],
@@ -60,6 +70,15 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
         sweep=read("sweep.json", None),
         lm_eval=read_lm_eval(run),
     )
+
+
+def _read_relevance(run: RunDirectory) -> Overview:
+    overview = read_overview(run.relevance)
+    if overview is None:
+        from reltune.relevance.scores import RelevanceScores  # needs torch, which the report does not else
+
+        overview = RelevanceScores.load(run.relevance).overview()
+    return overview
 
 
 def report(config: RunConfig, run: RunDirectory) -> RunRecord:
@@ -109,9 +128,9 @@ def behaviour_notes(relevance: Overview) -> list[str]:
     return notes
 
 
-def machine_note(relevance: Overview, cost: Mapping[str, Any]) -> str:
+def machine_note(relevance: Overview | None, cost: Mapping[str, Any]) -> str:
     """Where the run was trained and with which versions; of a run that was not, those that it was analyzed with."""
     if "machine" in cost:
         return f"Run on {cost['machine']}."
-    versions = relevance.provenance.get("versions", {})
+    versions = relevance.provenance.get("versions", {}) if relevance is not None else {}
     return f"Analyzed with {', '.join(f'{name} {version}' for name, version in versions.items())}."

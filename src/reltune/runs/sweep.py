@@ -170,7 +170,7 @@ def sweep(materials: Materials, run: RunDirectory, anew: bool = False) -> Materi
                 run.clear("select" if "budget" in distributions else "tune")
                 config.save(run.config_file)
             study = _study(run, _compared_by(materials)[1])
-            if "budget" not in distributions:
+            if "budget" not in distributions and config.needs_plan:
                 _check_plan(study, run)
     while True:
         asked = None
@@ -357,7 +357,15 @@ def _make_light(trial: RunDirectory) -> None:
 
 def _adopt(trial: RunDirectory, run: RunDirectory, config: RunConfig) -> None:
     """Make the trial's training the run's, the adapter last: until it is there, the sweep counts as interrupted."""
-    names = ["trainer_state.json", "training_cost.json", trial.log.name, trial.task.name, "bad_rows.json", "notes.json"]
+    names = [
+        "trainer_state.json",
+        "training_cost.json",
+        trial.method.name,
+        trial.log.name,
+        trial.task.name,
+        "bad_rows.json",
+        "notes.json",
+    ]
     names += [path.name for path in trial.path.glob("checkpoint-*")]
     names += [] if trial.plan == run.plan else [trial.plan.name]
     for name in names:

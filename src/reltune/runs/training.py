@@ -10,7 +10,6 @@ import functools
 import gc
 import importlib.util
 import json
-import math
 import os
 import platform
 import statistics
@@ -31,52 +30,27 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_utils import set_seed
 from transformers.utils.hub import is_offline_mode
 
-from reltune.config.recipes import DIRECTIONS_RATE
 from reltune.config.training_fields import DEFAULTS
 from reltune.errors import InputError, first_line
 from reltune.files import write_text
+from reltune.methods.planned import method_of as method_of
+from reltune.methods.registry import METHODS
 from reltune.metrics import largest_is_best
-from reltune.plan.plan import Plan
 from reltune.processes import Processes
 from reltune.runs.progress import show_progress
 from reltune.tasks.task import Examples, Task
 
-# Learning rates measured per method (docs/learning_rates.md, docs/selection.md): the best one differs by more than an order of
-# magnitude between methods, so one default for all would decide every comparison. That of single weights rises as their share of
-# their matrices falls: 1e-2 at 1%, 2e-2 at 0.25% and below. That of directions is explained in config/recipes.py.
-LEARNING_RATES = {
-    "head": 3e-2,
-    "full": 2e-4,
-    "layer": 1e-3,
-    "selection": 2e-3,
-    "weights": 1e-3,
-    "directions": DIRECTIONS_RATE,
-}
-MOST_FOR_WEIGHTS = 2e-2
+# Learning rates measured per method (each in its file in methods/): the best one differs by more than an order of
+# magnitude between methods, so one default for all would decide every comparison.
+LEARNING_RATES = {method.rates: method.rate for method in METHODS.values()}
+MOST = {method.rates: method.most for method in METHODS.values()}
 
 
 def default_rate(method: str, task: Task, share: float = 1.0) -> float:
-    """The learning rate of a method for a task where none is given; of single weights (``weights``) it is the rate in the
-    table over √share, at most ``MOST_FOR_WEIGHTS``."""
+    """The learning rate of a method for a task where none is given: the rate in the table over √share. Of single weights that
+    is their share of their matrices, of LoRA its rank; of most methods 1."""
     rate = {**LEARNING_RATES, **task.learning_rates}[method]
-    return min(rate / share**0.5, MOST_FOR_WEIGHTS) if method == "weights" else rate
-
-
-def method_of(plan: Plan) -> tuple[str, float]:
-    """What the plan trains, as a key of ``LEARNING_RATES``, and which share of the matrices that it trains in.
-
-    Whole matrices (``layer``) want a lower rate than input directions (``directions``), these one than columns and rows
-    (``selection``), single weights (``weights``) a higher one; of a plan with several, the lowest counts.
-    """
-    modules = plan.modules.values()
-    if any(module.weight and len(module.shape) == 2 for module in modules):
-        return "layer", 1.0
-    if any(module.directions for module in modules):
-        return "directions", 1.0
-    sizes = [math.prod(module.shape) for module in modules if len(module.elements)]
-    if not sizes or any(len(module.columns) or len(module.rows) for module in modules):
-        return "selection", 1.0
-    return "weights", sum(len(module.elements) for module in modules) / sum(sizes)
+    return min(rate / share**0.5, MOST[method])
 
 
 @dataclasses.dataclass
@@ -101,7 +75,7 @@ def arguments(
 ) -> TrainingArguments:
     """The task's TrainingArguments for a method: its defaults, replaced by what the user gave, replaced by what is ``forced``.
 
-    ``share``: of single weights in their matrices, which their learning rate follows.
+    ``share``: what the learning rate follows, as in ``default_rate``.
 
     The best checkpoint is the one with the best ``task.best``, and checkpoints follow evaluations, unless told otherwise.
     Raises InputError for values that contradict each other or leave nothing to train.

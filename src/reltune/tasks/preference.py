@@ -34,6 +34,14 @@ from reltune.tasks.texts import ended, limit_of, shared, tokens_of
 ITEM = ("prompt_ids", "chosen_ids", "rejected_ids")  # TRL's names
 
 
+def _enabled(model: Any) -> bool:
+    """Whether there is something trained on the model that can be switched off: an adapter, or what acts like one
+    (methods/freed.py)."""
+    if isinstance(model, PeftModel):
+        return model.get_model_status().enabled is not False
+    return getattr(model, "adapter_enabled", False)
+
+
 class PairTrainer(Trainer):
     """Evaluates pairs. For each pair it gives the loss, and the log probabilities of both answers under the model and under the
     reference, (B, 4).
@@ -52,7 +60,7 @@ class PairTrainer(Trainer):
         rows = {**rows_of(batch, preference_loss(beta, loss_type)), "use_cache": False}
         own: Any = self.accelerator.unwrap_model(model)
         with torch.no_grad(), self.compute_loss_context_manager():
-            if isinstance(own, PeftModel) and own.get_model_status().enabled is not False:
+            if _enabled(own):
                 with own.disable_adapter():
                     batch[REFERENCE] = completion_log_probs(model(**rows), batch)
             log_probs = completion_log_probs(model(**rows), batch)

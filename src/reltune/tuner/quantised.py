@@ -24,6 +24,11 @@ from reltune.ops.unpacked_product import Chosen, UnpackedProduct
 from reltune.tuner.layer import combined, in_place
 from reltune.tuner.linear import ReltuneLinear
 
+MERGED_IS_ROUNDED = (
+    "an adapter cannot be merged into a quantised weight, which would round what was trained; load the base model "
+    "without quantisation and merge there, or run the adapter unmerged."
+)
+
 
 class ReltuneQuantisedLinear(ReltuneLinear):
     """bitsandbytes' Linear4bit and Linear8bitLt, and nn.Linear with a weight-only torchao tensor."""
@@ -95,7 +100,4 @@ class ReltuneQuantisedLinear(ReltuneLinear):
         return self
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise InputError(
-            "an adapter cannot be merged into a quantised weight, which would round what was trained; load the base model "
-            "without quantisation and merge there, or run the adapter unmerged."
-        )
+        raise InputError(MERGED_IS_ROUNDED)

@@ -1,0 +1,126 @@
+"""What the methods have in common that PEFT has: adapters on linear maps, saved as PEFT saves them."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reltune.errors import InputError, first_line
+from reltune.methods.contract import Base, Method, Trainable
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+
+class Adapter(Method):
+    """Trains an adapter of PEFT's on linear maps: on all of them, or on those that ``target_modules`` names."""
+
+    @abc.abstractmethod
+    def peft_config(self, base: Base, names: list[str]) -> PeftConfig:
+        """PEFT's config for an adapter on these modules."""
+
+    @abc.abstractmethod
+    def divisor(self, base: Base, config: Any, trained: int) -> float:
+        """What the rate is divided by the root of, for PEFT's config and so many trained numbers."""
+
+    @abc.abstractmethod
+    def describe(self, config: Any) -> str:
+        """The adapter in a few words: LoRA of rank 8, alpha 16."""
+
+    def targets(self, base: Base) -> list[str]:
+        """The linear maps that get an adapter."""
+        return linear_maps(base)
+
+    def check(self, base: Base) -> None:
+        self.targets(base)
+
+    def prepare(self, base: Base) -> Trainable:
+        from peft import get_peft_model
+
+        names = self.targets(base)
+        everything = size(base.model)
+        try:
+            config = self.peft_config(base, names)
+            if base.task_type:
+                config.task_type = base.task_type
+            config.modules_to_save = list(base.new_heads) or None  # type: ignore[attr-defined]
+            model = get_peft_model(base.model, config)
+        except (ValueError, TypeError, ImportError) as error:
+            raise InputError(f"PEFT cannot put the method {self.name} on this model ({first_line(error)}).") from error
+        heads = sum(
+            p.numel() for name, p in model.named_parameters() if p.requires_grad and ".modules_to_save." in name
+        )
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) - heads
+        lines = [
+            f"{self.describe(config)} on {len(names)} linear maps",
+            *in_numbers(trained, everything - heads, heads),
+        ]
+        return Trainable(model, self.rates, self.divisor(base, config, trained), trained, heads, lines)
+
+    def save(self, model: nn.Module, path: Path, state: Mapping[str, Any] | None = None) -> None:
+        save_adapter(model, path, state)
+
+    def load(self, base: nn.Module, path: Path) -> Any:
+        return load_adapter(base, path)
+
+
+def save_adapter(model: Any, path: Path, state: Mapping[str, Any] | None) -> None:
+    model.save_pretrained(str(path), state_dict=state)
+
+
+def load_adapter(base: nn.Module, path: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, str(path))
+
+
+def linear_maps(base: Base) -> list[str]:
+    """The linear maps that can have an adapter: all but the output layer over the vocabulary and new heads, or those named.
+
+    Raises InputError for a pattern that matches none, and where there are none.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    from reltune.layers.inventory import choose, take_inventory
+
+    inventory = take_inventory(base.model, base.new_heads)
+    model: Any = base.model
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    modules = dict(base.model.named_modules())
+    fit = [
+        info.name
+        for info in inventory.modules
+        if isinstance(modules.get(info.name), nn.Linear | Conv1D) and info.name not in base.not_tuned
+    ]
+    config = base.config
+    if not config.target_modules:
+        fit = [name for name in fit if modules[name] is not output]
+    if not fit:
+        raise InputError(
+            "the model has no linear map that an adapter could be put on; choose the method full or bitfit."
+        )
+    return choose(
+        dataclasses.replace(inventory, modules=[inventory[name] for name in fit]),
+        config.target_modules,
+        config.exclude_modules,
+    )
+
+
+def size(model: nn.Module) -> int:
+    """How many parameters a model has, packed ones counted as what they stand for."""
+    from reltune.layers.quantised import numel
+
+    return sum(numel(p) for p in model.parameters())
+
+
+def in_numbers(trained: int, base: int, heads: int) -> Sequence[str]:
+    """How much is trained, in the words of a plan."""
+    return (
+        f"{trained:,} trainable parameters of {base:,} ({trained / base:.2%})",
+        f"{heads:,} parameters of new heads are always trained and counted apart",
+    )
