@@ -126,7 +126,7 @@ def test_directions_that_cannot_be_are_refused_before_anything_is_measured(place
         (("--budget", "1"), "the smallest direction has 32"),
         (("--budget", "100"), "spread evenly allows less than one direction in each of 12 modules"),
         (("--budget", "50%", "--probe_directions", 4), "directions of every module", "--probe_directions"),
-        (("--probe_directions", 0), "unit of granularity direction"),
+        (("--probe_directions", 0), "probe_directions is 0"),
         (("--target_modules", "LayerNorm"), "unit of granularity direction"),
         (("--spread", "columns"), "spread columns is for granularity element alone"),
     ):
