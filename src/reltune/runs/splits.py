@@ -172,7 +172,8 @@ def _task(config: RunConfig, layout: Layout) -> Task:
     """The task for rows of this layout, before it is fitted to those of training."""
     kind = TASKS[layout.task]
     fields = {field: getattr(config, field) for field in kind.fields}
-    others = {field for other in TASKS.values() for field in other.fields if field not in kind.fields}
+    # max_length is a field of some tasks alone, and cuts the texts of all.
+    others = {field for other in TASKS.values() for field in other.fields} - {*kind.fields, "max_length"}
     if idle := sorted(field for field in others if getattr(config, field) != getattr(RunConfig, field)):
         note(f"Without effect in {layout.task}: {', '.join(f'--{field}' for field in idle)}.")
     if layout.task == MULTILABEL:
