@@ -1,0 +1,417 @@
+"""What continuous integration cannot run: the commands on one, two and four GPUs, against one process on a CPU or one GPU.
+
+    PYTHONPATH=src:tests python3 benchmarks/on_gpus.py --gpus 1 2 4 --output_dir benchmarks/results --commit COMMIT
+
+needs the packages of the command line, and bitsandbytes, deepspeed, liger-kernel, lm-eval and optuna for the cases that name
+them; in a minute, to see that the script runs: the same with --tiny --gpus 0.
+
+Every case is a few commands on tiny models with random weights, drawn by code. Its numbers are compared with those of its
+reference, the same commands elsewhere: the loss on the test part, and the trained tensors (norm of the difference over
+norm). ``limit`` bounds both. Bounds are wide where types or roundings differ: they find what is wrong, not what is inexact.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import datetime
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from harness import commit, hardware, versions
+
+LLAMA, BERT = "llama", "bert"
+TRAIN = ("--max_steps", "8", "--seed", "7", "--eval_strategy", "no", "--analysis_examples", "32")
+EXACT, ROUNDED, COARSE = 1e-3, 0.05, 0.3  # float32 elsewhere; bfloat16 or float16; other kernels in few bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One thing that is to work on GPUs.
+
+    Attributes:
+        model: which model and data ("llama", "bert", "preference", "gguf").
+        words: flags of ``reltune run``.
+        then: further commands on the finished run, each a tuple of words; "RUN" stands for its directory.
+        reference: flags of the reference's run, where they differ; its device is ``beside``.
+        beside: "cpu", or "gpu" for one process on one GPU.
+        limit: how far loss and trained tensors may be from the reference's; None: that it ends well is enough.
+        removed: files and directories of the run that are removed before ``then``, to resume from what was before them.
+    """
+
+    name: str
+    model: str
+    words: tuple[str, ...] = ()
+    gpus: int = 1
+    then: tuple[tuple[str, ...], ...] = ()
+    reference: tuple[str, ...] | None = None
+    beside: str = "cpu"
+    limit: float | None = EXACT
+    removed: tuple[str, ...] = ()
+
+
+def methods() -> list[Case]:
+    names = (
+        "weights",
+        "columns",
+        "rows",
+        "directions",
+        "lora",
+        "rslora",
+        "dora",
+        "shira",
+        "bitfit",
+        "layers",
+        "head",
+        "full",
+    )
+    cases = [Case(f"method {name}", BERT, ("--method", name)) for name in names]
+    return cases + [
+        Case(f"method {name}, language model", LLAMA, ("--method", name)) for name in names if name != "head"
+    ]
+
+
+FSDP = ("--fsdp", "--fsdp_config", "fsdp.json")
+RESUMED = ("checkpoint-8", "adapter", "all_results.json")
+
+
+def spread(gpus: int) -> list[Case]:
+    """On several GPUs, a batch of 16 in all, against one process on one GPU."""
+    each = ("--per_device_train_batch_size", str(16 // gpus))
+    one = ("--per_device_train_batch_size", "16")
+    tune = ("tune", "RUN")
+    zero = {stage: ("--deepspeed", f"zero{stage}.json") for stage in (1, 2)}
+
+    def case(
+        name: str,
+        *words: str,
+        model: str = LLAMA,
+        limit: float | None = EXACT,
+        plain: tuple[str, ...] = (),
+        **more: Any,
+    ) -> Case:
+        return Case(
+            f"{name}, {gpus} GPUs",
+            model,
+            (*each, *plain, *words),
+            gpus,
+            reference=(*one, *plain),
+            beside="gpu",
+            limit=limit,
+            **more,
+        )
+
+    return [
+        case("run", model=BERT),
+        case("run, language model"),
+        case("run in bfloat16", plain=("--bf16",), limit=ROUNDED),
+        case("run in float16", plain=("--fp16",), limit=ROUNDED),
+        case("FSDP2", *FSDP),
+        case("FSDP2, columns", *FSDP, plain=("--method", "columns")),
+        case("FSDP2 in bfloat16", *FSDP, plain=("--bf16",), limit=ROUNDED),
+        case("FSDP2 of a 4-bit base", *FSDP, plain=("--load_in_4bit", "--method", "columns"), limit=ROUNDED),
+        case("FSDP2 of an 8-bit base", *FSDP, plain=("--load_in_8bit", "--method", "columns"), limit=ROUNDED),
+        case(
+            "FSDP2, resumed",
+            *(*FSDP, "--save_strategy", "steps", "--save_steps", "4"),
+            then=((*tune, *FSDP, "--resume_from_checkpoint", "true"), ("evaluate", "RUN")),
+            removed=RESUMED,
+        ),
+        case("ZeRO 1", *zero[1]),
+        case("ZeRO 2", *zero[2]),
+        case("ZeRO 2 in bfloat16", *zero[2], plain=("--bf16",), limit=ROUNDED),
+        case("preference in bfloat16", model="preference", plain=("--bf16",), limit=ROUNDED),
+    ]
+
+
+def alone() -> list[Case]:
+    """On one GPU, against one process on a CPU."""
+    lm_eval = ("evaluate", "RUN", "--lm_eval_tasks", "tasks")
+    return [
+        *methods(),
+        Case("bfloat16", LLAMA, ("--bf16",), limit=ROUNDED, reference=()),
+        Case("float16 and its scaler", LLAMA, ("--fp16",), limit=ROUNDED, reference=()),
+        Case("float16, classifier", BERT, ("--fp16",), limit=ROUNDED, reference=()),
+        Case("Liger kernels", LLAMA, ("--use_liger_kernel",), reference=(), limit=EXACT),
+        Case("Liger kernels in bfloat16", LLAMA, ("--use_liger_kernel", "--bf16"), reference=(), limit=ROUNDED),
+        Case("4-bit base", LLAMA, ("--load_in_4bit",), limit=ROUNDED),
+        Case("4-bit base, LoRA", LLAMA, ("--load_in_4bit", "--method", "lora"), limit=ROUNDED),
+        Case("4-bit base, classifier", BERT, ("--load_in_4bit",), limit=ROUNDED),
+        Case(
+            "4-bit base in bfloat16, checkpointing",
+            LLAMA,
+            ("--load_in_4bit", "--bf16", "--gradient_checkpointing"),
+            limit=ROUNDED,
+            reference=(),
+        ),
+        Case("8-bit base", LLAMA, ("--load_in_8bit",), limit=COARSE, reference=()),
+        Case("8-bit base in bfloat16", LLAMA, ("--load_in_8bit", "--bf16"), limit=COARSE, reference=()),
+        Case("float8 base", LLAMA, ("--frozen_dtype", "float8"), limit=ROUNDED),
+        Case("GGUF base", "gguf", ("--method", "columns", "--budget", "20%")),
+        Case("preference", "preference"),
+        Case("preference in bfloat16", "preference", ("--bf16",), limit=ROUNDED, reference=()),
+        Case("checkpointing", LLAMA, ("--gradient_checkpointing",)),
+        Case("packing in bfloat16", LLAMA, ("--packing", "--bf16"), limit=ROUNDED, reference=("--packing",)),
+        Case("sweep", LLAMA, ("--sweep", "learning_rate=1e-3,1e-2")),
+        Case("lm-evaluation-harness", LLAMA, then=(lm_eval,)),
+        Case(
+            "exported and merged",
+            LLAMA,
+            ("--method", "columns"),
+            then=tuple(("export", "RUN", "--to", form, "--output_dir", f"RUN-{form}") for form in ("lora", "merged")),
+        ),
+        Case(
+            "resumed",
+            LLAMA,
+            ("--save_strategy", "steps", "--save_steps", "4"),
+            then=(("tune", "RUN", "--resume_from_checkpoint", "true"), ("evaluate", "RUN")),
+            removed=RESUMED,
+            reference=(),
+        ),
+        Case(
+            "every criterion of gradients",
+            BERT,
+            ("--criteria", "fisher,gradient,gradient_snr,movement", "--method", "columns"),
+        ),
+        Case(
+            "ablation and correlation",
+            BERT,
+            ("--criteria", "ablation,correlation", "--granularity", "module", "--budget", "30%", "--max_trials", "20"),
+        ),
+    ]
+
+
+# ---- models and data
+
+
+def prepare(place: Path) -> None:
+    """Models, data and settings in ``place``: drawn, tiny, and the same each time."""
+    from command_line import review_rows, write_csv
+    from task_cases import write_rows
+    from test_pretrained_gguf import write_tiny
+    from tiny_models import CHAT, save_tiny_bert, save_tiny_llama
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    save_tiny_llama(place / "llama", chat_template=CHAT, **sizes)
+    save_tiny_bert(place / "bert", num_layers=4, hidden=64, intermediate=128)
+    write_tiny(place / "tiny.gguf")
+    for part, count, seed in (("train", 256, 0), ("validation", 64, 1), ("test", 64, 2)):
+        rows = review_rows(count, seed=seed)
+        write_csv(place / f"bert_{part}.csv", rows)
+        words = {"neg": "bad film", "pos": "good film"}
+        write_rows(
+            place / f"llama_{part}.jsonl", [{"prompt": text, "completion": f" {words[label]}"} for text, label in rows]
+        )
+        other = {"neg": "pos", "pos": "neg"}
+        pairs = [
+            {"prompt": text, "chosen": f" {words[label]}", "rejected": f" {words[other[label]]}"}
+            for text, label in rows
+        ]
+        write_rows(place / f"preference_{part}.jsonl", pairs)
+        write_rows(
+            place / f"gguf_{part}.jsonl", [{"prompt": "abcd" * (1 + i % 3), "completion": "cdab"} for i in range(count)]
+        )
+    (place / "fsdp.json").write_text('{"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}')
+    auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
+    for stage in (1, 2):
+        types = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
+        (place / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}, **auto, **types}))
+    (place / "tasks").mkdir()
+    questions = [
+        {"question": "not good", "choices": ["bad", "film"], "gold": 0},
+        {"question": "not bad", "choices": ["book", "good"], "gold": 1},
+    ]
+    write_rows(place / "questions.jsonl", questions)
+    (place / "tasks" / "choose.yaml").write_text(LM_EVAL.format(data=place / "questions.jsonl", cache=place / "cache"))
+
+
+LM_EVAL = """\
+task: choose
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: gold
+metadata: {{version: 1}}
+"""
+
+
+# ---- running
+
+
+def run_case(case: Case, place: Path, number: int, devices: list[int]) -> dict[str, Any]:
+    """What the case's numbers are, and its reference's, and how far they are apart."""
+    facts: dict[str, Any] = {"case": case.name, "gpus": case.gpus, "flags": list(case.words), "limit": case.limit}
+    began = time.perf_counter()
+    try:
+        found = _outcome(case, place, place / f"run-{number}", case.words, devices)
+        if case.limit is not None:
+            words = case.words if case.reference is None else case.reference
+            beside = devices[:1] if case.beside == "gpu" else []
+            plain = dataclasses.replace(case, then=(), removed=())
+            wanted = _outcome(plain, place, place / f"reference-{number}", words, beside)
+            facts |= _apart(found, wanted)
+    except subprocess.CalledProcessError as error:
+        facts["error"] = _last_lines(error.stderr or "") or f"exit code {error.returncode}"
+    except subprocess.TimeoutExpired as error:
+        facts["error"] = f"not done after {error.timeout:.0f} s"
+    facts["seconds"] = round(time.perf_counter() - began, 1)
+    apart = [facts[name] for name in ("loss", "tensors") if facts.get(name) is not None]
+    facts["passed"] = "error" not in facts and (case.limit is None or (bool(apart) and max(apart) <= case.limit))
+    return facts
+
+
+def _outcome(case: Case, place: Path, run: Path, words: tuple[str, ...], devices: list[int]) -> dict[str, Any]:
+    """Run the case's commands; the loss on the test part and the trained tensors."""
+    suffix = "csv" if case.model == BERT else "jsonl"
+    model = place / ("tiny.gguf" if case.model == "gguf" else BERT if case.model == BERT else LLAMA)
+    files = [
+        word for part in ("train", "validation", "test") for word in (f"--{part}_file", f"{case.model}_{part}.{suffix}")
+    ]
+    _command(
+        ("run", "--model_name_or_path", str(model), *files, *TRAIN, *words, "--output_dir", str(run)), place, devices
+    )
+    for name in case.removed:
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink(missing_ok=True)
+    for command in case.then:
+        spreading = devices if command[0] in ("run", "tune", "analyze", "evaluate") else devices[:1]
+        _command(tuple(word.replace("RUN", str(run)) for word in command), place, spreading)
+    results = json.loads((run / "all_results.json").read_text())
+    tensors = {}
+    for file in sorted((run / "adapter").glob("*.safetensors")):
+        tensors |= load_file(file)
+    return {"loss": results.get("test_loss"), "tensors": tensors}
+
+
+def _command(words: tuple[str, ...], place: Path, devices: list[int]) -> None:
+    """One reltune command on the GPUs ``devices``, or on the CPU where there are none."""
+    launcher = [sys.executable, "-m"]
+    if len(devices) > 1:
+        launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={len(devices)}", "-m"]
+    seen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    subprocess.run(
+        [*launcher, "reltune", *words],
+        cwd=place,
+        env={**os.environ, **seen, "TOKENIZERS_PARALLELISM": "false"},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def _apart(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float | str | None]:
+    loss = None
+    if found["loss"] is not None and wanted["loss"] is not None:
+        loss = abs(found["loss"] - wanted["loss"]) / abs(wanted["loss"])
+    a, b = found["tensors"], wanted["tensors"]
+    if a.keys() != b.keys() or any(a[name].shape != b[name].shape for name in a):
+        return {"loss": loss, "tensors": None, "note": "other units were chosen"}
+    numbers = [name for name in a if a[name].is_floating_point()]
+    other = [name for name in a if name not in numbers and not torch.equal(a[name], b[name])]
+    difference = sum(float((a[name].double() - b[name].double()).square().sum()) for name in numbers) ** 0.5
+    size = sum(float(b[name].double().square().sum()) for name in numbers) ** 0.5
+    return {
+        "loss": loss,
+        "tensors": None if other else difference / max(size, 1e-12),
+        "note": "other units were chosen" if other else "",
+    }
+
+
+def _last_lines(text: str, count: int = 4) -> str:
+    lines = [
+        line for line in text.splitlines() if line.strip() and "warn" not in line.lower() and ": note: " not in line
+    ]
+    return " | ".join(lines[-count:])[-700:]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1], help="how many a case may take; 0: all on the CPU")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name holds one of these words")
+    parser.add_argument("--jobs", type=int, default=6, help="cases side by side")
+    parser.add_argument("--minutes", type=float, default=8, help="no case begins after")
+    parser.add_argument("--tiny", action="store_true", help="a few cases")
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--name", default="on_gpus")
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    cases = [case for n in options.gpus for case in (alone() if n <= 1 else spread(n))]
+    cases = [case for case in cases if any(word in case.name for word in options.only)]
+    if options.tiny:
+        cases = [
+            case for case in cases if case.name in ("method weights", "resumed", "lm-evaluation-harness", "GGUF base")
+        ]
+    place = Path(os.environ.get("TMPDIR", "/tmp")) / f"on_gpus-{os.getpid()}"
+    place.mkdir()
+    prepare(place)
+    there = max(options.gpus)
+    began = datetime.datetime.now(datetime.UTC)
+    clock = time.perf_counter()
+    free: queue.Queue[int] = queue.Queue()
+    for number in range(max(1, options.jobs)):
+        free.put(number)
+
+    def one(number: int, case: Case) -> dict[str, Any]:
+        slot = free.get()
+        try:
+            if time.perf_counter() - clock > 60 * options.minutes:
+                return {
+                    "case": case.name,
+                    "gpus": case.gpus,
+                    "error": "not begun: no time left",
+                    "passed": False,
+                    "seconds": 0,
+                }
+            devices = [] if there == 0 else [(slot + i) % there for i in range(case.gpus)]
+            return run_case(case, place, number, devices)
+        finally:
+            free.put(slot)
+
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        rows = []
+        for row in concurrent.futures.as_completed([pool.submit(one, *numbered) for numbered in enumerate(cases)]):
+            rows.append(row.result())
+            print(_line(rows[-1]), flush=True)
+    order = {case.name: i for i, case in enumerate(cases)}
+    rows.sort(key=lambda row: order[row["case"]])
+    record = {
+        "benchmark": "on_gpus",
+        **commit(options.commit),
+        "started": began.isoformat(timespec="seconds"),
+        "hardware": hardware(torch.device("cuda" if there else "cpu")),
+        "versions": versions(
+            ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "trl", "optuna")
+        ),
+        "cases": rows,
+    }
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    (options.output_dir / f"{options.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\n{sum(row['passed'] for row in rows)} of {len(rows)} passed")
+    for row in rows:
+        if not row["passed"]:
+            print(_line(row))
+    shutil.rmtree(place)
+    return 0
+
+
+def _line(row: dict[str, Any]) -> str:
+    figures = "  ".join(f"{name} {row[name]:.1e}" for name in ("loss", "tensors") if row.get(name) is not None)
+    return f"{'ok  ' if row['passed'] else 'MISS'} {row['case']:45s} {row['seconds']:5.0f} s  {figures}  {row.get('note', '')} {row.get('error', '')}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
