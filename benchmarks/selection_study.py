@@ -3,8 +3,9 @@
     python benchmarks/selection_study.py --phase explore --minutes 8.5 --output_dir DIR
     python benchmarks/selection_study.py --phase encoder --minutes 8.5 --output_dir DIR
     python benchmarks/selection_study.py --phase decoder --minutes 8.5 --output_dir DIR
+    python benchmarks/selection_study.py --phase image --seeds 6 --minutes 4 --output_dir DIR
 
-reads what study_data.py wrote and appends every training to DIR/PHASE.jsonl as it ends, so that a phase that is cut short keeps
+reads what study_data.py (for images: study_images.py) wrote and appends every training to DIR/PHASE.jsonl as it ends, so that a phase that is cut short keeps
 what it has; trainings that the file holds already are not repeated. A method's rate is chosen per task by the mean of its
 validation figure over the seeds, and the grid is widened while the best rate lies on its edge, twice at most; the test part is
 looked at once, at that rate. Every method starts from the same head, trained alone for one epoch. selection_tables.py makes the
@@ -34,6 +35,7 @@ import study_data
 import study_training as st
 
 HEAD_RATE = 1e-3
+HEADS_OF = {"encoder": 12, "image": 3}  # attention heads; the decoder's are of two sorts
 MAIN = "main 0 50"  # the probe of the second round: fixed steps of 1e-4, 50 batches of 32 in training mode
 PROBE_STEPS = 50
 HALF_DECADE = 10**0.5
@@ -55,6 +57,7 @@ class Method:
         from_movement: the chosen weights start where the probe left them.
         grow: as many weights again are chosen by a second probe after a third of the training.
         small: biases and norms of the layers are trained beside.
+        untrained: starts from random weights instead of the pretrained ones.
     """
 
     selection: str = ""
@@ -67,6 +70,7 @@ class Method:
     from_movement: bool = False
     grow: bool = False
     small: bool = False
+    untrained: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +299,37 @@ COVER = dataclasses.replace(  # the spread that the phase before found best, on 
     statistics=False,
     main="all 0 50",
 )
+IMAGE = Phase(
+    "image",
+    ("digits",),
+    16,
+    {"all": ProbeRun(((1e-4, False), (2e-3, True)), (50, 100), scope="all")},
+    {
+        "weights 0.25%": Method(even("all 0 100")),
+        "weights 1%": Method(even("all 0 100", 0.01)),
+        "LoRA 1": Method(lora=1, rates=LORA),
+        "LoRA 4": Method(lora=4, rates=LORA),
+        "full": Method("all", FULL),
+        "full, from random weights": Method("all", (2e-4, 4e-4, 8e-4, 1.6e-3), untrained=True),
+        "random 0.25%": Method(even("random")),
+        "random 1%": Method(even("random", 0.01)),
+        "LoRA 1, equal cost": Method(lora=1, rates=LORA, more_steps=100),
+        "LoRA 4, equal cost": Method(lora=4, rates=LORA, more_steps=100),
+        "full, equal cost": Method("all", FULL, more_steps=100),
+        "weights 0.25%, columns first": Method("all 0 100|columns|0.0025"),
+        "weights 1%, columns first": Method("all 0 100|columns|0.01"),
+        "weights 0.25%, relative": Method(even("all 1 100")),
+        "weights 0.25%, 50 steps": Method(even("all 0 50")),
+        "columns 1%, diverse movement": Method("diverse movement|column|0.0104", COLUMN),
+        "columns 1%, random": Method("random|column|0.0104", COLUMN),
+        "LoRA 5, A from movement and fixed": Method(lora=5, rates=LORA, start_a="all 0 100", fixed_a=True),
+        "LoRA 3": Method(lora=3, rates=LORA),
+    },
+    statistics=True,
+    main="all 0 100",
+)
 PHASES = {
+    "image": IMAGE,
     "confirm": CONFIRM,
     "explore": EXPLORE,
     "encoder": ENCODER,
@@ -324,17 +358,18 @@ class Worker:
         weights = study_data.load_model(phase.kind)
         if epochs_scale < 1:  # one layer of the model will do
             weights = {
-                name: w for name, w in weights.items() if "layer" not in name or re.search(r"layers?\.0\.", name)
+                name: w for name, w in weights.items() if not re.search(r"layers?\.[1-9]", name)
             }
-        if phase.kind == "encoder":
-            self.base = st.Base(weights, "encoder", self.device, heads=12)
+        if phase.kind in HEADS_OF:
+            self.base = st.Base(weights, phase.kind, self.device, heads=HEADS_OF[phase.kind])
         else:
             self.base = st.Base(weights, "decoder", self.device, heads=9, kv_heads=3, eps=9.999999747378752e-06)
         self.tasks = study_data.load_tasks(phase.kind)
         self.data = {name: st.Data(self.tasks[name], self.device) for name in phase.tasks}
         self.dropout = 0.1 if phase.kind == "encoder" else 0.0
-        self.steps = max(3, int(phase.epochs * study_data.TRAIN / st.BATCH * epochs_scale))
-        self.epoch = max(2, int(study_data.TRAIN / st.BATCH * epochs_scale))
+        train = int(self.tasks[phase.tasks[0]].get("n_train", study_data.TRAIN))
+        self.steps = max(3, int(phase.epochs * train / st.BATCH * epochs_scale))
+        self.epoch = max(2, int(train / st.BATCH * epochs_scale))
         self.scale = epochs_scale
         if epochs_scale < 1:
             for data in self.data.values():
@@ -588,6 +623,10 @@ class Worker:
             assert chosen is not None
             moved = measured["movement"][method.selection][torch.tensor(seeds)].to(self.device)
             replicas.values_start = self.base.flat[chosen] + moved
+            replicas.reset()
+        if method.untrained:
+            each = [self.base.untrained(torch.Generator().manual_seed(self.first_seed + seed)) for seed in seeds]
+            replicas.values_start = torch.stack(each)
             replicas.reset()
         if method.grow:
             replicas = self._grown(replicas, method, task, seeds, steps)

@@ -34,9 +34,9 @@ DECODER_END = 2  # <|im_end|>, the end-of-sequence token of SmolLM2-Instruct
 
 
 def load_model(kind: str, folder: Path = FOLDER) -> dict[str, Tensor]:
-    """The weights of the "encoder" or the "decoder" by their names in Transformers, in float32."""
-    if kind == "encoder":
-        with np.load(folder / "encoder.npz") as file:
+    """The weights of the "encoder", the "decoder" or the "image" model by their names in Transformers, in float32."""
+    if kind != "decoder":
+        with np.load(folder / f"{kind}.npz") as file:
             planes = {name[6:]: file[name] for name in file.files if name.startswith("model:")}
         return {name: torch.from_numpy(_join_bytes(plane)) for name, plane in planes.items()}
     weights: dict[str, Tensor] = {}
@@ -48,7 +48,10 @@ def load_model(kind: str, folder: Path = FOLDER) -> dict[str, Tensor]:
 
 
 def load_tasks(kind: str, folder: Path = FOLDER) -> dict[str, dict[str, np.ndarray]]:
-    """By task: ``ids`` (texts, tokens), ``labels``, ``n_test``, ``kind``; the first ``n_test`` texts are for the test."""
+    """By task: ``ids`` (texts, tokens) or (images, pixels), ``labels``, ``n_test``, ``kind``; the first ``n_test`` are for the test.
+
+    ``n_train`` and ``n_validation`` where they are not those of all tasks.
+    """
     tasks: dict[str, dict[str, np.ndarray]] = {}
     with np.load(folder / f"{kind}.npz") as file:
         for name in file.files:
@@ -61,12 +64,14 @@ def load_tasks(kind: str, folder: Path = FOLDER) -> dict[str, dict[str, np.ndarr
 
 def split(task: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
     """Rows of a task by part. The test rows are the same for every seed; validation and training rows are drawn by it."""
-    n_test = int(task["n_test"])
+    n_test, train, validation = (
+        int(task.get(field, of_all)) for field, of_all in (("n_test", 0), ("n_train", TRAIN), ("n_validation", VALIDATION))
+    )
     rest = n_test + np.random.default_rng(1000 + seed).permutation(len(task["ids"]) - n_test)
     return {
         "test": np.arange(n_test),
-        "validation": rest[:VALIDATION],
-        "train": rest[VALIDATION : VALIDATION + TRAIN],
+        "validation": rest[:validation],
+        "train": rest[validation : validation + train],
     }
 
 

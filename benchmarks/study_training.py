@@ -4,14 +4,15 @@ R trainings that differ in seed, learning rate and chosen weights run side by si
 tensor (R, out, in), a batch of texts (R, batch, tokens), and no number of one training enters another. All trained numbers of a
 training lie in one row of a few flat tensors; AdamW (beta 0.9 and 0.999, eps 1e-8, no weight decay), clipping of each training's
 gradient at norm 1 and the linear decay of the rate are written out on them. On a GPU one step is captured in a CUDA graph and
-replayed. The encoder (BERT) runs in float32 with TF32 products, the decoder (Llama) in bfloat16 autocast over float32 weights;
-on a CPU both run in float32.
+replayed. The encoder (BERT) and the image model (ViT) run in float32 with TF32 products, the decoder (Llama) in bfloat16 autocast
+over float32 weights; on a CPU all run in float32.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,8 +54,16 @@ class Base:
         self.size = {"linear": sum(count[n] for n in maps), "all": at, "none": 0}
         self.size["layers"] = self.size["linear"] + sum(count[n] for n in small)
         self.weights = {n: self.flat[a : a + s.numel()].view(s) for n, (a, s) in self.place.items()}
-        self.hidden = next(weights[n].shape[1] for n in names if "embed" in n and weights[n].dim() == 2)
+        self.hidden = min(weights[n].shape[1] for n in maps)
         self.n_layers = 1 + max(int(n.removeprefix(inside).split(".")[0]) for n in maps)
+
+    def untrained(self, generator: torch.Generator) -> Tensor:
+        """All numbers as before any training: biases 0, norms 1, the rest normal with a standard deviation of 0.02."""
+        fresh = 0.02 * torch.randn(len(self.flat), generator=generator)
+        for name, (at, shape) in self.place.items():
+            if len(shape) == 1:
+                fresh[at : at + shape.numel()] = float("norm" in name.lower() and name.endswith("weight"))
+        return fresh.to(self.device)
 
     def rms(self) -> Tensor:
         """For every number of "linear" the root mean square of its matrix."""
@@ -62,7 +71,7 @@ class Base:
 
 
 class Data:
-    """A task's texts and labels on the device."""
+    """A task's texts (or the pixels of its images) and labels on the device."""
 
     def __init__(self, task: Mapping[str, np.ndarray], device: torch.device):
         self.kind = str(task["kind"])
@@ -187,8 +196,9 @@ class Replicas:
         self.t.zero_()
         if self.values.numel():
             self.values.copy_(self.base.flat[: self.values.shape[1]].expand(self.R, -1))
-            if self.values_start is not None:
-                assert self.chosen is not None
+            if self.values_start is not None and self.chosen is None:
+                self.values.copy_(self.values_start)
+            elif self.values_start is not None:
                 self.values.scatter_(1, self.chosen, self.values_start)
         if self.lora:
             self.factors.copy_(self.factors_start)
@@ -286,20 +296,29 @@ class Replicas:
 
 def linear(replicas: Replicas, name: str, x: Tensor, taps: dict[str, tuple[Tensor, Tensor]] | None) -> Tensor:
     """(R, n, in) to (R, n, out), by one weight for all trainings or one for each."""
-    weight, bias = replicas.named[f"{name}.weight"], replicas.named.get(f"{name}.bias")
-    if weight.dim() == 2 and (bias is None or bias.dim() == 1):
-        y = F.linear(x, weight, bias)
-    else:
-        full = weight if weight.dim() == 3 else weight.expand(x.shape[0], -1, -1)
-        y = torch.bmm(x, full.transpose(1, 2))
-        if bias is not None:
-            y = y + (bias.unsqueeze(1) if bias.dim() == 2 else bias)
+    y = product(x, replicas.named[f"{name}.weight"], replicas.named.get(f"{name}.bias"))
     if f"{name}.weight" in replicas.lora:
         a, b = replicas.lora[f"{name}.weight"]
         y = y + 2.0 * torch.bmm(torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
     if taps is not None:
         taps[f"{name}.weight"] = (x, y)
     return y
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if weight.dim() == 2 and (bias is None or bias.dim() == 1):
+        return F.linear(x, weight, bias)
+    full = weight if weight.dim() == 3 else weight.expand(x.shape[0], -1, -1)
+    y = torch.bmm(x, full.transpose(1, 2))
+    return y if bias is None else y + (bias.unsqueeze(1) if bias.dim() == 2 else bias)
+
+
+def layer_norm(replicas: Replicas, x: Tensor, name: str) -> Tensor:
+    weight, bias = replicas.named[f"{name}.weight"], replicas.named[f"{name}.bias"]
+    H, eps = replicas.base.hidden, replicas.base.eps
+    if weight.dim() == 1:
+        return F.layer_norm(x, (H,), weight, bias, eps)
+    return scaled(F.layer_norm(x, (H,), eps=eps), weight, bias)
 
 
 def embed(table: Tensor, ids: Tensor) -> Tensor:
@@ -325,6 +344,8 @@ def forward(
     drop = replicas.dropout if training else 0.0
     if replicas.base.kind == "encoder":
         return encoder(replicas, ids, drop, taps)
+    if replicas.base.kind == "image":
+        return vit(replicas, ids, taps)
     enabled = replicas.base.device.type == "cuda"
     with torch.autocast(replicas.base.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False):
         return decoder(replicas, ids, rows, taps)
@@ -335,13 +356,7 @@ def encoder(replicas: Replicas, ids: Tensor, drop: float, taps: dict[str, tuple[
     base, named = replicas.base, replicas.named
     R, B, T = ids.shape
     H = base.hidden
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        weight, bias = named[f"{name}.weight"], named[f"{name}.bias"]
-        if weight.dim() == 1:
-            return F.layer_norm(x, (H,), weight, bias, base.eps)
-        return scaled(F.layer_norm(x, (H,), eps=base.eps), weight, bias)
-
+    norm = partial(layer_norm, replicas)
     places, types = (named[f"embeddings.{part}_embeddings.weight"] for part in ("position", "token_type"))
     added = places[..., :T, :] + types[..., :1, :]  # (T, H) or (R, T, H)
     x = embed(named["embeddings.word_embeddings.weight"], ids).view(R, B, T, H)
@@ -365,6 +380,35 @@ def encoder(replicas: Replicas, ids: Tensor, drop: float, taps: dict[str, tuple[
     first = x.view(R, B, T, H)[:, :, 0]
     pooled = torch.tanh(linear(replicas, "pooler.dense", first, None))
     return linear(replicas, "head", F.dropout(pooled, drop), None)
+
+
+def vit(replicas: Replicas, pixels: Tensor, taps: dict[str, tuple[Tensor, Tensor]] | None) -> Tensor:
+    """ViT without dropout, as Transformers' ViTForImageClassification, for square grey images: (R, batch, pixels), 0 to 255."""
+    base, named = replicas.base, replicas.named
+    R, B, n_pixels = pixels.shape
+    H = base.hidden
+    norm = partial(layer_norm, replicas)
+    at = "embeddings.patch_embeddings.projection"
+    patch = named[f"{at}.weight"].shape[-1]
+    side = math.isqrt(n_pixels) // patch
+    x = (pixels.float() / 127.5 - 1).view(R, B, side, patch, side, patch).transpose(3, 4).reshape(R, -1, patch * patch)
+    x = product(x, named[f"{at}.weight"].flatten(-3), named[f"{at}.bias"]).view(R, B, -1, H)
+    first, places = (named[f"embeddings.{part}"] for part in ("cls_token", "position_embeddings"))
+    x = torch.cat((first.view(-1, 1, 1, H).expand(R, B, -1, -1), x), 2) + places.view(-1, 1, side * side + 1, H)
+    T = x.shape[2]
+    x = x.view(R, B * T, H)
+    for layer in range(base.n_layers):
+        at = f"layers.{layer}"
+        y = norm(x, f"{at}.layernorm_before")
+        q, k, v = (
+            linear(replicas, f"{at}.attention.{part}_proj", y, taps).view(R * B, T, base.heads, -1).transpose(1, 2)
+            for part in "qkv"
+        )
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(R, B * T, H)
+        x = x + linear(replicas, f"{at}.attention.o_proj", y, taps)
+        y = norm(x, f"{at}.layernorm_after")
+        x = x + linear(replicas, f"{at}.mlp.fc2", F.gelu(linear(replicas, f"{at}.mlp.fc1", y, taps)), taps)
+    return linear(replicas, "head", norm(x.view(R, B, T, H)[:, :, 0], "layernorm"), None)
 
 
 def decoder(replicas: Replicas, ids: Tensor, rows: Tensor, taps: dict[str, tuple[Tensor, Tensor]] | None) -> Tensor:
@@ -553,6 +597,8 @@ def statistics(replicas: Replicas, batches: int) -> dict[str, dict[str, Tensor]]
         if data.kind == "completion":
             T = data.ids.shape[1]
             real = (torch.arange(T, device=rows.device) < data.labels[rows][..., 1:] - 1).view(R, -1, 1)
+        elif replicas.base.kind == "image":
+            real = torch.ones_like(next(iter(taps.values()))[0][..., :1])
         else:
             real = (data.ids[rows] != 0).view(R, -1, 1)
         with torch.no_grad():
