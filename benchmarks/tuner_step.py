@@ -22,6 +22,8 @@ timed steps, weights and optimizer states included.
   `liger-kernel`; left out with its error where that is not installed).
 - fp8: the same again with the base's frozen weights in float8 (e4m3), LoRA in bfloat16 measured just before they are rounded.
   This case is the last: the base is changed for good. "LoRA, eager" is that of case eager in the same run.
+- directions are random orthonormal vectors, as many as the columns, so that as many numbers are trained; A is fixed, and its gradient
+  is never made.
 - single: single weights at random places as the model is in case eager, and once more as it is in case liger.
 - 4bit, 8bit: a base whose linear maps are held by bitsandbytes (nf4 with double quantisation; LLM.int8), with gradient
   checkpointing: single weights at random places, 0.12% of all, beside QLoRA (PEFT's LoRA on the same base, without
@@ -175,6 +177,21 @@ def single_weights(base: nn.Module, share: float, frozen_dtype: str | None = Non
     total = sum(chosen.parameters for chosen in modules.values())
     plan = Plan(modules, str(total), total, parameters, fingerprint="")
     return lambda base: get_peft_model(base, ReltuneConfig(plan=plan, frozen_dtype=frozen_dtype))
+
+
+def directions(base: nn.Module, r: int) -> Prepare:
+    """So many random directions of each projection's input: they train as many numbers as columns do."""
+    modules = {}
+    for number, (name, module) in enumerate(base.named_modules()):
+        if name.rpartition(".")[2] in PROJECTIONS:
+            generator = torch.Generator(module.weight.device).manual_seed(number)
+            drawn = torch.randn(module.in_features, r, generator=generator, device=module.weight.device)
+            vectors = torch.linalg.qr(drawn).Q.T.contiguous().cpu().numpy()
+            chosen = ModulePlan((module.out_features, module.in_features), directions=list(range(r)), vectors=vectors)
+            modules[name] = chosen
+    total = sum(chosen.parameters for chosen in modules.values())
+    plan = Plan(modules, str(total), total, sum(p.numel() for p in base.parameters()), fingerprint="")
+    return lambda base: get_peft_model(base, ReltuneConfig(plan=plan))
 
 
 def _evenly_spaced(layer: nn.Linear, r: int, **_: Any) -> Tensor:
@@ -475,10 +492,12 @@ def main() -> int:
             f"LoRA, r = {rank}": lora(rank),
             f"SHiRA, r = {rank}": shira(rank),
             "elements, as many": elements(base, rank),
+            f"directions, r = {r}": directions(base, r),
         }
         case(bench, options, shape, "eager", base, methods)
         ratios(bench, "eager", ours, "floor", 1.02, 1.02, gpu)
         ratios(bench, "eager", ours, leaner, 0.90, 0.86, gpu)
+        ratios(bench, "eager", f"directions, r = {r}", leaner, 1.00, 1.00, gpu)
         ratios(bench, "eager", "elements, as many", f"SHiRA, r = {rank}", 1.00, 0.86, gpu)
     if "single" in options.cases:
         single(bench, options, shape, "single", base, gpu)
@@ -498,9 +517,11 @@ def main() -> int:
             single(bench, options, shape, "single, liger", base, gpu)
     if "liger" in options.cases:
         methods = {ours: columns(r), low: columns(r, top), leaner: lora(rank, autocast=False)}
+        methods[f"directions, r = {r}"] = directions(base, r)
         case(bench, options, shape, "liger", base, methods)
         ratios(bench, "liger", ours, "floor", 1.02, 1.02, gpu)
         ratios(bench, "liger", ours, leaner, 0.87, 0.79, gpu)
+        ratios(bench, "liger", f"directions, r = {r}", leaner, 1.00, 1.00, gpu)
     if "fp8" in options.cases:
         float8_exactness(bench, options, shape)
         in_float8(bench, options, shape, base, gpu)

@@ -20,6 +20,7 @@ CRITERIA = (
     "depth",
 )
 WITHOUT_DATA = ("magnitude", "spectral_snr", "principal", "random", "depth")  # criteria that look at no data
+WITH_DIRECTIONS = ("movement",)  # criteria that score directions of a linear map's input
 GRANULARITIES = ("layer", "module", "head", "column", "row", "element", "direction", "bias", "norm")
 IN_A_LORA_FILE = ("column", "row", "head", "direction")  # granularities whose change a LoRA adapter holds without loss
 FROZEN_DTYPES = ("float8_e4m3fn",)  # what the base's frozen weights can be held in, other than their own type

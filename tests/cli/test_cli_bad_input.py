@@ -181,6 +181,8 @@ def test_unknown_criterion_and_granularity(place: Place) -> None:
         ({"granularity": "element,column"}, "element cannot compete with column"),
         ({"granularity": "column", "spread": "columns"}, "for granularity element alone"),
         ({"granularity": "direction", "probe_directions": 0}, "probe_directions is 0"),
+        ({"granularity": "direction", "criteria": "fisher"}, "fisher scores no direction; leave --criteria out"),
+        ({"granularity": "direction", "criteria": "depth,movement"}, "depth scores no direction"),
     ],
 )
 def test_units_that_cannot_be_chosen_are_refused_before_a_model_is_looked_at(changed: dict, named: str) -> None:

@@ -16,9 +16,10 @@ from relevance_cases import measure
 from reltune.errors import InputError
 from reltune.layers.inventory import take_inventory
 from reltune.names import CRITERIA as NAMES
-from reltune.names import WITHOUT_DATA
+from reltune.names import WITH_DIRECTIONS, WITHOUT_DATA
 from reltune.ops.singular_vectors import Decompositions, singular_vectors
 from reltune.relevance.criteria import principal, spectral_snr
+from reltune.relevance.criteria.contract import granularities_of
 from reltune.relevance.criteria.registry import CRITERIA
 
 MODELS = {**MODELS, "gpt2": tiny_gpt2, "convolutions": lambda: Convolutions().double()}
@@ -52,6 +53,7 @@ def test_the_lists_of_names_agree():
     assert set(WITHOUT_DATA) == {
         name for name, of in CRITERIA.items() if not getattr(of, "NEEDS", True) and not getattr(of, "ELEMENT_NEEDS", ())
     }
+    assert set(WITH_DIRECTIONS) == {name for name, of in CRITERIA.items() if "direction" in granularities_of(of)}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -47,6 +47,9 @@ def test_report_holds_every_figure(tmp_path):
     ):
         assert text in page.text, text
     assert "Test accuracy" in page.text and "Validation accuracy" not in page.text
+    assert "held in" not in page.text
+    held = page_of(tmp_path, dataclasses.replace(FULL, held_in="8 bits"))
+    assert "some/model, linear layers held in 8 bits" in held.text
 
     figures = page.figures
     assert set(figures) == {"heatmap-0", "layers-0", "heatmap-1", "layers-1", "loss", "scores"}

@@ -71,6 +71,14 @@ def test_single_weights_are_chosen_by_movement_and_trained(run: Path) -> None:
     assert results["test_loss"] < 0.7 * results["test_before_loss"]
 
 
+def test_the_report_and_the_terminal_say_what_the_base_is_held_in(run: Path) -> None:
+    words = {"4": "4 bits (NF4)", "8": "8 bits", "float8": "float8_e4m3fn while training"}[run.name]
+    head = (run / "report.html").read_text(encoding="utf-8").partition("<h2>")[0]
+    assert f"model, linear layers held in {words}</p>" in head
+    answer = reltune("report", run)
+    assert f"The base model's linear layers are held in {words}." in answer.out, answer
+
+
 def test_the_adapter_loads_and_gives_the_same_again(run: Path) -> None:
     before = read(run / "all_results.json")
     answer = reltune("evaluate", run)

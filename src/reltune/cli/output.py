@@ -61,6 +61,8 @@ def show_record(record: RunRecord, directory: RunDirectory) -> None:
     """What the report of a run shows, as far as a terminal can."""
     from reltune.report.terminal import comparison_table, heatmap, outputs
 
+    if record.held_in:
+        say(f"The base model's linear layers are held in {record.held_in}.")
     if record.heatmaps:
         show(heatmap(record.heatmaps[0]))
     else:

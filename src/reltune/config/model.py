@@ -34,6 +34,12 @@ class ModelConfig(Subject):
         ),
     )
 
+    @property
+    def held_in(self) -> str:
+        """In what the base's linear layers are held, in words; "" where it is as the checkpoint has it."""
+        bits = "4 bits (NF4)" if self.load_in_4bit else "8 bits" if self.load_in_8bit else ""
+        return bits or (f"{self.frozen_dtype} while training" if self.frozen_dtype else "")
+
     def check(self) -> None:
         super().check()
         if self.load_in_4bit and self.load_in_8bit:

@@ -93,3 +93,4 @@ class RunRecord:
     outputs: list[Output] = field(default_factory=list)  # the first ones
     sweep: dict[str, Any] | None = None  # sweep.json
     lm_eval: LMEvalRecord | None = None
+    held_in: str = ""  # what the base's linear layers are held in, such as "8 bits"; "" where as in the checkpoint

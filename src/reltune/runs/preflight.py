@@ -13,7 +13,7 @@ from reltune.data.text_files import check_text_file
 from reltune.errors import InputError
 from reltune.files import check_destination, model_directory_problem
 from reltune.methods.registry import METHODS
-from reltune.names import EXPORT_FORMS, SERVERS
+from reltune.names import CRITERIA, EXPORT_FORMS, SERVERS, WITH_DIRECTIONS
 from reltune.plan.budget import check_budget
 from reltune.plan.granularities import ALONE, check_together
 from reltune.runs.directory import RunDirectory
@@ -96,7 +96,14 @@ def check_selection(config: RunConfig) -> None:
         if ".." not in budget:  # a range, which the sweep itself refuses
             check_budget(budget)
     check_together(config.granularity, config.spread)
-    if ALONE in config.granularity and not config.probe_directions:
+    if ALONE not in config.granularity:
+        return
+    criterion = config.criteria[0]
+    if criterion in CRITERIA and criterion not in WITH_DIRECTIONS:
+        raise InputError(
+            f"{criterion} scores no {ALONE}; leave --criteria out, which takes {WITH_DIRECTIONS[0]}, or choose another granularity."
+        )
+    if not config.probe_directions:
         raise InputError(
             f"granularity {ALONE}: probe_directions is 0, so that none would be kept to choose from; raise it, or leave it out."
         )

@@ -69,6 +69,7 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
         outputs=run.read_outputs(config.report_examples),
         sweep=read("sweep.json", None),
         lm_eval=read_lm_eval(run),
+        held_in=config.held_in,
     )
 
 
