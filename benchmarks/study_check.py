@@ -1,6 +1,6 @@
 """Whether the study's captured steps on this GPU are those of a plain loop on the CPU, and how long one takes.
 
-python benchmarks/study_check.py [decoder]
+python benchmarks/study_check.py [decoder | image]
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 
 import study_data
 import study_training as st
-from selection_study import PHASES, batches
+from selection_study import HEADS_OF, PHASES, batches
 
 
 def main() -> None:
-    kind = "decoder" if "decoder" in sys.argv else "encoder"
+    kind = sys.argv[1] if len(sys.argv) > 1 else "encoder"
     gpu = torch.device("cuda")
     weights, tasks = study_data.load_model(kind), study_data.load_tasks(kind)
     task = tasks[PHASES[kind].tasks[0]]
-    heads = {"heads": 9, "kv_heads": 3, "eps": 1e-5} if kind == "decoder" else {"heads": 12}
+    heads = {"heads": 9, "kv_heads": 3, "eps": 1e-5} if kind == "decoder" else {"heads": HEADS_OF[kind]}
     bases = {d: st.Base(weights, kind, torch.device(d), **heads) for d in ("cpu", "cuda")}  # type: ignore[arg-type]
     n = bases["cpu"].size["linear"]
     for name, steps in (("chosen", 4), ("LoRA", 4), ("all", 4)):
@@ -64,7 +64,7 @@ def main() -> None:
         )
         assert torch.cosine_similarity(a, b, dim=0) > 0.9
     data = st.Data(task, gpu)
-    for count in (4, 12) if kind == "encoder" else (3, 6):
+    for count in (3, 6) if kind == "decoder" else (4, 12):
         order = batches(task, 0, 30, st.BATCH, 2).expand(count, -1, -1)
         head = torch.zeros(count, data.outputs * (bases["cuda"].hidden + 1)) if data.outputs else None
         replicas = st.Replicas(bases["cuda"], data, order, head, scope="linear", chosen=torch.arange(100, device=gpu).expand(count, -1), dropout=0.1 if kind == "encoder" else 0.0)  # fmt: skip

@@ -144,8 +144,7 @@ def pretrained(folder: Path, steps: int, batch: int = 128, rate: float = 1e-3) -
     right: list[float] = []
     for step in range(steps):
         rows = torch.randint(len(images), (batch,), generator=draw)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(normal(altered(images[rows], draw))).logits.float()
+        logits = model(normal(altered(images[rows], draw))).logits
         loss = F.cross_entropy(logits, labels[rows])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -193,7 +192,7 @@ def write_image(model: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fonts", type=Path, help="a folder of the TrueType fonts; matplotlib's by default")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=2400)
     options = parser.parse_args()
     folder = options.fonts
     if folder is None:
