@@ -3,7 +3,7 @@
     python benchmarks/selection_study.py --phase explore --minutes 8.5 --output_dir DIR
     python benchmarks/selection_study.py --phase encoder --minutes 8.5 --output_dir DIR
     python benchmarks/selection_study.py --phase decoder --minutes 8.5 --output_dir DIR
-    python benchmarks/selection_study.py --phase image --seeds 6 --minutes 4 --output_dir DIR
+    python benchmarks/selection_study.py --phase image --seeds 10 --minutes 4 --output_dir DIR
 
 reads what study_data.py (for images: study_images.py) wrote and appends every training to DIR/PHASE.jsonl as it ends, so that a phase that is cut short keeps
 what it has; trainings that the file holds already are not repeated. A method's rate is chosen per task by the mean of its
@@ -95,6 +95,7 @@ class Phase:
     statistics: bool = False
     max_replicas: int = 20
     workers: int = 3
+    head_epochs: int = 1  # that every method's new head is trained alone before
     main: str = MAIN  # the probe whose movement and votes other choices are made from
 
 
@@ -326,6 +327,8 @@ IMAGE = Phase(
         "LoRA 3": Method(lora=3, rates=LORA),
     },
     statistics=True,
+    max_replicas=40,
+    head_epochs=7,  # as many steps as the encoder's
     main="all 0 100",
 )
 PHASES = {
@@ -357,9 +360,7 @@ class Worker:
         torch.backends.cuda.matmul.allow_tf32 = True
         weights = study_data.load_model(phase.kind)
         if epochs_scale < 1:  # one layer of the model will do
-            weights = {
-                name: w for name, w in weights.items() if not re.search(r"layers?\.[1-9]", name)
-            }
+            weights = {name: w for name, w in weights.items() if not re.search(r"layers?\.[1-9]", name)}
         if phase.kind in HEADS_OF:
             self.base = st.Base(weights, phase.kind, self.device, heads=HEADS_OF[phase.kind])
         else:
@@ -369,7 +370,7 @@ class Worker:
         self.dropout = 0.1 if phase.kind == "encoder" else 0.0
         train = int(self.tasks[phase.tasks[0]].get("n_train", study_data.TRAIN))
         self.steps = max(3, int(phase.epochs * train / st.BATCH * epochs_scale))
-        self.epoch = max(2, int(train / st.BATCH * epochs_scale))
+        self.head_steps = max(2, int(phase.head_epochs * train / st.BATCH * epochs_scale))
         self.scale = epochs_scale
         if epochs_scale < 1:
             for data in self.data.values():
@@ -397,10 +398,12 @@ class Worker:
         size = data.outputs * (self.base.hidden + 1)
         start = torch.randn(self.seeds, size, generator=generator) * 0.02
         start[:, data.outputs * self.base.hidden :] = 0
-        replicas = st.Replicas(self.base, data, self.orders(task, seeds, self.epoch, 0), start, dropout=self.dropout)
+        replicas = st.Replicas(
+            self.base, data, self.orders(task, seeds, self.head_steps, 0), start, dropout=self.dropout
+        )
         replicas.head_rates.fill_(HEAD_RATE)
         replicas.capture()
-        replicas.run(self.epoch)
+        replicas.run(self.head_steps)
         return replicas.head.clone()
 
     def measure(self, task: str) -> dict[str, Any]:

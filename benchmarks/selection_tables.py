@@ -22,7 +22,7 @@ import numpy as np
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "selection.md"
-PHASES = ("explore", "encoder", "confirm", "decoder", "heads", "cover", "image")
+PHASES = ("explore", "encoder", "confirm", "decoder", "heads", "cover")
 FIELDS = ("task", "method", "rate", "seed", "steps", "trained", "validation_metric", "validation_loss")
 TESTED = ("test_metric", "test_loss")
 CLASSES = ("movie", "amazon", "nyt", "tweets", "bbc")
@@ -136,9 +136,7 @@ def on_an_edge(phase: str) -> str:
 
 
 def goals_table() -> str:
-    encoder, confirm, decoder, cover, image = (
-        figures_of(read(phase)) for phase in ("encoder", "confirm", "decoder", "cover", "image")
-    )
+    encoder, confirm, decoder, cover = (figures_of(read(phase)) for phase in ("encoder", "confirm", "decoder", "cover"))
     rows = []
     for name in (SIMPLE, BEST, LARGER):
         for other in ("LoRA 4", "LoRA 4, equal cost", "full", "full, equal cost", "random 0.25%"):
@@ -161,10 +159,6 @@ def goals_table() -> str:
             rows.append((f"MiniLM, six more seeds: {name} − {other}", difference(cover[name], cover[other])))
     for name in ("columns 1%, diverse movement", "columns 1%, diverse", "LoRA 5, A from movement and fixed"):
         rows.append((f"MiniLM: {name} − LoRA 3", difference(encoder[name], encoder["LoRA 3"])))
-    for name, rank in (("weights 0.25%", 1), ("weights 1%", 4)):
-        for other in (f"LoRA {rank}", f"LoRA {rank}, equal cost", "full", "full, equal cost", f"random {name[8:]}"):
-            rows.append((f"ViT: {name} − {other}", difference(image[name], image[other])))
-    rows.append(("ViT: full − full, from random weights", difference(image["full"], image["full, from random weights"])))
     return "\n".join(["| case | points [95%] |", "|---|---|", *(f"| {case} | {figure} |" for case, figure in rows)])
 
 
@@ -203,7 +197,6 @@ def page() -> str:
         "decoder": methods_table(read("decoder"), ("LoRA 8", "full", "random 1%")),
         "heads": methods_table(read("heads"), ("full",)),
         "cover": methods_table(read("cover"), ("LoRA 4", "full", "random, both first")),
-        "image": methods_table(read("image"), ("LoRA 4", "full", "random 1%")),
         "regret": regret_table(
             [
                 ("encoder", "weights 0.1%"),

@@ -65,7 +65,8 @@ def load_tasks(kind: str, folder: Path = FOLDER) -> dict[str, dict[str, np.ndarr
 def split(task: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
     """Rows of a task by part. The test rows are the same for every seed; validation and training rows are drawn by it."""
     n_test, train, validation = (
-        int(task.get(field, of_all)) for field, of_all in (("n_test", 0), ("n_train", TRAIN), ("n_validation", VALIDATION))
+        int(task.get(field, of_all))
+        for field, of_all in (("n_test", 0), ("n_train", TRAIN), ("n_validation", VALIDATION))
     )
     rest = n_test + np.random.default_rng(1000 + seed).permutation(len(task["ids"]) - n_test)
     return {

@@ -3,10 +3,11 @@
 import copy
 
 import pytest
-import study_training as st
 import torch
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
+
+import study_training as st
 
 OUTPUTS, STEPS, BATCH, RATE = 5, 4, 6, 3e-3
 
