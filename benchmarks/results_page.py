@@ -1,0 +1,375 @@
+"""docs/results.md, from the records of selection_study.py: every way to train, side by side.
+
+    python benchmarks/results_page.py
+
+selection_tables.py --keep puts the records into benchmarks/results first. All figures of the page are computed here; the text around
+them is results_page.md. Test figures are at the rate that validation chose per method and task. Differences are paired over task and
+seed; the intervals are 95% by bootstrap over the pairs (10,000 draws).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics as stats
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import selection_tables as tables
+from selection_tables import Figures, Record, difference, figures_of, read
+
+PAGE = tables.HERE.parent / "docs" / "results.md"
+TEXT = tables.HERE / "results_page.md"
+MODEL = {
+    "proof": 22_713_216,
+    "proof_decoder": 134_515_008,
+}  # weights of MiniLM-L6, whose whole vocabulary counts, and of SmolLM2
+LORA = {"proof": "LoRA 4", "proof_decoder": "LoRA 8"}
+MAIN = {"proof": "weights 0.12%", "proof_decoder": "weights 0.5%"}
+SIZES = ("0.05%", "0.12%", "0.5%", "2%")
+FAMILIES = (
+    "weights",
+    "random",
+    "NeuroAda",
+    "SHiRA-WM",
+    "SHiRA-Grad",
+    "SHiRA-SNIP",
+    "SMT",
+    "columns",
+    "directions",
+    "Spectrum",
+)
+PROBED = ("weights", "directions", "columns")  # measured by 100 steps of the probe before training
+WARMED = ("SMT",)  # by 100 steps of full tuning
+NEWS = ("bbc", "capitals")  # made of the texts that forgetting is measured on
+SMALL = (200, 2000, 10000)
+FLIPPED = ("0%", "10%", "30%")
+
+
+def family(method: str) -> str:
+    return method.split(" ")[0].rstrip(",")
+
+
+def trained(records: list[Record]) -> dict[str, int]:
+    return {r["method"]: r["trained"] for r in records}
+
+
+def steps_of(records: list[Record], method: str) -> str:
+    """Training steps, and those of the probe or of the warm-up before them; the most of any task."""
+    own = max(r["steps"] for r in records if r["method"] == method)
+    return f"{own} + 100" if family(method) in (*PROBED, *WARMED) else str(own)
+
+
+def complete(records: list[Record]) -> dict[str, Figures]:
+    """The figures of the methods that ran on all tasks, and there on all seeds."""
+    figures = figures_of(records)
+    every = {key for figure in figures.values() for key in figure}
+    return {method: figure for method, figure in figures.items() if set(figure) == every}
+
+
+def mean(figures: Figures, tasks: tuple[str, ...] = ()) -> float:
+    """Over the tasks, each the mean over its seeds."""
+    by_task: dict[str, list[float]] = {}
+    for (task, _), value in figures.items():
+        if not tasks or task in tasks:
+            by_task.setdefault(task, []).append(value)
+    return stats.mean(stats.mean(values) for values in by_task.values())
+
+
+def spread(figures: Figures) -> float:
+    """Standard deviation over the seeds of the mean over the tasks."""
+    by_seed: dict[int, list[float]] = {}
+    for (_, seed), value in figures.items():
+        by_seed.setdefault(seed, []).append(value)
+    return stats.stdev(stats.mean(values) for values in by_seed.values())
+
+
+def forgotten(phase: str) -> dict[str, Figures]:
+    """By method and (task, seed): by how much the loss on plain text rose. Without the tasks that are made of those texts."""
+    before = json.loads((tables.RESULTS / f"selection_{phase}.json").read_text(encoding="utf-8"))["plain_loss_before"]
+    rise: dict[str, Figures] = {}
+    for r in read(phase):
+        if r.get("plain_loss") is not None and r["task"] not in NEWS:
+            rise.setdefault(r["method"], {})[r["task"], r["seed"]] = r["plain_loss"] - before
+    return rise
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def quality(phase: str) -> str:
+    """A row per method at equal steps, best first; those of equal total cost are in a table of their own."""
+    records = read(phase)
+    figures = complete(records)
+    tasks = tuple(dict.fromkeys(task for task, _ in next(iter(figures.values()))))
+    size, rise, edges = trained(records), forgotten(phase), on_edges(records)
+    rows = []
+    for method in sorted(figures, key=lambda m: -mean(figures[m])):
+        if "equal cost" in method:
+            continue
+        off = [
+            "" if other == method else difference(figures[method], figures[other]) for other in (LORA[phase], "full")
+        ]
+        share = 100 * size[method] / MODEL[phase] if method != "full" else 100
+        flag = " †" if method in edges else ""
+        rows.append(
+            [f"**{method}**" if method == MAIN[phase] else method, f"{size[method]:,}", f"{share:.3g}%"]
+            + [steps_of(records, method)]
+            + [f"{mean(figures[method], (task,)):.1f}" for task in tasks]
+            + [f"{mean(figures[method]):.2f} ± {spread(figures[method]):.2f}{flag}", *off]
+            + [f"{mean(rise[method]):+.3f}"]
+        )
+    head = ["method", "trained", "of the model", "steps", *tasks, "mean", f"− {LORA[phase]}", "− full", "forgotten"]
+    return table(head, rows) + left_out(records, figures)
+
+
+def left_out(records: list[Record], figures: dict[str, Figures]) -> str:
+    missing = [m for m in dict.fromkeys(r["method"] for r in records) if m not in figures]
+    return f"\n\nNot run on all tasks, and so not shown: {', '.join(missing)}." if missing else ""
+
+
+def on_edges(records: list[Record]) -> dict[str, list[str]]:
+    """By method, the tasks whose best rate lies on an edge of those tried."""
+    found: dict[str, list[str]] = {}
+    for method, task in dict.fromkeys((r["method"], r["task"]) for r in records):
+        mine = [r for r in records if (r["method"], r["task"]) == (method, task)]
+        rates = {r["rate"] for r in mine}
+        best = {r["rate"] for r in mine if "test_metric" in r}
+        if best & {min(rates), max(rates)}:
+            found.setdefault(method, []).append(task)
+    return found
+
+
+def edges() -> str:
+    """Pairs of task and method whose best rate is the lowest or the highest tried, after two widenings."""
+    parts = []
+    for phase in tables.SIDE_BY_SIDE:
+        records = read(phase)
+        pairs = {(r["method"], r["task"]) for r in records}
+        parts.append(f"{phase} {sum(map(len, on_edges(records).values()))} of {len(pairs)}")
+    return ", ".join(parts)
+
+
+def equal_cost(phase: str) -> str:
+    """What was measured, beside others that were given as many training steps more."""
+    figures = complete(read(phase))
+    others = [m for m in figures if "equal cost" in m]
+    rows = []
+    for method in (f"weights {size}" for size in SIZES):
+        if method in figures:
+            rows += [
+                [method, other.removesuffix(", equal cost"), difference(figures[method], figures[other])]
+                for other in others
+            ]
+    return table(["method", "against, with 100 steps more", "points [95%]"], rows)
+
+
+def by_size(phase: str) -> str:
+    """Means by family and share of the model."""
+    figures = complete(read(phase))
+    rows = []
+    for name in FAMILIES:
+        cells = [f"{mean(figures[m]):.2f}" if (m := f"{name} {size}") in figures else "" for size in SIZES]
+        if any(cells):
+            rows.append([name, *cells])
+    return table(["share of the model", *SIZES], rows)
+
+
+def against_chance(phase: str) -> str:
+    """Choices beside random weights of the same size, at equal steps."""
+    figures = complete(read(phase))
+    rows = []
+    for name in (name for name in FAMILIES if name != "random"):
+        cells = [
+            difference(figures[m], figures[chance])
+            if (m := f"{name} {size}") in figures and (chance := f"random {size}") in figures
+            else ""
+            for size in SIZES
+        ]
+        if any(cells):
+            rows.append([name, *cells])
+    return table(["points above random single weights", *SIZES], rows)
+
+
+def forgetting(phase: str) -> str:
+    """By how much the loss on plain text rose, least first, and the difference to full tuning."""
+    rise, figures = forgotten(phase), complete(read(phase))
+    methods = [m for m in sorted(figures, key=lambda m: mean(rise[m])) if "equal cost" not in m]
+    rows = [
+        [m, f"{mean(rise[m]):+.3f}"]
+        + ["" if m == other else differences_of_losses(rise[m], rise[other]) for other in (LORA[phase], "full")]
+        + [f"{mean(figures[m]):.2f}"]
+        for m in methods
+    ]
+    return table(["method", "loss on plain text", f"− {LORA[phase]}", "− full", "own tasks"], rows)
+
+
+def differences_of_losses(one: Figures, other: Figures) -> str:
+    """Mean paired difference with three places and its 95% interval."""
+    numbers = re.findall(
+        r"[+-][\d.]+", difference({k: 1000 * v for k, v in one.items()}, {k: 1000 * v for k, v in other.items()})
+    )
+    value, low, high = (float(number) / 1000 for number in numbers)
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def grid(levels: list[tuple[str, dict[str, Figures]]], what: str) -> str:
+    """A row per method: mean at each level, and the difference to LoRA and to full tuning there."""
+    methods = list(dict.fromkeys(m for _, figures in levels for m in figures))
+    parts = []
+
+    def cells(method: str, figures: dict[str, Figures]) -> str:
+        return f"{mean(figures[method]):.2f}" if method in figures else ""
+
+    parts.append(
+        table([what, *(level for level, _ in levels)], [[m, *(cells(m, f) for _, f in levels)] for m in methods])
+    )
+    for other in ("LoRA 4", "full"):
+        rows = [
+            [m, *(difference(f[m], f[other]) if m in f and other in f else "" for _, f in levels)]
+            for m in methods
+            if m != other
+        ]
+        parts.append(table([f"− {other}", *(level for level, _ in levels)], rows))
+    return "\n\n".join(parts)
+
+
+def named_by_task(figures: dict[str, Figures]) -> dict[str, Figures]:
+    """The forms of a task under its own name: "movie, 200 examples" is movie."""
+    return {m: {(task.partition(", ")[0], seed): v for (task, seed), v in f.items()} for m, f in figures.items()}
+
+
+def levels(
+    phase: str, whole: str, names: tuple[str, ...], tasks: tuple[str, ...]
+) -> list[tuple[str, dict[str, Figures]]]:
+    """By level its figures on the tasks; the level ``whole`` is that of the phase proof, with the same methods."""
+    records, found = read(phase), []
+    methods = {r["method"] for r in records}
+    for name in names:
+        if name == whole:
+            mine = [r for r in read("proof") if r["task"] in tasks and r["method"] in methods]
+        else:
+            mine = [r for r in records if r["task"] in {f"{task}, {name}" for task in tasks}]
+        if mine:
+            found.append((name, named_by_task(complete(mine))))
+    return found
+
+
+def small_data() -> str:
+    every = tuple(dict.fromkeys(r["task"] for r in read("proof")))
+    few = [
+        (task, _)
+        for task, _, form in (t.partition(", ") for t in {r["task"] for r in read("small_data")})
+        if "10000" in form
+    ]
+    many = tuple(sorted(task for task, _ in few))
+    parts = [
+        "All seven tasks:",
+        grid(levels("small_data", "2000 examples", ("200 examples", "2000 examples"), every), "mean"),
+    ]
+    if many:
+        parts += [
+            f"The tasks that have more ({', '.join(many)}; movie has 8,300 and movie_score 8,600 to train on):",
+            grid(
+                levels("small_data", "2000 examples", ("200 examples", "2000 examples", "10000 examples"), many), "mean"
+            ),
+        ]
+    return "\n\n".join(parts)
+
+
+def noise() -> str:
+    tasks = tuple(sorted({r["task"].partition(", ")[0] for r in read("noise")}))
+    return f"Mean over {', '.join(tasks)}:\n\n" + grid(
+        levels("noise", "0% flipped", ("0% flipped", "10% flipped", "30% flipped"), tasks), "mean"
+    )
+
+
+def what_does_not_pay(phase: str) -> str:
+    """Choices that were not shown to beat random weights of their size, and methods behind a LoRA of at most their size."""
+    records = read(phase)
+    figures, size = complete(records), trained(records)
+    lines = []
+    for name in (name for name in FAMILIES if name != "random"):
+        for share in SIZES:
+            one, chance = f"{name} {share}", f"random {share}"
+            if one in figures and chance in figures:
+                off = difference(figures[one], figures[chance])
+                if low_end(off) <= 0:
+                    lines.append(f"- {one} was not shown to beat random weights of that size: {off}.")
+    loras = [m for m in figures if m.startswith("LoRA") and "equal cost" not in m]
+    for method in figures:
+        smaller = [m for m in loras if size[m] <= size[method] and m != method]
+        if smaller and "equal cost" not in method:
+            best = max(smaller, key=lambda m: mean(figures[m]))
+            off = difference(figures[method], figures[best])
+            if high_end(off) < 0:
+                lines.append(f"- {method} ({size[method]:,}) is behind {best} ({size[best]:,}): {off}.")
+    return "\n".join(lines) or "- Nothing."
+
+
+def low_end(interval: str) -> float:
+    return float(re.findall(r"[+-][\d.]+", interval)[1])
+
+
+def high_end(interval: str) -> float:
+    return float(re.findall(r"[+-][\d.]+", interval)[2])
+
+
+def about() -> str:
+    heads: list[dict[str, Any]] = [
+        json.loads((tables.RESULTS / f"selection_{phase}.json").read_text(encoding="utf-8"))
+        for phase in tables.SIDE_BY_SIDE
+    ]
+    machines = dict.fromkeys(f"{h['hardware']}, torch {h['torch']}" for h in heads)
+    return "; ".join(machines) + "; commits: " + ", ".join(f"{h['phase']} {h['commit']}" for h in heads)
+
+
+def numbers() -> str:
+    counts = [len(read(phase)) for phase in tables.SIDE_BY_SIDE]
+    return f"{sum(counts):,}"
+
+
+def page() -> str:
+    """The text with its figures: {name} or {name phase} is what the function of that name gives."""
+    functions: dict[str, Callable[..., str]] = {
+        f.__name__: f
+        for f in (
+            about,
+            numbers,
+            edges,
+            quality,
+            equal_cost,
+            by_size,
+            against_chance,
+            forgetting,
+            small_data,
+            noise,
+            what_does_not_pay,
+            off,
+        )
+    }
+
+    def filled(match: re.Match[str]) -> str:
+        name, *arguments = [part.strip() for part in match[1].split("|")]
+        return functions[name](*arguments)
+
+    return re.sub(r"\{(\w[^{}]*)\}", filled, TEXT.read_text(encoding="utf-8"))
+
+
+def off(phase: str, one: str, other: str, *tasks: str) -> str:
+    """In the text: {off|proof|weights 0.12%|LoRA 4}."""
+    figures = figures_of(read(phase))
+    return difference(figures[one], figures[other], tasks)
+
+
+def main() -> None:
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    np.seterr(all="raise")
+    main()
