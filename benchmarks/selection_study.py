@@ -5,18 +5,24 @@
     python benchmarks/selection_study.py --phase decoder --minutes 8.5 --output_dir DIR
     python benchmarks/selection_study.py --phase image --seeds 10 --minutes 4 --output_dir DIR
 
-reads what study_data.py (for images: study_images.py) wrote and appends every training to DIR/PHASE.jsonl as it ends, so that a phase that is cut short keeps
-what it has; trainings that the file holds already are not repeated. A method's rate is chosen per task by the mean of its
+reads what study_data.py (for images: study_images.py) wrote and appends every training to DIR/PHASE.jsonl as it ends, so that a
+phase that is cut short keeps what it has; with --go_on, trainings that benchmarks/results holds already are not repeated. A method's rate is chosen per task by the mean of its
 validation figure over the seeds, and the grid is widened while the best rate lies on its edge, twice at most; the test part is
-looked at once, at that rate. Every method starts from the same head, trained alone for one epoch. selection_tables.py makes the
-tables.
+looked at once, at that rate. Every method starts from the same head, trained alone for one epoch. selection_tables.py and
+results_page.py make the tables.
+
+The phases proof and proof_decoder put every way to train side by side, small_data and noise some of them on fewer or more examples and on
+flipped labels. There the rate is looked for with two seeds, and the best two rates are tried with all of them. Beside the test part
+stands the loss on plain text at the chosen rate: what the training forgot.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
+import math
 import queue
 import re
 import statistics as stats
@@ -36,6 +42,7 @@ import study_training as st
 
 HEAD_RATE = 1e-3
 HEADS_OF = {"encoder": 12, "image": 3}  # attention heads; the decoder's are of two sorts
+BY_WEIGHTS = ("magnitude", "spectrum", "top")  # sources of choices that look at no data
 MAIN = "main 0 50"  # the probe of the second round: fixed steps of 1e-4, 50 batches of 32 in training mode
 PROBE_STEPS = 50
 HALF_DECADE = 10**0.5
@@ -58,6 +65,7 @@ class Method:
         grow: as many weights again are chosen by a second probe after a third of the training.
         small: biases and norms of the layers are trained beside.
         untrained: starts from random weights instead of the pretrained ones.
+        maps: the share of the linear maps, by KappaTune's choice, that LoRA is put on; 1 for all.
     """
 
     selection: str = ""
@@ -71,6 +79,7 @@ class Method:
     grow: bool = False
     small: bool = False
     untrained: bool = False
+    maps: float = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +106,8 @@ class Phase:
     workers: int = 3
     head_epochs: int = 1  # that every method's new head is trained alone before
     main: str = MAIN  # the probe whose movement and votes other choices are made from
+    scouts: int = 0  # seeds that the rates are looked for with; 0 for all
+    widen: float = 2  # the next rate beyond an edge is so many times the one there
 
 
 def even(score: str, share: float = 0.0025) -> str:
@@ -331,6 +342,142 @@ IMAGE = Phase(
     head_epochs=7,  # as many steps as the encoder's
     main="all 0 100",
 )
+
+# ---- every way to train side by side
+
+
+def halves(*exponents: int) -> tuple[float, ...]:
+    """Rates on the grid of half decades: -6 is 10 ** -3."""
+    return tuple(float(f"{10 ** (n / 2):.3g}") for n in exponents)
+
+
+PROBE_100 = "all 0 100"
+LOW, MIDDLE, HIGH, HIGHEST = (
+    halves(-9, -8, -7, -6),
+    halves(-7, -6, -5, -4),
+    halves(-6, -5, -4, -3),
+    halves(-5, -4, -3, -2),
+)
+ADAPTER = MIDDLE
+
+
+def sized(sizes: dict[str, float], directions: dict[str, int]) -> dict[str, Method]:
+    """The ways to train whose size can be chosen.
+
+    Args:
+        sizes: by its name as a share of the whole model ("0.12%"), the share of the linear maps' weights.
+        directions: by that name, how many directions of each linear map's input are as many numbers.
+    """
+    small, usual, middle, large = sizes
+    high = {small: HIGHEST, usual: HIGHEST, middle: HIGH, large: HIGH}
+    methods: dict[str, Method] = {}
+    for size in (usual, middle, small, large):
+        share = sizes[size]
+        methods |= {
+            f"weights {size}": Method(even(PROBE_100, share), high[size]),
+            f"random {size}": Method(even("random", share), high[size]),
+            f"NeuroAda {size}": Method(f"magnitude|rows|{share}", high[size]),
+            f"SMT {size}": Method(f"warm 0 100 sum|best tile64|{share}", HIGH),
+        }
+    for size in (middle, large):
+        methods |= {
+            f"columns {size}": Method(f"diverse movement|column|{sizes[size]}", ADAPTER),
+            f"directions {size}": Method(lora=directions[size], rates=ADAPTER, start_a=PROBE_100, fixed_a=True),
+        }
+    for size in (usual, middle):
+        methods |= {
+            f"SHiRA-WM {size}": Method(even("magnitude", sizes[size]), high[size]),
+            f"SHiRA-Grad {size}": Method(even("still 0 16 sum", sizes[size]), high[size]),
+            f"SHiRA-SNIP {size}": Method(even("still 0 16 snip", sizes[size]), high[size]),
+        }
+    return methods | {f"Spectrum {large}": Method(f"spectrum|fit|{sizes[large]}", MIDDLE)}
+
+
+WITHOUT_SIZE = {
+    "full": Method("all", LOW),
+    "LoRA 1": Method(lora=1, rates=ADAPTER),
+    "LoRA 4": Method(lora=4, rates=ADAPTER),
+    "LoRA 8": Method(lora=8, rates=ADAPTER),
+    "LoRA 32": Method(lora=32, rates=ADAPTER),
+    "KappaTune LoRA 16": Method(lora=16, rates=ADAPTER, maps=0.2),
+    "Spectrum 25%": Method("spectrum|kinds|0.25", halves(-8, -7, -6, -5)),
+    "top layer": Method("top|layer|1", halves(-8, -7, -6, -5)),
+    "biases, norms": Method("none|even|0", HIGH, small=True),
+}
+
+
+def longer(methods: dict[str, Method], *names: str) -> dict[str, Method]:
+    """At equal total cost: as many training steps more as the probe of the chosen weights takes."""
+    return {f"{name}, equal cost": dataclasses.replace(methods[name], more_steps=100) for name in names}
+
+
+def proof(sizes: dict[str, float], directions: dict[str, int], rank: int, main: str) -> dict[str, Method]:
+    """All ways to train; what the claims rest on comes first. ``main``: the size of weights that LoRA of that rank is compared with."""
+    methods = sized(sizes, directions) | WITHOUT_SIZE
+    lora = f"LoRA {rank}"
+    methods |= longer(methods, lora, "full", f"random {main}", f"NeuroAda {main}", "LoRA 1", "LoRA 32")
+    first = [
+        f"weights {main}",
+        lora,
+        "full",
+        f"random {main}",
+        f"{lora}, equal cost",
+        "full, equal cost",
+        f"NeuroAda {main}",
+    ]
+    first += [
+        "LoRA 1",
+        "LoRA 32",
+        *(f"weights {size}" for size in sizes),
+        f"SMT {main}",
+        "columns 0.5%",
+        "directions 0.5%",
+    ]
+    first += [*WITHOUT_SIZE, *(f"SHiRA-{mask} {main}" for mask in ("WM", "Grad", "SNIP")), "LoRA 1, equal cost"]
+    return {name: methods[name] for name in dict.fromkeys((*first, *methods))}
+
+
+SIDE_BY_SIDE = {
+    "all": ProbeRun(((1e-4, False),), (100,), scope="all"),
+    "warm": ProbeRun(((1e-4, False),), (100,), how="adam", scope="all"),
+    "still": ProbeRun(((0.0, False),), (16,), dropout=0.0),
+}
+# Shares of the 10.6M weights of MiniLM's linear maps that are 0.05%, … of its 22.7M; 0.25% is what the phases before had.
+ENCODER_SIZES = {"0.05%": 0.00107, "0.12%": 0.0025, "0.5%": 0.0107, "2%": 0.0428}
+PROOF = dataclasses.replace(
+    ENCODER,
+    probes=SIDE_BY_SIDE,
+    methods=proof(ENCODER_SIZES, {"0.5%": 5, "2%": 22}, 4, "0.12%"),
+    main=PROBE_100,
+    scouts=2,
+    widen=HALF_DECADE,
+)
+DECODER_SIZES = {"0.05%": 0.00063, "0.12%": 0.00152, "0.5%": 0.00633, "2%": 0.0253}  # 106M weights, 134.5M in all
+PROOF_DECODER = dataclasses.replace(
+    DECODER,
+    probes=SIDE_BY_SIDE,
+    methods=proof(DECODER_SIZES, {"0.5%": 4, "2%": 17}, 8, "0.5%"),
+    statistics=True,
+    main=PROBE_100,
+    scouts=2,
+    widen=HALF_DECADE,
+)
+FEW = ("weights 0.12%", "LoRA 4", "full", "random 0.12%", "biases, norms")
+SMALL_DATA = dataclasses.replace(
+    PROOF,
+    tasks=(
+        *(f"{task}, 200 examples" for task in ENCODER.tasks),
+        *(f"{task}, 10000 examples" for task in ("movie", "movie_score", "capitals")),
+    ),
+    probes={"all": SIDE_BY_SIDE["all"]},
+    methods={name: PROOF.methods[name] for name in (*FEW, "LoRA 4, equal cost", "full, equal cost")},
+    statistics=False,
+)
+NOISE = dataclasses.replace(
+    SMALL_DATA,
+    tasks=tuple(f"{task}, {share}% flipped" for share in (30, 10) for task in ("movie", "amazon", "nyt", "bbc")),
+    methods={name: PROOF.methods[name] for name in FEW},
+)
 PHASES = {
     "image": IMAGE,
     "confirm": CONFIRM,
@@ -339,6 +486,10 @@ PHASES = {
     "decoder": DECODER,
     "heads": HEADS,
     "cover": COVER,
+    "proof": PROOF,
+    "proof_decoder": PROOF_DECODER,
+    "small_data": SMALL_DATA,
+    "noise": NOISE,
 }
 
 
@@ -354,8 +505,10 @@ def batches(task: dict[str, np.ndarray], seed: int, steps: int, batch: int, purp
 class Worker:
     """What one process keeps: the base model and the tasks on its GPU."""
 
-    def __init__(self, phase: Phase, seeds: int, first_seed: int, device: str, scratch: Path, epochs_scale: float):
-        self.phase, self.seeds, self.first_seed, self.scratch = phase, seeds, first_seed, scratch
+    def __init__(self, phase: Phase, options: argparse.Namespace, device: str):
+        self.phase, self.seeds, self.first_seed = phase, options.seeds, options.first_seed
+        self.scratch, self.chosen_rates = Path(options.scratch), options.chosen_rates
+        epochs_scale = options.scale
         self.device = torch.device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
         weights = study_data.load_model(phase.kind)
@@ -365,17 +518,66 @@ class Worker:
             self.base = st.Base(weights, phase.kind, self.device, heads=HEADS_OF[phase.kind])
         else:
             self.base = st.Base(weights, "decoder", self.device, heads=9, kv_heads=3, eps=9.999999747378752e-06)
-        self.tasks = study_data.load_tasks(phase.kind)
-        self.data = {name: st.Data(self.tasks[name], self.device) for name in phase.tasks}
+        tasks = study_data.load_tasks(phase.kind)
+        self.tasks = {name: study_data.variant(tasks, name) for name in phase.tasks}
+        self.data = {name: st.Data(task, self.device) for name, task in self.tasks.items()}
+        self.plain_task = tasks.get(study_data.PLAIN)  # images have none
+        self.plain = None if self.plain_task is None else st.Data(self.plain_task, self.device)
         self.dropout = 0.1 if phase.kind == "encoder" else 0.0
-        train = int(self.tasks[phase.tasks[0]].get("n_train", study_data.TRAIN))
-        self.steps = max(3, int(phase.epochs * train / st.BATCH * epochs_scale))
-        self.head_steps = max(2, int(phase.head_epochs * train / st.BATCH * epochs_scale))
+        whole = tasks[phase.tasks[0].partition(", ")[0]]
+        self.train_examples = int(whole.get("n_train", study_data.TRAIN))
+        self.head_steps = max(2, int(phase.head_epochs * self.train_examples / st.BATCH * epochs_scale))
         self.scale = epochs_scale
         if epochs_scale < 1:
             for data in self.data.values():
                 data.ids = data.ids[:, :16] if phase.kind == "encoder" else data.ids
                 data.labels = data.labels[:, :16] if data.kind == "tagging" else data.labels
+
+    def steps(self, task: str) -> int:
+        """Of a training: the phase's epochs; on few or many examples at least 100 and at most 600."""
+        steps = self.phase.epochs * self.train_examples / st.BATCH
+        if task.endswith(" examples"):
+            examples = len(study_data.split(self.tasks[task], 0)["train"])
+            steps = min(600, max(100, self.phase.epochs * examples / st.BATCH))
+        return max(3, int(steps * self.scale))
+
+    def prepare_plain(self) -> None:
+        """What the loss on plain text needs, once per study: a head for masked words, and the loss of the untouched model."""
+        if self.plain is None or self.plain_task is None:
+            return
+        if self.phase.kind == "encoder":
+            task = self.plain_task
+            if self.scale < 1:
+                task = {**task, "train_ids": task["train_ids"][:40]}
+            self.plain.head = st.head_for_masked_words(self.base, task, 8 if self.scale == 1 else 1)
+        replicas = st.Replicas(self.base, self.data[self.phase.tasks[0]], torch.zeros(1, 1, 1, dtype=torch.long), None)
+        before = st.evaluate(replicas, self.plain_rows.unsqueeze(0), self.plain)[0]["loss"]
+        torch.save(
+            {"head": self.plain.head if self.phase.kind == "encoder" else {}, "before": before},
+            self.scratch / "plain.pt",
+        )
+        print(f"loss on plain text before any training: {before:.4f}", flush=True)
+
+    @functools.cached_property
+    def plain_before(self) -> float:
+        assert self.plain is not None
+        kept = torch.load(self.scratch / "plain.pt", map_location=self.device)
+        self.plain.head = kept["head"]
+        return float(kept["before"])
+
+    @functools.cached_property
+    def plain_rows(self) -> Tensor:
+        assert self.plain is not None
+        return torch.arange(len(self.plain.ids) if self.scale == 1 else 8, device=self.device)
+
+    @functools.cache  # noqa: B019  a worker lives as long as its process
+    def by_weights(self, selection: str) -> Tensor:
+        source, spread, share = selection.split("|")
+        return st.by_weights(self.base, source, spread, float(share))
+
+    @functools.cache  # noqa: B019
+    def well_conditioned(self, share: float) -> list[str]:
+        return st.well_conditioned(self.base, share) if share < 1 else []
 
     def orders(self, task: str, seeds: list[int], steps: int, purpose: int, batch: int = st.BATCH) -> Tensor:
         batch = batch if self.scale == 1 else 2
@@ -410,7 +612,11 @@ class Worker:
         """Heads, and by the names that methods use the chosen places, their movement and LoRA's A: (seeds, …)."""
         head = self.heads(task)
         seeds = list(range(self.seeds))
-        wanted = {m.selection for m in self.phase.methods.values() if m.selection not in ("", "all")}
+        wanted = {
+            m.selection
+            for m in self.phase.methods.values()
+            if m.selection not in ("", "all") and m.selection.split("|")[0] not in BY_WEIGHTS
+        }
         starts_a = {(m.start_a, m.lora) for m in self.phase.methods.values() if m.start_a}
         chosen: dict[str, Tensor] = {}
         movement: dict[str, Tensor] = {}
@@ -440,21 +646,28 @@ class Worker:
                     mine = slice(setting * self.seeds, (setting + 1) * self.seeds)
                     at = f"{name} {setting} {stop}"
                     self._choose(wanted, chosen, at, score[mine])
+                    if any(key.startswith(f"{at} s") for key in wanted):
+                        n_linear = self.base.size["linear"]
+                        sums = run.sums[mine, :n_linear].abs()
+                        self._choose(wanted, chosen, f"{at} sum", sums)
+                        self._choose(wanted, chosen, f"{at} snip", sums * self.base.flat[:n_linear].abs())
+                        noise = run.squares[mine, :n_linear].sqrt() + 1e-12
+                        self._choose(wanted, chosen, f"{at} snr", sums / noise)
+                        del sums, noise
                     if at == self.phase.main:
                         n_linear = self.base.size["linear"]
-                        self._choose(wanted, chosen, f"{at} sum", run.sums[mine].abs())
-                        self._choose(
-                            wanted, chosen, f"{at} snr", run.sums[mine].abs() / (run.squares[mine].sqrt() + 1e-12)
-                        )
                         moved = replicas.values[mine, :n_linear] - self.base.flat[:n_linear]
                         for key in wanted:
-                            if key.startswith(f"{at}|even"):
+                            if key.startswith(f"{at}|even") and any(
+                                m.from_movement for m in self.phase.methods.values()
+                            ):
                                 movement[key] = moved.gather(1, chosen[key].to(self.device)).cpu()
-                        for source, rank in starts_a:
-                            assert source == self.phase.main
-                            factors[f"{source} {rank}"] = torch.stack(
-                                [st.right_vectors(self.base, row, rank) for row in run.votes[mine]]
-                            ).cpu()
+                        del moved
+                        if starts_a:
+                            assert {source for source, _ in starts_a} == {at}
+                            ranks = {rank for _, rank in starts_a}
+                            found = [st.right_vectors(self.base, row, ranks) for row in run.votes[mine]]
+                            factors |= {f"{at} {r}": torch.stack([one[r] for one in found]).cpu() for r in ranks}
                         if self.phase.statistics:
                             self._statistics(wanted, chosen, task, head, run.votes[mine])
                     if before is not None and setting == 0:
@@ -486,8 +699,9 @@ class Worker:
             share = float(share_text)
             rows = []
             for row in score:
-                if spread.startswith("tile"):
-                    rows.append(st.blocks(self.base, row, share, int(spread[4:])))
+                if "tile" in spread:
+                    best, _, side = spread.partition("tile")
+                    rows.append(st.blocks(self.base, row, share, int(side), "global" if best else "even"))
                 elif spread == "column":
 
                     def picked(name: str, k: int, row: Tensor = row) -> Tensor:
@@ -548,40 +762,67 @@ class Worker:
     def train(self, task: str, name: str, earlier: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """All rates and seeds of a method on a task, those of ``earlier`` among them; yields one record per training."""
         method = self.phase.methods[name]
-        measured = torch.load(self.scratch / f"{task}.pt")
+        measured = torch.load(self.scratch / f"{task}.pt", mmap=True)
         records = [{**record, "seed": record["seed"] - self.first_seed} for record in earlier]
         states: dict[tuple[float, int], dict[str, Tensor]] = {}
+        every = list(range(self.seeds))
+        scouts = every[: self.phase.scouts or self.seeds]
         rates = sorted({record["rate"] for record in records})
         todo = list(method.rates)
-        if records:
-            best, edge = best_rate(records), on_edge(records)
-            todo = [] if edge is None else [edge / 2 if edge == min(rates) else edge * 2]
+        if self.chosen_rates:
+            todo, records = [best_rate(records)], []
+        elif records:
+            edge = on_edge(records)
+            todo = [] if edge is None else [self._beyond(edge, rates)]
         for _ in range(3):
             rates += todo
-            pairs = [(rate, seed) for rate in todo for seed in range(self.seeds)]
-            size = self.phase.max_replicas
-            for some in [pairs[i : i + size] for i in range(0, len(pairs), size)]:
-                records += self._train(task, name, method, measured, some, states)
-            best, edge = best_rate(records), on_edge(records)
-            if edge is None or (self.scale < 1 and len(rates) > len(method.rates)):
+            pairs = [(rate, seed) for rate in todo for seed in (every if self.chosen_rates else scouts)]
+            records += self._train_all(task, name, method, measured, pairs, states)
+            edge = on_edge(records)
+            if edge is None or self.chosen_rates or (self.scale < 1 and len(rates) > len(method.rates)):
                 break
-            todo = [edge / 2 if edge == min(rates) else edge * 2]
+            todo = [self._beyond(edge, rates)]
+        if not self.chosen_rates:
+            done = {(record["rate"], record["seed"]) for record in records}
+            finalists = {best_rate(records), best_rate(records, 1)}
+            pairs = [(rate, seed) for rate in sorted(finalists) for seed in every if (rate, seed) not in done]
+            records += self._train_all(task, name, method, measured, pairs, states)
+        best = best_rate(records)
         figures: list[dict[str, float]] = []
-        if (best, 0) in states:
-            kept = [states[best, seed] for seed in range(self.seeds)]
+        forgotten: list[dict[str, float]] = []
+        if not any(r["rate"] == best and "test_metric" in r for r in records):
+            again = [(best, seed) for seed in every if (best, seed) not in states]  # trained before, without the test
+            self._train_all(task, name, method, measured, again, states)
+            kept = [states[best, seed] for seed in every]
             replicas = self._replicas(task, method, measured, list(range(self.seeds)), 1)
             if method.grow:  # the places of the second half differ between rates
                 replicas.chosen = torch.stack([state["chosen"] for state in kept])
             replicas.load(
                 {part: torch.stack([state[part] for state in kept]) for part in ("values", "factors", "head")}
             )
-            figures = st.evaluate(replicas, self.rows(task, list(range(self.seeds)), "test"))
+            figures = st.evaluate(replicas, self.rows(task, every, "test"))
+            if (self.scratch / "plain.pt").exists():
+                before = self.plain_before
+                forgotten = st.evaluate(replicas, self.plain_rows.expand(len(every), -1), self.plain)
         for record in records:
             if record["rate"] == best and figures:
                 record |= {f"test_{key}": value for key, value in figures[record["seed"]].items()}
+                if forgotten:
+                    record |= {"plain_before": before, "plain_loss": forgotten[record["seed"]]["loss"]}
             elif record["rate"] != best:  # what an earlier run took for the best
-                record = {key: value for key, value in record.items() if not key.startswith("test_")}
+                record = {k: v for k, v in record.items() if not k.startswith(("test_", "plain_"))}
             yield {**record, "seed": self.first_seed + record["seed"]}
+
+    def _beyond(self, edge: float, rates: list[float]) -> float:
+        up = edge != min(rates)
+        if self.phase.widen == HALF_DECADE:  # records hold rounded rates
+            return halves(round(2 * math.log10(edge)) + (1 if up else -1))[0]
+        return edge * self.phase.widen if up else edge / self.phase.widen
+
+    def _train_all(self, task: str, name: str, method: Method, measured: dict[str, Any], pairs: list[tuple[float, int]], states: dict[tuple[float, int], dict[str, Tensor]]) -> list[dict[str, Any]]:  # fmt: skip
+        batches = -(-len(pairs) // self.phase.max_replicas)
+        some = [pairs[i::batches] for i in range(batches)]  # about as many in each
+        return [record for few in some for record in self._train(task, name, method, measured, few, states)]
 
     def _replicas(
         self, task: str, method: Method, measured: dict[str, Any], seeds: list[int], steps: int
@@ -590,14 +831,19 @@ class Worker:
         head = measured["head"]
         options: dict[str, Any] = {"dropout": self.dropout}
         if method.lora:
-            options |= {"lora": method.lora, "fixed_a": method.fixed_a}
+            options |= {"lora": method.lora, "fixed_a": method.fixed_a, "maps": self.well_conditioned(method.maps)}
             if method.start_a:
                 options["lora_a"] = measured["factors"][f"{method.start_a} {method.lora}"][pick].to(self.device)
         elif method.selection == "all":
             options["scope"] = "all"
         else:
-            chosen = measured["chosen"][method.selection][pick].to(self.device)
-            options["scope"] = "layers" if method.small else "all" if " words|" in method.selection else "linear"
+            source = method.selection.split("|")[0]
+            if source in BY_WEIGHTS:
+                chosen = self.by_weights(method.selection).expand(len(seeds), -1).contiguous()
+            else:
+                chosen = measured["chosen"][method.selection][pick].to(self.device)
+            whole = method.small or source == "top"
+            options["scope"] = "layers" if whole else "all" if " words|" in method.selection else "linear"
             if method.small:
                 beside = torch.arange(self.base.size["linear"], self.base.size["layers"], device=self.device)
                 chosen = torch.cat((chosen, beside.expand(len(seeds), -1)), 1)
@@ -616,7 +862,7 @@ class Worker:
     ) -> list[dict[str, Any]]:
         began = time.perf_counter()
         seeds = [seed for _, seed in pairs]
-        steps = max(3, self.steps + method.more_steps)
+        steps = max(3, self.steps(task) + int(method.more_steps * self.scale))
         replicas = self._replicas(task, method, measured, seeds, steps)
         rates = torch.tensor([[rate] for rate, _ in pairs])
         replicas.rates.copy_(rates)
@@ -710,8 +956,13 @@ class Worker:
         return {"values": first.values.clone(), "head": first.head.clone(), "groups": groups}, steps // 3
 
 
-def best_rate(records: list[dict[str, Any]]) -> float:
-    """The rate with the best mean over the seeds: by the loss for a decoder (whose loss is recorded as its choice), else the metric."""
+def best_rate(records: list[dict[str, Any]], place: int = 0) -> float:
+    """The rate with the best mean over the seeds, or the next best, … (``place``): by the loss for a decoder, else by the metric.
+
+    Only rates count that as many seeds were trained at as at any.
+    """
+    seeds = {rate: sum(r["rate"] == rate for r in records) for rate in {r["rate"] for r in records}}
+    rates = sorted(rate for rate, n in seeds.items() if n == max(seeds.values()))
 
     def figure(rate: float) -> tuple[float, float]:
         mine = [r for r in records if r["rate"] == rate]
@@ -719,7 +970,7 @@ def best_rate(records: list[dict[str, Any]]) -> float:
         metric = stats.mean(r["validation_metric"] if np.isfinite(r["validation_metric"]) else -1e9 for r in mine)
         return (loss, metric) if mine[0]["task"] in DECODER.tasks else (metric, loss)
 
-    return max(sorted({r["rate"] for r in records}), key=figure)
+    return sorted(rates, key=figure, reverse=True)[min(place, len(rates) - 1)]
 
 
 def on_edge(records: list[dict[str, Any]]) -> float | None:
@@ -740,15 +991,16 @@ def work(number: int, options: argparse.Namespace, jobs: Any, answers: Any) -> N
             torch.cuda.set_device(device)
         torch.set_num_threads(2)
         earlier = kept_before(options)
-        worker = Worker(
-            PHASES[options.phase], options.seeds, options.first_seed, device, Path(options.scratch), options.scale
-        )
+        worker = Worker(PHASES[options.phase], options, device)
         answers.put(("ready", number, None, 0.0))
         while (job := jobs.get()) is not None:
             began = time.perf_counter()
             kind, task, method = job
             try:
-                if kind == "measure":
+                if kind == "plain":
+                    if not (worker.scratch / "plain.pt").exists():
+                        worker.prepare_plain()
+                elif kind == "measure":
                     path = worker.scratch / f"{task}.pt"
                     if not path.exists():
                         torch.save(worker.measure(task), path)
@@ -771,12 +1023,13 @@ def work(number: int, options: argparse.Namespace, jobs: Any, answers: Any) -> N
 
 
 def kept_before(options: argparse.Namespace) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """By task and method, what benchmarks/results holds of the phase, where --go_on asks for it."""
+    """By task and method, what benchmarks/results holds of the phase, where --go_on or --chosen_rates asks for it."""
     from selection_tables import read
 
     pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for record in read(options.phase) if options.go_on else []:
-        pairs.setdefault((record["task"], record["method"]), []).append(record)
+    for record in read(options.phase) if options.go_on or options.chosen_rates else []:
+        numbers = {name: float("nan") if value is None else value for name, value in record.items()}
+        pairs.setdefault((record["task"], record["method"]), []).append(numbers)
     return pairs
 
 
@@ -790,11 +1043,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.5, help="no job starts that would end later")
     parser.add_argument("--workers", type=int, default=0, help="processes per GPU; the phase's own number by default")
     parser.add_argument("--tasks", nargs="*", default=[])
-    parser.add_argument("--methods", nargs="*", default=[], help="parts of methods' names; all by default")
+    parser.add_argument("--methods", nargs="*", default=[], help="names of methods, or parts of them; all by default")
     parser.add_argument(
         "--go_on",
         action="store_true",
         help="run what benchmarks/results lacks, and widen where the best rate is on an edge",
+    )
+    parser.add_argument(
+        "--chosen_rates",
+        action="store_true",
+        help="new seeds (--first_seed) at the rates that benchmarks/results chose, each method on each task",
     )
     parser.add_argument("--scale", type=float, default=1.0, help="below 1: shorter trainings, to try the program")
     parser.add_argument("--output_dir", required=True)
@@ -805,7 +1063,12 @@ def main() -> None:
     Path(options.scratch).mkdir(parents=True, exist_ok=True)
     phase = PHASES[options.phase]
     tasks = [task for task in phase.tasks if not options.tasks or task in options.tasks]
-    methods = [name for name in phase.methods if not options.methods or any(part in name for part in options.methods)]
+    methods = [
+        name
+        for name in phase.methods
+        if not options.methods
+        or any(part == name or (part not in phase.methods and part in name) for part in options.methods)
+    ]
     n_workers = max(1, torch.cuda.device_count()) * (options.workers or phase.workers)
     context = mp.get_context("spawn")
     answers = context.Queue()
@@ -817,9 +1080,13 @@ def main() -> None:
         process.start()
     earlier = kept_before(options)
     trainings = [
-        ("train", t, m) for m in methods for t in tasks if (t, m) not in earlier or on_edge(earlier[t, m]) is not None
+        ("train", t, m)
+        for m in methods
+        for t in tasks
+        if ((t, m) in earlier if options.chosen_rates else (t, m) not in earlier or on_edge(earlier[t, m]) is not None)
     ]
     waiting = [("measure", task, "") for task in tasks if any(t == task for _, t, _ in trainings)] + trainings
+    waiting = [("plain", "", ""), *waiting]
     measured: set[str] = set()
     took: list[float] = []
     idle: list[int] = []
@@ -841,7 +1108,7 @@ def main() -> None:
         if kind == "done":
             running -= 1
             done += 1
-            if job[0] == "measure":
+            if job[0] != "train":
                 measured.add(job[1])
             else:
                 took.append(seconds)
@@ -852,7 +1119,7 @@ def main() -> None:
             left_out += len(waiting)
             waiting = []
         for worker in list(idle):
-            ready = next((j for j in waiting if j[0] == "measure" or j[1] in measured), None)
+            ready = next((j for j in waiting if j[0] != "train" or {"", j[1]} <= measured), None)
             if ready is not None:
                 waiting.remove(ready)
                 idle.remove(worker)

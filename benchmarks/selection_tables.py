@@ -23,8 +23,10 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "selection.md"
 PHASES = ("explore", "encoder", "confirm", "decoder", "heads", "cover")
+SIDE_BY_SIDE = ("proof", "proof_decoder", "small_data", "noise")  # docs/results.md is made from these: results_page.py
 FIELDS = ("task", "method", "rate", "seed", "steps", "trained", "validation_metric", "validation_loss")
 TESTED = ("test_metric", "test_loss")
+FORGOTTEN = ("plain_loss",)
 CLASSES = ("movie", "amazon", "nyt", "tweets", "bbc")
 SIMPLE, BEST, LARGER = (
     "weights 0.25%, 100 steps",
@@ -37,27 +39,43 @@ Figures = dict[tuple[str, int], float]
 
 
 def keep(folder: Path, commits: dict[str, str], about: dict[str, str]) -> None:
-    """Keep the records of a study that ran, one training per line; they replace those of the same task and method."""
-    for phase in PHASES:
+    """Keep the records of a study that ran, one training per line; they replace those of the same task, method, rate and seed."""
+    for phase in (*PHASES, *SIDE_BY_SIDE):
         source = folder / f"{phase}.jsonl"
         if not source.exists():
             continue
-        lines = []
+        names = [*FIELDS, *TESTED, *(FORGOTTEN if phase in SIDE_BY_SIDE else ())]
         records = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-        new = {(r["task"], r["method"]) for r in records}
-        if (RESULTS / f"selection_{phase}.json").exists():
-            records = [r for r in read(phase) if (r["task"], r["method"]) not in new] + records
-        for record in records:
-            fields = (*FIELDS, *TESTED) if "test_metric" in record else FIELDS
-            values = [round(v, 5) if isinstance(v, float) and np.isfinite(v) else v for v in map(record.get, fields)]
-            lines.append(json.dumps([None if isinstance(v, float) and not np.isfinite(v) else v for v in values]))
-        head = json.dumps(
-            {"phase": phase, "commit": commits[phase], **about, "fields": [*FIELDS, *TESTED]},
-            indent=1,
-            ensure_ascii=False,
+        before = (
+            {round(r["plain_before"], 5) for r in records if "plain_before" in r} if phase in SIDE_BY_SIDE else set()
         )
-        text = head[:-2] + ',\n "trainings": [\n' + ",\n".join(lines) + "\n ]\n}\n"
-        (RESULTS / f"selection_{phase}.json").write_text(text, encoding="utf-8")
+        new = {_training(record) for record in records}
+        path = RESULTS / f"selection_{phase}.json"
+        if path.exists():
+            records = [r for r in read(phase) if _training(r) not in new] + records
+        lines = []
+        for record in records:
+            lines.append(json.dumps([_kept(name, record[name]) for name in names if name in record]))
+        head = {"phase": phase, "commit": commits[phase], **about, "fields": names}
+        if before:
+            head["plain_loss_before"] = sorted(before)[len(before) // 2]
+        text = (
+            json.dumps(head, indent=1, ensure_ascii=False)[:-2]
+            + ',\n "trainings": [\n'
+            + ",\n".join(lines)
+            + "\n ]\n}\n"
+        )
+        path.write_text(text, encoding="utf-8")
+
+
+def _training(record: Record) -> tuple[Any, ...]:
+    return (record["task"], record["method"], f"{record['rate']:.2g}", record["seed"])
+
+
+def _kept(name: str, value: Any) -> Any:
+    if name == "rate" or not isinstance(value, float):
+        return value
+    return round(value, 5) if np.isfinite(value) else None
 
 
 def read(phase: str) -> list[Record]:

@@ -8,6 +8,9 @@ in two halves). Reading needs numpy and torch only. Encoder tasks: the sign of a
 reviews, editorials, tweets: ratings between -0.3 and 0.3 are left out), the section of BBC news, the mean rating of a movie
 review as a number (regression) and the lost capitals of words in BBC news (tagging). Decoder tasks: sums of two or three numbers,
 number sequences and greatest common divisors from reasoning-gym, and the movie reviews' sign as a word to write.
+
+Beside the tasks lies a "plain" one that nothing is trained on, for what a training forgets: words of BBC news to fill in (encoder), BBC
+news to go on with (decoder).
 """
 
 from __future__ import annotations
@@ -25,9 +28,13 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent / ".study_data"
 TRAIN, VALIDATION, TEST = 2000, 500, 1500
+LARGE = 12_500  # rows of the tasks that are kept whole, for trainings on many examples
 LABEL_NONE = -100
 MAX_ENCODER_TOKENS = 64
 DECODER_END = 2  # <|im_end|>, the end-of-sequence token of SmolLM2-Instruct
+PLAIN = "plain"  # the task of plain text
+PLAIN_ARTICLES, PLAIN_PIECES = 250, 500  # held-out articles of BBC news, and pieces of them
+MASKED_WORDS = 9  # of the 62 tokens of a piece: 15%
 
 
 # ---- reading, where only numpy and torch are
@@ -60,6 +67,29 @@ def load_tasks(kind: str, folder: Path = FOLDER) -> dict[str, dict[str, np.ndarr
                 task, _, field = rest.partition(":")
                 tasks.setdefault(task, {})[field] = file[name]
     return tasks
+
+
+def variant(tasks: dict[str, dict[str, np.ndarray]], name: str) -> dict[str, np.ndarray]:
+    """A task, or a form of it: "movie, 200 examples" to train on, or "movie, 10% flipped".
+
+    Flipped are labels of training and validation rows, to any other class alike; those of the test stay right. A number of examples
+    beyond 2,000 is of the task kept whole ("movie_large"), or as many as that has.
+    """
+    base, _, form = name.partition(", ")
+    if not form:
+        return tasks[base]
+    amount, what = form.split(" ")
+    if what == "examples":
+        large = f"{base}_large"
+        return {**tasks[large if int(amount) > TRAIN else base], "n_train": np.array(int(amount))}
+    task = tasks[base]
+    labels = task["labels"].copy()
+    draw = np.random.default_rng(7)
+    flipped = draw.random(len(labels)) < float(amount.removesuffix("%")) / 100
+    flipped[: int(task["n_test"])] = False
+    classes = int(labels.max()) + 1
+    labels[flipped] = (labels[flipped] + draw.integers(1, classes, flipped.sum())) % classes
+    return {**task, "labels": labels}
 
 
 def split(task: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
@@ -157,11 +187,23 @@ def write_encoder(rated: dict[str, list[tuple[str, float]]]) -> None:
     scores = (scores - scores.mean()) / scores.std()
     tasks["movie_score"] = _texts(tokenizer, [text for text, _ in rated["movie"]], scores, "regression")
     tasks["capitals"] = _capitals(tokenizer, [row["text"] for row in news])
+    chosen = [(text, int(score > 0)) for text, score in rated["movie"] if abs(score) > 0.3]
+    tasks["movie_large"] = _texts(
+        tokenizer, [t for t, _ in chosen], np.array([y for _, y in chosen]), "class", rows=LARGE
+    )
+    tasks["movie_score_large"] = _texts(
+        tokenizer, [text for text, _ in rated["movie"]], scores, "regression", rows=LARGE
+    )
+    tasks["capitals_large"] = _capitals(tokenizer, [row["text"] for row in news], runs=6, rows=LARGE)
+    plain = tasks[PLAIN] = _pieces(tokenizer, [row["text"] for row in news])
+    of_plain = ("labels", "train_ids", "mask")  # tokens, as ids are
 
-    used = sorted({0, *np.unique(np.concatenate([task["ids"].ravel() for task in tasks.values()])).tolist()})
+    words = [task["ids"].ravel() for task in tasks.values()] + [plain[field].ravel() for field in of_plain]
+    used = sorted({0, *np.unique(np.concatenate(words)).tolist()})
     place_of = np.zeros(len(tokenizer), dtype=np.int64)
     place_of[used] = np.arange(len(used))
     arrays: dict[str, np.ndarray] = {}
+    plain |= {field: place_of[plain[field]].astype(np.uint16) for field in of_plain}
     for name, task in tasks.items():
         task["ids"] = place_of[task["ids"]].astype(np.uint16)
         arrays |= {f"task:{name}:{field}": np.asarray(value) for field, value in task.items()}
@@ -177,10 +219,10 @@ def write_encoder(rated: dict[str, list[tuple[str, float]]]) -> None:
     assert all(torch.allclose(again[name], tensor, rtol=2**-20, atol=0) for name, tensor in weights.items())
 
 
-def _shuffled(fields: dict[str, np.ndarray], kind: str) -> dict[str, Any]:
-    """Rows in a fixed random order, the first of them for the test: 1,500, or what 2,500 others leave."""
+def _shuffled(fields: dict[str, np.ndarray], kind: str, rows: int = TRAIN + VALIDATION + TEST + 2500) -> dict[str, Any]:
+    """At most so many rows in a fixed random order, the first of them for the test: 1,500, or what 2,500 others leave."""
     n = len(fields["ids"])
-    order = np.random.default_rng(0).permutation(n)[: TRAIN + VALIDATION + TEST + 2500]
+    order = np.random.default_rng(0).permutation(n)[:rows]
     n_test = min(TEST, n - TRAIN - VALIDATION) if n > TRAIN + VALIDATION + 300 else n // 3
     return {
         **{name: values[order] for name, values in fields.items()},
@@ -189,7 +231,7 @@ def _shuffled(fields: dict[str, np.ndarray], kind: str) -> dict[str, Any]:
     }
 
 
-def _texts(tokenizer: Any, texts: list[str], labels: np.ndarray, kind: str) -> dict[str, Any]:
+def _texts(tokenizer: Any, texts: list[str], labels: np.ndarray, kind: str, **options: int) -> dict[str, Any]:
     encoded = tokenizer(texts, truncation=True, max_length=MAX_ENCODER_TOKENS)["input_ids"]
     lengths = np.array([len(ids) for ids in encoded])
     width = min(
@@ -200,16 +242,16 @@ def _texts(tokenizer: Any, texts: list[str], labels: np.ndarray, kind: str) -> d
     for row, text in enumerate(encoded):
         text = text if len(text) <= width else [*text[: width - 1], end]
         ids[row, : len(text)] = text
-    return _shuffled({"ids": ids, "labels": labels}, kind)
+    return _shuffled({"ids": ids, "labels": labels}, kind, **options)
 
 
-def _capitals(tokenizer: Any, articles: list[str]) -> dict[str, Any]:
+def _capitals(tokenizer: Any, articles: list[str], runs: int = 3, **options: int) -> dict[str, Any]:
     """Runs of 30 to 40 words of an article in lower case and without punctuation: was a word lower, Capitalised or UPPER?"""
     draw = random.Random(0)
     ids, labels = [], []
     for article in articles:
         words = re.findall(r"[A-Za-z][A-Za-z'’-]*|\d[\d.,]*", article)
-        for _ in range(3):
+        for _ in range(runs):
             length = draw.randint(30, 40)
             start = draw.randint(0, max(0, len(words) - length))
             run = words[start : start + length]
@@ -227,13 +269,45 @@ def _capitals(tokenizer: Any, articles: list[str]) -> dict[str, Any]:
                 before = word
             ids.append(row)
             labels.append(kinds)
-    return _shuffled({"ids": np.stack(ids), "labels": np.stack(labels).astype(np.int8)}, "tagging")
+    return _shuffled({"ids": np.stack(ids), "labels": np.stack(labels).astype(np.int8)}, "tagging", **options)
+
+
+def _pieces(tokenizer: Any, articles: list[str]) -> dict[str, Any]:
+    """Pieces of 62 tokens, at most two of a held-out article and eight of another.
+
+    Of the held-out articles ``ids`` with words masked, their ``places`` and the tokens that stood there as ``labels``; of the others
+    ``train_ids``, whole. ``mask`` is the token that stands for a masked one.
+    """
+    draw = np.random.default_rng(3)
+    parts: tuple[list[list[int]], list[list[int]]] = ([], [])
+    room = MAX_ENCODER_TOKENS - 2
+    for number, article in enumerate(draw.permutation(len(articles))):
+        tokens = tokenizer(articles[article], add_special_tokens=False)["input_ids"]
+        held_out = number < PLAIN_ARTICLES
+        for start in range(0, len(tokens) - room + 1, room)[: 2 if held_out else 8]:
+            piece = [tokenizer.cls_token_id, *tokens[start : start + room], tokenizer.sep_token_id]
+            parts[not held_out].append(piece)
+    ids = np.array(parts[0][:PLAIN_PIECES])
+    places = np.sort(1 + np.argsort(draw.random((len(ids), room)), axis=1)[:, :MASKED_WORDS], 1)
+    labels = np.take_along_axis(ids, places, 1)
+    np.put_along_axis(ids, places, tokenizer.mask_token_id, 1)
+    return {
+        "ids": ids,
+        "places": places.astype(np.uint8),
+        "labels": labels,
+        "train_ids": np.array(parts[1]),
+        "mask": np.array([tokenizer.mask_token_id]),
+        "n_test": np.array(len(ids)),
+        "kind": np.array("masked"),
+    }
 
 
 def write_decoder(movie: list[tuple[str, float]], model: Path) -> None:
     import reasoning_gym
     from gguf import GGUFReader
     from transformers import AutoTokenizer
+
+    from reltune.data.packages import bbc_news
 
     tokenizer = AutoTokenizer.from_pretrained(str(model.parent), gguf_file=model.name)
     made: dict[str, list[tuple[str, str]]] = {}
@@ -261,6 +335,16 @@ def write_decoder(movie: list[tuple[str, float]], model: Path) -> None:
         task["n_test"] = np.array(min(1000, int(task["n_test"])))
         arrays |= {f"task:{name}:{field}": np.asarray(value) for field, value in task.items()}
         print(name, table.shape, "longest completion", int((spans[:, 1] - spans[:, 0]).max()))
+    draw = np.random.default_rng(3)
+    width, texts = 96, []
+    for row in draw.permutation([row.values["text"] for row in bbc_news()]):
+        tokens = tokenizer(str(row))["input_ids"]
+        if len(tokens) >= width and len(texts) < PLAIN_PIECES // 2:
+            texts.append(tokens[:width])
+    spans = np.tile(np.array([1, width], dtype=np.int16), (len(texts), 1))  # every token but the first is to be written
+    plain = {"ids": np.array(texts, dtype=np.uint16), "labels": spans, "n_test": np.array(len(texts))}
+    arrays |= {f"task:{PLAIN}:{field}": value for field, value in plain.items()}
+    arrays[f"task:{PLAIN}:kind"] = np.array("completion")
     np.savez_compressed(FOLDER / "decoder.npz", **arrays)
 
     halves: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] = ({}, {})

@@ -10,8 +10,10 @@ over float32 weights; on a CPU all run in float32.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -65,6 +67,11 @@ class Base:
                 fresh[at : at + shape.numel()] = float("norm" in name.lower() and name.endswith("weight"))
         return fresh.to(self.device)
 
+    @functools.cached_property
+    def singular_values(self) -> dict[str, Tensor]:
+        """By linear map, from the largest to the smallest."""
+        return {name: torch.linalg.svdvals(self.weights[name]) for name in self.maps}
+
     def rms(self) -> Tensor:
         """For every number of "linear" the root mean square of its matrix."""
         return torch.cat([self.weights[n].square().mean().sqrt().expand(self.weights[n].numel()) for n in self.maps])
@@ -76,12 +83,16 @@ class Data:
     def __init__(self, task: Mapping[str, np.ndarray], device: torch.device):
         self.kind = str(task["kind"])
         self.ids = torch.from_numpy(task["ids"].astype(np.int32)).to(device)
-        labels = torch.from_numpy(np.asarray(task["labels"]))
+        labels = torch.from_numpy(
+            np.asarray(task["labels"]).astype(np.float32 if self.kind == "regression" else np.int64)
+        )
         self.labels = labels.to(device).float() if self.kind == "regression" else labels.to(device).long()
-        self.outputs = {"regression": 1, "completion": 0}.get(self.kind) or int(labels.max()) + 1
+        self.outputs = {"regression": 1, "completion": 0, "masked": 0}.get(self.kind, int(labels.max()) + 1)
         if self.kind == "completion":
-            self.outputs = 0
             self.longest = int((labels[:, 1] - labels[:, 0]).max())
+        if self.kind == "masked":
+            self.places = torch.from_numpy(np.asarray(task["places"])).to(device).long()
+            self.head: dict[str, Tensor] = {}  # for_masked_words
 
 
 class Replicas:
@@ -90,7 +101,7 @@ class Replicas:
     Args:
         scope: which prefix of the flat weights is copied for each training, so that it may be changed: "none", "linear", …
         chosen: (R, k) places in the flat vector that are trained, or None: all of the scope.
-        lora: the rank of low-rank adapters on every linear map, 0 for none.
+        lora: the rank of low-rank adapters on every linear map, or on those of ``maps``; 0 for none.
         head: (R, outputs × (hidden + 1)) of the new heads, or None for a decoder.
         order: (R, steps, batch) rows of the data.
         rates, head_rates: (R,) peak learning rates.
@@ -106,6 +117,7 @@ class Replicas:
         scope: str = "none",
         chosen: Tensor | None = None,
         lora: int = 0,
+        maps: Collection[str] = (),
         lora_a: Tensor | None = None,
         fixed_a: bool = False,
         dropout: float = 0.1,
@@ -134,7 +146,7 @@ class Replicas:
             self._group(self.values, self.leaves, chosen, self.rates)
         self.factors = torch.empty(R, 0, device=device)
         if lora:
-            shapes = [(name, *base.weights[name].shape) for name in base.maps]
+            shapes = [(name, *base.weights[name].shape) for name in base.maps if not maps or name in maps]
             total = sum(lora * (out + inn) for _, out, inn in shapes)
             self.factors = torch.zeros(R, total, device=device)
             self.factors_start = torch.zeros(R, total, device=device)
@@ -343,7 +355,7 @@ def forward(
     ids = replicas.data.ids[rows]
     drop = replicas.dropout if training else 0.0
     if replicas.base.kind == "encoder":
-        return encoder(replicas, ids, drop, taps)
+        return encoder(replicas, ids, rows, drop, taps)
     if replicas.base.kind == "image":
         return vit(replicas, ids, taps)
     enabled = replicas.base.device.type == "cuda"
@@ -351,7 +363,9 @@ def forward(
         return decoder(replicas, ids, rows, taps)
 
 
-def encoder(replicas: Replicas, ids: Tensor, drop: float, taps: dict[str, tuple[Tensor, Tensor]] | None) -> Tensor:
+def encoder(
+    replicas: Replicas, ids: Tensor, rows: Tensor, drop: float, taps: dict[str, tuple[Tensor, Tensor]] | None
+) -> Tensor:
     """BERT, as Transformers' BertModel with the default positions, and a head on the pooled output or on every token."""
     base, named = replicas.base, replicas.named
     R, B, T = ids.shape
@@ -375,6 +389,8 @@ def encoder(replicas: Replicas, ids: Tensor, drop: float, taps: dict[str, tuple[
         x = norm(x + y, f"{at}.attention.output.LayerNorm")
         y = linear(replicas, f"{at}.output.dense", F.gelu(linear(replicas, f"{at}.intermediate.dense", x, taps)), taps)
         x = norm(x + F.dropout(y, drop), f"{at}.output.LayerNorm")
+    if replicas.data.kind == "masked":
+        return masked_words(base, replicas.data, x.view(R, B, T, H), rows)
     if replicas.data.kind == "tagging":
         return linear(replicas, "head", F.dropout(x, drop), None).view(R, B, T, -1)
     first = x.view(R, B, T, H)[:, :, 0]
@@ -409,6 +425,67 @@ def vit(replicas: Replicas, pixels: Tensor, taps: dict[str, tuple[Tensor, Tensor
         y = norm(x, f"{at}.layernorm_after")
         x = x + linear(replicas, f"{at}.mlp.fc2", F.gelu(linear(replicas, f"{at}.mlp.fc1", y, taps)), taps)
     return linear(replicas, "head", norm(x.view(R, B, T, H)[:, :, 0], "layernorm"), None)
+
+
+def masked_words(base: Base, data: Data, x: Tensor, rows: Tensor) -> Tensor:
+    """(R, batch, masked, vocabulary) by a head for masked words, or what it would read: (R, batch, masked, hidden)."""
+    x = x.gather(2, data.places[rows].unsqueeze(-1).expand(-1, -1, -1, x.shape[3]))
+    return by_head(base, data.head, x) if data.head else x
+
+
+def by_head(base: Base, head: Names, x: Tensor) -> Tensor:
+    """BERT's head for masked words. The embeddings that it reads are the base's, whatever a training moved."""
+    x = F.gelu(F.linear(x, head["dense"], head["dense_bias"]))
+    x = F.layer_norm(x, x.shape[-1:], head["norm"], head["norm_bias"], base.eps)
+    return F.linear(x, base.weights["embeddings.word_embeddings.weight"], head["bias"])
+
+
+def head_for_masked_words(
+    base: Base, task: Mapping[str, np.ndarray], maskings: int = 8, epochs: int = 3
+) -> dict[str, Tensor]:
+    """MiniLM comes without one: it is trained on what the untouched model makes of pieces of text, each masked in several ways.
+
+    AdamW, 1024 masked words a step, 2e-3 with linear decay; the bias starts at the words' frequencies, the linear map at the identity.
+    """
+    device, width = base.device, base.hidden
+    draw = np.random.default_rng(11)
+    whole, masked = task["train_ids"].astype(np.int64), task["places"].shape[1]
+    states, labels = [], []
+    for _ in range(maskings):
+        places = 1 + draw.random((len(whole), whole.shape[1] - 2)).argsort(1)[:, :masked]
+        ids = whole.copy()
+        np.put_along_axis(ids, places, int(task["mask"][0]), 1)
+        data = Data(
+            {"ids": ids, "places": places, "labels": np.take_along_axis(whole, places, 1), "kind": task["kind"]}, device
+        )
+        replicas = Replicas(base, data, torch.zeros(1, 1, 1, dtype=torch.long), None)
+        with torch.no_grad():
+            for rows in torch.arange(len(whole), device=device).unsqueeze(0).split(250, 1):
+                states.append(forward(replicas, rows, False).flatten(0, 2))
+        labels.append(data.labels.flatten())
+    x, wanted = torch.cat(states), torch.cat(labels)
+    counts = torch.bincount(wanted, minlength=len(base.weights["embeddings.word_embeddings.weight"])).float() + 0.1
+    head = {
+        "dense": torch.eye(width),
+        "dense_bias": torch.zeros(width),
+        "norm": torch.ones(width),
+        "norm_bias": torch.zeros(width),
+    }
+    head = {name: tensor.to(device) for name, tensor in head.items()} | {"bias": (counts / counts.sum()).log()}
+    for tensor in head.values():
+        tensor.requires_grad_()
+    size = min(1024, len(x))
+    steps = epochs * (len(x) // size)
+    optimizer = torch.optim.AdamW(head.values(), lr=2e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    torch.manual_seed(0)
+    for _ in range(epochs):
+        for some in torch.randperm(len(x)).to(device)[: len(x) // size * size].view(-1, size):
+            optimizer.zero_grad()
+            F.cross_entropy(by_head(base, head, x[some]), wanted[some]).backward()
+            optimizer.step()
+            schedule.step()
+    return {name: tensor.detach() for name, tensor in head.items()}
 
 
 def decoder(replicas: Replicas, ids: Tensor, rows: Tensor, taps: dict[str, tuple[Tensor, Tensor]] | None) -> Tensor:
@@ -483,15 +560,23 @@ def losses(output: Tensor, data: Data, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(replicas: Replicas, rows: Tensor) -> list[dict[str, float]]:
-    """The metric (in points) and mean loss of every training on its rows (R, n).
+def evaluate(replicas: Replicas, rows: Tensor, data: Data | None = None) -> list[dict[str, float]]:
+    """The metric (in points) and mean loss of every training on its rows (R, n), of its own task or of other ``data``.
 
     Accuracy; Pearson's correlation; F1 over words that are not lower-case; and the share of completions of which every token,
     the end included, is the likeliest after the right ones before it, which is when greedy decoding writes exactly that answer.
     """
+    kept, replicas.data = replicas.data, data or replicas.data
+    try:
+        return _evaluate(replicas, rows)
+    finally:
+        replicas.data = kept
+
+
+def _evaluate(replicas: Replicas, rows: Tensor) -> list[dict[str, float]]:
     data = replicas.data
     parts: list[tuple[Tensor, ...]] = []
-    size = 32 if data.kind == "completion" else 125
+    size = 125 if data.kind != "completion" else 32 if data.longest < 32 else 8
     for some in rows.split(size, 1):
         output, wanted = forward(replicas, some, False), targets(data, some)
         loss = losses(output, data, some)
@@ -511,7 +596,7 @@ def evaluate(replicas: Replicas, rows: Tensor) -> list[dict[str, float]]:
         right = ((best == wanted) & (wanted > 0)).sum((1, 2))
         metric = 2 * right / ((best > 0) & there).sum((1, 2)).add((wanted > 0).sum((1, 2))).clamp(min=1)
     else:
-        metric = (best == wanted).float().mean(1)
+        metric = (best == wanted).float().flatten(1).mean(1)
     return [{"metric": 100 * m, "loss": loss} for m, loss in zip(metric.tolist(), mean, strict=True)]
 
 
@@ -665,13 +750,21 @@ def choose(base: Base, score: Tensor, share: float, spread: str = "even") -> Ten
     return torch.cat(places).sort().values
 
 
-def blocks(base: Base, score: Tensor, share: float, side: int) -> Tensor:
-    """Places of the tiles of side × side with the highest summed score, evenly over the matrices."""
+def blocks(base: Base, score: Tensor, share: float, side: int, spread: str = "even") -> Tensor:
+    """Places of the tiles of side × side with the highest summed score, evenly over the matrices, or the best of all ("global")."""
     places = []
+    by_map = []
     for name in base.maps:
         at, (out, inn) = base.place[name]
-        tiles = score[at : at + out * inn].view(out // side, side, inn // side, side).sum((1, 3))
-        best = top(tiles.reshape(-1), max(1, round(share * tiles.numel())))
+        by_map.append(score[at : at + out * inn].view(out // side, side, inn // side, side).sum((1, 3)))
+    every = torch.cat([tiles.reshape(-1) for tiles in by_map])
+    least = every.topk(max(1, round(share * len(every)))).values[-1]
+    for name, tiles in zip(base.maps, by_map, strict=True):
+        at, (out, inn) = base.place[name]
+        if spread == "global":
+            best = (tiles.reshape(-1) >= least).nonzero().squeeze(1)
+        else:
+            best = top(tiles.reshape(-1), max(1, round(share * tiles.numel())))
         row, column = best // (inn // side) * side, best % (inn // side) * side
         inside = torch.arange(side, device=score.device)
         grid = (row[:, None, None] + inside[:, None]) * inn + column[:, None, None] + inside
@@ -710,16 +803,68 @@ def eliminated(target: Tensor, covariance: Tensor, n: int) -> Tensor:
     return torch.stack(picked)
 
 
-def right_vectors(base: Base, movement: Tensor, rank: int) -> Tensor:
-    """LoRA's A for every linear map, flat: the movement's first right singular vectors, as long as PEFT's random rows."""
-    parts = []
+def right_vectors(base: Base, movement: Tensor, ranks: Collection[int]) -> dict[int, Tensor]:
+    """By rank, LoRA's A for every linear map, flat: the movement's first right singular vectors, as long as PEFT's random rows."""
+    parts: dict[int, list[Tensor]] = {rank: [] for rank in ranks}
     for name in base.maps:
         at, shape = base.place[name]
         matrix = movement[at : at + shape.numel()].view(shape).float()
         if shape[0] < shape[1]:
-            vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:]
+            vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -max(ranks) :]
             rows = F.normalize((matrix.T @ vectors).T, dim=1)
         else:
-            rows = torch.linalg.eigh(matrix.T @ matrix).eigenvectors[:, -rank:].T
-        parts.append((rows.flip(0) / math.sqrt(3)).reshape(-1))
-    return torch.cat(parts)
+            rows = torch.linalg.eigh(matrix.T @ matrix).eigenvectors[:, -max(ranks) :].T
+        for rank, some in parts.items():
+            some.append((rows.flip(0)[:rank] / math.sqrt(3)).reshape(-1))
+    return {rank: torch.cat(some) for rank, some in parts.items()}
+
+
+# ---- choosing by the weights alone
+
+
+def by_weights(base: Base, source: str, spread: str, share: float) -> Tensor:
+    """Places that look at no data: (n,), sorted.
+
+    "magnitude": the weights farthest from 0 (SHiRA-WM); spread over "rows", each neuron's largest first (after NeuroAda).
+    "spectrum": whole matrices by their spectral signal-to-noise ratio (reltune's criterion spectral_snr, after Spectrum): the best
+    share of each kind of matrix ("kinds"), or the best of all that fit into the share ("fit"). "top": everything in the last layer.
+    """
+    if source == "magnitude":
+        return choose(base, base.flat[: base.size["linear"]].abs(), share, spread)
+    if source == "top":
+        names = [n for n in base.place if re.search(rf"layers?\.{base.n_layers - 1}\.", n)]
+    elif spread == "kinds":
+        ratios = signal_to_noise(base)
+        kinds: dict[str, list[str]] = {}
+        for name in base.maps:
+            kinds.setdefault(re.sub(r"layers?\.\d+\.", "", name), []).append(name)
+        names = []
+        for of_kind in kinds.values():
+            names += sorted(of_kind, key=ratios.__getitem__)[-max(1, round(share * len(of_kind))) :]
+    else:
+        ratios, names, left = signal_to_noise(base), [], share * base.size["linear"]
+        for name in sorted(base.maps, key=ratios.__getitem__, reverse=True):
+            if base.weights[name].numel() <= left:
+                names.append(name)
+                left -= base.weights[name].numel()
+        names = names or [min(base.maps, key=lambda name: base.weights[name].numel())]
+    places = [base.place[n][0] + torch.arange(base.weights[n].numel(), device=base.device) for n in names]
+    return torch.cat(places).sort().values
+
+
+def signal_to_noise(base: Base) -> dict[str, float]:
+    """By linear map, its singular values beyond the noise's edge (Marchenko-Pastur) over those below, as sums."""
+    from reltune.relevance.criteria.spectral_snr import edge
+
+    ratios = {}
+    for name in base.maps:
+        values = base.singular_values[name].flip(0)
+        signal = values > edge(values, *base.weights[name].shape)
+        ratios[name] = (values[signal].sum() / values[~signal].sum().clamp(min=1e-30)).item()
+    return ratios
+
+
+def well_conditioned(base: Base, share: float) -> list[str]:
+    """The share of the linear maps with the lowest condition number σ_max / σ_min (KappaTune, as PEFT's find_kappa_target_modules)."""
+    numbers = {name: (v[0] / (v[-1] + 1e-8)).item() for name, v in base.singular_values.items()}
+    return sorted(base.maps, key=numbers.__getitem__)[: max(1, int(share * len(base.maps)))]

@@ -1,0 +1,56 @@
+"""The selection study's engine trains, chooses and measures what Transformers and PEFT do."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import study_check
+import study_data
+from selection_study import PROOF, Worker, best_rate, halves, on_edge
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_trainings_are_those_of_transformers_and_peft(kind):
+    assert "KappaTune LoRA" in study_check.eager(kind)
+
+
+def test_flipped_labels_are_those_of_training_and_validation_alone():
+    labels = np.arange(5000) % 3
+    task = {"ids": np.zeros((5000, 2)), "labels": labels, "n_test": np.array(1000), "kind": np.array("class")}
+    form = study_data.variant({"news": task}, "news, 30% flipped")
+    wrong = form["labels"] != labels
+    assert not wrong[:1000].any() and abs(wrong[1000:].mean() - 0.3) < 0.03
+    assert set(((form["labels"] - labels) % 3)[wrong].tolist()) == {1, 2}
+    assert (task["labels"] == np.arange(5000) % 3).all()
+
+
+def test_a_number_of_examples_is_what_is_trained_on():
+    tasks = {
+        name: {"ids": np.zeros((n, 2)), "labels": np.zeros(n), "n_test": np.array(100)}
+        for name, n in (("news", 4000), ("news_large", 9000))
+    }
+    few, many = (study_data.variant(tasks, f"news, {n} examples") for n in (200, 10000))
+    assert len(study_data.split(few, 0)["train"]) == 200
+    assert len(study_data.split(many, 0)["train"]) == 9000 - 100 - study_data.VALIDATION
+    assert study_data.variant(tasks, "news") is tasks["news"]
+
+
+def records(*figures):
+    return [
+        {"task": "movie", "rate": rate, "seed": seed, "validation_metric": m, "validation_loss": 0}
+        for rate, seed, m in figures
+    ]
+
+
+def test_the_best_rate_is_one_that_all_seeds_were_trained_at():
+    tried = records((1e-3, 0, 80), (1e-3, 1, 81), (1e-2, 0, 90), (1e-2, 1, 70), (1e-4, 0, 95))
+    assert best_rate(tried) == 1e-3 and best_rate(tried, 1) == 1e-2
+    assert on_edge(tried) is None
+    assert on_edge(records((1e-3, 0, 80), (1e-2, 0, 79))) == 1e-3
+
+
+def test_rates_lie_on_half_decades_also_where_records_rounded_them():
+    assert halves(-9, -8, -4) == (3.16e-5, 1e-4, 1e-2)
+    assert Worker._beyond(SimpleNamespace(phase=PROOF), 3e-5, [3e-5, 1e-4]) == 1e-5
+    assert Worker._beyond(SimpleNamespace(phase=PROOF), 0.01, [1e-3, 0.01]) == 0.0316
