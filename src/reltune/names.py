@@ -31,6 +31,7 @@ SPREADS = {
 }
 EXPORT_FORMS = {"lora": "a standard PEFT adapter", "merged": "a plain model"}
 SERVERS = {"vllm": "one rank for all modules, padded with zeros"}  # that want a LoRA adapter in a form of their own
+PREDICTION_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")  # of the files that predictions are written to
 
 # Data sets that come inside packages; other names are the Hub's.
 DATASETS = (

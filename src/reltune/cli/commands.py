@@ -36,6 +36,12 @@ HELD_OUT = ("validation_file", "test_file", "on_bad_rows")
 SHARED = ("run", "analyze", "tune", "evaluate")  # commands that several processes work on together
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run.", show_default=False)]
+TunedModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="Directory of a run, or of its LoRA adapter or merged model.", show_default=False
+    ),
+]
 ConfigFile = Annotated[
     str | None, typer.Option("--config", metavar="FILE", help="A YAML file with fields of the run. Flags win over it.")
 ]
@@ -219,6 +225,65 @@ def export(
     from reltune.runs import flow
 
     say(f"Exported to {flow.export(directory, config, to, output_dir, server)}")
+
+
+@app.command()
+def predict(
+    tuned: TunedModel,
+    input_file: Annotated[
+        str,
+        typer.Option(
+            "--input_file",
+            metavar="PATH",
+            help="The rows: whatever training reads (CSV, TSV, JSONL, JSON, Parquet, a folder). Labels are not needed.",
+        ),
+    ],
+    output_file: Annotated[
+        str,
+        typer.Option(
+            "--output_file",
+            metavar="FILE",
+            help="A .jsonl, .csv or .tsv file to write; - for JSON Lines on standard output.",
+        ),
+    ],
+    per_device_eval_batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--per_device_eval_batch_size", metavar="N", min=1, help="Rows in a batch. If not given, as in evaluation."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max_new_tokens",
+            metavar="N",
+            min=1,
+            help="Tokens that a model may write for a row. If not given, as in evaluation.",
+        ),
+    ] = None,
+    on_bad_rows: Annotated[
+        str,
+        typer.Option(
+            "--on_bad_rows",
+            metavar="HOW",
+            help="error: refuse a file with bad rows; skip: leave them out and list them.",
+        ),
+    ] = "error",
+    encoding: Annotated[
+        str, typer.Option("--encoding", metavar="NAME", help="Character encoding of a text file.")
+    ] = "utf-8",
+) -> None:
+    """Write what the tuned model says of each row of a file, in the file's order."""
+    from reltune.runs.preflight import check_prediction
+
+    check_prediction(tuned, input_file, output_file, on_bad_rows)
+    from reltune.runs import flow
+
+    done = flow.predict(
+        tuned, input_file, output_file, per_device_eval_batch_size, max_new_tokens, on_bad_rows, encoding
+    )
+    if output_file != "-":
+        say(f"Predicted {done.rows:,} rows: {output_file}")
 
 
 @app.command()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from reltune.config.run_config import RunConfig
 from reltune.files import write_json, write_text
 from reltune.plan.plan import Plan
 from reltune.runs.directory import TASK
+from reltune.tasks.classes import ClassTask
 from reltune.tasks.task import Task
 
 
@@ -74,8 +77,9 @@ tags:
     _write(path, card, task)
 
 
-def describe_lora(path: Path, model_name_or_path: str, task: Task) -> None:
-    """Write the card of an exported LoRA adapter, and its task."""
+def describe_lora(path: Path, config: RunConfig, task: Task) -> None:
+    """Write the card of an exported LoRA adapter, and its task with what predictions need of the run's config."""
+    model_name_or_path = config.model_name_or_path
     card = f"""---
 base_model: {model_name_or_path}
 library_name: peft
@@ -88,15 +92,41 @@ tags:
 {_listed(task.facts())}
 
 PEFT loads it without reltune, on the base model above: `PeftModel.from_pretrained(base_model, "this directory")`.
-`{TASK}` says what it is for in a form that programs can read.
+`{TASK}` says what it is for in a form that programs can read; `reltune predict` goes by it.
 """
-    _write(path, card, task)
+    _write(path, card, task, _settings(config, task))
+
+
+def describe_merged(path: Path, config: RunConfig, task: Task) -> None:
+    """Write the card of a merged model, and its task with what predictions need of the run's config."""
+    card = f"""---
+base_model: {config.model_name_or_path}
+library_name: transformers
+---
+
+# {config.model_name_or_path}, tuned
+
+{_listed(task.facts())}
+
+A plain model: `from_pretrained` and `pipeline` of Transformers load this directory. `{TASK}` says what it is for in a form that programs can
+read; `reltune predict` goes by it.
+"""
+    own = (
+        dataclasses.replace(task, head_labels=None) if isinstance(task, ClassTask) else task
+    )  # its head's names are the task's
+    _write(path, card, own, _settings(config, task))
+
+
+def _settings(config: RunConfig, task: Task) -> dict[str, Any]:
+    """The fields of a run's config by which examples are made and predicted."""
+    names = dict.fromkeys(("max_length", "max_new_tokens", *task.fields))
+    return {"settings": {name: getattr(config, name) for name in names}}
 
 
 def _listed(facts: list[str]) -> str:
     return "\n".join(f"- {fact}" for fact in facts)
 
 
-def _write(path: Path, card: str, task: Task) -> None:
-    write_json(path / TASK, task.record())
+def _write(path: Path, card: str, task: Task, more: Mapping[str, Any] | None = None) -> None:
+    write_json(path / TASK, {**task.record(), **(more or {})})
     write_text(path / "README.md", card)

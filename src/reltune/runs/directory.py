@@ -26,6 +26,8 @@ ADAPTER_FILES = (
     "adapter_config.json",
     "trained.safetensors",
 )  # of PEFT, of methods/freed.py
+CONFIG = "config.yaml"
+ADAPTER_CONFIG = ADAPTER_FILES[1]
 TASK = "task.json"  # in a run's directory, beside its adapter and in exports
 
 ARTEFACTS = {  # in the order of the stages; writing one makes those after it out of date
@@ -42,7 +44,7 @@ class RunDirectory:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
-        self.config_file = self.path / "config.yaml"
+        self.config_file = self.path / CONFIG
         self.task = self.path / TASK
         self.kept_rows = self.path / "held_out"
         self.relevance = self.path / "relevance"

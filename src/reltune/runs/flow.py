@@ -6,10 +6,12 @@ Every function returns what there is to show, and prints nothing.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
 from reltune.config.run_config import RunConfig
+from reltune.data.bad_rows import in_words
 from reltune.errors import InputError
 from reltune.files import read_json
 from reltune.plan.plan import Plan
@@ -17,13 +19,16 @@ from reltune.processes import Processes
 from reltune.relevance.artefact import interrupted_in
 from reltune.relevance.scores import RelevanceScores
 from reltune.report.record import LMEvalRecord, RunRecord
+from reltune.runs import prediction as predictions
 from reltune.runs import preflight, stages
 from reltune.runs import sweep as sweeps
 from reltune.runs.comparison import compare
 from reltune.runs.directory import RunDirectory
 from reltune.runs.export import lora_summary
-from reltune.runs.materials import Materials, prepare, prepare_evaluation, prepare_export
+from reltune.runs.materials import Materials, noting, prepare, prepare_evaluation, prepare_export
+from reltune.runs.prediction import Predicted
 from reltune.runs.summary import read_lm_eval, report
+from reltune.runs.tuned import Tuned
 
 
 @dataclasses.dataclass
@@ -187,3 +192,23 @@ def export(directory: RunDirectory, config: RunConfig, to: str, output_dir: str,
     preflight.check_export(directory, to, output_dir, server)
     path: Path = stages.export(prepare_export(config, directory), directory, to, output_dir, server)
     return f"{path}: {lora_summary(path)}" if to == "lora" else str(path)
+
+
+def predict(
+    path: str,
+    input_file: str,
+    output_file: str = "-",
+    batch_size: int | None = None,
+    max_new_tokens: int | None = None,
+    on_bad_rows: str = "error",
+    encoding: str = "utf-8",
+) -> Predicted:
+    """Write a tuned model's predictions for the rows of a file; the lines that were left out are a warning."""
+    preflight.check_prediction(path, input_file, output_file, on_bad_rows)
+    with noting():
+        tuned = Tuned.open(path)
+        done = predictions.predict(tuned, input_file, output_file, batch_size, max_new_tokens, on_bad_rows, encoding)
+    if done.skipped:
+        count = sum(map(len, done.skipped.values()))
+        warnings.warn(f"{input_file}: {count} bad rows are left out, with {in_words(done.skipped)}.", stacklevel=2)
+    return done

@@ -203,7 +203,7 @@ def prepare(config: RunConfig, run: RunDirectory | None = None) -> Materials:
     config.training = checked_training_fields(config.training)
     config.check()
     config.check_data()
-    with _noting() as notes:
+    with noting() as notes:
         recorded = read_task(run, config) if run else None
         task, splits = read_data(config, recorded)
         config.task = task.name
@@ -240,7 +240,7 @@ def prepare_evaluation(config: RunConfig, run: RunDirectory) -> EvaluationMateri
     Raises:
         InputError: whatever is wrong with either.
     """
-    with _noting():
+    with noting():
         recorded = read_task(run, config)
         task, rows = _held_out(config, recorded, run.kept_rows)
         config.task = task.name
@@ -267,16 +267,22 @@ def prepare_export(config: RunConfig, run: RunDirectory) -> ModelMaterials:
     Raises:
         InputError: whatever is wrong with them.
     """
+    task = task_of_run(config, run)
+    return ModelMaterials(config, task, task.load_tokenizer(config.model_name_or_path), BaseModel(config, task))
+
+
+def task_of_run(config: RunConfig, run: RunDirectory) -> Task:
+    """The task that a run was made with, whose name enters the config."""
     task = read_task(run, config)
     if task is None:
         config.check_data()
         task = read_data(config)[0]  # an older version made the run, and did not write down its classes
     config.task = task.name
-    return ModelMaterials(config, task, task.load_tokenizer(config.model_name_or_path), BaseModel(config, task))
+    return task
 
 
 @contextlib.contextmanager
-def _noting() -> Iterator[Sequence[str]]:
+def noting() -> Iterator[Sequence[str]]:
     """Collect the notes that are made inside, and say them at the end."""
     with collecting() as notes:
         yield notes

@@ -13,10 +13,17 @@ from reltune.data.text_files import check_text_file
 from reltune.errors import InputError
 from reltune.files import check_destination, model_directory_problem
 from reltune.methods.registry import METHODS
-from reltune.names import CRITERIA, EXPORT_FORMS, SERVERS, WITH_DIRECTIONS
+from reltune.names import (
+    CRITERIA,
+    EXPORT_FORMS,
+    ON_BAD_ROWS,
+    PREDICTION_SUFFIXES,
+    SERVERS,
+    WITH_DIRECTIONS,
+)
 from reltune.plan.budget import check_budget
 from reltune.plan.granularities import ALONE, check_together
-from reltune.runs.directory import RunDirectory
+from reltune.runs.directory import ADAPTER_CONFIG, CONFIG, TASK, RunDirectory
 
 FILES = ("train_file", "validation_file", "test_file", "forgetting_file")
 
@@ -73,6 +80,58 @@ def check_export(directory: RunDirectory, to: str, output_dir: str, server: str 
     check_destination(output_dir)
 
 
+def kept_as(path: str | os.PathLike) -> tuple[str, Path]:
+    """How a directory keeps a tuned model, and the directory: "run"; of exports "adapter", on its base, or "model".
+
+    Raises InputError for one that keeps none.
+    """
+    folder = Path(path)
+    if folder.name == "adapter" and (folder.parent / CONFIG).is_file():
+        folder = folder.parent
+    if (folder / CONFIG).is_file():
+        RunDirectory.open(folder)[0].check_adapter()
+        return "run", folder
+    exported = {"adapter": ADAPTER_CONFIG, "model": "config.json"}
+    for form, file in exported.items():
+        if (folder / file).is_file():
+            if (folder / TASK).is_file():
+                return form, folder
+            raise InputError(
+                f"{path} does not say what its model is for (no {TASK}); write it again with `reltune export`."
+            )
+    raise InputError(
+        f"{path} holds neither a run (config.yaml) nor what `reltune export` wrote of one, a LoRA adapter or a merged model."
+    )
+
+
+def check_prediction(path: str, input_file: str, output_file: str, on_bad_rows: str = "error") -> None:
+    """Raise InputError for a prediction without a tuned model, without a file to read, or to a file that cannot be written."""
+    kept_as(path)
+    if on_bad_rows not in ON_BAD_ROWS:
+        raise InputError(f"--on_bad_rows {on_bad_rows!r} is unknown; write {' or '.join(ON_BAD_ROWS)}.")
+    check_source(input_file)
+    if output_file == "-":
+        return
+    target = Path(output_file)
+    if target.suffix.lower() not in PREDICTION_SUFFIXES:
+        raise InputError(
+            f"--output_file {output_file} has the unknown suffix {target.suffix!r}; use one of {', '.join(PREDICTION_SUFFIXES)}, or - for "
+            "JSON Lines on standard output."
+        )
+    if os.path.exists(input_file) and os.path.exists(output_file) and os.path.samefile(input_file, output_file):
+        raise InputError(f"--output_file {output_file} is the input file too; name another one.")
+    if target.is_dir():
+        raise InputError(f"--output_file {output_file} is a directory; name a file in it.")
+    if not target.absolute().parent.is_dir():
+        raise InputError(
+            f"--output_file {output_file} cannot be written, because its directory does not exist; make it first."
+        )
+    if not os.access(target.absolute().parent, os.W_OK | os.X_OK):
+        raise InputError(
+            f"--output_file {output_file} cannot be written, because its directory does not allow it; name another one."
+        )
+
+
 def check_form(method: str, to: str) -> None:
     """Raise InputError for a method whose result cannot be written in a form."""
     if to == "lora" and not METHODS[method].lora_file:
@@ -115,8 +174,11 @@ def check_inputs(config: RunConfig, training: bool = True) -> None:
     if problem := model_directory_problem(config.model_name_or_path):
         raise InputError(problem)
     for name in FILES if training else FILES[1:]:
-        file = getattr(config, name)
-        if file is None or os.path.isdir(file):
-            continue
-        if not (os.path.isfile(file) and Path(file).suffix.lower() == ".parquet"):
-            check_text_file(Path(file))
+        if (file := getattr(config, name)) is not None:
+            check_source(file)
+
+
+def check_source(file: str) -> None:
+    """Raise InputError for data that are neither a directory nor a file of a known format."""
+    if not os.path.isdir(file) and not (os.path.isfile(file) and Path(file).suffix.lower() == ".parquet"):
+        check_text_file(Path(file))

@@ -46,7 +46,7 @@ from reltune.relevance.weights.scan import analyze_checkpoint
 from reltune.report.record import LMEvalRecord
 from reltune.runs import export as exporting
 from reltune.runs import lm_evaluation, training
-from reltune.runs.cards import describe_adapter, describe_lora, describe_method
+from reltune.runs.cards import describe_adapter, describe_lora, describe_merged, describe_method
 from reltune.runs.data_record import record_bad_rows, record_data
 from reltune.runs.directory import ADAPTER_FILES, RunDirectory
 from reltune.runs.evaluation import evaluate as measure_metrics
@@ -484,8 +484,10 @@ def export(materials: ModelMaterials, run: RunDirectory, to: str, output_dir: st
     if to == "lora":
         path = exporting.to_lora(model, output_dir, one_rank=server == "vllm")
         materials.saved_tokenizer().save_pretrained(str(path))
-        describe_lora(path, materials.config.model_name_or_path, materials.task)
+        describe_lora(path, materials.config, materials.task)
         return path
     if to == "merged":
-        return exporting.to_merged(model, materials.saved_tokenizer(), output_dir)
+        path = exporting.to_merged(model, materials.saved_tokenizer(), output_dir)
+        describe_merged(path, materials.config, materials.task)
+        return path
     raise ValueError(f"nothing writes the form {to!r}.")

@@ -8,8 +8,8 @@ writes. Packing joins examples for training alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ from reltune.tasks.chats import (
 )
 from reltune.tasks.decoder import DecoderTask, as_transformers_has_them
 from reltune.tasks.generation import continuations, ends_of, exact_match, remarks_on_answers
+from reltune.tasks.prediction import Predictions
 from reltune.tasks.task import Columns, Examples, RowProblem, Written
 from reltune.tasks.texts import ended, limit_of, shared, tokens_of
 
@@ -46,6 +47,10 @@ from reltune.tasks.texts import ended, limit_of, shared, tokens_of
 INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"
 INSTRUCTION_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 UNSPACED = "\u0700"  # from here on there are scripts without spaces between words
+
+
+STAND_IN = "x"  # in place of an answer that is not known
+ANSWERED = [{"role": "assistant", "content": STAND_IN}]
 
 
 class Prompt(NamedTuple):
@@ -87,6 +92,8 @@ class CausalLM(DecoderTask):
     loss: ClassVar[str] = "causal_lm"
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy", "exact_match")
     learning_rates: ClassVar[dict[str, float]] = {"selection": 1e-3}
+    told: ClassVar[tuple[str, ...]] = ("completion", "output")
+    predicts: ClassVar[tuple[str, ...]] = ("prediction",)
     fields: ClassVar[tuple[str, ...]] = (
         *("completion_only_loss", "packing", "max_length", "max_new_tokens", "generation_examples"),
     )
@@ -266,6 +273,50 @@ class CausalLM(DecoderTask):
         """Perplexity (of all label tokens alike, whatever example they are in) and the share of tokens guessed."""
         return token_metrics(prediction.predictions)
 
+    def untold(self, row: Row) -> Row:
+        """With an answer: a chat's last one is the one that is asked for, if it ends with one."""
+        values = dict(row.values)
+        turns = values.get(self.columns.get("messages", ""))
+        if (
+            isinstance(turns, list)
+            and turns
+            and isinstance(turns[-1], Mapping)
+            and turns[-1].get("role") != "assistant"
+        ):
+            values[self.columns["messages"]] = [*turns, *ANSWERED]
+        for role in self.told:
+            if role in self.columns:
+                chat = isinstance(values.get(self.columns.get("prompt", "")), list)
+                values[self.columns[role]] = ANSWERED if chat else STAND_IN
+        return replace(row, values=values)
+
+    def question(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+        """What the model is asked to go on from for a row without its answer: the tokens that training has before it.
+
+        Raises RowProblem for a row that asks nothing.
+        """
+        values = self._values(self.untold(row))
+        if "instruction" in values:
+            values = instruction_as_prompt(values, tokenizer)
+        text = values.get("text", values.get("prompt"))
+        prompt = _opened(text, tokenizer) if isinstance(text, str) else _chatted(values, tokenizer)[-1][2]
+        if prompt is None or not prompt.ids:
+            raise RowProblem("nothing that the model could go on from")
+        return prompt
+
+    def predict(
+        self,
+        model: nn.Module,
+        rows: Sequence[Row],
+        processor: Any,
+        max_length: int,
+        batch_size: int,
+        max_new_tokens: int = 64,
+    ) -> Predictions:
+        """The text that the model writes, the likeliest token each time. Prompts are never cut: they are not held to ``max_length``, but to
+        the model's own limit."""
+        return answers(self.question, model, rows, processor, batch_size, max_new_tokens)
+
     def written(
         self, model: nn.Module, examples: Examples, processor: Any, batch_size: int, predictions: Any
     ) -> list[Written]:
@@ -346,6 +397,44 @@ def _completed(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase)
             "start of the completion, unless they are parts of one word."
         )
     return ids, [(start, len(ids))], Prompt(ids[:start], prompt, completion, len(ids))
+
+
+def _opened(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """A text that is to be continued. A space at its end is left to the model, as it is part of the token that follows."""
+    ids = tokens_of(text, tokenizer)
+    if text.endswith(" "):
+        ids = ids[: shared(ids, tokens_of(text + STAND_IN, tokenizer))]
+    while (
+        ids and ids[-1] in tokenizer.all_special_ids and ids[-1] != tokenizer.bos_token_id
+    ):  # the tokenizer ends every text with it
+        ids.pop()
+    return Prompt(ids, text, "", len(ids))
+
+
+def answers(
+    question: Callable[[Row, PreTrainedTokenizerBase], Prompt],
+    model: nn.Module,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    max_new_tokens: int,
+) -> Predictions:
+    """What a decoder writes for the prompt that ``question`` makes of each row."""
+    lost: dict[str, list[int]] = {}
+    prompts: dict[int, Prompt] = {}
+    for row in rows:
+        try:
+            prompts[row.line] = question(row, tokenizer)
+        except RowProblem as problem:
+            lost.setdefault(str(problem), []).append(row.line)
+            continue
+        if len(prompts[row.line].ids) >= tokenizer.model_max_length:
+            lost.setdefault(f"a prompt of {tokenizer.model_max_length} tokens or more", []).append(row.line)
+            del prompts[row.line]
+    stops = {prompt.stop for prompt in prompts.values() if prompt.stop is not None}
+    ids = [prompt.ids for prompt in prompts.values()]
+    texts = continuations(model, tokenizer, ids, max_new_tokens, batch_size, stops, progress=False)
+    return Predictions({line: {"prediction": text} for line, text in zip(prompts, texts, strict=True)}, lost)
 
 
 def _chatted(values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:

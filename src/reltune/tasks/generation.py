@@ -34,6 +34,7 @@ def continuations(
     max_new_tokens: int,
     batch_size: int,
     stops: Collection[int] = (),
+    progress: bool = True,
 ) -> list[str]:
     """The text that a decoder adds to each prompt (token ids), special tokens left out.
 
@@ -51,7 +52,7 @@ def continuations(
     training = model.training
     model.eval()
     batches = _batches([len(prompt) for prompt in prompts], batch_size, _is_told_positions(model))[rank::processes]
-    for places in tqdm(batches, desc="generate", unit="batch", leave=False, disable=rank > 0):
+    for places in tqdm(batches, desc="generate", unit="batch", leave=False, disable=rank > 0 or not progress):
         batch = tokenizer.pad(
             {"input_ids": [list(prompts[i]) for i in places]}, padding_side="left", return_tensors="pt"
         ).to(device)

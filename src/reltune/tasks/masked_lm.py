@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForMaskedLM,
     DataCollatorForLanguageModeling,
     DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,6 +34,7 @@ from reltune.errors import InputError
 from reltune.losses import IGNORED
 from reltune.pretrained import as_it_is, load_model
 from reltune.tasks.causal_lm import token_metrics, token_sums
+from reltune.tasks.prediction import Predictions, outputs_of, rounded
 from reltune.tasks.task import Columns, Examples, Task
 from reltune.tasks.texts import encode_texts
 
@@ -49,6 +51,8 @@ class MaskedLM(Task):
     loss: ClassVar[str] = "masked_lm"
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy")
     peft_task_type: ClassVar[str | None] = None
+    told: ClassVar[tuple[str, ...]] = ()
+    predicts: ClassVar[tuple[str, ...]] = ("prediction", "words", "scores")
     draws_tokens: ClassVar[bool] = True  # a tenth of the hidden ones become random tokens
 
     def problem(self, row: Row) -> str | None:
@@ -113,6 +117,36 @@ class MaskedLM(Task):
         trainer = super().trainer(model, args, processor, train, held_out, **options)
         trainer.add_callback(_EpochOfMasks(trainer.data_collator))
         return trainer
+
+    def predict(
+        self,
+        model: nn.Module,
+        rows: Sequence[Row],
+        processor: Any,
+        max_length: int,
+        batch_size: int,
+        max_new_tokens: int = 64,
+    ) -> Predictions:
+        """The text with each mask filled, each by itself, the likeliest token at each and its probability. A text without a mask
+        is a row of which nothing is said."""
+        mask = str(processor.mask_token)
+        some = [row for row in rows if mask in self.content(row)]
+        none = [row.line for row in rows if mask not in self.content(row)]
+        encoded = encode_texts(some, [(self.content(row),) for row in some], processor, max_length)
+        padding = DataCollatorWithPadding(processor)
+        outputs = outputs_of(model, Examples(encoded.items), padding, batch_size)
+        records = {}
+        for row, item, output in zip(encoded.rows, encoded.items, outputs, strict=True):
+            places = [i for i, token in enumerate(item["input_ids"]) if token == processor.mask_token_id]
+            best, tokens = torch.softmax(output["logits"][places], -1).max(-1)
+            words = [str(processor.decode([token])).strip() for token in tokens.tolist()]
+            first, *rest = self.content(row).split(mask)
+            # masks that were cut off stay
+            filled = first + "".join(
+                word + part for word, part in zip([*words, *[mask] * len(rest)], rest, strict=False)
+            )
+            records[row.line] = dict(zip(self.predicts, (filled, words, [rounded(one) for one in best]), strict=True))
+        return Predictions(records, {**encoded.lost, **({f"a text without {mask}": none} if none else {})})
 
     def reduced(self, logits: Any, labels: Tensor) -> Tensor:
         """Of each example (B, 3): the sum of its hidden tokens' losses, their number, and how many are the likeliest."""

@@ -18,6 +18,7 @@ from reltune.data.rows import Row, label_of
 from reltune.errors import InputError
 from reltune.notes import note
 from reltune.tasks.classes import ClassTask
+from reltune.tasks.prediction import Outputs, by_label
 from reltune.tasks.sequence_classification import label_order
 from reltune.tasks.task import Columns, Examples
 from reltune.tasks.texts import TextTask, encode_texts
@@ -40,6 +41,7 @@ class MultilabelClassification(ClassTask, TextTask):
     mapping: ClassVar[Any] = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     head: ClassVar[str] = "sequence classification head"
     reads_last_token: ClassVar[bool] = True
+    predicts: ClassVar[tuple[str, ...]] = ("prediction", "scores")
 
     def problem(self, row: Row) -> str | None:
         column = self.columns["label"]
@@ -85,6 +87,20 @@ class MultilabelClassification(ClassTask, TextTask):
             own = set(self.labels_of(row))
             item["labels"] = [float(label in own) for label in self.labels]
         return Examples(encoded.items, encoded.n_truncated, lost=encoded.lost)
+
+    def untold(self, row: Row) -> Row:
+        return replace(row, values={**row.values, self.columns["label"]: []})
+
+    def read_off(
+        self, outputs: Sequence[Outputs], rows: Sequence[Row], examples: Examples, processor: Any
+    ) -> list[dict[str, Any]]:
+        """The labels whose probability is above 1/2, and the probability of each label."""
+        records = []
+        for output in outputs:
+            fit = [label for label, logit in zip(self.labels, output["logits"].tolist(), strict=True) if logit > 0]
+            scores = by_label(self.labels, output["logits"].sigmoid())
+            records.append(dict(zip(self.predicts, (fit, scores), strict=True)))
+        return records
 
     def compute_metrics(
         self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None

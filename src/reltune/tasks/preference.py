@@ -26,8 +26,10 @@ from reltune.losses import (
     preference_losses,
     rows_of,
 )
+from reltune.tasks.causal_lm import CausalLM, Prompt, answers
 from reltune.tasks.chats import Chat, answer_span, check_heard, closing_token, messages_problem, rendered
 from reltune.tasks.decoder import DecoderTask, as_transformers_has_them
+from reltune.tasks.prediction import Predictions
 from reltune.tasks.task import Columns, Examples, RowProblem
 from reltune.tasks.texts import ended, limit_of, shared, tokens_of
 
@@ -92,6 +94,8 @@ class Preference(DecoderTask):
     # A pair is two sequences: as many of these as other tasks have.
     defaults: ClassVar[dict[str, Any]] = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 32}
     fields: ClassVar[tuple[str, ...]] = ("beta", "loss_type")
+    told: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
+    predicts: ClassVar[tuple[str, ...]] = ("prediction",)
 
     @property
     def training_metrics(self) -> tuple[str, ...]:
@@ -195,6 +199,35 @@ class Preference(DecoderTask):
             check_heard(chat, tokenizer)
             closing_token(ids, (start, len(ids)), tokenizer)
         return start, chosen, rejected
+
+    @property
+    def asked(self) -> Columns:
+        """The prompt, which rows of training need not have apart."""
+        return {"prompt": self.columns.get("prompt", "prompt")}
+
+    @property
+    def _asking(self) -> CausalLM:
+        """The task of answering the prompt."""
+        return CausalLM({**self.asked, "completion": "completion"})
+
+    def question_problem(self, row: Row) -> str | None:
+        return self._asking.question_problem(row)
+
+    def question(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+        """As ``CausalLM.question``, of the prompt."""
+        return self._asking.question(row, tokenizer)
+
+    def predict(
+        self,
+        model: nn.Module,
+        rows: Sequence[Row],
+        processor: Any,
+        max_length: int,
+        batch_size: int,
+        max_new_tokens: int = 64,
+    ) -> Predictions:
+        """The answer that the model writes to the prompt, the likeliest token each time."""
+        return answers(self.question, model, rows, processor, batch_size, max_new_tokens)
 
     def token_ids(self, item: Mapping[str, Any]) -> list[Sequence[int]]:
         return [[*item[ITEM[0]], *item[answer]] for answer in ITEM[1:]]

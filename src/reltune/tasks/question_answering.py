@@ -33,6 +33,7 @@ from reltune.errors import InputError
 from reltune.losses import LOSSES
 from reltune.notes import note
 from reltune.pretrained import as_it_is, load_model
+from reltune.tasks.prediction import Predictions, outputs_of, rounded
 from reltune.tasks.task import Columns, Examples, RowProblem, Task
 from reltune.tasks.texts import limit_of, read
 
@@ -46,6 +47,15 @@ class Window(NamedTuple):
     offsets: list[tuple[int, int] | None]  # None for tokens that are no part of the context
     context: str
     answers: list[str]
+
+
+class Found(NamedTuple):
+    """An answer in a context: its logits' sum, its text, the character at which it begins, and its probability."""
+
+    score: float
+    text: str
+    start: int | None
+    probability: float
 
 
 class SpanTrainer(Trainer):
@@ -84,6 +94,8 @@ class QuestionAnswering(Task):
     metrics: ClassVar[tuple[str, ...]] = ("f1", "exact_match")
     peft_task_type: ClassVar[str] = "QUESTION_ANS"
     unit: ClassVar[str] = "window"
+    told: ClassVar[tuple[str, ...]] = ("answers",)
+    predicts: ClassVar[tuple[str, ...]] = ("prediction", "score", "answer_start")
     trainer_class: ClassVar[type[Trainer]] = SpanTrainer
     padding_sides: ClassVar[tuple[str, ...]] = ("right",)  # labels are places of tokens
 
@@ -215,26 +227,61 @@ class QuestionAnswering(Task):
         """Means over questions of the best exact match and F1 of words with any of the answers (Rajpurkar et al. 2016);
         a question without an answer asks for none."""
         assert examples is not None and examples.sources is not None
-        items, windows = examples.items, examples.sources
-        best: dict[int, tuple[float, str]] = {}
-        nothing: dict[int, float] = {}
-        answers: dict[int, list[str]] = {}
         scores: Any = prediction.predictions
-        for item, window, token_scores in zip(items, windows, scores, strict=True):
-            span = best_span(token_scores, window.offsets)
-            if span is not None and span[0] > best.get(window.row, (-np.inf, ""))[0]:
-                best[window.row] = (span[0], window.context[span[1] : span[2]])
-            none = float(token_scores[_nowhere(item["input_ids"], processor)].sum())
-            nothing[window.row] = min(none, nothing.get(window.row, np.inf))
-            answers[window.row] = window.answers
+        found = self._found(scores, examples, processor)
+        answers: dict[int, list[str]] = {window.row: window.answers for window in examples.sources}
         exact, f1 = [], []
         for row, wanted in answers.items():
-            score, text = best.get(row, (-np.inf, ""))
-            if self.unanswerable and nothing[row] >= score:
-                text = ""
+            text = found[row].text
             exact.append(max(float(plain(one) == plain(text)) for one in wanted or [""]))
             f1.append(max(shared_words(one, text) for one in wanted or [""]))
         return {"f1": float(np.mean(f1)), "exact_match": float(np.mean(exact))}
+
+    def _found(self, scores: Sequence[np.ndarray], examples: Examples, processor: Any) -> dict[int, Found]:
+        """The answer to each row's question: the best one of all its windows, or none where that is likelier in each of them.
+
+        ``scores``: for each window (T, 2) or longer, of each token as the first and as the last of the answer.
+        """
+        best: dict[int, Found] = {}
+        nothing: dict[int, Found] = {}
+        for item, window, of_tokens in zip(examples.items, examples.sources or (), scores, strict=True):
+            own = of_tokens[: len(item["input_ids"])].astype(np.float64)
+            all_pairs = np.logaddexp.reduce(own).sum()
+            none = own[_nowhere(item["input_ids"], processor)].sum()
+            span = best_span(own, window.offsets)
+            before = best.setdefault(window.row, Found(-np.inf, "", None, 0.0))
+            if span is not None and span[0] > before.score:
+                text = window.context[span[1] : span[2]]
+                best[window.row] = Found(span[0], text, span[1], np.exp(span[0] - all_pairs))
+            if window.row not in nothing or none < nothing[window.row].score:
+                nothing[window.row] = Found(none, "", None, np.exp(none - all_pairs))
+        if self.unanswerable:
+            return {row: nothing[row] if nothing[row].score >= one.score else one for row, one in best.items()}
+        return best
+
+    def untold(self, row: Row) -> Row:
+        return replace(row, values={**row.values, self.columns["answers"]: {"text": [], "answer_start": []}})
+
+    def predict(
+        self,
+        model: nn.Module,
+        rows: Sequence[Row],
+        processor: Any,
+        max_length: int,
+        batch_size: int,
+        max_new_tokens: int = 64,
+    ) -> Predictions:
+        """The answer as it stands in the context ("" for none), its probability within the window that has it, and the character
+        at which it begins."""
+        examples = self.encode([self.untold(row) for row in rows], processor, max_length)
+        outputs = outputs_of(model, examples, self.collator(processor), batch_size)
+        scores = [torch.stack((one["start_logits"], one["end_logits"]), -1).numpy() for one in outputs]
+        found = self._found(scores, examples, processor)
+        records = {
+            rows[row].line: dict(zip(self.predicts, (one.text, rounded(one.probability), one.start), strict=True))
+            for row, one in found.items()
+        }
+        return Predictions(records, examples.lost)
 
 
 def plain(text: str) -> str:

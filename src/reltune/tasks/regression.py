@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from reltune.errors import InputError
 from reltune.notes import note
 from reltune.pretrained import load_model
 from reltune.tasks.classes import ANEW, has_head
+from reltune.tasks.prediction import Outputs, rounded
 from reltune.tasks.task import Columns, Examples, Task
 from reltune.tasks.texts import TextTask, encode_texts, number_of
 
@@ -39,6 +40,7 @@ class Regression(TextTask):
     loss: ClassVar[str] = "regression"
     metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "mse")
     peft_task_type: ClassVar[str] = "SEQ_CLS"
+    predicts: ClassVar[tuple[str, ...]] = ("prediction",)
 
     def problem(self, row: Row) -> str | None:
         column = self.columns["label"]
@@ -85,6 +87,15 @@ class Regression(TextTask):
         for item, row in zip(encoded.items, encoded.rows, strict=True):
             item["labels"] = number_of(row.values[self.columns["label"]])
         return Examples(encoded.items, encoded.n_truncated, lost=encoded.lost)
+
+    def untold(self, row: Row) -> Row:
+        return replace(row, values={**row.values, self.columns["label"]: 0})
+
+    def read_off(
+        self, outputs: Sequence[Outputs], rows: Sequence[Row], examples: Examples, processor: Any
+    ) -> list[dict[str, Any]]:
+        """The number, in the unit of the labels of training."""
+        return [{self.predicts[0]: rounded(output["logits"])} for output in outputs]
 
     def compute_metrics(
         self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None

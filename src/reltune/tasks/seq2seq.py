@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,8 +30,11 @@ from reltune.errors import InputError
 from reltune.losses import IGNORED
 from reltune.pretrained import as_it_is, load_config, load_model
 from reltune.tasks.generation import ends_of, exact_match, remarks_on_answers
+from reltune.tasks.prediction import Predictions
 from reltune.tasks.task import Columns, Examples, RowProblem, Task, Written
 from reltune.tasks.texts import encode_texts, ended, limit_of, tokenized
+
+CERTAIN = {"do_sample": False, "min_new_tokens": 0}  # the same text every time
 
 
 class WritingTrainer(Seq2SeqTrainer):
@@ -42,7 +45,7 @@ class WritingTrainer(Seq2SeqTrainer):
 
     def prediction_step(self, *args: Any, **options: Any) -> Any:
         ends = {"eos_token_id": list(self.ends)} if self.ends else {}
-        own = {"do_sample": False, "min_new_tokens": 0, **ends}
+        own = {**CERTAIN, **ends}
         self._gen_kwargs = {**getattr(self, "_gen_kwargs", {}), **own}
         return super().prediction_step(*args, **options)
 
@@ -70,6 +73,8 @@ class Seq2Seq(Task):
     peft_task_type: ClassVar[str] = "SEQ_2_SEQ_LM"
     trainer_class: ClassVar[type[Trainer]] = WritingTrainer
     fields: ClassVar[tuple[str, ...]] = ("max_new_tokens",)
+    told: ClassVar[tuple[str, ...]] = ("target",)
+    predicts: ClassVar[tuple[str, ...]] = ("prediction",)
 
     def problem(self, row: Row) -> str | None:
         return text_problem(row.values, self.columns["source"]) or text_problem(row.values, self.columns["target"])
@@ -169,6 +174,40 @@ class Seq2Seq(Task):
     ) -> list[Written]:
         """What the Trainer had the model write for every example."""
         return self._decoded(predictions, examples, processor)
+
+    def untold(self, row: Row) -> Row:
+        return replace(row, values={**row.values, self.columns["target"]: "-"})
+
+    @torch.no_grad()
+    def predict(
+        self,
+        model: nn.Module,
+        rows: Sequence[Row],
+        processor: Any,
+        max_length: int,
+        batch_size: int,
+        max_new_tokens: int = 64,
+    ) -> Predictions:
+        """The text that the model writes, as evaluation has it write."""
+        encoded = encode_texts(rows, [(self.content(row),) for row in rows], processor, max_length)
+        order = sorted(range(len(encoded.items)), key=lambda i: len(encoded.items[i]["input_ids"]))
+        records: dict[int, dict[str, Any]] = {}
+        training = model.training
+        model.eval()
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            batch = processor.pad([encoded.items[i] for i in places], return_tensors="pt")
+            tokens = model.generate(  # type: ignore[operator]
+                input_ids=batch["input_ids"].to(model.device),
+                attention_mask=batch["attention_mask"].to(model.device),
+                max_length=max_new_tokens + 1,  # the token that starts the decoder counts too
+                eos_token_id=ends_of(model, processor) or None,
+                **CERTAIN,
+            )
+            texts = processor.batch_decode(tokens, skip_special_tokens=True)
+            records |= {encoded.rows[i].line: {self.predicts[0]: text} for i, text in zip(places, texts, strict=True)}
+        model.train(training)
+        return Predictions(records, encoded.lost)
 
     def _decoded(self, tokens: Any, examples: Examples, processor: PreTrainedTokenizerBase) -> list[Written]:
         """The texts of token ids (N, T), one row per example."""

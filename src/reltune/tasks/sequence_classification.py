@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -18,6 +19,7 @@ from transformers import (
 from reltune.data.rows import Row, label_of, label_problem
 from reltune.errors import InputError, nearest
 from reltune.tasks.classes import ClassTask
+from reltune.tasks.prediction import Outputs, by_label, rounded
 from reltune.tasks.task import Columns, Examples
 from reltune.tasks.texts import TextTask, encode_texts
 
@@ -73,6 +75,23 @@ class SequenceClassification(ClassTask, TextTask):
                 )
             item["labels"] = index[label]
         return Examples(encoded.items, encoded.n_truncated, lost=encoded.lost)
+
+    def untold(self, row: Row) -> Row:
+        return replace(row, values={**row.values, self.columns["label"]: self.labels[0]})
+
+    def read_off(
+        self, outputs: Sequence[Outputs], rows: Sequence[Row], examples: Examples, processor: Any
+    ) -> list[dict[str, Any]]:
+        """The likeliest label, its probability and those of all labels."""
+        records = []
+        for output in outputs:
+            probabilities = torch.softmax(output["logits"], -1)
+            best = int(probabilities.argmax())
+            scores = by_label(self.labels, probabilities)
+            records.append(
+                dict(zip(self.predicts, (self.labels[best], rounded(probabilities[best]), scores), strict=True))
+            )
+        return records
 
     def compute_metrics(
         self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None

@@ -21,6 +21,7 @@ from reltune.data.rows import Row
 from reltune.losses import Loss
 from reltune.notes import collecting
 from reltune.pretrained import load_tokenizer, saved_tokenizer
+from reltune.tasks.prediction import Outputs, Predictions, outputs_of
 
 Columns = Mapping[str, str]  # role -> the column that plays it
 
@@ -80,6 +81,8 @@ class Task(abc.ABC):
         padding_sides: where its collator may pad, the preferred side first; none where nothing is padded.
         padding_side: where it pads, as ``fit.settle_padding`` found.
         draws_tokens: whether training draws tokens from the whole vocabulary.
+        told: roles of the columns that training has and that a prediction is made without: the label, say.
+        predicts: names of what a prediction consists of, the answer itself first.
     """
 
     name: ClassVar[str]
@@ -93,6 +96,8 @@ class Task(abc.ABC):
     fields: ClassVar[tuple[str, ...]] = ()
     padding_sides: ClassVar[tuple[str, ...]] = ("right", "left")
     draws_tokens: ClassVar[bool] = False
+    told: ClassVar[tuple[str, ...]] = ("label",)
+    predicts: ClassVar[tuple[str, ...]] = ("prediction", "score", "scores")
 
     columns: Columns
     padding_side = "right"
@@ -273,6 +278,52 @@ class Task(abc.ABC):
         takes longer than they do, and is asked for before and after training only.
         """
         return []
+
+    # -- prediction --
+
+    @property
+    def asked(self) -> Columns:
+        """role -> column, of what a row must have to be predicted."""
+        return {role: column for role, column in self.columns.items() if role not in self.told}
+
+    def untold(self, row: Row) -> Row:
+        """The row with something in place of what a prediction is made without, so that it is checked and encoded as rows of
+        training are."""
+        return row
+
+    def question_problem(self, row: Row) -> str | None:
+        """What keeps a row from being predicted, as a phrase, or None."""
+        return self.problem(self.untold(row))
+
+    def predict(
+        self,
+        model: nn.Module,
+        rows: Sequence[Row],
+        processor: Any,
+        max_length: int,
+        batch_size: int,
+        max_new_tokens: int = 64,
+    ) -> Predictions:
+        """What the model says of rows without a problem, from one forward pass of each example.
+
+        ``max_length`` is that of ``encode``, ``batch_size`` counts examples. Models that write texts write at most
+        ``max_new_tokens`` tokens.
+        """
+        examples = self.encode([self.untold(row) for row in rows], processor, max_length)
+        lost = {line for lines in examples.lost.values() for line in lines}
+        kept = [row for row in rows if row.line not in lost]
+        outputs = outputs_of(model, examples, self.collator(processor), batch_size)
+        records = self.read_off(outputs, kept, examples, processor)
+        return Predictions(dict(zip((row.line for row in kept), records, strict=True)), examples.lost)
+
+    def read_off(
+        self, outputs: Sequence[Outputs], rows: Sequence[Row], examples: Examples, processor: Any
+    ) -> list[dict[str, Any]]:
+        """What the outputs of the model for examples say of their rows, in the names of ``predicts``. ``outputs`` are as
+        ``outputs_of`` gives them."""
+        raise NotImplementedError
+
+    # -- what a model writes --
 
     def written_metrics(self, written: Sequence[Written]) -> dict[str, float]:
         """Metrics of what the model wrote, beside those of ``compute_metrics``."""

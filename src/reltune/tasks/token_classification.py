@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
@@ -24,6 +25,7 @@ from reltune.losses import IGNORED
 from reltune.notes import note
 from reltune.pretrained import load_tokenizer, saved_tokenizer
 from reltune.tasks.classes import ClassTask
+from reltune.tasks.prediction import Outputs, rounded
 from reltune.tasks.task import Columns, Examples, RowProblem
 from reltune.tasks.texts import limit_of, read
 
@@ -44,6 +46,8 @@ class TokenClassification(ClassTask):
     auto_class: ClassVar[Any] = AutoModelForTokenClassification
     mapping: ClassVar[Any] = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
     head: ClassVar[str] = "token classification head"
+    told: ClassVar[tuple[str, ...]] = ("tags",)
+    predicts: ClassVar[tuple[str, ...]] = ("prediction", "scores")
 
     def problem(self, row: Row) -> str | None:
         words: Any = row.values.get(self.columns["tokens"])
@@ -122,11 +126,12 @@ class TokenClassification(ClassTask):
     def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int) -> Examples:
         """Token ids of each row's words, with the tag at the first token of each and ``IGNORED`` elsewhere.
 
-        Words of which no token is left when a row is cut are not measured either.
+        Words of which no token is left when a row is cut are not measured either. An example's source is the places of the words
+        that are.
         """
         limit = limit_of(processor, max_length)
         index = {label: position for position, label in enumerate(self.labels)}
-        items, n_truncated = [], 0
+        items, sources, n_truncated = [], [], 0
         lost: dict[str, list[int]] = {}
         for row, made in zip(rows, _tokenized([self.words(row) for row in rows], processor, limit), strict=True):
             if isinstance(made, RowProblem):
@@ -141,8 +146,9 @@ class TokenClassification(ClassTask):
                 lost.setdefault("words that give no tokens", []).append(row.line)
                 continue
             items.append({**{key: values[i] for key, values in encoded.items()}, "labels": labels})
+            sources.append(list(dict.fromkeys(word for word in encoded.word_ids(i) if word is not None)))
             n_truncated += bool(encoded.encodings[i].overflowing)
-        return Examples(items, n_truncated, lost=lost)
+        return Examples(items, n_truncated, sources, lost)
 
     def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorForTokenClassification:
         """Pads a batch to its longest example, and the labels with it."""
@@ -151,6 +157,27 @@ class TokenClassification(ClassTask):
     def reduced(self, logits: Any, labels: Tensor) -> Tensor:
         """The likeliest tag of each token (B, T)."""
         return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+    def untold(self, row: Row) -> Row:
+        words = row.values.get(self.columns["tokens"])
+        count = len(_listed(words)) if isinstance(words, list | str) else 0
+        return replace(row, values={**row.values, self.columns["tags"]: self.labels[:1] * count})
+
+    def read_off(
+        self, outputs: Sequence[Outputs], rows: Sequence[Row], examples: Examples, processor: Any
+    ) -> list[dict[str, Any]]:
+        """The likeliest tag of each word and its probability; None for words that were cut off or that give no tokens."""
+        records = []
+        for output, row, item, told in zip(outputs, rows, examples.items, examples.sources or (), strict=True):
+            count = len(self.words(row))
+            tags: list[Any] = [None] * count
+            scores: list[Any] = [None] * count
+            best, places = torch.softmax(output["logits"], -1).max(-1)
+            firsts = (i for i, label in enumerate(item["labels"]) if label != IGNORED)
+            for word, at in zip(told, firsts, strict=True):
+                tags[word], scores[word] = self.labels[int(places[at])], rounded(best[at])
+            records.append(dict(zip(self.predicts, (tags, scores), strict=True)))
+        return records
 
     def compute_metrics(
         self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None
