@@ -29,7 +29,15 @@ SPREADS = {
     "even": "the same share of every module",
     "columns": "the same share of every module, the best of each column first",
 }
-EXPORT_FORMS = {"lora": "a standard PEFT adapter", "merged": "a plain model"}
+EXPORT_FORMS = {
+    "lora": "a standard PEFT adapter",
+    "merged": "a plain model",
+    "gguf": "one file for llama.cpp",
+    "ollama": "that file with a Modelfile",
+}
+IN_GGUF = ("gguf", "ollama")  # of these
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")  # what a GGUF file can hold matrices in
+GGUF_TYPE = "f16"  # if none is named
 SERVERS = {"vllm": "one rank for all modules, padded with zeros"}  # that want a LoRA adapter in a form of their own
 PREDICTION_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")  # of the files that predictions are written to
 

@@ -16,7 +16,7 @@ from reltune.cli.launcher import several, together
 from reltune.cli.output import say, show_lm_eval, show_metrics, show_record, show_relevance, show_sweep
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
-from reltune.names import EXPORT_FORMS, SERVERS
+from reltune.names import EXPORT_FORMS, GGUF_TYPE, GGUF_TYPES, SERVERS
 
 app = typer.Typer(
     help="Measure which parameters matter for a task, choose them under a budget, train only those, evaluate.",
@@ -215,16 +215,24 @@ def export(
             help=f"Write the LoRA adapter as a server wants it. {'; '.join(f'{name}: {form}' for name, form in SERVERS.items())}.",
         ),
     ] = None,
+    gguf_type: Annotated[
+        str | None,
+        typer.Option(
+            "--gguf_type",
+            metavar="TYPE",
+            help=f"What a file for llama.cpp holds matrices in: {', '.join(GGUF_TYPES)}. If not given, {GGUF_TYPE}.",
+        ),
+    ] = None,
 ) -> None:
     """Write the tuned model for programs that do not know reltune."""
     from reltune.runs.directory import RunDirectory
     from reltune.runs.preflight import check_export
 
     directory, config = RunDirectory.open(run)
-    check_export(directory, to, output_dir, server)
+    check_export(directory, to, output_dir, server, gguf_type)
     from reltune.runs import flow
 
-    say(f"Exported to {flow.export(directory, config, to, output_dir, server)}")
+    say(f"Exported to {flow.export(directory, config, to, output_dir, server, gguf_type)}")
 
 
 @app.command()

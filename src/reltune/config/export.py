@@ -17,7 +17,8 @@ class ExportConfig(Subject):
         default=None,
         metadata=about(
             "At the end of `reltune run`, also write the tuned model for programs without reltune, into a directory of this name "
-            "in the run's: lora, a standard PEFT adapter (of directions, columns, rows and attention heads), or merged, a plain model.",
+            "in the run's: lora, a standard PEFT adapter (of directions, columns, rows and attention heads); merged, a plain model; gguf, one "
+            "file for llama.cpp; or ollama, that file with a Modelfile.",
             "FORM",
             tuple(EXPORT_FORMS),
         ),

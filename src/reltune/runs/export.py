@@ -1,4 +1,5 @@
-"""Hand an adapter to programs that do not know reltune: as a standard LoRA adapter, or merged into a plain model.
+"""Hand an adapter to programs that do not know reltune: as a standard LoRA adapter, or merged into a plain model, which may be
+one file for llama.cpp (gguf_file.py).
 
 A change of columns idx is ΔW = (D − W₀[:, idx]) Eᵀ with E one-hot, which is a LoRA adapter with lora_A = Eᵀ (c × in) and
 lora_B = D − W₀[:, idx] (out × c); rows are the same with lora_B one-hot. Directions of the input are lora_A, and what was trained along
@@ -30,6 +31,7 @@ from torch import Tensor
 from reltune.errors import InputError
 from reltune.files import check_destination, make_directory
 from reltune.layers.quantised import is_quantised
+from reltune.runs.gguf_file import write_gguf
 from reltune.tuner.layer import ReltuneLayer
 from reltune.tuner.quantised import MERGED_IS_ROUNDED
 
@@ -144,14 +146,33 @@ def to_merged(model: Any, tokenizer: Any, output_dir: str | os.PathLike) -> Path
     Raises InputError where the adapted weights are held in 4 or 8 bits.
     """
     path = check_destination(output_dir)
-    for module in model.modules():  # PEFT's own LoRA would be rounded without a word
-        if isinstance(module, LoraLayer) and any(map(is_quantised, module.get_base_layer().parameters())):
-            raise InputError(MERGED_IS_ROUNDED)
-    merged = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
+    merged = merged_model(model)
     make_directory(path)
     merged.save_pretrained(str(path))
     tokenizer.save_pretrained(str(path))
     return path
+
+
+def merged_model(model: Any) -> Any:
+    """A plain model with the adapter's values in its weights.
+
+    Raises InputError where the adapted weights are held in 4 or 8 bits.
+    """
+    for module in model.modules():  # PEFT's own LoRA would be rounded without a word
+        if isinstance(module, LoraLayer) and any(map(is_quantised, module.get_base_layer().parameters())):
+            raise InputError(MERGED_IS_ROUNDED)
+    return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
+
+
+def to_gguf(
+    model: Any, tokenizer: Any, output_dir: str | os.PathLike, gguf_type: str = "f16", tokenizer_file: str | None = None
+) -> Path:
+    """Write the merged model with its tokenizer as one file for llama.cpp. See ``write_gguf`` for the arguments and what is
+    refused; gives the file."""
+    path = check_destination(output_dir)
+    merged = merged_model(model)
+    make_directory(path)
+    return write_gguf(merged, tokenizer, path / f"model-{gguf_type}.gguf", gguf_type, tokenizer_file)
 
 
 def served(rank: int) -> int:

@@ -14,6 +14,7 @@ from reltune.config.run_config import RunConfig
 from reltune.data.bad_rows import in_words
 from reltune.errors import InputError
 from reltune.files import read_json
+from reltune.names import GGUF_TYPE
 from reltune.plan.plan import Plan
 from reltune.processes import Processes
 from reltune.relevance.artefact import interrupted_in
@@ -25,7 +26,7 @@ from reltune.runs import sweep as sweeps
 from reltune.runs.comparison import compare
 from reltune.runs.directory import RunDirectory
 from reltune.runs.export import lora_summary
-from reltune.runs.materials import Materials, noting, prepare, prepare_evaluation, prepare_export
+from reltune.runs.materials import Materials, noting, prepare, prepare_evaluation, prepare_export, task_of_run
 from reltune.runs.prediction import Predicted
 from reltune.runs.summary import read_lm_eval, report
 from reltune.runs.tuned import Tuned
@@ -82,6 +83,8 @@ def start(config: RunConfig, overwrite: bool = False, select: bool = True) -> St
         recorded = resumed and (directory.relevance.exists() or directory.is_in_sweep())
         materials = prepare(config, directory if recorded else None)
         stages.check_choice(materials, select)
+        if config.export is not None:
+            stages.check_export(config, materials.task, config.export)
         materials.check_training()
         if config.sweep:
             sweeps.check(materials)
@@ -187,10 +190,19 @@ def export_as_configured(started: Started) -> str | None:
         return export(directory, started.config, form, str(directory.path / form)) if processes.first else None
 
 
-def export(directory: RunDirectory, config: RunConfig, to: str, output_dir: str, server: str | None = None) -> str:
+def export(
+    directory: RunDirectory,
+    config: RunConfig,
+    to: str,
+    output_dir: str,
+    server: str | None = None,
+    gguf_type: str | None = None,
+) -> str:
     """Write the tuned model for programs without reltune. Gives a phrase: where it is, and the largest rank of a LoRA adapter."""
-    preflight.check_export(directory, to, output_dir, server)
-    path: Path = stages.export(prepare_export(config, directory), directory, to, output_dir, server)
+    preflight.check_export(directory, to, output_dir, server, gguf_type)
+    stages.check_export(config, task_of_run(config, directory), to)
+    materials = prepare_export(config, directory)
+    path: Path = stages.export(materials, directory, to, output_dir, server, gguf_type or GGUF_TYPE)
     return f"{path}: {lora_summary(path)}" if to == "lora" else str(path)
 
 

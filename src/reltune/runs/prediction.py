@@ -62,8 +62,10 @@ def predict(
         InputError: a source that cannot be read, a column that is missing, bad rows.
     """
     task = tuned.task
-    rows = read_questions(task, input_file, encoding, on_bad_rows)
+    rows = read_questions(task, input_file, encoding)
     columns, total = _looked_through(rows)
+    if on_bad_rows == "error":
+        _refuse(rows.skipped, rows)
     if taken := next((name for name in task.predicts if name in columns), None):
         raise InputError(f"{input_file} has a column {taken!r}, which is where predictions are written; rename it.")
     model, tokenizer = tuned.load()
@@ -77,10 +79,8 @@ def predict(
             found = task.predict(
                 model, chunk, tokenizer, longest, batch_size, max_new_tokens or tuned.config.max_new_tokens
             )
-            if found.lost and on_bad_rows == "error":
-                raise InputError(
-                    f"{input_file} has {in_words(found.lost, rows.unit)}. Mend or delete it, or pass --on_bad_rows skip."
-                )
+            if on_bad_rows == "error":
+                _refuse(found.lost, rows)
             rows.skip(found.lost)
             for row in chunk:
                 if row.line in found.records:
@@ -90,15 +90,15 @@ def predict(
     return Predicted(count, rows.skipped)
 
 
-def read_questions(task: Task, source: str, encoding: str, on_bad_rows: str) -> StreamedRows:
+def read_questions(task: Task, source: str, encoding: str) -> StreamedRows:
     """The rows of a source with the values that the task wants of a row to predict, each with those that the source has under
-    ``READ``. A row that cannot be predicted is a bad one."""
-    rows = _streamed(source, encoding).checked(lambda row: None, on_bad_rows)
+    ``READ``. Rows that cannot be predicted are skipped."""
+    rows = _streamed(source, encoding).checked(lambda row: None, "skip")
     rows = rows.mapped(lambda values: {**values, READ: values})
     layout = known_layout(rows, task.name, task.asked, getattr(task, "labels", ()))
     read = layout.read(rows)
     assert isinstance(read, StreamedRows)
-    return read.checked(task.question_problem, on_bad_rows)
+    return read.checked(task.question_problem, "skip")
 
 
 def _streamed(source: str, encoding: str) -> StreamedRows:
@@ -128,13 +128,20 @@ def _passed_again(rows: Rows) -> StreamedRows:
 
 
 def _looked_through(rows: StreamedRows) -> tuple[list[str], int]:
-    """The columns that any row of the source has, and how many good rows there are. Raises InputError for bad ones."""
+    """The columns that any row of the source has, and how many good rows there are."""
     columns: dict[str, None] = {}
     count = 0
     for row in tqdm(rows, desc="check rows", unit="row", leave=False):
         columns |= dict.fromkeys(row.values.get(READ, row.values))
         count += 1
     return list(columns), count
+
+
+def _refuse(bad: Mapping[str, Sequence[int]], rows: StreamedRows) -> None:
+    """Raise InputError for bad rows, if there are any."""
+    if bad:
+        words = in_words(bad, rows.unit)
+        raise InputError(f"{rows.source} has {words}. Mend or delete these {rows.unit}s, or pass --on_bad_rows skip.")
 
 
 # -- what is written ------------------------------------------------------------------------------------------------

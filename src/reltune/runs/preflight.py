@@ -16,6 +16,8 @@ from reltune.methods.registry import METHODS
 from reltune.names import (
     CRITERIA,
     EXPORT_FORMS,
+    GGUF_TYPES,
+    IN_GGUF,
     ON_BAD_ROWS,
     PREDICTION_SUFFIXES,
     SERVERS,
@@ -67,7 +69,9 @@ def check_evaluation(config: RunConfig, directory: RunDirectory) -> None:
     check_inputs(config, training=False)
 
 
-def check_export(directory: RunDirectory, to: str, output_dir: str, server: str | None = None) -> None:
+def check_export(
+    directory: RunDirectory, to: str, output_dir: str, server: str | None = None, gguf_type: str | None = None
+) -> None:
     """Raise InputError for an export in an unknown form, of a run without an adapter, or to a directory with files."""
     if to not in EXPORT_FORMS:
         raise InputError(f"--to {to!r} is unknown; write {' or '.join(EXPORT_FORMS)}.")
@@ -75,6 +79,12 @@ def check_export(directory: RunDirectory, to: str, output_dir: str, server: str 
         raise InputError(f"--for {server!r} is unknown; write {' or '.join(SERVERS)}, or leave it out.")
     if server is not None and to != "lora":
         raise InputError(f"--for {server} is about LoRA adapters; write --to lora, or leave it out.")
+    if gguf_type is not None and gguf_type not in GGUF_TYPES:
+        raise InputError(f"--gguf_type {gguf_type!r} is unknown; write {' or '.join(GGUF_TYPES)}.")
+    if gguf_type is not None and to not in IN_GGUF:
+        raise InputError(
+            f"--gguf_type is about files for llama.cpp; write --to {' or '.join(IN_GGUF)}, or leave it out."
+        )
     directory.check_adapter()
     check_form(RunConfig.load(directory.config_file).method, to)
     check_destination(output_dir)

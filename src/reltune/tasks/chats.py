@@ -148,9 +148,9 @@ def _shows(text: str, message: Mapping[str, Any]) -> bool:
     return not isinstance(said, str) or "".join(said.split()) in "".join(text.split())
 
 
-def as_text(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A chat as the template writes it, before it becomes tokens."""
-    return str(_applied(chat, tokenizer, tokenize=False, return_dict=False))
+def as_text(chat: Chat, tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> str:
+    """A chat as the template writes it, before it becomes tokens; of a ``prompt``, with what opens the answer."""
+    return str(_applied(chat, tokenizer, tokenize=False, return_dict=False, add_generation_prompt=prompt))
 
 
 def examples_of(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[Span]]]:
