@@ -65,3 +65,5 @@ TASKS = (
     "preference",
     "image_classification",
 )
+CONTINUING = ("causal_lm", "preference")  # tasks whose model goes on with a text
+WRITING = (*CONTINUING, "seq2seq")  # tasks whose model writes texts

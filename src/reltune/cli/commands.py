@@ -295,6 +295,73 @@ def predict(
 
 
 @app.command()
+def chat(
+    tuned: TunedModel,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Let the base model answer too, before the tuned one.")
+    ] = False,
+    system_prompt: Annotated[
+        str | None,
+        typer.Option("--system_prompt", metavar="TEXT", help="What the model is told before the chat begins."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max_new_tokens", metavar="N", min=1, help="Tokens of an answer, at most.")
+    ] = None,
+    do_sample: Annotated[
+        bool | None,
+        typer.Option(
+            "--do_sample/--no_do_sample",
+            help="Draw each token by its probability, or take the likeliest.",
+            show_default=False,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", metavar="X", min=0.01, help="Below 1, likely tokens are drawn more often."),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            "--top_p", metavar="X", min=0.01, max=1, help="Draw from the likeliest tokens that have this probability."
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top_k", metavar="N", min=1, help="Draw from this many likeliest tokens.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            "--repetition_penalty", metavar="X", min=0.01, help="Above 1, tokens that are there already are rarer."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", min=0, help="Draw the same tokens every time.")
+    ] = None,
+) -> None:
+    """Talk to the tuned model, in the terminal or through a pipe: a question on each line.
+
+    /reset forgets what was said, /quit ends. What is not given is as the model's generation_config.json has it.
+    """
+    from reltune.runs.preflight import check_chat
+
+    check_chat(tuned, compare)
+    drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    if do_sample is None and any(value is not None for value in drawn.values()):
+        do_sample = True
+    wanted = {
+        **drawn,
+        "max_new_tokens": max_new_tokens,
+        "do_sample": do_sample,
+        "repetition_penalty": repetition_penalty,
+    }
+    from reltune.cli.chat import converse
+    from reltune.runs import flow
+
+    sampling = {name: value for name, value in wanted.items() if value is not None}
+    converse(flow.chat(tuned, compare, system_prompt, sampling, seed))
+
+
+@app.command()
 def config(
     defaults: Annotated[bool, typer.Option("--defaults", help="Every field with its default, as YAML.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="A JSON Schema of it, for editors.")] = False,

@@ -9,6 +9,7 @@ from typing import Any
 
 from reltune.config.run_config import RunConfig
 from reltune.files import write_json, write_text
+from reltune.names import CONTINUING
 from reltune.plan.plan import Plan
 from reltune.runs.directory import TASK
 from reltune.tasks.classes import ClassTask
@@ -77,7 +78,7 @@ tags:
     _write(path, card, task)
 
 
-def describe_lora(path: Path, config: RunConfig, task: Task) -> None:
+def describe_lora(path: Path, config: RunConfig, task: Task, asked_in: str) -> None:
     """Write the card of an exported LoRA adapter, and its task with what predictions need of the run's config."""
     model_name_or_path = config.model_name_or_path
     card = f"""---
@@ -94,10 +95,10 @@ tags:
 PEFT loads it without reltune, on the base model above: `PeftModel.from_pretrained(base_model, "this directory")`.
 `{TASK}` says what it is for in a form that programs can read; `reltune predict` goes by it.
 """
-    _write(path, card, task, _settings(config, task))
+    _write(path, card, task, _settings(config, task, asked_in))
 
 
-def describe_merged(path: Path, config: RunConfig, task: Task) -> None:
+def describe_merged(path: Path, config: RunConfig, task: Task, asked_in: str) -> None:
     """Write the card of a merged model, and its task with what predictions need of the run's config."""
     card = f"""---
 base_model: {config.model_name_or_path}
@@ -114,13 +115,14 @@ read; `reltune predict` goes by it.
     own = (
         dataclasses.replace(task, head_labels=None) if isinstance(task, ClassTask) else task
     )  # its head's names are the task's
-    _write(path, card, own, _settings(config, task))
+    _write(path, card, own, _settings(config, task, asked_in))
 
 
-def _settings(config: RunConfig, task: Task) -> dict[str, Any]:
-    """The fields of a run's config by which examples are made and predicted."""
+def _settings(config: RunConfig, task: Task, asked_in: str) -> dict[str, Any]:
+    """The fields of a run's config by which examples are made and predicted; and how a model that writes was asked."""
     names = dict.fromkeys(("max_length", "max_new_tokens", *task.fields))
-    return {"settings": {name: getattr(config, name) for name in names}}
+    settings = {"settings": {name: getattr(config, name) for name in names}}
+    return {**settings, "asked_in": asked_in} if task.name in CONTINUING else settings
 
 
 def _listed(facts: list[str]) -> str:

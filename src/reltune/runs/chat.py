@@ -1,23 +1,168 @@
-"""Talking to a tuned model: a conversation that its tokenizer's chat template writes, or texts that the model goes on from."""
+"""Talking to a tuned model, question after question, as training has asked it."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from reltune.data.rows import Row
+from reltune.errors import InputError
+from reltune.runs.asking import asked_in
 from reltune.runs.directory import RunDirectory
-from reltune.runs.kept_rows import kept
-from reltune.tasks.task import Task
+from reltune.runs.tuned import Tuned
+from reltune.tasks.causal_lm import CausalLM
+from reltune.tasks.generation import ends_of
+from reltune.tasks.task import RowProblem, Task
+
+LONGEST = 512  # tokens of an answer, where neither the user nor the model's generation_config.json says
+IN_TEXT = CausalLM({"text": "text"})
+IN_CHAT = CausalLM({"messages": "messages"})
+BY_INSTRUCTION = CausalLM({name: name for name in ("instruction", "output", "system", "history")})
 
 
-def asked_in(task: Task, tokenizer: Any, run: RunDirectory) -> str:
-    """How training asked the model of a run: in a "chat", by an "instruction" (Alpaca's prompt) or by a "text" as it stands."""
-    template = getattr(tokenizer, "chat_template", None) is not None
-    if "messages" in task.asked:
-        return "chat"
-    if "instruction" in task.asked:
-        return "chat" if template else "instruction"
-    if "text" in task.asked or not template:
-        return "text"
-    rows = kept(run.kept_rows / "test.jsonl", "") or ()
-    values = [row.values.get(column) for row in rows[:1] for column in task.columns.values()]
-    return "text" if values and not any(isinstance(value, list) for value in values) else "chat"
+class Conversation:
+    """A conversation with a model; texts that it goes on from, and sources that it writes a target for, stand by themselves.
+
+    Args:
+        model, tokenizer: as ``Tuned.load`` gives them.
+        form: how it is asked, as ``asked_in`` says.
+        system: what the model is told before a chat begins.
+        sampling: fields of ``GenerationConfig``; what is not given is as the model's own settings have it.
+        base: whether the model without what was tuned answers.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        model: Any,
+        tokenizer: Any,
+        form: str,
+        system: str | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        base: bool = False,
+    ) -> None:
+        if system is not None and form == "text":
+            raise InputError(
+                "the model goes on from texts as they stand, which have no system prompt; leave --system_prompt out."
+            )
+        if base and not hasattr(model, "disable_adapter"):
+            raise InputError("a merged model has no base beside it; name the run or its LoRA adapter.")
+        self.task, self.model, self.tokenizer, self.form = task, model, tokenizer, form
+        self.system, self.sampling, self.base = system, dict(sampling or {}), base
+        self.turns: list[tuple[str, str]] = []  # questions with their answers
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        self.turns = []
+
+    def answer(self, question: str) -> Iterator[str]:
+        """The answer to a question, part by part as it is written. An answer that is not waited for to its end is stopped, and
+        what there is of it is kept.
+
+        Raises InputError for a question that is empty, that the chat template refuses or that leaves no room for an answer.
+        """
+        inputs, settings = self._asked(question)
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stopped, failed = _Stopped(), []
+
+        def write() -> None:
+            try:
+                with torch.no_grad():
+                    self.model.generate(
+                        **inputs,
+                        generation_config=settings,
+                        streamer=streamer,
+                        stopping_criteria=StoppingCriteriaList([stopped]),
+                    )
+            except Exception as error:
+                failed.append(error)
+                streamer.end()
+
+        writer = threading.Thread(target=write, daemon=True)
+        parts: list[str] = []
+        with self.model.disable_adapter() if self.base else contextlib.nullcontext():
+            writer.start()
+            try:
+                for part in streamer:
+                    parts.append(part)
+                    yield part
+            finally:
+                stopped.set()
+                writer.join()
+                if not failed:
+                    self.turns.append((question, "".join(parts).strip()))
+        if failed:
+            raise failed[0]
+
+    def _asked(self, question: str) -> tuple[dict[str, Any], GenerationConfig]:
+        """What ``generate`` is given for a question, and its settings."""
+        settings = GenerationConfig.from_dict({**self.model.generation_config.to_dict(), **self.sampling})
+        settings.pad_token_id = self.tokenizer.pad_token_id
+        ends = ends_of(self.model, self.tokenizer)
+        if self.task.name == "seq2seq":
+            ids, stop = self.tokenizer(question)["input_ids"], None
+        else:
+            ids, stop = self._prompt(question)
+        room = self.tokenizer.model_max_length - (0 if self.task.name == "seq2seq" else len(ids))
+        if room < 1:
+            raise InputError(
+                f"the conversation has {len(ids)} tokens, which leaves the model no room for an answer; begin anew."
+            )
+        settings.eos_token_id = sorted({*ends, *([] if stop is None else [stop])}) or None
+        settings.max_length = None
+        settings.max_new_tokens = min(settings.max_new_tokens or LONGEST, room)
+        tokens = torch.tensor([ids], device=self.model.device)
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, settings
+
+    def _prompt(self, question: str) -> tuple[list[int], int | None]:
+        """The tokens that the model goes on from, and the one that ends its answer where the model's settings do not say."""
+        if self.form == "chat":
+            messages = [{"role": "system", "content": self.system}] if self.system else []
+            for asked, answered in self.turns:
+                messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+            messages.append({"role": "user", "content": question})
+            task, values = IN_CHAT, dict[str, Any](messages=messages)
+        elif self.form == "instruction":
+            task = BY_INSTRUCTION
+            values = {"instruction": question, "system": self.system, "history": list(map(list, self.turns))}
+        else:
+            task, values = IN_TEXT, {"text": question}
+        row = Row(values, 1)
+        try:
+            prompt = task.question(row, self.tokenizer)
+        except RowProblem as problem:
+            raise InputError(f"the question cannot be asked: {problem}.") from problem
+        return list(prompt.ids), prompt.stop
+
+
+class _Stopped(StoppingCriteria):
+    """Stops an answer that nobody waits for any longer."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        self._event.set()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **options: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self._event.is_set(), device=input_ids.device)
+
+
+def conversations(
+    path: str | Path, compare: bool = False, system: str | None = None, sampling: Mapping[str, Any] | None = None
+) -> dict[str, Conversation]:
+    """A conversation with the tuned model of a run or an export, under "tuned"; to ``compare``, one with its base before it."""
+    tuned = Tuned.open(path)
+    model, tokenizer = tuned.load()
+    run = RunDirectory(tuned.path) if tuned.kept_as == "run" else None
+    form = tuned.asked_in or asked_in(tuned.task, tokenizer, run)
+    whom = {"base": True, "tuned": False} if compare else {"tuned": False}
+    return {
+        name: Conversation(tuned.task, model, tokenizer, form, system, sampling, base) for name, base in whom.items()
+    }

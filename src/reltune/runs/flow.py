@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from transformers.trainer_utils import set_seed
 
 from reltune.config.run_config import RunConfig
 from reltune.data.bad_rows import in_words
@@ -23,7 +26,8 @@ from reltune.report.record import LMEvalRecord, RunRecord
 from reltune.runs import prediction as predictions
 from reltune.runs import preflight, stages
 from reltune.runs import sweep as sweeps
-from reltune.runs.comparison import compare
+from reltune.runs.chat import Conversation, conversations
+from reltune.runs.comparison import compare as compare_with_baselines
 from reltune.runs.directory import RunDirectory
 from reltune.runs.export import lora_summary
 from reltune.runs.materials import Materials, noting, prepare, prepare_evaluation, prepare_export, task_of_run
@@ -122,7 +126,7 @@ def evaluate_and_report(started: Started, baselines: bool = False) -> RunRecord 
     """Evaluate, compare with the baselines if wanted, and write the report; its record, in the first process."""
     results = stages.evaluate(started.materials, started.directory)
     if baselines:
-        compare(started.materials, started.directory, results)
+        compare_with_baselines(started.materials, started.directory, results)
     processes = Processes.joined()
     record = None
     with processes.together():
@@ -224,3 +228,19 @@ def predict(
         count = sum(map(len, done.skipped.values()))
         warnings.warn(f"{input_file}: {count} bad rows are left out, with {in_words(done.skipped)}.", stacklevel=2)
     return done
+
+
+def chat(
+    path: str,
+    compare: bool = False,
+    system: str | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+) -> dict[str, Conversation]:
+    """Conversations with a tuned model, and to ``compare`` with its base, by name."""
+    preflight.check_chat(path, compare)
+    with noting():
+        made = conversations(path, compare, system, sampling)
+    if seed is not None:
+        set_seed(seed)
+    return made

@@ -149,7 +149,7 @@ def _add_shape(writer: Any, config: PreTrainedConfig, model: Any) -> None:
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     rope = _rope(config)
-    writer.add_name(Path(str(config.name_or_path)).stem or config.model_type)
+    writer.add_name(Path(str(config.name_or_path)).name.removesuffix(".gguf") or "model")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -242,7 +242,7 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, rows: int) -
     kind, split = check_tokenizer(tokenizer)
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    tokens, types = _tokens(tokenizer, rows)
+    tokens, types = _tokens(tokenizer, rows, kind)
     writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)
@@ -269,17 +269,18 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, rows: int) -
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[list[str], list[int]]:
+def _tokens(tokenizer: PreTrainedTokenizerBase, rows: int, kind: str) -> tuple[list[str], list[int]]:
     """Each token and its type by its number; numbers that no token has are unused ones."""
     tokens, types = [f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows
     added = tokenizer.added_tokens_decoder
     for token, i in tokenizer.get_vocab().items():
         if i >= rows:
             continue
-        byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-        tokens[i], types[i] = token, BYTE if byte else NORMAL
+        tokens[i], types[i] = token, NORMAL
         if i in added:
             types[i] = CONTROL if added[i].special else USER_DEFINED
+        if kind == "llama" and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            types[i] = BYTE
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in (
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,

@@ -11,7 +11,7 @@ from pathlib import Path
 from reltune.config.run_config import RunConfig
 from reltune.data.text_files import check_text_file
 from reltune.errors import InputError
-from reltune.files import check_destination, model_directory_problem
+from reltune.files import check_destination, model_directory_problem, read_json
 from reltune.methods.registry import METHODS
 from reltune.names import (
     CRITERIA,
@@ -22,6 +22,7 @@ from reltune.names import (
     PREDICTION_SUFFIXES,
     SERVERS,
     WITH_DIRECTIONS,
+    WRITING,
 )
 from reltune.plan.budget import check_budget
 from reltune.plan.granularities import ALONE, check_together
@@ -139,6 +140,20 @@ def check_prediction(path: str, input_file: str, output_file: str, on_bad_rows: 
     if not os.access(target.absolute().parent, os.W_OK | os.X_OK):
         raise InputError(
             f"--output_file {output_file} cannot be written, because its directory does not allow it; name another one."
+        )
+
+
+def check_chat(path: str, compare: bool) -> None:
+    """Raise InputError for a directory without a tuned model that writes texts; and to ``compare``, for one without its base."""
+    form, folder = kept_as(path)
+    name = read_json(folder / TASK).get("name") if (folder / TASK).is_file() else RunDirectory.open(folder)[1].task
+    if name not in WRITING:
+        raise InputError(
+            f"{path} is tuned for {name}, which writes no texts; ask it with `reltune predict` (chat is for {', '.join(WRITING)})."
+        )
+    if compare and form == "model":
+        raise InputError(
+            f"--compare: {path} is a merged model, which has no base beside it; name the run or its LoRA adapter."
         )
 
 

@@ -30,7 +30,7 @@ from reltune.layers.registry import layer_type
 from reltune.layers.units import has_directions
 from reltune.methods.contract import Base, Trainable
 from reltune.methods.registry import METHODS
-from reltune.names import IN_GGUF, WITHOUT_DATA
+from reltune.names import CONTINUING, IN_GGUF, WITHOUT_DATA
 from reltune.notes import note
 from reltune.plan.budget import parse_budget
 from reltune.plan.granularities import check_together
@@ -47,8 +47,8 @@ from reltune.relevance.weights.scan import analyze_checkpoint
 from reltune.report.record import LMEvalRecord
 from reltune.runs import export as exporting
 from reltune.runs import lm_evaluation, training
+from reltune.runs.asking import asked_in
 from reltune.runs.cards import describe_adapter, describe_lora, describe_merged, describe_method
-from reltune.runs.chat import asked_in
 from reltune.runs.data_record import record_bad_rows, record_data
 from reltune.runs.directory import ADAPTER_FILES, RunDirectory
 from reltune.runs.evaluation import evaluate as measure_metrics
@@ -58,7 +58,6 @@ from reltune.runs.ollama import write_modelfile
 from reltune.tasks.registry import TASKS
 from reltune.tasks.task import Task
 
-WRITE_ON = ("causal_lm", "preference")  # tasks whose model goes on with a text
 WITHOUT_NEW_HEADS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # PEFT's task types that train no head by themselves
 
 
@@ -486,9 +485,9 @@ def measure_lm_eval(materials: ModelMaterials, tuned: Any) -> LMEvalRecord | Non
 def check_export(config: RunConfig, task: Task, to: str) -> None:
     """Raise InputError where the run's model cannot be written in a form, before it is loaded."""
     if to in IN_GGUF:
-        if task.name not in WRITE_ON:
+        if task.name not in CONTINUING:
             raise InputError(
-                f"--to {to} is for language models that go on with a text ({', '.join(WRITE_ON)}), and this run's task is {task.name}; use --to merged."
+                f"--to {to} is for language models that go on with a text ({', '.join(CONTINUING)}), and this run's task is {task.name}; use --to merged."
             )
         check_architecture(config.model_name_or_path)
         if not config.model_name_or_path.endswith(".gguf"):
@@ -507,21 +506,22 @@ def export(
     file in one of ``names.GGUF_TYPES``."""
     check_destination(output_dir)
     model = load_tuned(materials, run)
+    asked = asked_in(materials.task, materials.tokenizer, run)
     if to == "lora":
         path = exporting.to_lora(model, output_dir, one_rank=server == "vllm")
         materials.saved_tokenizer().save_pretrained(str(path))
-        describe_lora(path, materials.config, materials.task)
+        describe_lora(path, materials.config, materials.task, asked)
         return path
     if to == "merged":
         path = exporting.to_merged(model, materials.saved_tokenizer(), output_dir)
-        describe_merged(path, materials.config, materials.task)
+        describe_merged(path, materials.config, materials.task, asked)
         return path
     if to in IN_GGUF:
         name, tokenizer = materials.config.model_name_or_path, materials.saved_tokenizer()
         file = exporting.to_gguf(model, tokenizer, output_dir, gguf_type, name if name.endswith(".gguf") else None)
-        if to == "ollama":
-            form = asked_in(materials.task, tokenizer, run)
-            if untranslated := write_modelfile(file.parent, file.name, model, tokenizer, form):
-                note(untranslated)
-        return file.parent if to == "ollama" else file
+        if to == "gguf":
+            return file
+        if untranslated := write_modelfile(file.parent, file.name, model, tokenizer, asked):
+            note(untranslated)
+        return file.parent
     raise ValueError(f"nothing writes the form {to!r}.")

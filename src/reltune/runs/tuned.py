@@ -28,12 +28,14 @@ class Tuned:
         path: the directory that holds it.
         kept_as: "run"; of exports "adapter", on its base, or "model".
         config: the run's config; of an export what its ``task.json`` says of it.
+        asked_in: of an export, how a model that writes was asked in training (``asking.asked_in``).
     """
 
     path: Path
     kept_as: str
     config: RunConfig
     task: Task
+    asked_in: str | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> Tuned:
@@ -54,7 +56,7 @@ class Tuned:
             task = task_of_record(record, **vars(config))
         except (AttributeError, InputError, TypeError) as error:
             raise InputError(f"{folder / TASK} cannot be used ({first_line(error)}); export the run again.") from error
-        return cls(folder, kind, config, task)
+        return cls(folder, kind, config, task, record.get("asked_in"))
 
     def load(self) -> tuple[Any, Any]:
         """The model in evaluation mode on the device that training would use, with its tokenizer."""
