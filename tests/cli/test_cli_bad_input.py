@@ -417,7 +417,11 @@ def test_stages_that_were_done(place: Place) -> None:
 
 def test_exports(place: Place) -> None:
     done = place / "done"
-    assert_refused(reltune("export", done, "--to", "onnx", "--output_dir", place / "new"), "'onnx'", "lora or merged or gguf or ollama")
+    assert_refused(
+        reltune("export", done, "--to", "onnx", "--output_dir", place / "new"),
+        "'onnx'",
+        "lora or merged or gguf or ollama",
+    )
     assert_refused(reltune("export", done, "--output_dir", place / "new"), "--to")
     assert_refused(reltune("export", done, "--to", "lora"), "--output_dir")
     assert_refused(reltune("export", done, "--to", "lora", "--output_dir", place / "model"), "model", "holds files")
