@@ -36,6 +36,7 @@ EXPORT_FORMS = {
     "ollama": "that file with a Modelfile",
 }
 IN_GGUF = ("gguf", "ollama")  # of these
+CHAT_TEMPLATES = ("chatml", "llama3", "zephyr", "alpaca")  # that come with reltune: tasks/chat_templates.py
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")  # what a GGUF file can hold matrices in
 GGUF_TYPE = "f16"  # if none is named
 SERVERS = {"vllm": "one rank for all modules, padded with zeros"}  # that want a LoRA adapter in a form of their own

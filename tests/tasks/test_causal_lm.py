@@ -446,3 +446,19 @@ def test_a_bert_is_no_decoder(tmp_path: Path) -> None:
     save_tiny_bert(tmp_path)
     with pytest.raises(InputError, match="masked_lm"):
         CausalLM().load_model(tmp_path)
+
+
+def test_texts_to_go_on_from(models: Path) -> None:
+    """As training has them before what follows: without the end that the tokenizer adds, with special tokens that stand there."""
+    from tokenizers.processors import TemplateProcessing
+
+    from reltune.tasks.causal_lm import _opened
+
+    tokenizer = CausalLM().load_tokenizer(models / "llama")
+    good, end = tokenizer("good")["input_ids"], tokenizer.eos_token
+    assert _opened("good", tokenizer).ids == good
+    assert _opened(f"good {end}", tokenizer).ids == [*good, tokenizer.eos_token_id]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    assert _opened("good", tokenizer).ids == good

@@ -7,7 +7,7 @@ from dataclasses import field
 
 from reltune.config.fields import Subject, about
 from reltune.errors import InputError
-from reltune.names import DATASETS, ON_BAD_ROWS, TASKS, WITHOUT_DATA
+from reltune.names import CHAT_TEMPLATES, DATASETS, ON_BAD_ROWS, TASKS, WITHOUT_DATA
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -82,6 +82,14 @@ class DataConfig(Subject):
     )
     max_length: int = field(
         default=128, metadata=about("Longest example in tokens; longer examples are cut.", "N", least=1)
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata=about(
+            "For chats: write them by this template instead of the model's own: a file in Jinja's language, or one of "
+            f"{', '.join(CHAT_TEMPLATES)}. It is saved with the tuned model's tokenizer.",
+            "FILE|NAME",
+        ),
     )
     completion_only_loss: bool | None = field(
         default=None,

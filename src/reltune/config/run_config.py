@@ -23,14 +23,14 @@ from reltune.config.selection import SelectionConfig
 from reltune.config.training import TrainingConfig
 from reltune.errors import InputError, nearest
 from reltune.files import write_text
-from reltune.names import CRITERIA, IN_A_LORA_FILE, WITHOUT_DATA
+from reltune.names import CRITERIA, IN_A_LORA_FILE, IN_GGUF, WITHOUT_DATA
 from reltune.relevance.entry_points import criterion_of_package, known_criteria
 
 # The order in which flags, YAML files and the schema show the fields. A new field of a subject is entered here too.
 ORDER = """
     model_name_or_path output_dir
     train_file dataset_name dataset_config dataset_path validation_file test_file
-    task text_column text_pair_column label_column encoding on_bad_rows streaming max_length completion_only_loss packing
+    task text_column text_pair_column label_column encoding on_bad_rows streaming max_length chat_template completion_only_loss packing
     max_new_tokens generation_examples report_examples beta loss_type forgetting_file
     lm_eval_tasks lm_eval_num_fewshot lm_eval_limit lm_eval_batch_size lm_eval_apply_chat_template
     load_in_4bit load_in_8bit method lora_r lora_alpha lora_dropout rank_by early_stopping_patience sweep sweep_trials
@@ -109,9 +109,9 @@ class RunConfig(
                 f"export lora: a LoRA file cannot hold what granularity {other} trains, {what}; add --granularity direction, or take "
                 "--export merged."
             )
-        if self.export == "merged" and (self.load_in_4bit or self.load_in_8bit):
+        if self.export in ("merged", *IN_GGUF) and (self.load_in_4bit or self.load_in_8bit):
             raise InputError(
-                "export merged: an adapter cannot be merged into a base in 4 or 8 bits, which would round what was trained; leave "
+                f"export {self.export}: an adapter cannot be merged into a base in 4 or 8 bits, which would round what was trained; leave "
                 "--export out and run the adapter unmerged, or load the base whole."
             )
 

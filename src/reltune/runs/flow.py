@@ -34,6 +34,7 @@ from reltune.runs.materials import Materials, noting, prepare, prepare_evaluatio
 from reltune.runs.prediction import Predicted
 from reltune.runs.summary import read_lm_eval, report
 from reltune.runs.tuned import Tuned
+from reltune.tasks.chat_templates import text_of
 
 
 @dataclasses.dataclass
@@ -74,6 +75,7 @@ def start(config: RunConfig, overwrite: bool = False, select: bool = True) -> St
     """
     directory, processes = RunDirectory(config.output_dir), Processes.joined()
     with processes.together():
+        config.chat_template = text_of(config.chat_template)  # whatever becomes of the file
         if config.sweep:
             sweeps.space(config)
         resumed = not overwrite and directory.continues(config)

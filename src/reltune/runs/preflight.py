@@ -27,6 +27,7 @@ from reltune.names import (
 from reltune.plan.budget import check_budget
 from reltune.plan.granularities import ALONE, check_together
 from reltune.runs.directory import ADAPTER_CONFIG, CONFIG, TASK, RunDirectory
+from reltune.tasks.chat_templates import text_of
 
 FILES = ("train_file", "validation_file", "test_file", "forgetting_file")
 
@@ -39,6 +40,7 @@ def check_new_run(config: RunConfig, overwrite: bool) -> None:
         check_form(config.method, config.export)
     check_selection(config)
     check_inputs(config)
+    text_of(config.chat_template)
     directory = RunDirectory(config.output_dir)
     if overwrite or not directory.is_unfinished():
         directory.check_new(overwrite)

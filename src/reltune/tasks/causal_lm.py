@@ -87,6 +87,7 @@ class CausalLM(DecoderTask):
     max_length: int = 1024
     max_new_tokens: int = 64
     generation_examples: int = 64
+    chat_template: str | None = None
 
     name: ClassVar[str] = "causal_lm"
     loss: ClassVar[str] = "causal_lm"
@@ -96,6 +97,7 @@ class CausalLM(DecoderTask):
     predicts: ClassVar[tuple[str, ...]] = ("prediction",)
     fields: ClassVar[tuple[str, ...]] = (
         *("completion_only_loss", "packing", "max_length", "max_new_tokens", "generation_examples"),
+        "chat_template",
     )
 
     @property
@@ -400,13 +402,11 @@ def _completed(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase)
 
 
 def _opened(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """A text that is to be continued. A space at its end is left to the model, as it is part of the token that follows."""
+    """A text that is to be continued: without what the tokenizer puts behind every text, and without a space at its end, which is part
+    of the token that follows."""
     ids = tokens_of(text, tokenizer)
-    if text.endswith(" "):
-        ids = ids[: shared(ids, tokens_of(text + STAND_IN, tokenizer))]
-    while (
-        ids and ids[-1] in tokenizer.all_special_ids and ids[-1] != tokenizer.bos_token_id
-    ):  # the tokenizer ends every text with it
+    kept = shared(ids, tokens_of(text + STAND_IN, tokenizer))
+    while len(ids) > kept and (text.endswith(" ") or ids[-1] in tokenizer.all_special_ids):
         ids.pop()
     return Prompt(ids, text, "", len(ids))
 

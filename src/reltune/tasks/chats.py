@@ -56,8 +56,8 @@ def rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase, prompt: bool = Fals
     """
     if tokenizer.chat_template is None:
         raise InputError(
-            "the model's tokenizer has no chat template, which rows of messages need; use an instruction-tuned model, or "
-            "rows of prompt and completion texts."
+            "the model's tokenizer has no chat template, which rows of messages need; give it one (--chat_template chatml), "
+            "or use an instruction-tuned model."
         )
     return list(_applied(chat, tokenizer, add_generation_prompt=prompt)["input_ids"]) if chat.messages else []
 

@@ -19,14 +19,27 @@ from transformers import (
 
 from reltune.errors import InputError
 from reltune.pretrained import as_it_is, load_config, load_model
+from reltune.tasks.chat_templates import with_chat_template
 from reltune.tasks.task import Task
 
 
 class DecoderTask(Task):
-    """A task on a language model that continues texts, trained by one of TRL's trainers."""
+    """A task on a language model that continues texts, trained by one of TRL's trainers.
+
+    Attributes:
+        chat_template: by which chats are written, as ``chat_templates.text_of`` takes it; None for the model's own.
+    """
 
     peft_task_type: ClassVar[str | None] = "CAUSAL_LM"
     padding_sides: ClassVar[tuple[str, ...]] = ("right",)
+
+    chat_template: str | None
+
+    def load_tokenizer(self, model_name_or_path: str | os.PathLike) -> Any:
+        return with_chat_template(super().load_tokenizer(model_name_or_path), self.chat_template)
+
+    def saved_tokenizer(self, model_name_or_path: str | os.PathLike) -> Any:
+        return with_chat_template(super().saved_tokenizer(model_name_or_path), self.chat_template)
 
     @property
     def best(self) -> str:

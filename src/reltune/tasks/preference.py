@@ -85,6 +85,7 @@ class Preference(DecoderTask):
     columns: Columns = field(default_factory=lambda: {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"})
     beta: float = 0.1
     loss_type: str = "sigmoid"
+    chat_template: str | None = None
 
     name: ClassVar[str] = "preference"
     loss: ClassVar[str] = "preference"
@@ -93,7 +94,7 @@ class Preference(DecoderTask):
     trainer_class: ClassVar[type[Trainer]] = PairTrainer
     # A pair is two sequences: as many of these as other tasks have.
     defaults: ClassVar[dict[str, Any]] = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 32}
-    fields: ClassVar[tuple[str, ...]] = ("beta", "loss_type")
+    fields: ClassVar[tuple[str, ...]] = ("beta", "loss_type", "chat_template")
     told: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
     predicts: ClassVar[tuple[str, ...]] = ("prediction",)
 
