@@ -73,7 +73,7 @@ def predict(
     batch_size = batch_size or int(usual)
     longest = min(tuned.config.max_length, getattr(tokenizer, "model_max_length", tuned.config.max_length))
     count = 0
-    with _writing(output_file, columns, task) as write, tqdm(total=total, desc="predict", unit=task.unit) as bar:
+    with _writing(output_file, columns, task) as write, tqdm(total=total, desc="predict", unit="row") as bar:
         passed = iter(rows)
         while chunk := list(itertools.islice(passed, BATCHES * batch_size)):
             found = task.predict(
