@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from command_line import Answer, assert_refused, contents, reltune, review_rows
+from reltune.errors import InputError
 from task_cases import write_rows
 from tiny_models import CHAT, WORDS, save_tiny_bert, save_tiny_llama, save_tiny_masked, tiny_tokenizer
 
@@ -386,3 +387,17 @@ def test_what_cannot_be_predicted_is_refused(place: Path, tmp_path: Path) -> Non
     refused(run, "--input_file", tmp_path / "taken.csv", *out, named="a column 'prediction'")
     refused(run, "--input_file", tmp_path / "other.csv", *out, named="no column 'text'")
     assert contents(tmp_path) == before
+
+
+def test_words_in_rows_of_their_own_are_refused(tmp_path: Path) -> None:
+    """They would be tagged one by one, without the words around them."""
+    from reltune.runs.prediction import read_questions
+    from reltune.tasks.token_classification import TokenClassification
+
+    file = tmp_path / "words.csv"
+    file.write_text("sentence_id,word,tag\n1,good,O\n1,film,O\n2,bad,O\n")
+    task = TokenClassification(labels=["O", "B-X"], columns={"tokens": "word", "tags": "tag"})
+    with pytest.raises(InputError, match="one word in each row"):
+        read_questions(task, str(file), "utf-8")
+    file.write_text("word\ngood film\nbad\n")
+    assert [row.values["word"] for row in read_questions(task, str(file), "utf-8")] == ["good film", "bad"]

@@ -55,7 +55,9 @@ def run_program(app: typer.Typer) -> NoReturn:
             common=True,
         )
     except BrokenPipeError:  # whoever reads the output has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at the end
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # else Python complains when it flushes at the end
         raise SystemExit(1) from None
     except Exception as error:
         if debug:

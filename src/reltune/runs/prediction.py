@@ -17,10 +17,12 @@ from typing import Any, NamedTuple, TextIO
 from tqdm.auto import tqdm
 
 from reltune.data.bad_rows import in_words
+from reltune.data.columns import LOOKED_AT
 from reltune.data.layout import known_layout
 from reltune.data.rows import Record, Rows
 from reltune.data.sources import read_splits
 from reltune.data.streams import StreamedRows
+from reltune.data.tagged_words import one_word_each, sentence_column
 from reltune.data.text_files import format_of
 from reltune.errors import InputError
 from reltune.runs.evaluation import DEFAULTS
@@ -95,6 +97,11 @@ def read_questions(task: Task, source: str, encoding: str) -> StreamedRows:
     ``READ``. Rows that cannot be predicted are skipped."""
     rows = _streamed(source, encoding).checked(lambda row: None, "skip")
     rows = rows.mapped(lambda values: {**values, READ: values})
+    tokens = task.asked.get("tokens")
+    if tokens and sentence_column(rows.columns) and one_word_each(rows.take(LOOKED_AT), tokens, tokens):
+        raise InputError(
+            f"{source} has one word in each row; write the words of a sentence in one row, with spaces between or as a list."
+        )
     layout = known_layout(rows, task.name, task.asked, getattr(task, "labels", ()))
     read = layout.read(rows)
     assert isinstance(read, StreamedRows)
