@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, T5Config, T5ForConditionalGeneration
 
 from command_line import Answer, assert_refused, reltune, review_rows, write_csv
 from reltune.cli.chat import converse
 from reltune.errors import InputError
 from reltune.runs.chat import Conversation, conversations
+from reltune.tasks.seq2seq import Seq2Seq
 from task_cases import write_rows
-from tiny_models import CHAT, save_tiny_bert, save_tiny_llama
+from tiny_models import CHAT, save_tiny_bert, save_tiny_llama, tiny_tokenizer
 
 QUESTIONS = ["film good not", "very bad"]
 LOUD = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}" + CHAT
@@ -165,6 +166,22 @@ def test_texts_and_instructions_stand_as_training_had_them(tmp_path: Path) -> No
     asked.turns = [("bad", "film")]
     text = "### Instruction:\nbad\n\n### Response:\nfilm\n\n### Instruction:\ngood\n\n### Response:\n"
     assert asked._asked("good")[0]["input_ids"][0].tolist() == tokenizer(text)["input_ids"]
+
+
+def test_a_model_that_writes_targets(tmp_path: Path) -> None:
+    """Each source stands by itself; the answer is what the model generates."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "[SEP]"
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, eos_token_id=3)).eval()
+    conversation = Conversation(Seq2Seq(), model, tokenizer, "text", sampling={"max_new_tokens": 6})
+    for question in QUESTIONS:
+        tokens = model.generate(
+            tokenizer(question, return_tensors="pt")["input_ids"], max_new_tokens=6, do_sample=False
+        )
+        expected = tokenizer.decode(tokens[0], skip_special_tokens=True)
+        assert "".join(conversation.answer(question)).strip() == expected.strip()
 
 
 def test_models_that_do_not_write_are_refused(place: Path, tmp_path: Path) -> None:
