@@ -207,8 +207,6 @@ def prepare(config: RunConfig, run: RunDirectory | None = None) -> Materials:
         recorded = read_task(run, config) if run else None
         task, splits = read_data(config, recorded)
         config.task = task.name
-        if config.chat_template is not None and "chat_template" not in task.fields:
-            raise InputError(f"chat_template is given, and {task.name} has no chats; leave it out.")
         if run is None:
             task = task.suited_to(load_config(config.model_name_or_path))
         tokenizer = task.load_tokenizer(config.model_name_or_path)
