@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reltune.errors import InputError
-from reltune.files import check_destination, make_directory
+from reltune.files import check_destination, whole_directory
 from reltune.layers.quantised import is_quantised
 from reltune.tuner.layer import ReltuneLayer
 from reltune.tuner.quantised import MERGED_IS_ROUNDED
@@ -37,11 +37,16 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank can
 
 
 def to_lora(
-    model: PeftModel, output_dir: str | os.PathLike, adapter_name: str = "default", one_rank: bool = False
+    model: PeftModel,
+    output_dir: str | os.PathLike,
+    adapter_name: str = "default",
+    one_rank: bool = False,
+    complete: Callable[[Path], object] = lambda path: None,
 ) -> Path:
     """Write the adapter as a PEFT LoRA adapter that loads without reltune. Changed columns, rows and directions carry over exactly.
 
     Rank and alpha differ per module (``rank_pattern``, ``alpha_pattern``), unless it is to be ``one_rank`` for all, as vLLM wants it.
+    ``complete`` writes what else belongs there; the directory appears when all of it is written.
     Raises InputError when the adapter trains single weights, whole weights, biases or norms, which have no low-rank form; and, for one
     rank, when it saves modules whole, or when the padded file would be larger than the base model.
     """
@@ -49,8 +54,9 @@ def to_lora(
     if isinstance(config := model.peft_config[adapter_name], LoraConfig):
         if one_rank:
             _check_for_vllm(config, model, adapter_name)
-        make_directory(path)
-        model.save_pretrained(str(path), selected_adapters=[adapter_name])
+        with whole_directory(path) as partial:
+            model.save_pretrained(str(partial), selected_adapters=[adapter_name])
+            complete(partial)
         return path
     layers = {
         name.removeprefix("base_model.model."): layer
@@ -95,9 +101,11 @@ def to_lora(
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
     )
-    make_directory(path)
-    lora.save_pretrained(str(path))
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path / "adapter_model.safetensors")
+    with whole_directory(path) as partial:
+        lora.save_pretrained(str(partial))
+        on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(on_host, partial / "adapter_model.safetensors")
+        complete(partial)
     return path
 
 
@@ -148,9 +156,9 @@ def to_merged(model: Any, tokenizer: Any, output_dir: str | os.PathLike) -> Path
         if isinstance(module, LoraLayer) and any(map(is_quantised, module.get_base_layer().parameters())):
             raise InputError(MERGED_IS_ROUNDED)
     merged = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
-    make_directory(path)
-    merged.save_pretrained(str(path))
-    tokenizer.save_pretrained(str(path))
+    with whole_directory(path) as partial:
+        merged.save_pretrained(str(partial))
+        tokenizer.save_pretrained(str(partial))
     return path
 
 
