@@ -27,9 +27,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from harness import arguments, benchmark
 from safetensors.numpy import load_file
 
+from harness import arguments, benchmark
 from reltune.cli.commands import main as reltune
 from reltune.errors import InputError
 from reltune.files import PARTIAL, REMOVED
@@ -43,7 +43,6 @@ TIMES = ("train_seconds_per_step", "train_peak_memory_bytes", "test_perplexity_s
 KINDS = ("time", "change")
 
 
-
 def cases(place: Path) -> dict[str, list[list[str]]]:
     """The commands of each case; RUN stands for the run's directory, OUT for a directory to export to."""
     model = ["--model_name_or_path", str(place / "model")]
@@ -51,18 +50,15 @@ def cases(place: Path) -> dict[str, list[list[str]]]:
     held_out = ["--validation_file", str(place / "held.csv"), "--test_file", str(place / "held.csv")]
     often = ["--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "steps", "--eval_steps", "2"]
     short = ["--per_device_train_batch_size", "8", "--max_steps", "9", *often]
+    columns = ["--granularity", "column", "--budget", "5%"]
     probe = ["--probe_steps", "12", "--analysis_batch_size", "8", "--budget", "2%"]
     return {
         "run": [["run", *files, *probe, *short, "--load_best_model_at_end", "--export", "merged"]],
         "run, streamed": [
-            ["run", *files, *held_out, "--streaming", "--granularity", "column", "--budget", "5%", *short]
-            + ["--per_device_train_batch_size", "16"]
+            ["run", *files, *held_out, "--streaming", *columns, *short, "--per_device_train_batch_size", "16"]
         ],
         "run, method full": [["run", *files, "--method", "full", *short]],
-        "sweep": [
-            ["run", *files, "--granularity", "column", "--budget", "5%", "--sweep", "learning_rate=1e-3,1e-2"]
-            + ["--per_device_train_batch_size", "8", "--max_steps", "5", *often]
-        ],
+        "sweep": [["run", *files, *columns, "--sweep", "learning_rate=1e-3,1e-2", *short, "--max_steps", "5"]],
         "stages": [
             ["analyze", *files, "--criteria", "movement,fisher", *probe[:4]],
             ["select", "RUN", "--granularity", "direction", "--budget", "2%"],

@@ -268,7 +268,7 @@ class RunDirectory:
 
     def plan_digest(self) -> str:
         """Of the plan's files, by which a changed plan is told; of a run without a plan that of nothing."""
-        files = sorted(self.plan.iterdir()) if self.plan.is_dir() else []
+        files = sorted(path for path in self.plan.glob("*") if path.is_file())
         return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
 
     def newest_checkpoint(self) -> str | None:

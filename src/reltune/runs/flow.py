@@ -87,6 +87,8 @@ def start(config: RunConfig, overwrite: bool = False, goal: str = "run") -> Star
             materials.check_training()
             if config.sweep:
                 sweeps.check(materials)
+        if stage == "training":
+            stages.checkpoint_to_go_on_from(materials, directory)  # and raises where plan or data have changed
         if goal != "analysis":
             _ = materials.lm_eval_tasks  # checked here, and measured on at the end
     with processes.together():

@@ -316,8 +316,9 @@ def tune(
     """
     processes = Processes.joined()
     with processes.together():
-        begun = _begun(materials, run)
-        checkpoint = _checkpoint(run, resume_from_checkpoint) or (_goes_on(materials, run, begun) if goes_on else None)
+        checkpoint = run.checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+        if goes_on and not checkpoint:
+            checkpoint = checkpoint_to_go_on_from(materials, run)
         config, method = materials.config, METHODS[materials.config.method]
         plan = Plan.load(run.plan) if config.needs_plan else None
         base = model_with_new_heads(materials, run)
@@ -330,7 +331,7 @@ def tune(
         if processes.first:
             run.clear("tune", checkpoints=checkpoint is None)
             materials.config.save(run.config_file)
-            write_json(run.begun, begun)
+            write_json(run.begun, _begun(materials, run))
             record_data(run, materials.config, materials.task, materials.splits, materials.notes)
     with deferred_signals(processes.count == 1) as waiting:
         callbacks: list[TrainerCallback] = [training.LogFile(run.log), training.EndsAfterStep(waiting)]
@@ -380,7 +381,7 @@ def _begun(materials: Materials, run: RunDirectory) -> dict[str, Any]:
     return record
 
 
-def _goes_on(materials: Materials, run: RunDirectory, begun: dict[str, Any]) -> str | None:
+def checkpoint_to_go_on_from(materials: Materials, run: RunDirectory) -> str | None:
     """The checkpoint that an interrupted training goes on from: None where there is none, or none with the optimizer's state.
 
     Raises InputError where plan or data have changed since it began.
@@ -388,6 +389,7 @@ def _goes_on(materials: Materials, run: RunDirectory, begun: dict[str, Any]) -> 
     checkpoint = run.newest_checkpoint()
     if checkpoint is None or materials.config.training.get("save_only_model"):
         return None
+    begun = _begun(materials, run)
     before = read_json(run.begun) if run.begun.is_file() else begun  # an older version began it
     if before != begun:
         changed = f"the plan in {run.plan}" if before.get("plan") != begun["plan"] else "what the training data hold"
@@ -396,11 +398,6 @@ def _goes_on(materials: Materials, run: RunDirectory, begun: dict[str, Any]) -> 
             f"{run.path} --overwrite_output_dir`."
         )
     return checkpoint
-
-
-def _checkpoint(run: RunDirectory, wanted: str | None) -> str | None:
-    """The checkpoint that training is told to resume from."""
-    return run.checkpoint(wanted) if wanted else None
 
 
 def base_of(materials: Materials, model: nn.Module, plan: Plan | None) -> Base:

@@ -408,6 +408,10 @@ def _whole_checkpoints(trainer: Trainer) -> Iterator[None]:
                     put_in_place(hidden / name, place / name)
                     hidden.rmdir()
                     _remove_older(place, trainer.state, limit)
+        except BaseException:
+            if processes.first:
+                shutil.rmtree(hidden, ignore_errors=True)
+            raise
         finally:
             del trainer._get_output_dir, trainer._push_from_checkpoint
         if args.push_to_hub:
