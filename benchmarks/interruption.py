@@ -3,7 +3,7 @@
     python benchmarks/interruption.py --moments 64 --commit HASH --output_dir benchmarks/results
 
 A moment is a SIGKILL: after a random time, or before a random change of a file (it is opened for writing, renamed or
-removed; a directory is made). Each trial is killed once to three times, and then left to end. Compared are relevance, plan,
+removed; a directory is made). Each trial is killed once to five times, and then left to end. Compared are relevance, plan,
 adapter, metrics, what the model wrote, the sweep's record and the export; nothing half-written may be left. Every process is a
 fork of one that has imported everything, on a CPU, with one thread. Intermediate results of the analysis are saved five times a
 second instead of every few minutes, so that going on from them is tried too.
@@ -29,7 +29,7 @@ from unittest import mock
 import torch
 from safetensors.numpy import load_file
 
-from harness import arguments, benchmark
+from harness import Benchmark, arguments, benchmark
 from reltune.cli.commands import main as reltune
 from reltune.errors import InputError
 from reltune.files import PARTIAL, REMOVED
@@ -280,11 +280,21 @@ class Harness:
         return {**results, "tune": run / "adapter", "run": run / "report.html"}[given[0]].exists()
 
 
+def record(bench: Benchmark, trials: list[dict[str, Any]], wanted: int) -> None:
+    """Write down the trials so far and what they show."""
+    kills = [moment for trial in trials for moment in trial["moments"]]
+    bench.result |= {"trials": trials, "checks": []}
+    for key in ("command", "kind", "stage"):
+        bench.value(f"moments by {key}", dict(sorted(Counter(moment[key] for moment in kills).items())))
+    bench.check("moments", len(kills), wanted, at_least=True)
+    bench.check("trials that differ from an uninterrupted run", sum(bool(trial["problems"]) for trial in trials), 0)
+
+
 def main() -> int:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--moments", type=int, default=64, help="at least so many kills")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--most", type=int, default=3, help="kills of one trial")
+    parser.add_argument("--most", type=int, default=5, help="kills of one trial")
     parser.add_argument("--cases", nargs="*", default=[], help="the cases to try; all if none is named")
     options = arguments(parser, "interruption")
     torch.set_num_threads(1)
@@ -303,13 +313,9 @@ def main() -> int:
             trial = harness.trial(names[len(trials) % len(names)], draw, options.most)
             trials.append(trial)
             count += len(trial["moments"])
+            record(bench, trials, options.moments)
+            bench.save(options.output_dir, options.name)  # a run that is cut short keeps what it has
             print(f"{count}: {json.dumps(trial)[:600]}", file=sys.stderr, flush=True)
-    kills = [moment for trial in trials for moment in trial["moments"]]
-    bench.result["trials"] = trials
-    for key in ("command", "kind", "stage"):
-        bench.value(f"moments by {key}", dict(sorted(Counter(moment[key] for moment in kills).items())))
-    bench.check("moments", len(kills), options.moments, at_least=True)
-    bench.check("trials that differ from an uninterrupted run", sum(bool(trial["problems"]) for trial in trials), 0)
     return bench.finish(options.output_dir, options.name)
 
 
