@@ -242,8 +242,8 @@ class Harness:
     def words(words: list[str], run: Path, out: Path) -> list[str]:
         return [{"RUN": str(run), "OUT": str(out)}.get(word, word) for word in words]
 
-    def trial(self, name: str, draw: random.Random, most: int) -> dict[str, Any]:
-        """Kill one of the case's commands up to ``most`` times, let everything end, and compare."""
+    def trial(self, name: str, draw: random.Random, kills: int) -> dict[str, Any]:
+        """Kill one of the case's commands so many times, let everything end, and compare."""
         run, out, log = self.fresh()
         log.unlink(missing_ok=True)
         sizes = self.sizes[name]
@@ -251,17 +251,16 @@ class Harness:
         moments, problems = [], []
         for number, words in enumerate(self.commands[name]):
             given = self.words(words, run, out)
-            for _ in range(draw.randint(1, most) if number == victim else 0):
+            for _ in range(kills if number == victim else 0):
                 kind, (changed, seconds) = draw.choice(KINDS), sizes[number]
                 before = draw.randint(1, changed) if kind == "change" else None
                 after = draw.uniform(0, seconds) if kind == "time" else None
                 code, _, _ = called(given, run, log, before, after)
                 if code == -signal.SIGKILL:
                     moments.append({"command": given[0], "kind": kind, "at": before or after, "stage": stage(run)})
-                elif code != 0:
-                    problems.append(f"{given[0]} ended with {code}")
-                    break
-                else:  # it had ended before that moment
+                else:  # it had ended before that moment, or the time before
+                    if code != 0 and not (code == 2 and self.finished(given, run, out)):
+                        problems.append(f"{given[0]} ended with {code}")
                     break
             code, _, _ = called(given, run, log)
             done = code == 2 and number == victim and self.finished(given, run, out)
@@ -310,7 +309,7 @@ def main() -> int:
         count = 0
         while count < options.moments:
             names = list(harness.commands)
-            trial = harness.trial(names[len(trials) % len(names)], draw, options.most)
+            trial = harness.trial(names[len(trials) % len(names)], draw, draw.randint(1, options.most))
             trials.append(trial)
             count += len(trial["moments"])
             record(bench, trials, options.moments)

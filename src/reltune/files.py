@@ -58,7 +58,10 @@ def whole_directory(path: str | os.PathLike) -> Iterator[Path]:
     partial = _hidden(path / path.name if inside else path, PARTIAL)
     with stored(path):
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-        partial.mkdir(parents=True)
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise error if error.errno in FULL else _unwritable(path, error) from error
         try:
             yield partial
             if inside:

@@ -129,6 +129,8 @@ def test_tune_alone_goes_on(place: Path, cut: Path, whole: Path) -> None:
     name = copied(cut, "tuned")
     answer = reltune("tune", place / name, "--learning_rate", 0.5)
     assert_refused(answer, "was interrupted", "learning_rate was not given and is 0.5", "--overwrite_output_dir")
+    answer = run(place, name, *WORDS, "--resume_from_checkpoint", "checkpoint-2")
+    assert_refused(answer, "by itself", "reltune tune RUN")
     answer = reltune("tune", place / name, "--logging_steps", 3)
     assert answer.code == 0, answer
     assert json.loads((place / name / "training_cost.json").read_text())["timed_steps"] == 3
@@ -183,7 +185,8 @@ def test_a_clock_that_was_set_back(place: Path, cut: Path, whole: Path) -> None:
     name = copied(cut, "clock")
     for path in (place / name).rglob("*"):
         os.utime(path, (4e9, 4e9))
-    assert run(place, name).code == 0 and same(place / name, whole)
+    answer = run(place, name, *WORDS, "--resume_from_checkpoint", "true")  # which says no more than the same command
+    assert answer.code == 0 and same(place / name, whole)
     assert {path.name for path in place.glob("clock/checkpoint-*")} == {"checkpoint-6"}
 
 

@@ -241,7 +241,7 @@ def test_an_interrupted_sweep_goes_on(
     with monkeypatch.context() as patch:
         interrupt(patch, "trial-1", 2)
         run, answer = tuned(place, "interrupted", *SWEEP, *SHORT, code=130)
-    assert "a sweep goes on when the same command is given again" in answer.err
+    assert "the same command goes on from there" in answer.err
     assert [name for name, _ in trained] == ["trial-0", "trial-1"]
     assert not (run / "adapter").exists() and len(read(run / "sweep.json")["trials"]) == 1
     before = contents(run)
