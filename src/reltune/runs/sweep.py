@@ -223,6 +223,9 @@ def _study(run: RunDirectory, largest: bool) -> optuna.Study:
     optuna = _optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     run.sweep.mkdir(parents=True, exist_ok=True)
+    discard(run.study.with_name(f"{run.study.name}.lock"))  # Optuna's, of a process that was killed
+    if run.study.is_file() and (cut := run.study.read_bytes().rpartition(b"\n"))[2]:  # a line that it was writing
+        run.study.write_bytes(cut[0] + cut[1])
     try:
         return optuna.create_study(
             storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(run.study))),
