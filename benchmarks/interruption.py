@@ -248,7 +248,7 @@ class Harness:
         log.unlink(missing_ok=True)
         sizes = self.sizes[name]
         victim = draw.choices(range(len(sizes)), weights=[seconds for _, seconds in sizes])[0]
-        moments, problems = [], []
+        moments, problems, done = [], [], False
         for number, words in enumerate(self.commands[name]):
             given = self.words(words, run, out)
             for _ in range(kills if number == victim else 0):
@@ -263,11 +263,14 @@ class Harness:
                         problems.append(f"{given[0]} ended with {code}")
                     break
             code, _, _ = called(given, run, log)
-            done = code == 2 and number == victim and self.finished(given, run, out)
-            if code != 0 and not done:
+            if number == victim and code == 2:
+                done = self.finished(given, run, out)
+            if code != 0 and not (done and number == victim):
                 problems.append(f"{given[0]} given again ended with {code}: {log.read_text()[-400:]}")
                 break
         if not problems:
+            if done:  # killed when all was done but for this
+                (run / LOCK).unlink(missing_ok=True)
             problems += [f"{part} differs" for part in differing(self.whole[name], contents(run, out))]
             problems += [f"{part} is left" for part in left_over(run)]
         return {"case": name, "moments": moments, "problems": problems}

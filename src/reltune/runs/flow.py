@@ -153,9 +153,7 @@ def analyze_weights(config: RunConfig, overwrite: bool = False) -> RelevanceScor
 
 def choose_again(config: RunConfig, directory: RunDirectory) -> Plan:
     """Select from the relevance of an existing run, and store this config as the run's."""
-    plan = stages.select(config, directory)
-    config.save(directory.config_file)
-    return plan
+    return stages.select(config, directory)
 
 
 def tune_again(config: RunConfig, directory: RunDirectory, overwrite: bool = False) -> dict[str, Any] | None:

@@ -265,12 +265,14 @@ def model_with_new_heads(materials: ModelMaterials, run: RunDirectory) -> nn.Mod
 
 
 def select(config: RunConfig, run: RunDirectory) -> Plan:
-    """Choose units under the budget from the saved relevance. Of several processes the first one chooses."""
+    """Choose units under the budget from the saved relevance, and store the config as the run's. Of several processes the first
+    one chooses."""
     processes = Processes.joined()
     with processes.together():
         if processes.first:
             plan = choose(config, RelevanceScores.load(run.relevance), config.criteria[0])
             run.clear("select")
+            config.save(run.config_file)  # before the plan, which is there only with its config
             plan.save(run.plan)
     return Plan.load(run.plan)
 
