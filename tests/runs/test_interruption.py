@@ -17,8 +17,11 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: py
     interruption.prepare(tmp_path)
     harness = interruption.Harness(tmp_path, ["run"])
     draw = random.Random(3)
-    trial = harness.trial("run", draw, kills=3)
-    assert len(trial["moments"]) == 3 and not trial["problems"], trial
+    moments = 0
+    while moments < 3:  # a kill comes too late where the process is quicker than before
+        trial = harness.trial("run", draw, kills=3)
+        assert not trial["problems"], trial
+        moments += len(trial["moments"])
     found = harness.whole["run"]
     assert {"adapter/adapter_model.safetensors", "merged/model.safetensors", "relevance/scores.safetensors"} <= set(
         found

@@ -102,7 +102,7 @@ def copied(cut: Path, name: str) -> str:
 
 def test_interrupted_in_every_stage(place: Path, whole: Path) -> None:
     stages_left = [
-        (broken(stages, "measure_relevance"), ""),
+        (broken(stages, "_drawn_examples"), ""),
         (broken(stages, "select"), "analysis"),
         (signalled(3, signal.SIGTERM), "selection"),
         (signalled(5, signal.SIGINT), "training"),
