@@ -273,7 +273,8 @@ def select(config: RunConfig, run: RunDirectory) -> Plan:
             plan = choose(config, RelevanceScores.load(run.relevance), config.criteria[0])
             run.clear("select")
             config.save(run.config_file)  # before the plan, which is there only with its config
-            plan.save(run.plan)
+            with whole_directory(run.plan) as partial:
+                plan.save(partial)
     return Plan.load(run.plan)
 
 
