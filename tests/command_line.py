@@ -10,9 +10,10 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -99,3 +100,26 @@ def assert_refused(answer: Answer, *named: str) -> None:
     assert len(re.findall(r"[.?!](?= [A-Z]|\n)", message)) <= 2, message
     for part in named:
         assert part in message, message
+
+
+HOLDS = """
+import sys
+from reltune.runs.lock import locked
+with locked(sys.argv[1]):
+    print("holds", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held(directory: Path) -> Iterator[subprocess.Popen]:
+    """Another process that has the lock of a run's directory."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "holds\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()

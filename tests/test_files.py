@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from reltune.errors import InputError
+from reltune.errors import InputError, StorageError
 from reltune.files import (
     check_destination,
     check_writable,
+    discard,
     disk_bytes,
     make_directory,
     read_json,
+    storage_error,
+    whole_directory,
+    whole_file,
     write_json,
     write_text,
 )
@@ -29,6 +35,54 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_bytes() == "好".encode(), "what was there before is kept"
     write_text(path, "again")
     assert path.read_text() == "again" and os.listdir(path.parent) == ["words.txt"]
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = tmp_path / "adapter"
+    for content in ("old", "new"):
+        with whole_directory(adapter) as partial:
+            (partial / "deep").mkdir()
+            (partial / "deep" / "values").write_text(content)
+            assert not adapter.exists() or (adapter / "deep" / "values").read_text() == "old"
+        assert (adapter / "deep" / "values").read_text() == content and os.listdir(tmp_path) == ["adapter"]
+    with pytest.raises(ZeroDivisionError), whole_directory(adapter) as partial:
+        (partial / "values").touch()
+        raise ZeroDivisionError
+    assert (adapter / "deep" / "values").read_text() == "new" and os.listdir(tmp_path) == ["adapter"]
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == mounted)  # nothing can be renamed to it
+    with whole_directory(mounted) as partial:
+        assert partial.parent == mounted and check_destination(mounted) == mounted, "a killed process would leave this"
+        (partial / "values").touch()
+    assert os.listdir(mounted) == ["values"]
+    discard(adapter)
+    discard(mounted / "values")
+    discard(mounted / "values")
+    assert os.listdir(tmp_path) == ["mounted"] and not os.listdir(mounted)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "full"), "no space left on device.*; free some space"),
+        (OSError(errno.EROFS, "locked"), "read-only file system.*; make it writable"),
+        (OSError(errno.EIO, "broken"), "input/output error.*; look after the disk"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "free some"),
+        (RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file"), "free"),
+    ],
+)
+def test_what_a_disk_refuses_is_said_with_the_mend(tmp_path: Path, error: Exception, words: str) -> None:
+    write_text(tmp_path / "file", "before")
+    with (
+        pytest.raises(StorageError, match=f"file could not be written .*{words}.*same command again"),
+        whole_file(tmp_path / "file") as partial,
+    ):
+        partial.write_text("half")
+        raise error
+    assert (tmp_path / "file").read_text() == "before" and os.listdir(tmp_path) == ["file"]
+    other = OSError(errno.ENOENT, "gone")
+    assert storage_error(other) is None and storage_error(ValueError("wrong")) is None
 
 
 def test_json_is_readable_and_comes_back(tmp_path: Path) -> None:

@@ -27,6 +27,10 @@ class AnalysisError(RuntimeError):
     """The measurement itself failed: a loss or a gradient is not finite, or a module mixes examples."""
 
 
+class StorageError(RuntimeError):
+    """A file could not be written: the disk is full, or the directory is read-only. The message is a sentence or two."""
+
+
 def first_line(error: Exception) -> str:
     line = str(error).strip().partition("\n")[0].rstrip(".: ")
     return textwrap.shorten(line, 160, placeholder=" …") or type(error).__name__

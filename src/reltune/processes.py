@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from reltune.errors import AnalysisError, InputError
+from reltune.errors import AnalysisError, InputError, StorageError
 
 DONE, RUNNING, FAILED = range(3)
 BUCKET = 1 << 24  # numbers that are added up between processes at a time
@@ -159,7 +159,7 @@ class Processes:
         class_name, message = errors[rank]
         if class_name == "KeyboardInterrupt":
             return _agreed(KeyboardInterrupt())
-        for known in (InputError, AnalysisError, ArithmeticError):
+        for known in (InputError, AnalysisError, ArithmeticError, StorageError):
             if class_name == known.__name__:
                 return _agreed(known(f"process {rank}: {message}"))
         return _agreed(RuntimeError(f"process {rank}: {class_name}: {message}"))

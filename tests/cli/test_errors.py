@@ -56,9 +56,23 @@ def terminates() -> None:
     [
         (lambda: None, 0, ""),
         (raises(InputError("rows are\nbad; mend them.")), 2, "reltune: error: rows are bad; mend them.\n"),
-        (raises(OSError(28, "No space left")), 1, "reltune: error: OSError: [Errno 28] No space left (--debug shows"),
-        (raises(KeyboardInterrupt()), 130, "reltune: error: interrupted; finished stages are kept"),
-        (terminates, 143, ""),
+        (
+            raises(OSError(2, "No such file")),
+            1,
+            "reltune: error: FileNotFoundError: [Errno 2] No such file (--debug shows",
+        ),
+        (
+            raises(OSError(28, "No space left", "f")),
+            1,
+            "reltune: error: f could not be written (no space left on device); ",
+        ),
+        (
+            raises(OSError(30, "", "f")),
+            1,
+            "reltune: error: f could not be written (read-only file system); make it writ",
+        ),
+        (raises(KeyboardInterrupt()), 130, "reltune: error: interrupted; what was done is kept, and the same command"),
+        (terminates, 143, "reltune: error: terminated; what was done is kept, and the same command"),
     ],
 )
 def test_exit_codes(command: Callable[[], object], code: int, message: str) -> None:

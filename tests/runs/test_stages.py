@@ -541,7 +541,7 @@ def test_interrupted_runs_go_on_from_the_finished_stages(
         answer = new_run(place, "interrupted", *QUICK)
     assert answer.code == 130
     assert answer.err.endswith(
-        "\nreltune: error: interrupted; finished stages are kept, and an analysis or a sweep goes on when the same command is given again.\n"
+        "\nreltune: error: interrupted; what was done is kept, and the same command goes on from there.\n"
     )
     assert "Traceback" not in answer.err
     run = place / "interrupted"

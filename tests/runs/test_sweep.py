@@ -241,7 +241,7 @@ def test_an_interrupted_sweep_goes_on(
     with monkeypatch.context() as patch:
         interrupt(patch, "trial-1", 2)
         run, answer = tuned(place, "interrupted", *SWEEP, *SHORT, code=130)
-    assert "a sweep goes on when the same command is given again" in answer.err
+    assert "the same command goes on from there" in answer.err
     assert [name for name, _ in trained] == ["trial-0", "trial-1"]
     assert not (run / "adapter").exists() and len(read(run / "sweep.json")["trials"]) == 1
     before = contents(run)
@@ -346,6 +346,18 @@ def test_ranges_are_drawn_from_and_learned(tmp_path: Path) -> None:
     assert drawn(tmp_path / "again", ranges()) == tried
     assert drawn(tmp_path / "interrupted", ranges(), interrupted=True) == tried
     assert drawn(tmp_path / "seed", ranges(seed=1)) != tried
+
+
+def test_a_study_that_a_killed_process_was_writing(tmp_path: Path) -> None:
+    run, space = RunDirectory(tmp_path), sweeps.space(ranges())
+    first = sweeps._ask(sweeps._study(run, largest=True), space, ranges())
+    with run.study.open("a") as file:
+        file.write('{"op_code":6,"trial')
+    (run.sweep / "study.jsonl.lock").symlink_to(run.study)  # Optuna would wait for it
+    study = sweeps._study(run, largest=True)
+    assert sweeps._ask(study, space, ranges()) == first
+    study.tell(first[0], 0.5)
+    assert sweeps._study(run, largest=True).best_value == 0.5
 
 
 def test_whole_numbers_words_and_the_number_of_trials() -> None:

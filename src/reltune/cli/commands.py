@@ -12,7 +12,7 @@ import typer
 from reltune import __version__
 from reltune.cli.errors import run_program
 from reltune.cli.flags import EVERY, changed_config, flags, new_config
-from reltune.cli.launcher import several, together
+from reltune.cli.launcher import alone, several, together
 from reltune.cli.output import say, show_lm_eval, show_metrics, show_record, show_relevance, show_sweep
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
@@ -90,23 +90,26 @@ def demo(context: typer.Context, overwrite_output_dir: Overwrite = False) -> Non
     from reltune.runs.preflight import check_new_run
 
     stored = demo_config("demo-run", RunConfig.seed)
-    config = changed_config(context, stored, lambda draft: check_new_run(draft, overwrite_output_dir), chosen=False)
+    config = changed_config(
+        context, stored, lambda draft: check_new_run(draft, overwrite_output_dir, "comparison"), chosen=False
+    )
     _run_all(config, overwrite_output_dir, baselines=True)
 
 
 def _run_all(config: RunConfig, overwrite: bool, baselines: bool = False) -> None:
     from reltune.runs import flow
 
-    started = flow.start(config, overwrite)
-    say(started.describe())
-    if plan := flow.measure_and_choose(started):
-        say(*plan.describe())
-    if trials := flow.train(started):
-        show_sweep(trials)
-    if record := flow.evaluate_and_report(started, baselines):
-        show_record(record, started.directory)
-    if exported := flow.export_as_configured(started):
-        say(f"Exported to {exported}")
+    with alone(config.output_dir):
+        started = flow.start(config, overwrite, "comparison" if baselines else "run")
+        say(started.describe())
+        if plan := flow.measure_and_choose(started):
+            say(*plan.describe())
+        if trials := flow.train(started):
+            show_sweep(trials)
+        if record := flow.evaluate_and_report(started, baselines):
+            show_record(record, started.directory)
+        if exported := flow.export_as_configured(started):
+            say(f"Exported to {exported}")
 
 
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
@@ -117,17 +120,18 @@ def analyze(context: typer.Context, config: ConfigFile = None, overwrite_output_
 
     def check(draft: RunConfig) -> None:
         check_chooses(draft)
-        check_new_run(draft, overwrite_output_dir)
+        check_new_run(draft, overwrite_output_dir, "analysis")
 
     made = new_config(context, config, check)
     from reltune.runs import flow, stages
 
-    if made.has_data:
-        started = flow.start(made, overwrite_output_dir, select=False)
-        say(started.describe())
-        show_relevance(stages.analyze(started.materials, started.directory))
-    else:
-        show_relevance(flow.analyze_weights(made, overwrite_output_dir))
+    with alone(made.output_dir):
+        if made.has_data:
+            started = flow.start(made, overwrite_output_dir, "analysis")
+            say(started.describe())
+            show_relevance(stages.analyze(started.materials, started.directory))
+        else:
+            show_relevance(flow.analyze_weights(made, overwrite_output_dir))
     say(f"Next: reltune select {made.output_dir} --budget {made.budget}")
 
 
@@ -144,7 +148,8 @@ def select(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = F
     config = changed_config(context, stored, check_selection)
     from reltune.runs import flow
 
-    plan = flow.choose_again(config, directory)
+    with alone(run):
+        plan = flow.choose_again(config, directory)
     after = f"then: reltune tune {run}" if config.has_data else "then train by it: reltune.ReltuneConfig(plan=...)"
     say(*plan.describe(), f"Next: look at {directory.plan / 'plan.yaml'}, {after}")
 
@@ -163,8 +168,9 @@ def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = Fal
     config = changed_config(context, stored, lambda draft: check_tuning(draft, directory, overwrite_output_dir))
     from reltune.runs import flow
 
-    if trials := flow.tune_again(config, directory, overwrite_output_dir):
-        show_sweep(trials)
+    with alone(run):
+        if trials := flow.tune_again(config, directory, overwrite_output_dir):
+            show_sweep(trials)
     say(f"Adapter: {directory.adapter}", f"Next: reltune evaluate {run}")
 
 
@@ -180,7 +186,8 @@ def evaluate(context: typer.Context, run: Run) -> None:
     config = changed_config(context, stored, lambda draft: check_evaluation(draft, directory))
     from reltune.runs import flow
 
-    results, lm_eval = flow.evaluate_again(config, directory)
+    with alone(run):
+        results, lm_eval = flow.evaluate_again(config, directory)
     show_metrics(results)
     show_lm_eval(lm_eval)
 

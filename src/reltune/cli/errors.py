@@ -22,7 +22,11 @@ import typer
 
 from reltune.cli.launcher import first
 from reltune.errors import InputError
+from reltune.files import storage_error
 from reltune.notes import Note
+
+TERMINATED = 143
+GOES_ON = "what was done is kept, and the same command goes on from there."
 
 # Click's class, found through Typer, which may bring its own Click.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
@@ -49,11 +53,11 @@ def run_program(app: typer.Typer) -> NoReturn:
             traceback.print_exc()
         _fail(error.format_message() if isinstance(error, USAGE_ERROR) else str(error), 2, common=True)
     except (KeyboardInterrupt, typer.Abort):
-        _fail(
-            "interrupted; finished stages are kept, and an analysis or a sweep goes on when the same command is given again.",
-            130,
-            common=True,
-        )
+        _fail(f"interrupted; {GOES_ON}", 130, common=True)
+    except SystemExit as end:
+        if end.code == TERMINATED:
+            _fail(f"terminated; {GOES_ON}", TERMINATED, common=True)
+        raise
     except BrokenPipeError:  # whoever reads the output has had enough
         os.dup2(
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
@@ -63,6 +67,8 @@ def run_program(app: typer.Typer) -> NoReturn:
         if debug:
             traceback.print_exc()
         message = f"{type(error).__name__}: {textwrap.shorten(str(error), 500)} (--debug shows where)"
+        if (problem := storage_error(error)) is not None:
+            message = str(problem)
         _fail(message, 1, common=getattr(error, "agreed", False))
 
 
@@ -78,7 +84,7 @@ def _fail(message: str, code: int, common: bool) -> NoReturn:
 
 
 def _terminated(*_: object) -> NoReturn:
-    raise SystemExit(143)
+    raise SystemExit(TERMINATED)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -78,10 +79,25 @@ def new_config(context: typer.Context, file: str | None, check: Callable[[RunCon
         if name not in draft:
             raise InputError(f"--{name} is missing; give it as a flag or in a file named with --config.")
     if "resume_from_checkpoint" in draft["training"]:
-        raise InputError("a new run has no checkpoint to resume from; resume with `reltune tune RUN` instead.")
+        _check_resumes(draft["output_dir"], str(draft["training"].pop("resume_from_checkpoint")))
     _check_draft(draft, check)
     stored = read_config(file) if file else {}
-    return _config(combined(stored, _given(context), parse_training_fields(context.args)))
+    values = combined(stored, _given(context), parse_training_fields(context.args))
+    values["training"].pop("resume_from_checkpoint", None)
+    return _config(values)
+
+
+def _check_resumes(output_dir: str, wanted: str) -> None:
+    """Raise InputError unless a run is to go on as it does by itself."""
+    if not (Path(output_dir) / "config.yaml").is_file():
+        raise InputError(
+            "a new run has no checkpoint to resume from; leave it out, or resume an existing one with `reltune tune RUN`."
+        )
+    if wanted.lower() not in ("", "true"):
+        raise InputError(
+            "the same command goes on from the newest checkpoint by itself; to go on from another, use `reltune tune RUN "
+            "--resume_from_checkpoint checkpoint-N`."
+        )
 
 
 def changed_config(

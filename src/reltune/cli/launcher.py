@@ -18,6 +18,18 @@ def first() -> bool:
 
 
 @contextlib.contextmanager
+def alone(directory: str) -> Iterator[None]:
+    """Keep everybody else from writing into a run's directory meanwhile: the first process does, and a refusal ends all."""
+    from reltune.runs.lock import locked
+
+    with contextlib.ExitStack() as stack:
+        with together():
+            if first():
+                stack.enter_context(locked(directory))
+        yield
+
+
+@contextlib.contextmanager
 def together() -> Iterator[None]:
     """If what runs inside fails in one process of a launcher, it fails in all of them."""
     if not several():

@@ -60,7 +60,11 @@ class RunConfig(
     and the rules between subjects. Field names follow transformers and TRL where they have them.
     """
 
-    output_dir: str = field(metadata=about("Directory to write the run to; it must be new or empty.", "DIR"))
+    output_dir: str = field(
+        metadata=about(
+            "Directory to write the run to: new, empty, or that of the same command, which then goes on.", "DIR"
+        )
+    )
     _: dataclasses.KW_ONLY
     seed: int = field(
         default=42,

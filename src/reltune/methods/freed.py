@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reltune.errors import InputError
+from reltune.files import whole_file
 from reltune.methods.adapter import in_numbers, size
 from reltune.methods.contract import Base, Method, Trainable
 
@@ -59,14 +60,14 @@ class Freed(Method):
         holders = {name.rpartition(".")[0] for name in trained}
         buffers = {name for name, _ in model.named_buffers() if name.rpartition(".")[0] in holders}  # of batch norms
         values = model.state_dict() if state is None else state
-        path.mkdir(parents=True, exist_ok=True)
         tensors = {
             name: values[name].detach().cpu().clone().contiguous()
             for name in sorted(trained | buffers)
             if name in values
         }
         frozen = {name: values[name] for name, p in model.named_parameters() if not p.requires_grad}
-        save_file(tensors, path / FILE, metadata={"method": self.name, "frozen": _fingerprint(frozen)})
+        with whole_file(path / FILE) as partial:
+            save_file(tensors, partial, metadata={"method": self.name, "frozen": _fingerprint(frozen)})
 
     def load(self, base: nn.Module, path: Path) -> Any:
         from safetensors import safe_open

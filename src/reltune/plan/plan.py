@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from reltune.errors import InputError, nearest
-from reltune.files import write_text
+from reltune.files import whole_file, write_text
 from reltune.names import SPREADS
 
 if TYPE_CHECKING:
@@ -378,9 +378,8 @@ class Plan:
         vectors = {name: module.vectors for name, module in self.modules.items() if module.vectors is not None}
         for file, held in ((INDEX_FILE, arrays), (VECTOR_FILE, vectors)):
             if held:
-                partial = directory / (file + ".partial")
-                save_file(held, partial)
-                partial.replace(directory / file)
+                with whole_file(directory / file) as partial:
+                    save_file(held, partial)
             else:
                 (directory / file).unlink(missing_ok=True)
         values = {

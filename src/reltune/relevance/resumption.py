@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from reltune.files import whole_file
 from reltune.relevance.artefact import PARTIAL
 
 EVERY = 300.0  # seconds between two saves; a kill that leaves no time to save costs no more than this
@@ -56,11 +57,9 @@ class Partial:
 
     def save(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Write state and tensors into one file, whole or not at all: one without the other would count batches twice."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        written = self.path.with_name(self.path.name + ".writing")
         on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(on_host, written, metadata={"state": json.dumps({**state, "key": self.key})})
-        written.replace(self.path)
+        with whole_file(self.path) as partial:
+            save_file(on_host, partial, metadata={"state": json.dumps({**state, "key": self.key})})
         self.saved = time.monotonic()
 
     def remove(self) -> None:

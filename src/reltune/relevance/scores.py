@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reltune.errors import InputError, nearest
-from reltune.files import write_json
+from reltune.files import whole_file, write_json
 from reltune.layers.inventory import Inventory
 from reltune.layers.units import directions_in, part_shapes
 from reltune.names import GRANULARITIES
@@ -227,9 +227,8 @@ class RelevanceScores:
             for name, parts in by_name.items()
             for part, tensor in parts.items()
         }
-        unfinished = directory / "scores.safetensors.partial"
-        save_file(tensors, unfinished)
-        unfinished.replace(directory / "scores.safetensors")
+        with whole_file(directory / "scores.safetensors") as partial:
+            save_file(tensors, partial)
         write_json(
             directory / SCORES,
             {

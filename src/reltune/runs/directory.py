@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from reltune.config.differences import differences, in_words
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
-from reltune.files import check_writable, make_directory, write_text
+from reltune.files import PARTIAL, REMOVED, check_writable, discard, make_directory, read_json, stored, write_text
 from reltune.names import EXPORT_FORMS
 from reltune.relevance.artefact import SCORES, interrupted_in
 from reltune.report.record import Output
+from reltune.runs.lock import LOCK
 
 if TYPE_CHECKING:
     from reltune.tasks.task import Written
@@ -33,10 +35,26 @@ TASK = "task.json"  # in a run's directory, beside its adapter and in exports
 ARTEFACTS = {  # in the order of the stages; writing one makes those after it out of date
     "analyze": ("relevance", "task.json", "held_out", "bad_rows.json", "notes.json"),
     "select": ("plan",),
-    "tune": ("adapter", "method.json", "trainer_state.json", "training_cost.json", "sweep.json", "sweep"),
+    "tune": (
+        "adapter",
+        "method.json",
+        "trainer_state.json",
+        "training_cost.json",
+        "training.json",
+        "sweep.json",
+        "sweep",
+    ),
     "evaluate": ("all_results.json", "outputs.jsonl", "comparison.json", "lm_eval.json"),
     "report": ("report.html", *EXPORT_FORMS),
 }
+
+STAGES = ("analysis", "selection", "sweep", "training", "evaluation", "comparison", "report", "export")  # of a run
+BEFORE_THE_ADAPTER = (
+    "method.json",
+    "trainer_state.json",
+    "training_cost.json",
+    "training.json",
+)  # training is not done yet
 
 
 class RunDirectory:
@@ -52,7 +70,9 @@ class RunDirectory:
         self.plan = self.path / "plan"
         self.adapter = self.path / "adapter"
         self.method = self.path / "method.json"  # where no plan says what was trained
+        self.begun = self.path / "training.json"  # what a training was begun with, for one that goes on
         self.results = self.path / "all_results.json"
+        self.comparison = self.path / "comparison.json"
         self.outputs = self.path / "outputs.jsonl"
         self.lm_eval = self.path / "lm_eval.json"
         self.report = self.path / "report.html"
@@ -74,45 +94,104 @@ class RunDirectory:
     def check_new(self, overwrite: bool) -> None:
         """Raise InputError unless a new run may be written here. Creates nothing."""
         check_writable(self.path)
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        if self.is_empty:
             return
-        try:  # others call their files config.yaml too, and have checkpoints beside it
-            RunConfig.load(self.config_file)
-        except InputError as error:
-            raise InputError(
-                f"output_dir {self.path} is not empty and holds no run of reltune; name a new directory."
-            ) from error
+        self._check_ours()
         if not overwrite:
             raise InputError(
                 f"output_dir {self.path} already holds a run; name another directory or pass --overwrite_output_dir."
             )
 
-    def is_unfinished(self) -> bool:
-        """Whether a run was interrupted here: in its analysis, before that, or in a sweep."""
-        try:
-            config = RunConfig.load(self.config_file)
-            analyzed = (self.relevance / SCORES).exists() and not interrupted_in(self.relevance)
-            return (config.needs_plan and not analyzed) or self.is_in_sweep()
-        except (InputError, OSError):  # a name that is too long, say: check_new has the words for it
-            return False
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is here, or nothing but the mark of the process that is about to write."""
+        passing = (LOCK, PARTIAL, REMOVED)
+        return not self.path.is_dir() or all(child.name.endswith(passing) for child in self.path.iterdir())
 
-    def continues(self, config: RunConfig) -> bool:
-        """Whether an analysis or a sweep with this config was interrupted here."""
-        return self.is_unfinished() and self._is_of(config)
+    def _check_ours(self) -> RunConfig:
+        """The config of the run that is here. Raises InputError where files of others are: these call theirs config.yaml too,
+        and have checkpoints beside it."""
+        try:
+            return RunConfig.load(self.config_file)
+        except InputError as error:
+            raise InputError(
+                f"output_dir {self.path} is not empty and holds no run of reltune; name a new directory."
+            ) from error
+
+    def check_start(self, config: RunConfig, overwrite: bool = False, goal: str = "run") -> str | None:
+        """What a command that makes a run has to do next here: None where the run is a new one, else the stage at which the
+        same command was interrupted (``next_stage``). Creates nothing.
+
+        Raises InputError for files of others, for a run of another configuration and for one that is finished.
+        """
+        check_writable(self.path)
+        if overwrite or self.is_empty:
+            self.check_new(overwrite)
+            return None
+        if found := self.differences(config):
+            raise InputError(
+                f"output_dir {self.path} already holds a run with another configuration ({in_words(found)}); give the same as then, "
+                "name another directory or pass --overwrite_output_dir."
+            )
+        stage = self.next_stage(config, goal)
+        if stage is None:
+            what, look = ("analysis", self.relevance) if goal == "analysis" else ("run", self.report)
+            raise InputError(
+                f"output_dir {self.path} already holds a run: this {what} is finished, see {look}. Choose another --output_dir, or pass "
+                "--overwrite_output_dir to do it again."
+            )
+        return stage
+
+    def differences(self, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+        """What a config has otherwise than the one that the run here was started with, as far as it changes results."""
+        saved = self._check_ours()
+        if config.sweep and not saved.sweep and self.trials.is_file():  # the best values have become the run's
+            record = read_json(self.trials)
+            saved.sweep, saved.sweep_trials = record["sweep"], record.get("sweep_trials", config.sweep_trials)
+            saved.training = {name: value for name, value in saved.training.items() if name not in saved.sweep}
+            if "budget" in saved.sweep:
+                saved.budget = config.budget
+        return differences(saved, config)
+
+    def next_stage(self, config: RunConfig, goal: str = "run") -> str | None:
+        """The first of the ``STAGES`` of which the result is not here; None where there is nothing to do for the ``goal``, which
+        is "analysis", "run" or "comparison" (a run beside baselines)."""
+        done = {"analysis": not config.needs_plan or self.is_analyzed}
+        if goal != "analysis":
+            done |= {
+                "selection": not config.needs_plan or self.is_selected or "budget" in config.sweep,
+                "sweep": not config.sweep or self.has_adapter,
+                "training": self.has_adapter,
+                "evaluation": self.results.is_file() and (not config.lm_eval_tasks or self.lm_eval.is_file()),
+                "comparison": goal != "comparison" or self.comparison.is_file(),
+                "report": self.report.is_file(),
+                "export": config.export is None or (self.path / config.export).is_dir(),
+            }
+        return next((stage for stage, is_done in done.items() if not is_done), None)
+
+    @property
+    def is_analyzed(self) -> bool:
+        return (self.relevance / SCORES).is_file() and not interrupted_in(self.relevance)
+
+    @property
+    def is_selected(self) -> bool:
+        return (self.plan / "plan.yaml").is_file()
+
+    def check_goes_on(self, config: RunConfig) -> None:
+        """Raise InputError where a training of the run was interrupted that had other values than this config."""
+        if not self.has_adapter and self.newest_checkpoint() and (found := self.differences(config)):
+            raise InputError(
+                f"{self.path} holds a training that was interrupted and had other values ({in_words(found)}); give the same, or pass "
+                "--overwrite_output_dir to begin anew."
+            )
 
     def sweeping(self, config: RunConfig) -> bool:
         """Whether a sweep with this config was interrupted here."""
-        return self.is_in_sweep() and self._is_of(config)
+        return self.is_in_sweep() and not self.differences(config)
 
     def is_in_sweep(self) -> bool:
         """Whether a sweep was interrupted here."""
-        return self.study.is_file() and not self.adapter.exists()
-
-    def _is_of(self, config: RunConfig) -> bool:
-        saved = dataclasses.replace(RunConfig.load(self.config_file), output_dir=config.output_dir)
-        if config.task is None:
-            saved.task = None  # it was read off the columns
-        return saved == config
+        return self.study.is_file() and not self.has_adapter
 
     def trial(self, number: int, selects: bool) -> RunDirectory:
         """The directory of a sweep's trial, with this run's relevance and, unless it ``selects`` its own, plan."""
@@ -124,7 +203,7 @@ class RunDirectory:
 
     def check_stage(self, stage: str, overwrite: bool) -> None:
         """Raise InputError if the stage was done already and may not be done again."""
-        done = [name for name in ARTEFACTS[stage] if (self.path / name).exists()]
+        done = [name for name in ARTEFACTS[stage] if name not in BEFORE_THE_ADAPTER and (self.path / name).exists()]
         if done and not overwrite:
             raise InputError(
                 f"{self.path} already holds {done[0]}; pass --overwrite_output_dir to replace it and what was made from it."
@@ -148,11 +227,12 @@ class RunDirectory:
 
     def write_outputs(self, base: Sequence[Written], tuned: Sequence[Written]) -> None:
         """Write what two models wrote for the same examples, a line for each; if they wrote nothing, no file."""
-        self.outputs.unlink(missing_ok=True)
         outputs = [Output(*one[:2], base=one.text, tuned=other.text) for one, other in zip(base, tuned, strict=True)]
         if outputs:
             lines = [json.dumps(dataclasses.asdict(output), ensure_ascii=False) + "\n" for output in outputs]
             write_text(self.outputs, "".join(lines))
+        else:
+            discard(self.outputs)
 
     def read_outputs(self, count: int) -> list[Output]:
         """The first of what was written, if anything was."""
@@ -167,14 +247,14 @@ class RunDirectory:
     def clear(self, stage: str, checkpoints: bool = True) -> None:
         """Remove the artefacts of the stage and of those after it; of training's checkpoints too, unless told otherwise."""
         stages = list(ARTEFACTS)
-        for later in stages[stages.index(stage) :]:
-            for name in ARTEFACTS[later]:
-                target = self.path / name
-                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-        if checkpoints and stages.index(stage) <= stages.index("tune"):
-            self.log.unlink(missing_ok=True)
-            for checkpoint in self.path.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
+        with stored(self.path):
+            for later in reversed(stages[stages.index(stage) :]):  # what is left is whole, whenever this is interrupted
+                for name in ARTEFACTS[later]:
+                    discard(self.path / name)
+                if later == "tune" and checkpoints:
+                    self.log.unlink(missing_ok=True)
+                    for checkpoint in self.path.glob("checkpoint-*"):
+                        discard(checkpoint)
 
     def checkpoint(self, wanted: str) -> str:
         """A checkpoint of this run by its path, by its name (checkpoint-30), or the newest (true)."""
@@ -188,7 +268,18 @@ class RunDirectory:
             )
         return path
 
+    def plan_digest(self) -> str:
+        """Of the plan's files, by which a changed plan is told; of a run without a plan that of nothing."""
+        files = sorted(path for path in self.plan.glob("*") if path.is_file())
+        return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
+
     def newest_checkpoint(self) -> str | None:
-        """The newest checkpoint that was written whole, if there is one: trainer_state.json is the last file of a checkpoint."""
-        whole = [path.parent for path in self.path.glob("checkpoint-*/trainer_state.json")]
-        return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+        """The newest checkpoint, if there is one."""
+        there = [path for path in checkpoints(self.path) if (path / "trainer_state.json").is_file()]
+        return str(there[-1]) if there else None
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints in a directory, by the number of their step."""
+    there = [path for path in directory.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    return sorted(there, key=lambda path: int(path.name.rpartition("-")[2]))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reltune.errors import InputError
-from reltune.files import check_destination, make_directory
+from reltune.files import check_destination, whole_directory
 from reltune.layers.quantised import is_quantised
 from reltune.runs.gguf_file import write_gguf
 from reltune.tuner.layer import ReltuneLayer
@@ -39,11 +39,16 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank can
 
 
 def to_lora(
-    model: PeftModel, output_dir: str | os.PathLike, adapter_name: str = "default", one_rank: bool = False
+    model: PeftModel,
+    output_dir: str | os.PathLike,
+    adapter_name: str = "default",
+    one_rank: bool = False,
+    complete: Callable[[Path], object] = lambda path: None,
 ) -> Path:
     """Write the adapter as a PEFT LoRA adapter that loads without reltune. Changed columns, rows and directions carry over exactly.
 
     Rank and alpha differ per module (``rank_pattern``, ``alpha_pattern``), unless it is to be ``one_rank`` for all, as vLLM wants it.
+    ``complete`` writes what else belongs there; the directory appears when all of it is written.
     Raises InputError when the adapter trains single weights, whole weights, biases or norms, which have no low-rank form; and, for one
     rank, when it saves modules whole, or when the padded file would be larger than the base model.
     """
@@ -51,8 +56,9 @@ def to_lora(
     if isinstance(config := model.peft_config[adapter_name], LoraConfig):
         if one_rank:
             _check_for_vllm(config, model, adapter_name)
-        make_directory(path)
-        model.save_pretrained(str(path), selected_adapters=[adapter_name])
+        with whole_directory(path) as partial:
+            model.save_pretrained(str(partial), selected_adapters=[adapter_name])
+            complete(partial)
         return path
     layers = {
         name.removeprefix("base_model.model."): layer
@@ -97,9 +103,11 @@ def to_lora(
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
     )
-    make_directory(path)
-    lora.save_pretrained(str(path))
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path / "adapter_model.safetensors")
+    with whole_directory(path) as partial:
+        lora.save_pretrained(str(partial))
+        on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(on_host, partial / "adapter_model.safetensors")
+        complete(partial)
     return path
 
 
@@ -140,16 +148,23 @@ def _modules_to_save(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if ".reltune_" not in key}
 
 
-def to_merged(model: Any, tokenizer: Any, output_dir: str | os.PathLike) -> Path:
+def to_merged(
+    model: Any,
+    tokenizer: Any,
+    output_dir: str | os.PathLike,
+    complete: Callable[[Path], object] = lambda path: None,
+) -> Path:
     """Write a plain Transformers model with the adapter's values in its weights: inference costs what the base costs.
 
+    ``complete`` writes what else belongs there.
     Raises InputError where the adapted weights are held in 4 or 8 bits.
     """
     path = check_destination(output_dir)
     merged = merged_model(model)
-    make_directory(path)
-    merged.save_pretrained(str(path))
-    tokenizer.save_pretrained(str(path))
+    with whole_directory(path) as partial:
+        merged.save_pretrained(str(partial))
+        tokenizer.save_pretrained(str(partial))
+        complete(partial)
     return path
 
 
@@ -165,14 +180,21 @@ def merged_model(model: Any) -> Any:
 
 
 def to_gguf(
-    model: Any, tokenizer: Any, output_dir: str | os.PathLike, gguf_type: str = "f16", tokenizer_file: str | None = None
+    model: Any,
+    tokenizer: Any,
+    output_dir: str | os.PathLike,
+    gguf_type: str = "f16",
+    tokenizer_file: str | None = None,
+    complete: Callable[[Path], object] = lambda path: None,
 ) -> Path:
     """Write the merged model with its tokenizer as one file for llama.cpp. See ``write_gguf`` for the arguments and what is
-    refused; gives the file."""
+    refused; ``complete`` writes what else belongs to the directory. Gives the file."""
     path = check_destination(output_dir)
-    merged = merged_model(model)
-    make_directory(path)
-    return write_gguf(merged, tokenizer, path / f"model-{gguf_type}.gguf", gguf_type, tokenizer_file)
+    merged, name = merged_model(model), f"model-{gguf_type}.gguf"
+    with whole_directory(path) as partial:
+        write_gguf(merged, tokenizer, partial / name, gguf_type, tokenizer_file)
+        complete(partial)
+    return path / name
 
 
 def served(rank: int) -> int:

@@ -28,7 +28,7 @@ from reltune.runs import preflight, stages
 from reltune.runs import sweep as sweeps
 from reltune.runs.chat import Conversation, conversations
 from reltune.runs.comparison import compare as compare_with_baselines
-from reltune.runs.directory import RunDirectory
+from reltune.runs.directory import STAGES, RunDirectory
 from reltune.runs.export import lora_summary
 from reltune.runs.materials import Materials, noting, prepare, prepare_evaluation, prepare_export, task_of_run
 from reltune.runs.prediction import Predicted
@@ -42,7 +42,7 @@ class Started:
     """A run that was checked and may write into its directory.
 
     Attributes:
-        going_on: "analysis" or "sweep" where an interrupted one goes on, else nothing.
+        going_on: the stage at which the same command was interrupted, and goes on (``RunDirectory.next_stage``); else nothing.
     """
 
     materials: Materials
@@ -52,6 +52,11 @@ class Started:
     @property
     def config(self) -> RunConfig:
         return self.materials.config
+
+    def was_done(self, stage: str) -> bool:
+        """Whether a stage was finished before the interruption: found out once, since processes that work together have to take
+        the same steps."""
+        return bool(self.going_on) and STAGES.index(stage) < STAGES.index(self.going_on)
 
     def describe(self) -> str:
         """What the run works with, in one line."""
@@ -67,73 +72,86 @@ class Started:
         return line + "." + (f" Going on with the interrupted {self.going_on}." if self.going_on else "")
 
 
-def start(config: RunConfig, overwrite: bool = False, select: bool = True) -> Started:
+def start(config: RunConfig, overwrite: bool = False, goal: str = "run") -> Started:
     """Check everything that can be checked, and only then make the run's directory.
 
-    A run that was interrupted there with the same config goes on, unless told to ``overwrite`` it. Without ``select``
-    nothing that belongs to the selection and later stages is checked.
+    A run that was interrupted there with the same config goes on at the stage that it had come to, unless told to
+    ``overwrite`` it. Where the ``goal`` is "analysis", nothing that belongs to the selection and later stages is checked; where it is
+    "comparison", the baselines belong to the run.
     """
     directory, processes = RunDirectory(config.output_dir), Processes.joined()
     with processes.together():
         config.chat_template = text_of(config.chat_template)  # whatever becomes of the file
         if config.sweep:
             sweeps.space(config)
-        resumed = not overwrite and directory.continues(config)
-        if not resumed:
-            directory.check_new(overwrite)
-        elif processes.count > 1 and interrupted_in(directory.relevance):
+        stage = directory.check_start(config, overwrite, goal)
+        if stage == "analysis" and processes.count > 1 and interrupted_in(directory.relevance):
             raise InputError(
                 f"output_dir {directory.path} holds an interrupted analysis, which goes on in one process only; start it "
                 "without a launcher, or pass --overwrite_output_dir."
             )
-        recorded = resumed and (directory.relevance.exists() or directory.is_in_sweep())
+        if stage is not None and directory.has_adapter:
+            config = sweeps.adopted(config, directory)
+        recorded = stage is not None and (directory.relevance.exists() or directory.task.is_file())
         materials = prepare(config, directory if recorded else None)
-        stages.check_choice(materials, select)
-        if config.export is not None:
-            stages.check_export(config, materials.task, config.export)
-        materials.check_training()
-        if config.sweep:
-            sweeps.check(materials)
-        if select:
+        if stage is None or not directory.has_adapter:
+            stages.check_choice(materials, goal != "analysis")
+            if config.export is not None:
+                stages.check_export(config, materials.task, config.export)
+            materials.check_training()
+            if config.sweep:
+                sweeps.check(materials)
+        if stage == "training":
+            stages.checkpoint_to_go_on_from(materials, directory)  # and raises where plan or data have changed
+        if goal != "analysis":
             _ = materials.lm_eval_tasks  # checked here, and measured on at the end
     with processes.together():
-        if not resumed and processes.first:
-            directory.create(config)
-    going_on = ("sweep" if directory.sweeping(config) else "analysis") if resumed else ""
-    return Started(materials, directory, going_on)
+        if processes.first:
+            if stage is None:
+                directory.create(config)
+            elif not directory.is_in_sweep():
+                config.save(directory.config_file)  # what changes no result may have changed
+    return Started(materials, directory, stage or "")
 
 
 def measure_and_choose(started: Started) -> Plan | None:
-    """Analyze and select. None where there is no one plan to show: an interrupted sweep has selected already, a sweep of
-    budgets selects in each trial, and some methods choose nothing."""
-    if started.going_on == "sweep" or not started.config.needs_plan:
+    """Analyze and select, as far as that was not done before an interruption. None where there is no one plan to show: a sweep
+    of budgets selects in each trial, and some methods choose nothing."""
+    config, directory = started.config, started.directory
+    if not config.needs_plan:
         return None
-    stages.analyze(started.materials, started.directory)
-    if "budget" in started.config.sweep:
+    if not started.was_done("analysis"):
+        stages.analyze(started.materials, directory)
+    if "budget" in config.sweep:
         return None
-    return stages.select(started.config, started.directory)
+    return Plan.load(directory.plan) if started.was_done("selection") else stages.select(config, directory)
 
 
 def train(started: Started, anew: bool = False, resume_from_checkpoint: str | None = None) -> dict[str, Any] | None:
-    """Tune, or sweep: then the record of its trials is returned, and the best values enter the run's config."""
+    """Tune, or sweep: then the record of its trials is returned, and the best values enter the run's config. What was
+    interrupted goes on, unless it is to begin ``anew``."""
+    directory = started.directory
     if not started.config.sweep:
-        stages.tune(started.materials, started.directory, resume_from_checkpoint)
+        if not started.was_done("training"):
+            stages.tune(started.materials, directory, resume_from_checkpoint, goes_on=not anew)
         return None
-    started.materials = sweeps.sweep(started.materials, started.directory, anew)
-    record: dict[str, Any] = read_json(started.directory.trials)
+    started.materials = sweeps.sweep(started.materials, directory, anew)
+    record: dict[str, Any] = read_json(directory.trials)
     return record
 
 
 def evaluate_and_report(started: Started, baselines: bool = False) -> RunRecord | None:
-    """Evaluate, compare with the baselines if wanted, and write the report; its record, in the first process."""
-    results = stages.evaluate(started.materials, started.directory)
-    if baselines:
-        compare_with_baselines(started.materials, started.directory, results)
-    processes = Processes.joined()
+    """Evaluate, compare with the baselines if wanted, and write the report; its record, in the first process. What was
+    measured before an interruption is not measured again."""
+    config, directory, processes = started.config, started.directory, Processes.joined()
+    measured = started.was_done("evaluation")
+    results = read_json(directory.results) if measured else stages.evaluate(started.materials, directory)
+    if baselines and not started.was_done("comparison"):
+        compare_with_baselines(started.materials, directory, results)
     record = None
     with processes.together():
         if processes.first:
-            record = report(started.config, started.directory)
+            record = report(config, directory)
     return record
 
 
@@ -149,18 +167,18 @@ def analyze_weights(config: RunConfig, overwrite: bool = False) -> RelevanceScor
 
 def choose_again(config: RunConfig, directory: RunDirectory) -> Plan:
     """Select from the relevance of an existing run, and store this config as the run's."""
-    plan = stages.select(config, directory)
-    config.save(directory.config_file)
-    return plan
+    return stages.select(config, directory)
 
 
 def tune_again(config: RunConfig, directory: RunDirectory, overwrite: bool = False) -> dict[str, Any] | None:
-    """Train by the plan of an existing run; the record of the trials if it is a sweep."""
+    """Train by the plan of an existing run; the record of the trials if it is a sweep. A training that was interrupted goes on."""
     resume = config.training.pop("resume_from_checkpoint", None)
     with Processes.joined().together():
         preflight.check_tuning(config, directory, overwrite)
         if not directory.sweeping(config):
             preflight.check_untrained(config, directory, overwrite)
+        if not overwrite and not resume:
+            directory.check_goes_on(config)
         if config.sweep:
             sweeps.space(config)
         selects = "budget" in config.sweep
@@ -193,7 +211,9 @@ def export_as_configured(started: Started) -> str | None:
     if form is None:
         return None
     with processes.together():
-        return export(directory, started.config, form, str(directory.path / form)) if processes.first else None
+        if not processes.first or (directory.path / form).is_dir():
+            return None
+        return export(directory, started.config, form, str(directory.path / form))
 
 
 def export(

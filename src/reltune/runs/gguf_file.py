@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from reltune.errors import InputError
+from reltune.files import whole_file
 from reltune.names import GGUF_TYPES
 from reltune.notes import note
 from reltune.pretrained import load_config
@@ -91,22 +92,20 @@ def write_gguf(
     tensors = dict(_tensors(model, architecture))
     if gguf_type == "f16" and (large := next((n for n, t in tensors.items() if t.abs().max() > LARGEST_F16), None)):
         raise InputError(f"weights in {large} lie beyond the range of f16; use --gguf_type bf16.")
-    partial = path.with_name(path.name + ".partial")
-    writer = gguf.GGUFWriter(partial, architecture)
-    _add_shape(writer, config, model)
-    writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES[gguf_type]))
-    if tokenizer_file is not None:
-        _copy_tokenizer(writer, tokenizer_file, tokenizer)
-    else:
-        _add_tokenizer(writer, tokenizer, len(tensors["token_embd.weight"]))
-    add_ends(writer, model, tokenizer)
     types = {name: _type_of(tensor, gguf_type) for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        block, size = gguf.GGML_QUANT_SIZES[types[name]]
-        writer.add_tensor_info(
-            name, tuple(tensor.shape), np.dtype(np.float32), tensor.numel() // block * size, types[name]
-        )
-    try:
+    with whole_file(path) as partial:
+        writer = gguf.GGUFWriter(partial, architecture)
+        _add_shape(writer, config, model)
+        writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES[gguf_type]))
+        if tokenizer_file is not None:
+            _copy_tokenizer(writer, tokenizer_file, tokenizer)
+        else:
+            _add_tokenizer(writer, tokenizer, len(tensors["token_embd.weight"]))
+        add_ends(writer, model, tokenizer)
+        for name, tensor in tensors.items():
+            block, size = gguf.GGML_QUANT_SIZES[types[name]]
+            size *= tensor.numel() // block
+            writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(np.float32), size, types[name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -114,9 +113,6 @@ def write_gguf(
             values = tensor.detach().float().cpu().numpy()
             writer.write_tensor_data(gguf.quants.quantize(values, types[name]))
         writer.close()
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

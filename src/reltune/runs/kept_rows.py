@@ -12,23 +12,19 @@ from pathlib import Path
 
 from reltune.data.rows import Rows
 from reltune.errors import InputError
+from reltune.files import whole_file
 
 
 def keep(path: Path, rows: Rows, columns: Iterable[str]) -> None:
     """Write these columns of the rows. Rows that JSON cannot hold, such as the bytes of images, are not kept."""
     names = list(dict.fromkeys(columns))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
             for row in rows:
                 values = {name: row.values[name] for name in names if name in row.values}
                 file.write(json.dumps({rows.unit: row.line, "values": values}, ensure_ascii=False) + "\n")
     except TypeError:
-        partial.unlink()
         path.unlink(missing_ok=True)
-    else:
-        partial.replace(path)
 
 
 def kept(path: Path, source: str) -> Rows | None:

@@ -25,6 +25,7 @@ from reltune.data.streams import StreamedRows
 from reltune.data.tagged_words import one_word_each, sentence_column
 from reltune.data.text_files import format_of
 from reltune.errors import InputError
+from reltune.files import whole_file
 from reltune.runs.evaluation import DEFAULTS
 from reltune.runs.tuned import Tuned
 from reltune.tasks.task import Task
@@ -170,15 +171,8 @@ def _writing(output_file: str, columns: Sequence[str], task: Task) -> Iterator[C
         yield lambda record: print(_json(record), flush=True)
         return
     path = Path(output_file)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            yield _table(file, path.suffix.lower(), columns, task) or (lambda record: _line(file, record))
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{output_file} cannot be written ({error.strerror}); name another file.") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        yield _table(file, path.suffix.lower(), columns, task) or (lambda record: _line(file, record))
 
 
 def _line(file: TextIO, record: Mapping[str, Any]) -> None:

@@ -32,18 +32,17 @@ from reltune.tasks.chat_templates import text_of
 FILES = ("train_file", "validation_file", "test_file", "forgetting_file")
 
 
-def check_new_run(config: RunConfig, overwrite: bool) -> None:
-    """Raise InputError for a new run whose model, data or directory cannot be what is wanted. Creates nothing."""
+def check_new_run(config: RunConfig, overwrite: bool, goal: str = "run") -> None:
+    """Raise InputError for a run whose model, data or directory cannot be what is wanted. Creates nothing. ``goal`` is as for
+    ``RunDirectory.check_start``."""
     config.check()
     METHODS[config.method].check_config(config)
     if config.export is not None:
         check_form(config.method, config.export)
     check_selection(config)
     check_inputs(config)
-    text_of(config.chat_template)
-    directory = RunDirectory(config.output_dir)
-    if overwrite or not directory.is_unfinished():
-        directory.check_new(overwrite)
+    config.chat_template = text_of(config.chat_template)
+    RunDirectory(config.output_dir).check_start(config, overwrite, goal)
 
 
 def check_tuning(config: RunConfig, directory: RunDirectory, overwrite: bool) -> None:

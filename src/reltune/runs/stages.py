@@ -6,8 +6,10 @@ config.yaml ─analyze▶ relevance/ ─select▶ plan/ ─tune▶ adapter/ ─e
 from __future__ import annotations
 
 import dataclasses
-import warnings
+import hashlib
+import signal
 from collections.abc import Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from reltune.config.analysis import AnalysisConfig
 from reltune.config.run_config import RunConfig
 from reltune.config.selection import SelectionConfig
 from reltune.errors import InputError
-from reltune.files import check_destination, disk_bytes, read_json, write_json
+from reltune.files import check_destination, disk_bytes, read_json, whole_directory, whole_file, write_json
 from reltune.layers.float8 import convertible
 from reltune.layers.inventory import Inventory, take_inventory
 from reltune.layers.quantised import check_not_packed
@@ -38,10 +40,10 @@ from reltune.plan.plan import Plan
 from reltune.plan.selection import check_scored, check_share, modules_with_elements
 from reltune.plan.selection import select as choose_units
 from reltune.processes import Processes
-from reltune.relevance.artefact import interrupted_in
 from reltune.relevance.criteria.registry import find_criteria
 from reltune.relevance.measure import analyze as measure_relevance
 from reltune.relevance.probe.moving_weights import check_can_move
+from reltune.relevance.resumption import deferred_signals
 from reltune.relevance.scores import RelevanceScores
 from reltune.relevance.weights.scan import analyze_checkpoint
 from reltune.report.record import LMEvalRecord
@@ -156,7 +158,7 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
 
 def _with_trained_new_heads(materials: Materials, run: RunDirectory) -> nn.Module:
     """The base model with new heads that were trained, in this analysis or in the interrupted one that goes on."""
-    if materials.new_heads and interrupted_in(run.relevance) and run.head.is_file():
+    if materials.new_heads and run.head.is_file():
         return model_with_new_heads(materials, run)
     model, processes = materials.base.take(), Processes.joined()
     if materials.new_heads:
@@ -164,8 +166,8 @@ def _with_trained_new_heads(materials: Materials, run: RunDirectory) -> nn.Modul
         processes.take_from_first(model.get_submodule(name) for name in materials.new_heads)
         with processes.together():
             if processes.first:
-                run.relevance.mkdir(parents=True, exist_ok=True)
-                save_file(new_head_tensors(model, materials.new_heads), run.head)
+                with whole_file(run.head) as partial:
+                    save_file(new_head_tensors(model, materials.new_heads), partial)
     return model
 
 
@@ -194,7 +196,7 @@ def analyze_weights(config: RunConfig, run: RunDirectory, overwrite: bool = Fals
 
     The run's directory is made when everything is measured.
     """
-    run.check_new(overwrite)
+    run.check_start(config, overwrite, "analysis")
     relevance = analyze_checkpoint(
         config.model_name_or_path,
         config.criteria,
@@ -269,13 +271,16 @@ def model_with_new_heads(materials: ModelMaterials, run: RunDirectory) -> nn.Mod
 
 
 def select(config: RunConfig, run: RunDirectory) -> Plan:
-    """Choose units under the budget from the saved relevance. Of several processes the first one chooses."""
+    """Choose units under the budget from the saved relevance, and store the config as the run's. Of several processes the first
+    one chooses."""
     processes = Processes.joined()
     with processes.together():
         if processes.first:
             plan = choose(config, RelevanceScores.load(run.relevance), config.criteria[0])
-            run.clear("tune")
-            plan.save(run.plan)
+            run.clear("select")
+            config.save(run.config_file)  # before the plan, which is there only with its config
+            with whole_directory(run.plan) as partial:
+                plan.save(partial)
     return Plan.load(run.plan)
 
 
@@ -306,16 +311,23 @@ def _task_type(config: RunConfig, new_heads: Sequence[str]) -> str | None:
 
 
 def tune(
-    materials: Materials, run: RunDirectory, resume_from_checkpoint: str | None = None, description: str = "tune"
+    materials: Materials,
+    run: RunDirectory,
+    resume_from_checkpoint: str | None = None,
+    description: str = "tune",
+    goes_on: bool = False,
 ) -> Any:
     """Train by the config's method and save the adapter, with the tokenizer beside it. ``description`` names the progress bar.
 
     Whatever can be wrong with the plan, the training fields or the checkpoint is found before anything of an earlier
-    adapter is removed. Of several processes the first one writes.
+    adapter is removed. Of several processes the first one writes. With ``goes_on``, a training that was interrupted goes on from
+    its newest checkpoint. Ctrl-C and termination take effect after a step, of which a checkpoint is kept.
     """
     processes = Processes.joined()
     with processes.together():
-        checkpoint = _checkpoint(materials.config, run, resume_from_checkpoint)
+        checkpoint = run.checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+        if goes_on and not checkpoint:
+            checkpoint = checkpoint_to_go_on_from(materials, run)
         config, method = materials.config, METHODS[materials.config.method]
         plan = Plan.load(run.plan) if config.needs_plan else None
         base = model_with_new_heads(materials, run)
@@ -324,52 +336,75 @@ def tune(
         model = trainable.model
         materials.check_training(model)
         args = materials.arguments(trainable.rate, trainable.divisor)
-    callbacks: list[TrainerCallback] = [training.LogFile(run.log)]
-    if materials.config.early_stopping_patience is not None:
-        callbacks.append(training.stops_early(materials.config.early_stopping_patience))
     with processes.together():
         if processes.first:
             run.clear("tune", checkpoints=checkpoint is None)
             materials.config.save(run.config_file)
+            write_json(run.begun, _begun(materials, run))
             record_data(run, materials.config, materials.task, materials.splits, materials.notes)
-    trainer, cost = training.train(
-        model,
-        args,
-        materials.task,
-        materials.tokenizer,
-        materials.train,
-        materials.validation,
-        checkpoint,
-        description,
-        callbacks,
-    )
-    state = training.gathered_state(trainer)
-    with processes.together():
-        if processes.first:
-            trainer.save_state()
-            facts = {**dataclasses.asdict(cost), "learning_rate": args.learning_rate, "machine": training.machine()}
-            write_json(run.path / "training_cost.json", facts)
-            record_bad_rows(run, materials.splits)  # of streamed rows more are known by now
-            method.save(model, run.adapter, state)
-            materials.saved_tokenizer().save_pretrained(str(run.adapter))
-            if plan is not None and config.rank_by is None:
-                describe_adapter(run.adapter, plan, materials.task)
-            else:
-                write_json(run.method, _method_record(materials, trainable, base, inventory))
-                describe_method(run.adapter, config, trainable.lines, materials.task)
+    with deferred_signals(processes.count == 1) as waiting:
+        callbacks: list[TrainerCallback] = [training.LogFile(run.log), training.EndsAfterStep(waiting)]
+        if materials.config.early_stopping_patience is not None:
+            callbacks.append(training.stops_early(materials.config.early_stopping_patience))
+        trainer, cost = training.train(
+            model,
+            args,
+            materials.task,
+            materials.tokenizer,
+            materials.train,
+            materials.validation,
+            checkpoint,
+            description,
+            callbacks,
+        )
+        state = training.gathered_state(trainer)
+        with processes.together():
+            if processes.first:
+                with whole_file(run.path / "trainer_state.json") as partial:
+                    trainer.state.save_to_json(str(partial))
+                facts = {**dataclasses.asdict(cost), "learning_rate": args.learning_rate, "machine": training.machine()}
+                write_json(run.path / "training_cost.json", facts)
+                record_bad_rows(run, materials.splits)  # of streamed rows more are known by now
+                planned = plan if config.rank_by is None else None
+                if planned is None:
+                    write_json(run.method, _method_record(materials, trainable, base, inventory))
+                with whole_directory(run.adapter) as adapter:  # the last, by which training counts as done
+                    method.save(model, adapter, state)
+                    materials.saved_tokenizer().save_pretrained(str(adapter))
+                    if planned is not None:
+                        describe_adapter(adapter, planned, materials.task)
+                    else:
+                        describe_method(adapter, config, trainable.lines, materials.task)
+    if waiting:
+        signal.raise_signal(waiting.pop())
     return model
 
 
-def _checkpoint(config: RunConfig, run: RunDirectory, wanted: str | None) -> str | None:
-    """The checkpoint that training resumes from, if one is wanted."""
-    if not wanted:
+def _begun(materials: Materials, run: RunDirectory) -> dict[str, Any]:
+    """What a training begins with beside its config: a digest of the plan, and of the examples as far as a look at some shows."""
+    record: dict[str, Any] = {"plan": run.plan_digest() if materials.config.needs_plan else None}
+    if not materials.config.streaming:
+        count = len(materials.train)
+        some = [repr(materials.train[index]) for index in range(0, count, max(1, count // 32))]
+        record |= {"examples": count, "data": hashlib.sha256("".join(some).encode()).hexdigest()}
+    return record
+
+
+def checkpoint_to_go_on_from(materials: Materials, run: RunDirectory) -> str | None:
+    """The checkpoint that an interrupted training goes on from: None where there is none, or none with the optimizer's state.
+
+    Raises InputError where plan or data have changed since it began.
+    """
+    checkpoint = run.newest_checkpoint()
+    if checkpoint is None or materials.config.training.get("save_only_model"):
         return None
-    checkpoint = run.checkpoint(wanted)
-    if config.streaming and read_json(Path(checkpoint) / "trainer_state.json")["epoch"] >= 1:
-        warnings.warn(
-            "streamed rows are read from the beginning where training goes on after the first pass over them, so that the "
-            "result is not that of a training without an interruption.",
-            stacklevel=2,
+    begun = _begun(materials, run)
+    before = read_json(run.begun) if run.begun.is_file() else begun  # an older version began it
+    if before != begun:
+        changed = f"the plan in {run.plan}" if before.get("plan") != begun["plan"] else "what the training data hold"
+        raise InputError(
+            f"{changed} has changed since the training in {run.path} was interrupted; put it back, or begin anew with `reltune tune "
+            f"{run.path} --overwrite_output_dir`."
         )
     return checkpoint
 
@@ -508,20 +543,24 @@ def export(
     model = load_tuned(materials, run)
     asked = asked_in(materials.task, materials.tokenizer, run)
     if to == "lora":
-        path = exporting.to_lora(model, output_dir, one_rank=server == "vllm")
-        materials.saved_tokenizer().save_pretrained(str(path))
-        describe_lora(path, materials.config, materials.task, asked)
-        return path
+
+        def complete(path: Path) -> None:
+            materials.saved_tokenizer().save_pretrained(str(path))
+            describe_lora(path, materials.config, materials.task, asked)
+
+        return exporting.to_lora(model, output_dir, one_rank=server == "vllm", complete=complete)
+    tokenizer = materials.saved_tokenizer()
     if to == "merged":
-        path = exporting.to_merged(model, materials.saved_tokenizer(), output_dir)
-        describe_merged(path, materials.config, materials.task, asked)
-        return path
+        described = partial(describe_merged, config=materials.config, task=materials.task, asked_in=asked)
+        return exporting.to_merged(model, tokenizer, output_dir, described)
     if to in IN_GGUF:
-        name, tokenizer = materials.config.model_name_or_path, materials.saved_tokenizer()
-        file = exporting.to_gguf(model, tokenizer, output_dir, gguf_type, name if name.endswith(".gguf") else None)
-        if to == "gguf":
-            return file
-        if untranslated := write_modelfile(file.parent, file.name, model, tokenizer, asked):
-            note(untranslated)
-        return file.parent
+        name = materials.config.model_name_or_path
+
+        def modelfile(path: Path) -> None:
+            if to == "ollama" and (said := write_modelfile(path, f"model-{gguf_type}.gguf", model, tokenizer, asked)):
+                note(said)
+
+        of_file = name if name.endswith(".gguf") else None
+        file = exporting.to_gguf(model, tokenizer, output_dir, gguf_type, of_file, modelfile)
+        return file if to == "gguf" else file.parent
     raise ValueError(f"nothing writes the form {to!r}.")

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -28,7 +27,7 @@ from reltune.config.run_config import RunConfig
 from reltune.config.training import TrainingConfig
 from reltune.config.training_fields import NOT_FOR_RUNS, checked_training_fields, training_field_names
 from reltune.errors import InputError, nearest
-from reltune.files import write_json
+from reltune.files import discard, read_json, write_json
 from reltune.processes import Processes
 from reltune.relevance.scores import RelevanceScores
 from reltune.runs import training
@@ -118,6 +117,11 @@ def with_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
     return dataclasses.replace(config, sweep={}, sweep_trials=None, training={**config.training, **rest}, **own)
 
 
+def adopted(config: RunConfig, run: RunDirectory) -> RunConfig:
+    """The config with the best values of the sweep that was finished in the run."""
+    return with_values(config, _read(run)["best"]["values"]) if config.sweep else config
+
+
 def in_words(values: dict[str, Any]) -> str:
     return ", ".join(
         f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
@@ -170,6 +174,7 @@ def sweep(materials: Materials, run: RunDirectory, anew: bool = False) -> Materi
                 run.clear("select" if "budget" in distributions else "tune")
                 config.save(run.config_file)
             study = _study(run, _compared_by(materials)[1])
+            _record(study, materials, run)  # it may have been interrupted just before that
             if "budget" not in distributions and config.needs_plan:
                 _check_plan(study, run)
     while True:
@@ -218,6 +223,9 @@ def _study(run: RunDirectory, largest: bool) -> optuna.Study:
     optuna = _optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     run.sweep.mkdir(parents=True, exist_ok=True)
+    discard(run.study.with_name(f"{run.study.name}.lock"))  # Optuna's, of a process that was killed
+    if run.study.is_file() and (cut := run.study.read_bytes().rpartition(b"\n"))[2]:  # a line that it was writing
+        run.study.write_bytes(cut[0] + cut[1])
     try:
         return optuna.create_study(
             storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(run.study))),
@@ -300,6 +308,7 @@ def _record(study: optuna.Study, materials: Materials, run: RunDirectory) -> Non
         "metric": name,
         "greater_is_better": largest,
         "sweep": materials.config.sweep,
+        "sweep_trials": materials.config.sweep_trials,
         "trials": trials,
         "best": best,
     }
@@ -307,7 +316,7 @@ def _record(study: optuna.Study, materials: Materials, run: RunDirectory) -> Non
 
 
 def _read(run: RunDirectory) -> Any:
-    return json.loads(run.trials.read_text(encoding="utf-8"))
+    return read_json(run.trials)
 
 
 # -- a trial --------------------------------------------------------------------------------------------------------
@@ -322,10 +331,8 @@ def _trial(materials: Materials, run: RunDirectory, number: int, values: dict[st
     try:
         if "budget" in values and not (trial.plan / "plan.yaml").is_file():
             select(config, trial)
-        whole = not config.training.get(
-            "save_only_model"
-        )  # checkpoints that training can go on from as if nothing had been
-        tune(own, trial, trial.newest_checkpoint() if whole else None, f"trial {number}")
+        if not trial.has_adapter:
+            tune(own, trial, description=f"trial {number}", goes_on=True)
         model = load_tuned(own, trial)
         metrics = measure_metrics(
             model, {"eval": own.validation}, own.task, own.tokenizer, generate=False, **placement(config)
@@ -352,7 +359,7 @@ def _trial(materials: Materials, run: RunDirectory, number: int, values: dict[st
 def _make_light(trial: RunDirectory) -> None:
     """Keep what a trial logged, but not what it trained."""
     for path in (trial.adapter, *trial.path.glob("checkpoint-*")):
-        shutil.rmtree(path, ignore_errors=True)
+        discard(path)
 
 
 def _adopt(trial: RunDirectory, run: RunDirectory, config: RunConfig) -> None:
@@ -361,6 +368,7 @@ def _adopt(trial: RunDirectory, run: RunDirectory, config: RunConfig) -> None:
         "trainer_state.json",
         "training_cost.json",
         trial.method.name,
+        trial.begun.name,
         trial.log.name,
         trial.task.name,
         "bad_rows.json",

@@ -12,6 +12,8 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -26,17 +28,19 @@ import psutil
 import torch
 from huggingface_hub import HfApi
 from torch import nn
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import set_seed
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 from transformers.utils.hub import is_offline_mode
 
 from reltune.config.training_fields import DEFAULTS
 from reltune.errors import InputError, first_line
-from reltune.files import write_text
+from reltune.files import PARTIAL, discard, put_in_place, stored, write_text
 from reltune.methods.planned import method_of as method_of
 from reltune.methods.registry import METHODS
 from reltune.metrics import largest_is_best
 from reltune.processes import Processes
+from reltune.runs.directory import checkpoints
 from reltune.runs.progress import show_progress
 from reltune.tasks.task import Examples, Task
 
@@ -228,9 +232,11 @@ def train(
     with scaled_in_float32(model, args):
         with _sharing_for_itself(), frozen_base(model):
             trainer = task.trainer(model, args, processor, train_examples, evaluated, callbacks=[clock, *callbacks])
+        if resume_from_checkpoint is not None:
+            _goes_on_exactly(trainer, resume_from_checkpoint, streamed=not hasattr(train_examples, "__len__"))
         trainer.evaluate = _apart(trainer.evaluate)  # type: ignore[method-assign]
         show_progress(trainer, description)
-        with PeakMemory() as memory, frozen_statistics(model):
+        with PeakMemory() as memory, frozen_statistics(model), _whole_checkpoints(trainer):
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     with Processes.joined().together():
         trained: list[Any] = [p.detach() for p in model.parameters() if p.requires_grad]
@@ -326,7 +332,7 @@ class LogFile(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
+            with stored(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
 
 
@@ -349,6 +355,120 @@ def _sharing_for_itself() -> Iterator[None]:
     finally:
         for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
             os.environ.pop(name, None)
+
+
+class EndsAfterStep(TrainerCallback):
+    """Has signals that wait in a list (``deferred_signals``) take effect after the step that is being taken, and keeps a
+    checkpoint of it."""
+
+    def __init__(self, waiting: list[int]) -> None:
+        self.waiting = waiting
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.waiting:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.waiting:
+            signal.raise_signal(self.waiting.pop())
+
+
+@contextlib.contextmanager
+def _whole_checkpoints(trainer: Trainer) -> Iterator[None]:
+    """Have a Trainer write each checkpoint into a hidden directory, and give it its name when all of it is on the disk.
+
+    Older ones are removed by their number. Trainer goes by the time of their last change, and would remove the new one where the
+    clock was set back; and what it was removing when it was killed would look like a checkpoint. Of several processes the
+    first one renames and removes, when all have written.
+    """
+    args, save, push, processes = (
+        trainer.args,
+        trainer._save_checkpoint,
+        trainer._push_from_checkpoint,
+        Processes.joined(),
+    )
+    place, limit = Path(str(args.output_dir)), args.save_total_limit
+    hidden = place / f".checkpoints{PARTIAL}"
+
+    def save_checkpoint(model: Any, trial: Any) -> None:
+        name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+        trainer._get_output_dir = lambda trial: str(hidden)  # type: ignore[method-assign]
+        trainer._push_from_checkpoint = lambda checkpoint_folder: None  # type: ignore[method-assign]
+        try:
+            with processes.together():
+                if processes.first:
+                    shutil.rmtree(hidden, ignore_errors=True)
+            with processes.together(), stored(place / name):
+                save(model, trial)
+            if trainer.state.best_model_checkpoint == str(hidden / name):
+                trainer.state.best_model_checkpoint = str(place / name)
+            with processes.together(), stored(place / name):
+                if processes.first:
+                    trainer.state.save_to_json(str(hidden / name / TRAINER_STATE_NAME))
+                    put_in_place(hidden / name, place / name)
+                    hidden.rmdir()
+                    _remove_older(place, trainer.state, limit)
+        except BaseException:
+            if processes.first:
+                shutil.rmtree(hidden, ignore_errors=True)
+            raise
+        finally:
+            del trainer._get_output_dir, trainer._push_from_checkpoint
+        if args.push_to_hub:
+            push(str(place / name))
+
+    trainer._save_checkpoint, args.save_total_limit = save_checkpoint, None  # type: ignore[method-assign]
+    try:
+        yield
+        if processes.first and limit == 1 and (best := trainer.state.best_model_checkpoint) is not None:
+            for checkpoint in checkpoints(place):
+                if checkpoint != Path(best):
+                    discard(checkpoint)
+    finally:
+        args.save_total_limit = limit
+
+
+def _remove_older(place: Path, state: Any, limit: int | None) -> None:
+    """Remove the oldest checkpoints above the limit, but neither the newest nor the best."""
+    there = checkpoints(place)
+    kept = {there[-1], Path(state.best_model_checkpoint or there[-1])}
+    others = [path for path in there if path not in kept]
+    for checkpoint in others[: max(0, len(there) - max(limit, len(kept)))] if limit else ():
+        discard(checkpoint)
+
+
+def _goes_on_exactly(trainer: Trainer, checkpoint: str, streamed: bool) -> None:
+    """Mend how a Trainer goes on from a checkpoint, which else would not give what training without an interruption gives.
+
+    It takes one more step where the checkpoint is of the last one, forgets how many evaluations have brought nothing better, and
+    of ``streamed`` rows, of which it does not know how long a pass is, skips as many batches of the first pass as were trained on in
+    all.
+    """
+    before = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    waits = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback)]
+    for callback in waits:
+        kept: Any = before.stateful_callbacks.get(EarlyStoppingCallback.__name__, {})
+        callback.early_stopping_patience_counter = kept.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    stopped = any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in waits)
+    run_epoch, begin = trainer._run_epoch, trainer._init_training_state
+
+    def run_epoch_if_left(**options: Any) -> None:
+        if stopped or trainer.state.global_step >= trainer.state.max_steps:
+            trainer.control.should_training_stop = True
+        else:
+            run_epoch(**options)
+
+    def init_training_state(*given: Any) -> tuple[int, int]:
+        trained = begin(*given)
+        if not streamed or trainer.args.ignore_data_skip:
+            return trained
+        # Trainer counts passes so: whole ones, and of the last one the batches, in units of what all steps take.
+        passes = int(before.epoch or 0)
+        part = ((before.epoch or 0) - passes) * before.max_steps * trainer.args.gradient_accumulation_steps
+        return passes, round(part)
+
+    trainer._run_epoch = run_epoch_if_left  # type: ignore[method-assign, assignment]
+    trainer._init_training_state = init_training_state  # type: ignore[method-assign, assignment]
 
 
 class _StepClock(TrainerCallback):
