@@ -1,0 +1,168 @@
+"""A language model's loss without all of its logits, where its output map is frozen (ops/linear_cross_entropy.py).
+
+For the time of a forward pass with labels the output map gives ``DeferredLogits``, which the model's own forward hands to its loss
+function, and the loss is computed of the hidden states behind them: a block of tokens at a time, and of tokens without a label
+not at all. Whatever else looks at the logits gets them: a model that caps or scales them, a metric, a user.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from reltune.losses import IGNORED
+from reltune.ops.linear_cross_entropy import OfTokens, linear_cross_entropy
+
+# What is known without the logits.
+KNOWN: tuple[Any, ...] = (
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")),
+    *(Tensor.size, Tensor.dim, Tensor.numel),
+)
+
+
+class DeferredLogits(Tensor):
+    """The logits that a linear map gives of hidden states (…, in): (…, classes), computed when they are first looked at.
+
+    Attributes:
+        hidden: the hidden states.
+        head: the map.
+        of_tokens: what the loss found of the tokens with a label, once it is computed.
+    """
+
+    hidden: Tensor
+    head: nn.Linear
+    of_tokens: OfTokens | None
+
+    @staticmethod
+    def __new__(cls, hidden: Tensor, head: nn.Linear, dtype: torch.dtype | None = None) -> DeferredLogits:
+        kind = hidden.device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        logits: Any = Tensor._make_wrapper_subclass(
+            cls, (*hidden.shape[:-1], head.out_features), dtype=dtype or cast or hidden.dtype, device=hidden.device
+        )
+        logits.hidden, logits.head, logits.of_tokens = hidden, head, None
+        logits._cast, logits._computed = cast, None
+        return logits
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in KNOWN:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if func is Tensor.float:  # mixed precision ends with it
+            logits: Any = args[0]
+            return logits if logits.dtype == torch.float32 else logits._widened()
+        args, kwargs = tree_map(lambda x: x.computed() if isinstance(x, DeferredLogits) else x, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
+        # An autograd function of its own, which would lose the gradient of what is computed here.
+        raise TypeError(
+            f"{func} cannot look at logits whose computation is deferred; give it logits.computed(), or call the model without labels."
+        )
+
+    def computed(self) -> Tensor:
+        """The logits themselves; the same tensor each time where autograd records."""
+        own: Any = self
+        if own._computed is not None:
+            return own._computed
+        with _autocast(self):
+            logits = F.linear(self.hidden, self.head.weight, self.head.bias)
+        logits = logits.to(self.dtype)
+        if logits.requires_grad:
+            own._computed = logits
+        return logits
+
+    def _widened(self) -> DeferredLogits:
+        """These in float32."""
+        own: Any = self
+        if own._computed is not None:
+            return own._computed.float()
+        with _autocast(self):
+            wide = DeferredLogits(self.hidden, self.head, torch.float32)
+        wide.of_tokens = self.of_tokens
+        return wide
+
+    def losses(self, labels: Tensor) -> Tensor:
+        """Cross entropies (M,) of the M tokens whose label, of ``labels`` (…,), is a class; their dtype is float32 at least."""
+        labels = labels.to(self.hidden.device).flatten()
+        places = (labels != IGNORED).nonzero().squeeze(1)
+        hidden = self.hidden.flatten(0, -2)
+        if len(places) < len(labels):
+            hidden, labels = hidden[places], labels[places]
+        with _autocast(self):
+            self.of_tokens = linear_cross_entropy(hidden, self.head.weight, self.head.bias, labels)
+        return self.of_tokens.losses
+
+
+def _autocast(logits: Any) -> torch.autocast:
+    """As it was when the map was called."""
+    return torch.autocast(logits.hidden.device.type, dtype=logits._cast, enabled=logits._cast is not None)
+
+
+def defer(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Defer the logits in this model's next forward pass, with these keyword arguments, where the loss can do without them.
+
+    Call ``undo`` after the pass. Gives whether anything was changed.
+    """
+    if not isinstance(inputs.get("labels"), Tensor) or torch.compiler.is_compiling():
+        return False
+    head = _frozen_head(model)
+    if head is None or getattr(model, "loss_function", None) is not ForCausalLMLoss:
+        return False
+    head.forward = functools.partial(DeferredLogits, head=head)  # type: ignore[method-assign]
+    model._loss_function = functools.partial(_loss, model.__dict__.get("_loss_function"))  # type: ignore[assignment]
+    return True
+
+
+def undo(model: nn.Module) -> None:
+    """Undo ``defer``."""
+    loss: Any = model.__dict__.get("_loss_function")
+    if getattr(loss, "func", None) is not _loss:
+        return
+    del model.get_output_embeddings().__dict__["forward"]  # type: ignore[operator]
+    (before,) = loss.args
+    del model.__dict__["_loss_function"]
+    if before is not None:
+        model._loss_function = before
+
+
+def _frozen_head(model: nn.Module) -> nn.Linear | None:
+    """The model's output map, if it is a plain one of which nothing is trained and that nobody watches."""
+    of: Callable[[], Any] | None = getattr(model, "get_output_embeddings", None)
+    head = of() if of is not None else None
+    if type(head) is not nn.Linear or "forward" in head.__dict__:
+        return None
+    watched = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
+    frozen = not any(p.requires_grad for p in head.parameters())
+    return head if frozen and not watched and type(head.weight) is nn.Parameter else None
+
+
+def _loss(
+    own: Any,
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = IGNORED,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """What transformers' loss of causal language models gives: the sum over ``num_items_in_batch``, or else the mean."""
+    if not isinstance(logits, DeferredLogits) or ignore_index != IGNORED:
+        options = {"ignore_index": ignore_index, "shift_labels": shift_labels, **kwargs}
+        return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, **options)
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+    losses = logits.losses(shift_labels)
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(losses.device)
+    return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
