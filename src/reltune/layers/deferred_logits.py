@@ -65,7 +65,7 @@ class DeferredLogits(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
         # An autograd function of its own, which would lose the gradient of what is computed here.
-        raise TypeError(
+        raise RuntimeError(
             f"{func} cannot look at logits whose computation is deferred; give it logits.computed(), or call the model without labels."
         )
 

@@ -31,7 +31,7 @@ def row_kernel(  # type: ignore[no-untyped-def]
         above = tl.maximum(largest, tl.max(z, 0))
         e = tl.exp(z - above)
         before = tl.exp(largest - above)
-        weighted = (weighted + (largest - above) * total) * before + tl.sum(tl.where(e > 0, e * (z - above), 0.0), 0)
+        weighted = (weighted + (largest - above) * total) * before + tl.sum(e * tl.where(e > 0, z - above, 0.0), 0)
         total = total * before + tl.sum(e, 0)
         largest = above
     log_total = tl.log(total)
