@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import ctypes
@@ -47,6 +48,7 @@ from reltune.tasks.task import Examples, Task
 # Learning rates measured per method (each in its file in methods/): the best one differs by more than an order of
 # magnitude between methods, so one default for all would decide every comparison.
 LEARNING_RATES = {method.rates: method.rate for method in METHODS.values()}
+AHEAD = 100  # steps, at least, before a GPU's clock is read: long enough for it to be through with them
 MOST = {method.rates: method.most for method in METHODS.values()}
 
 
@@ -84,7 +86,8 @@ def arguments(
     The best checkpoint is the one with the best ``task.best``, and checkpoints follow evaluations, unless told otherwise.
     Raises InputError for values that contradict each other or leave nothing to train.
     """
-    values = {**DEFAULTS, **task.defaults, "learning_rate": default_rate(method, task, share), **given, **forced}
+    rate = {"learning_rate": default_rate(method, task, share)}
+    values = {**DEFAULTS, **_in_step_with_gpu(), **task.defaults, **rate, **given, **forced}
     if values.get("load_best_model_at_end"):
         if values["eval_strategy"] == "no":
             raise InputError(
@@ -120,6 +123,11 @@ def arguments(
             "copy of the model."
         )
     return args
+
+
+def _in_step_with_gpu() -> dict[str, Any]:
+    """Defaults on a GPU: batches go to it while it works on what it was given before."""
+    return {"dataloader_pin_memory": True, "accelerator_config": {"non_blocking": True}} if torch.cuda.is_available() else {}
 
 
 def compared_by(given: Mapping[str, Any], task: Task) -> tuple[str, bool]:
@@ -472,20 +480,40 @@ def _goes_on_exactly(trainer: Trainer, checkpoint: str, streamed: bool) -> None:
 
 
 class _StepClock(TrainerCallback):
+    """How long each step took; on a GPU by its own clock, because waiting for it would keep it idle afterwards."""
+
     def __init__(self) -> None:
-        self.seconds: list[float] = []
+        self._measured: list[float] = []
+        self._marks: collections.deque[tuple[Any, Any]] = collections.deque()
+
+    @property
+    def seconds(self) -> list[float]:
+        self._read(0)
+        return self._measured
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.started = self._now()
+        self._started = self._now()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(self._now() - self.started)
+        self._marks.append((self._started, self._now()))
+        self._read(AHEAD)
+
+    def _read(self, left: int) -> None:
+        while len(self._marks) > left:
+            started, ended = self._marks.popleft()
+            if isinstance(ended, float):
+                self._measured.append(ended - started)
+            else:
+                ended.synchronize()
+                self._measured.append(started.elapsed_time(ended) / 1000)
 
     @staticmethod
-    def _now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def _now() -> Any:
+        if not torch.cuda.is_available():
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 class PeakMemory:
