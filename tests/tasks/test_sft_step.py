@@ -14,6 +14,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from reltune import ReltuneConfig
 from reltune.layers.deferred_logits import DeferredLogits
+from reltune.runs import training
 from reltune.runs.training import LogFile, arguments, train
 from reltune.tasks import sft_step
 from reltune.tasks.causal_lm import CausalLM
@@ -38,13 +39,14 @@ def examples() -> Examples:
     return Examples(items)
 
 
-def trained(model: Any, place: Path, packing: bool = False, **fields: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def trained(model: Any, place: Path, packing: bool = False, offload: bool = False, **fields: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What a training logs, and the trained weights."""
     task = CausalLM(packing=packing, max_length=12)
     given = {"learning_rate": 1e-2, "logging_steps": 2, "max_steps": 4, "per_device_train_batch_size": 2, "use_cpu": True}
     args = arguments(str(place), "lora", 0, {**given, "save_strategy": "no", **fields}, task)
     place.mkdir()
-    train(model, args, task, tiny_tokenizer(), examples(), examples(), callbacks=[LogFile(place / "log.jsonl")])
+    callbacks = [LogFile(place / "log.jsonl")]
+    train(model, args, task, tiny_tokenizer(), examples(), examples(), callbacks=callbacks, offload=offload)
     log = [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
     return log, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -86,3 +88,24 @@ def test_a_model_that_caps_its_logits_is_left_to_trl_after_one_step(tmp_path: Pa
     with mock.patch.object(sft_step, "defer", wraps=sft_step.defer) as defer:
         trained(model, tmp_path / "run")
     assert defer.call_count == 1
+
+
+def test_activations_that_wait_elsewhere_train_the_same_weights(tmp_path: Path) -> None:
+    """With a stand-in for the copies to the host's memory, of which a CPU has no other."""
+    waiting: list[torch.Tensor] = []
+
+    def away(kept: torch.Tensor) -> int:
+        waiting.append(kept.clone())
+        return len(waiting) - 1
+
+    found = []
+    for offload in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(LlamaForCausalLM(LLAMA), ADAPTERS["reltune"])
+        stand_in = torch.autograd.graph.saved_tensors_hooks(away, waiting.__getitem__)
+        with mock.patch.object(training, "offloaded_activations", lambda model, hooks=stand_in: hooks):
+            found.append(trained(model, tmp_path / f"{offload}", offload=offload, gradient_checkpointing=True)[1])
+        assert bool(waiting) == offload
+    kept = {tuple(tensor.shape) for tensor in waiting}
+    assert all(torch.equal(found[0][name], weight) for name, weight in found[1].items())
+    assert not any(SIZES["intermediate_size"] in shape for shape in kept)  # inside checkpointed layers nothing is kept

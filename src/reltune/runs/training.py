@@ -226,9 +226,10 @@ def train(
     resume_from_checkpoint: str | None = None,
     description: str = "train",
     callbacks: Sequence[TrainerCallback] = (),
+    offload: bool = False,
 ) -> tuple[Trainer, TrainingCost]:
-    """Train whatever of ``model`` requires a gradient. ``description`` names the progress bar. Of several processes each
-    calls this; the cost is each one's own.
+    """Train whatever of ``model`` requires a gradient. ``description`` names the progress bar. With ``offload`` activations wait
+    in host memory. Of several processes each calls this; the cost is each one's own.
 
     Raises ArithmeticError when a trained weight ends up infinite or not a number.
     """
@@ -243,6 +244,8 @@ def train(
         if resume_from_checkpoint is not None:
             _goes_on_exactly(trainer, resume_from_checkpoint, streamed=not hasattr(train_examples, "__len__"))
         trainer.evaluate = _apart(trainer.evaluate)  # type: ignore[method-assign]
+        if offload:
+            trainer.training_step = _offloading(trainer.training_step, model)  # type: ignore[method-assign]
         show_progress(trainer, description)
         with PeakMemory() as memory, frozen_statistics(model), _whole_checkpoints(trainer):
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)
@@ -273,6 +276,35 @@ def _apart(evaluate: Callable[..., Any]) -> Callable[..., Any]:
             return evaluate(*args, **options)
 
     return evaluated
+
+
+def check_offloading(given: Mapping[str, Any]) -> None:
+    """Raise InputError where there is no memory to free by moving activations to the host."""
+    if not torch.cuda.is_available() or given.get("use_cpu"):
+        raise InputError("activation_offloading moves activations off a GPU, and none is used here; leave it out.")
+
+
+def _offloading(step: Callable[..., Any], model: nn.Module) -> Callable[..., Any]:
+    """A training step in which activations wait in pinned host memory. They are copied beside the computation, as torchtune
+    does it; with checkpointed layers only their inputs are."""
+    offload = offloaded_activations(model)
+
+    @functools.wraps(step)
+    def offloading(*args: Any, **options: Any) -> Any:
+        with offload:
+            return step(*args, **options)
+
+    return offloading
+
+
+def offloaded_activations(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """What a forward pass of the model inside keeps for the backward pass waits in host memory; both must be inside."""
+    from trl.models.activation_offloading import OffloadActivations
+
+    offload: Any = OffloadActivations()
+    offload.update_model_params(model)  # which stay where they are
+    offload.param_storages |= {buffer.untyped_storage().data_ptr() for buffer in model.buffers()}
+    return offload
 
 
 @contextlib.contextmanager
