@@ -247,7 +247,12 @@ def train(
         if offload:
             trainer.training_step = _offloading(trainer.training_step, model)  # type: ignore[method-assign]
         show_progress(trainer, description)
-        with PeakMemory() as memory, frozen_statistics(model), _whole_checkpoints(trainer):
+        with (
+            PeakMemory() as memory,
+            frozen_statistics(model),
+            walked_through_once(model),
+            _whole_checkpoints(trainer),
+        ):
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     with Processes.joined().together():
         trained: list[Any] = [p.detach() for p in model.parameters() if p.requires_grad]
@@ -350,6 +355,26 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             del norm.train
+
+
+@contextlib.contextmanager
+def walked_through_once(model: Any) -> Iterator[None]:
+    """Answer without a walk through all modules what Trainer asks in every step: to be in the mode that the model is in already,
+    and how many parameters it has."""
+    train, names = model.train, ["train"]
+
+    def in_mode(mode: bool = True) -> Any:
+        return model if model.training == mode else train(mode)
+
+    model.train = in_mode
+    if hasattr(model, "num_parameters"):
+        model.num_parameters = functools.cache(model.num_parameters)
+        names.append("num_parameters")
+    try:
+        yield
+    finally:
+        for name in names:
+            del model.__dict__[name]
 
 
 def stops_early(patience: int) -> TrainerCallback:

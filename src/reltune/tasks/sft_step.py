@@ -42,7 +42,7 @@ class SFTStep(Trainer):
             loss, outputs = Trainer.compute_loss(self, model, own, True, num_items_in_batch)
         finally:
             undo(base)
-        logits = outputs["logits"]
+        logits = getattr(outputs, "logits", None)  # a kernel of the whole loss gives none
         if isinstance(logits, DeferredLogits) and logits.of_tokens is not None:
             self._note(inputs, logits)
         else:
