@@ -126,7 +126,10 @@ class Next(torch.autograd.Function):
 @pytest.mark.parametrize("model", ["gemma", "granite", "cohere"])
 def test_models_that_cap_or_scale_their_logits_compute_them(model):
     kind, config = {
-        "gemma": (Gemma2ForCausalLM, Gemma2Config(**SIZES, num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.5)),
+        "gemma": (
+            Gemma2ForCausalLM,
+            Gemma2Config(**SIZES, num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.5),
+        ),
         "granite": (GraniteForCausalLM, GraniteConfig(**SIZES, num_key_value_heads=1, logits_scaling=4.0)),
         "cohere": (CohereForCausalLM, CohereConfig(**SIZES, num_key_value_heads=1, logit_scale=0.25, pad_token_id=0)),
     }[model]

@@ -16,7 +16,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def case(tokens, features, classes, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x, weight, bias = (
-        torch.randn(*size, generator=generator).to(DEVICE, dtype) for size in ((tokens, features), (classes, features), (classes,))
+        torch.randn(*size, generator=generator).to(DEVICE, dtype)
+        for size in ((tokens, features), (classes, features), (classes,))
     )
     return x, weight, bias, torch.randint(classes, (tokens,), generator=generator).to(DEVICE)
 

@@ -39,10 +39,18 @@ def examples() -> Examples:
     return Examples(items)
 
 
-def trained(model: Any, place: Path, packing: bool = False, offload: bool = False, **fields: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def trained(
+    model: Any, place: Path, packing: bool = False, offload: bool = False, **fields: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What a training logs, and the trained weights."""
     task = CausalLM(packing=packing, max_length=12)
-    given = {"learning_rate": 1e-2, "logging_steps": 2, "max_steps": 4, "per_device_train_batch_size": 2, "use_cpu": True}
+    given = {
+        "learning_rate": 1e-2,
+        "logging_steps": 2,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "use_cpu": True,
+    }
     args = arguments(str(place), "lora", 0, {**given, "save_strategy": "no", **fields}, task)
     place.mkdir()
     callbacks = [LogFile(place / "log.jsonl")]
@@ -67,7 +75,9 @@ def test_a_training_is_that_of_trl(adapter: str, fields: dict[str, Any], tmp_pat
                 mock.patch.object(DeferredLogits, "losses", autospec=True, side_effect=DeferredLogits.losses) as losses,
             ):
                 found.append(trained(model, tmp_path / "ours", **fields))
-            assert losses.call_count == (7 if "gradient_accumulation_steps" in fields else 4)  # five batches in an epoch
+            assert losses.call_count == (
+                7 if "gradient_accumulation_steps" in fields else 4
+            )  # five batches in an epoch
         else:
             with mock.patch.object(sft_step.SFTStep, "_has_plain_loss", lambda self: False):
                 found.append(trained(model, tmp_path / "trl", **fields))

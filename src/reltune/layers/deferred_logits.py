@@ -147,7 +147,7 @@ def _frozen_head(model: nn.Module) -> nn.Linear | None:
 
 
 def _loss(
-    own: Any,
+    before: Any,
     logits: Tensor,
     labels: Tensor,
     vocab_size: int,
@@ -158,8 +158,9 @@ def _loss(
 ) -> Tensor:
     """What transformers' loss of causal language models gives: the sum over ``num_items_in_batch``, or else the mean."""
     if not isinstance(logits, DeferredLogits) or ignore_index != IGNORED:
+        of_all: Callable[..., Tensor] = ForCausalLMLoss
         options = {"ignore_index": ignore_index, "shift_labels": shift_labels, **kwargs}
-        return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, **options)
+        return of_all(logits, labels, vocab_size, num_items_in_batch, **options)
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
     losses = logits.losses(shift_labels)

@@ -201,7 +201,7 @@ def _rotates(module: nn.Module) -> bool:
     kind = type(module)
     if kind not in _rotating:
         forward = kind.forward
-        of_file = getattr(forward, "__globals__", {}).get(ROTATE)
+        of_file: Any = getattr(forward, "__globals__", {}).get(ROTATE)
         calls = type(forward) is FunctionType and ROTATE in forward.__code__.co_names and of_file is not None
         _rotating[kind] = _with_rotation(forward, of_file) if calls and _rotates_the_same(of_file) else None
     return _rotating[kind] is not None

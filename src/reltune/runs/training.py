@@ -127,7 +127,11 @@ def arguments(
 
 def _in_step_with_gpu() -> dict[str, Any]:
     """Defaults on a GPU: batches go to it while it works on what it was given before."""
-    return {"dataloader_pin_memory": True, "accelerator_config": {"non_blocking": True}} if torch.cuda.is_available() else {}
+    return (
+        {"dataloader_pin_memory": True, "accelerator_config": {"non_blocking": True}}
+        if torch.cuda.is_available()
+        else {}
+    )
 
 
 def compared_by(given: Mapping[str, Any], task: Task) -> tuple[str, bool]:

@@ -21,7 +21,7 @@ class SFTStep(Trainer):
     scaled, and in several processes, the step is TRL's."""
 
     looks_at_logits = False  # the model does, as was seen in a step
-    _metrics: dict[str, dict[str, list[Any]]]  # TRL's, of what is to be logged next
+    _metrics: Any  # TRL's: mode -> metric -> the values that are to be logged next
     _total_train_tokens: Any
 
     def compute_loss(
