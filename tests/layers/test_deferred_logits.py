@@ -158,7 +158,9 @@ def test_what_is_not_a_plain_frozen_map_is_left_alone():
     other_loss.loss_function = lambda logits, labels, vocab_size, **_: logits.sum()
     own_forward = llama().requires_grad_(False)
     own_forward.lm_head.forward = lambda x: F.linear(x, own_forward.lm_head.weight)
-    for model in (trained, watched, other_loss, own_forward, nn.Linear(3, 3)):
+    replica, sharded = (llama().requires_grad_(False) for _ in range(2))
+    replica._is_replica, sharded.unshard = True, lambda: None
+    for model in (trained, watched, other_loss, own_forward, replica, sharded, nn.Linear(3, 3)):
         assert not defer(model, inputs)
     frozen = llama().requires_grad_(False)
     assert not defer(frozen, {"input_ids": inputs["input_ids"]}) and not defer(frozen, {"labels": None})

@@ -22,7 +22,8 @@ from reltune.ops.linear_cross_entropy import OfTokens, linear_cross_entropy
 
 # What is known without the logits.
 KNOWN: tuple[Any, ...] = (
-    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")),
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "is_cuda")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn")),  # DistributedDataParallel and FSDP ask
     *(Tensor.size, Tensor.dim, Tensor.numel),
 )
 
@@ -113,7 +114,9 @@ def defer(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
 
     Call ``undo`` after the pass. Gives whether anything was changed.
     """
-    if not isinstance(inputs.get("labels"), Tensor) or torch.compiler.is_compiling():
+    # DataParallel collects all outputs of its replicas; of a model under FSDP a weight is there for a while only.
+    elsewhere = getattr(model, "_is_replica", False) or hasattr(model, "unshard")
+    if elsewhere or not isinstance(inputs.get("labels"), Tensor) or torch.compiler.is_compiling():
         return False
     head = _frozen_head(model)
     if head is None or getattr(model, "loss_function", None) is not ForCausalLMLoss:
