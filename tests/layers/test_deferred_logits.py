@@ -108,6 +108,10 @@ def test_whoever_looks_at_the_logits_gets_them(tuned):
     ):
         found, expected = (torch.as_tensor(look(x)) for x in (outputs.logits, wanted))
         assert type(found) is torch.Tensor and torch.equal(found, expected)
+    copied = outputs.logits.clone()
+    with torch.no_grad():
+        copied[0, 0, 0] = 7  # before anything has looked at it
+    assert copied[0, 0, 0] == 7 != outputs.logits[0, 0, 0]
     (gradient,) = torch.autograd.grad(outputs.logits.square().sum(), outputs.logits.hidden)
     assert gradient.any() and outputs[1] is outputs.logits
     with pytest.raises(RuntimeError, match="deferred"):
@@ -208,6 +212,6 @@ def test_mixed_precision_ends_in_float32_without_logits():
         wanted = tuned(input_ids=inputs["input_ids"]).logits
     assert outputs.logits.dtype == wanted.dtype == torch.bfloat16
     with mock.patch.object(DeferredLogits, "computed", side_effect=AssertionError):
-        wide = outputs.logits.float()
+        wide = outputs.logits.clone().float()
     assert wide.dtype == torch.float32 and wide.of_tokens is outputs.logits.of_tokens
     assert torch.equal(wide + 0, wanted.float()) and torch.equal(outputs.logits + 0, wanted)

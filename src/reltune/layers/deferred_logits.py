@@ -57,9 +57,8 @@ class DeferredLogits(Tensor):
         if func in KNOWN:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        if func is Tensor.float:  # mixed precision ends with it
-            logits: Any = args[0]
-            return logits if logits.dtype == torch.float32 else logits._widened()
+        if func in (Tensor.float, Tensor.clone) and len(args) == 1 and not kwargs:  # accelerate and DDP do that with all outputs
+            return args[0]._again(torch.float32 if func is Tensor.float else args[0].dtype)
         args, kwargs = tree_map(lambda x: x.computed() if isinstance(x, DeferredLogits) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -71,26 +70,22 @@ class DeferredLogits(Tensor):
         )
 
     def computed(self) -> Tensor:
-        """The logits themselves; the same tensor each time where autograd records."""
+        """The logits themselves, the same tensor each time."""
         own: Any = self
-        if own._computed is not None:
-            return own._computed
-        with _autocast(self):
-            logits = F.linear(self.hidden, self.head.weight, self.head.bias)
-        logits = logits.to(self.dtype)
-        if logits.requires_grad:
-            own._computed = logits
-        return logits
+        if own._computed is None:
+            with _autocast(self), torch.enable_grad():
+                own._computed = F.linear(self.hidden, self.head.weight, self.head.bias).to(self.dtype)
+        return own._computed
 
-    def _widened(self) -> DeferredLogits:
-        """These in float32."""
+    def _again(self, dtype: torch.dtype) -> Tensor:
+        """A copy in this type, deferred as far as these are."""
         own: Any = self
         if own._computed is not None:
-            return own._computed.float()
+            return own._computed.to(dtype) if dtype != self.dtype else own._computed.clone()
         with _autocast(self):
-            wide = DeferredLogits(self.hidden, self.head, torch.float32)
-        wide.of_tokens = self.of_tokens
-        return wide
+            copied = DeferredLogits(self.hidden, self.head, dtype)
+        copied.of_tokens = self.of_tokens
+        return copied
 
     def losses(self, labels: Tensor) -> Tensor:
         """Cross entropies (M,) of the M tokens whose label, of ``labels`` (…,), is a class; their dtype is float32 at least."""
