@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from unittest import mock
@@ -25,7 +26,9 @@ from transformers import (
 )
 
 from reltune import ReltuneConfig
-from reltune.layers.deferred_logits import DeferredLogits, defer, undo
+from reltune.layers.deferred_logits import DeferredLogits, defer, deferred, undo
+from reltune.relevance.measure import analyze
+from reltune.relevance.statistics import data_pass
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 41}
 LLAMA = LlamaConfig(**SIZES, num_key_value_heads=1, tie_word_embeddings=False)
@@ -215,3 +218,20 @@ def test_mixed_precision_ends_in_float32_without_logits():
         wide = outputs.logits.clone().float()
     assert wide.dtype == torch.float32 and wide.of_tokens is outputs.logits.of_tokens
     assert torch.equal(wide + 0, wanted.float()) and torch.equal(outputs.logits + 0, wanted)
+
+
+@pytest.mark.parametrize("measured", [["q_proj", "down_proj"], ["q_proj", "lm_head"]], ids=str)
+def test_the_analysis_measures_the_same_without_logits(measured):
+    base, inputs = llama(), batch()
+    found = []
+    for ways in (deferred, lambda model: contextlib.nullcontext()):
+        with (
+            mock.patch.object(data_pass, "deferred", ways),
+            mock.patch.object(DeferredLogits, "losses", autospec=True, side_effect=DeferredLogits.losses) as losses,
+        ):
+            scores = analyze(base, [inputs], "causal_lm", target_modules=measured, progress=False)
+            found.append(scores.by("column", "fisher"))
+        assert bool(losses.call_count) == (ways is deferred and "lm_head" not in measured)  # its input is looked at
+    assert len(found[0]) == len(measured)
+    for name, scores in found[0].items():
+        assert scores.any() and torch.allclose(scores, found[1][name], rtol=1e-6)

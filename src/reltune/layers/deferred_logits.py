@@ -1,14 +1,16 @@
 """A language model's loss without all of its logits, where its output map is frozen (ops/linear_cross_entropy.py).
 
-For the time of a forward pass with labels the output map gives ``DeferredLogits``, which the model's own forward hands to its loss
-function, and the loss is computed of the hidden states behind them: a block of tokens at a time, and of tokens without a label
-not at all. Whatever else looks at the logits gets them: a model that caps or scales them, a metric, a user.
+For the time of a forward pass the output map gives ``DeferredLogits``, and the loss is computed of the hidden states behind them: a
+block of tokens at a time, and of tokens without a label not at all. It is the model's own, to which its forward hands the logits
+(``defer``), or one of the outputs (``deferred``). Whatever else looks at the logits gets them: a model that caps or scales them, a
+metric, a user.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -109,12 +111,10 @@ def defer(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
 
     Call ``undo`` after the pass. Gives whether anything was changed.
     """
-    # DataParallel collects all outputs of its replicas; of a model under FSDP a weight is there for a while only.
-    elsewhere = getattr(model, "_is_replica", False) or hasattr(model, "unshard")
-    if elsewhere or not isinstance(inputs.get("labels"), Tensor) or torch.compiler.is_compiling():
+    if not isinstance(inputs.get("labels"), Tensor) or getattr(model, "loss_function", None) is not ForCausalLMLoss:
         return False
     head = _frozen_head(model)
-    if head is None or getattr(model, "loss_function", None) is not ForCausalLMLoss:
+    if head is None:
         return False
     head.forward = functools.partial(DeferredLogits, head=head)  # type: ignore[method-assign]
     model._loss_function = functools.partial(_loss, model.__dict__.get("_loss_function"))  # type: ignore[assignment]
@@ -133,8 +133,25 @@ def undo(model: nn.Module) -> None:
         model._loss_function = before
 
 
+@contextlib.contextmanager
+def deferred(model: nn.Module) -> Iterator[None]:
+    """Defer the logits of forward passes inside, for a loss that asks them for ``losses``."""
+    head = _frozen_head(model)
+    if head is not None:
+        head.forward = functools.partial(DeferredLogits, head=head)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if head is not None:
+            del head.__dict__["forward"]
+
+
 def _frozen_head(model: nn.Module) -> nn.Linear | None:
     """The model's output map, if it is a plain one of which nothing is trained and that nobody watches."""
+    # DataParallel collects all outputs of its replicas; of a model under FSDP a weight is there for a while only.
+    elsewhere = getattr(model, "_is_replica", False) or hasattr(model, "unshard")
+    if elsewhere or torch.compiler.is_compiling():
+        return None
     of: Callable[[], Any] | None = getattr(model, "get_output_embeddings", None)
     head = of() if of is not None else None
     if type(head) is not nn.Linear or "forward" in head.__dict__:
