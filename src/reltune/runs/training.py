@@ -366,9 +366,14 @@ def walked_through_once(model: Any) -> Iterator[None]:
     """Answer without a walk through all modules what Trainer asks in every step: to be in the mode that the model is in already,
     and how many parameters it has."""
     train, names = model.train, ["train"]
+    last: bool | None = None  # at first the modules inside may be in another mode than the model
 
     def in_mode(mode: bool = True) -> Any:
-        return model if model.training == mode else train(mode)
+        nonlocal last
+        if not last == mode == model.training:
+            train(mode)
+        last = mode
+        return model
 
     model.train = in_mode
     if hasattr(model, "num_parameters"):
