@@ -59,7 +59,9 @@ class DeferredLogits(Tensor):
         if func in KNOWN:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        if func in (Tensor.float, Tensor.clone) and len(args) == 1 and not kwargs:  # accelerate and DDP do that with all outputs
+        if (
+            func in (Tensor.float, Tensor.clone) and len(args) == 1 and not kwargs
+        ):  # accelerate and DDP do that with all outputs
             return args[0]._again(torch.float32 if func is Tensor.float else args[0].dtype)
         args, kwargs = tree_map(lambda x: x.computed() if isinstance(x, DeferredLogits) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
