@@ -1,7 +1,7 @@
 """Tokens per second of the whole training loop of `reltune run` on chats of full length, beside the bare step on the same batches.
 
-On one GPU of 80 GB, without a network, with the wheels of trl, datasets, pyarrow, pandas, xxhash, dill and multiprocess unpacked
-in PEERS, from the repository's root (about 4 minutes for both shapes):
+On one GPU of 80 GB, without a network, with the wheels of trl and datasets and what they need unpacked in PEERS, from the
+repository's root (about 4 minutes for both shapes):
 
     PYTHONPATH=src:PEERS PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python3 benchmarks/training_loop.py \
         --device cuda --commit COMMIT --output_dir benchmarks/results
@@ -226,8 +226,8 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", default=["1b", "8b"], choices=list(SHAPES))
     parser.add_argument("--examples", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=2)
     options = arguments(parser, "training_loop")
     if options.tiny:
         options.shapes, options.examples, options.tokens, options.steps = ["tiny"], 2, 16, 4
