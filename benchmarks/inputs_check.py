@@ -4,8 +4,8 @@
 
 takes about a minute on a GPU; exit code 1 if anything differs. On a CPU the references run in the kernels' place.
 
-- The fused norm and the gated product, with their gradients, against float64; and how many of their numbers are those that
-  PyTorch's own operations give.
+- The fused norm, the gated product and the rotation, with their gradients, against float64; and how many of their numbers are those
+  that PyTorch's own operations give. The loss without logits, with its gradient, against float64.
 - Chosen numbers of a product, by the kernel, against float64.
 - Small Llama, Qwen3, GPT-2 and BERT models: votes of a probe, and losses and trained values of single weights, rows, columns and
   gains, with inputs made again, with inputs kept, and with nothing fused; also with gradient checkpointing and autocast.
@@ -36,11 +36,13 @@ from transformers import (
 
 import reltune
 from reltune import ReltuneConfig
-from reltune.layers import fused
+from reltune.layers import deferred_logits, fused
 from reltune.ops import recompute
 from reltune.ops.attach_elements import Places, element_gradient
 from reltune.ops.gated_product import ACTIVATIONS, GatedProduct, gated_product_reference
+from reltune.ops.linear_cross_entropy import linear_cross_entropy
 from reltune.ops.rms_norm import RMSNorm, rms_norm_reference
+from reltune.ops.rotation import Rotation, rotated_reference
 from reltune.plan.plan import ModulePlan, Plan
 
 STEP = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -101,6 +103,16 @@ def kernels(device: str) -> None:
                 [gate, up],
                 g,
             )
+        cos, sin = (numbers(device, 1, 300, 128, dtype=dtype, seed=seed) for seed in range(2))
+        x, g = (numbers(device, 2, 300, 5, 128, dtype=dtype, seed=seed).transpose(1, 2) for seed in (2, 3))
+        against(
+            f"rotation {short}",
+            lambda x, cos=cos, sin=sin: Rotation.apply(x, x[:, :1], cos, sin)[0],
+            lambda x, cos=cos, sin=sin: rotated_reference(x, cos.to(x.dtype), sin.to(x.dtype)),
+            [x],
+            g,
+        )
+        loss_without_logits(device, dtype)
         for vectors, rows, columns, share in (
             (8192, 1024, 4096, 0.001),
             (777, 130, 517, 0.02),
@@ -118,6 +130,30 @@ def kernels(device: str) -> None:
                 float((found - wanted).abs().max()),
                 1e-5 * vectors,
             )
+
+
+def loss_without_logits(device: str, dtype: torch.dtype) -> None:
+    """Cross entropy behind an output map of many classes, in several blocks, against float64."""
+    short = str(dtype).removeprefix("torch.")
+    classes, tokens = (128256, 2500) if device != "cpu" else (3000, 50)
+    x, weight = (
+        numbers(device, tokens, 256, dtype=dtype, seed=0),
+        numbers(device, classes, 256, dtype=dtype, seed=1) / 16,
+    )
+    labels = torch.randint(classes, (tokens,), generator=torch.Generator().manual_seed(2)).to(device)
+    own, wide = x.clone().requires_grad_(), x.double().requires_grad_()
+    found = linear_cross_entropy(own, weight, None, labels)
+    found.losses.mean().backward()
+    logits = wide @ weight.double().T
+    torch.nn.functional.cross_entropy(logits, labels).backward()
+    with torch.no_grad():
+        shares = logits.softmax(-1)
+        wanted = -shares.gather(1, labels[:, None]).squeeze(1).log()
+        report(f"loss without logits {short}", float((found.losses - wanted).abs().max() / wanted.max()), STEP[dtype])
+        entropies = torch.special.entr(shares).sum(-1)
+        report(f"entropy {short}", float((found.entropies - entropies).abs().max() / entropies.max()), STEP[dtype])
+        error = float((own.grad - wide.grad).norm() / wide.grad.norm())
+        report(f"loss without logits {short}, gradient", error, STEP[dtype])
 
 
 def models() -> dict[str, Callable[[], Any]]:
@@ -165,7 +201,10 @@ def way(name: str) -> Iterator[None]:
     """again, kept, or plain: with nothing fused."""
     with recompute.force(name == "again"):
         if name == "plain":
-            with mock.patch.object(fused, "_can_compute", lambda x: False):
+            with (
+                mock.patch.object(fused, "_can_compute", lambda x: False),
+                mock.patch.object(deferred_logits, "defer", lambda *_: False),
+            ):
                 yield
         else:
             yield

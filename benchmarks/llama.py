@@ -9,8 +9,9 @@ import dataclasses
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -57,6 +58,16 @@ def texts(shape: Shape, examples: int, tokens: int, seed: int = 0) -> dict[str, 
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(shape.vocabulary, (examples, tokens), generator=generator)
     return {"input_ids": ids, "labels": ids.clone()}
+
+
+def made_up_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    words = {f"w{i}": i for i in range(vocabulary - 4)}
+    words |= {mark: len(words) + i for i, mark in enumerate(("<s>", "</s>", "<unk>", "<pad>"))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
 
 
 def weights_bytes(model: nn.Module) -> int:

@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
+import results_picture
 import selection_tables as tables
 from selection_tables import Figures, Record, difference, figures_of, read
 
 PAGE = tables.HERE.parent / "docs" / "results.md"
+PICTURE = PAGE.with_suffix(".svg")
 TEXT = tables.HERE / "results_page.md"
 MODEL = {
     "proof": 22_713_216,
@@ -366,8 +368,32 @@ def off(phase: str, one: str, other: str, *tasks: str) -> str:
     return difference(figures[one], figures[other], tasks)
 
 
+def drawing() -> str:
+    """docs/results.svg."""
+    rows = []
+    for phase, name in (("proof", "MiniLM-L6, seven tasks"), ("proof_decoder", "SmolLM2-135M, four tasks")):
+        records = read(phase)
+        figures, size = complete(records), trained(records)
+        by_share: dict[str, list[results_picture.Point]] = {}
+        by_steps: dict[str, list[results_picture.Point]] = {}
+        compared = (MAIN[phase], LORA[phase], "full", MAIN[phase].replace("weights", "random"))
+        for method, mine in figures.items():
+            if family(method) not in results_picture.COLOURS:
+                continue
+            plain = method.removesuffix(", equal cost")
+            if method == plain:
+                share = 100 if method == "full" else 100 * size[method] / MODEL[phase]
+                by_share.setdefault(family(method), []).append((share, mean(mine)))
+            if plain in compared:
+                steps = sum(int(part) for part in steps_of(records, method).split(" + "))
+                by_steps.setdefault(family(method), []).append((steps, mean(mine)))
+        rows.append((name, by_share, by_steps))
+    return results_picture.picture(rows)
+
+
 def main() -> None:
     PAGE.write_text(page(), encoding="utf-8")
+    PICTURE.write_text(drawing(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ looked at once, at that rate. Every method starts from the same head, trained al
 results_page.py make the tables.
 
 The phases proof and proof_decoder put every way to train side by side, small_data and noise some of them on fewer or more examples and on
-flipped labels. There the rate is looked for with two seeds, and the best two rates are tried with all of them. Beside the test part
+flipped labels. There the rate is looked for with two seeds, and the chosen one is tried with all of them. Beside the test part
 stands the loss on plain text at the chosen rate: what the training forgot.
 """
 
@@ -361,12 +361,13 @@ LOW, MIDDLE, HIGH, HIGHEST = (
 ADAPTER = MIDDLE
 
 
-def sized(sizes: dict[str, float], directions: dict[str, int]) -> dict[str, Method]:
+def sized(sizes: dict[str, float], directions: dict[str, int], main: str) -> dict[str, Method]:
     """The ways to train whose size can be chosen.
 
     Args:
         sizes: by its name as a share of the whole model ("0.12%"), the share of the linear maps' weights.
         directions: by that name, how many directions of each linear map's input are as many numbers.
+        main: the size of those that are tried at one size alone.
     """
     small, usual, middle, large = sizes
     high = {small: HIGHEST, usual: HIGHEST, middle: HIGH, large: HIGH}
@@ -376,21 +377,23 @@ def sized(sizes: dict[str, float], directions: dict[str, int]) -> dict[str, Meth
         methods |= {
             f"weights {size}": Method(even(PROBE_100, share), high[size]),
             f"random {size}": Method(even("random", share), high[size]),
-            f"NeuroAda {size}": Method(f"magnitude|rows|{share}", high[size]),
-            f"SMT {size}": Method(f"warm 0 100 sum|best tile64|{share}", HIGH),
         }
+        if size != small:  # where neurons and blocks are more than weights
+            methods |= {
+                f"NeuroAda {size}": Method(f"magnitude|rows|{share}", high[size]),
+                f"SMT {size}": Method(f"warm 0 100 sum|best tile64|{share}", HIGH),
+            }
     for size in (middle, large):
         methods |= {
             f"columns {size}": Method(f"diverse movement|column|{sizes[size]}", ADAPTER),
             f"directions {size}": Method(lora=directions[size], rates=ADAPTER, start_a=PROBE_100, fixed_a=True),
         }
-    for size in (usual, middle):
-        methods |= {
-            f"SHiRA-WM {size}": Method(even("magnitude", sizes[size]), high[size]),
-            f"SHiRA-Grad {size}": Method(even("still 0 16 sum", sizes[size]), high[size]),
-            f"SHiRA-SNIP {size}": Method(even("still 0 16 snip", sizes[size]), high[size]),
-        }
-    return methods | {f"Spectrum {large}": Method(f"spectrum|fit|{sizes[large]}", MIDDLE)}
+    return methods | {
+        f"SHiRA-WM {main}": Method(even("magnitude", sizes[main]), high[main]),
+        f"SHiRA-Grad {main}": Method(even("still 0 16 sum", sizes[main]), high[main]),
+        f"SHiRA-SNIP {main}": Method(even("still 0 16 snip", sizes[main]), high[main]),
+        f"Spectrum {large}": Method(f"spectrum|fit|{sizes[large]}", MIDDLE),
+    }
 
 
 WITHOUT_SIZE = {
@@ -411,11 +414,18 @@ def longer(methods: dict[str, Method], *names: str) -> dict[str, Method]:
     return {f"{name}, equal cost": dataclasses.replace(methods[name], more_steps=100) for name in names}
 
 
-def proof(sizes: dict[str, float], directions: dict[str, int], rank: int, main: str) -> dict[str, Method]:
-    """All ways to train; what the claims rest on comes first. ``main``: the size of weights that LoRA of that rank is compared with."""
-    methods = sized(sizes, directions) | WITHOUT_SIZE
+def proof(
+    sizes: dict[str, float], directions: dict[str, int], rank: int, main: str, without: tuple[str, ...] = ()
+) -> dict[str, Method]:
+    """All ways to train; what the claims rest on comes first.
+
+    Args:
+        main: the size of weights that LoRA of that rank is compared with.
+        without: methods that are left out.
+    """
+    methods = sized(sizes, directions, main) | WITHOUT_SIZE
     lora = f"LoRA {rank}"
-    methods |= longer(methods, lora, "full", f"random {main}", f"NeuroAda {main}", "LoRA 1", "LoRA 32")
+    methods |= longer(methods, lora, "full", f"random {main}", "LoRA 1")
     first = [
         f"weights {main}",
         lora,
@@ -434,7 +444,7 @@ def proof(sizes: dict[str, float], directions: dict[str, int], rank: int, main: 
         "directions 0.5%",
     ]
     first += [*WITHOUT_SIZE, *(f"SHiRA-{mask} {main}" for mask in ("WM", "Grad", "SNIP")), "LoRA 1, equal cost"]
-    return {name: methods[name] for name in dict.fromkeys((*first, *methods))}
+    return {name: methods[name] for name in dict.fromkeys((*first, *methods)) if name not in without}
 
 
 SIDE_BY_SIDE = {
@@ -456,7 +466,19 @@ DECODER_SIZES = {"0.05%": 0.00063, "0.12%": 0.00152, "0.5%": 0.00633, "2%": 0.02
 PROOF_DECODER = dataclasses.replace(
     DECODER,
     probes=SIDE_BY_SIDE,
-    methods=proof(DECODER_SIZES, {"0.5%": 4, "2%": 17}, 8, "0.5%"),
+    methods=proof(
+        DECODER_SIZES,
+        {"0.5%": 4, "2%": 17},
+        8,
+        "0.5%",
+        without=(
+            "random 0.05%",
+            "NeuroAda 2%",
+            "SMT 2%",
+            "columns 2%",
+            "Spectrum 2%",
+        ),  # a training costs three times the encoder's
+    ),
     statistics=True,
     main=PROBE_100,
     scouts=2,
@@ -783,9 +805,9 @@ class Worker:
                 break
             todo = [self._beyond(edge, rates)]
         if not self.chosen_rates:
+            chosen = best_rate(records)
             done = {(record["rate"], record["seed"]) for record in records}
-            finalists = {best_rate(records), best_rate(records, 1)}
-            pairs = [(rate, seed) for rate in sorted(finalists) for seed in every if (rate, seed) not in done]
+            pairs = [(chosen, seed) for seed in every if (chosen, seed) not in done]
             records += self._train_all(task, name, method, measured, pairs, states)
         best = best_rate(records)
         figures: list[dict[str, float]] = []
@@ -956,13 +978,11 @@ class Worker:
         return {"values": first.values.clone(), "head": first.head.clone(), "groups": groups}, steps // 3
 
 
-def best_rate(records: list[dict[str, Any]], place: int = 0) -> float:
-    """The rate with the best mean over the seeds, or the next best, … (``place``): by the loss for a decoder, else by the metric.
-
-    Only rates count that as many seeds were trained at as at any.
-    """
-    seeds = {rate: sum(r["rate"] == rate for r in records) for rate in {r["rate"] for r in records}}
-    rates = sorted(rate for rate, n in seeds.items() if n == max(seeds.values()))
+def best_rate(records: list[dict[str, Any]]) -> float:
+    """The rate with the best mean over the seeds that all rates were tried with: by the loss for a decoder, else by the metric."""
+    rates = sorted({r["rate"] for r in records})
+    common = set.intersection(*({r["seed"] for r in records if r["rate"] == rate} for rate in rates))
+    records = [r for r in records if r["seed"] in common]
 
     def figure(rate: float) -> tuple[float, float]:
         mine = [r for r in records if r["rate"] == rate]
@@ -970,7 +990,7 @@ def best_rate(records: list[dict[str, Any]], place: int = 0) -> float:
         metric = stats.mean(r["validation_metric"] if np.isfinite(r["validation_metric"]) else -1e9 for r in mine)
         return (loss, metric) if mine[0]["task"] in DECODER.tasks else (metric, loss)
 
-    return sorted(rates, key=figure, reverse=True)[min(place, len(rates) - 1)]
+    return max(rates, key=figure)
 
 
 def on_edge(records: list[dict[str, Any]]) -> float | None:
@@ -1024,10 +1044,11 @@ def work(number: int, options: argparse.Namespace, jobs: Any, answers: Any) -> N
 
 def kept_before(options: argparse.Namespace) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """By task and method, what benchmarks/results holds of the phase, where --go_on or --chosen_rates asks for it."""
-    from selection_tables import read
+    from selection_tables import RESULTS, read
 
     pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for record in read(options.phase) if options.go_on or options.chosen_rates else []:
+    there = (RESULTS / f"selection_{options.phase}.json").exists()
+    for record in read(options.phase) if there and (options.go_on or options.chosen_rates) else []:
         numbers = {name: float("nan") if value is None else value for name, value in record.items()}
         pairs.setdefault((record["task"], record["method"]), []).append(numbers)
     return pairs

@@ -269,7 +269,8 @@ def in_few_bits(bench: Benchmark, options: argparse.Namespace, shape: Shape, bit
     }
     case(bench, options, shape, name, base, methods)
     ratios(bench, name, ours, "floor", 1.10, 1.05, gpu)
-    ratios(bench, name, ours, leaner, 1.00, 1.00, gpu)
+    for qlora in (leaner, f"QLoRA, r = {rank}"):
+        ratios(bench, name, ours, qlora, 0.90, 0.90, gpu)
 
 
 def few_bits_exactness(

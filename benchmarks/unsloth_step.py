@@ -20,22 +20,10 @@ import time
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from unsloth import FastLanguageModel
 
 from harness import commit, hardware, versions
-from llama import PROJECTIONS, TINY, Shape, llama, texts
-
-
-def made_up_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    words = {f"w{i}": i for i in range(vocabulary - 4)}
-    words |= {mark: len(words) + i for i, mark in enumerate(("<s>", "</s>", "<unk>", "<pad>"))}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
-    )
+from llama import PROJECTIONS, TINY, Shape, llama, made_up_tokenizer, texts
 
 
 def main() -> None:

@@ -207,6 +207,9 @@ def _cross_entropy(metric_name: str, shifted: bool = False) -> Loss:
     def per_example(outputs: Any, batch: Any) -> Tensor:
         logits, labels = aligned(outputs, batch)
         counted = labels != IGNORED
+        if (of_labelled := getattr(logits, "losses", None)) is not None:  # layers/deferred_logits.py
+            values = of_labelled(labels)
+            return _mean(values.new_zeros(labels.shape).masked_scatter(counted, values), counted)
         return _mean(_CrossEntropy.apply(logits, labels.where(counted, 0).long()), counted)
 
     @torch.no_grad()

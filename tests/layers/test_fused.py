@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GemmaConfig, LlamaConfig, Phi3Config, Qwen3Config
+from transformers import (
+    GemmaConfig,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -18,7 +32,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from reltune.layers.fused import can_be_fused, fuse, fused, restore
-from reltune.ops import recompute
+from reltune.ops import recompute, rotation
 
 SIZES = {"hidden_size": 16, "intermediate_size": 40, "num_attention_heads": 2, "num_hidden_layers": 1}
 
@@ -154,3 +168,64 @@ def test_a_norm_that_is_trained_gets_its_gradient_although_it_was_fused_frozen(e
     norm(x).backward(g)
     assert "forward" not in norm.__dict__ and torch.equal(norm(x), before)
     assert found.abs().sum() > 0 and torch.equal(found, norm.weight.grad)
+
+
+# -- rotary position embeddings ----------------------------------------------------------------------------------------
+
+ROTATING = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, num_key_value_heads=1, vocab_size=40)),
+    "qwen": (Qwen3ForCausalLM, Qwen3Config(**SIZES, num_key_value_heads=1, head_dim=8, vocab_size=40)),
+}
+
+
+def attentions(model):
+    return [module for name, module in model.named_modules() if name.endswith("self_attn")]
+
+
+@pytest.mark.parametrize("name", ROTATING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rotations_give_the_same_bits(name, dtype, everywhere):
+    kind, config = ROTATING[name]
+    torch.manual_seed(0)
+    model = kind(config).to(dtype)
+    of_file = sys.modules[kind.__module__].__dict__["apply_rotary_pos_emb"]
+    ids = torch.arange(14).reshape(2, 7)
+    found = []
+    for on in (False, True):
+        if on:
+            assert all(map(can_be_fused, attentions(model))) and fuse(attentions(model)) == attentions(model)
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        with mock.patch.object(rotation.Rotation, "apply", wraps=rotation.Rotation.apply) as rotating:
+            logits = model(inputs_embeds=embedded, attention_mask=torch.tensor([[1] * 7, [1] * 5 + [0] * 2])).logits
+        assert rotating.call_count == (config.num_hidden_layers if on else 0)
+        logits.square().sum().backward()
+        found.append([logits, embedded.grad])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    assert sys.modules[kind.__module__].__dict__["apply_rotary_pos_emb"] is of_file
+    restore(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_gradients_of_a_rotation_are_those_of_plain_autograd():
+    q, k = torch.randn(2, 3, 5, 8, dtype=torch.float64), torch.randn(2, 1, 5, 8, dtype=torch.float64)
+    cos, sin = (torch.randn(1, 5, 8, dtype=torch.float64) for _ in range(2))
+    q.requires_grad_()
+    k.requires_grad_()
+    assert torch.autograd.gradcheck(lambda q, k: rotation.Rotation.apply(q, k, cos, sin), (q, k))
+
+
+def test_other_rotations_are_left(everywhere):
+    """Phi-3 turns a part of the features, GPT-NeoX too and past another function's arguments, GPT-J neighbouring ones."""
+    pairs = [
+        (Phi3ForCausalLM, Phi3Config(**SIZES, pad_token_id=0, vocab_size=40, partial_rotary_factor=0.5)),
+        (GPTNeoXForCausalLM, GPTNeoXConfig(**SIZES, vocab_size=40, rotary_pct=0.5)),
+        (GPTJForCausalLM, GPTJConfig(n_embd=16, n_head=2, n_layer=1, rotary_dim=4, vocab_size=40)),
+    ]
+    for kind, config in pairs:
+        torch.manual_seed(0)
+        model = kind(config).eval()
+        ids = torch.arange(14).reshape(2, 7)
+        before = model(ids).logits
+        with fused(model), mock.patch.object(rotation.Rotation, "apply", side_effect=AssertionError):
+            assert torch.allclose(model(ids).logits, before, atol=1e-6)

@@ -18,8 +18,10 @@ from reltune.ops.kernels.gated_product import gated_product, gated_product_gradi
 from reltune.ops.kernels.index_copy import copy_all
 from reltune.ops.kernels.quadratic_form import quadratic_forms, quadratic_forms_reference, triangle
 from reltune.ops.kernels.rms_norm import rms_norm, rms_norm_gradients
+from reltune.ops.kernels.rotation import rotated
 from reltune.ops.kernels.squared_product import squared_product_sums
 from reltune.ops.rms_norm import rms_norm_reference
+from reltune.ops.rotation import rotated_reference
 from reltune.ops.squared_gradient import input_gram, squared_gradient_sums, squared_gradient_sums_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -169,6 +171,20 @@ def test_large_gates_do_not_overflow():
         y, (to_gate, to_up) = gated_product(gate, up, activation), gated_product_gradients(up, gate, up, activation)
         for found, wanted in ((y, [0, 0, 100, 1e4]), (to_gate, [0, 0, 1, 1]), (to_up, [0, 0, 100, 1e4])):
             assert torch.allclose(found, torch.tensor([wanted], device=DEVICE, dtype=torch.float32), atol=1e-6)
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 8), (1, 1, 1, 2), (2, 5, 3, 96), (1, 40, 2, 128)], ids=str)
+def test_rotations_equal_the_reference(shape, dtype, back):
+    examples, heads, tokens, features = shape
+    x = rows(examples, tokens, heads * features, 0, dtype).view(examples, tokens, heads, features).transpose(1, 2)
+    for of in (1, examples):
+        cos, sin = (rows(of, tokens, features, seed, dtype) for seed in (1, 2))
+        for given_x in (x, x.contiguous(), x.mT.contiguous().mT):
+            found, wanted = rotated(given_x, cos, sin, back), rotated_reference(x, cos, sin, back)
+            assert found.dtype == dtype and (found - wanted).abs().max() <= (2e-6 if dtype == torch.float32 else 0)
+    assert rotated(x, cos, sin, back).stride() == x.stride()
 
 
 @settings(max_examples=15, deadline=None)

@@ -80,6 +80,13 @@ def test_training_stops_when_nothing_gets_better(place: Path) -> None:
     assert answer.code == 2 and "early_stopping_patience" in answer.err
 
 
+def test_activations_are_offloaded_from_a_gpu_only(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ["--model_name_or_path", place / "model", "--train_file", place / "train.csv", "--activation_offloading"]
+    answer = reltune("run", *words, "--output_dir", place / "offloaded")
+    assert answer.code == 2 and "none is used here; leave it out" in answer.err and not (place / "offloaded").exists()
+
+
 def test_evaluation_by_steps_takes_checkpoints_with_it(place: Path) -> None:
     words = [
         "--max_steps",

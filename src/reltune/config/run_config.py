@@ -33,7 +33,7 @@ ORDER = """
     task text_column text_pair_column label_column encoding on_bad_rows streaming max_length chat_template completion_only_loss packing
     max_new_tokens generation_examples report_examples beta loss_type forgetting_file
     lm_eval_tasks lm_eval_num_fewshot lm_eval_limit lm_eval_batch_size lm_eval_apply_chat_template
-    load_in_4bit load_in_8bit method lora_r lora_alpha lora_dropout rank_by early_stopping_patience sweep sweep_trials
+    load_in_4bit load_in_8bit method lora_r lora_alpha lora_dropout rank_by activation_offloading early_stopping_patience sweep sweep_trials
     budget criteria granularity spread target_modules exclude_modules
     head_epochs analysis_examples analysis_batch_size max_trials probe_steps probe_step_size probe_directions elements frozen_dtype
     export seed training

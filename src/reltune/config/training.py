@@ -34,6 +34,13 @@ class TrainingConfig(Subject):
             PREFERENCE_LOSSES,
         ),
     )
+    activation_offloading: bool = field(
+        default=False,
+        metadata=about(
+            "Let what the forward pass keeps for the backward pass wait in host memory, copied there and back while the GPU computes: for long "
+            "texts, together with --gradient_checkpointing."
+        ),
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata=about(

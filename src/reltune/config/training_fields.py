@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "save_strategy": "epoch",
     "save_total_limit": 1,
     "report_to": "none",
+    "logging_nan_inf_filter": False,  # it waits for the device after every step, and hides a loss that is no number
     "dataloader_pin_memory": False,
     "average_tokens_across_devices": False,  # else Trainer multiplies a mean loss by the number of processes
 }

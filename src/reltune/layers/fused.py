@@ -1,22 +1,23 @@
-"""Lets fused operators compute a model's norms and gated MLPs, which then keep less for the backward pass.
+"""Lets fused operators compute a model's norms, gated MLPs and rotary position embeddings, which then keep less and take less time.
 
-An RMSNorm keeps its input alone (ops/rms_norm.py), a gated MLP keeps gate and up (ops/gated_product.py). What the linear
-maps behind them read is made again in the backward pass where it is needed (ops/recompute.py).
+An RMSNorm keeps its input alone (ops/rms_norm.py), a gated MLP keeps gate and up (ops/gated_product.py), a rotation nothing of
+queries and keys (ops/rotation.py). What the linear maps behind the first two read is made again in the backward pass where it
+is needed (ops/recompute.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reltune.layers.norm import NormType
-from reltune.ops import kernels, recompute
+from reltune.ops import kernels, recompute, rotation
 from reltune.ops.gated_product import ACTIVATIONS, GatedProduct
 from reltune.ops.rms_norm import LARGEST, RMSNorm
 
@@ -25,6 +26,8 @@ NORM = NormType()
 # What computes a module's output -> whether a fused operator computes the same; of a gated MLP, its activation or None.
 _alike: dict[Any, bool] = {}
 _activations: dict[Any, str | None] = {}
+# An attention's class -> its forward with a fused rotation; None where it has another one, or none.
+_rotating: dict[type, Callable[..., Any] | None] = {}
 
 
 def fuse(modules: Iterable[nn.Module]) -> list[nn.Module]:
@@ -54,18 +57,21 @@ def fuse(modules: Iterable[nn.Module]) -> list[nn.Module]:
             if (activation := _activations[type(module), described]) is not None:
                 module.forward = functools.partial(_gated_mlp, module, own, activation)
                 fused.append(module)
+        elif own is None and _rotates(module) and _may_rotate(module):
+            module.forward = functools.partial(_rotated_attention, module, own)
+            fused.append(module)
     return fused
 
 
 def can_be_fused(module: nn.Module) -> bool:
     """Whether it is of a kind that ``fuse`` looks at: so that it need not walk through a whole model every time."""
-    return NORM.matches(module) or _is_gated(module)
+    return NORM.matches(module) or _is_gated(module) or _rotates(module)
 
 
 def restore(model: nn.Module) -> None:
     """Undo ``fuse``, in every module of the model."""
     for module in model.modules():
-        if getattr(module.__dict__.get("forward"), "func", None) in (_norm, _gated_mlp):
+        if getattr(module.__dict__.get("forward"), "func", None) in (_norm, _gated_mlp, _rotated_attention):
             _restore(module)
 
 
@@ -183,3 +189,74 @@ def _activation(module: Any) -> str | None:
         ):
             return name
     return None
+
+
+# -- rotary position embeddings ----------------------------------------------------------------------------------------
+
+ROTATE = "apply_rotary_pos_emb"  # what modelling files of Transformers call it
+
+
+def _rotates(module: nn.Module) -> bool:
+    """Whether the class's forward calls a function of its own file that rotates queries and keys as ``Rotation`` does."""
+    kind = type(module)
+    if kind not in _rotating:
+        forward = kind.forward
+        of_file: Any = getattr(forward, "__globals__", {}).get(ROTATE)
+        calls = type(forward) is FunctionType and ROTATE in forward.__code__.co_names and of_file is not None
+        _rotating[kind] = _with_rotation(forward, of_file) if calls and _rotates_the_same(of_file) else None
+    return _rotating[kind] is not None
+
+
+def _may_rotate(module: nn.Module) -> bool:
+    parameter = next(module.parameters(), None)
+    return parameter is not None and _can_compute(parameter)
+
+
+def _with_rotation(forward: Any, of_file: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, in which the name means ``_rotate``. The file's own stays as it is for all other models."""
+    names = {**forward.__globals__, ROTATE: functools.partial(_rotate, of_file)}
+    again = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    again.__kwdefaults__ = forward.__kwdefaults__
+    return again
+
+
+def _rotate(of_file: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if len(args) == 4 and not kwargs and _can_rotate(*args):
+        return rotation.Rotation.apply(*args)
+    return of_file(*args, **kwargs)
+
+
+def _can_rotate(q: Any, k: Any, cos: Any, sin: Any) -> bool:
+    return (
+        all(_can_compute(x) and x.dtype == q.dtype and x.shape[-1] == q.shape[-1] for x in (q, k, cos, sin))
+        and q.ndim == k.ndim == 4
+        and cos.ndim == sin.ndim == 3
+        and cos.shape == sin.shape
+        and cos.shape[0] in (1, q.shape[0])
+        and cos.shape[1] == q.shape[2] == k.shape[2]
+        and not (cos.requires_grad or sin.requires_grad)
+        and (not q.is_cuda or q.dtype in (torch.bfloat16, torch.float16, torch.float32))
+        and q.shape[-1] % 2 == 0
+        and q.shape[-1] <= rotation.LARGEST
+    )
+
+
+def _rotates_the_same(of_file: Callable[..., Any]) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (
+        torch.randn(2, *size, 8, generator=generator, dtype=torch.float64) for size in ((3, 5), (1, 5), (5,), (5,))
+    )
+    try:
+        found = of_file(q, k, cos, sin)
+        return all(
+            torch.allclose(x, rotation.rotated_reference(own, cos, sin)) for x, own in zip(found, (q, k), strict=True)
+        )
+    except Exception:  # it takes something else, so it is another computation
+        return False
+
+
+def _rotated_attention(module: nn.Module, own: Any, *args: Any, **kwargs: Any) -> Any:
+    forward = _rotating[type(module)] if _rotates(module) else None
+    if forward is None or torch.compiler.is_compiling():
+        return _original(module, own, *args, **kwargs)
+    return forward(module, *args, **kwargs)

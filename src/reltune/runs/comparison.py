@@ -99,7 +99,11 @@ def _train(materials: Materials, run: RunDirectory, name: str, scratch: Path) ->
     args = materials.arguments(
         trainable.rate, save_strategy="no", eval_strategy="no", eval_on_start=False, load_best_model_at_end=False
     )
-    _, cost = training.train(model, args, materials.task, materials.tokenizer, materials.train, description=name)
+    _, cost = training.train(
+        *(model, args, materials.task, materials.tokenizer, materials.train),
+        description=name,
+        offload=materials.config.activation_offloading,
+    )
     metrics = evaluate(
         model,
         {"test": materials.test},

@@ -203,6 +203,8 @@ def prepare(config: RunConfig, run: RunDirectory | None = None) -> Materials:
     config.training = checked_training_fields(config.training)
     config.check()
     config.check_data()
+    if config.activation_offloading:
+        training.check_offloading(config.training)
     with noting() as notes:
         recorded = read_task(run, config) if run else None
         task, splits = read_data(config, recorded)

@@ -356,6 +356,7 @@ def tune(
             checkpoint,
             description,
             callbacks,
+            config.activation_offloading,
         )
         state = training.gathered_state(trainer)
         with processes.together():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import ctypes
@@ -47,6 +48,7 @@ from reltune.tasks.task import Examples, Task
 # Learning rates measured per method (each in its file in methods/): the best one differs by more than an order of
 # magnitude between methods, so one default for all would decide every comparison.
 LEARNING_RATES = {method.rates: method.rate for method in METHODS.values()}
+AHEAD = 100  # steps, at least, before a GPU's clock is read: long enough for it to be through with them
 MOST = {method.rates: method.most for method in METHODS.values()}
 
 
@@ -84,7 +86,8 @@ def arguments(
     The best checkpoint is the one with the best ``task.best``, and checkpoints follow evaluations, unless told otherwise.
     Raises InputError for values that contradict each other or leave nothing to train.
     """
-    values = {**DEFAULTS, **task.defaults, "learning_rate": default_rate(method, task, share), **given, **forced}
+    rate = {"learning_rate": default_rate(method, task, share)}
+    values = {**DEFAULTS, **_in_step_with_gpu(), **task.defaults, **rate, **given, **forced}
     if values.get("load_best_model_at_end"):
         if values["eval_strategy"] == "no":
             raise InputError(
@@ -120,6 +123,15 @@ def arguments(
             "copy of the model."
         )
     return args
+
+
+def _in_step_with_gpu() -> dict[str, Any]:
+    """Defaults on a GPU: batches go to it while it works on what it was given before."""
+    return (
+        {"dataloader_pin_memory": True, "accelerator_config": {"non_blocking": True}}
+        if torch.cuda.is_available()
+        else {}
+    )
 
 
 def compared_by(given: Mapping[str, Any], task: Task) -> tuple[str, bool]:
@@ -218,9 +230,10 @@ def train(
     resume_from_checkpoint: str | None = None,
     description: str = "train",
     callbacks: Sequence[TrainerCallback] = (),
+    offload: bool = False,
 ) -> tuple[Trainer, TrainingCost]:
-    """Train whatever of ``model`` requires a gradient. ``description`` names the progress bar. Of several processes each
-    calls this; the cost is each one's own.
+    """Train whatever of ``model`` requires a gradient. ``description`` names the progress bar. With ``offload`` activations wait
+    in host memory. Of several processes each calls this; the cost is each one's own.
 
     Raises ArithmeticError when a trained weight ends up infinite or not a number.
     """
@@ -235,8 +248,15 @@ def train(
         if resume_from_checkpoint is not None:
             _goes_on_exactly(trainer, resume_from_checkpoint, streamed=not hasattr(train_examples, "__len__"))
         trainer.evaluate = _apart(trainer.evaluate)  # type: ignore[method-assign]
+        if offload:
+            trainer.training_step = _offloading(trainer.training_step, model)  # type: ignore[method-assign]
         show_progress(trainer, description)
-        with PeakMemory() as memory, frozen_statistics(model), _whole_checkpoints(trainer):
+        with (
+            PeakMemory() as memory,
+            frozen_statistics(model),
+            walked_through_once(model),
+            _whole_checkpoints(trainer),
+        ):
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     with Processes.joined().together():
         trained: list[Any] = [p.detach() for p in model.parameters() if p.requires_grad]
@@ -265,6 +285,35 @@ def _apart(evaluate: Callable[..., Any]) -> Callable[..., Any]:
             return evaluate(*args, **options)
 
     return evaluated
+
+
+def check_offloading(given: Mapping[str, Any]) -> None:
+    """Raise InputError where there is no memory to free by moving activations to the host."""
+    if not torch.cuda.is_available() or given.get("use_cpu"):
+        raise InputError("activation_offloading moves activations off a GPU, and none is used here; leave it out.")
+
+
+def _offloading(step: Callable[..., Any], model: nn.Module) -> Callable[..., Any]:
+    """A training step in which activations wait in pinned host memory. They are copied beside the computation, as torchtune
+    does it; with checkpointed layers only their inputs are."""
+    offload = offloaded_activations(model)
+
+    @functools.wraps(step)
+    def offloading(*args: Any, **options: Any) -> Any:
+        with offload:
+            return step(*args, **options)
+
+    return offloading
+
+
+def offloaded_activations(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """What a forward pass of the model inside keeps for the backward pass waits in host memory; both must be inside."""
+    from trl.models.activation_offloading import OffloadActivations
+
+    offload: Any = OffloadActivations()
+    offload.update_model_params(model)  # which stay where they are
+    offload.param_storages |= {buffer.untyped_storage().data_ptr() for buffer in model.buffers()}
+    return offload
 
 
 @contextlib.contextmanager
@@ -310,6 +359,31 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             del norm.train
+
+
+@contextlib.contextmanager
+def walked_through_once(model: Any) -> Iterator[None]:
+    """Answer without a walk through all modules what Trainer asks in every step: to be in the mode that the model is in already,
+    and how many parameters it has."""
+    train, names = model.train, ["train"]
+    last: bool | None = None  # at first the modules inside may be in another mode than the model
+
+    def in_mode(mode: bool = True) -> Any:
+        nonlocal last
+        if not last == mode == model.training:
+            train(mode)
+        last = mode
+        return model
+
+    model.train = in_mode
+    if hasattr(model, "num_parameters"):
+        model.num_parameters = functools.cache(model.num_parameters)
+        names.append("num_parameters")
+    try:
+        yield
+    finally:
+        for name in names:
+            del model.__dict__[name]
 
 
 def stops_early(patience: int) -> TrainerCallback:
@@ -472,20 +546,40 @@ def _goes_on_exactly(trainer: Trainer, checkpoint: str, streamed: bool) -> None:
 
 
 class _StepClock(TrainerCallback):
+    """How long each step took; on a GPU by its own clock, because waiting for it would keep it idle afterwards."""
+
     def __init__(self) -> None:
-        self.seconds: list[float] = []
+        self._measured: list[float] = []
+        self._marks: collections.deque[tuple[Any, Any]] = collections.deque()
+
+    @property
+    def seconds(self) -> list[float]:
+        self._read(0)
+        return self._measured
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.started = self._now()
+        self._started = self._now()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(self._now() - self.started)
+        self._marks.append((self._started, self._now()))
+        self._read(AHEAD)
+
+    def _read(self, left: int) -> None:
+        while len(self._marks) > left:
+            started, ended = self._marks.popleft()
+            if isinstance(ended, float):
+                self._measured.append(ended - started)
+            else:
+                ended.synchronize()
+                self._measured.append(started.elapsed_time(ended) / 1000)
 
     @staticmethod
-    def _now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def _now() -> Any:
+        if not torch.cuda.is_available():
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 class PeakMemory:

@@ -40,6 +40,7 @@ from reltune.tasks.chats import (
 from reltune.tasks.decoder import DecoderTask, as_transformers_has_them
 from reltune.tasks.generation import continuations, ends_of, exact_match, remarks_on_answers
 from reltune.tasks.prediction import Predictions
+from reltune.tasks.sft_step import SFTStep
 from reltune.tasks.task import Columns, Examples, RowProblem, Written
 from reltune.tasks.texts import ended, limit_of, shared, tokens_of
 
@@ -244,7 +245,7 @@ class CausalLM(DecoderTask):
         from datasets import Dataset, IterableDataset
         from trl import SFTTrainer
 
-        class Tuner(SFTTrainer):
+        class Tuner(SFTStep, SFTTrainer):
             def create_model_card(self, *_: Any, **__: Any) -> None:
                 """The run writes its own, beside the adapter."""
 

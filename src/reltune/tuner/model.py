@@ -15,6 +15,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from reltune.errors import InputError, nearest
+from reltune.layers import deferred_logits
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.float8 import Float8Linear, convertible, to_float8
 from reltune.layers.fused import can_be_fused, fuse, restore
@@ -233,8 +234,9 @@ class ReltuneModel(BaseTuner):
             to_float8(module)
         self._to_float8.clear()
         _unhook(model)
-        # A hook of the base model and not this class's forward, which PeftModel without a task type goes past.
-        model.register_forward_pre_hook(_BeforeForward())
+        # Hooks of the base model and not this class's forward, which PeftModel without a task type goes past.
+        model.register_forward_pre_hook(_BeforeForward(), with_kwargs=True)
+        model.register_forward_hook(_after_forward, always_call=True)
         self.__dict__.pop("_layers", None)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -281,7 +283,8 @@ class ReltuneModel(BaseTuner):
 class _BeforeForward:
     """Puts right, before each training pass, what others may have changed since the adapter was put in.
 
-    Processes must train the same units, checkpointing must not lengthen the backward pass, and norms and gated MLPs run fused.
+    Processes must train the same units, checkpointing must not lengthen the backward pass, norms and gated MLPs run fused, and
+    a loss of language models does without all logits at a time.
     The modules to look at are found once: a walk through all of them would leave the device idle for milliseconds.
     """
 
@@ -289,7 +292,7 @@ class _BeforeForward:
         self._checkpointed: list[nn.Module] | None = None
         self._fusable: list[nn.Module] = []
 
-    def __call__(self, model: nn.Module, *_: Any) -> None:
+    def __call__(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
             return
         check_agreement(model)
@@ -298,12 +301,23 @@ class _BeforeForward:
             self._fusable = [module for module in model.modules() if can_be_fused(module)]
         _end_backward_at_lowest_unit(model, self._checkpointed)
         fuse(self._fusable)
+        deferred_logits.defer(model, kwargs)
+
+
+def _after_forward(model: nn.Module, *_: Any) -> None:
+    deferred_logits.undo(model)
 
 
 def _unhook(model: nn.Module) -> None:
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, _BeforeForward):
-            del model._forward_pre_hooks[key]
+    """Take this class's hooks away, with all that torch remembers of them."""
+    for hooks, extra in (
+        (model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs),
+        (model._forward_hooks, model._forward_hooks_always_called),
+    ):
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, _BeforeForward) or hook is _after_forward:
+                del hooks[key]
+                extra.pop(key, None)
 
 
 def _end_backward_at_lowest_unit(model: nn.Module, checkpointed: list[nn.Module]) -> None:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from reltune.errors import AnalysisError, InputError
+from reltune.layers.deferred_logits import deferred
 from reltune.layers.fused import fused
 from reltune.layers.inventory import ModuleInfo
 from reltune.layers.per_example import WEIGHT_SIZED
-from reltune.losses import Loss, rows_of
+from reltune.losses import LOSSES, Loss, rows_of
 from reltune.relevance.batches import batch_size, forward, frozen, moved, part_of, with_labels
 from reltune.relevance.statistics.collector import Collector, mixing_sentence
 from reltune.relevance.statistics.gradient_checkpointing import checkpointing_in_evaluation
@@ -107,7 +108,8 @@ class DataPass:
         with torch.set_grad_enabled(wanted != {INPUTS}):
             rows = rows_of(batch, self.loss)
             self.collector.expect(batch_size(batch), wanted, prefix, rows)
-            outputs = forward(self.model, rows)
+            with deferred(self.model) if self._needs_no_logits(prefix) else contextlib.nullcontext():
+                outputs = forward(self.model, rows)
             self.collector.forward_done()
             if wanted == {INPUTS}:
                 return batch_size(batch)
@@ -117,6 +119,10 @@ class DataPass:
             losses = self._losses(outputs, batch)
             self.collector.backward(losses)
         return len(losses)
+
+    def _needs_no_logits(self, prefix: str) -> bool:
+        """Whether the loss is made of hidden states, as that of language models is, and no labels are drawn."""
+        return self.loss is LOSSES["causal_lm"] and not prefix and torch.is_grad_enabled()
 
     def _losses(self, outputs: Any, batch: Any) -> Tensor:
         losses = self.loss.per_example(outputs, batch)

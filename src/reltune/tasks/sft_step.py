@@ -1,0 +1,73 @@
+"""A step of TRL's SFTTrainer at the pace of the model's own: the loss by the model, and no waiting for the device.
+
+TRL's own loss makes each block of logits twice, forward and backward, because it also serves output maps that are trained; and it
+reads three numbers from the device in every step, which keeps it idle until the next operation is on its way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer
+
+from reltune.layers.deferred_logits import DeferredLogits, defer, undo
+
+
+class SFTStep(Trainer):
+    """Comes before TRL's SFTTrainer among the bases of a class. Where the output map is trained, where its logits are capped or
+    scaled, and in several processes, the step is TRL's."""
+
+    looks_at_logits = False  # the model does, as was seen in a step
+    _metrics: Any  # TRL's: mode -> metric -> the values that are to be logged next
+    _total_train_tokens: Any
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if return_outputs or self.looks_at_logits or not (model.training and self._has_plain_loss()):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        base: Any = self.accelerator.unwrap_model(model)
+        base = base.get_base_model() if isinstance(base, PeftModel) else base
+        if not defer(base, inputs):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        try:
+            own = {**inputs, "use_cache": False}
+            loss, outputs = Trainer.compute_loss(self, model, own, True, num_items_in_batch)
+        finally:
+            undo(base)
+        logits = getattr(outputs, "logits", None)  # a kernel of the whole loss gives none
+        if isinstance(logits, DeferredLogits) and logits.of_tokens is not None:
+            self._note(inputs, logits)
+        else:
+            self.looks_at_logits = True
+        return loss
+
+    def _has_plain_loss(self) -> bool:
+        of_trl = getattr(self.args, "loss_type", "nll") == "nll" and not getattr(self, "aux_loss_enabled", False)
+        own = self.label_smoother is not None or self.compute_loss_func is not None
+        return of_trl and not own and self.accelerator.num_processes == 1
+
+    @torch.no_grad()
+    def _note(self, inputs: dict[str, Any], logits: DeferredLogits) -> None:
+        """TRL's metrics of a step, on the device until they are logged."""
+        of_tokens, metrics = logits.of_tokens, self._metrics["train"]
+        assert of_tokens is not None
+        labelled = max(1, len(of_tokens.losses))
+        metrics["entropy"].append(of_tokens.entropies.sum() / labelled)
+        metrics["mean_token_accuracy"].append(of_tokens.guessed.sum() / labelled)
+        mask = inputs.get("attention_mask")  # packed examples have none
+        self._total_train_tokens += logits.shape[:-1].numel() if mask is None else mask.sum()
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        for of_mode in self._metrics.values():
+            for name, values in of_mode.items():
+                of_mode[name] = [float(value) for value in values]
+        super().log(logs, *args, **kwargs)
