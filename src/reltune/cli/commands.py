@@ -288,7 +288,7 @@ def predict(
         str, typer.Option("--encoding", metavar="NAME", help="Character encoding of a text file.")
     ] = "utf-8",
 ) -> None:
-    """Write what the tuned model says of each row of a file, in the file's order."""
+    """Write what the tuned model says of each row of a file."""
     from reltune.runs.preflight import check_prediction
 
     check_prediction(tuned, input_file, output_file, on_bad_rows)
@@ -345,9 +345,9 @@ def chat(
         int | None, typer.Option("--seed", metavar="N", min=0, help="Draw the same tokens every time.")
     ] = None,
 ) -> None:
-    """Talk to the tuned model, in the terminal or through a pipe: a question on each line.
+    """Talk to the tuned model, in the terminal or through a pipe.
 
-    /reset forgets what was said, /quit ends. What is not given is as the model's generation_config.json has it.
+    A pipe has a question on each line. /reset forgets what was said, /quit ends. What is not given is as the model's generation_config.json has it.
     """
     from reltune.runs.preflight import check_chat
 
