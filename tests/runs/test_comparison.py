@@ -21,7 +21,7 @@ from command_line import Answer, assert_refused, contents, reltune, review_rows,
 from method_cases import task_place
 from reltune.config.comparison import ComparisonConfig, comparison_config
 from reltune.config.run_config import RunConfig
-from reltune.errors import InputError
+from reltune.errors import InputError, StorageError
 from reltune.methods.contract import Base
 from reltune.methods.registry import METHODS
 from reltune.runs import stages
@@ -211,6 +211,17 @@ def test_what_fails_is_recorded_and_the_rest_goes_on(place: Path) -> None:
     assert bitfit["metrics"]["accuracy"] >= 0 and not bitfit["failed"]
     assert "lora r=8 failed: training diverged" in " ".join(answer.out.split())
     assert "One seed: there is no interval" in answer.out and "Rates were not tuned" in answer.out
+
+
+def test_a_full_disk_is_no_failure_of_a_run(place: Path) -> None:
+    """It ends the comparison, and the same command goes on."""
+    words = [*QUICK, "--methods", "bitfit", "--seeds", 1, "--rate_trials", 1]
+    with mock.patch.object(stages, "tune", side_effect=StorageError("the disk is full.")):
+        answer = compare(place, "full", *words)
+    assert answer.code == 1 and "the disk is full" in answer.err, answer
+    assert not list((place / "full").glob("runs/*/*/result.json"))
+    answer = compare(place, "full", *words)
+    assert answer.code == 0 and "Going on where it stopped." in answer.out, answer
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from transformers.trainer_utils import set_seed
 
 from reltune.config.comparison import ComparisonConfig
 from reltune.config.run_config import RunConfig
-from reltune.errors import AnalysisError, InputError, first_line
+from reltune.errors import AnalysisError, InputError, StorageError, first_line
 from reltune.files import disk_bytes, read_json, whole_file, write_json
 from reltune.methods.registry import METHODS
 from reltune.notes import collecting
@@ -289,7 +289,9 @@ def cheap_collections() -> Iterator[None]:
 
 
 def sentence(error: BaseException) -> str:
-    """What failed, as a sentence for a table."""
+    """What failed, as a sentence for a table. A full disk is no failure of the run, and is raised again."""
+    if isinstance(error, StorageError):
+        raise error
     if isinstance(error, torch.OutOfMemoryError):
         return "it does not fit in the accelerator's memory."
     if isinstance(error, ArithmeticError | AnalysisError | InputError):
