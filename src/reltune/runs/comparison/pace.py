@@ -89,7 +89,11 @@ def _seconds_per_step(config: ComparisonConfig, method: str, fields: Mapping[str
         trainable = METHODS[method].prepare(stages.base_of(own, own.base.take(), None))
         args = own.arguments(trainable.rate, trainable.divisor)
         words = f"measure {method}"
-        _, cost = training.train(trainable.model, args, own.task, own.tokenizer, own.train, description=words)
+        _, cost = training.train(
+            *(trainable.model, args, own.task, own.tokenizer, own.train),
+            description=words,
+            offload=own.config.activation_offloading,
+        )
     return cost.seconds_per_step or 0.0
 
 
