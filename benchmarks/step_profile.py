@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from harness import Machine, arguments, benchmark
 from llama import TINY, Shape, described, llama, texts
-from tuner_step import SHARE, Training, columns, floor, lora, single_weights
+from tuner_step import FLOAT8, SHARE, Training, columns, floor, lora, single_weights
 
 KINDS = {  # parts of a kernel's name -> what it does, the first that fits
     "sampled product": ("placed_sums", "add_parts", "sampled_kernel", "transpose_kernel"),
@@ -28,6 +28,7 @@ KINDS = {  # parts of a kernel's name -> what it does, the first that fits
     "gather": ("index_select", "indexSelect", "gather", "vectorized_gather"),
     "optimizer": ("FusedAdam", "fused_adam", "multi_tensor_apply"),
     "attention": ("flash", "fmha", "attention", "cudnn_generated"),
+    "products in float8": ("e4m3", "float8", "scaled", "rounded"),
     "matrix product": ("gemm", "nvjet", "cutlass", "xmma", "splitK"),
     "norm": ("rms_norm", "norm_kernel"),
     "gated product": ("swiglu", "gated"),
@@ -97,6 +98,8 @@ def main() -> int:
     floor(base, batch, 2)
     bench.value("step", described(shape, examples=options.examples, tokens=options.tokens))
     bench.value("floor", profiled(lambda: floor(base, batch, options.steps), options.steps, device))
+    fp8 = f"columns, r = {r}, fp8"
+    methods[fp8] = columns(r, frozen_dtype=FLOAT8)  # the last: the base is changed for good
     for name, prepare in methods.items():
         if options.methods and not any(part in name for part in options.methods):
             continue
