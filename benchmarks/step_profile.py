@@ -5,8 +5,9 @@ On one GPU of 80 GB or more, without a network, from the repository's root (abou
     PYTHONPATH=src:LIGER PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python3 benchmarks/step_profile.py \
         --device cuda --commit COMMIT --output_dir benchmarks/results
 
-The step is that of tuner_step.py, with Liger kernels. Each method is profiled for STEPS steps by torch.profiler after two
-that are not. ``idle`` is what is left of the step's time when the kernels' are taken off: the device waits for the host.
+The step is that of tuner_step.py, with Liger kernels. Each method is profiled by torch.profiler in STEPS steps after as many
+that are timed without it. ``idle`` is the time between one kernel and the next, most of it where the device waits for the host,
+and ``waits`` says in front of which kernels it is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from harness import Machine, arguments, benchmark
@@ -22,18 +24,20 @@ from llama import TINY, Shape, described, llama, texts
 from tuner_step import FLOAT8, SHARE, Training, columns, floor, lora, single_weights
 
 KINDS = {  # parts of a kernel's name -> what it does, the first that fits
-    "sampled product": ("placed_sums", "add_parts", "sampled_kernel", "transpose_kernel"),
+    "sampled product": ("sampled_sums", "add_parts", "sampled_kernel"),
     "gradient of columns": ("gradient_kernel",),
     "write back": ("copy_kernel", "index_copy", "index_put"),
-    "gather": ("index_select", "indexSelect", "gather", "vectorized_gather"),
+    "gather": ("index_select", "indexSelect", "gather"),
     "optimizer": ("FusedAdam", "fused_adam", "multi_tensor_apply"),
     "attention": ("flash", "fmha", "attention", "cudnn_generated"),
-    "products in float8": ("e4m3", "float8", "scaled", "rounded"),
+    "product in float8": ("nvjet_sm90_qq", "e4m3"),
+    "rounding to float8": ("rows_kernel", "transpose_kernel"),
+    "columns beside the product": ("add_kernel", "change_kernel"),
     "matrix product": ("gemm", "nvjet", "cutlass", "xmma", "splitK"),
-    "norm": ("rms_norm", "norm_kernel"),
-    "gated product": ("swiglu", "gated"),
+    "norms and gated products": ("rms_norm", "swiglu", "forward_kernel", "backward_kernel"),
     "rotary embedding": ("rope",),
     "loss": ("cross_entropy",),
+    "addition": ("CUDAFunctor_add",),
     "sum": ("reduce_kernel",),
     "copy or cast": ("copy", "Memcpy", "CatArray"),
     "fill": ("Fill", "Memset"),
@@ -59,13 +63,32 @@ def profiled(run: Any, steps: int, device: torch.device) -> dict[str, Any]:
         time = (event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total) / 1000 / steps
         kinds[kind(event.key)] = kinds.get(kind(event.key), 0) + time
         names[event.key[:100]] = [round(time, 3), event.count / steps]
-    step = seconds * 1000 / steps
-    kinds["idle"] = step - sum(kinds.values())
+    waits = gaps(found.events()) if device.type == "cuda" else {}
+    kinds["idle"] = sum(waits.values()) / steps
     return {
-        "step": round(step, 2),
+        "step": round(seconds * 1000 / steps, 2),
+        "waits": {
+            name[:100]: round(time / steps, 3) for name, time in sorted(waits.items(), key=lambda of: -of[1])[:12]
+        },
         "kinds": {name: round(time, 2) for name, time in sorted(kinds.items(), key=lambda of: -of[1])},
         "kernels": dict(sorted(names.items(), key=lambda of: -of[1][0])[:40]),
     }
+
+
+def gaps(events: Any) -> dict[str, float]:
+    """Milliseconds for which no kernel runs, by the name of the one that follows."""
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end, event.key)
+        for event in events
+        if event.device_type == DeviceType.CUDA
+    )
+    found: dict[str, float] = {}
+    end = kernels[0][0]
+    for start, stop, name in kernels:
+        if start > end:
+            found[name] = found.get(name, 0) + (start - end) / 1000
+        end = max(end, stop)
+    return found
 
 
 def main() -> int:
@@ -74,7 +97,7 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--columns", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--methods", nargs="*")
     options = arguments(parser, "step_profile")
     shape = Shape()
@@ -97,7 +120,7 @@ def main() -> int:
     }
     floor(base, batch, 2)
     bench.value("step", described(shape, examples=options.examples, tokens=options.tokens))
-    bench.value("floor", profiled(lambda: floor(base, batch, options.steps), options.steps, device))
+    profiles = {"floor": profiled(lambda: floor(base, batch, options.steps), options.steps, device)}
     fp8 = f"columns, r = {r}, fp8"
     methods[fp8] = columns(r, frozen_dtype=FLOAT8)  # the last: the base is changed for good
     for name, prepare in methods.items():
@@ -106,7 +129,15 @@ def main() -> int:
         training = Training(base, batch, prepare, options.steps, 1e-5)
         with training.around():
             training.run()
-            bench.value(name, profiled(training.run, options.steps, device))
+            profiles[name] = profiled(training.run, options.steps, device)
+    for name, found in profiles.items():
+        bench.value(name, found)
+        bench.check(
+            f"{name}: share of a step in which no kernel runs",
+            found["kinds"]["idle"] / found["step"],
+            0.05,
+            required=False,
+        )
     return bench.finish(options.output_dir, options.name)
 
 
