@@ -2,8 +2,8 @@
 
     python benchmarks/speed_tables.py
 
-The text is benchmarks/speed_page.md. Its tables are from tuner_step_single.json, step_profile.json, sampled_product.json,
-crowded_places.json and tuner_minilm.json.
+The text is benchmarks/speed_page.md. Its tables are from tuner_step_single.json, step_profile.json, crowded_places.json and
+tuner_minilm.json.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def goals() -> str:
         ]
         for name in ("tuner_step_single", "tuner_minilm")
         for check in record(name)["checks"]
-        if " / " in check["check"] and "last" not in check["check"]
+        if " / " in check["check"] and "last" not in check["check"] and check["value"] not in (None, "nan")
     ]
     return table(["ratio", "measured", "goal", "reached"], rows)
 
@@ -79,17 +79,6 @@ def profile() -> str:
     return table(["ms of a step", *values], rows)
 
 
-def products() -> str:
-    rows = []
-    for case in record("sampled_product")["cases"]:
-        seconds = medians(case, "seconds")
-        rows.append(
-            [case["case"], f"{case['config']['places']:,}", *(f"{1000 * each:.3f}" for each in seconds.values())]
-        )
-    methods = [method["method"] for method in record("sampled_product")["cases"][0]["methods"]]
-    return table(["matrix, share of the model, places", "places", *(f"{name}, ms" for name in methods)], rows)
-
-
 def crowding() -> str:
     rows = []
     for name, value in record("crowded_places")["values"].items():
@@ -102,7 +91,7 @@ def page() -> str:
     text = (HERE / "speed_page.md").read_text(encoding="utf-8")
     about = record("tuner_step_single")
     hardware = about["hardware"]
-    made = {"steps": steps, "goals": goals, "profile": profile, "products": products, "crowding": crowding}
+    made = {"steps": steps, "goals": goals, "profile": profile, "crowding": crowding}
     text = re.sub(r"\{(\w+)\}", lambda found: made[found[1]]() if found[1] in made else found[0], text)
     return text.replace(
         "{about}", f"one {hardware['gpu']}, torch {about['versions']['torch']}, commit {about['commit'][:7]}"

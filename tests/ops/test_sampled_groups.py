@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reltune.ops.attach_elements import Places, element_gradient
 from reltune.ops.kernels import sampled_groups
+from reltune.ops.kernels.cuda import compiled
 from reltune.ops.kernels.sampled_groups import OCTETS, PLACES, SET, Groups, fits, grouped, suits
 
 OCTET = 8
@@ -98,6 +99,12 @@ def test_shares_cover_the_vectors():
     for vectors, groups in ((1, 1), (8_192, 5), (8_190, 21), (100, 300), (2_048, 1)):
         share, parts = sampled_groups._shares(vectors, groups, 132)
         assert share % sampled_groups.VECTORS == 0 and share * (parts - 1) < vectors <= share * parts
+
+
+def test_without_a_gpu_there_is_no_kernel_and_no_error():
+    if torch.version.cuda is None:
+        assert compiled("sampled_groups.cu", ("sampled_sums",), 0) is None
+    assert not suits((8, 8), torch.float32, 0) and not suits((8, 9), torch.bfloat16, 0)
 
 
 if torch.cuda.is_available():  # needs a Hopper GPU or later

@@ -24,7 +24,7 @@ def compiled(file: str, names: tuple[str, ...], device: int, options: tuple[str,
         source = resources.files(__package__).joinpath(file).read_text(encoding="utf-8")
         with torch.cuda.device(device):
             return _utils._cuda_load_module(_binary(source, device, options), list(names))  # type: ignore[return-value]
-    except (OSError, AttributeError, RuntimeError):
+    except (OSError, AttributeError, RuntimeError, AssertionError):
         return None
 
 
