@@ -9,6 +9,7 @@ and the test figure reported at that rate. All runs, good and bad, are in the JS
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import statistics
@@ -20,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+BASELINES = {"head only": "head", "top encoder layer": "layers", "full fine-tuning": "full"}
 HEAD_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 FULL_RATES = (3e-5, 1e-4, 2e-4, 4e-4)
 LAYER_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
@@ -40,10 +42,10 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
     from peft import LoraConfig, get_peft_model
 
     from reltune.config.run_config import RunConfig
+    from reltune.methods.registry import METHODS
     from reltune.plan.lora import lora_config
     from reltune.plan.selection import select
     from reltune.runs import stages, training
-    from reltune.runs.comparison import BASELINES, prepared
     from reltune.runs.directory import RunDirectory
     from reltune.runs.evaluation import evaluate
     from reltune.runs.materials import prepare
@@ -91,10 +93,12 @@ def one_job(job: dict[str, Any]) -> list[dict[str, Any]]:
             with open(job["log"], "a", encoding="utf-8") as log:
                 log.write(json.dumps(records[-1]) + "\n")
 
-        for baseline in () if job["only"] else BASELINES:
-            rates = {"head": HEAD_RATES, "layers": LAYER_RATES, "full": FULL_RATES}[BASELINES[baseline]]
+        for baseline, way in {} if job["only"] else BASELINES.items():
+            rates = {"head": HEAD_RATES, "layers": LAYER_RATES, "full": FULL_RATES}[way]
             for rate in rates[: job["rates"]]:
-                trainable = prepared(materials, directory, BASELINES[baseline])
+                own = dataclasses.replace(config, method=way, target_modules=[], exclude_modules=[])
+                base = stages.base_of(materials, stages.model_with_new_heads(materials, directory), None)
+                trainable = METHODS[way].prepare(dataclasses.replace(base, config=own))
                 record(baseline, rate, trainable.parameters, trainable.model)
         for rank in () if job["only"] else (3,):  # the size nearest to the budget of 0.5%
             for rate in SMALL_RATES[: job["rates"]]:

@@ -1,4 +1,5 @@
-"""One training step of a small encoder on a CPU: selected columns beside full fine-tuning, LoRA and the frozen floor.
+"""One training step of a small encoder on a CPU: selected columns and single weights beside full fine-tuning, LoRA and the
+frozen floor.
 
     python benchmarks/tuner_minilm.py          (about 4 minutes on 2 cores)
     python benchmarks/tuner_minilm.py --tiny --output_dir /tmp
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -20,7 +22,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from harness import Method, arguments, benchmark
 from reltune import ReltuneConfig
-from tuner_step import Prepare, Training, floor, ratios
+from reltune.plan.plan import ModulePlan, Plan
+from tuner_step import SHARE, Prepare, Training, floor, ratios
 
 LINEAR = r".*encoder.*\.(query|key|value|dense)"  # every linear map but the pooler's and the head's
 
@@ -59,6 +62,22 @@ def columns(r: int, layers: list[int] | None = None) -> Prepare:
     return lambda base: get_peft_model(base, ReltuneConfig(**config))
 
 
+def single_weights(base: nn.Module, share: float) -> Prepare:
+    """So many of all parameters, at random places of the linear maps."""
+    parameters = sum(p.numel() for p in base.parameters())
+    targets = {name: module for name, module in base.named_modules() if re.fullmatch(LINEAR, name)}
+    of_target = share * parameters / sum(module.weight.numel() for module in targets.values())
+    generator = torch.Generator().manual_seed(0)
+    modules = {}
+    for name, module in targets.items():
+        modules[name] = ModulePlan(tuple(module.weight.shape))
+        count = (max(1, round(of_target * module.weight.numel())),)
+        modules[name].take_elements(torch.randint(module.weight.numel(), count, generator=generator).unique())
+    total = sum(chosen.parameters for chosen in modules.values())
+    plan = Plan(modules, str(total), total, parameters, fingerprint="")
+    return lambda base: get_peft_model(base, ReltuneConfig(plan=plan, modules_to_save=["classifier"]))
+
+
 def lora(r: int) -> Prepare:
     return lambda base: get_peft_model(base, LoraConfig(target_modules=LINEAR, r=r, modules_to_save=["classifier"]))
 
@@ -86,6 +105,8 @@ def main() -> int:
     r, top = options.columns, list(range(layers // 2, layers))
     ours, low = f"columns, r = {r}", f"columns, r = {r}, top {len(top)} layers"
     methods: dict[str, Prepare] = {"full": full, f"LoRA, r = {r}": lora(r), ours: columns(r), low: columns(r, top)}
+    single = f"single weights, {SHARE:.2%}"
+    methods[single] = single_weights(base, SHARE)
     trainings = {key: Training(base, batch, prepare, options.steps, 1e-5) for key, prepare in methods.items()}
     base.train()
     records = bench.measure(
@@ -102,6 +123,8 @@ def main() -> int:
     ratios(bench, "step", ours, "full", 0.74, None, gpu=False)
     ratios(bench, "step", ours, f"LoRA, r = {r}", 0.82, None, gpu=False)
     ratios(bench, "step", low, "full", 0.59, None, gpu=False)
+    ratios(bench, "step", single, "full", 0.80, None, gpu=False)
+    ratios(bench, "step", single, f"LoRA, r = {r}", 1.00, None, gpu=False)
     return bench.finish(options.output_dir, options.name)
 
 

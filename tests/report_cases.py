@@ -9,7 +9,7 @@ from rich.console import Console
 
 from reltune.relevance.heatmap import Heatmap
 from reltune.report.page import write_report
-from reltune.report.record import MethodResult, Output, RunRecord
+from reltune.report.record import ComparisonRecord, Difference, Output, RunRecord, WayResult, WayTable
 
 BERT = [
     *("attention.self.query", "attention.self.key", "attention.self.value"),
@@ -49,6 +49,47 @@ def scores(accuracy, f1_macro):
     return {"accuracy": accuracy, "f1_macro": f1_macro}
 
 
+def way(label, trained, accuracy, between, differences, **fields):
+    """A row whose macro F1 is one point below its accuracy."""
+    fields = {"seeds": 3, "learning_rate": 2e-3, "steps": 94, "head_parameters": 3845, **fields}
+    metrics, deviations = scores(accuracy, accuracy - 0.01), scores(between, between)
+    return WayResult(
+        label,
+        label.split()[0],
+        trained,
+        fields.pop("head_parameters"),
+        metrics,
+        deviations,
+        differences=differences,
+        **fields,
+    )
+
+
+WAYS = ComparisonRecord(
+    metric="accuracy",
+    chosen_by="accuracy",
+    seeds=[42, 43, 44],
+    tables=[
+        WayTable(
+            "equal",
+            "Equal size: 547,000 trainable parameters, or as near as a method comes",
+            [
+                WayResult("before training", "", metrics=scores(0.8111, 0.8), deviations=scores(0.002, 0.002), seeds=3),
+                way(
+                    "columns 547,000", 547072, 0.9713, 0.0112,
+                    {"lora": Difference(0.0125, -0.0031, 0.0247), "full": Difference(-0.1, -0.2, 0.05)},
+                    edge=True, seconds_per_step=0.1234, peak_memory_bytes=2 * 2**30, adapter_bytes=3 * 2**20,
+                    analysis_seconds=12.4, seconds=24.0, forgetting=scores(-0.0625, -0.05),
+                ),
+                way("lora r=13", 547200, 0.9588, 0.0089, {"full": Difference(0.001, None, None)}, seconds=11.0),
+                WayResult("dora r=13", "dora", failed="training diverged, some weights are not finite any more."),
+            ],
+        )
+    ],
+    notes=["Every method has the same data."],
+)  # fmt: skip
+
+
 FULL = RunRecord(
     title="News by topic",
     config={"model_name_or_path": "some/model", "training": {"learning_rate": 0.003}, "criteria": ["fisher"]},
@@ -70,17 +111,12 @@ FULL = RunRecord(
         {"eval_loss": 0.625, "eval_accuracy": 0.875, "eval_f1_macro": 0.8125, "step": 20, "epoch": 1.0},
         {"train_runtime": 3.0, "step": 20, "epoch": 1.0},
     ],
-    comparison=[
-        MethodResult(
-            "columns", 547072, 3845, scores(0.9713, 0.9654), 0.0891, 0.1234, 2 * 2**30, 3 * 2**20, 2.25, 2.125
-        ),
-        MethodResult("head alone", 0, 3845, scores(0.9111, 0.9022), 0.3, None, None, None, None, note="base unchanged"),
-    ],
     notes=["Measured on two cores."],
+    ways=WAYS,
 )
 
 
-EMPTY = RunRecord("Nothing yet", {}, [], "", [], {}, {}, [], [], [])
+EMPTY = RunRecord("Nothing yet", {}, [], "", [], {}, {}, [], [])
 
 
 class Page(HTMLParser):

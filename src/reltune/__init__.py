@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 _HOME = {
     "analyze": "reltune.relevance.measure",
     "analyze_checkpoint": "reltune.relevance.weights.scan",
+    "compare": "reltune.runs.comparison.flow",
     "AnalysisError": "reltune.relevance.measure",
     "RelevanceScores": "reltune.relevance.scores",
     "select": "reltune.plan.selection",
@@ -40,6 +41,7 @@ __all__ = [
     "__version__",
     "analyze",
     "analyze_checkpoint",
+    "compare",
     "lora_config",
     "select",
 ]
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from reltune.relevance.measure import analyze
     from reltune.relevance.scores import RelevanceScores
     from reltune.relevance.weights.scan import analyze_checkpoint
+    from reltune.runs.comparison.flow import compare
     from reltune.tuner.config import ReltuneConfig
 
 

@@ -144,10 +144,13 @@ def test_the_output_may_be_changed_in_place_and_autocast_keeps_its_types():
 
 def test_the_cheaper_form_is_taken_and_either_can_be_forced(monkeypatch):
     a = torch.zeros(1, 1000)
-    assert is_sampled(places(1000, 1000, 4_000), a) and not is_sampled(places(1000, 1000, 6_000), a)
+    assert is_sampled(places(1000, 1000, 7_000), a) and not is_sampled(places(1000, 1000, 8_000), a)
     on_gpu = SimpleNamespace(is_cuda=True, element_size=lambda: 2)
-    of_size = [Places(torch.arange(14_336 * 4_096 // share), (14_336, 4_096)) for share in (200, 50)]
-    assert [is_sampled(of, on_gpu) for of in of_size] == [True, False]
+    of_size = [Places(torch.arange(14_336 * 4_096 // share), (14_336, 4_096)) for share in (200, 110, 50)]
+    for grouped, wanted in ((False, [True, True, False]), (True, [True, False, False])):
+        monkeypatch.setattr(attach_elements, "_is_grouped", lambda *_, grouped=grouped: grouped)
+        assert [is_sampled(of, on_gpu) for of in of_size] == wanted
+    monkeypatch.undo()
     taken = []
     for form in FORMS:
         name = "_dense" if form == "dense" else "sampled_product_reference"

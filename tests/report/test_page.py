@@ -11,7 +11,7 @@ import pytest
 from reltune.errors import InputError
 from reltune.relevance.heatmap import Heatmap
 from reltune.report.page import write_report
-from reltune.report.record import MethodResult, Output, RunRecord
+from reltune.report.record import ComparisonRecord, Output, RunRecord, WayResult, WayTable
 from report_cases import EMPTY, EVIL, FULL, LLAMA, OUTPUTS, page_of, relevance, scores
 
 
@@ -41,8 +41,26 @@ def test_report_holds_every_figure(tmp_path):
     for text in (
         *(FULL.title, FULL.depth_sentence, *FULL.plan_lines, *FULL.notes),
         *("97.21", "96.43", "5,120"),  # key figures
-        *("547,072", "3,845", "97.13", "96.54", "0.0891", "0.1234", "2.0 GiB", "3.0 MiB", "2.25", "2.12"),
-        *("head alone", "base unchanged", "91.11", "90.22", "0.3000", "—"),
+        *(
+            "547,072",
+            "97.13 ± 1.12",
+            "+1.25 [-0.31, +2.47]",
+            "+0.10",
+            "0.002*",
+            "94",
+            "0.123",
+            "2.0 GiB",
+            "3.0 MiB",
+            "-6.25",
+        ),
+        *(
+            "before training",
+            "81.11 ± 0.20",
+            "dora r=13",
+            "failed: training diverged, some weights are not finite any more.",
+            "—",
+            *FULL.ways.notes,
+        ),
         *("eval_loss", "0.1234", "training.learning_rate", "0.003", "model_name_or_path", "some/model"),
     ):
         assert text in page.text, text
@@ -52,7 +70,11 @@ def test_report_holds_every_figure(tmp_path):
     assert "some/model, linear layers held in 8 bits" in held.text
 
     figures = page.figures
-    assert set(figures) == {"heatmap-0", "layers-0", "heatmap-1", "layers-1", "loss", "scores"}
+    ways = {"ways-seconds", "ways-parameters"}
+    assert set(figures) == {"heatmap-0", "layers-0", "heatmap-1", "layers-1", "loss", "scores", *ways}
+    (points,) = figures["ways-seconds"]["data"]
+    assert (points["x"], points["text"]) == ([24.0, 11.0], ["columns", "lora"])
+    assert points["y"] == pytest.approx([97.13, 95.88]) and points["error_y"]["array"] == pytest.approx([1.12, 0.89])
     places = {attrs.get("id") for _, attrs in page.elements}
     for name, figure in figures.items():
         assert name in places
@@ -79,8 +101,15 @@ def test_report_escapes_what_users_wrote(tmp_path):
     h = Heatmap(EVIL, [EVIL, "b&amp;.1"], [EVIL, "x.<b>y</b>"], [[0.0, None], [0.0, 0.0]], [0.0, 0.0])
     record = RunRecord(
         *(EVIL, {"model_name_or_path": EVIL, EVIL: [EVIL]}, [h, h], EVIL, [EVIL], {EVIL: 3}, {EVIL: 1.0}),
-        *([], [MethodResult(EVIL, 1, 2, scores(0.5, 0.5), 0.1, None, None, None, None, note=EVIL)], [EVIL]),
-        [Output(EVIL, EVIL + "!", f'<b title="{EVIL}">' + 300 * "x", f"</td></table>{EVIL}")],
+        *([], [EVIL]),
+        ways=ComparisonRecord(
+            "accuracy",
+            "accuracy",
+            [1],
+            [WayTable("usual", EVIL, [WayResult(EVIL, EVIL, 1, 2, scores(0.5, 0.5), failed=EVIL)])],
+            [EVIL],
+        ),
+        outputs=[Output(EVIL, EVIL + "!", f'<b title="{EVIL}">' + 300 * "x", f"</td></table>{EVIL}")],
     )
     page = page_of(tmp_path, record)
     assert [tag for tag, _ in page.elements].count("script") == [

@@ -1,14 +1,16 @@
 """Tables for the terminal: as wide as they may be, and readable without colour."""
 
+import dataclasses
 import math
 
 import pytest
 from rich.console import Console
 
 from reltune.relevance.heatmap import Heatmap
-from reltune.report.record import MethodResult
-from reltune.report.terminal import comparison_table, heatmap, metrics_table, outputs
-from report_cases import BERT, FULL, LLAMA, OUTPUTS, relevance, scores, shown
+from reltune.report.comparison import terminal_tables
+from reltune.report.record import Difference
+from reltune.report.terminal import heatmap, metrics_table, outputs
+from report_cases import BERT, LLAMA, OUTPUTS, WAYS, relevance, scores, shown, way
 
 
 @pytest.mark.parametrize("layers, columns", [(12, BERT), (32, LLAMA), (1, BERT), (2, ["only"])])
@@ -74,17 +76,25 @@ def test_heatmap_colours_grow_lighter_with_the_value():
         assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG 2, level AA
 
 
-def test_comparison_table_fits_100_columns():
-    wide = MethodResult(
-        *("full fine-tuning of every parameter", 7_241_748_480, 10_592_130, scores(1.0, 1.0), 0.0791),
-        *(12.28123, 127 * 2**30, 13 * 2**30, 1234.567, 1234.567),
-    )
-    lines = shown(comparison_table([*FULL.comparison, wide]), 100)
-    assert max(map(len, lines)) <= 100 and lines[0].strip() == "Scores on test data"
-    rows = {line.split()[0]: line.split() for line in lines if len(line.split()) > 8}
-    assert rows["columns"] == ("columns 547,072 3,845 97.13 96.54 0.1234 2.0 GiB 3.0 MiB 2.25 2.12".split())
-    assert rows["head"][-9:] == "0 3,845 91.11 90.22 — — — — —".split()
-    assert rows["full"][-13:] == ("7,241.7 M 10.6 M 100.00 100.00 12.2812 127.0 GiB 13.0 GiB 1,234.57 1,234.57".split())
+def test_a_comparison_fits_80_columns():
+    wide = way(
+        "layers top 24 of them", 7_241_748_480, 1.0, 0.1234, {"lora": Difference(-0.1234, -0.2345, -0.1111)},
+        steps=12_345, seconds_per_step=123.456, peak_memory_bytes=127 * 2**30, adapter_bytes=13 * 2**30, seconds=1e6,
+        analysis_seconds=1e5, learning_rate=1.26e-5, edge=True, forgetting=scores(-0.5, -0.5),
+    )  # fmt: skip
+    table = dataclasses.replace(WAYS.tables[0], rows=[*WAYS.tables[0].rows, wide])
+    (made,) = terminal_tables(dataclasses.replace(WAYS, tables=[table]))
+    lines = shown(made, 80)
+    assert max(map(len, lines)) <= 80 and lines[0].strip() == table.title
+    text = "\n".join(" ".join(line.split()) for line in lines)
+    for words in (
+        "547,072 97.13 ± 1.12 +1.25 -10.00",
+        "[-0.31, +2.47] [-20.00, +5.00]",
+        "7,241.7 M 100.00 ± 12.34 -12.34",
+    ):
+        assert words in text, words
+    assert "columns 0.002* 94 0.123 12 s 24 s 2.0 GiB 3.0 MiB -6.25" in text
+    assert "dora r=13 failed: training diverged, some weights are not finite any more." in text
 
 
 def test_metrics_table_shows_every_metric_in_its_unit():

@@ -170,7 +170,7 @@ def test_the_demo_takes_the_recipe_that_its_flags_ask_for(place: Path, monkeypat
     """The demo's own config names none of the four, so that its flags are those of a new run."""
     found: list[RunConfig] = []
 
-    def start(config: RunConfig, overwrite: bool) -> None:
+    def start(config: RunConfig, *_: object) -> None:
         found.append(config)
         raise KeyboardInterrupt
 

@@ -626,7 +626,8 @@ def test_termination_ends_the_process_with_143(place: Path) -> None:
 # -- comparison -----------------------------------------------------------------------------------------------------
 
 
-def test_comparison_with_the_baselines(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_beside_other_methods(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in the demo. The run is taken over as it is: a comparison would have trained the same."""
     config = RunConfig(
         model_name_or_path=str(place / "model"),
         train_file=str(place / "train.csv"),
@@ -636,35 +637,35 @@ def test_comparison_with_the_baselines(place: Path, capsys: pytest.CaptureFixtur
         training={"max_steps": 6, "load_best_model_at_end": True},
     )
     cli._run_all(config, overwrite=False, baselines=True)
-    record = read(place / "compared" / "comparison.json")
-    rows = {row["method"]: row for row in record["methods"]}
-    names = ["head only", "top encoder layer", "reltune: column by fisher, 5%", "full fine-tuning"]
+    record = read(place / "compared" / "comparison" / "comparison.json")
+    rows = {row["label"]: row for row in record["tables"][0]["rows"]}
+    names = ["before training", "weights 5%", "lora r=8", "full"]
     assert list(rows) == names
-    head, top, ours, full = (rows[name] for name in names)
-    # 32 hidden, 64 intermediate: 4 attention maps, 2 maps of the block, 2 norms; all but the classifier is the base
-    assert top["trainable_parameters"] == 4 * (32 * 32 + 32) + (32 * 64 + 64) + (64 * 32 + 32) + 2 * 64
-    assert (head["trainable_parameters"], full["trainable_parameters"]) == (0, 20864)
+    before, ours, lora, full = (rows[name] for name in names)
+    # 32 hidden, 64 intermediate: rank 8 on 4 attention maps and 2 maps of the block, in 2 layers, and on the pooler
+    assert lora["trainable_parameters"] == 8 * (2 * (4 * 64 + 2 * 96) + 64)
+    assert full["trainable_parameters"] == 20864
     assert ours["trainable_parameters"] == Plan.load(place / "compared" / "plan").parameters
-    assert {row["head_parameters"] for row in rows.values()} == {66}
+    assert {row["head_parameters"] for row in (ours, lora, full)} == {66}
     results = read(place / "compared" / "all_results.json")
-    assert (ours["metrics"]["accuracy"], ours["loss"]) == (results["test_accuracy"], results["test_loss"])
-    for row in rows.values():
-        assert 0 <= row["metrics"]["accuracy"] <= 1
-        assert row["seconds_per_step"] > 0 and row["peak_memory_bytes"] > 0 and row["inference_ms_per_text"] > 0
-        assert row["disk_bytes"] > 4 * (row["trainable_parameters"] + row["head_parameters"])
-    assert ours["inference_ms_per_text_merged"] > 0
-    rates = [row["learning_rate"] for row in rows.values()]
-    assert rates == [training.LEARNING_RATES[key] for key in ("head", "layer", "selection", "full")]
+    assert (ours["metrics"]["accuracy"], ours["metrics"]["loss"]) == (results["test_accuracy"], results["test_loss"])
+    assert before["metrics"]["accuracy"] == results["test_before_accuracy"]
+    assert ours["analysis_seconds"] > 0 and lora["analysis_seconds"] is None
+    for row in (ours, lora, full):
+        assert row["seconds_per_step"] > 0 and row["peak_memory_bytes"] > 0 and row["steps"] == 6
+        assert row["adapter_bytes"] > 4 * (row["trainable_parameters"] + row["head_parameters"])
+    assert ours["differences"]["lora"]["mean"] == ours["metrics"]["accuracy"] - lora["metrics"]["accuracy"]
+    rates = [row["learning_rate"] for row in (ours, full)]
+    assert rates == [training.LEARNING_RATES[key] for key in ("selection", "full")]
     page = (place / "compared" / "report.html").read_text(encoding="utf-8")
     printed = capsys.readouterr().out
-    assert all(name in page for name in names)
-    assert all(name in printed for name in ("head only", "top encoder layer", "full fine-tuning"))
-    assert "matters most" in printed
+    assert all(name in page and name in printed for name in names)
+    assert "matters most" in printed and "Rates were not tuned" in printed
 
 
 # -- words ----------------------------------------------------------------------------------------------------------
 
-COMMANDS = ("run", "analyze", "select", "tune", "evaluate", "report", "export", "demo", "config")
+COMMANDS = ("run", "analyze", "select", "tune", "evaluate", "report", "export", "compare", "demo", "config")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from measured_models import MODELS, tiny_gpt2
 from relevance_cases import data_for, lm_batch
 from reltune.ops import attach_elements, recompute
+from reltune.ops.join_inputs import joined_linear
 from reltune.plan.plan import ModulePlan, Plan
-from reltune.tuner import ReltuneConfig
+from reltune.tuner import ReltuneConfig, linear
 
 WORDS = ("q_proj", "gate_proj", "up_proj", "down_proj", "o_proj", "query", "dense", "fc1", "fc2", "c_attn", "c_proj")
 
@@ -182,3 +183,24 @@ def nodes_of(loss: Tensor) -> set[Any]:
             found.add(node)
             left += [of for of, _ in node.next_functions]
     return found
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "bert"])
+def test_inputs_whose_gradients_are_added_up_in_the_products(
+    name: str, reentrant: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without checkpointing and with both kinds of it."""
+    found, joined = [], []
+    for on in (False, True):
+        model, batch = tuned(name)
+        if reentrant is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        # as on a GPU, whatever the size
+        monkeypatch.setattr(linear, "joins", lambda x, *_, on=on: on and x.grad_fn is not None)
+        monkeypatch.setattr(linear, "joined_linear", lambda *of: joined.append(of) or joined_linear(*of))
+        with recompute.force(True):
+            found.append(trained(model.train(), batch))
+    assert joined
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)

@@ -11,9 +11,10 @@ import typer
 
 from reltune import __version__
 from reltune.cli.errors import run_program
-from reltune.cli.flags import EVERY, changed_config, flags, new_config
+from reltune.cli.flags import EVERY, changed_config, flags, new_comparison, new_config
 from reltune.cli.launcher import alone, several, together
-from reltune.cli.output import say, show_lm_eval, show_metrics, show_record, show_relevance, show_sweep
+from reltune.cli.output import say, show_comparison, show_lm_eval, show_metrics, show_record, show_relevance, show_sweep
+from reltune.config.comparison import COMPARISON_FIELDS, ComparisonConfig
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
 from reltune.names import EXPORT_FORMS, GGUF_TYPE, GGUF_TYPES, SERVERS
@@ -80,9 +81,28 @@ def run(context: typer.Context, config: ConfigFile = None, overwrite_output_dir:
 
 
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
+@flags(*(field.name for field in COMPARISON_FIELDS if field.name != "training"), fields=COMPARISON_FIELDS)
+def compare(context: typer.Context, config: ConfigFile = None, overwrite_output_dir: Overwrite = False) -> None:
+    """Train in several ways and measure them side by side."""
+    from reltune.runs.preflight import check_new_comparison
+
+    def check(draft: ComparisonConfig) -> None:
+        check_new_comparison(draft, overwrite_output_dir)
+
+    made = new_comparison(context, config, check)
+    from reltune.runs.comparison import flow
+
+    with alone(str(made.output_dir)):
+        started = flow.start(made, overwrite_output_dir)
+        say(*started.describe())
+        show_comparison(flow.run(started))
+    say(f"Report: {started.directory.report}")
+
+
+@app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
 @flags("output_dir", "budget", "criteria", "granularity", "seed")
 def demo(context: typer.Context, overwrite_output_dir: Overwrite = False) -> None:
-    """Do all of this on BBC news, beside three baselines.
+    """Do all of this on BBC news, beside LoRA and full.
 
     The run is written to the directory demo-run, unless --output_dir names another one.
     """
@@ -194,10 +214,17 @@ def evaluate(context: typer.Context, run: Run) -> None:
 
 @app.command()
 def report(run: Run) -> None:
-    """Draw relevance, results and training; write RUN/report.html."""
+    """Draw what was measured and trained; write RUN/report.html."""
     from reltune.runs import summary
+    from reltune.runs.comparison.directory import ComparisonDirectory
     from reltune.runs.directory import RunDirectory
 
+    if (comparison := ComparisonDirectory(run)).config_file.is_file():
+        from reltune.runs.comparison.summary import report as report_comparison
+
+        show_comparison(report_comparison(comparison))
+        say(f"Report: {comparison.report}")
+        return
     directory, config = RunDirectory.open(run)
     show_record(summary.report(config, directory), directory)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reltune.cli.launcher import together
+from reltune.config.comparison import COMPARISON_FIELDS, ComparisonConfig, comparison_config
 from reltune.config.fields import assignments, checked, kind_of
 from reltune.config.file import read_config, read_fields
 from reltune.config.precedence import combined
@@ -20,13 +21,15 @@ from reltune.config.training_fields import named_training_fields, parse_training
 from reltune.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 EVERY = tuple(field.name for field in FIELDS if field.name != "training")
 
 
-def flags(*names: str, stored: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command a flag for each of these fields of RunConfig; it finds them in its context.
+def flags(
+    *names: str, stored: bool = False, fields: Sequence[dataclasses.Field] = FIELDS
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command a flag for each of these fields, of RunConfig unless others are given; it finds them in its context.
 
     Args:
         stored: whether the command goes by a run's ``config.yaml`` where a flag is not given. Its help then has no
@@ -42,7 +45,7 @@ def flags(*names: str, stored: bool = False) -> Callable[[Callable[..., None]], 
 
         keyword = inspect.Parameter.KEYWORD_ONLY
         parameters = [parameter.replace(kind=keyword) for parameter in own.parameters.values()]
-        for field in FIELDS:
+        for field in fields:
             if field.name in names:
                 default, annotation = _flag(field, stored)
                 parameters.insert(-1, inspect.Parameter(field.name, keyword, default=default, annotation=annotation))
@@ -75,9 +78,7 @@ def new_config(context: typer.Context, file: str | None, check: Callable[[RunCon
     transformers, and seconds.
     """
     draft = combined(read_fields(file) if file else {}, _given(context), _named_training_fields(context))
-    for name in ("model_name_or_path", "output_dir"):
-        if name not in draft:
-            raise InputError(f"--{name} is missing; give it as a flag or in a file named with --config.")
+    _check_named(draft)
     if "resume_from_checkpoint" in draft["training"]:
         _check_resumes(draft["output_dir"], str(draft["training"].pop("resume_from_checkpoint")))
     _check_draft(draft, check)
@@ -98,6 +99,25 @@ def _check_resumes(output_dir: str, wanted: str) -> None:
             "the same command goes on from the newest checkpoint by itself; to go on from another, use `reltune tune RUN "
             "--resume_from_checkpoint checkpoint-N`."
         )
+
+
+def new_comparison(
+    context: typer.Context, file: str | None, check: Callable[[ComparisonConfig], None]
+) -> ComparisonConfig:
+    """The config of a comparison, from a file and the flags of a command, as ``new_config`` makes that of a run."""
+    given = _given(context, COMPARISON_FIELDS)
+    stored = read_fields(file, COMPARISON_FIELDS) if file else {}
+    draft = combined(stored, given, _named_training_fields(context))
+    _check_named(draft)
+    check(comparison_config(draft))
+    stored = read_config(file, COMPARISON_FIELDS) if file else {}
+    return comparison_config(combined(stored, given, parse_training_fields(context.args)))
+
+
+def _check_named(draft: dict[str, Any]) -> None:
+    for name in ("model_name_or_path", "output_dir"):
+        if name not in draft:
+            raise InputError(f"--{name} is missing; give it as a flag or in a file named with --config.")
 
 
 def changed_config(
@@ -124,10 +144,10 @@ def _config(fields: dict[str, Any]) -> RunConfig:
     return config
 
 
-def _given(context: typer.Context) -> dict[str, Any]:
-    """The fields of RunConfig that were given on this command line."""
+def _given(context: typer.Context, fields: Sequence[dataclasses.Field] = FIELDS) -> dict[str, Any]:
+    """The fields that were given on this command line."""
     given = {}
-    for field in FIELDS:
+    for field in fields:
         source = context.get_parameter_source(field.name)
         if source is not None and source.name == "COMMANDLINE":
             value = context.params[field.name]

@@ -8,7 +8,7 @@ from reltune.cli.launcher import first
 
 if TYPE_CHECKING:
     from reltune.relevance.scores import RelevanceScores
-    from reltune.report.record import LMEvalRecord, RunRecord
+    from reltune.report.record import ComparisonRecord, LMEvalRecord, RunRecord
     from reltune.runs.directory import RunDirectory
 
 
@@ -57,9 +57,18 @@ def show_lm_eval(record: LMEvalRecord | None) -> None:
         show(lm_eval_table(record), width=100)
 
 
+def show_comparison(record: ComparisonRecord) -> None:
+    """The tables of ways to train, and what is to be said of them."""
+    from reltune.report.comparison import terminal_tables
+
+    for table in terminal_tables(record):
+        show(table, width=80)
+    say(*record.notes)
+
+
 def show_record(record: RunRecord, directory: RunDirectory) -> None:
     """What the report of a run shows, as far as a terminal can."""
-    from reltune.report.terminal import comparison_table, heatmap, outputs
+    from reltune.report.terminal import heatmap, outputs
 
     if record.held_in:
         say(f"The base model's linear layers are held in {record.held_in}.")
@@ -67,8 +76,8 @@ def show_record(record: RunRecord, directory: RunDirectory) -> None:
         show(heatmap(record.heatmaps[0]))
     else:
         say(*record.plan_lines)
-    if record.comparison:
-        show(comparison_table(record.comparison), width=100)  # its lines would break in the wrong places
+    if record.ways is not None:
+        show_comparison(record.ways)
     else:
         show_metrics(record.metrics)
     if record.outputs:

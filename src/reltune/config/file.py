@@ -9,6 +9,7 @@ import os
 import re
 import textwrap
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from reltune.errors import InputError, nearest
 WIDTH = 118
 
 
-def read_fields(path: str | os.PathLike) -> dict[str, Any]:
-    """The fields of RunConfig that a YAML file gives, checked; those of TrainingArguments, under ``training``, by name only.
+def read_fields(path: str | os.PathLike, fields: Sequence[dataclasses.Field] = FIELDS) -> dict[str, Any]:
+    """The fields that a YAML file gives, checked: of RunConfig, unless others are given, and of TrainingArguments, under
+    ``training``, by name only.
 
     Does without transformers, which takes seconds to import.
 
@@ -38,11 +40,11 @@ def read_fields(path: str | os.PathLike) -> dict[str, Any]:
         InputError: no YAML mapping, an unknown key (naming the nearest), or a wrong value.
     """
     values = _read(path)
-    own = {field.name for field in FIELDS}
+    own = {field.name for field in fields}
     outside = {name: value for name, value in values.items() if name not in own}
     try:
-        fields = checked_fields({name: value for name, value in values.items() if name in own}, FIELDS)
-        inside = fields.get("training", {})
+        known_values = checked_fields({name: value for name, value in values.items() if name in own}, fields)
+        inside = known_values.get("training", {})
         known = training_field_names()
         for name in outside:
             if name not in known:
@@ -52,17 +54,17 @@ def read_fields(path: str | os.PathLike) -> dict[str, Any]:
         check_training_names(inside)
     except InputError as error:
         raise InputError(f"config {path}: {error}") from error
-    return {**fields, "training": {**inside, **outside}} if inside or outside else fields
+    return {**known_values, "training": {**inside, **outside}} if inside or outside else known_values
 
 
-def read_config(path: str | os.PathLike) -> dict[str, Any]:
+def read_config(path: str | os.PathLike, fields: Sequence[dataclasses.Field] = FIELDS) -> dict[str, Any]:
     """What ``read_fields`` reads, with the types of TrainingArguments' fields.
 
     Raises InputError as it does, and for a field of TrainingArguments with a value of the wrong kind.
     """
-    fields = read_fields(path)
+    values = read_fields(path, fields)
     try:
-        return {**fields, "training": checked_training_fields(fields["training"])} if "training" in fields else fields
+        return {**values, "training": checked_training_fields(values["training"])} if "training" in values else values
     except InputError as error:
         raise InputError(f"config {path}: {error}") from error
 

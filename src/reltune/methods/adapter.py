@@ -111,6 +111,14 @@ def linear_maps(base: Base) -> list[str]:
     )
 
 
+def shapes_of(base: Base, names: Sequence[str]) -> list[tuple[int, int]]:
+    """Output and input features of linear maps."""
+    from reltune.layers.inventory import take_inventory
+
+    inventory = take_inventory(base.model, base.new_heads)
+    return [(inventory[name].shape[0], inventory[name].shape[1]) for name in names]
+
+
 def size(model: nn.Module) -> int:
     """How many parameters a model has, packed ones counted as what they stand for."""
     from reltune.layers.quantised import numel

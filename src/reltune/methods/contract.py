@@ -11,7 +11,7 @@ import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from reltune.errors import InputError
 
@@ -61,6 +61,15 @@ class Trainable:
     lines: Sequence[str] = ()
 
 
+class Size(NamedTuple):
+    """A size that a method can have: the fields that set it, how many numbers are then trained (without those of new heads), and
+    the setting in words."""
+
+    fields: Mapping[str, Any]
+    parameters: int
+    words: str
+
+
 class Method(abc.ABC):
     """A way to train.
 
@@ -96,6 +105,11 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def check(self, base: Base) -> None:
         """Raise InputError where the model has nothing for the method to train. Leaves the model as it is."""
+
+    def nearest(self, base: Base, count: int) -> Size | None:
+        """The size that comes nearest to ``count`` trained numbers; None where the method has one size only. Leaves the model as
+        it is."""
+        return None
 
     @abc.abstractmethod
     def prepare(self, base: Base) -> Trainable:

@@ -14,3 +14,6 @@ class DoRA(Lora):
     rates = "dora"
     variant: ClassVar[dict[str, Any]] = {"use_dora": True}
     title = "DoRA"
+
+    def beside(self, shapes: list[tuple[int, int]]) -> int:
+        return sum(rows for rows, _ in shapes)  # a magnitude for each row

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from reltune.methods.adapter import Adapter
-from reltune.methods.contract import Base
-from reltune.methods.planned import check_plan
+from reltune.methods.adapter import Adapter, shapes_of
+from reltune.methods.contract import Base, Size
+from reltune.methods.planned import by_budget, check_plan
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -31,6 +31,20 @@ class Lora(Adapter):
     def check(self, base: Base) -> None:
         if base.config.rank_by is None:
             super().check(base)
+
+    def nearest(self, base: Base, count: int) -> Size:
+        """A rank costs the inputs and outputs of every map."""
+        if base.config.rank_by is not None:
+            return by_budget(count)
+        shapes = shapes_of(base, self.targets(base))
+        of_one, beside = sum(map(sum, shapes)), self.beside(shapes)
+        most = max(map(min, shapes))  # beyond which a rank adds nothing
+        r = min(max(1, round((count - beside) / of_one)), most)
+        return Size({"lora_r": r}, r * of_one + beside, f"r={r}")
+
+    def beside(self, shapes: list[tuple[int, int]]) -> int:
+        """What is trained of maps of these shapes whatever the rank is."""
+        return 0
 
     def peft_config(self, base: Base, names: list[str]) -> LoraConfig:
         from peft import LoraConfig

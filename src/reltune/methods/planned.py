@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from reltune.errors import InputError
 from reltune.methods.adapter import load_adapter, save_adapter
-from reltune.methods.contract import Base, Method, Trainable
+from reltune.methods.contract import Base, Method, Size, Trainable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,6 +22,10 @@ class Planned(Method):
 
     def check(self, base: Base) -> None:
         """Nothing: the choice is checked by choosing (runs/stages.py)."""
+
+    def nearest(self, base: Base, count: int) -> Size:
+        """The budget itself: what units leave of it is known when they are chosen."""
+        return by_budget(count)
 
     def prepare(self, base: Base) -> Trainable:
         from peft import get_peft_model
@@ -39,6 +43,10 @@ class Planned(Method):
 
     def load(self, base: nn.Module, path: Path) -> Any:
         return load_adapter(base, path)
+
+
+def by_budget(count: int) -> Size:
+    return Size({"budget": str(count)}, count, f"{count:,}")
 
 
 def check_plan(base: Base) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from reltune.errors import InputError
-from reltune.methods.adapter import Adapter
-from reltune.methods.contract import Base
+from reltune.methods.adapter import Adapter, shapes_of
+from reltune.methods.contract import Base, Size
 from reltune.methods.lora import exactly
 from reltune.methods.weights import Weights
 
@@ -40,6 +41,18 @@ class Shira(Adapter):
             small = next(name for name in fit if name not in large)
             raise InputError(f"lora_r {base.config.lora_r} wants more weights of {small} than it has; write less.")
         return large
+
+    def nearest(self, base: Base, count: int) -> Size:
+        """A rank costs what LoRA's does; maps that have fewer weights than that are left out."""
+        smallest = dataclasses.replace(base, config=dataclasses.replace(base.config, lora_r=1, lora_alpha=None))
+        shapes = shapes_of(base, self.targets(smallest))
+        most = max(rows * columns // (rows + columns) for rows, columns in shapes)
+
+        def trained(r: int) -> int:
+            return sum(r * (rows + columns) for rows, columns in shapes if r * (rows + columns) <= rows * columns)
+
+        r = min(range(1, most + 1), key=lambda r: abs(trained(r) - count))
+        return Size({"lora_r": r}, trained(r), f"r={r}")
 
     @staticmethod
     def _share(weight: Any, base: Base) -> float:

@@ -9,7 +9,8 @@ Two exact ways to G at n places, for T vectors:
 
 - dense: G itself, as many rows at a time as make BLOCK_NUMBERS, and of each block the places in it. 2·T·rows·columns
   operations at the speed of a matrix product.
-- sampled: T products for each place and nothing else. 2·T·n operations, at the speed of memory.
+- sampled: T products for each place and nothing else. 2·T·n operations, at the speed of shared memory where
+  ops/kernels/sampled_groups.py takes them, else of the cache (ops/kernels/sampled_product.py, in Triton).
 
 x is needed in the backward pass, and autograd keeps it for no other purpose, as the frozen product needs the weight alone.
 On an accelerator it is made again where that can be (ops/recompute.py), else it is kept by reference.
@@ -20,7 +21,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,19 +30,26 @@ from torch.autograd.function import once_differentiable
 from reltune.errors import InputError
 from reltune.ops import kernels, recompute
 
+if TYPE_CHECKING:
+    from reltune.ops.kernels.sampled_groups import Groups
+
 Form = Literal["dense", "sampled"]
 
 BLOCK_NUMBERS = 1 << 24  # of G at a time in the dense form: 32 MiB in bfloat16
+ROWS = 256  # a block of the dense form has a multiple of them
 GATHERED_NUMBERS = 1 << 22  # workspace of gathered vectors where there is no kernel
+CACHED_NUMBERS = 3 << 15  # of a factor gathered at a time: both stay in a CPU's own cache
 
 # What the sampled form costs, where an operation of a matrix product costs 1: for a vector at a place, and for each of its
-# numbers in the transposed copies. By bytes per number. The copies, float32 and float64 are counted for an H200 (0.55 of
-# 5 TB/s from its cache, 2.5 TB/s for a copy, 25 and 30 × 10¹² multiplications with additions); bfloat16 follows from a
-# training step there, in which the sampled form of 0.5% of the large matrices was faster than the dense one by more than
-# its whole count (0.644 against 0.752 s; benchmarks/results/tuner_step.json, with this rule, has 0.621).
+# numbers, which have to be brought to where they can be picked. From times on an H200 at 8,192 vectors of 1,024 to 14,336
+# numbers. In groups, with bfloat16: 1.3 to 2.1 µs for 1,000 random places, and half as much again where they crowd in some
+# rows and columns; 0.02 to 0.03 ms for a matrix. A weight of the dense form takes 0.02 ns.
+GROUPED_COST, GROUPED_COPY_COST = 120.0, 200.0
+# The Triton kernel, by bytes per number: 0.55 of 5 TB/s from the cache, 2.5 TB/s for a copy, 25 and 30 × 10¹²
+# multiplications with additions in float32 and float64; bfloat16 follows from a training step.
 SAMPLED_COST = {2: 80.0, 4: 33.0, 8: 80.0}
 COPY_COST = {2: 500.0, 4: 80.0, 8: 190.0}
-SAMPLED_COST_ON_CPU = 200.0  # measured, with the copies: see `is_sampled`
+SAMPLED_COST_ON_CPU = 130.0  # measured: see `is_sampled`
 
 _forced: list[Form] = []
 
@@ -54,8 +62,9 @@ class Places:
 
     @property
     def step(self) -> int:
-        """Rows of a block of the dense form."""
-        return max(1, min(self.shape[0], (self._block_numbers or BLOCK_NUMBERS) // self.shape[1]))
+        """Rows of a block of the dense form: where there are many, a number for which a matrix product is quick."""
+        rows = (self._block_numbers or BLOCK_NUMBERS) // self.shape[1]
+        return max(1, min(self.shape[0], rows // ROWS * ROWS or rows))
 
     @functools.cached_property
     def starts(self) -> list[int]:
@@ -64,6 +73,13 @@ class Places:
         edges = torch.arange(0, rows + self.step, self.step, device=self.index.device, dtype=torch.int64) * columns
         starts: list[int] = torch.searchsorted(self.index.long(), edges).tolist()
         return starts
+
+    @functools.cached_property
+    def groups(self) -> Groups:
+        """The places as ops/kernels/sampled_groups.py reads them. Made once, and waits for the device."""
+        from reltune.ops.kernels.sampled_groups import grouped
+
+        return grouped(self.index, self.shape)
 
     def check(self) -> None:
         """Raise InputError for indices, read from a file, that cannot be what was written. Waits for the device."""
@@ -82,16 +98,18 @@ class Places:
 
 
 def is_sampled(places: Places, a: Tensor) -> bool:
-    """Whether the sampled form costs less, counted; on CUDA it needs Triton.
+    """Whether the sampled form costs less, counted; on CUDA it needs one of its kernels.
 
-    The number of vectors is on both sides. On 2 CPU cores the forms took the same time where one weight in 200 was chosen
-    (384 × 384 and 384 × 1536 weights, 2,048 vectors, float32).
+    The number of vectors is on both sides. On one CPU core a place took as long as 110 to 130 weights of the dense form
+    (384 × 384 and 384 × 1536 weights, one in 390 chosen, 2,048 vectors, float32).
     """
     if _forced:
         return _forced[-1] == "sampled"
     rows, columns = places.shape
     if not a.is_cuda:
         return SAMPLED_COST_ON_CPU * len(places.index) < rows * columns
+    if _is_grouped(places, a):
+        return GROUPED_COST * len(places.index) + GROUPED_COPY_COST * (rows + columns) < rows * columns
     if not kernels.can_be_imported():
         return False
     size = a.element_size()
@@ -114,12 +132,26 @@ def element_gradient(a: Tensor, b: Tensor, places: Places, form: Form | None = N
         form = "sampled" if is_sampled(places, a) else "dense"
     if form == "dense":
         return _dense(a, b, places)
+    if len(places.index) and _is_grouped(places, a):
+        from reltune.ops.kernels import sampled_groups
+
+        if sampled_groups.fits(a, b):
+            return sampled_groups.sampled_product(a, b, places.groups)
     if a.is_cuda and kernels.can_be_imported():
         # Imported where it is used: Triton takes a while to import.
         from reltune.ops.kernels.sampled_product import sampled_product
 
         return sampled_product(a, b, places.index)
     return sampled_product_reference(a, b, places.index)
+
+
+def _is_grouped(places: Places, a: Tensor) -> bool:
+    """Whether ops/kernels/sampled_groups.py takes such places, with such numbers, on their device."""
+    if not a.is_cuda:
+        return False
+    from reltune.ops.kernels import sampled_groups
+
+    return sampled_groups.suits(places.shape, a.dtype, a.get_device())
 
 
 def _dense(a: Tensor, b: Tensor, places: Places) -> Tensor:
@@ -135,15 +167,15 @@ def _dense(a: Tensor, b: Tensor, places: Places) -> Tensor:
 
 
 def sampled_product_reference(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
-    """What ops/kernels/sampled_product.py computes, from gathered vectors; the form used on a CPU."""
-    left, right = a.mT.contiguous(), b.mT.contiguous()
+    """What the kernels compute; the form used on a CPU. Numbers are gathered from few vectors at a time, as they lie: a
+    transposed copy of the factors would take as long as a product of them."""
     wide = torch.float64 if a.dtype == torch.float64 else torch.float32
     gradient = torch.zeros(len(index), dtype=wide, device=a.device)
-    step = max(1, GATHERED_NUMBERS // max(1, len(a)))
-    for start in range(0, len(index), step):
-        at = index[start : start + step].long()
-        rows, columns = at // b.shape[1], at % b.shape[1]
-        gradient[start : start + step] = torch.linalg.vecdot(left[rows].to(wide), right[columns].to(wide))
+    rows, columns = index // b.shape[1], index % b.shape[1]
+    step = max(1, CACHED_NUMBERS // max(1, len(index)))
+    for start in range(0, len(a), step):
+        left = a[start : start + step].index_select(1, rows).to(wide)
+        gradient += left.mul_(b[start : start + step].index_select(1, columns)).sum(0)
     return gradient
 
 

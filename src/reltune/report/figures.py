@@ -9,7 +9,8 @@ from typing import Any
 
 from reltune.metrics import METRICS
 from reltune.relevance.heatmap import Heatmap
-from reltune.report import numbers
+from reltune.report import comparison, numbers
+from reltune.report.record import ComparisonRecord, WayResult
 
 ROW = 22  # pixels per layer
 # Pixels around the cells. Heat map and bars share TOP, so that their rows line up.
@@ -196,6 +197,95 @@ def curve_figures(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, A
                 ),
             }
     return figures
+
+
+WAYS = {  # colour, symbol and name of each table's points
+    "equal": (BLUE, "circle", "equal size"),
+    "usual": (GREEN, "diamond", "usual size"),
+    "equal_cost": (VERMILLION, "square", "equal total cost"),
+}
+
+
+def ways_figures(record: ComparisonRecord) -> dict[str, dict[str, Any]]:
+    """Quality against the time of a training with its analysis, and against its trainable parameters. A point is a method at a size,
+    its bar the standard deviation between seeds."""
+    axis = {"gridcolor": GRID, "zeroline": False, "fixedrange": True, "ticklabelstandoff": 4}
+    figures = {}
+    for name, title, field in (
+        ("ways-seconds", "seconds of a training with its analysis", "seconds"),
+        ("ways-parameters", "trainable parameters", "trainable_parameters"),
+    ):
+        drawn: set[str] = set()  # a method of one size is in several tables
+        traces = []
+        for table in record.tables:
+            rows = [row for row in table.rows if row.method and getattr(row, field) and record.metric in row.metrics]
+            rows = [row for row in rows if table.name == "equal_cost" or row.label not in drawn]
+            if field == "trainable_parameters" and table.name == "equal_cost":
+                continue  # the same sizes again
+            drawn |= {row.label for row in rows}
+            if rows:
+                traces.append(_ways(record.metric, rows, field, *WAYS[table.name]))
+        if traces:
+            figures[name] = {
+                "data": traces,
+                "layout": _layout(
+                    380,
+                    margin={"t": 36, "b": 48, "l": 0, "r": 24},
+                    xaxis={
+                        **axis,
+                        "title": {"text": title, "standoff": 8},
+                        "type": "log",
+                        **_log_ticks([x for trace in traces for x in trace["x"]]),
+                    },
+                    yaxis={
+                        **axis,
+                        "title": {"text": f"{comparison.label(record.metric)}, test", "standoff": 12},
+                        "automargin": "left",
+                    },
+                    showlegend=True,
+                    legend={"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"},
+                ),
+            }
+    return figures
+
+
+def _log_ticks(values: Sequence[float]) -> dict[str, Any]:
+    """Ticks at 1, 2 and 5 of each decade, over many decades at 1 alone, as short words."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    steps = (1, 2, 5) if high - low < 3 else (1,)
+    places = [step * 10.0**decade for decade in range(low - 1, high + 1) for step in steps]
+    words = []
+    for place in places:
+        size, letter = next((unit for unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if place >= unit[0]), (1, ""))
+        words.append(f"{place / size:g}{letter}")
+    return {"tickmode": "array", "tickvals": places, "ticktext": words}
+
+
+def _ways(metric: str, rows: Sequence[WayResult], field: str, color: str, symbol: str, name: str) -> dict[str, Any]:
+    scale, _ = comparison.scale_of(metric)
+    around = ["top center", "bottom center"]  # names of neighbours on either side
+    order = sorted(range(len(rows)), key=lambda i: getattr(rows[i], field))
+    return {
+        "type": "scatter",
+        "mode": "markers+text",
+        "name": name,
+        "x": [getattr(row, field) for row in rows],
+        "y": [scale * row.metrics[metric] for row in rows],
+        "error_y": {
+            "type": "data",
+            "array": [scale * (row.deviations.get(metric) or 0.0) for row in rows],
+            "thickness": 1,
+            "width": 3,
+            "color": color,
+        },
+        "text": [_plain(row.method) for row in rows],
+        "textposition": [around[order.index(i) % 2] for i in range(len(rows))],
+        "textfont": {"size": 11},
+        "customdata": [_plain(row.label) for row in rows],
+        "hovertemplate": "%{customdata}<br>%{y:.4g}<br>%{x:,.4~g}<extra></extra>",
+        "marker": {"color": color, "symbol": symbol, "size": 9},
+        "cliponaxis": False,
+    }
 
 
 def _curve(

@@ -33,6 +33,15 @@ def fixed(value: float | None, decimals: int) -> str:
     return MISSING if value is None or not math.isfinite(value) else f"{value:,.{decimals}f}"
 
 
+def duration(seconds: float | None) -> str:
+    """In seconds up to two minutes, in minutes up to two hours."""
+    if seconds is None:
+        return MISSING
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def size(value: float | None) -> str:
     """Bytes in binary units."""
     if value is None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from reltune.errors import InputError
 from reltune.files import write_text
 from reltune.metrics import METRICS
-from reltune.report import numbers
-from reltune.report.figures import curve_figures, heatmap_figure, layers_figure
-from reltune.report.record import MethodResult, Output, RunRecord
+from reltune.report import comparison, numbers
+from reltune.report.figures import curve_figures, heatmap_figure, layers_figure, ways_figures
+from reltune.report.record import Output, RunRecord
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -50,8 +50,15 @@ def write_report(path: str | os.PathLike, record: RunRecord) -> None:
     if not record.heatmaps and record.selected_by_layer:
         figures["layers"] = layers_figure(list(record.selected_by_layer), None, record.selected_by_layer)
     figures.update(curve_figures(record.history))
+    ways = []
+    if record.ways is not None:
+        figures.update(ways_figures(record.ways))
+        ways = [
+            (table, comparison.quality(record.ways, table), comparison.cost(record.ways, table))
+            for table in record.ways.tables
+        ]
 
-    columns, metrics = comparison_columns(record.comparison), numbers.before_and_after(record.metrics)
+    metrics = numbers.before_and_after(record.metrics)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(count=numbers.count, percent=numbers.percent, metric=numbers.metric)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -61,8 +68,8 @@ def write_report(path: str | os.PathLike, record: RunRecord) -> None:
         compared=any(before is not None for _, before, _ in metrics),
         outputs=[_cells_of(output) for output in record.outputs],
         output_heads=[field.name for field in dataclasses.fields(Output)],
-        comparison_heads=[head for head, _ in columns],
-        comparison_rows=[(row, [text(row) for _, text in columns]) for row in record.comparison],
+        alone=record.ways is not None and not record.metrics,
+        ways=ways,
         panels=panels,
         figures=figures,
         config=list(flatten(record.config)),
@@ -74,30 +81,6 @@ def write_report(path: str | os.PathLike, record: RunRecord) -> None:
         plotlyjs=Markup(get_plotlyjs()) if figures else "",
     )
     write_text(path, page)
-
-
-def comparison_columns(results: Sequence[MethodResult]) -> list[tuple[str, Callable[[MethodResult], str]]]:
-    """Head and text of each column: the sizes, the task's own metrics, the cost."""
-    scores: list[tuple[str, Callable[[MethodResult], str]]] = [
-        (numbers.head(name), lambda row, name=name: numbers.score(name, row.metrics.get(name)))  # type: ignore[misc]
-        for name in numbers.measured(row.metrics for row in results)
-    ]
-    return [*SIZES, *scores, *COSTS]
-
-
-SIZES: tuple[tuple[str, Callable[[MethodResult], str]], ...] = (
-    ("trainable\nparameters", lambda row: numbers.count(row.trainable_parameters)),
-    ("head\nparameters", lambda row: numbers.count(row.head_parameters)),
-)
-COSTS: tuple[tuple[str, Callable[[MethodResult], str]], ...] = (
-    ("loss", lambda row: numbers.fixed(row.loss, 4)),
-    ("s / step", lambda row: numbers.fixed(row.seconds_per_step, 4)),
-    ("peak\nmemory", lambda row: numbers.size(row.peak_memory_bytes)),
-    ("on disk", lambda row: numbers.size(row.disk_bytes)),
-    ("ms / text", lambda row: numbers.fixed(row.inference_ms_per_text, 2)),
-    ("ms / text,\nmerged", lambda row: numbers.fixed(row.inference_ms_per_text_merged, 2)),
-    ("learning\nrate", lambda row: numbers.MISSING if row.learning_rate is None else f"{row.learning_rate:g}"),
-)
 
 
 def _cells_of(output: Output) -> list[tuple[str, str, bool]]:

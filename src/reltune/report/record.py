@@ -11,27 +11,6 @@ from reltune.relevance.heatmap import Heatmap
 
 
 @dataclasses.dataclass
-class MethodResult:
-    """One row of the comparison table: what a way of training cost and what it reached.
-
-    Units: seconds, bytes, milliseconds. ``None`` means "does not apply" or "could not be measured here".
-    """
-
-    method: str
-    trainable_parameters: int  # without the head
-    head_parameters: int
-    metrics: dict[str, float]  # the task's own, on test data, the main one first
-    loss: float
-    seconds_per_step: float | None
-    peak_memory_bytes: int | None
-    disk_bytes: int | None
-    inference_ms_per_text: float | None
-    inference_ms_per_text_merged: float | None = None
-    learning_rate: float | None = None
-    note: str = ""
-
-
-@dataclasses.dataclass
 class LMEvalScore:
     """One metric of one task of lm-evaluation-harness, for the base model and for the tuned one.
 
@@ -77,6 +56,82 @@ class Output:
 
 
 @dataclasses.dataclass
+class Difference:
+    """A mean difference over pairs of trainings with the same seed, and its 95% interval; of one pair there is none."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+@dataclasses.dataclass
+class WayResult:
+    """One row of a comparison of ways to train: a method at a size. ``None`` means "does not apply" or "was not measured".
+
+    Attributes:
+        label: the method and its size.
+        metrics: means over the seeds on test data, the main one first; ``deviations`` theirs between seeds.
+        differences: of the main metric to the method of that name.
+        edge: whether the best rate is the smallest or the largest that was tried.
+        seconds: of one training in all, its analysis included.
+        forgetting: change of a metric of the second set, from before training to after it.
+        failed: why there are no results, or fewer than there are seeds.
+    """
+
+    label: str
+    method: str
+    trainable_parameters: int | None = None
+    head_parameters: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    deviations: dict[str, float | None] = field(default_factory=dict)
+    seeds: int = 0
+    differences: dict[str, Difference] = field(default_factory=dict)
+    learning_rate: float | None = None
+    edge: bool = False
+    steps: int | None = None
+    seconds_per_step: float | None = None
+    peak_memory_bytes: int | None = None
+    adapter_bytes: int | None = None
+    analysis_seconds: float | None = None
+    seconds: float | None = None
+    forgetting: dict[str, float] = field(default_factory=dict)
+    failed: str = ""
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> WayResult:
+        differences = {name: Difference(**one) for name, one in values["differences"].items()}
+        return cls(**{**values, "differences": differences})
+
+
+@dataclasses.dataclass
+class WayTable:
+    """Ways to train that have something in common: equal sizes, their usual sizes, equal total cost."""
+
+    name: str
+    title: str
+    rows: list[WayResult]
+
+
+@dataclasses.dataclass
+class ComparisonRecord:
+    """``comparison.json``: ways to train side by side."""
+
+    metric: str  # the main one, by which differences are given
+    chosen_by: str  # the metric on validation data by which rates were chosen
+    seeds: list[int]
+    tables: list[WayTable]
+    notes: list[str]
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ComparisonRecord:
+        tables = [
+            WayTable(one["name"], one["title"], [WayResult.from_json(row) for row in one["rows"]])
+            for one in values["tables"]
+        ]
+        return cls(values["metric"], values["chosen_by"], values["seeds"], tables, values["notes"])
+
+
+@dataclasses.dataclass
 class RunRecord:
     """What the report shows of a run; assembled from the artefacts, never from memory of the training process."""
 
@@ -88,9 +143,9 @@ class RunRecord:
     selected_by_layer: dict[str, int]  # layer name -> trainable parameters chosen there
     metrics: dict[str, float]  # all_results.json
     history: list[dict[str, Any]]  # log_history of trainer_state.json
-    comparison: list[MethodResult]  # empty when no baselines were run
     notes: list[str]  # data licence, hardware, what was not measured
     outputs: list[Output] = field(default_factory=list)  # the first ones
     sweep: dict[str, Any] | None = None  # sweep.json
     lm_eval: LMEvalRecord | None = None
     held_in: str = ""  # what the base's linear layers are held in, such as "8 bits"; "" where as in the checkpoint
+    ways: ComparisonRecord | None = None  # where other methods were trained beside

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from reltune.relevance.heatmap import Heatmap
 from reltune.report import numbers
-from reltune.report.record import LMEvalRecord, MethodResult, Output
+from reltune.report.record import LMEvalRecord, Output
 
 # Viridis (van der Walt and Smith 2015, CC0): perceptually uniform, readable with colour-vision deficiencies.
 VIRIDIS = (
@@ -73,32 +73,6 @@ def heatmap(h: Heatmap) -> RenderableType:
         scale,
         Columns([Text(entry, style="dim") for entry in legend], padding=(0, 2), width=36),
     )
-
-
-def comparison_table(results: Sequence[MethodResult]) -> Table:
-    """One row per method, with its scores on test data; at most 100 columns wide. ``—`` where nothing was measured."""
-    table = Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title="Scores on test data", title_justify="left"
-    )
-    table.add_column("method", overflow="fold", max_width=20)
-    scores = numbers.measured(result.metrics for result in results)[:2]  # the main one first; more would be too wide
-    quality = ("trainable", "+ head", *(numbers.head(name, short=True) for name in scores))
-    cost = ("s /\nstep", "peak\nmemory", "disk", "ms /\ntext", "ms,\nmerged")
-    for head in quality + cost:
-        table.add_column(head, justify="right", no_wrap=True)
-    for result in results:
-        table.add_row(
-            Text(result.method),
-            numbers.short_count(result.trainable_parameters),
-            numbers.short_count(result.head_parameters),
-            *(numbers.score(name, result.metrics.get(name)) for name in scores),
-            numbers.fixed(result.seconds_per_step, 4),
-            numbers.size(result.peak_memory_bytes),
-            numbers.size(result.disk_bytes),
-            numbers.fixed(result.inference_ms_per_text, 2),
-            numbers.fixed(result.inference_ms_per_text_merged, 2),
-        )
-    return table
 
 
 def lm_eval_table(record: LMEvalRecord) -> Table:

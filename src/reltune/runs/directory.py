@@ -44,7 +44,7 @@ ARTEFACTS = {  # in the order of the stages; writing one makes those after it ou
         "sweep.json",
         "sweep",
     ),
-    "evaluate": ("all_results.json", "outputs.jsonl", "comparison.json", "lm_eval.json"),
+    "evaluate": ("all_results.json", "outputs.jsonl", "comparison.json", "comparison", "lm_eval.json"),
     "report": ("report.html", *EXPORT_FORMS),
 }
 
@@ -72,9 +72,9 @@ class RunDirectory:
         self.method = self.path / "method.json"  # where no plan says what was trained
         self.begun = self.path / "training.json"  # what a training was begun with, for one that goes on
         self.results = self.path / "all_results.json"
-        self.comparison = self.path / "comparison.json"
         self.outputs = self.path / "outputs.jsonl"
         self.lm_eval = self.path / "lm_eval.json"
+        self.comparison = self.path / "comparison" / "comparison.json"  # with other methods
         self.report = self.path / "report.html"
         self.log = self.path / "train_log.jsonl"
         self.sweep = self.path / "sweep"  # a directory per trial

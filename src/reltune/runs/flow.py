@@ -6,6 +6,7 @@ Every function returns what there is to show, and prints nothing.
 from __future__ import annotations
 
 import dataclasses
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from reltune.runs import prediction as predictions
 from reltune.runs import preflight, stages
 from reltune.runs import sweep as sweeps
 from reltune.runs.chat import Conversation, conversations
-from reltune.runs.comparison import compare as compare_with_baselines
+from reltune.runs.comparison.beside import compare_run
 from reltune.runs.directory import STAGES, RunDirectory
 from reltune.runs.export import lora_summary
 from reltune.runs.materials import Materials, noting, prepare, prepare_evaluation, prepare_export, task_of_run
@@ -43,11 +44,13 @@ class Started:
 
     Attributes:
         going_on: the stage at which the same command was interrupted, and goes on (``RunDirectory.next_stage``); else nothing.
+        analysis_seconds: how long measuring and choosing took, where it was not interrupted.
     """
 
     materials: Materials
     directory: RunDirectory
     going_on: str = ""
+    analysis_seconds: float | None = None
 
     @property
     def config(self) -> RunConfig:
@@ -120,11 +123,16 @@ def measure_and_choose(started: Started) -> Plan | None:
     config, directory = started.config, started.directory
     if not config.needs_plan:
         return None
+    began = time.perf_counter()
     if not started.was_done("analysis"):
         stages.analyze(started.materials, directory)
     if "budget" in config.sweep:
         return None
-    return Plan.load(directory.plan) if started.was_done("selection") else stages.select(config, directory)
+    if started.was_done("selection"):
+        return Plan.load(directory.plan)
+    plan = stages.select(config, directory)
+    started.analysis_seconds = None if started.going_on else time.perf_counter() - began
+    return plan
 
 
 def train(started: Started, anew: bool = False, resume_from_checkpoint: str | None = None) -> dict[str, Any] | None:
@@ -147,7 +155,7 @@ def evaluate_and_report(started: Started, baselines: bool = False) -> RunRecord 
     measured = started.was_done("evaluation")
     results = read_json(directory.results) if measured else stages.evaluate(started.materials, directory)
     if baselines and not started.was_done("comparison"):
-        compare_with_baselines(started.materials, directory, results)
+        compare_run(started.materials, directory, results, started.analysis_seconds)
     record = None
     with processes.together():
         if processes.first:

@@ -6,6 +6,7 @@ Stages want different amounts of it: an export the model alone, an evaluation he
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -62,6 +63,16 @@ class BaseModel:
             with collecting():  # what there is to note was noted the first time
                 self._model, _ = self._load()
         return self._model
+
+    def like(self, config: RunConfig) -> BaseModel:
+        """The same base model for another config, which may have another seed; not loaded yet."""
+        other = copy.copy(self)
+        other.config, other._model = config, None
+        return other
+
+    def forget(self) -> None:
+        """Leave the model to those that hold it; it is loaded again when it is asked for."""
+        self._model = None
 
     def take(self) -> nn.Module:
         """The model, for a caller that changes it. Nothing else holds it from then on, so that one copy is in memory."""

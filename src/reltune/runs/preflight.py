@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from reltune.config.comparison import ComparisonConfig
 from reltune.config.run_config import RunConfig
 from reltune.data.text_files import check_text_file
 from reltune.errors import InputError
@@ -26,6 +27,7 @@ from reltune.names import (
 )
 from reltune.plan.budget import check_budget
 from reltune.plan.granularities import ALONE, check_together
+from reltune.runs.comparison.directory import ComparisonDirectory
 from reltune.runs.directory import ADAPTER_CONFIG, CONFIG, TASK, RunDirectory
 from reltune.tasks.chat_templates import text_of
 
@@ -43,6 +45,22 @@ def check_new_run(config: RunConfig, overwrite: bool, goal: str = "run") -> None
     check_inputs(config)
     config.chat_template = text_of(config.chat_template)
     RunDirectory(config.output_dir).check_start(config, overwrite, goal)
+
+
+def check_new_comparison(config: ComparisonConfig, overwrite: bool) -> None:
+    """Raise InputError for a comparison whose methods, model, data or directory cannot be what is wanted. Creates nothing."""
+    config.check()
+    check_budget(config.budget)
+    for name in config.names:
+        try:
+            made = config.of(name)
+            made.check()
+            METHODS[name].check_config(made)
+        except InputError:
+            if config.methods:
+                raise
+    check_inputs(config.of("full"))
+    ComparisonDirectory(config.output_dir).check(config, overwrite, training=False)
 
 
 def check_tuning(config: RunConfig, directory: RunDirectory, overwrite: bool) -> None:

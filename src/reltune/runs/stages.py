@@ -135,9 +135,18 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
         if processes.first:
             record_data(run, config, materials.task, materials.splits, materials.notes)
     model = _with_trained_new_heads(materials, run)
-    model.to(materials.arguments("head").device)
+    relevance = measure(materials, model, run.relevance if processes.count == 1 else None)
+    with processes.together():
+        if processes.first:
+            relevance.save(run.relevance)
+    return relevance
+
+
+def measure(materials: Materials, model: nn.Module, resume_directory: Path | None = None) -> RelevanceScores:
+    """Relevance of the units of a model, whose new heads were trained, as the config says."""
+    config = materials.config
     relevance = measure_relevance(
-        model,
+        model.to(materials.arguments("head").device),
         _drawn_examples(materials),
         materials.task.relevance_loss,
         config.criteria,
@@ -146,13 +155,10 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
         exclude_modules=[*config.exclude_modules, *materials.not_tuned],
         always_trained=materials.new_heads,
         seed=config.seed,
-        resume_directory=run.relevance if processes.count == 1 else None,
+        resume_directory=resume_directory,
         options={name: given for name, given in options_of(config).items() if name in config.criteria},
     )
     relevance.provenance |= restrictions(config)
-    with processes.together():
-        if processes.first:
-            relevance.save(run.relevance)
     return relevance
 
 
@@ -261,9 +267,10 @@ def new_head_tensors(model: nn.Module, new_heads: Sequence[str]) -> dict[str, to
 
 
 def model_with_new_heads(materials: ModelMaterials, run: RunDirectory) -> nn.Module:
-    """The base model with the new heads that relevance was measured with; where it was not, with untrained ones."""
+    """The base model with the new heads that relevance was measured with, or that a comparison has trained for all methods; else
+    with untrained ones."""
     model = materials.base.take()
-    if materials.new_heads and materials.config.needs_plan:
+    if materials.new_heads and (materials.config.needs_plan or run.head.is_file()):
         if not run.head.is_file():
             raise InputError(f"{run.head} is missing; run `reltune analyze` again.")
         model.load_state_dict(load_file(run.head), strict=False)

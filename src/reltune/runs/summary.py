@@ -16,7 +16,7 @@ from reltune.plan.plan import Plan
 from reltune.relevance.artefact import Overview, read_overview
 from reltune.report.numbers import measured, metric
 from reltune.report.page import write_report
-from reltune.report.record import LMEvalRecord, MethodResult, RunRecord
+from reltune.report.record import ComparisonRecord, LMEvalRecord, RunRecord, WayResult, WayTable
 from reltune.runs.bad_rows import in_words
 from reltune.runs.directory import RunDirectory
 
@@ -30,8 +30,7 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
         path = run.path / name
         return read_json(path) if path.is_file() else default
 
-    comparison = read("comparison.json", {"methods": [], "notes": []})
-    notes = [*comparison["notes"], machine_note(relevance, read("training_cost.json", {}))]
+    notes = [machine_note(relevance, read("training_cost.json", {}))]
     if config.dataset_name in CORPORA:
         notes.append(CORPORA[config.dataset_name].note)
     notes += read("notes.json", {"notes": []})["notes"]
@@ -64,12 +63,40 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
         selected_by_layer=by_layer,
         metrics=results,
         history=read("trainer_state.json", {}).get("log_history", []),
-        comparison=[MethodResult(**method) for method in comparison["methods"]],
         notes=notes,
         outputs=run.read_outputs(config.report_examples),
         sweep=read("sweep.json", None),
         lm_eval=read_lm_eval(run),
         held_in=config.held_in,
+        ways=_read_ways(run),
+    )
+
+
+def _read_ways(run: RunDirectory) -> ComparisonRecord | None:
+    """Other methods that were trained beside the run, if any were."""
+    if run.comparison.is_file():
+        return ComparisonRecord.from_json(read_json(run.comparison))
+    old = run.path / "comparison.json"  # of reltune 0.1
+    if not old.is_file():
+        return None
+    values = read_json(old)
+    rows = [_read_old_way(method) for method in values["methods"]]
+    metric = next(iter(rows[0].metrics), "loss")
+    return ComparisonRecord(metric, metric, [], [WayTable("usual", "Scores on test data", rows)], values["notes"])
+
+
+def _read_old_way(values: dict[str, Any]) -> WayResult:
+    return WayResult(
+        values["method"],
+        values["method"],
+        values["trainable_parameters"],
+        values["head_parameters"],
+        {**values["metrics"], "loss": values["loss"]},
+        seeds=1,
+        learning_rate=values["learning_rate"],
+        seconds_per_step=values["seconds_per_step"],
+        peak_memory_bytes=values["peak_memory_bytes"],
+        adapter_bytes=values["disk_bytes"],
     )
 
 

@@ -297,7 +297,7 @@ class ReltuneLayer(WrittenWeight):
             bias = None if bias is None else combined(bias, self.reltune_bias, biased)
             y = self._base_forward(x, weight, bias)
         else:
-            y = self.base_layer(x, *args, **kwargs)
+            y = self._base_product(x, *args, **kwargs)
         if not self.originals:
             return y
         in_product = None if whole or copied else self._written  # the adapter whose values the product has used
@@ -315,6 +315,10 @@ class ReltuneLayer(WrittenWeight):
         if torch.is_grad_enabled() and y.requires_grad and not never_written:
             y = HoldWeight.apply(y, self._graphs)
         return y
+
+    def _base_product(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output, from the weight as it is."""
+        return self.base_layer(x, *args, **kwargs)
 
     def _attach(self, y: Tensor, x: Tensor, name: str) -> Tensor:
         columns, rows, elements = self._values_of(name)

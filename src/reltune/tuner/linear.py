@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reltune.ops.attach import AttachColumns, AttachRows
+from reltune.ops.join_inputs import joined_linear, joins
 from reltune.tuner.layer import ReltuneLayer
 from reltune.tuner.written_weight import Originals
 
 
 class ReltuneLinear(ReltuneLayer):
     """nn.Linear."""
+
+    def _base_product(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base: Any = self.base_layer
+        # Nothing of the module's own, such as hooks, is to be passed over.
+        plain = type(base) is nn.Linear and "forward" not in base.__dict__ and not base._forward_hooks
+        plain = plain and not (base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        if plain and not args and not kwargs and not self.sharded and joins(x, base.weight, base.bias):
+            return joined_linear(x, base.weight, base.bias)
+        return super()._base_product(x, *args, **kwargs)
 
     def attach_columns(self, y: Tensor, x: Tensor, columns: Tensor, idx: Tensor, row_idx: Tensor | None) -> Tensor:
         return AttachColumns.apply(y, x, columns, idx, row_idx)

@@ -1,4 +1,4 @@
-"""Triton kernels of the operators. Importing one imports Triton, which only installations for a GPU have."""
+"""Kernels of the operators. Importing one in Triton imports Triton, which only installations for a GPU have."""
 
 from __future__ import annotations
 
