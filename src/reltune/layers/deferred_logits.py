@@ -46,7 +46,7 @@ class DeferredLogits(Tensor):
     @staticmethod
     def __new__(cls, hidden: Tensor, head: nn.Linear, dtype: torch.dtype | None = None) -> DeferredLogits:
         kind = hidden.device.type
-        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        cast = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
         logits: Any = Tensor._make_wrapper_subclass(
             cls, (*hidden.shape[:-1], head.out_features), dtype=dtype or cast or hidden.dtype, device=hidden.device
         )
@@ -94,17 +94,20 @@ class DeferredLogits(Tensor):
     def losses(self, labels: Tensor) -> Tensor:
         """Cross entropies (M,) of the M tokens whose label, of ``labels`` (…,), is a class; their dtype is float32 at least."""
         labels = labels.to(self.hidden.device).flatten()
-        places = (labels != IGNORED).nonzero().squeeze(1)
         hidden = self.hidden.flatten(0, -2)
-        if len(places) < len(labels):
-            hidden, labels = hidden[places], labels[places]
+        if not labels.is_meta:  # of which nobody knows what they are
+            places = (labels != IGNORED).nonzero().squeeze(1)
+            if len(places) < len(labels):
+                hidden, labels = hidden[places], labels[places]
         with _autocast(self):
             self.of_tokens = linear_cross_entropy(hidden, self.head.weight, self.head.bias, labels)
         return self.of_tokens.losses
 
 
-def _autocast(logits: Any) -> torch.autocast:
+def _autocast(logits: Any) -> contextlib.AbstractContextManager[Any]:
     """As it was when the map was called."""
+    if logits.hidden.is_meta:  # which knows no autocast
+        return contextlib.nullcontext()
     return torch.autocast(logits.hidden.device.type, dtype=logits._cast, enabled=logits._cast is not None)
 
 

@@ -20,6 +20,7 @@ from reltune.layers.norm import NormType
 from reltune.ops import kernels, recompute, rotation
 from reltune.ops.gated_product import ACTIVATIONS, GatedProduct
 from reltune.ops.rms_norm import LARGEST, RMSNorm
+from reltune.ops.stand_in import on_accelerator
 
 NORM = NormType()
 
@@ -115,7 +116,7 @@ def _may_be_norm(module: nn.Module) -> bool:
 
 
 def _suits(x: Any) -> bool:
-    return _can_compute(x) and x.shape[-1] <= LARGEST and (x.dtype == torch.bfloat16 or not x.is_cuda)
+    return _can_compute(x) and x.shape[-1] <= LARGEST and (x.dtype == torch.bfloat16 or not on_accelerator(x))
 
 
 def _epsilon(module: nn.Module) -> float | None:
@@ -132,6 +133,9 @@ def _norm(module: nn.Module, own: Any, x: Tensor) -> Tensor:
 
 def _computes_the_same(module: nn.Module) -> bool:
     """Equal but for a rounding in the last place, which the order of additions decides."""
+    if module.weight.is_meta:
+        with _with_numbers(module):
+            return _computes_the_same(module)
     weight: Tensor = module.weight.data  # type: ignore[assignment]
     generator = torch.Generator(weight.device).manual_seed(0)
     x = torch.randn(16, weight.numel(), generator=generator, device=weight.device)
@@ -140,6 +144,18 @@ def _computes_the_same(module: nn.Module) -> bool:
         fused, wanted = _norm(module, None, x).float(), module.forward(x).float()
     close = (fused - wanted).abs() <= 2**-7 * wanted.abs()
     return bool(close.all()) and float((fused == wanted).float().mean()) > 0.99
+
+
+@contextlib.contextmanager
+def _with_numbers(module: nn.Module) -> Iterator[None]:
+    """Give a norm on the meta device a weight on the CPU, to compute with as on an accelerator."""
+    weight: Any = module.weight
+    module._parameters["weight"] = nn.Parameter(torch.linspace(0.5, 1.5, weight.numel()).to(weight.dtype))
+    try:
+        with recompute.force(True):
+            yield
+    finally:
+        module._parameters["weight"] = weight
 
 
 # -- gated MLPs --------------------------------------------------------------------------------------------------------
@@ -171,7 +187,8 @@ def _is_hooked(act: Any) -> bool:
 
 def _activation(module: Any) -> str | None:
     """Which one, if the class's forward is down(act(gate(x)) · up(x)): tried out with simple maps in place of the three."""
-    z = torch.linspace(-9, 9, 96, device=next(module.parameters()).device).reshape(1, 4, 24)
+    device = next(module.parameters()).device
+    z = torch.linspace(-9, 9, 96, device="cpu" if device.type == "meta" else device).reshape(1, 4, 24)
     maps = SimpleNamespace(
         gate_proj=lambda x: 0.9 * x + 0.1, up_proj=lambda x: 2 - x, down_proj=lambda x: 3 * x + 1, act_fn=module.act_fn
     )

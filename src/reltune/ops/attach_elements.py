@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from reltune.errors import InputError
-from reltune.ops import kernels, recompute
+from reltune.ops import kernels, recompute, stand_in
 
 if TYPE_CHECKING:
     from reltune.ops.kernels.sampled_groups import Groups
@@ -70,6 +70,9 @@ class Places:
     def starts(self) -> list[int]:
         """How many places lie before each block of rows; known to the host, so that no backward pass waits for it."""
         rows, columns = self.shape
+        if self.index.is_meta:  # which places they are is not known: as many in every block
+            blocks = -(-rows // self.step)
+            return [len(self.index) * block // blocks for block in range(blocks + 1)]
         edges = torch.arange(0, rows + self.step, self.step, device=self.index.device, dtype=torch.int64) * columns
         starts: list[int] = torch.searchsorted(self.index.long(), edges).tolist()
         return starts
@@ -106,11 +109,11 @@ def is_sampled(places: Places, a: Tensor) -> bool:
     if _forced:
         return _forced[-1] == "sampled"
     rows, columns = places.shape
-    if not a.is_cuda:
+    if not stand_in.on_accelerator(a):
         return SAMPLED_COST_ON_CPU * len(places.index) < rows * columns
     if _is_grouped(places, a):
         return GROUPED_COST * len(places.index) + GROUPED_COPY_COST * (rows + columns) < rows * columns
-    if not kernels.can_be_imported():
+    if not (kernels.can_be_imported() or a.is_meta):
         return False
     size = a.element_size()
     return SAMPLED_COST[size] * len(places.index) + COPY_COST[size] * (rows + columns) < rows * columns
@@ -132,6 +135,8 @@ def element_gradient(a: Tensor, b: Tensor, places: Places, form: Form | None = N
         form = "sampled" if is_sampled(places, a) else "dense"
     if form == "dense":
         return _dense(a, b, places)
+    if a.is_meta:
+        return _sampled_on_meta(a, b, places)
     if len(places.index) and _is_grouped(places, a):
         from reltune.ops.kernels import sampled_groups
 
@@ -147,11 +152,22 @@ def element_gradient(a: Tensor, b: Tensor, places: Places, form: Form | None = N
 
 def _is_grouped(places: Places, a: Tensor) -> bool:
     """Whether ops/kernels/sampled_groups.py takes such places, with such numbers, on their device."""
+    if a.is_meta:  # as on a Hopper GPU
+        even = not (places.shape[0] | places.shape[1]) % 8
+        return stand_in.on_accelerator(a) and even and a.dtype in (torch.bfloat16, torch.float16)
     if not a.is_cuda:
         return False
     from reltune.ops.kernels import sampled_groups
 
     return sampled_groups.suits(places.shape, a.dtype, a.get_device())
+
+
+def _sampled_on_meta(a: Tensor, b: Tensor, places: Places) -> Tensor:
+    size, count = a.element_size(), len(places.index)
+    each, side = (GROUPED_COST, GROUPED_COPY_COST) if _is_grouped(places, a) else (SAMPLED_COST[size], COPY_COST[size])
+    cost = each * count + side * sum(places.shape) if stand_in.on_accelerator(a) else SAMPLED_COST_ON_CPU * count
+    sums = a.new_empty(count, dtype=torch.promote_types(a.dtype, torch.float32))
+    return stand_in.kernel([a, b, places.index], [sums], int(2 * len(a) * cost))[0]
 
 
 def _dense(a: Tensor, b: Tensor, places: Places) -> Tensor:

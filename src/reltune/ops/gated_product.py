@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from reltune.ops import kernels
+from reltune.ops import kernels, stand_in
 
 # Each with the gradient of its input, given that of its result and the input.
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -46,6 +46,8 @@ class GatedProduct(torch.autograd.Function):
 
 
 def gated_product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    if gate.is_meta and stand_in.on_accelerator(gate):
+        return stand_in.kernel([gate, up], [gate])[0]
     if _has_kernel(gate):
         from reltune.ops.kernels.gated_product import gated_product as by_kernel
 
@@ -59,6 +61,9 @@ def gated_product_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor
 
 def gated_product_gradients(g: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up, given that of the product."""
+    if gate.is_meta and stand_in.on_accelerator(gate):
+        to_gate, to_up = stand_in.kernel([g, gate, up], [gate, up])
+        return to_gate, to_up
     if _has_kernel(gate):
         from reltune.ops.kernels.gated_product import gated_product_gradients as by_kernel
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from reltune.ops import stand_in
+
 LEAST_NUMBERS = 1 << 23  # of an input: below, the addition costs little beside what Python costs here
 JOINED = "_reltune_joined"  # where a tensor has itself as its readers see it
 
@@ -74,12 +76,12 @@ class JoinedLinear(torch.autograd.Function):
 def joins(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether it is worth it, and the same as the plain product."""
     return (
-        x.is_cuda
+        stand_in.on_accelerator(x)
         and x.grad_fn is not None  # a leaf would be held by what it holds
         and x.numel() >= LEAST_NUMBERS
         and torch.is_grad_enabled()
         and type(x) is Tensor
-        and not torch.is_autocast_enabled("cuda")
+        and not (stand_in.autocasts() if x.is_meta else torch.is_autocast_enabled("cuda"))
         and x.dtype == weight.dtype
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from reltune.ops import kernels
+from reltune.ops import kernels, stand_in
 
 # Of the logits of a block: 256 MiB in bfloat16 on an accelerator, 32 MiB in float32 on a CPU.
 NUMBERS = (1 << 27, 1 << 23)
@@ -47,7 +47,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(x) if wanted else None
         found = []
-        step = max(1, NUMBERS[x.device.type == "cpu"] // max(1, weight.shape[0]))
+        on_cpu = x.device.type == "cpu" or (x.is_meta and not stand_in.on_accelerator(x))
+        step = max(1, NUMBERS[on_cpu] // max(1, weight.shape[0]))
         for start in range(0, len(x), step):
             part = slice(start, start + step)
             *of_part, to_logits = cross_entropy(F.linear(x[part], weight, bias), labels[part], wanted)
@@ -72,6 +73,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def cross_entropy(logits: Tensor, labels: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``OfTokens`` of logits (N, classes), and the logits' gradient in their dtype. They may be overwritten by it."""
+    if logits.is_meta and stand_in.on_accelerator(logits):
+        losses, entropies = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+        stand_in.kernel([logits, logits], [])
+        return losses, entropies, losses.new_empty(len(logits), dtype=torch.bool), logits
     known = logits.is_cuda and logits.dtype in (torch.bfloat16, torch.float16, torch.float32)
     if known and kernels.can_be_imported():
         from reltune.ops.kernels.cross_entropy import cross_entropy as by_kernel

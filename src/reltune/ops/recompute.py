@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn import functional as F
 
+from reltune.ops.stand_in import on_accelerator
+
 Recipe = Callable[[], Tensor]
 LONGEST = 4  # operations in a row that are done again: an RMSNorm is x · r, a cast, · gain
 REMADE = "reltune_remade"  # where a node has a weak reference to what makes its result again
@@ -28,7 +30,7 @@ _forced: list[bool] = []
 
 def is_wanted(x: Tensor) -> bool:
     """Whether inputs are made again: on an accelerator memory is dearer than the few operations, on a CPU it is not."""
-    return _forced[-1] if _forced else x.is_cuda
+    return _forced[-1] if _forced else on_accelerator(x)
 
 
 @contextmanager
@@ -82,7 +84,7 @@ def again(x: Tensor) -> Recipe | None:
     reference = node.metadata.get(REMADE)  # weak, or the node would hold itself
     remade: Remade | None = None if reference is None else reference()
     if remade is None:
-        remade = Remade(how, x.device.type)
+        remade = Remade(how, "cpu" if x.is_meta else x.device.type)
         node.metadata[REMADE] = weakref.ref(remade)
     remade.waiting += 1
     shape = x.shape

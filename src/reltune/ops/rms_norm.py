@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reltune.ops import kernels
+from reltune.ops import kernels, stand_in
 
 LARGEST = 16384  # features that the kernel takes: a row stands in the registers of one program
 
@@ -35,6 +35,8 @@ class RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    if x.is_meta and stand_in.on_accelerator(x):
+        return stand_in.kernel([x, gain], [x])[0]
     if _has_kernel(x):
         from reltune.ops.kernels.rms_norm import rms_norm as by_kernel
 
@@ -51,6 +53,9 @@ def rms_norm_gradients(
     g: Tensor, x: Tensor, gain: Tensor, epsilon: float, of_gain: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of x and, if wanted, of the gain, given that of y."""
+    if x.is_meta and stand_in.on_accelerator(x):
+        to_x, to_gain = stand_in.kernel([g, x, gain], [x, gain])
+        return to_x, to_gain if of_gain else None
     if _has_kernel(x):
         from reltune.ops.kernels.rms_norm import rms_norm_gradients as by_kernel
 
@@ -58,8 +63,8 @@ def rms_norm_gradients(
     x, gain = x.detach().requires_grad_(), gain.detach().requires_grad_(of_gain)
     with torch.enable_grad():
         y = rms_norm_reference(x, gain, epsilon)
-    to_x, *to_gain = torch.autograd.grad(y, [x, gain] if of_gain else [x], g)
-    return to_x, to_gain[0] if of_gain else None
+    to_x, *gains = torch.autograd.grad(y, [x, gain] if of_gain else [x], g)
+    return to_x, gains[0] if of_gain else None
 
 
 def _has_kernel(x: Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reltune.ops import kernels
+from reltune.ops import kernels, stand_in
 
 LARGEST = 1024  # features of an attention head that the kernel takes
 
@@ -36,6 +36,8 @@ class Rotation(torch.autograd.Function):
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
     """x (B, heads, T, d) turned by the angles, or ``back``: the gradient of x, given that of what was turned."""
+    if x.is_meta and stand_in.on_accelerator(x):
+        return stand_in.kernel([x, cos, sin], [x])[0]
     if x.is_cuda and kernels.can_be_imported():
         from reltune.ops.kernels.rotation import rotated as by_kernel
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from reltune.errors import InputError
+from reltune.ops import stand_in
 from reltune.ops.attach import LiveGraphs
 from reltune.ops.attach_elements import Places
 from reltune.ops.index_copy import Copy, index_copy
@@ -412,7 +413,8 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         if wanted is not None:
             # PEFT loads a file onto the accelerator, if there is one, and moves it to the base's device afterwards.
             device = self.weight.device
-            if device.type == "meta" or any(t.device != device for t in self._trained(wanted)):
+            absent = device.type == "meta" and not stand_in.standing()
+            if absent or any(t.device != device for t in self._trained(wanted)):
                 return
         if wanted != self._written and not self._graphs:
             self._restore()

@@ -1,0 +1,56 @@
+"""Tensors on the meta device that stand for tensors on a CUDA device: shapes are computed, and no number is.
+
+What a training step will take is counted on them (cost/). Operators that have a kernel of their own ask ``on_accelerator``,
+and in the place of the kernel call ``kernel``, which is one operation there as the kernel is on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_standing: list[tuple[bool, bool]] = []  # for a CUDA device; under autocast
+
+_library = torch.library.Library("reltune", "DEF")
+_library.define("kernel(Tensor[] reads, Tensor[] like, int flops=0) -> Tensor[]")
+_library.impl("kernel", lambda reads, like, flops=0: [torch.empty_like(x) for x in like], "Meta")
+
+
+@contextmanager
+def standing_for_cuda(on: bool = True, autocast: bool = False) -> Iterator[None]:
+    """Take tensors on the meta device for ones on a CUDA device until the context ends, or for ones on a CPU if not ``on``.
+
+    ``autocast``: as under mixed precision.
+    """
+    _standing.append((on, autocast))
+    try:
+        yield
+    finally:
+        _standing.pop()
+
+
+def autocasts() -> bool:
+    """Whether they stand for tensors under mixed precision."""
+    return bool(_standing) and _standing[-1][1]
+
+
+def standing() -> bool:
+    """Whether tensors on the meta device stand for others."""
+    return bool(_standing)
+
+
+def on_accelerator(x: Tensor) -> bool:
+    """Whether x is on a CUDA device, or stands for a tensor there."""
+    return x.is_cuda or (x.is_meta and bool(_standing) and _standing[-1][0])
+
+
+def kernel(reads: Sequence[Tensor], like: Sequence[Tensor], flops: int = 0) -> list[Tensor]:
+    """New tensors like these, from one kernel that reads ``reads``; on the meta device alone.
+
+    ``flops``: as many multiplications and additions of a matrix product take as long as the kernel's own.
+    """
+    results: list[Tensor] = torch.ops.reltune.kernel(list(reads), list(like), flops)
+    return results
