@@ -1,0 +1,1 @@
+"""What a training step takes, counted before it is run: memory and time, from shapes alone."""

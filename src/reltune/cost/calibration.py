@@ -1,0 +1,198 @@
+"""How fast this machine is: a few seconds of measuring, kept in the user's cache directory by hardware and versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reltune.files import write_text
+
+FORMAT = 1  # of the kept files; a higher one measures again
+DTYPES = ("float32", "bfloat16")
+SIZES = {"cuda": (256, 512, 1024, 2048, 4096, 8192), "cpu": (64, 128, 256, 512, 1024)}  # of square products
+MEGABYTES = {"cuda": (1, 16, 256), "cpu": (1, 16, 64)}  # read and written by one operation
+HEADS, HEAD, LENGTHS = 16, 64, {"cuda": (256, 1024, 4096), "cpu": (64, 128, 512)}  # of attention
+SECONDS = 0.02  # that each figure is measured for, at least
+Rates = list[tuple[float, float]]  # (how much, how much of it a second), from the smallest
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What operations take here.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        products: by dtype, multiplications and additions a second of products of so many.
+        attention: the same of fused causal attention, forward and backward: "float32 forward".
+        bandwidth: bytes read and written a second by operations that read and write so many.
+        per_operation: seconds that an operation takes with nothing to compute, its share of Python's and autograd's included.
+    """
+
+    device: str
+    name: str
+    products: Mapping[str, Rates]
+    attention: Mapping[str, Rates]
+    bandwidth: Rates
+    per_operation: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
+        return cls(**values)
+
+
+def rate(rates: Sequence[tuple[float, float]], amount: float) -> float:
+    """The rate for an amount, between the measured ones along a line on logarithmic scales, beyond them the last one."""
+    from math import exp, log
+
+    for (low, slow), (high, fast) in itertools.pairwise(rates):
+        if amount < high:
+            part = 0.0 if amount <= low else log(amount / low) / log(high / low)
+            return exp(log(slow) + part * log(fast / slow))
+    return rates[-1][1]
+
+
+def calibrated(device: torch.device) -> Calibration:
+    """This machine's calibration: the kept one, or one that is measured now and kept."""
+    path = _path(device)
+    try:
+        return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        pass
+    found = measure(device)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(found.to_dict(), indent=1) + "\n")
+    except OSError:
+        pass  # a home that cannot be written to: it is measured again next time
+    return found
+
+
+def _path(device: torch.device) -> Path:
+    about = [FORMAT, _name(device), torch.__version__, platform.python_version(), torch.get_num_threads()]
+    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "reltune" / f"calibration-{digest}.json"
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def measure(device: torch.device) -> Calibration:
+    """Measure now. Takes a few seconds."""
+    kind = device.type
+    products, attention = {}, {}
+    for name in DTYPES:
+        dtype = getattr(torch, name)
+        products[name] = [_product(size, dtype, device) for size in SIZES[kind]]
+        both = [_attention(length, dtype, device) for length in LENGTHS[kind]]
+        attention[f"{name} forward"] = [forward for forward, _ in both]
+        attention[f"{name} backward"] = [backward for _, backward in both]
+    bandwidth = [_bandwidth(size << 20, device) for size in MEGABYTES[kind]]
+    return Calibration(kind, _name(device), products, attention, bandwidth, _per_operation(device))
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """The least time that a run took, of as many as SECONDS allow, at least 3."""
+
+    def once() -> float:
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1000
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+
+    run()
+    times = [once() for _ in range(3)]
+    while sum(times) < SECONDS:
+        times.append(once())
+    return min(times)
+
+
+def _product(size: int, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    flops = 2.0 * size**3
+    return flops, flops / _seconds(lambda: a @ b, device)
+
+
+def _attention(
+    length: int, dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    batch = max(1, LENGTHS[device.type][-1] // length)
+    q, k, v = (
+        torch.randn(batch, HEADS, length, HEAD, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
+    )
+    flops = 4.0 * batch * HEADS * length**2 * HEAD  # counted as if it were not causal, as flop_counter does
+
+    def forward() -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    y = forward()
+    g = torch.randn_like(y)
+    ahead = _seconds(forward, device)
+    back = _seconds(lambda: torch.autograd.grad(y, (q, k, v), g, retain_graph=True), device)
+    return (flops, flops / ahead), (2.5 * flops, 2.5 * flops / back)
+
+
+def _bandwidth(size: int, device: torch.device) -> tuple[float, float]:
+    x = torch.randn(size // 8, device=device)  # half of the bytes are read, half are written
+    y = torch.empty_like(x)
+    return float(size), size / _seconds(lambda: torch.mul(x, 2.0, out=y), device)
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _per_operation(device: torch.device) -> float:
+    """By forward and backward passes of a model whose tensors are tiny."""
+    layers = [nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)) for _ in range(24)]
+    model = nn.Sequential(*layers).to(device)
+    x = torch.randn(4, 8, device=device)
+
+    def run() -> None:
+        model(x).sum().backward()
+        model.zero_grad()
+
+    run()
+    with _Count() as count:
+        run()
+    return _seconds(run, device) / count.operations

@@ -1,0 +1,201 @@
+"""Counts what operations on the meta device would hold and do: bytes alive, their peak, and the work of every operation.
+
+The operations are those that autograd and the model really call, so that what is counted is what would be kept: a tensor
+counts from the operation that makes its storage until nothing refers to it any more, as it does in a device's allocator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+COUNTED = "counted_bytes"  # an attribute of tensors that stand for ones of another size, such as weights in few bits
+KERNEL = "reltune::kernel"  # ops/stand_in.py
+EXPERTS = "transformers::grouped_mm_fallback"  # products of each token with its own expert's weight
+ROUNDING = 512  # bytes: CUDA's caching allocator hands out multiples of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One operation's work.
+
+    Attributes:
+        name: aten's name of it.
+        flops: multiplications and additions, of products, convolutions and attention alone.
+        bytes: numbers read and written.
+        dtype: of the numbers it multiplies.
+    """
+
+    name: str
+    flops: int
+    bytes: int
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass
+class Span:
+    """What happened between two marks.
+
+    Attributes:
+        name: the part of the step.
+        block: the block of the model that was at work; empty between blocks.
+        start, end, peak: bytes alive at its start, at its end, and when they were most, by what they were for.
+        work: how often each work was done.
+        made: how many storages were counted before it.
+    """
+
+    name: str
+    block: str
+    start: Counter[str]
+    end: Counter[str]
+    peak: Counter[str]
+    work: Counter[Work] = dataclasses.field(default_factory=Counter)
+    most: int = 0
+    made: int = 0
+
+
+@dataclasses.dataclass
+class _Storage:
+    size: int
+    area: str
+    made: int  # how many were made before
+    alive: weakref.ref
+
+
+# Operations that make a view, or nothing but room: no work.
+_NO_WORK = {
+    "aten::view", "aten::_unsafe_view", "aten::t", "aten::transpose.int", "aten::permute", "aten::expand", "aten::slice.Tensor",
+    "aten::select.int", "aten::unsqueeze", "aten::squeeze.dim", "aten::detach", "aten::alias", "aten::empty.memory_format",
+    "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided", "aten::split.Tensor",
+    "aten::split_with_sizes", "aten::unbind.int", "aten::as_strided", "aten::lift_fresh", "aten::_local_scalar_dense",
+    "aten::unfold", "aten::diagonal", "aten::view_as_complex", "aten::view_as_real", "aten::view.dtype",
+}  # fmt: skip
+# Of these, no more is read than is asked for.
+_LOOK_UPS = ("aten::embedding", "aten::index_select", "aten::gather", "aten::index.Tensor")
+
+
+class Ledger(TorchDispatchMode):
+    """Counts inside its context.
+
+    Attributes:
+        padded: whether the batch has padding, where a model asks whether its mask is all ones.
+        area: what new tensors are for, until it is set to another one.
+        made: how many storages were counted so far.
+        areas: bytes alive, of the tensors that were entered or made inside, by what they are for.
+        spans: one for each ``mark``.
+    """
+
+    def __init__(self, rounding: int = ROUNDING, padded: bool = False) -> None:
+        super().__init__()
+        self.padded = padded
+        self.rounding = rounding
+        self.area = "activations"
+        self.live = self.made = 0
+        self.areas: Counter[str] = Counter()
+        self.spans: list[Span] = []
+        self.mark("start")
+        self._known: dict[int, _Storage] = {}
+
+    def mark(self, name: str, block: str = "") -> None:
+        """Begin a span."""
+        if self.spans:
+            self.spans[-1].end = self.areas.copy()
+        start, end, peak = (self.areas.copy() for _ in range(3))
+        self.spans.append(Span(name, block, start, end, peak, most=self.live, made=self.made))
+
+    def enter(self, tensors: Iterable[Tensor], area: str) -> None:
+        """Count tensors that were made outside, such as weights; of those that are known, change the area."""
+        for tensor in tensors:
+            self._enter(tensor, area)
+            known = self._known.get(tensor.untyped_storage()._cdata)
+            if known is not None:
+                self._move(known, area)
+
+    def known(self, tensor: Tensor) -> _Storage | None:
+        """What the ledger has of the tensor's storage, to ask ``is_alive`` of later."""
+        return self._known.get(tensor.untyped_storage()._cdata)
+
+    def alive_of(self, first: int, end: int) -> int:
+        """Bytes alive of the storages that were made from the ``first``-th on and before the ``end``-th."""
+        return sum(storage.size for storage in self._known.values() if first <= storage.made < end)
+
+    def is_alive(self, storage: _Storage) -> bool:
+        return any(each is storage for each in self._known.values())
+
+    def _move(self, storage: _Storage, area: str) -> None:
+        self.areas[storage.area] -= storage.size
+        self.areas[area] += storage.size
+        storage.area = area
+
+    def hold(self, count: int, area: str) -> None:
+        """Count so many bytes that no tensor stands for."""
+        self.live += count
+        self.areas[area] += count
+        span = self.spans[-1]
+        if self.live > span.most:
+            span.most, span.peak = self.live, self.areas.copy()
+
+    def _enter(self, tensor: Tensor, area: str) -> None:
+        if not tensor.is_meta:  # the few numbers that stay on the host
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = getattr(tensor, COUNTED, storage.nbytes())
+        size = -(-size // self.rounding) * self.rounding
+
+        def gone(_: Any) -> None:
+            known = self._known.pop(key)
+            self.live -= known.size
+            self.areas[known.area] -= known.size
+
+        self._known[key] = _Storage(size, area, self.made, weakref.ref(storage, gone))
+        self.made += 1
+        self.hold(size, area)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            # What a model asks of numbers is whether sequences are whole.
+            return not self.padded if args[0].dtype == torch.bool else 0
+        result = func(*args, **kwargs)
+        name = func._schema.name + (f".{func._schema.overload_name}" if func._schema.overload_name else "")
+        written = [t for t in tree_iter(result) if isinstance(t, Tensor)]
+        for tensor in written:
+            self._enter(tensor, self.area)
+        if name not in _NO_WORK and (name == KERNEL or any(t.is_meta for t in written)):
+            self._work(func, name, written, args, kwargs, result)
+        return result
+
+    def _work(self, func: Any, name: str, written: list[Tensor], args: Any, kwargs: Any, result: Any) -> None:
+        read = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        flops = 0
+        if func._overloadpacket in flop_registry:
+            flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        elif name == KERNEL:
+            flops, read = (args[2] if len(args) > 2 else 0), args[0]
+        elif name.startswith(EXPERTS):
+            flops = 2 * args[0].shape[0] * args[1].shape[1] * args[1].shape[2] * max(1, len(written))
+        moved = sum(_bytes(t) for t in (*read, *written))
+        if name.startswith(_LOOK_UPS):
+            moved = 2 * sum(_bytes(t) for t in written)
+        floats = [t.dtype for t in (*read, *written) if t.is_floating_point()]
+        self.spans[-1].work[Work(name, int(flops), moved, floats[0] if floats else torch.int64)] += 1
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of the numbers that are there: a tensor that was expanded has fewer than its shape says."""
+    count = tensor.element_size()
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        count *= size if stride else 1
+    return count

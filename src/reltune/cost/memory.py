@@ -1,0 +1,36 @@
+"""From what tensors hold to what a device, or a process on a CPU, is asked for."""
+
+from __future__ import annotations
+
+from reltune.cost.step import StepCount
+
+MIB = 1 << 20
+# cuBLAS keeps one workspace for products of the forward pass and one for the thread of the backward pass. On an H200
+# all 5 peaks of benchmarks/results/cost_records.json lie this much above the tensors.
+WORKSPACE = 64 * MIB
+CONTEXT = 550 * MIB  # of a process on a CUDA device, outside of the allocator; no record
+LIBRARIES = 15 * MIB  # of a process on a CPU, that the first step loads
+SLACK = 0.03  # of what is handed out: room in the allocator's segments that fits nothing; no record
+
+
+def allocated(count: StepCount) -> int:
+    """What ``torch.cuda.max_memory_allocated`` will say, in bytes."""
+    return count.bytes + WORKSPACE
+
+
+def reserved(count: StepCount) -> int:
+    """What ``torch.cuda.max_memory_reserved`` will say, in bytes."""
+    return int(allocated(count) * (1 + SLACK)) + 20 * MIB
+
+
+def on_card(count: StepCount) -> int:
+    """What the card has to have free, in bytes."""
+    return reserved(count) + CONTEXT
+
+
+def resident_on_cpu(count: StepCount) -> int:
+    """By how much a process on a CPU grows, in bytes, where malloc gives back what is freed.
+
+    glibc's keeps freed blocks of less than 32 MiB in a heap with holes, and a process then holds much more, unless ``MALLOC_MMAP_THRESHOLD_`` is set in its environment.
+    """
+    return count.bytes + LIBRARIES

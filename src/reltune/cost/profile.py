@@ -1,0 +1,282 @@
+"""What every block and every unit of a model adds to a training step, so that the cost of a plan is a sum.
+
+The frozen model is counted once, with the backward pass going through all of it; what a plan adds follows from the shapes of the
+modules. A plan then costs what its lowest block says (nothing below is kept or differentiated) and what its units say. A search can
+ask thousands of times a second; ``count_step`` counts one plan exactly and takes about a second.
+
+For a module of ``rows`` outputs and ``columns`` inputs that T vectors go through, in numbers: a column trains ``rows``, keeps T
+(its inputs) and takes 2·T·rows operations; a row trains ``columns``, a single weight 1, and both keep the module's input
+once, unless autograd keeps it or what it is made again from; a whole weight keeps the input too and takes 2·T·rows·columns; a
+direction trains ``rows`` and keeps T. What is trained is held with a copy of the base's values (not of directions and whole
+weights, which stand beside them), its gradient and its states.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reltune.cost.calibration import Calibration, rate
+from reltune.cost.ledger import Ledger, Span, Work
+from reltune.cost.step import Conditions, counting, forward_and_backward, held_by, output_weight, state_size
+from reltune.cost.timing import work_seconds
+from reltune.layers import deferred_logits
+from reltune.layers.fused import fused
+from reltune.layers.inventory import Inventory
+from reltune.ops import recompute
+
+INDEX = 16  # bytes of a column's or row's place: in the adapter, and in what undoes it
+ELEMENT_INDEX = 8  # of a single weight's
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """How many units of a module are trained."""
+
+    columns: int = 0
+    rows: int = 0
+    elements: int = 0
+    directions: int = 0
+    weight: bool = False
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanCost:
+    """What a plan takes: bytes that tensors hold at most, seconds of a step (nan without a calibration), numbers trained, and the
+    lowest block that the backward pass reaches, counted from 0."""
+
+    memory: int
+    seconds: float
+    trained: int
+    lowest: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    kept: int
+    forward_peak: int  # above what is held when its forward pass begins
+    backward_peak: int
+    work: Mapping[str, Counter[Work]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Module:
+    """``block``: its place; ``vectors``: that go through it; ``source``: the tensor it reads, ``source_bytes`` what keeping it takes, and
+    ``remade`` whether the tuner makes it again instead; ``before``: what the block keeps for what lies before the module."""
+
+    block: int
+    rows: int
+    columns: int
+    vectors: int
+    number: int  # bytes of one
+    source: int
+    source_bytes: int
+    remade: bool
+    before: int
+    bias: int
+
+    @property
+    def trained_number(self) -> int:
+        """PEFT trains in float32 at least."""
+        return max(4, self.number)
+
+
+class Profile:
+    """The costs of a model's blocks and units, for one batch and one way to train."""
+
+    def __init__(
+        self,
+        model: Any,
+        batch: Mapping[str, Any],
+        conditions: Conditions,
+        inventory: Inventory,
+        calibration: Calibration | None = None,
+    ) -> None:
+        """Count the model, which is on the meta device, with nothing trained."""
+        self.conditions, self.calibration = conditions, calibration
+        model.requires_grad_(False).train()
+        ledger = held_by(model, conditions, "attention_mask" in batch)
+        reads: dict[str, _Read] = {}
+        handles = _watch_inputs(model, inventory, reads, ledger)
+        embedding = model.get_input_embeddings()
+        handles.append(embedding.register_forward_hook(lambda _module, _args, y: y.requires_grad_()))
+        try:
+            deferred_logits.defer(model, batch)
+            with counting(conditions), fused(model):
+                forward_and_backward(model, batch, conditions, ledger, lambda: _look(reads, ledger))
+        finally:
+            deferred_logits.undo(model)
+            for handle in handles:
+                handle.remove()
+        self.held = sum(ledger.spans[0].end.values())
+        self._read_spans(ledger)
+        order = {name: place for place, name in enumerate(self.names)}
+        self.modules = {
+            info.name: _Module(
+                order.get(info.layer, 0),
+                info.shape[0],
+                math.prod(info.shape[1:]),
+                reads[info.name].vectors,
+                model.get_submodule(info.name).weight.element_size(),
+                reads[info.name].source,
+                reads[info.name].bytes,
+                reads[info.name].remade,
+                reads[info.name].before,
+                info.shape[0] if info.bias else 0,
+            )
+            for info in inventory.modules
+            if info.name in reads
+        }
+        self._seconds = {way: [self._time(block.work[way]) for block in self.blocks] for way in ("forward", "backward")}
+        self._rest_seconds = self._time(self.rest)
+
+    def _read_spans(self, ledger: Ledger) -> None:
+        """Blocks in the order in which they are passed, and what lies between and behind them."""
+        spans = ledger.spans[1:-1]
+        self.names = [span.block for span in spans if span.name == "forward" and span.block]
+        backward: dict[str, Span] = {span.block: span for span in spans if span.name == "backward" and span.block}
+        self.blocks: list[_Block] = []
+        self.rest: Counter[Work] = Counter()
+        self.tail_kept = self.tail_peak = 0
+        for span in spans:
+            start, end, peak = (sum(areas.values()) for areas in (span.start, span.end, span.peak))
+            if span.block and span.name == "forward":
+                back = backward.get(span.block)
+                work = {"forward": span.work, "backward": back.work if back else Counter()}
+                back_peak = sum(back.peak.values()) - sum(back.start.values()) if back else 0
+                self.blocks.append(_Block(end - start, peak - start, back_peak, work))
+            elif not span.block:
+                self.rest.update(span.work)
+                behind = len(self.blocks) == len(self.names)
+                if span.name == "forward" and behind:
+                    self.tail_kept, self.tail_peak = end - start, peak - start
+                elif span.name == "backward" and behind:
+                    self.tail_peak = max(self.tail_peak, self.tail_kept + peak - start)
+
+    def _time(self, work: Mapping[Work, int]) -> float:
+        return math.nan if self.calibration is None else work_seconds(work, self.calibration)
+
+    def cost(self, plan: Mapping[str, Chosen]) -> PlanCost:
+        """The cost of training these units of these modules.
+
+        Raises KeyError for a module that the profile does not have.
+        """
+        lowest = min((self.modules[name].block for name in plan), default=len(self.blocks))
+        kept, gradients = [0] * len(self.blocks), [0] * len(self.blocks)
+        trained = extra = 0
+        seconds = 0.0
+        sources: set[int] = set()
+        before = min((self.modules[name].before for name in plan if self.modules[name].block == lowest), default=0)
+        for name, chosen in plan.items():
+            module = self.modules[name]
+            place = min(module.block, len(self.blocks) - 1)
+            numbers, held, kept_here = _of(module, chosen)
+            reads_source = chosen.weight or (not module.remade and bool(chosen.rows or chosen.elements))
+            trained += numbers
+            extra += held + self._states(numbers)
+            gradients[place] += numbers * module.trained_number
+            if reads_source and module.source not in sources:
+                sources.add(module.source)
+                kept_here += module.source_bytes
+            kept[place] += kept_here
+            if self.calibration is not None:
+                seconds += self._unit_seconds(module, chosen)
+        if lowest < len(self.blocks):
+            kept[lowest] -= min(before, self.blocks[lowest].kept)
+        memory = self._peak(lowest, kept, gradients) + self.held + extra
+        for way, first in (("forward", 0), ("backward", lowest)):
+            seconds += sum(self._seconds[way][first:])
+        return PlanCost(memory, seconds + self._rest_seconds, trained, lowest)
+
+    def _states(self, numbers: int) -> int:
+        """Of an optimizer that holds no more of a tensor than its numbers say."""
+        return state_size(self.conditions.optimizer)(torch.empty(numbers, device="meta"))
+
+    def _peak(self, lowest: int, kept: list[int], gradients: list[int]) -> int:
+        """The most that is held beyond what is held all the time."""
+        live = most = 0
+        for place, block in enumerate(self.blocks):
+            most = max(most, live + block.forward_peak + (kept[place] if place >= lowest else 0))
+            live += block.kept + kept[place] if place >= lowest else 0
+        most = max(most, live + self.tail_peak)
+        for place in range(len(self.blocks) - 1, lowest - 1, -1):
+            most = max(most, live + self.blocks[place].backward_peak + gradients[place])
+            live += gradients[place] - self.blocks[place].kept - kept[place]
+        return max(most, live)
+
+    def _unit_seconds(self, module: _Module, chosen: Chosen) -> float:
+        assert self.calibration is not None
+        t, size = module.vectors, module.number
+        dtype = "bfloat16" if size == 2 else "float32"
+        products = self.calibration.products[dtype]
+        flops = 2.0 * t * (chosen.columns * module.rows + chosen.rows * module.columns)
+        flops += 2.0 * t * chosen.elements * (80 if self.conditions.cuda else 200)  # ops/attach_elements.py
+        flops += 4.0 * t * chosen.directions * (module.rows + module.columns)
+        flops += 2.0 * t * module.rows * module.columns * chosen.weight
+        moved = size * (3 * t * (chosen.columns + chosen.directions) + t * (module.rows + module.columns))
+        return max(flops / rate(products, flops), moved / rate(self.calibration.bandwidth, moved))
+
+
+def _of(module: _Module, chosen: Chosen) -> tuple[int, int, int]:
+    """Numbers that are trained, bytes held for them all the time but states, and bytes kept of the module's input."""
+    size = module.number
+    whole = module.rows * module.columns if chosen.weight else 0
+    parts = chosen.columns * module.rows + chosen.rows * module.columns + chosen.elements
+    along = chosen.directions * module.rows
+    numbers = whole + parts + along + (module.bias if chosen.bias else 0)
+    held = numbers * module.trained_number + parts * size
+    held += INDEX * (chosen.columns + chosen.rows) + ELEMENT_INDEX * chosen.elements
+    held += 4 * chosen.directions * module.columns
+    kept = module.vectors * size * (chosen.columns + chosen.directions)
+    if module.trained_number > size:  # the product reads a narrow copy
+        kept += whole * size
+    return numbers, held, kept
+
+
+@dataclasses.dataclass
+class _Read:
+    """What a module reads; the fields are those of ``_Module``."""
+
+    vectors: int
+    source: int
+    bytes: int
+    remade: bool
+    before: int
+    storage: Any
+    place: tuple[int, int]  # how many storages were made before its block, and before it
+
+
+def _watch_inputs(model: nn.Module, inventory: Inventory, reads: dict[str, _Read], ledger: Ledger) -> list[Any]:
+    """Note what each module reads in the next forward pass."""
+
+    def note(name: str) -> Any:
+        def hook(_: nn.Module, args: Any) -> None:
+            x = args[0] if args else None
+            if isinstance(x, Tensor) and x.is_floating_point() and name not in reads:
+                again = recompute.is_wanted(x) and recompute.recipe(x.grad_fn) is not None
+                storage = x.untyped_storage()
+                vectors, place = x.numel() // x.shape[-1], (ledger.spans[-1].made, ledger.made)
+                reads[name] = _Read(vectors, storage._cdata, storage.nbytes(), again, 0, ledger.known(x), place)
+
+        return hook
+
+    output = output_weight(model)  # whose layer is not watched, or its logits would be made (layers/deferred_logits.py)
+    modules = {info.name: model.get_submodule(info.name) for info in inventory.modules}
+    return [
+        module.register_forward_pre_hook(note(name)) for name, module in modules.items() if module.weight is not output
+    ]
+
+
+def _look(reads: Mapping[str, _Read], ledger: Ledger) -> None:
+    """What is kept by autograd as it is need not be kept once more."""
+    for read in reads.values():
+        read.before = ledger.alive_of(*read.place)
+        if read.storage is not None and ledger.is_alive(read.storage):
+            read.bytes = 0

@@ -1,0 +1,100 @@
+"""The quick cost of a plan against the exact count of the tuned model."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from cost_cases import batch_for, bert, llama
+from reltune import ReltuneConfig
+from reltune.cost.profile import Chosen, Profile
+from reltune.cost.step import Conditions, count_step, counting
+from reltune.layers.inventory import take_inventory
+from reltune.plan.plan import ModulePlan, Plan
+
+LAYERS = 5
+
+
+def profiled(make: Any, conditions: Conditions) -> tuple[Profile, Any]:
+    with torch.device("meta"):
+        model = make(LAYERS)
+    inventory = take_inventory(model)
+    return Profile(model, batch_for(model, "meta"), conditions, inventory), inventory
+
+
+def exact(make: Any, chosen: dict[str, Chosen], conditions: Conditions) -> Any:
+    with torch.device("meta"):
+        model = make(LAYERS)
+    modules = {}
+    for name, units in chosen.items():
+        shape = tuple(model.get_submodule(name).weight.shape)
+        modules[name] = ModulePlan(
+            shape, columns=list(range(units.columns)), rows=list(range(units.rows)), weight=units.weight
+        )
+        modules[name].take_elements(torch.arange(units.elements))
+    plan = Plan(modules, "1", 10**9, 10**9, "")
+    with counting(conditions):
+        tuned = get_peft_model(model, ReltuneConfig(plan=plan)).train()
+        return count_step(tuned, batch_for(model, "meta"), conditions)
+
+
+def random_plan(inventory: Any, generator: random.Random) -> dict[str, Chosen]:
+    maps = [info for info in inventory.modules if info.in_block and len(info.shape) == 2]
+    lowest = generator.randrange(LAYERS)
+    maps = [info for info in maps if any(f".{i}." in info.name for i in range(lowest, LAYERS))]
+    forms = [
+        lambda: Chosen(columns=generator.randint(1, 12)),
+        lambda: Chosen(rows=generator.randint(1, 12)),
+        lambda: Chosen(elements=generator.randint(1, 200)),
+        lambda: Chosen(weight=True),
+    ]
+    return {info.name: generator.choice(forms)() for info in maps if generator.random() < 0.6} or {
+        maps[0].name: Chosen(columns=4)
+    }
+
+
+@pytest.mark.parametrize("cuda", [False, True], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("make", [llama, bert], ids=["llama", "bert"])
+def test_the_sum_over_units_is_near_the_count_of_the_tuned_model(make: Any, cuda: bool) -> None:
+    conditions = Conditions(cuda=cuda)
+
+    def narrow(layers: int) -> nn.Module:
+        return make(layers).bfloat16() if cuda else make(layers)
+
+    profile, inventory = profiled(narrow, conditions)
+    generator = random.Random(0)
+    for _ in range(6):
+        chosen = random_plan(inventory, generator)
+        found, wanted = profile.cost(chosen), exact(narrow, chosen, conditions)
+        assert found.trained == wanted.trained
+        # The lowest block is differentiated in part, and tensors are tiny here: what is rounded up to 512 bytes counts.
+        assert found.memory == pytest.approx(wanted.bytes, rel=0.12)
+        assert found.lowest == min(int(name.split(".layer")[1].split(".")[1]) for name in chosen)
+
+
+def test_a_lower_lowest_block_costs_the_whole_backward_pass_beneath_it() -> None:
+    profile, _ = profiled(llama, Conditions(cuda=False))
+    name = "model.layers.{}.mlp.down_proj"
+    costs = [profile.cost({name.format(i): Chosen(columns=1)}) for i in range(LAYERS)]
+    assert [cost.lowest for cost in costs] == list(range(LAYERS))
+    assert all(low.memory > high.memory for low, high in itertools.pairwise(costs))
+    kept = sum(block.kept for block in profile.blocks[1:])
+    assert costs[0].memory - costs[-1].memory == pytest.approx(kept, rel=0.2)
+    with pytest.raises(KeyError):
+        profile.cost({"nothing": Chosen(columns=1)})
+
+
+def test_a_search_can_ask_often() -> None:
+    profile, inventory = profiled(llama, Conditions(cuda=False))
+    chosen = random_plan(inventory, random.Random(1))
+    started = time.process_time()
+    for _ in range(200):
+        profile.cost(chosen)
+    assert time.process_time() - started < 5  # far from a second each

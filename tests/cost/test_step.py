@@ -1,0 +1,241 @@
+"""The count of a training step against closed forms, and against what autograd really keeps on a CPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaForCausalLM, T5ForConditionalGeneration
+
+from cost_cases import BATCH, LENGTH, batch_for, bert, llama, mixtral, t5
+from oracles.kept_tensors import kept_bytes
+from reltune import InputError, ReltuneConfig
+from reltune.cost import stand_ins
+from reltune.cost.blocks import shorten
+from reltune.cost.ledger import Ledger
+from reltune.cost.step import CPU_ROUNDING, Conditions, StepCount, count_step, counting
+from reltune.plan.plan import ModulePlan, Plan
+
+ON_CPU, ON_CUDA = Conditions(cuda=False), Conditions()
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    return model.requires_grad_(False)
+
+
+def full(model: Any) -> Any:
+    return model
+
+
+def top_layer(model: Any) -> Any:
+    frozen(model)
+    blocks = model.model.layers if hasattr(model, "model") else model.bert.encoder.layer
+    blocks[-1].requires_grad_(True)
+    return model
+
+
+def lora(model: Any) -> Any:
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+
+
+def columns(model: Any) -> Any:
+    names = ["q_proj", "down_proj"] if hasattr(model, "model") else ["query", "output.dense"]
+    return get_peft_model(model, ReltuneConfig(target_modules=names, r=4))
+
+
+def single_weights(model: Any) -> Any:
+    modules = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.endswith(("k_proj", "up_proj", "key", "intermediate.dense")):
+            modules[name] = ModulePlan(tuple(module.weight.shape))
+            modules[name].take_elements(torch.arange(0, module.weight.numel(), 50))
+    return get_peft_model(model, ReltuneConfig(plan=Plan(modules, "1%", 10**9, 10**9, fingerprint="")))
+
+
+METHODS = {"full": full, "top": top_layer, "lora": lora, "columns": columns, "weights": single_weights}
+
+
+def counted(make: Any, prepare: Any, conditions: Conditions = ON_CPU, short: bool = False) -> StepCount:
+    with torch.device("meta"):
+        model = make()
+    batch = batch_for(model, "meta")
+    repeats = shorten(model) if short else {}
+    with counting(conditions):
+        return count_step(prepare(model).train(), batch, conditions, repeats)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("make", [llama, bert], ids=["llama", "bert"])
+def test_what_is_kept_is_what_autograd_keeps_on_a_cpu(make: Any, method: str) -> None:
+    torch.manual_seed(0)
+    model = METHODS[method](make()).train()
+    copies = [t for layer in model.modules() for kept in getattr(layer, "originals", {}).values() for t in kept.index]
+    wanted = kept_bytes(model, batch_for(getattr(model, "get_base_model", lambda: model)(), "cpu"), copies)
+    # The loss itself is alive too; a storage is rounded up; what is held while nothing is kept is a few positions and masks.
+    assert counted(make, METHODS[method]).kept == pytest.approx(wanted, rel=0.02, abs=40 * CPU_ROUNDING)
+
+
+@pytest.mark.parametrize("make", [t5, mixtral], ids=["t5", "mixtral"])
+def test_encoder_decoders_and_experts_are_counted_as_they_are(make: Any) -> None:
+    torch.manual_seed(0)
+    model = make().train()
+    wanted = kept_bytes(model, batch_for(model, "cpu"))
+    assert counted(make, full).kept == pytest.approx(wanted, rel=0.05)
+
+
+def test_weights_gradients_and_states_of_a_llama_in_closed_form() -> None:
+    d, i, v, layers = 64, 160, 256, 3
+    numbers = 2 * v * d + d + layers * (4 * d * d + 3 * d * i + 2 * d)
+    found = counted(llama, full)
+    assert found.trained == numbers
+    assert found.trained_bytes == 4 * numbers
+    assert found.state_bytes == 8 * numbers
+    assert found.peak["trained"] == 4 * numbers
+    assert found.peak["states"] == 8 * numbers + found.tensors * CPU_ROUNDING  # and each tensor's count of steps
+    twice = counted(llama, full, Conditions(cuda=False, accumulates=True))
+    assert twice.peak["gradients"] == 4 * numbers
+
+
+def test_weights_of_a_bert_in_closed_form() -> None:
+    d, i, layers = 64, 160, 3
+    embeddings = (256 + 64 + 2) * d + 2 * d
+    block = 4 * (d * d + d) + (d * i + i) + (i * d + d) + 4 * d
+    numbers = embeddings + layers * block + (d * d + d) + (2 * d + 2)
+    found = counted(bert, top_layer)
+    assert found.trained == block
+    assert found.peak["weights"] + found.peak["trained"] == pytest.approx(4 * numbers, rel=0.01)
+    assert found.peak["trained"] == 4 * block
+
+
+def test_tied_embeddings_are_held_and_trained_once() -> None:
+    tied, apart = counted(lambda: llama(tied=True), full), counted(llama, full)
+    assert apart.trained - tied.trained == 256 * 64
+    assert apart.peak["trained"] - tied.peak["trained"] == 4 * 256 * 64
+
+
+def test_nothing_is_kept_or_differentiated_below_the_lowest_trained_unit() -> None:
+    def deeper() -> LlamaForCausalLM:
+        return llama(6)
+
+    low, high = counted(llama, top_layer), counted(deeper, top_layer)
+    assert high.kept == low.kept
+    assert high.work["backward"] == low.work["backward"]
+    assert sum(high.work["forward"].values()) > sum(low.work["forward"].values())
+
+
+@pytest.mark.parametrize("conditions", [ON_CPU, ON_CUDA], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("method", ["full", "lora", "columns", "weights"])
+def test_a_few_blocks_stand_for_all(method: str, conditions: Conditions) -> None:
+    def deep() -> LlamaForCausalLM:
+        return llama(11)
+
+    assert counted(deep, METHODS[method], conditions, short=True) == counted(deep, METHODS[method], conditions)
+
+
+def test_blocks_of_an_encoder_and_a_decoder_stand_for_their_own() -> None:
+    def deep() -> T5ForConditionalGeneration:
+        model = t5()
+        for stack in (model.encoder, model.decoder):
+            stack.block.extend(copy.deepcopy(stack.block[1]) for _ in range(6))
+        return model
+
+    assert counted(deep, full, short=True) == counted(deep, full)
+
+
+def test_inputs_that_are_made_again_on_cuda_are_not_kept() -> None:
+    # single weights of k and up read the norms' outputs, which are made again from their inputs
+    made_again = counted(lambda: llama().bfloat16(), single_weights, ON_CUDA).kept
+    kept = counted(lambda: llama().bfloat16(), single_weights, ON_CPU).kept
+    assert kept - made_again >= 2 * 2 * BATCH * LENGTH * 64 * 2
+
+
+def test_checkpoints_keep_the_inputs_of_blocks_alone() -> None:
+    def checkpointed(model: Any) -> Any:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+
+    plain, checked = counted(llama, full), counted(llama, checkpointed)
+    blocks = 3 * BATCH * LENGTH * 64 * 4
+    assert checked.kept < plain.kept - blocks
+    again = sum(work.flops * n for work, n in checked.work["backward"].items())
+    assert again > 1.3 * sum(work.flops * n for work, n in plain.work["backward"].items())
+    assert sum(w.flops * n for w, n in checked.work["forward"].items()) == sum(
+        w.flops * n for w, n in plain.work["forward"].items()
+    )
+
+
+def test_products_take_two_operations_for_a_number_and_twice_as_many_backward() -> None:
+    found = counted(llama, full)
+    tokens, weights = BATCH * LENGTH, 3 * (4 * 64 * 64 + 3 * 64 * 160) + 256 * 64
+    products = {
+        part: sum(w.flops * n for w, n in work.items() if w.name in ("aten::mm", "aten::addmm"))
+        for part, work in found.work.items()
+    }
+    assert products == {"forward": 2 * tokens * weights, "backward": 4 * tokens * weights}
+
+
+def test_mixed_precision_keeps_narrow_copies_of_weights() -> None:
+    mixed = counted(llama, lora, Conditions(autocast=torch.bfloat16))
+    assert {work.dtype for work in mixed.work["forward"] if work.name == "aten::mm"} == {torch.bfloat16}
+    assert mixed.peak["weights"] == counted(llama, lora, ON_CUDA).peak["weights"]
+
+
+def test_liger_keeps_no_logits() -> None:
+    with_liger = counted(llama, lora, Conditions(liger=True))
+    without = counted(llama, lora, ON_CUDA)
+    assert without.peak["loss"] >= 4 * BATCH * LENGTH * 256
+    assert with_liger.peak["loss"] == 0
+    assert with_liger.kept < without.kept - 4 * BATCH * LENGTH * (256 - 64)
+
+
+@pytest.mark.parametrize(("bits", "bytes_each"), [(4, 0.5 + 4 / 64), (8, 1.0)])
+def test_weights_in_few_bits_are_unpacked_for_a_product_alone(bits: int, bytes_each: float) -> None:
+    def packed(model: Any) -> Any:
+        stand_ins.hold_in_few_bits(model, bits, ["lm_head"])
+        return lora(model)
+
+    few, whole = counted(llama, packed), counted(llama, lora)
+    maps = 3 * (4 * 64 * 64 + 3 * 64 * 160)
+    scales = 0 if bits == 4 else 3 * 4 * (4 * 64 + 2 * 160 + 64)
+    assert whole.peak["weights"] - few.peak["weights"] == pytest.approx(maps * (4 - bytes_each) - scales, rel=0.02)
+    assert few.kept == whole.kept
+
+
+def test_optimizers_in_8_bits_hold_a_byte_for_a_number() -> None:
+    plain = counted(llama, full)
+    few = counted(llama, full, Conditions(cuda=False, optimizer="adamw_8bit"))
+    assert few.state_bytes < 0.3 * plain.state_bytes
+    with pytest.raises(InputError, match="optim 'adamw_8bits' are not known; did you mean 'adamw_8bit'"):
+        counted(llama, full, Conditions(optimizer="adamw_8bits"))
+
+
+def test_a_model_that_trains_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="nothing in the model requires a gradient"):
+        counted(llama, frozen)
+
+
+def test_a_ledger_counts_storages_once_and_until_they_are_let_go() -> None:
+    ledger = Ledger(rounding=512)
+    x = torch.ones(100, device="meta")
+    ledger.enter([x, x.view(10, 10)], "weights")
+    with ledger:
+        y = x * 2
+        z = y.view(10, 10).t()
+        assert ledger.live == 2 * 512
+        del y
+        assert ledger.live == 2 * 512
+        del z
+    assert ledger.live == 512
+    assert sum(ledger.spans[-1].peak.values()) == 2 * 512
+
+
+def test_an_optimizer_that_steps_on_all_at_once_makes_a_copy_of_all() -> None:
+    fused, all_at_once = (
+        counted(llama, full, Conditions(optimizer=name)) for name in ("adamw_torch_fused", "adamw_torch")
+    )
+    assert sum(all_at_once.peak.values()) >= 5 * fused.trained_bytes  # weights, gradients, two states, the copy
+    assert fused.state_bytes == all_at_once.state_bytes
