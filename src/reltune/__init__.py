@@ -29,6 +29,7 @@ _HOME = {
     "select": "reltune.plan.selection",
     "Plan": "reltune.plan.plan",
     "lora_config": "reltune.plan.lora",
+    "estimate": "reltune.runs.estimate",
     "ReltuneConfig": "reltune.tuner.config",
     "InputError": "reltune.errors",
 }
@@ -42,6 +43,7 @@ __all__ = [
     "analyze",
     "analyze_checkpoint",
     "compare",
+    "estimate",
     "lora_config",
     "select",
 ]
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from reltune.relevance.scores import RelevanceScores
     from reltune.relevance.weights.scan import analyze_checkpoint
     from reltune.runs.comparison.flow import compare
+    from reltune.runs.estimate import estimate
     from reltune.tuner.config import ReltuneConfig
 
 

@@ -205,6 +205,12 @@ def make_directory(path: Path) -> None:
         raise _unwritable(path, error) from error
 
 
+def model_directory(name: str) -> str:
+    """A model's directory, given itself or its config.json; another name as it is."""
+    path = Path(name)
+    return str(path.parent) if path.name == "config.json" and path.is_file() else name
+
+
 def model_directory_problem(name: str) -> str | None:
     """Why a name or path cannot be a pretrained model's, as far as the files show; None where a library must try to load it."""
     gguf = name.lower().endswith(".gguf")

@@ -11,9 +11,18 @@ import typer
 
 from reltune import __version__
 from reltune.cli.errors import run_program
-from reltune.cli.flags import EVERY, changed_config, flags, new_comparison, new_config
+from reltune.cli.flags import EVERY, changed_config, estimated_config, flags, new_comparison, new_config
 from reltune.cli.launcher import alone, several, together
-from reltune.cli.output import say, show_comparison, show_lm_eval, show_metrics, show_record, show_relevance, show_sweep
+from reltune.cli.output import (
+    say,
+    show_comparison,
+    show_estimate,
+    show_lm_eval,
+    show_metrics,
+    show_record,
+    show_relevance,
+    show_sweep,
+)
 from reltune.config.comparison import COMPARISON_FIELDS, ComparisonConfig
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
@@ -34,6 +43,10 @@ SELECT_HELP = (
     "brings its own budget and spread."
 )
 HELD_OUT = ("validation_file", "test_file", "on_bad_rows")
+ESTIMATED = (
+    *("model_name_or_path", "task", "max_length", "packing", "load_in_4bit", "load_in_8bit"),
+    *("method", "lora_r", "lora_alpha", "lora_dropout", "budget", "granularity", "target_modules", "exclude_modules"),
+)
 SHARED = ("run", "analyze", "tune", "evaluate")  # commands that several processes work on together
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run.", show_default=False)]
@@ -393,6 +406,45 @@ def chat(
 
     sampling = {name: value for name, value in wanted.items() if value is not None}
     converse(flow.chat(tuned, compare, system_prompt, sampling, seed))
+
+
+@app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
+@flags(*ESTIMATED)
+def estimate(
+    context: typer.Context,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="CARD",
+            help="A card (h100-80gb, rtx4090-24gb, …), a size of memory (24GiB), or cpu. If not given: what this machine has.",
+        ),
+    ] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option("--examples", metavar="N", min=1, help="Rows of training data, for the hours of the training."),
+    ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            "--plan", metavar="FILE", help="A plan.yaml. If not given: units are spread evenly over the model."
+        ),
+    ] = None,
+    form: Annotated[str, typer.Option("--format", metavar="FORM", help="table or json.")] = "table",
+    config: ConfigFile = None,
+) -> None:
+    """Tell parameters, memory and time of a training from the model's config alone.
+
+    No weights are read, and no GPU is needed.
+    """
+    from reltune.runs.preflight import check_estimate
+
+    made = estimated_config(context, config, lambda draft: check_estimate(draft, device, form))
+    from reltune.plan.plan import Plan
+    from reltune.runs.estimate import estimate_run
+
+    found = estimate_run(made, device, examples, Plan.load(plan) if plan else None)
+    show_estimate(found, form)
 
 
 @app.command()

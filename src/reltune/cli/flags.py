@@ -19,6 +19,7 @@ from reltune.config.recipes import CHOICE, chosen_again
 from reltune.config.run_config import FIELDS, RunConfig
 from reltune.config.training_fields import named_training_fields, parse_training_fields
 from reltune.errors import InputError
+from reltune.files import model_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -118,6 +119,19 @@ def _check_named(draft: dict[str, Any]) -> None:
     for name in ("model_name_or_path", "output_dir"):
         if name not in draft:
             raise InputError(f"--{name} is missing; give it as a flag or in a file named with --config.")
+
+
+def estimated_config(context: typer.Context, file: str | None, check: Callable[[RunConfig], None]) -> RunConfig:
+    """The config of a training that is only estimated: it needs neither data nor a directory. ``check`` as by ``new_config``."""
+    stored = read_fields(file) if file else {}
+    place = {"output_dir": "."}
+    draft = place | combined(stored, _given(context), _named_training_fields(context))
+    if "model_name_or_path" not in draft:
+        raise InputError("--model_name_or_path is missing; give it as a flag or in a file named with --config.")
+    place["model_name_or_path"] = draft["model_name_or_path"] = model_directory(draft["model_name_or_path"])
+    check(RunConfig(**draft))
+    stored = read_config(file) if file else {}
+    return RunConfig(**(combined(stored, _given(context), parse_training_fields(context.args)) | place))
 
 
 def changed_config(

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from reltune.relevance.scores import RelevanceScores
     from reltune.report.record import ComparisonRecord, LMEvalRecord, RunRecord
     from reltune.runs.directory import RunDirectory
+    from reltune.runs.estimate import Estimate
 
 
 def say(*lines: str) -> None:
@@ -64,6 +65,20 @@ def show_comparison(record: ComparisonRecord) -> None:
     for table in terminal_tables(record):
         show(table, width=80)
     say(*record.notes)
+
+
+def show_estimate(found: Estimate, form: str) -> None:
+    """As a table with a sentence below it, or as JSON."""
+    if form == "json":
+        import json
+
+        say(json.dumps(found.to_dict(), indent=1))
+        return
+    from reltune.report.terminal import estimate_sentences, estimate_table
+
+    values = found.to_dict()
+    show(estimate_table(values))
+    say(*estimate_sentences(values))
 
 
 def show_record(record: RunRecord, directory: RunDirectory) -> None:

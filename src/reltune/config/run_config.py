@@ -92,7 +92,7 @@ class RunConfig(
     def check(self) -> None:
         """Raise InputError for values that no later stage could use. Of files it reads the run's own scores at most."""
         super().check()
-        self._check_method()
+        self.check_method()
         for value in self.criteria or ():
             if criterion_of_package(value) is None and value not in CRITERIA and value not in self._measured():
                 raise InputError(f"criterion {value!r} is unknown; {nearest(value, known_criteria())}")
@@ -119,7 +119,7 @@ class RunConfig(
                 "--export out and run the adapter unmerged, or load the base whole."
             )
 
-    def _check_method(self) -> None:
+    def check_method(self) -> None:
         """Raise InputError for fields that the method does not take: they would be ignored."""
         for each in FIELDS:
             name = each.name

@@ -127,6 +127,54 @@ def sweep_table(record: Mapping[str, Any]) -> Table:
     return table
 
 
+def estimate_table(values: Mapping[str, Any]) -> Table:
+    """What ``reltune estimate`` found: methods across, what they take down."""
+    rows = [row for row in values["rows"] if not row["error"]]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", max_width=32)
+    for row in rows:
+        table.add_column(row["method"], justify="right", no_wrap=True)
+
+    def add(name: str, cells: Sequence[str], style: str = "") -> None:
+        table.add_row(name, *cells, style=style)
+
+    add("trained parameters", [numbers.short_count(row["trained"]) for row in rows])
+    if any(row["head"] for row in rows):
+        add("parameters of new heads", [numbers.short_count(row["head"]) for row in rows])
+    add("share of the model", [f"{numbers.percent(row['trained'] / values['parameters'])} %" for row in rows])
+    table.add_section()
+    for kind in dict.fromkeys(kind for row in rows for kind in row["memory"]):
+        add(kind, [numbers.size(row["memory"].get(kind, 0)) for row in rows], "dim")
+    add("memory at most", [numbers.size(row["total"]) for row in rows], "bold")
+    if rows[0]["fits"] is not None:
+        add("fits", ["yes" if row["fits"] else "no" for row in rows])
+    table.add_section()
+    add("seconds per step", [numbers.fixed(row["seconds"], 3) for row in rows])
+    if values["steps"]:
+        add(f"hours for {values['steps']:,} steps", [numbers.fixed(row["hours"], 2) for row in rows])
+    return table
+
+
+def estimate_sentences(values: Mapping[str, Any]) -> list[str]:
+    """What stands below that table."""
+    task = values["task"].replace("_", " ")
+    lines = [
+        f"{values['model']}: {values['parameters']:,} parameters, {task}, batches of {values['batch_size']} × "
+        f"{values['length']} tokens."
+        if values["length"]
+        else f"{values['model']}: {values['parameters']:,} parameters, {task}, batches of {values['batch_size']}."
+    ]
+    memory = numbers.size(values["device_memory"])
+    if values["largest_batch"] is not None:
+        name, largest = values["rows"][0]["method"], values["largest_batch"]
+        found = f"the largest batch that fits is {largest:,}" if largest else "not even a batch of 1 fits"
+        lines.append(f"{values['device']} has {memory}: with {name}, {found}.")
+    if values["rows"][0]["seconds"] is None:
+        lines.append("A size of memory says nothing of speed; name a card for the time of a step.")
+    lines += [f"{row['method']}: {row['error']}" for row in values["rows"] if row["error"]]
+    return lines
+
+
 def _abbreviate(names: Sequence[str]) -> list[str]:
     """Heads of at most HEAD characters, no two the same: attention.self.query -> as.q."""
     heads: list[str] = []

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from reltune.config.comparison import ComparisonConfig
 from reltune.config.run_config import RunConfig
+from reltune.cost.devices import card
 from reltune.data.text_files import check_text_file
 from reltune.errors import InputError
 from reltune.files import check_destination, model_directory_problem, read_json
@@ -61,6 +62,20 @@ def check_new_comparison(config: ComparisonConfig, overwrite: bool) -> None:
                 raise
     check_inputs(config.of("full"))
     ComparisonDirectory(config.output_dir).check(config, overwrite, training=False)
+
+
+def check_estimate(config: RunConfig, device: str | None, form: str = "table") -> None:
+    """Raise InputError for a training that could not be estimated. Reads nothing but whether the model is there."""
+    super(RunConfig, config).check()
+    config.check_method()
+    METHODS[config.method].check_config(config)
+    check_selection(config)
+    if form not in ("table", "json"):
+        raise InputError(f"--format {form!r} is unknown; write table or json.")
+    if device is not None and device != "cpu":
+        card(device)
+    if problem := model_directory_problem(config.model_name_or_path):
+        raise InputError(problem)
 
 
 def check_tuning(config: RunConfig, directory: RunDirectory, overwrite: bool) -> None:

@@ -1,0 +1,486 @@
+"""What a training would take, told from the model's config alone: parameters, memory, the time of a step, hours.
+
+The model is made on the meta device, where tensors have shapes and no numbers; the method prepares it as it does for training;
+and one step is counted (cost/). Nothing is loaded, so that a 70B model takes as long as a small one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from reltune.config.recipes import CHOICE
+from reltune.config.run_config import RunConfig
+from reltune.config.training_fields import DEFAULTS, checked_training_fields
+from reltune.cost import memory, stand_ins
+from reltune.cost.blocks import shorten
+from reltune.cost.calibration import Calibration, calibrated
+from reltune.cost.devices import Card, calibration_of, card
+from reltune.cost.step import AREAS, Conditions, StepCount, base_of, count_step, counting
+from reltune.cost.timing import step_time
+from reltune.errors import InputError, first_line
+from reltune.files import model_directory
+from reltune.layers.inventory import Inventory, choose, take_inventory
+from reltune.layers.registry import layer_type
+from reltune.methods.contract import Base
+from reltune.methods.planned import Planned
+from reltune.methods.registry import METHODS
+from reltune.plan.budget import parse_budget
+from reltune.plan.plan import ModulePlan, Plan
+from reltune.pretrained import load_config
+from reltune.runs.preflight import check_estimate
+
+# task -> transformers' Auto class, and the mapping of what it knows.
+CLASSES = {
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "multilabel_classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "question_answering": "AutoModelForQuestionAnswering",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "preference": "AutoModelForCausalLM",
+    "image_classification": "AutoModelForImageClassification",
+}
+TASK_DEFAULTS = {"preference": {"per_device_train_batch_size": 16}}  # as in tasks/preference.py
+BESIDE = ("lora", "full")  # the methods that stand beside the one that is asked for
+WHOLE = ("layer", "module", "norm", "bias")  # granularities whose units are whole tensors
+LARGEST_BATCH = 65536
+# Fields that the methods beside do not share with the one that is asked for; None gives them their defaults.
+OF_ITS_METHOD = ("lora_r", "lora_alpha", "lora_dropout", "rank_by", *CHOICE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one method would take.
+
+    Attributes:
+        trained: numbers that are trained, without those of new heads; ``head``: those.
+        memory: bytes by what they are for, when most are held; their sum is ``total``.
+        fits: whether the device has as much; None where its memory is not known.
+        seconds: of a step, with all its batches; None where the device's speed is not known.
+        hours: of all steps; None where their number or the device's speed is not known.
+        error: why there is no row, in a sentence; everything else is then empty.
+    """
+
+    method: str
+    trained: int = 0
+    head: int = 0
+    memory: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    fits: bool | None = None
+    seconds: float | None = None
+    hours: float | None = None
+    error: str = ""
+
+    @property
+    def total(self) -> int:
+        return sum(self.memory.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a training would take, beside LoRA and full fine-tuning of the same model, batch and length.
+
+    Attributes:
+        rows: the method that was asked for first.
+        largest_batch: the largest per_device_train_batch_size that fits, for the first row; 0 if none does.
+        device: its name, and ``device_memory`` in bytes.
+        steps: of the whole training, or None.
+    """
+
+    model: str
+    parameters: int
+    task: str
+    batch_size: int
+    length: int
+    steps: int | None
+    device: str
+    device_memory: int
+    rows: list[Row]
+    largest_batch: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        values = dataclasses.asdict(self)
+        for row, values_of_row in zip(self.rows, values["rows"], strict=True):
+            values_of_row["total"] = row.total
+        return values
+
+
+def estimate(
+    model_name_or_path: str,
+    *,
+    device: str | None = None,
+    examples: int | None = None,
+    plan: Plan | None = None,
+    **fields: Any,
+) -> Estimate:
+    """Tell what a training would take, from the model's config alone.
+
+    Args:
+        model_name_or_path: a model's directory, its config.json, or an id on the Hub; its weights are not needed.
+        device: a card's name ("h100-80gb"), a size of memory ("24GiB"), "cpu", or None for what this machine has.
+        examples: rows of training data, for the number of steps.
+        plan: what a method that chooses units trains; None spreads the budget evenly over the model.
+        fields: of a run's config: ``method``, ``budget``, ``max_length``, ``per_device_train_batch_size``, …
+
+    Raises InputError for values that no training could have.
+    """
+    known = {field.name for field in dataclasses.fields(RunConfig)}
+    training = {**fields.pop("training", {}), **{name: v for name, v in fields.items() if name not in known}}
+    own = {name: value for name, value in fields.items() if name in known}
+    config = RunConfig(model_directory(model_name_or_path), ".", training=training, **own)
+    check_estimate(config, device)
+    return estimate_run(config, device, examples, plan)
+
+
+def estimate_run(
+    config: RunConfig, device: str | None = None, examples: int | None = None, plan: Plan | None = None
+) -> Estimate:
+    """``estimate`` of a run's config."""
+    config.training = checked_training_fields(config.training)
+    place, calibration = _place(device)
+    cuda = calibration is None or calibration.device == "cuda"
+    subject = _Subject(config, plan, cuda)
+    steps = subject.steps(examples)
+    batch_size = subject.batch_size
+
+    def row(method: str, count: StepCount | None = None) -> Row:
+        try:
+            count = count or subject.count(method, batch_size)
+        except InputError as error:
+            if method == config.method:
+                raise
+            return Row(method, error=str(error))
+        held = _memory(count)
+        seconds = hours = None
+        if calibration is not None:
+            time = step_time(count, calibration)
+            seconds = subject.accumulation * (time.forward + time.backward) + time.optimizer
+            hours = None if steps is None else steps * seconds / 3600
+        fits = None if not place.memory else sum(held.values()) <= place.memory
+        heads = subject.head_parameters
+        return Row(method, count.trained - heads, heads, held, fits, seconds, hours)
+
+    first = subject.count(config.method, batch_size)
+    rows = [row(config.method, first), *(row(method) for method in BESIDE if method != config.method)]
+    return Estimate(
+        config.model_name_or_path,
+        subject.parameters,
+        subject.task,
+        batch_size,
+        subject.length,
+        steps,
+        place.name,
+        place.memory,
+        rows,
+        _largest_batch(subject, config.method, first, place.memory) if place.memory else None,
+    )
+
+
+def _place(device: str | None) -> tuple[Card, Calibration | None]:
+    """The device that is asked about, and how fast it is if that is known."""
+    if device is None or device == "cpu":
+        import psutil
+
+        if device is None and torch.cuda.is_available():
+            properties = torch.cuda.get_device_properties(0)
+            return Card(properties.name, properties.total_memory, 0, 0, 0), calibrated(torch.device("cuda"))
+        found = calibrated(torch.device("cpu"))
+        return Card(found.name, psutil.virtual_memory().total, 0, 0, 0), found
+    named = card(device)
+    return named, calibration_of(named)
+
+
+def _memory(count: StepCount) -> dict[str, int]:
+    """Bytes by what they are for, in words."""
+    held = {AREAS[area]: count.peak[area] for area in AREAS if count.peak[area]}
+    if not count.conditions.cuda:
+        return held | {"the allocator's slack": memory.resident_on_cpu(count) - count.bytes}
+    return held | {
+        "workspace of products": memory.WORKSPACE,
+        "the allocator's slack": memory.reserved(count) - memory.allocated(count),
+        "the CUDA context": memory.CONTEXT,
+    }
+
+
+def _largest_batch(subject: _Subject, method: str, count: StepCount, limit: int) -> int:
+    """By counting: what a step holds grows evenly with its batch, but for what is rounded and who holds most."""
+
+    def total(size: int) -> int:
+        counted = count if size == subject.batch_size else subject.count(method, size)
+        return sum(_memory(counted).values())
+
+    size, held = subject.batch_size, sum(_memory(count).values())
+    other = max(1, size // 2) if size > 1 else 2
+    slope = (held - total(other)) / (size - other)
+    guess = size + (limit - held) / slope if slope > 0 else LARGEST_BATCH
+    guess = max(0, min(LARGEST_BATCH, math.floor(guess)))
+    for candidate in range(guess, max(guess - 4, -1), -1):
+        if candidate == 0 or total(candidate) <= limit:
+            return candidate
+    return 0
+
+
+class _Subject:
+    """A model, its task and its batches, for as many counts as are wanted."""
+
+    def __init__(self, config: RunConfig, plan: Plan | None, cuda: bool) -> None:
+        self.config, self.plan, self.cuda = config, plan, cuda
+        self.settings: Any = load_config(config.model_name_or_path)
+        self.task = config.task or _task_of(self.settings, config.model_name_or_path)
+        mapping = getattr(transformers, f"MODEL_FOR_{_mapping_of(self.task)}_MAPPING")
+        if type(self.settings) not in mapping:
+            raise InputError(
+                f"{config.model_name_or_path} is a {self.settings.model_type!r} model, for which transformers has no head for "
+                f"{self.task}; name another task with --task."
+            )
+        values = {**DEFAULTS, **TASK_DEFAULTS.get(self.task, {}), **config.training}
+        self.values = values
+        self.batch_size = int(values["per_device_train_batch_size"])
+        self.accumulation = int(values.get("gradient_accumulation_steps") or 1)
+        positions = getattr(self.settings.get_text_config(), "max_position_embeddings", None)
+        self.length = config.max_length
+        if isinstance(positions, int) and positions > 0:
+            self.length = min(self.length, positions)
+        if self.task == "image_classification":
+            self.length = 0
+        autocast = torch.bfloat16 if values.get("bf16") else torch.float16 if values.get("fp16") else None
+        self.conditions = Conditions(
+            cuda,
+            autocast,
+            bool(values.get("use_liger_kernel")),
+            str(values.get("optim") or "adamw_torch_fused"),
+            self.accumulation > 1,
+        )
+        model = self._model()
+        self.new_heads = _new_heads(model, self.settings)
+        self.inventory = take_inventory(model, self.new_heads)
+        self.parameters = self.inventory.base_parameters
+        self.head_parameters = self.inventory.head_parameters
+
+    def steps(self, examples: int | None) -> int | None:
+        """Optimizer steps of the whole training."""
+        most = self.values.get("max_steps")
+        if most and most > 0:
+            return int(most)
+        if examples is None:
+            return None
+        return math.ceil(math.ceil(examples / self.batch_size / self.accumulation) * self.values["num_train_epochs"])
+
+    def _model(self) -> Any:
+        settings = self.settings
+        settings.use_cache = False
+        dtype = getattr(settings, "dtype", None) or torch.float32
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        try:
+            with torch.device("meta"):
+                model = getattr(transformers, CLASSES[self.task]).from_config(settings, dtype=dtype)
+        except (ValueError, ImportError, RuntimeError) as error:
+            raise InputError(
+                f"the model of {self.config.model_name_or_path} cannot be made from its config ({first_line(error)})."
+            ) from error
+        with contextlib.suppress(ValueError):  # where there are experts: the form that needs no look at the numbers
+            model.set_experts_implementation("grouped_mm")
+        return model
+
+    def count(self, method: str, batch_size: int) -> StepCount:
+        """Count a step of a method. Raises InputError for one that cannot train the model."""
+        config = self.config
+        if method != config.method:
+            others: dict[str, Any] = dict.fromkeys(OF_ITS_METHOD)
+            config = dataclasses.replace(
+                self.config, method=method, target_modules=[], exclude_modules=[], frozen_dtype=None, **others
+            )
+        METHODS[method].check_config(config)
+        model = self._model()
+        bits = 4 if config.load_in_4bit else 8 if config.load_in_8bit else 0
+        if bits:
+            output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+            whole = [name for name, module in model.named_modules() if module is output]
+            stand_ins.hold_in_few_bits(model, bits, [*whole, *self.new_heads])
+        alike = self.plan is None and not [*config.target_modules, *config.exclude_modules]
+        alike = alike and not set(config.granularity or ()) & set(WHOLE)
+        repeats = shorten(model) if alike else {}
+        try:
+            return self._count(model, config, batch_size, repeats)
+        except NotImplementedError as error:
+            raise InputError(
+                f"the method {method} on {config.model_name_or_path} cannot be counted: what one of its operations does depends on "
+                f"numbers, and there are none ({first_line(error)[:80]}…)."
+            ) from error
+
+    def _count(self, model: Any, config: RunConfig, batch_size: int, repeats: dict[str, int]) -> StepCount:
+        with counting(self.conditions):
+            model = self._prepared(model, config)
+            model.train()
+            if self.values.get("gradient_checkpointing") or self.values.get("activation_checkpointing"):
+                base = base_of(model)
+                base.gradient_checkpointing_enable({"use_reentrant": False})
+                if config.method not in ("full", "layers", "head", "bitfit"):
+                    base.enable_input_require_grads()
+            return count_step(model, self._batch(batch_size), self.conditions, repeats)
+
+    def _prepared(self, model: Any, config: RunConfig) -> nn.Module:
+        """The model as the method trains it."""
+        output = model.get_output_embeddings() if CLASSES[self.task] == "AutoModelForCausalLM" else None
+        not_tuned = [name for name, module in model.named_modules() if module is output] if output is not None else []
+        base = Base(config, model, self.new_heads, not_tuned)
+        method = METHODS[config.method]
+        if config.rank_by is not None:
+            raise InputError("rank_by gives ranks by what an analysis finds, and none is made here; leave it out.")
+        if not isinstance(method, Planned):
+            return method.prepare(base).model
+        from peft import get_peft_model
+
+        from reltune.tuner.config import ReltuneConfig
+
+        plan = self.plan
+        if plan is None:
+            plan = self._spread_evenly(take_inventory(model, self.new_heads), config, not_tuned)
+        plan = dataclasses.replace(plan, fingerprint="", task_type=None)
+        return get_peft_model(model, ReltuneConfig(plan=plan, frozen_dtype=config.frozen_dtype))
+
+    def _spread_evenly(self, inventory: Inventory, config: RunConfig, not_tuned: list[str]) -> Plan:
+        """A plan that keeps the budget with units of every module alike, or with whole tensors from the top."""
+        budget = parse_budget(config.budget, self.parameters)
+        (kind, *others) = config.granularity
+        if others or kind == "head":
+            raise InputError(
+                f"granularity {', '.join(config.granularity)}: how such units are spread is known after an analysis only; name one "
+                "granularity other than head, or give --plan."
+            )
+        need = {"layer": "weight", "module": "weight", "norm": "weight"}.get(kind, kind)
+
+        def fits(info: Any) -> bool:
+            vector = kind == "norm"
+            return (
+                need in layer_type(info.layer_type).trains and info.name not in not_tuned and info.is_vector == vector
+            )
+
+        names = choose(inventory, config.target_modules, config.exclude_modules)
+        whole = [info for info in self.inventory.modules if fits(info)]
+        infos = [inventory[name] for name in names if fits(inventory[name])]
+        if kind == "bias":
+            infos = [info for info in infos if info.bias]
+        if kind not in WHOLE and any(info.in_block for info in infos):
+            infos, whole = ([info for info in some if info.in_block] for some in (infos, whole))
+        if not infos:
+            raise InputError(f"granularity {kind}: the model has no such units in the modules that may be used.")
+        modules: dict[str, ModulePlan] = {}
+        if kind in WHOLE:
+            for info in reversed(infos):
+                planned = ModulePlan(info.shape, weight=kind != "bias", bias=kind == "bias", groups=info.groups)
+                if not modules or sum(m.parameters for m in modules.values()) + planned.parameters <= budget:
+                    modules[info.name] = planned
+        else:
+            chosen = infos if config.target_modules or config.exclude_modules else whole
+            part = min(1.0, budget / sum(_size(info) for info in chosen))
+            for info in infos:
+                modules[info.name] = _units(info, kind, part, budget / len(chosen))
+        order = [info.name for info in inventory.modules if info.name in modules]
+        total = self.parameters + self.head_parameters
+        return Plan({n: modules[n] for n in order}, "100%", total, total, "", always_trained=list(self.new_heads))
+
+    def _batch(self, size: int) -> dict[str, Tensor]:
+        """A batch of full length on the meta device, as the task's collator makes it."""
+        task, length = self.task, self.length
+
+        def numbers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.long, device="meta")
+
+        if task == "image_classification":
+            image = getattr(self.settings, "image_size", 224)
+            height, width = image if isinstance(image, list | tuple) else (image, image)
+            channels = getattr(self.settings, "num_channels", 3)
+            pixels = torch.zeros(size, channels, height, width, device="meta")
+            return {"pixel_values": pixels, "labels": numbers(size)}
+        if task == "preference":
+            size *= 2  # both answers
+        batch = {"input_ids": numbers(size, length)}
+        if not self.config.packing:
+            batch["attention_mask"] = numbers(size, length)
+        if task == "question_answering":
+            return batch | {"start_positions": numbers(size), "end_positions": numbers(size)}
+        if task in ("sequence_classification", "multilabel_classification", "regression"):
+            several = getattr(self.settings, "num_labels", 2)
+            if task == "sequence_classification":
+                return batch | {"labels": numbers(size)}
+            columns = several if task == "multilabel_classification" else 1
+            return batch | {"labels": torch.zeros(size, columns, device="meta")}
+        return batch | {"labels": numbers(size, length)}
+
+
+def _size(info: Any) -> int:
+    return math.prod(info.shape)
+
+
+def _units(info: Any, kind: str, part: float, each: float) -> ModulePlan:
+    """That part of a module's units, at least one; of directions as many as ``each`` numbers hold."""
+    planned = ModulePlan(info.shape, groups=info.groups)
+    if kind == "element":
+        planned.take_elements(torch.arange(max(1, int(part * _size(info)))))
+    elif kind == "column":
+        planned.columns = list(range(max(1, round(part * planned.column_count))))
+    elif kind == "row":
+        planned.rows = list(range(max(1, round(part * info.shape[0]))))
+    else:
+        count = max(1, min(info.shape[1], int(each / info.shape[0])))
+        planned.directions = list(range(count))
+        planned.vectors = np.zeros((count, info.shape[1]), dtype=np.float32)
+    return planned
+
+
+def _task_of(settings: Any, name: str) -> str:
+    """The task that a model of this kind is mostly tuned for."""
+    kinds = {
+        "seq2seq": "SEQ_TO_SEQ_CAUSAL_LM",
+        "image_classification": "IMAGE_CLASSIFICATION",
+        "causal_lm": "CAUSAL_LM",
+        "sequence_classification": "SEQUENCE_CLASSIFICATION",
+    }
+    masked = type(settings) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    for task, kind in kinds.items():
+        if type(settings) in getattr(transformers, f"MODEL_FOR_{kind}_MAPPING") and not (
+            masked and task == "causal_lm"
+        ):
+            return task
+    raise InputError(
+        f"{name} is a {settings.model_type!r} model, for which no task is known here; name one with --task."
+    )
+
+
+def _mapping_of(task: str) -> str:
+    return {
+        "AutoModelForSequenceClassification": "SEQUENCE_CLASSIFICATION",
+        "AutoModelForTokenClassification": "TOKEN_CLASSIFICATION",
+        "AutoModelForQuestionAnswering": "QUESTION_ANSWERING",
+        "AutoModelForSeq2SeqLM": "SEQ_TO_SEQ_CAUSAL_LM",
+        "AutoModelForCausalLM": "CAUSAL_LM",
+        "AutoModelForMaskedLM": "MASKED_LM",
+        "AutoModelForImageClassification": "IMAGE_CLASSIFICATION",
+    }[CLASSES[task]]
+
+
+def _new_heads(model: Any, settings: Any) -> list[str]:
+    """The modules for which the checkpoint has no values, as far as its config says: a head of another class than it was saved by."""
+    if type(model).__name__ in (getattr(settings, "architectures", None) or []):
+        return []
+    children = dict(model.named_children())
+    if model.base_model_prefix not in children:
+        return []
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [
+        name
+        for name, child in children.items()
+        if name != model.base_model_prefix and child is not output and any(True for _ in child.parameters())
+    ]
