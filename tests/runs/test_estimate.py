@@ -204,3 +204,13 @@ def test_a_calibration_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     again = calibration.calibrated(torch.device("cpu"))
     assert len(calls) == 1 and first == made
     assert again.bandwidth == [[1.0, 2.0]] and again.per_operation == 1e-5
+
+
+def test_tasks_own_defaults_are_known_without_their_packages() -> None:
+    from reltune.runs.estimate import CLASSES, TASK_DEFAULTS
+    from reltune.tasks.registry import TASKS
+
+    assert set(CLASSES) == set(TASKS)
+    size = "per_device_train_batch_size"
+    own = {name: task.defaults[size] for name, task in TASKS.items() if size in task.defaults}
+    assert own == {name: values[size] for name, values in TASK_DEFAULTS.items()}
