@@ -73,7 +73,7 @@ def heatmap_figure(h: Heatmap, scale: str = "linear") -> dict[str, Any]:
                         f"{100 * part:.4g} % of {numbers.of_what(h)}<br>{of_rank} {rank} of {len(known)}"
                         for column, value, part, rank in zip(h.columns, *cells, strict=True)
                     ]
-                    for row, *cells in zip(h.rows, h.values, parts, ranks, strict=True)
+                    for row, cells in zip(h.rows, zip(h.values, parts, ranks, strict=True), strict=True)
                 ],
                 "hovertemplate": "%{customdata}<extra></extra>",
                 "hoverongaps": False,
@@ -93,7 +93,7 @@ def heatmap_figure(h: Heatmap, scale: str = "linear") -> dict[str, Any]:
                     "xpad": 0,
                     "outlinewidth": 0,
                     "ticklabeloverflow": "allow",
-                    **_ticks(ticks, signed),
+                    **_ticks(ticks, signed, "" if scale == "rank" else "−"),
                 },
             }
         ],
@@ -146,11 +146,11 @@ def _places(known: Sequence[float], end: float, scale: str) -> tuple[Callable[[f
     return place, [(place(size), f"{100 * size:.2g}") for size in rounds if end / 10**decades < size <= end]
 
 
-def _ticks(ticks: Sequence[tuple[float, str]], signed: bool) -> dict[str, Any]:
+def _ticks(ticks: Sequence[tuple[float, str]], signed: bool, minus: str) -> dict[str, Any]:
     if signed:  # fewer, on either side
         apart = [(place, text) for place, text in ticks if place > 0.3]
         ticks = [
-            *((-place, f"−{text}") for place, text in reversed(apart)),
+            *((-place, minus + text) for place, text in reversed(apart)),
             *[tick for tick in ticks if tick not in apart][:1],
             *apart,
         ]
