@@ -9,7 +9,8 @@ import plotly.graph_objects as go
 import pytest
 
 from reltune.errors import InputError
-from reltune.relevance.heatmap import Heatmap
+from reltune.relevance.heatmap import OUTSIDE, Heatmap
+from reltune.report.figures import SCALES, heatmap_figure, heatmap_views, layers_figure
 from reltune.report.page import write_report
 from reltune.report.record import ComparisonRecord, Output, RunRecord, WayResult, WayTable
 from report_cases import EMPTY, EVIL, FULL, LLAMA, OUTPUTS, page_of, relevance, scores
@@ -81,9 +82,13 @@ def test_report_holds_every_figure(tmp_path):
         go.Figure(figure)  # Plotly's own check of every property
     h = FULL.heatmaps[0]
     total = math.fsum(v for row in h.values for v in row if v is not None)
-    cells = figures["heatmap-0"]["data"][0]["z"]
-    assert cells[0][:-1] == [None] * 8
-    assert cells[12][7] == pytest.approx(100 * h.values[12][7] / total)
+    heat = figures["heatmap-0"]["data"][0]
+    assert heat["z"][0][:-1] == [None] * 8 and heat["z"][12][7] == 1
+    assert heat["z"][5][3] == pytest.approx(h.values[5][3] / h.values[12][7])
+    assert heat["customdata"][5][3] == (
+        "bert.encoder.layer.4<br>attention.output.dense<br>relevance 36<br>"
+        f"{100 * 36 / total:.4g} % of all relevance<br>rank 61 of 97"
+    )
     share, chosen = figures["layers-0"]["data"]
     assert share["x"] == pytest.approx([100 * s for s in h.share_by_layer])
     assert chosen["x"] == [0] * 11 + [1024, 4096]
@@ -95,6 +100,63 @@ def test_report_holds_every_figure(tmp_path):
     assert (training["x"], training["y"]) == ([10, 20], [1.5, 0.75])
     assert (validation["x"], validation["y"]) == ([20], [0.625])
     assert [(c["x"], c["y"]) for c in figures["scores"]["data"]] == [([1.0], [87.5]), ([1.0], [81.25])]
+
+
+POOLED = Heatmap(  # the pooler holds nine tenths
+    *("fisher", ["bert.encoder.layer.0", "bert.encoder.layer.1", "bert.pooler.dense"], ["query", "key", OUTSIDE]),
+    *([[1.0, 10.0, None], [0.0, 89.0, None], [None, None, 900.0]], [0.011, 0.089, 0.9]),
+)
+
+
+def test_what_lies_outside_the_layers_does_not_squeeze_their_scale():
+    assert POOLED.outside() == ["bert.pooler.dense"]
+    z = {scale: view["z"] for scale, view in heatmap_views(POOLED).items()}
+    assert z["linear"][0][:2] == pytest.approx([1 / 89, 10 / 89])
+    assert z["linear"][1:] == [[0, 1, None], [None, None, 1]]
+    # Two decades from the largest to the smallest within the layers.
+    assert z["log"][0][:2] == pytest.approx([1 - math.log10(89) / 2, 1 - math.log10(8.9) / 2])
+    assert z["log"][1:] == [[0, 1, None], [None, None, 1]]
+    assert z["rank"] == [[2 / 5, 3 / 5, None], [1 / 5, 4 / 5, None], [None, None, 1]]
+    assert heatmap_views(POOLED)["rank"]["text"] == [["4", "3", ""], ["5", "2", ""], ["", "", "1"]]
+    bars = layers_figure(POOLED.rows, POOLED.share_by_layer, {}, outside=POOLED.outside())
+    assert bars["layout"]["xaxis"]["range"] == [0, pytest.approx(1.05 * 8.9)]
+    assert [a["text"] for a in bars["layout"]["annotations"]] == ["layer", "90.0 ▸"]
+    # A model without layers has a scale of its own.
+    alone = Heatmap("fisher", ["stem", "head"], [OUTSIDE], [[1.0], [4.0]], [0.2, 0.8])
+    assert alone.outside() == [] and heatmap_figure(alone)["data"][0]["z"] == [[0.25], [1]]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("values", [[0.0, 0.0], [3.0], [1e-9, 1.0, 0.5], [-2.0, 0.0, 1.0], [7.0, 7.0]])
+def test_scales_hold_every_value_in_its_order(scale, values):
+    figure = heatmap_figure(Heatmap("x", ["h.0"], list("abc")[: len(values)], [values], [1.0]), scale)
+    go.Figure(figure)
+    trace = figure["data"][0]
+    (places,) = trace["z"]
+    assert all(trace["zmin"] <= place <= trace["zmax"] for place in places)
+    assert [places[i] for i in sorted(range(len(values)), key=values.__getitem__)] == sorted(places)
+    ticks = trace["colorbar"]["tickvals"]
+    assert ticks and ticks == sorted(set(ticks)) and trace["zmin"] <= ticks[0] <= ticks[-1] <= trace["zmax"]
+    assert len(ticks) == len(trace["colorbar"]["ticktext"])
+
+
+def test_without_scripts_everything_is_in_tables(tmp_path):
+    record = dataclasses.replace(FULL, heatmaps=[POOLED])
+    page = page_of(tmp_path, record)
+    tables = [attrs for tag, attrs in page.elements if tag == "details" and attrs.get("class") == "table"]
+    assert len(tables) == 2 and all("open" in attrs for attrs in tables)
+    for text in ("90.000", "8.900", "1.5000", "0.6250", "87.50", "81.25"):
+        assert text in page.text, text
+    (sentence,) = (text for text in page.text if "beyond the scale" in text)
+    assert "bert.pooler.dense (90.0 %)" in sentence and "lies outside them" in sentence
+    chosen = page_of(tmp_path, dataclasses.replace(EMPTY, selected_by_layer={"h.0": 54321}))
+    assert "54,321" in chosen.text and "h.0" in chosen.text
+
+
+def test_switches_for_theme_and_scale(tmp_path):
+    inputs = [attrs for tag, attrs in page_of(tmp_path, FULL).elements if tag == "input"]
+    values = {name: [a["value"] for a in inputs if a["name"] == name] for name in ("theme", "scale")}
+    assert values == {"theme": ["as the system", "light", "dark"], "scale": ["linear", "log", "rank"]}
 
 
 def test_report_escapes_what_users_wrote(tmp_path):

@@ -6,10 +6,10 @@ import math
 import pytest
 from rich.console import Console
 
-from reltune.relevance.heatmap import Heatmap
+from reltune.relevance.heatmap import OUTSIDE, Heatmap
 from reltune.report.comparison import terminal_tables
-from reltune.report.record import Difference
-from reltune.report.terminal import heatmap, metrics_table, outputs
+from reltune.report.record import Difference, LMEvalRecord, LMEvalScore
+from reltune.report.terminal import heatmap, lm_eval_table, metrics_table, outputs, sweep_table
 from report_cases import BERT, LLAMA, OUTPUTS, WAYS, relevance, scores, shown, way
 
 
@@ -22,7 +22,7 @@ def test_heatmap_fits_80_columns_and_reads_without_colour(layers, columns):
     body = [line.split() for line in lines[head + 1 : head + 2 + layers]]
     # Deepest layer first, the norm outside the layers last; nothing where there is no module.
     assert [row[0] for row in body[:-1]] == [*map(str, reversed(range(layers)))]
-    assert body[-1][0].removeprefix("…") in "embeddings.LayerNorm" and len(body[-1][0]) >= 10
+    assert body[-1][0] in ("embeddings.LayerNorm", "LayerNorm") and "…" not in body[-1][0]
     total = math.fsum(v for row in h.values for v in row if v is not None)
     for row, values, share in zip(body, reversed(h.values), reversed(h.share_by_layer), strict=True):
         expected = [100 * v / total for v in values if v is not None] + [100 * share]
@@ -95,6 +95,42 @@ def test_a_comparison_fits_80_columns():
         assert words in text, words
     assert "columns 0.002* 94 0.123 12 s 24 s 2.0 GiB 3.0 MiB -6.25" in text
     assert "dora r=13 failed: training diverged, some weights are not finite any more." in text
+
+
+def test_what_lies_outside_the_layers_does_not_darken_them():
+    names = ["layer.0", "layer.1", "pooler.dense"]
+    pooled = Heatmap("fisher", names, ["a", OUTSIDE], [[1.0, None], [9.0, None], [None, 90.0]], [0.01, 0.09, 0.9])
+    console = Console(width=80, color_system="truecolor")
+    colors = {
+        s.text.strip(): s.style.bgcolor.triplet.hex
+        for s in console.render(heatmap(pooled))
+        if s.style and s.style.bgcolor and s.text.strip()
+    }
+    assert colors["9.0"] == colors["90.0"] == "#fee838" and colors["1.0"] not in ("#fee838", "#00224e")
+    text = "\n".join(shown(heatmap(pooled), 80))
+    assert " 9.0 %" in text and "colours span the layers" in text
+
+
+def test_tables_of_long_names_fit_80_columns():
+    score = LMEvalScore(
+        *("leaderboard_math_counting_and_prob_hard", "1", "exact_match_normalised", "strict-match-flexible-extract"),
+        *(True, 5, 123_456, 0.123456, 0.01234, 0.23456, 0.01345),
+    )
+    lines = shown(lm_eval_table(LMEvalRecord("0.4.9", None, 8, True, [score])), 80)
+    assert max(map(len, lines)) <= 80
+    (first,) = (line.split() for line in lines if "0.1235" in line)
+    assert first[-4:] == ["0.1235", "0.2346", "123,456", "5"]
+    assert any(line.split()[-4:] == ["±", "0.012", "±", "0.013"] for line in lines)
+    names = ["learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "seed"]
+    trials = [
+        {"number": i, "values": dict.fromkeys(names, "cosine"), "metric": 0.5, "failed": failed}
+        for i, failed in enumerate([None, "the loss is not a number from step 12 on"])
+    ]
+    record = {"sweep": dict.fromkeys(names), "metric": "eval_accuracy", "trials": trials, "best": trials[0]}
+    lines = shown(sweep_table(record), 80)
+    assert max(map(len, lines)) <= 80 and "best" in "".join(lines)
+    words = set(" ".join(shown(sweep_table({**record, "sweep": dict.fromkeys(names[:3])}), 80)).split())
+    assert {"gradient_", "accumulation_", "steps", "learning_", "rate", "per_device_", "train_batch_", "size"} <= words
 
 
 def test_metrics_table_shows_every_metric_in_its_unit():

@@ -55,7 +55,7 @@ def show_lm_eval(record: LMEvalRecord | None) -> None:
     if record is not None:
         from reltune.report.terminal import lm_eval_table
 
-        show(lm_eval_table(record), width=100)
+        show(lm_eval_table(record), width=80)
 
 
 def show_comparison(record: ComparisonRecord) -> None:

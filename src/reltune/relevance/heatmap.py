@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+OUTSIDE = "(outside the layers)"  # the column of modules that belong to no layer, such as embeddings and a pooler
+
 
 @dataclasses.dataclass
 class Heatmap:
@@ -20,3 +22,13 @@ class Heatmap:
     values: list[list[float | None]]
     share_by_layer: list[float]
     adds_up: bool = True
+
+    def outside(self) -> list[str]:
+        """The rows that are no layers, but modules outside them; none where nothing else was measured."""
+        place = self.columns.index(OUTSIDE) if OUTSIDE in self.columns else None
+        rows = (
+            []
+            if place is None
+            else [row for row, v in zip(self.rows, self.values, strict=True) if v[place] is not None]
+        )
+        return rows if len(rows) < len(self.rows) else []

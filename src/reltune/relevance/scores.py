@@ -23,7 +23,7 @@ from reltune.layers.units import directions_in, part_shapes
 from reltune.names import GRANULARITIES
 from reltune.relevance.artefact import FORMAT, SCORES, Overview, read_scores
 from reltune.relevance.criteria.contract import ScoresByName
-from reltune.relevance.heatmap import Heatmap
+from reltune.relevance.heatmap import OUTSIDE, Heatmap
 from reltune.relevance.rank_correlation import spearman
 
 
@@ -162,11 +162,11 @@ class RelevanceScores:
         rows = list(dict.fromkeys(self.inventory[name].layer for name in modules))
         columns = list(dict.fromkeys(self.inventory[n].place for n in modules if self.inventory[n].in_block))
         if any(not self.inventory[name].in_block for name in modules):
-            columns.append("(outside the layers)")
+            columns.append(OUTSIDE)
         cells: dict[tuple[int, int], list[float]] = {}
         for name, relevance in modules.items():
             info = self.inventory[name]
-            column = info.place if info.in_block else "(outside the layers)"
+            column = info.place if info.in_block else OUTSIDE
             cells.setdefault((rows.index(info.layer), columns.index(column)), []).append(float(relevance))
         adds_up = self.adds_up(criterion)
         values: list[list[float | None]] = [[None] * len(columns) for _ in rows]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from reltune.metrics import METRICS
@@ -20,57 +21,68 @@ BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
 GRID = "rgba(128,128,128,.25)"
 
 
-def _square_root_scale() -> list[list[Any]]:
-    """Viridis by the square root of the value: one module that holds most of it leaves the others apart still."""
-    from plotly.colors import sample_colorscale
-
-    roots = [i / 20 for i in range(21)]
-    return [[root**2, color] for root, color in zip(roots, sample_colorscale("Viridis", roots), strict=True)]
+SCALES = ("linear", "log", "rank")  # what a cell's colour stands for
 
 
 def _signed_scale() -> list[list[Any]]:
-    """Negative values blue, positive ones vermillion, none pale: by the square root, as above, on both sides."""
-    from plotly.colors import sample_colorscale
-
-    roots = [i / 10 for i in range(-10, 11)]
-    colors = sample_colorscale([[0, BLUE], [0.5, "#f2f2f2"], [1, VERMILLION]], [(1 + root) / 2 for root in roots])
-    return [[(1 + root * abs(root)) / 2, color] for root, color in zip(roots, colors, strict=True)]
+    """Negative values blue, positive ones vermillion, none pale."""
+    return [[0, BLUE], [0.5, "#f2f2f2"], [1, VERMILLION]]
 
 
-def heatmap_figure(h: Heatmap) -> dict[str, Any]:
-    """Layer × module, coloured by the share of all relevance in percent."""
+def _sequential_scale() -> list[list[Any]]:
+    """Cividis (Nuñez, Anderton and Renslow 2018): lighter with the value, the same with colour-vision deficiencies."""
+    from plotly.colors import get_colorscale
+
+    return list(get_colorscale("Cividis"))
+
+
+def heatmap_figure(h: Heatmap, scale: str = "linear") -> dict[str, Any]:
+    """Layer × module, coloured by the share of all relevance, by its logarithm or by its rank.
+
+    The colours span the modules within the layers; what lies outside them and holds more has the last colour.
+    """
     parts = numbers.shares(h)
-    cells = [[None if value is None else 100 * value for value in row] for row in parts]
-    known = [value for row in cells for value in row if value is not None]
+    known = [value for row in parts for value in row if value is not None]
     signed = min(known, default=0.0) < 0
-    most = max(map(abs, known), default=0.0)
+    end = numbers.scale_end(h)
+    decimals = 1 if end > 0.02 else 2
+    place, ticks = _places(known, end, scale)
+    falling = sorted(map(abs, known), reverse=True)
+    ranks = [[None if value is None else 1 + falling.index(abs(value)) for value in row] for row in parts]
+    of_rank = "rank by absolute value" if signed else "rank"
+    titles = {"linear": f"share of {numbers.of_what(h)}, %", "rank": f"{of_rank}, of {len(known)}"}
     lines = [_two_lines(name) for name in h.columns]
     below = 32 + 5.6 * max((len(line) for pair in lines for line in pair), default=0)
     return {
         "data": [
             {
                 "type": "heatmap",
-                "z": cells,
-                "zmin": -most if signed else 0,
-                "zmax": most or 1,
-                "text": [[numbers.share(value) for value in row] for row in parts],
+                "z": [[None if value is None else place(value) for value in row] for row in parts],
+                "zmin": -1 if signed else 0,
+                "zmax": 1,
+                "text": [["" if rank is None else str(rank) for rank in row] for row in ranks]
+                if scale == "rank"
+                else [[numbers.share(value, decimals) for value in row] for row in parts],
                 "texttemplate": "%{text}",
                 "textfont": {"size": 10},
                 "customdata": [
                     [
-                        f"{_plain(row)}<br>{_plain(column)}<br>relevance {0 if value is None else value:.4g}"
-                        for column, value in zip(h.columns, values, strict=True)
+                        ""
+                        if value is None or part is None
+                        else f"{_plain(row)}<br>{_plain(column)}<br>relevance {value:.6g}<br>"
+                        f"{100 * part:.4g} % of {numbers.of_what(h)}<br>{of_rank} {rank} of {len(known)}"
+                        for column, value, part, rank in zip(h.columns, *cells, strict=True)
                     ]
-                    for row, values in zip(h.rows, h.values, strict=True)
+                    for row, cells in zip(h.rows, zip(h.values, parts, ranks, strict=True), strict=True)
                 ],
-                "hovertemplate": "%{customdata}<br>%{z:.3f} % of " + numbers.of_what(h) + "<extra></extra>",
+                "hovertemplate": "%{customdata}<extra></extra>",
                 "hoverongaps": False,
                 "xgap": 1,
                 "ygap": 1,
-                "colorscale": _signed_scale() if signed else _square_root_scale(),
+                "colorscale": _signed_scale() if signed else _sequential_scale(),
                 "colorbar": {
                     "orientation": "h",
-                    "title": {"text": f"share of {numbers.of_what(h)}, %", "side": "top"},
+                    "title": {"text": titles.get(scale, titles["linear"] + ", log"), "side": "top"},
                     "thickness": 10,
                     "len": 1,
                     "x": 0,
@@ -79,14 +91,15 @@ def heatmap_figure(h: Heatmap) -> dict[str, Any]:
                     "yanchor": "bottom",
                     "ypad": 4,
                     "xpad": 0,
-                    "nticks": 5,
                     "outlinewidth": 0,
+                    "ticklabeloverflow": "allow",
+                    **_ticks(ticks, signed, "" if scale == "rank" else "−"),
                 },
             }
         ],
         "layout": _layout(
             len(h.rows) * ROW + TOP + below,
-            margin={"t": TOP, "b": below, "l": LEFT, "r": 8},
+            margin={"t": TOP, "b": below, "l": LEFT, "r": 14},
             xaxis={
                 **_named_ticks(["<br>".join(map(_plain, pair)) for pair in lines]),
                 "tickangle": -90,
@@ -98,36 +111,94 @@ def heatmap_figure(h: Heatmap) -> dict[str, Any]:
     }
 
 
+def heatmap_views(h: Heatmap) -> dict[str, dict[str, Any]]:
+    """By each scale, what differs between the heat maps of all scales."""
+    traces = {scale: heatmap_figure(h, scale)["data"][0] for scale in SCALES}
+    return {scale: {name: trace[name] for name in ("z", "text", "colorbar")} for scale, trace in traces.items()}
+
+
+def _places(known: Sequence[float], end: float, scale: str) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
+    """What puts a share on a scale of colours (0..1, with the sign of the share), and (place, label) of its ticks."""
+    sizes = sorted(map(abs, known))
+    if scale == "rank" and sizes:
+        count = len(sizes)
+        middle = (count + 1) // 2
+        ticks = [((count - rank + 1) / count, str(rank)) for rank in sorted({1, middle, count}, reverse=True)]
+        return lambda value: math.copysign(bisect_right(sizes, abs(value)) / count, value), ticks
+    if end == 0:
+        return lambda value: 0.0, [(0, "0")]
+    if scale == "linear":
+        unit = 10.0 ** math.floor(math.log10(end))
+        step = next(part * unit for part in (0.2, 0.5, 1, 2) if end <= 5 * part * unit)
+        ticks = [(i * step / end, f"{100 * i * step:.3g}") for i in range(int(1.001 * end / step) + 1)]
+        return lambda value: max(-1.0, min(1.0, value / end)), ticks
+    least = next((size for size in sizes if size > 0), end)
+    decades = min(max(math.ceil(math.log10(end / least)) if least < end else 1, 1), 4)
+
+    def place(value: float) -> float:
+        if value == 0:
+            return 0.0
+        size = 1 + math.log10(abs(value) / end) / decades
+        return math.copysign(max(0.0, min(1.0, size)), value)
+
+    powers = range(math.floor(math.log10(end)) - decades, math.floor(math.log10(end)) + 1)
+    rounds = [part * 10.0**power for power in powers for part in ((1, 2, 5) if decades < 3 else (1,))]
+    return place, [(place(size), f"{100 * size:.2g}") for size in rounds if end / 10**decades < size <= end]
+
+
+def _ticks(ticks: Sequence[tuple[float, str]], signed: bool, minus: str) -> dict[str, Any]:
+    if signed:  # fewer, on either side
+        apart = [(place, text) for place, text in ticks if place > 0.3]
+        ticks = [
+            *((-place, minus + text) for place, text in reversed(apart)),
+            *[tick for tick in ticks if tick not in apart][:1],
+            *apart,
+        ]
+    return {"tickmode": "array", "tickvals": [place for place, _ in ticks], "ticktext": [text for _, text in ticks]}
+
+
 def layers_figure(
-    names: Sequence[str], by_layer: Sequence[float] | None, selected: Mapping[str, int], adds_up: bool = True
+    names: Sequence[str],
+    by_layer: Sequence[float] | None,
+    selected: Mapping[str, int],
+    adds_up: bool = True,
+    outside: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Relevance by layer and, beside it, the trainable parameters chosen there."""
+    """Relevance by layer and, beside it, the trainable parameters chosen there.
+
+    The axes span the layers; a longer bar of a module outside them is cut at the edge and says its value.
+    """
     places = list(range(len(names)))
-    sides: list[tuple[Sequence[float], str, str, str, str]] = []
+    sides: list[tuple[Sequence[float], str, str, str, str, Callable[[float], str]]] = []
     if by_layer is not None:
         percents = [100 * value for value in by_layer]
         title, what = "share of all<br>relevance, %", "all relevance"
         if not adds_up:
             title, what = "the layer's own<br>score, share, %", "the layers' absolute values"
-        sides.append((percents, title, BLUE, "%{x:.2f} % of " + what, ""))
+        sides.append((percents, title, BLUE, "%{x:.4g} % of " + what, "", "{:.1f}".format))
     if selected:
         chosen = [selected.get(name, 0) for name in names]
-        sides.append((chosen, "trainable<br>parameters", VERMILLION, "%{x:,} trainable parameters", "~s"))
+        sides.append(
+            (chosen, "trainable<br>parameters", VERMILLION, "%{x:,} trainable parameters", "~s", numbers.count)
+        )
     axes: dict[str, Any] = {}
-    bars = []
-    for i, (values, title, color, hover, tickformat) in enumerate(sides):
+    bars, cut = [], []
+    for i, (values, title, color, hover, tickformat, text) in enumerate(sides):
         suffix = "" if i == 0 else str(i + 1)
         width = 1 / len(sides)
+        within = [value for name, value in zip(names, values, strict=True) if name not in outside]
+        within = [0, *(within if any(within) else values)]
+        low, high = 1.05 * min(within), 1.05 * max(within) or 1
         axes["xaxis" + suffix] = {
             "domain": [i * width + (0.04 if i else 0), (i + 1) * width - (0.04 if i + 1 < len(sides) else 0)],
             "title": {"text": title, "standoff": 6},
             "side": "top",
-            "range": [1.05 * min([0, *values]), 1.05 * max([0, *values]) or 1],
+            "range": [low, high],
             "nticks": 3,
             "tickangle": 0,
             "tickformat": tickformat,
             "gridcolor": GRID,
-            "zeroline": min([0, *values]) < 0,
+            "zeroline": low < 0,
             "fixedrange": True,
         }
         bars.append(
@@ -143,13 +214,25 @@ def layers_figure(
                 "hovertemplate": "%{customdata}<br>" + hover + "<extra></extra>",
             }
         )
+        cut += [
+            {
+                **_title(
+                    f"{text(value)} ▸", x=high, xref="x" + suffix, xanchor="right", y=y, yref="y", yanchor="middle"
+                ),
+                "font": {"size": 11, "color": "#fff"},
+                "bgcolor": color,
+                "borderpad": 1,
+            }
+            for y, value in enumerate(values)
+            if value > high
+        ]
     return {
         "data": bars,
         "layout": _layout(
             len(names) * ROW + TOP + BOTTOM,
             margin={"t": TOP, "b": BOTTOM, "l": LEFT, "r": 14},
             yaxis=_layer_axis(names),
-            annotations=[LAYER_TITLE],
+            annotations=[LAYER_TITLE, *cut],
             bargap=0.25,
             showlegend=False,
             **axes,
@@ -333,7 +416,7 @@ LAYER_TITLE = _title("layer", x=0, xanchor="right", xshift=-10, y=1, yanchor="bo
 
 
 def _layer_axis(names: Sequence[str]) -> dict[str, Any]:
-    labels, _ = numbers.layer_labels(names, width=10)
+    labels, _ = numbers.layer_labels(names, width=22)
     return {**_named_ticks([_plain(label) for label in labels]), "automargin": "left"}
 
 

@@ -122,6 +122,27 @@ def measured(results: Iterable[Mapping[str, Any]], prefix: str = "") -> list[str
     return [key.removeprefix(prefix) for key in keys if key.startswith(prefix) and key.removeprefix(prefix) in METRICS]
 
 
+def history_rows(history: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table of the trainer's log: steps and epochs, the losses, the tasks' metrics on validation data."""
+    entries = [entry for entry in history if "loss" in entry or any(key.startswith("eval_") for key in entry)]
+    names = [name for name in ("loss", "eval_loss") if any(name in entry for entry in entries)]
+    names += [f"eval_{name}" for name in measured(entries, "eval_")]
+    heads = {"loss": "training\nloss", "eval_loss": "validation\nloss"}
+    heads |= {
+        name: f"validation\n{head(name.removeprefix('eval_'), short=True)}" for name in names if name not in heads
+    }
+    rows = []
+    for entry in entries:
+        cells = [count(entry.get("step")), fixed(entry.get("epoch"), 2)]
+        for name in names:
+            value = entry.get(name)
+            cells.append(
+                "" if value is None else fixed(value, 4) if name in ("loss", "eval_loss") else score(name[5:], value)
+            )
+        rows.append(cells)
+    return ["step", "epoch", *(heads[name] for name in names)], rows if names else []
+
+
 def lm_eval_cells(score: LMEvalScore) -> tuple[str, ...]:
     """Task, metric (with what is done to an answer, and which way is better), base, tuned, examples, few-shot examples."""
     direction = {True: " ↑", False: " ↓", None: ""}[score.higher_is_better]
@@ -149,13 +170,36 @@ def shares(h: Heatmap) -> list[list[float | None]]:
     return [[None if value is None else value / total for value in row] for row in h.values]
 
 
-def share(value: float | None) -> str:
-    """A cell's share in percent with one decimal, so that a column lines up; at most five characters."""
+def scale_end(h: Heatmap) -> float:
+    """The largest share, without its sign, of a module within the layers: where a scale of colours ends.
+
+    One module outside them, such as a pooler, may hold most of all relevance and would leave the layers one colour.
+    """
+    outside = h.outside()
+    within = [row for name, row in zip(h.rows, shares(h), strict=True) if name not in outside]
+    return max((abs(value) for row in within for value in row if value is not None), default=0.0)
+
+
+def beyond_scale(h: Heatmap) -> list[tuple[str, float]]:
+    """(name, share) of the modules outside the layers that lie beyond the end of the scale, the largest first."""
+    end, outside = scale_end(h), h.outside()
+    found = [
+        (name, value)
+        for name, row in zip(h.rows, shares(h), strict=True)
+        for value in row
+        if name in outside and value is not None and abs(value) > end
+    ]
+    return sorted(found, key=lambda pair: -abs(pair[1]))
+
+
+def share(value: float | None, decimals: int = 1) -> str:
+    """A cell's share in percent with as many decimals, so that a column lines up; at most five characters with one."""
     if value is None:
         return ""
-    if 0 < abs(value) < 0.0005:
-        return "<0.1" if value > 0 else ">-0.1"
-    return f"{100 * value:.1f}"
+    least = 10.0**-decimals
+    if 0 < abs(value) < least / 200:
+        return f"<{least:g}" if value > 0 else f">-{least:g}"
+    return f"{100 * value:.{decimals}f}"
 
 
 def of_what(h: Heatmap) -> str:
@@ -176,8 +220,9 @@ def opening(text: str, characters: int = 200, lines: int = 4) -> tuple[str, str]
 def layer_labels(rows: Sequence[str], width: int = 20) -> tuple[list[str], str]:
     """Short row labels, and what a bare number among them stands for (``encoder.layer.N``, or nothing).
 
-    A numbered layer keeps only what sets it apart: ``11``, or ``decoder.11`` beside ``encoder.11``. Labels
-    are for reading: clipped to ``width``, they need not differ from each other.
+    A numbered layer keeps only what sets it apart: ``11``, or ``decoder.11`` beside ``encoder.11``. Another name keeps
+    its last two parts, or the last one where both are wider than ``width``. Labels are for reading: they need not
+    differ from each other.
     """
     numbered = {tuple(name.split(".")[:-1]) for name in rows if name.rpartition(".")[2].isdigit()}
     lead = _shared(numbered)
@@ -189,7 +234,11 @@ def layer_labels(rows: Sequence[str], width: int = 20) -> tuple[list[str], str]:
             label = ".".join([*parts[lead : len(parts) - tail], last])
         else:
             label = ".".join([*parts[-1:], last])
-        labels.append(label if len(label) <= width else "…" + label[1 - width :])
+            label = label if len(label) <= width else last
+        if len(label) > width:  # cut before a word, where there is one
+            end = label[1 - width :]
+            label = "…" + (end.partition("_")[2] or end)
+        labels.append(label)
     prefix = ".".join(numbered.pop()) if len(numbered) == 1 else ""
     return labels, f"{prefix}.N" if prefix else ""
 

@@ -13,7 +13,14 @@ from reltune.errors import InputError
 from reltune.files import write_text
 from reltune.metrics import METRICS
 from reltune.report import comparison, numbers
-from reltune.report.figures import curve_figures, heatmap_figure, layers_figure, ways_figures
+from reltune.report.figures import (
+    SCALES,
+    curve_figures,
+    heatmap_figure,
+    heatmap_views,
+    layers_figure,
+    ways_figures,
+)
 from reltune.report.record import Output, RunRecord
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -30,12 +37,14 @@ def write_report(path: str | os.PathLike, record: RunRecord) -> None:
             f"the report needs {error.name}, which is not installed; run: pip install {str(error.name).partition('.')[0]}"
         ) from error
     figures: dict[str, dict[str, Any]] = {}
+    views: dict[str, dict[str, Any]] = {}  # of the heat maps, by scale
     panels = []
     for i, h in enumerate(record.heatmaps):
         names = [*h.rows, *(name for name in record.selected_by_layer if name not in h.rows)]
         by_layer = h.share_by_layer + [0.0] * (len(names) - len(h.rows))
         figures[f"heatmap-{i}"] = heatmap_figure(h)
-        figures[f"layers-{i}"] = layers_figure(names, by_layer, record.selected_by_layer, h.adds_up)
+        views[f"heatmap-{i}"] = heatmap_views(h)
+        figures[f"layers-{i}"] = layers_figure(names, by_layer, record.selected_by_layer, h.adds_up, h.outside())
         panels.append(
             {
                 "criterion": h.criterion,
@@ -43,7 +52,8 @@ def write_report(path: str | os.PathLike, record: RunRecord) -> None:
                 "adds_up": h.adds_up,
                 "numbered": numbers.layer_labels(h.rows)[1],
                 "columns": h.columns,
-                "width": 84 + 28 * len(h.columns),  # pixels, below which it scrolls
+                "beyond": numbers.beyond_scale(h),
+                "width": 170 + 32 * len(h.columns),  # pixels, below which it scrolls
                 "rows": list(reversed(list(zip(h.rows, numbers.shares(h), h.share_by_layer, strict=True)))),
             }
         )
@@ -75,8 +85,13 @@ def write_report(path: str | os.PathLike, record: RunRecord) -> None:
         config=list(flatten(record.config)),
         sweep=numbers.sweep_rows(record.sweep) if record.sweep else None,
         lm_eval_rows=[numbers.lm_eval_cells(score) for score in record.lm_eval.scores] if record.lm_eval else [],
+        scales=SCALES,
+        history=numbers.history_rows(record.history),
         # "<" as an escape: no string in the data can close the script element.
-        figures_json=Markup(json.dumps(figures, allow_nan=False).replace("<", "\\u003c")),
+        **{
+            name: Markup(json.dumps(values, allow_nan=False).replace("<", "\\u003c"))
+            for name, values in (("figures_json", figures), ("views_json", views))
+        },
         wbr=Markup(".<wbr>"),  # a long module name may break after its dots
         plotlyjs=Markup(get_plotlyjs()) if figures else "",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,10 +17,10 @@ from reltune.relevance.heatmap import Heatmap
 from reltune.report import numbers
 from reltune.report.record import LMEvalRecord, Output
 
-# Viridis (van der Walt and Smith 2015, CC0): perceptually uniform, readable with colour-vision deficiencies.
-VIRIDIS = (
-    *("#440154", "#482878", "#3e4989", "#31688e", "#26828e"),
-    *("#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"),
+# Cividis (Nuñez, Anderton and Renslow 2018, CC0): lighter with the value, the same with colour-vision deficiencies.
+CIVIDIS = (
+    *("#00224e", "#123570", "#3b496c", "#575d6d", "#707173"),
+    *("#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"),
 )
 WIDTH = 80
 CELL = 6
@@ -34,13 +35,13 @@ def heatmap(h: Heatmap) -> RenderableType:
     """
     cells = numbers.shares(h)
     spare = WIDTH - CELL * (len(h.columns) + 1)  # for labels, with every module and the layer's sum beside them
-    labels, numbered = numbers.layer_labels(h.rows, width=min(max(spare, 10), 20))
+    labels, numbered = numbers.layer_labels(h.rows, width=min(max(spare, 16), 20))
     heads = _abbreviate(h.columns)
     label_width = max([len("layer"), *map(len, labels)])
     across = max(1, (WIDTH - label_width - CELL) // CELL)
     known = [value for row in cells for value in row if value is not None]
-    least, most = min(known, default=0.0), max(known, default=0.0)
-    least = min(least, 0.0)
+    end = numbers.scale_end(h)  # a cell beyond it has the last colour
+    least, most = max(min([*known, 0.0]), -end), min(max(known, default=0.0), end)
 
     tables = []
     for start in range(0, max(len(h.columns), 1), across):
@@ -59,6 +60,8 @@ def heatmap(h: Heatmap) -> RenderableType:
     )
     if any(value is None for row in cells for value in row):
         scale.append("   blank: no such module")
+    if numbers.beyond_scale(h):
+        scale.append("   colours span the layers")
     legend = [f"{head} {name}" for head, name in zip(heads, h.columns, strict=True) if head != name]
     if not h.adds_up:
         legend.append("all: the layer's own score")
@@ -76,14 +79,16 @@ def heatmap(h: Heatmap) -> RenderableType:
 
 
 def lm_eval_table(record: LMEvalRecord) -> Table:
-    """One row per task and metric; at most 100 columns wide."""
+    """One row per task and metric; at most 80 columns wide."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("lm-evaluation-harness", overflow="fold", max_width=28)
-    table.add_column("metric", overflow="fold", max_width=24)
-    for head in ("base", "tuned", "examples", "few-shot"):
+    table.add_column("lm-evaluation-harness", overflow="fold", max_width=22)
+    table.add_column("metric", overflow="fold", max_width=20)
+    for head in ("base", "tuned", "examples", "few-\nshot"):
         table.add_column(head, justify="right", no_wrap=True)
     for score in record.scores:
-        table.add_row(*map(Text, numbers.lm_eval_cells(score)))
+        task, metric, *cells = numbers.lm_eval_cells(score)
+        # The error has a line of its own.
+        table.add_row(Text(task), Text(metric), *(Text(cell.replace(" ± ", "\n± ")) for cell in cells))
     return table
 
 
@@ -121,7 +126,9 @@ def sweep_table(record: Mapping[str, Any]) -> Table:
     heads, rows = numbers.sweep_rows(record)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for head in (*heads, ""):
-        table.add_column(head, justify="right", overflow="fold")
+        # A long name breaks after its underscores.
+        lines = textwrap.wrap(head.replace("_", "_ "), 13)
+        table.add_column("\n".join(line.replace("_ ", "_") for line in lines), justify="right", overflow="fold")
     for cells, best in rows:
         table.add_row(*map(Text, cells), "best" if best else "", style="bold" if best else "")
     return table
@@ -197,7 +204,7 @@ def _abbreviate(names: Sequence[str]) -> list[str]:
 def _cell(value: float | None, least: float, most: float) -> Text:
     if value is None:
         return Text(" " * CELL)
-    red, green, blue = _viridis((value - least) / (most - least) if most > least else 0.0)
+    red, green, blue = _cividis((value - least) / (most - least) if most > least else 0.0)
     # Relative luminance decides which of black and white is easier to read (WCAG 2: above 0.179 black).
     r, g, b = (c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in (red, green, blue))
     light = 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179
@@ -206,13 +213,13 @@ def _cell(value: float | None, least: float, most: float) -> Text:
 
 
 def _scale(steps: int = 20) -> Text:
-    colors = [_viridis(i / (steps - 1)) for i in range(steps)]
+    colors = [_cividis(i / (steps - 1)) for i in range(steps)]
     return Text.assemble(*[(" ", f"on #{red:02x}{green:02x}{blue:02x}") for red, green, blue in colors])
 
 
-def _viridis(position: float) -> tuple[int, int, int]:
+def _cividis(position: float) -> tuple[int, int, int]:
     """Colour at 0..1, linear between the anchors."""
-    anchors = [tuple(int(color[i : i + 2], 16) for i in (1, 3, 5)) for color in VIRIDIS]
+    anchors = [tuple(int(color[i : i + 2], 16) for i in (1, 3, 5)) for color in CIVIDIS]
     place = min(max(position, 0.0), 1.0) * (len(anchors) - 1)
     low = min(int(place), len(anchors) - 2)
     mixed = [round(a + (b - a) * (place - low)) for a, b in zip(anchors[low], anchors[low + 1], strict=True)]
