@@ -24,8 +24,8 @@ from reltune.config.run_config import RunConfig
 from reltune.errors import InputError, StorageError
 from reltune.methods.contract import Base
 from reltune.methods.registry import METHODS
-from reltune.runs import stages
-from reltune.runs.comparison import rates
+from reltune.runs import lock, stages
+from reltune.runs.comparison import flow, rates, work
 from reltune.runs.comparison.cells import Cell
 from reltune.runs.comparison.pace import Pace, fitted
 from reltune.runs.comparison.schedule import Grid
@@ -192,6 +192,18 @@ def test_interrupted_it_gives_the_same_tables(place: Path, compared: tuple[Path,
         assert without_times(one[part]) == without_times(other[part]), part
 
 
+def test_more_seeds_may_bring_a_longer_analysis(place: Path, compared: tuple[Path, Answer]) -> None:
+    """Then those that train longer do so with every seed anew."""
+    shutil.copytree(compared[0], place / "more")
+    with mock.patch.object(work, "_examples_seen", lambda *_: 64):
+        answer = compare(place, "more", *TWO, place / "second.csv", "--seeds", 3)
+    assert answer.code == 0, answer.err
+    record = read(place / "more" / "comparison.json")
+    longer = [(one["seed"], one["steps"]) for one in record["trainings"] if one["longer"]]
+    assert longer == [(42, 11), (43, 11), (44, 11)]
+    assert record["tables"][1]["rows"][2]["steps"] == 11 and record["tables"][1]["rows"][2]["seeds"] == 3
+
+
 def test_what_fails_is_recorded_and_the_rest_goes_on(place: Path) -> None:
     real = stages.tune
 
@@ -200,17 +212,20 @@ def test_what_fails_is_recorded_and_the_rest_goes_on(place: Path) -> None:
             raise ArithmeticError(
                 "training diverged, some weights are not finite any more; try a lower --learning_rate."
             )
+        if materials.config.seed == 43:
+            raise RuntimeError("no such kernel")
         return real(materials, *others, **more)
 
     with mock.patch.object(stages, "tune", tune):
-        words = [*QUICK, "--methods", "lora,bitfit", "--seeds", 1, "--rate_trials", 1]
+        words = [*QUICK, "--methods", "lora,bitfit", "--seeds", 2, "--rate_trials", 1]
         answer = compare(place, "failing", *words)
     assert answer.code == 0, answer.err
     lora, bitfit = read(place / "failing" / "comparison.json")["tables"][0]["rows"][1:]
     assert lora["failed"] == "training diverged, some weights are not finite any more." and not lora["metrics"]
-    assert bitfit["metrics"]["accuracy"] >= 0 and not bitfit["failed"]
+    assert bitfit["metrics"]["accuracy"] >= 0 and bitfit["seeds"] == 1
+    assert bitfit["failed"] == "seed 43: RuntimeError: no such kernel. The row is of 1 seed."
     assert "lora r=8 failed: training diverged" in " ".join(answer.out.split())
-    assert "One seed: there is no interval" in answer.out and "Rates were not tuned" in answer.out
+    assert "Rates were not tuned" in answer.out
 
 
 def test_a_full_disk_is_no_failure_of_a_run(place: Path) -> None:
@@ -220,8 +235,10 @@ def test_a_full_disk_is_no_failure_of_a_run(place: Path) -> None:
         answer = compare(place, "full", *words)
     assert answer.code == 1 and "the disk is full" in answer.err, answer
     assert not list((place / "full").glob("runs/*/*/result.json"))
+    assert_refused(reltune("report", place / "full"), "has no tables yet")
     answer = compare(place, "full", *words)
     assert answer.code == 0 and "Going on where it stopped." in answer.out, answer
+    assert "One seed: there is no interval" in answer.out
 
 
 @pytest.mark.slow
@@ -385,6 +402,8 @@ def unchanged(place: Path) -> Iterator[None]:
         (["--methods", "layers", "--budget", "0.5%"], "the nearest that it can is 8,544 (top)"),
         (["--methods", "lora", "--budget", 100], "the nearest that it can is 960 (r=1)"),
         (["--max_hours", 0], "max_hours is 0"),
+        (["--sizes", "usual", "--budget", "1%"], "says what equal sizes are"),
+        (["--metric_for_best_model", "acuracy"], "did you mean 'accuracy'"),
     ],
 )
 def test_what_is_refused_before_anything_is_written(place: Path, words: list[object], said: str) -> None:
@@ -400,6 +419,8 @@ def test_a_directory_with_something_else(place: Path, compared: tuple[Path, Answ
     )
     assert_refused(compare(place, "model", *QUICK), "holds no comparison")
     other = shutil.copytree(place / "compared", place / "moved")
+    (other / "comparison.json").write_text('{"tables": 3}', encoding="utf-8")
+    assert_refused(reltune("report", other), "holds no tables")
     rows = (place / "train.csv").read_text(encoding="utf-8")
     try:
         write_csv(place / "train.csv", review_rows(100, seed=1))
@@ -408,11 +429,24 @@ def test_a_directory_with_something_else(place: Path, compared: tuple[Path, Answ
         (place / "train.csv").write_text(rows, encoding="utf-8")
 
 
+def test_the_library_refuses_what_the_command_does(place: Path) -> None:
+    given = {"train_file": place / "train.csv", "methods": "lora", "sizes": "usual"}
+    with pytest.raises(InputError, match="'seds' is no field; did you mean 'seeds'"):
+        flow.compare(str(place / "model"), place / "library", **given, seds=2)
+    with pytest.raises(InputError, match="holds no comparison"):
+        flow.compare(str(place / "model"), place / "model", **given)
+    held = []
+    with (
+        mock.patch.object(flow, "start", lambda config, _: held.append(lock._held.copy())),
+        mock.patch.object(flow, "run"),
+    ):
+        flow.compare(str(place / "model"), place / "library", **given)
+    assert held == [{place / "library"}] and not (place / "library").exists()
+
+
 def test_by_default_what_the_task_cannot_take_is_left_out(tmp_path: Path) -> None:
     """A decoder with Conv1D and a head over its vocabulary."""
     flags = task_place(tmp_path, "causal_lm")
-    from reltune.runs.comparison import flow
-
     config = comparison_config(
         dict(zip([flag[2:] for flag in flags[::2]], flags[1::2], strict=True)) | {"output_dir": str(tmp_path / "out")}
     )

@@ -143,6 +143,10 @@ class ComparisonConfig(Subject):
             raise InputError(
                 f"rate_trials is {self.rate_trials}; take {LEAST_TRIALS} or more, or 1 for every method's default rate."
             )
+        if self.sizes == "usual" and self.shared.get("budget") is not None:
+            raise InputError(
+                "budget is given, and says what equal sizes are; leave it out, or take sizes equal or both."
+            )
         training = self.shared.get("training", {})
         for name in DECIDED:
             if name in training:

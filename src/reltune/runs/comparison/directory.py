@@ -17,12 +17,12 @@ from reltune.runs.lock import LOCK
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One training of a cell: the rate in half-decades from the default, the seed, and whether it has more steps."""
+    """One training of a cell: the rate in half-decades from the default, the seed, and its steps where it has more than others."""
 
     cell: str
     rate_steps: int
     seed: int
-    longer: bool = False
+    max_steps: int = 0
 
 
 class ComparisonDirectory:
@@ -93,7 +93,7 @@ class ComparisonDirectory:
         return self.path / "runs" / cell / "cell.json"
 
     def run(self, place: Place, rate: float) -> RunDirectory:
-        longer = "-longer" if place.longer else ""
+        longer = f"-steps-{place.max_steps}" if place.max_steps else ""
         return RunDirectory(self.path / "runs" / place.cell / f"seed-{place.seed}-rate-{rate:g}{longer}")
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from reltune.config.comparison import ComparisonConfig, comparison_config
+from reltune.config.comparison import COMPARISON_FIELDS, ComparisonConfig, comparison_config
+from reltune.config.fields import checked_fields
 from reltune.data.rows import Rows
-from reltune.errors import InputError
+from reltune.errors import InputError, nearest
 from reltune.files import write_json
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.inventory import take_inventory
@@ -29,7 +30,9 @@ from reltune.runs.comparison.summary import report
 from reltune.runs.comparison.tables import record_of
 from reltune.runs.comparison.work import FIXED, Piece, Workshop, cheap_collections
 from reltune.runs.comparison.workers import Alone, Shared, default_jobs
+from reltune.runs.lock import locked
 from reltune.runs.materials import Materials, prepare
+from reltune.tasks.task import Task, Written
 
 
 @dataclasses.dataclass
@@ -78,10 +81,11 @@ def start(config: ComparisonConfig, overwrite: bool = False) -> Comparison:
     training_fields = {**config.shared.get("training", {}), **FIXED}
     materials = prepare(config.of("full", training=training_fields))
     materials.check_training()
+    metric, largest = training.compared_by(config.shared.get("training", {}), materials.task)
+    _check_measured(metric.removeprefix("eval_"), materials.task)
     cells, left_out = cells_of(config, materials)
     count = parse_budget(config.budget, take_inventory(materials.base.look(), materials.new_heads).base_parameters)
     args = materials.arguments("full")
-    metric, largest = training.compared_by(config.shared.get("training", {}), materials.task)
     grid = Grid(
         cells=tuple(cells),
         seeds=tuple(config.all_seeds),
@@ -118,13 +122,27 @@ def start(config: ComparisonConfig, overwrite: bool = False) -> Comparison:
     return Comparison(config, directory, materials, grid, [*left_out, *materials.notes], count)
 
 
+def _check_measured(metric: str, task: Task) -> None:
+    """Raise InputError for a metric that is not measured on validation data, where the model writes nothing."""
+    known = [name for name in ("loss", *task.metrics) if name not in task.written_metrics([Written("", "", "")])]
+    if metric not in known:
+        raise InputError(
+            f"metric_for_best_model {metric!r} is not what rates can be compared by; {nearest(metric, known)}"
+        )
+
+
 def _in_time(
     config: ComparisonConfig, grid: Grid, materials: Materials, directory: ComparisonDirectory, overwrite: bool
 ) -> dict[str, Any]:
     """The part of the grid that fits into ``max_hours``: as it was decided when the comparison began, or by measuring now."""
     hours = config.max_hours
     assert hours is not None
-    wanted = {"cells": [cell.name for cell in grid.cells], "seeds": list(grid.seeds), "hours": hours}
+    wanted = {
+        "cells": [cell.name for cell in grid.cells],
+        "seeds": list(grid.seeds),
+        "equal_cost": grid.equal_cost,
+        "hours": hours,
+    }
     decided: dict[str, Any] | None = None if overwrite else read(directory.grid)
     if decided is not None and decided["wanted"] == wanted:
         return decided
@@ -189,7 +207,7 @@ def compare(
     model_name_or_path: str,
     output_dir: str | Path,
     *,
-    methods: Sequence[str] = (),
+    methods: str | Sequence[str] = (),
     overwrite: bool = False,
     **fields: Any,
 ) -> ComparisonRecord:
@@ -212,12 +230,13 @@ def compare(
     values = {
         "model_name_or_path": model_name_or_path,
         "output_dir": str(output_dir),
-        "methods": list(methods),
+        "methods": methods if isinstance(methods, str) else list(methods),
         **fields,
     }
-    config = comparison_config(values)
+    config = comparison_config(checked_fields(values, COMPARISON_FIELDS))
     config.check()
-    return run(start(config, overwrite))
+    with locked(config.output_dir):
+        return run(start(config, overwrite))
 
 
 def _digest(materials: Materials) -> str:

@@ -51,14 +51,14 @@ class State:
         assert settled is not None, "rates are asked for after the cell is settled"
         return rates.rate_at(settled["default_rate"], steps)
 
-    def result(self, cell: Cell, steps: int, seed: int, longer: bool = False) -> dict[str, Any] | None:
-        """What a training gave."""
-        run = self.directory.run(Place(cell.name, steps, seed, longer), self.rate(cell, steps))
+    def result(self, cell: Cell, steps: int, seed: int, max_steps: int = 0) -> dict[str, Any] | None:
+        """What a training gave; ``max_steps`` of one that has more steps than the others."""
+        run = self.directory.run(Place(cell.name, steps, seed, max_steps), self.rate(cell, steps))
         found: dict[str, Any] | None = read(run.path / RESULT)
         return found
 
-    def tested(self, cell: Cell, steps: int, seed: int, longer: bool = False) -> dict[str, Any] | None:
-        run = self.directory.run(Place(cell.name, steps, seed, longer), self.rate(cell, steps))
+    def tested(self, cell: Cell, steps: int, seed: int, max_steps: int = 0) -> dict[str, Any] | None:
+        run = self.directory.run(Place(cell.name, steps, seed, max_steps), self.rate(cell, steps))
         found: dict[str, Any] | None = read(run.path / TESTED)
         return found
 
@@ -173,28 +173,28 @@ class State:
         if best is None:
             return []
         return [
-            Piece("train", seed, cell.name, best, steps)
+            Piece("train", seed, cell.name, best, max_steps)
             for seed in self.grid.seeds
-            if (steps := self.longer(cell, seed)) and self.result(cell, best, seed, longer=True) is None
+            if (max_steps := self.longer(cell, seed)) and self.result(cell, best, seed, max_steps) is None
         ]
 
     def _tests(self) -> list[Piece]:
         pieces = [Piece("before", seed) for seed in self.grid.seeds if not self.directory.before(seed).is_file()]
-        for cell, steps, seed, longer in self.trained():
-            if self.tested(cell, steps, seed, longer) is None:
-                pieces.append(Piece("test", seed, cell.name, steps, int(longer)))
+        for cell, steps, seed, max_steps in self.trained():
+            if self.tested(cell, steps, seed, max_steps) is None:
+                pieces.append(Piece("test", seed, cell.name, steps, max_steps))
         return pieces
 
-    def trained(self) -> list[tuple[Cell, int, int, bool]]:
-        """Every training that a table rests on, and that did not fail: its cell, rate and seed, and whether it is a longer one."""
+    def trained(self) -> list[tuple[Cell, int, int, int]]:
+        """Every training that a table rests on, and that did not fail: its cell, rate and seed, and its steps if it is a longer one."""
         found = []
         for cell in self.grid.cells:
             best = None if self.settled(cell) is None or self.failed(cell) else self.best(cell)
             for seed in self.grid.seeds if best is not None else ():
-                for longer in (False, True):
-                    result = self.result(cell, best, seed, longer)  # type: ignore[arg-type]
+                for max_steps in dict.fromkeys((0, self.longer(cell, seed))):
+                    result = self.result(cell, best, seed, max_steps)  # type: ignore[arg-type]
                     if result is not None and not result["failed"]:
-                        found.append((cell, best, seed, longer))
+                        found.append((cell, best, seed, max_steps))
         return found  # type: ignore[return-value]
 
     def superseded(self) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from reltune.errors import InputError
 from reltune.files import read_json
 from reltune.report.page import write_report
 from reltune.report.record import ComparisonRecord, RunRecord
@@ -11,9 +12,16 @@ from reltune.runs.comparison.directory import ComparisonDirectory
 
 
 def report(directory: ComparisonDirectory) -> ComparisonRecord:
-    """Draw ``report.html``, and give what it shows."""
-    values = read_json(directory.record)
-    record, config = ComparisonRecord.from_json(values), values["config"]
+    """Draw ``report.html``, and give what it shows. Raises InputError for a comparison that did not come to its end yet."""
+    if not directory.record.is_file():
+        raise InputError(
+            f"the comparison in {directory.path} has no tables yet; the command that began it goes on with it."
+        )
+    try:
+        values = read_json(directory.record)
+        record, config = ComparisonRecord.from_json(values), values["config"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{directory.record} holds no tables; give the command that made them again.") from error
     data = config.get("dataset_name") or Path(str(config.get("train_file"))).name
     page = RunRecord(
         title=f"reltune: ways to train, on {data}",

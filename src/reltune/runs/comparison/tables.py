@@ -71,16 +71,16 @@ def _trainings(state: State) -> list[dict[str, Any]]:
         if settled is None or settled["failed"]:
             continue
         best = state.best(cell)
-        places = [(steps, state.grid.seeds[0], False) for steps in state.tried(cell)]
+        places = [(steps, state.grid.seeds[0], 0) for steps in state.tried(cell)]
         if best is not None:
-            places += [(best, seed, False) for seed in state.grid.seeds[1:]]
-            places += [(best, seed, True) for seed in state.grid.seeds]
-        for steps, seed, longer in places:
-            result = state.result(cell, steps, seed, longer)
+            places += [(best, seed, 0) for seed in state.grid.seeds[1:]]
+            places += [(best, seed, more) for seed in state.grid.seeds if (more := state.longer(cell, seed))]
+        for steps, seed, max_steps in places:
+            result = state.result(cell, steps, seed, max_steps)
             if result is not None:
                 chosen = steps == best
-                tested = state.tested(cell, steps, seed, longer) if chosen else None
-                found.append({**result, "longer": longer, "chosen": chosen, "test": tested})
+                tested = state.tested(cell, steps, seed, max_steps) if chosen else None
+                found.append({**result, "longer": bool(max_steps), "chosen": chosen, "test": tested})
     return found
 
 
@@ -99,13 +99,15 @@ def _row(
         return row
     own = [one for one in trainings if one["cell"] == cell.name and one["chosen"]]
     longer = cost and any(one["longer"] for one in own)
-    own = [one for one in own if one["longer"] == longer]
+    own = [one for one in own if one["longer"] == longer or (longer and one["failed"])]  # what failed has no longer one
     failures = [one["failed"] or (one["test"] or {}).get("failed") for one in own]
     row.failed = next((f"seed {one['seed']}: {why}" for one, why in zip(own, failures, strict=True) if why), "")
     good = [one for one, why in zip(own, failures, strict=True) if not why and one["test"]]
     row.seeds = len(good)
     if not good:
         return row
+    if row.failed:
+        row.failed += f" The row is of {len(good)} seed{'' if len(good) == 1 else 's'}."
     names = ["loss", *measured([one["test"] for one in good], "test_")]
     for name in dict.fromkeys([metric, *names]):
         values = [one["test"][f"test_{name}"] for one in good if f"test_{name}" in one["test"]]
