@@ -228,6 +228,15 @@ def test_what_fails_is_recorded_and_the_rest_goes_on(place: Path) -> None:
     assert "Rates were not tuned" in answer.out
 
 
+def test_a_quantised_base_is_measured_before_training_too(place: Path) -> None:
+    words = [*QUICK, "--methods", "weights,lora", "--probe_steps", 2, "--seeds", 1, "--rate_trials", 1]
+    answer = compare(place, "quantised", *words, "--no_equal_cost", "--load_in_4bit", "--max_hours", 1)
+    assert answer.code == 0, answer.err
+    before, *trained = read(place / "quantised" / "comparison.json")["tables"][0]["rows"]
+    assert before["metrics"]["loss"] > 0 and not any(row["failed"] for row in trained)
+    assert all(read(place / "quantised" / "grid.json")["pace"]["step"].values())
+
+
 def test_a_full_disk_is_no_failure_of_a_run(place: Path) -> None:
     """It ends the comparison, and the same command goes on."""
     words = [*QUICK, "--methods", "bitfit", "--seeds", 1, "--rate_trials", 1]

@@ -16,6 +16,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 
 from reltune.runs.progress import show_progress
+from reltune.runs.training import frozen_base
 from reltune.tasks.task import Examples, Task, Written
 
 DEFAULTS: dict[str, Any] = {
@@ -51,7 +52,8 @@ def evaluate(
     with tempfile.TemporaryDirectory() as scratch:
         args = task.make_arguments(output_dir=scratch, **{**DEFAULTS, **task.defaults, **arguments})
         for prefix, examples in datasets.items():
-            trainer = task.make_trainer(_counting_once(task.trainer_class), model, args, processor, examples)
+            with frozen_base(model):
+                trainer = task.make_trainer(_counting_once(task.trainer_class), model, args, processor, examples)
             show_progress(trainer, f"evaluate {data_of(prefix)}")
             output = trainer.predict(examples, metric_key_prefix=prefix)
             metrics = {

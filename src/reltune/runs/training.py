@@ -318,7 +318,7 @@ def offloaded_activations(model: nn.Module) -> contextlib.AbstractContextManager
 
 @contextlib.contextmanager
 def frozen_base(model: nn.Module) -> Iterator[None]:
-    """Let a Trainer that is made inside take a quantised model without an adapter: what is trained is a new head."""
+    """Let a Trainer that is made inside take a quantised model without an adapter: what is trained is a new head, or nothing."""
     marked = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False)
     if marked:
         model._hf_peft_config_loaded = True  # type: ignore[assignment]

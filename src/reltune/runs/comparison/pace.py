@@ -55,10 +55,12 @@ class Pace:
 
 
 def measured_pace(config: ComparisonConfig, grid: Grid, materials: Materials) -> Pace:
-    """Train a few steps of each method. What needs a plan, which is not chosen yet, is taken to be as slow as full fine-tuning."""
+    """Train a few steps of each method. What needs a plan, which is not chosen yet, is taken to be as slow as full fine-tuning, or as
+    LoRA where the base is quantised."""
     step: dict[str, float] = {}
+    stand_in = "lora" if getattr(materials.base.look(), "is_quantized", False) else "full"
     for cell in grid.cells:
-        method, fields = ("full", {}) if cell.analysis else (cell.method, dict(cell.fields))
+        method, fields = (stand_in, {}) if cell.analysis else (cell.method, dict(cell.fields))
         same = next(
             (other.name for other in grid.cells if cell.analysis and other.analysis and other.name in step), None
         )
