@@ -433,7 +433,7 @@ def estimate(
     form: Annotated[str, typer.Option("--format", metavar="FORM", help="table or json.")] = "table",
     config: ConfigFile = None,
 ) -> None:
-    """Tell parameters, memory and time of a training from the model's config alone.
+    """Predict parameters, memory and time of a training from a config.
 
     No weights are read, and no GPU is needed.
     """
