@@ -7,13 +7,15 @@
 #
 # DIR/PHASE.jsonl gets every training as its job ends, and DIR/PHASE.log what is printed. They are written nowhere else, so DIR must be the
 # directory that is brought back from the machine. A part takes MINUTES and one more at most; 4 H200 are expected to end it in the default time. What
-# matters most comes first, what benchmarks/results holds already is not run again (`selection_tables.py --keep DIR …` puts it there),
-# so that a part that was cut short goes on by the same command.
+# matters most comes first, of SEEDS seeds (five; the decoder's and the smaller phases' three), what benchmarks/results holds already is not run again (`selection_tables.py --keep DIR …` puts it there),
+# so that a part that was cut short goes on by the same command; SCRATCH names a directory of the machine that keeps probes between calls.
 set -u
 part=$1 out=$2
 minutes=${MINUTES:-8.2}
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+seeds=${SEEDS:-5}
+scratch=${SCRATCH:-$(mktemp -d)}
+if [ -z "${SCRATCH:-}" ]; then trap 'rm -rf "$scratch"' EXIT; fi
+mkdir -p "$scratch"
 export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$out"
 
@@ -39,8 +41,8 @@ try)
     grep -h -A 12 Traceback "$out"/*.log
     ;;
 encoder)  # the small phases beside the large one, so that no GPU waits
-    study proof "$minutes" proof --seeds 5 &
-    study small_data "$minutes" few --seeds 5 --workers 1 --tasks "${few[@]}"
+    study proof "$minutes" proof --seeds "$seeds" &
+    study small_data "$minutes" few --seeds "$seeds" --workers 1 --tasks "${few[@]}"
     study noise "$minutes" noise --seeds 3 --workers 1
     study small_data "$minutes" many --seeds 3 --workers 1 --tasks "${many[@]}" \
         --methods "weights 0.12%" "LoRA 4" full "random 0.12%" "biases, norms"
