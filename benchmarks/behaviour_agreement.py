@@ -30,6 +30,7 @@ import argparse
 import copy
 import functools
 import itertools
+import json
 import math
 import statistics
 from collections.abc import Iterator
@@ -84,6 +85,19 @@ def main() -> int:
     wanted = len(options.tasks) * options.seeds * len(options.kinds)
     bench.check("tasks, seeds and kinds measured", len(records), wanted, at_least=True)
     return bench.finish(options.output_dir, options.name)
+
+
+def table() -> str:
+    """The rows of docs/behaviour.md: rank correlations in the records that benchmarks/results holds, by task."""
+    files = sorted((Path(__file__).parent / "results").glob("behaviour_agreement_*.json"))
+    records = [record for file in files for record in json.loads(file.read_text(encoding="utf-8"))["records"]]
+    tasks = list(dict.fromkeys(record["task"] for record in records))
+    lines = [f"| units | | {' | '.join(tasks)} |", "|---|---|" + "---|" * len(tasks)]
+    for kind, pair in dict.fromkeys((r["kind"], pair) for r in records for pair in r["spearman"]):
+        by_task = {r["task"]: r["spearman"][pair] for r in records if r["kind"] == kind}
+        if None not in by_task.values() and not pair.endswith("accuracy"):
+            lines.append(f"| {kind}s | {pair} | {' | '.join(f'{by_task[task]:+.2f}' for task in tasks)} |")
+    return "\n".join(lines)
 
 
 # -- one task and seed ----------------------------------------------------------------------------------------------

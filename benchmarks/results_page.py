@@ -50,6 +50,18 @@ SMALL = (200, 2000, 10000)
 FLIPPED = ("0%", "10%", "30%")
 
 
+UNFINISHED = "Not run to its end yet."
+
+
+def finished() -> tuple[str, ...]:
+    """The phases that have what all others of it are compared with."""
+    wanted = {phase: {MAIN[phase], LORA[phase], "full"} for phase in MAIN}
+    few = {MAIN["proof"], LORA["proof"], "full"}
+    wanted |= {"small_data": few, "noise": few}
+    there = [phase for phase in tables.SIDE_BY_SIDE if (tables.RESULTS / f"selection_{phase}.json").exists()]
+    return tuple(phase for phase in there if wanted[phase] <= set(complete(read(phase))))
+
+
 def family(method: str) -> str:
     return method.split(" ")[0].rstrip(",")
 
@@ -149,7 +161,7 @@ def on_edges(records: list[Record]) -> dict[str, list[str]]:
 def edges() -> str:
     """Pairs of task and method whose best rate is the lowest or the highest tried, after two widenings."""
     parts = []
-    for phase in tables.SIDE_BY_SIDE:
+    for phase in finished():
         records = read(phase)
         pairs = {(r["method"], r["task"]) for r in records}
         parts.append(f"{phase} {sum(map(len, on_edges(records).values()))} of {len(pairs)}")
@@ -324,14 +336,14 @@ def high_end(interval: str) -> float:
 def about() -> str:
     heads: list[dict[str, Any]] = [
         json.loads((tables.RESULTS / f"selection_{phase}.json").read_text(encoding="utf-8"))
-        for phase in tables.SIDE_BY_SIDE
+        for phase in finished()
     ]
     machines = dict.fromkeys(f"{h['hardware']}, torch {h['torch']}" for h in heads)
     return "; ".join(machines) + "; commits: " + ", ".join(f"{h['phase']} {h['commit']}" for h in heads)
 
 
 def numbers() -> str:
-    counts = [len(read(phase)) for phase in tables.SIDE_BY_SIDE]
+    counts = [len(read(phase)) for phase in finished()]
     return f"{sum(counts):,}"
 
 
@@ -355,8 +367,13 @@ def page() -> str:
         )
     }
 
+    phases = finished()
+
     def filled(match: re.Match[str]) -> str:
         name, *arguments = [part.strip() for part in match[1].split("|")]
+        phase = arguments[0] if arguments else name
+        if phase in tables.SIDE_BY_SIDE and phase not in phases:
+            return UNFINISHED
         return functions[name](*arguments)
 
     return re.sub(r"\{(\w[^{}]*)\}", filled, TEXT.read_text(encoding="utf-8"))
@@ -372,6 +389,8 @@ def drawing() -> str:
     """docs/results.svg."""
     rows = []
     for phase, name in (("proof", "MiniLM-L6, seven tasks"), ("proof_decoder", "SmolLM2-135M, four tasks")):
+        if phase not in finished():
+            continue
         records = read(phase)
         figures, size = complete(records), trained(records)
         by_share: dict[str, list[results_picture.Point]] = {}

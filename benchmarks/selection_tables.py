@@ -22,7 +22,7 @@ import numpy as np
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "selection.md"
-PHASES = ("explore", "encoder", "confirm", "decoder", "heads", "cover")
+PHASES = ("explore", "encoder", "confirm", "decoder", "heads", "cover", "image")
 SIDE_BY_SIDE = ("proof", "proof_decoder", "small_data", "noise")  # docs/results.md is made from these: results_page.py
 FIELDS = ("task", "method", "rate", "seed", "steps", "trained", "validation_metric", "validation_loss")
 TESTED = ("test_metric", "test_loss")
@@ -132,7 +132,7 @@ def on_common_seeds(records: list[Record], methods: set[str]) -> list[Record]:
 
 def regret_table(rows: list[tuple[str, str]]) -> str:
     """By (phase, method): validation points lost, on average over tasks, where one rate serves all tasks."""
-    rates = (0.005, 0.01, 0.02, 0.04)
+    rates = (0.0025, 0.005, 0.01, 0.02, 0.04)
     lines = [f"| phase | method | {' | '.join(f'{r:g}' for r in rates)} |", "|" + "---|" * (len(rates) + 2)]
     for phase, method in rows:
         by_task: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -186,6 +186,13 @@ def goals_table() -> str:
             rows.append((f"MiniLM, six more seeds: {name} − {other}", difference(cover[name], cover[other])))
     for name in ("columns 1%, diverse movement", "columns 1%, diverse", "LoRA 5, A from movement and fixed"):
         rows.append((f"MiniLM: {name} − LoRA 3", difference(encoder[name], encoder["LoRA 3"])))
+    image = figures_of(read("image"))
+    for name, others in (
+        ("weights 0.25%", ("LoRA 1", "LoRA 1, equal cost", "full", "full, equal cost", "random 0.25%")),
+        ("weights 1%", ("LoRA 4", "LoRA 4, equal cost", "full", "full, equal cost", "random 1%")),
+    ):
+        for other in others:
+            rows.append((f"ViT: {name} − {other}", difference(image[name], image[other])))
     return "\n".join(["| case | points [95%] |", "|---|---|", *(f"| {case} | {figure} |" for case, figure in rows)])
 
 
@@ -227,6 +234,7 @@ def page() -> str:
         "decoder more": methods_table(on_common_seeds(decoder, more), ("LoRA 8", "full", "full, equal cost")),
         "heads": methods_table(read("heads"), ("full",)),
         "cover": methods_table(read("cover"), ("LoRA 4", "full", "random, both first")),
+        "image": methods_table(read("image"), ("LoRA 4", "full", "random 0.25%")),
         "regret": regret_table(
             [
                 ("encoder", "weights 0.1%"),
@@ -236,6 +244,8 @@ def page() -> str:
                 ("confirm", LARGER),
                 ("decoder", "weights 0.25%"),
                 ("decoder", "weights 1%"),
+                ("image", "weights 0.25%"),
+                ("image", "weights 1%"),
             ]
         ),
     }

@@ -2,12 +2,13 @@
 
     python benchmarks/speed_tables.py
 
-The text is benchmarks/speed_page.md. Its tables are from tuner_step_single.json, step_profile.json, crowded_places.json and
-tuner_minilm.json.
+The text is benchmarks/speed_page.md. Its tables are from tuner_step_single.json, tuner_step_few_bits.json, unsloth_step.json,
+training_loop.json, long_context.json, step_profile.json, crowded_places.json and tuner_minilm.json.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import statistics
@@ -60,11 +61,48 @@ def goals() -> str:
             f"{check['sense']} {check['limit']}",
             "yes" if check["passed"] else "**no**",
         ]
-        for name in ("tuner_step_single", "tuner_minilm")
+        for name in ("tuner_step_single", "tuner_step_few_bits", "training_loop", "tuner_minilm")
         for check in record(name)["checks"]
         if " / " in check["check"] and "last" not in check["check"] and check["value"] not in (None, "nan")
     ]
     return table(["ratio", "measured", "goal", "reached"], rows)
+
+
+def unsloth() -> str:
+    """Our steps beside Unsloth's, which is a run of its own."""
+    peer = record("unsloth_step")["repeats"]
+    seconds, peak = (statistics.median(repeat[key] for repeat in peer) for key in ("seconds", "peak_bytes"))
+    rows = [["Unsloth, LoRA, r = 16", f"{seconds:.3f}", "1.000 ×", f"{peak / 2**30:.1f}", "1.000 ×"]]
+    for case in record("tuner_step_single")["cases"]:
+        times, peaks = medians(case, "seconds"), medians(case, "peak_bytes")
+        for name in times:
+            if (case["case"], name) in (
+                ("single, liger", "single weights, 0.12%"),
+                ("single, liger", "columns, r = 32"),
+                ("fp8", "columns, r = 32, fp8"),
+            ):
+                ratios = f"{times[name] / seconds:.3f} ×", f"{peaks[name] / peak:.3f} ×"
+                rows.append(
+                    [
+                        f"{case['case']}: {name}",
+                        f"{times[name]:.3f}",
+                        ratios[0],
+                        f"{peaks[name] / 2**30:.1f}",
+                        ratios[1],
+                    ]
+                )
+    return table(["step", "s", "of Unsloth's", "peak GiB", "of Unsloth's"], rows)
+
+
+def each(name: str) -> str:
+    """Every method of a record, beside the first of its case."""
+    rows = []
+    for case in record(name)["cases"]:
+        seconds, peaks = medians(case, "seconds"), medians(case, "peak_bytes")
+        first = next(iter(seconds.values()))
+        for method, time in seconds.items():
+            rows.append([case["case"], method, f"{time:.3f}", f"{time / first:.3f} ×", f"{peaks[method] / 2**30:.1f}"])
+    return table(["case", "method", "s", "of the first", "peak GiB"], rows)
 
 
 def profile() -> str:
@@ -91,7 +129,9 @@ def page() -> str:
     text = (HERE / "speed_page.md").read_text(encoding="utf-8")
     about = record("tuner_step_single")
     hardware = about["hardware"]
-    made = {"steps": steps, "goals": goals, "profile": profile, "crowding": crowding}
+    made = {"steps": steps, "goals": goals, "profile": profile, "crowding": crowding, "unsloth": unsloth}
+    for name in ("tuner_step_few_bits", "training_loop", "long_context"):
+        made[name] = functools.partial(each, name)
     text = re.sub(r"\{(\w+)\}", lambda found: made[found[1]]() if found[1] in made else found[0], text)
     return text.replace(
         "{about}", f"one {hardware['gpu']}, torch {about['versions']['torch']}, commit {about['commit'][:7]}"

@@ -21,6 +21,7 @@ from reltune.runs.directory import RunDirectory
 from reltune.runs.evaluation import evaluate
 from reltune.runs.materials import prepare
 from reltune.tasks.causal_lm import CausalLM
+from reltune.tasks.image_classification import ImageClassification
 from reltune.tasks.sequence_classification import SequenceClassification
 from reltune.tasks.task import Task
 from tiny_models import save_tiny_bert, save_tiny_masked
@@ -233,6 +234,7 @@ def test_a_task_s_own_rates_are_defaults(tmp_path: Path) -> None:
     assert [rate(CausalLM(), "selection"), rate(CausalLM(), "full")] == [1e-3, training.LEARNING_RATES["full"]]
     assert rate(SequenceClassification(), "selection") == training.LEARNING_RATES["selection"]
     assert rate(CausalLM(), "selection", learning_rate=5e-4) == 5e-4
+    assert training.default_rate("weights", ImageClassification(), 0.01) == pytest.approx(2.5e-3)
 
 
 def test_the_rate_follows_what_is_trained(tmp_path: Path) -> None:

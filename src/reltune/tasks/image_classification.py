@@ -39,6 +39,7 @@ class ImageClassification(SequenceClassification):
     auto_class: ClassVar[Any] = AutoModelForImageClassification
     mapping: ClassVar[Any] = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     head: ClassVar[str] = "image classification head"
+    learning_rates: ClassVar[dict[str, float]] = {"weights": 2.5e-4}  # docs/selection.md, "Image"
     reads_last_token: ClassVar[bool] = False
     padding_sides: ClassVar[tuple[str, ...]] = ()
 
