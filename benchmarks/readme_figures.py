@@ -24,7 +24,7 @@ from typing import Any
 import selection_tables
 
 ROOT = Path(__file__).parent.parent
-READMES = ("README.md", "README.zh.md")
+READMES = ("README.md", "README.zh.md", "docs/costs.md", "docs/criteria.md")
 MARK = re.compile(r"<!--\s*([\w.]+\.json): (.*?)\s*-->", re.DOTALL)
 FIGURE = re.compile(r"(?<![\w.\-])[+\-−]?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?!\w)")
 
@@ -40,7 +40,7 @@ SETTINGS = re.compile(
             r"\b(?:19|20)\d\d\b",  # years
             r"95%|95 ?%",
             r"\br ?= ?\d+|\*\*(?:single weights|reltune: element by movement), [\d.]+%|single weights, 0\.12% of the model",
-            r"\d+ × \d+ (?:tokens|个词元)|\d+ (?:test )?texts|(?:at |\n)\d+ tokens",
+            r"\d+ × \d+ (?:tokens|个词元)|\d+ (?:test )?texts|\d+ examples|(?:at |\n)\d+ tokens",
             r"\d+ columns|\d+ 列|(?:top|the) \d+ of (?:the )?\d+ layers|layer (?:\.)?11",
             r"\d+ CPU cores|\d+ cores|cap of \d+ GiB|\d+(?: or |/)\d+ ?(?:bits|位)|in \d+ bits",
             r"\d+ of\s+the\s+\d+\s+layers|over 100 batches|100 steps on top \(50 on SmolLM2\)",

@@ -335,8 +335,7 @@ def high_end(interval: str) -> float:
 
 def about() -> str:
     heads: list[dict[str, Any]] = [
-        json.loads((tables.RESULTS / f"selection_{phase}.json").read_text(encoding="utf-8"))
-        for phase in finished()
+        json.loads((tables.RESULTS / f"selection_{phase}.json").read_text(encoding="utf-8")) for phase in finished()
     ]
     machines = dict.fromkeys(f"{h['hardware']}, torch {h['torch']}" for h in heads)
     return "; ".join(machines) + "; commits: " + ", ".join(f"{h['phase']} {h['commit']}" for h in heads)

@@ -82,8 +82,3 @@ def test_the_page_and_its_picture_are_whole(records):
     assert "| 10000 examples |" in page and "| 0% flipped | 10% flipped | 30% flipped |" in page
     picture = results_page.drawing()
     assert picture.count("<circle") > 10 and picture.rstrip().endswith("</svg>")
-
-
-def test_the_page_and_the_picture_are_made_from_the_records():
-    assert results_page.PAGE.read_text(encoding="utf-8") == results_page.page()
-    assert results_page.PICTURE.read_text(encoding="utf-8") == results_page.drawing()
