@@ -36,7 +36,7 @@ SETTINGS = re.compile(
             r"\]\([^)]*\)",  # where a link leads
             r"^\s*\d\. ",  # a list
             r"all-MiniLM-L6-v2|MiniLM(?:-L6)?(?:, 22\.7M)?|SmolLM2-135M(?:-Instruct)?|Llama-3\.1-8B|\b(?:8B|70B)\b|Apache-2\.0",
-            r"Python 3\.11 or 3\.12|GPT-2|2-D|FSDP2|H[12]00|1e-\d",
+            r"Python 3\.11 (?:or|或) 3\.12|GPT-2|2-D|FSDP2|H[12]00|1e-\d",
             r"\b(?:19|20)\d\d\b",  # years
             r"95%|95 ?%",
             r"\br ?= ?\d+|\*\*(?:single weights|reltune: element by movement), [\d.]+%|single weights, 0\.12% of the model",
