@@ -13,7 +13,7 @@ MINIMAL_TESTS = tests/test_optional_packages.py tests/test_old_artefacts.py test
 
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test test-minimal nightly lint clean venv
+.PHONY: help demo test test-minimal nightly lint docs clean venv
 
 help:
 	@echo "make demo          run the whole flow on a small model and news texts; results in demo-run/"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-minimal  run the tests of an installation without any optional package, in .venv-minimal"
 	@echo "make nightly       all tests, and the checks of make test"
 	@echo "make lint          check style, types and imports only"
+	@echo "make docs          build the documentation as a site in build/site, in .venv-docs"
 	@echo "make clean         remove .venv and everything else that make wrote"
 
 demo: .venv/.installed-demo
@@ -41,8 +42,12 @@ test-minimal: .venv-minimal/.installed
 nightly: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# NO_MKDOCS_2_WARNING: what its makers say of other programs is not about these pages.
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
+
 clean:
-	rm -rf .venv .venv-minimal demo-run build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-minimal .venv-docs demo-run build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
 # The test environment holds the demo's too.
@@ -59,6 +64,12 @@ clean:
 	rm -rf .venv-minimal
 	$(BIN)/python -m venv .venv-minimal
 	.venv-minimal/bin/python -m pip install -c constraints.txt -e . pytest
+	@touch $@
+
+.venv-docs/.installed: requirements-docs.txt | venv
+	rm -rf .venv-docs
+	$(BIN)/python -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --require-hashes --no-deps -r requirements-docs.txt
 	@touch $@
 
 # --force-reinstall: pip checks the hash of what it fetches, not of what is there already.

@@ -18,6 +18,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from reltune import markup
 from reltune.errors import InputError, nearest
 from reltune.files import whole_file, write_text
 from reltune.names import SPREADS
@@ -41,6 +42,7 @@ WORDS = {
 INLINE_INDICES = 20_000  # more indices than this in all go to a file beside the plan
 INDEX_FILE = "indices.safetensors"
 INDEX_FIELDS = ("columns", "rows", "elements", "directions")
+SHOWN = 10  # modules in a notebook
 VECTOR_FILE = "directions.safetensors"  # the vectors that directions are counted in
 HEADER = """\
 # What reltune will train. May be edited: add or remove modules, columns, rows, or set weight/bias to true or false.
@@ -264,6 +266,17 @@ class Plan:
 
     def __str__(self) -> str:
         return "\n".join(self.describe())
+
+    def _repr_html_(self) -> str:
+        """The plan in words, and the modules that have the most of it."""
+        largest = sorted(self.modules.items(), key=lambda item: -item[1].parameters)
+        rows = [
+            (name, f"{module.parameters:,}", f"{module.parameters / math.prod(module.shape):.2%}")
+            for name, module in largest[:SHOWN]
+        ]
+        if others := largest[SHOWN:]:
+            rows.append((f"{len(others)} others", f"{sum(module.parameters for _, module in others):,}", ""))
+        return markup.paragraphs(self.describe()) + markup.table(["", "trainable", "of the module's weights"], rows)
 
     def describe(self) -> list[str]:
         """The plan in words, one fact a line."""

@@ -78,7 +78,8 @@ def analyze(
             criteria themselves (``reltune/relevance/criteria/contract.py`` says what one has). ``select`` uses the first
             by default. ``reltune run`` measures ``movement`` with ``elements`` where nothing is named. Several share one pass over the data (``fisher_true`` has its own).
         elements: score every single weight too, which takes one number per weight and criterion.
-        target_modules, exclude_modules: runs of whole name parts (``layer.5``, ``query``), or regular expressions.
+        target_modules: modules to measure: runs of whole name parts (``layer.5``, ``query``), or regular expressions.
+        exclude_modules: modules to leave out, in the same words.
         always_trained: modules or parameters of new heads, which are never scored; None means the parameters that
             ``from_pretrained`` did not find in the checkpoint.
         seed: for criteria that draw random numbers.

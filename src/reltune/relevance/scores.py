@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import platform
+from html import escape
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from reltune import markup
 from reltune.errors import InputError, nearest
 from reltune.files import whole_file, write_json
 from reltune.layers.inventory import Inventory
@@ -52,6 +54,15 @@ class RelevanceScores:
         """Without the numbers, of which there may be millions."""
         modules, measured = len(self.inventory.modules), ", ".join(self.criteria)
         return f"<RelevanceScores of {modules} modules of {self.provenance.get('model', 'a model')}, by {measured}>"
+
+    def _repr_html_(self) -> str:
+        """The map of the first criterion, and those of the others folded."""
+        first, *others = self.criteria
+        folded = [
+            f"<details><summary>{escape(name)}</summary>{self.heatmap(name)._repr_html_()}</details>" for name in others
+        ]
+        said = [repr(self)[1:-1], self.depth_sentence(first)]
+        return "".join([markup.paragraphs(said), self.heatmap(first)._repr_html_(), *folded])
 
     @property
     def criteria(self) -> list[str]:

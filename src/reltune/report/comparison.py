@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from reltune import markup
 from reltune.metrics import METRICS, largest_is_best
 from reltune.report import numbers
 from reltune.report.record import ComparisonRecord, Difference, WayResult, WayTable
@@ -31,6 +32,16 @@ def terminal_tables(record: ComparisonRecord) -> Iterator[RenderableType]:
             made.append(drawn)
         failures = [Text(f"{row.label} failed: {row.failed}") for row in table.rows if row.failed]
         yield Group(Text(table.title, style="bold"), *made, *failures)
+
+
+def notebook_tables(record: ComparisonRecord) -> Iterator[str]:
+    """Each table twice, as HTML."""
+    for table in record.tables:
+        yield markup.paragraphs([table.title])
+        for heads, rows in (quality(record, table), cost(record, table)):
+            yield markup.table([head.replace("\n", " ") for head in heads], [cells for _, cells in rows])
+        yield markup.paragraphs(f"{row.label} failed: {row.failed}" for row in table.rows if row.failed)
+    yield markup.paragraphs(record.notes)
 
 
 def quality(record: ComparisonRecord, table: WayTable) -> tuple[list[str], list[tuple[WayResult, list[str]]]]:

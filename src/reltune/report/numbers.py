@@ -166,18 +166,11 @@ def _with_error(value: float | None, error: float | None) -> str:
 def shares(h: Heatmap) -> list[list[float | None]]:
     """Each cell's share of all relevance (0..1), or, where it may be negative, of the sum of absolute values (−1..1);
     zeros when there is none."""
-    total = math.fsum(abs(value) for row in h.values for value in row if value is not None) or 1.0
-    return [[None if value is None else value / total for value in row] for row in h.values]
+    return h.shares()
 
 
 def scale_end(h: Heatmap) -> float:
-    """The largest share, without its sign, of a module within the layers: where a scale of colours ends.
-
-    One module outside them, such as a pooler, may hold most of all relevance and would leave the layers one colour.
-    """
-    outside = h.outside()
-    within = [row for name, row in zip(h.rows, shares(h), strict=True) if name not in outside]
-    return max((abs(value) for row in within for value in row if value is not None), default=0.0)
+    return h.scale_end()
 
 
 def beyond_scale(h: Heatmap) -> list[tuple[str, float]]:

@@ -122,6 +122,12 @@ class ComparisonRecord:
     tables: list[WayTable]
     notes: list[str]
 
+    def _repr_html_(self) -> str:
+        """The tables, each twice: what was reached, and what it took."""
+        from reltune.report import comparison
+
+        return "".join(comparison.notebook_tables(self))
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ComparisonRecord:
         tables = [

@@ -13,15 +13,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from reltune.markup import CIVIDIS
 from reltune.relevance.heatmap import Heatmap
 from reltune.report import numbers
 from reltune.report.record import LMEvalRecord, Output
 
-# Cividis (Nuñez, Anderton and Renslow 2018, CC0): lighter with the value, the same with colour-vision deficiencies.
-CIVIDIS = (
-    *("#00224e", "#123570", "#3b496c", "#575d6d", "#707173"),
-    *("#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"),
-)
 WIDTH = 80
 CELL = 6
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal would act upon

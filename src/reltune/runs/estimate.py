@@ -108,6 +108,23 @@ class Estimate:
     rows: list[Row]
     largest_batch: int | None
 
+    def _repr_html_(self) -> str:
+        """What each method takes, and what is to be said of it."""
+        from reltune import markup
+        from reltune.report import numbers
+        from reltune.report.terminal import estimate_sentences
+
+        rows = [row for row in self.rows if not row.error]
+        lines: dict[str, list[str]] = {
+            "trained parameters": [numbers.short_count(row.trained) for row in rows],
+            "share of the model, %": [numbers.percent(row.trained / self.parameters) for row in rows],
+            "memory at most": [numbers.size(row.total) for row in rows],
+            "fits": [{None: numbers.MISSING, True: "yes", False: "no"}[row.fits] for row in rows],
+            "seconds per step": [numbers.fixed(row.seconds, 3) for row in rows],
+        }
+        table = markup.table(["", *(row.method for row in rows)], [[name, *cells] for name, cells in lines.items()])
+        return table + markup.paragraphs(estimate_sentences(self.to_dict()))
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         values = dataclasses.asdict(self)

@@ -28,7 +28,8 @@ class ReltuneConfig(PeftConfig):
         target_modules: names or a regular expression, as in every PEFT config; from the plan when there is one.
         exclude_modules: names or a regular expression of modules to leave alone.
         rank_pattern: another ``r`` for modules whose name ends in (or matches) the key.
-        layers_to_transform, layers_pattern: restrict to layers by index, as in LoraConfig.
+        layers_to_transform: restrict to layers by index, as in LoraConfig.
+        layers_pattern: how their names begin, as in LoraConfig.
         modules_to_save: modules trained and saved whole, such as a classifier.
         init_weights: True starts as the base model; False moves the selected weights at random, for tests.
         trainable_token_indices: new tokens whose embeddings are trained, as in LoraConfig.
@@ -38,7 +39,8 @@ class ReltuneConfig(PeftConfig):
             for inference leaves it as it is.
         units: per module, how many columns, rows, single weights and directions and whether weight and bias are trained; filled from
             the plan and saved, because tensor sizes must be known before an adapter is loaded.
-        fingerprint, always_trained: the base model that the plan is for, and its new heads.
+        fingerprint: of the base model that the plan is for.
+        always_trained: the modules of its new heads.
     """
 
     plan: Plan | str | os.PathLike | None = None
