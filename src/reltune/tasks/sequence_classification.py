@@ -46,6 +46,9 @@ class SequenceClassification(ClassTask, TextTask):
     def label(self, row: Row) -> str:
         return label_of(row.values[self.columns["label"]])
 
+    def answer(self, row: Row) -> str:
+        return self.label(row)
+
     def fitted(self, rows: Iterable[Row]) -> SequenceClassification:
         """The task with the labels that occur in ``rows``: numbers by value, then words by character."""
         labels = sorted({self.label(row) for row in rows}, key=label_order)

@@ -135,6 +135,10 @@ class Task(abc.ABC):
         """The row's class, of which splits keep the proportions; the same for all where there are no classes."""
         return ""
 
+    def answer(self, row: Row) -> str:
+        """What training has of a row and a prediction is made without."""
+        return " ".join(str(row.values.get(self.columns[role])) for role in self.told if role in self.columns)
+
     def labels_of(self, row: Row) -> list[str]:
         """All labels of a row, which training must have too for the row to be measured."""
         return [self.label(row)]
