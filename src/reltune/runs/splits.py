@@ -33,12 +33,17 @@ HELD_OUT = 0.15  # share of the data split off for each of validation and test, 
 
 @dataclasses.dataclass
 class Splits:
-    """Rows without a problem. ``train`` may be streamed."""
+    """Rows without a problem. ``train`` may be streamed.
+
+    Attributes:
+        used: columns of the source that anything is made of.
+    """
 
     train: Rows | StreamedRows
     validation: Rows
     test: Rows
     forgetting: Rows | None = None  # a second set for the same task
+    used: Sequence[str] = ()
 
 
 @dataclasses.dataclass
@@ -133,7 +138,7 @@ def read_data(config: RunConfig, fitted: Task | None = None) -> tuple[Task, Spli
         if labels := getattr(task, "labels", ()):
             note_odd_labels(labels, next(layout.columns[role] for role in ("label", "tags") if role in layout.columns))
         held = {split: checked(rows, task.misfit, config.on_bad_rows) for split, rows in held.items()}
-    return task, Splits(train, held["validation"], held["test"], held.get("forgetting"))
+    return task, Splits(train, held["validation"], held["test"], held.get("forgetting"), layout.used)
 
 
 def read_held_out(config: RunConfig, task: Task, kept_rows: Path) -> HeldOut:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -78,6 +78,9 @@ class SequenceClassification(ClassTask, TextTask):
                 )
             item["labels"] = index[label]
         return Examples(encoded.items, encoded.n_truncated, lost=encoded.lost)
+
+    def wanted(self, item: Mapping[str, Any], processor: Any) -> str:
+        return f"class {item['labels']}, {self.labels[item['labels']]}"
 
     def untold(self, row: Row) -> Row:
         return replace(row, values={**row.values, self.columns["label"]: self.labels[0]})
