@@ -53,6 +53,7 @@ DATASETS = (
     "digits",
 )
 ON_BAD_ROWS = ("error", "skip")
+ON_LEAK = ("warn", "error")  # what becomes of held-out rows that training has too
 PREFERENCE_LOSSES = ("sigmoid", "hinge", "ipo")
 TASKS = (
     "sequence_classification",

@@ -267,15 +267,39 @@ def test_what_is_no_label() -> None:
 @pytest.mark.parametrize(
     ("counts", "guessed", "words"),
     [
-        ({"1": 1, "2": 1, "3": 4}, True, "s.csv: 3 classes, of which 2 have one example; if the labels are quantities"),
-        ({"1": 1, "2": 3}, False, "s.csv: 2 classes, of which 1 has one example."),
-        ({"a": 1, "b": 3}, True, "s.csv: 2 classes, of which 1 has one example."),
+        (
+            {"1": 1, "2": 1, "3": 4},
+            True,
+            "s.csv: 3 classes, of which 2 have one example ('1', '2'); if the labels are quantities",
+        ),
+        ({"1": 1, "2": 3}, False, "s.csv: 2 classes, of which 1 has one example ('1')."),
+        ({"a": 1, "b": 3}, True, "s.csv: 2 classes, of which 1 has one example ('a')."),
         (
             {str(n): 9 for n in range(11)},
             True,
             "s.csv: 11 classes; if the labels are quantities, pass --task regression.",
         ),
         ({str(n): 9 for n in range(10)}, True, None),
+        (
+            {f"{n}.5": 9 for n in range(11)},
+            False,
+            "s.csv: 11 classes; if the labels are quantities, pass --task regression.",
+        ),
+        (
+            {str(n): 1 for n in range(9)},
+            False,
+            "s.csv: 9 classes, of which 9 have one example ('0', '1', '2', …); if the labels are q",
+        ),
+        (
+            {f"2024-01-0{n}": 1 for n in range(2)},
+            False,
+            "s.csv: 2 classes, of which 2 have one example ('2024-01-00', '2024-01-01'); the labels are dates",
+        ),
+        (
+            {f"id {n}": 1 for n in range(2)},
+            False,
+            "s.csv: 2 classes, of which 2 have one example ('id 0', 'id 1'); most rows have",
+        ),
         ({chr(n): 9 for n in range(99, 120)}, True, None),
     ],
 )

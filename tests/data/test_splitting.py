@@ -3,9 +3,8 @@ from collections import Counter
 import pytest
 
 from reltune.data.rows import Row, Rows
-from reltune.data.splitting import check_splits, note_shared, split_off
+from reltune.data.splitting import check_splits, split_off
 from reltune.errors import InputError
-from reltune.notes import collecting
 
 
 def row(text, label, line):
@@ -99,12 +98,3 @@ def test_check_splits():
     ]:
         with pytest.raises(InputError, match=words):
             check_splits(*splits, label)
-
-
-def test_rows_that_training_has_too_are_counted():
-    train = rows_like([row(f"text {n}", "a", n) for n in range(5)])
-    held = [rows_like([row(text, "a", 1) for text in texts]) for texts in (["text  1", "text 9"], ["other"], [])]
-    with collecting() as notes:
-        note_shared(train, held, content)
-        note_shared(train, [], content)
-    assert notes == ["made: 1 of 2 held-out rows are in the training data too."]

@@ -346,7 +346,7 @@ def test_decimal_commas(csv: Csv) -> None:
 def test_rare_classes_are_counted(csv: Csv) -> None:
     read = Read(csv("text,label", lambda number, text: f"{text},{number if number < 10 else number % 2}"))
     assert read.notes == [
-        "data.csv: 10 classes, of which 8 have one example; if the labels are quantities, pass --task regression."
+        "data.csv: 10 classes, of which 8 have one example ('2', '3', '4', …); if the labels are quantities, pass --task regression."
     ]
     with pytest.raises(
         InputError, match=r"only one of their label \(are the labels quantities\? pass --task regression\)"
@@ -430,7 +430,13 @@ def test_texts_that_are_values_of_a_program(csv: Csv, jsonl: Jsonl) -> None:
 def test_held_out_rows_of_training(csv: Csv) -> None:
     path = csv("text,label", lambda number, text: f"{text},{number % 2}")
     read = Read(path, test_file=str(path), validation_file=str(path))
-    assert read.notes == ["data.csv: 20 of 20 held-out rows are in the training data too."]
+    assert [note.partition(", the first")[0] for note in read.notes] == [
+        "data.csv: 20 of 20 test rows are in the training data too",
+        "data.csv: 20 of 20 validation rows are in the training data too",
+        "data.csv: 20 of 20 test rows are in the validation data too",
+    ]
+    with pytest.raises(InputError, match=r"20 of 20 test rows are in the training data too.* --on_leak warn"):
+        Read(path, test_file=str(path), on_leak="error")
     assert Read(path).notes == []
 
 
@@ -454,7 +460,7 @@ def test_marks_of_no_label(csv: Csv, mark: str) -> None:
 def test_texts_with_several_labels(csv: Csv) -> None:
     read = Read(csv("text,label", lambda number, text: f"text {number // 2},{'ab'[number % 2]}"))
     assert read.notes == [
-        "data.csv: 10 texts stand in several rows with different labels; if a text may have several, write them in one row (a|b)."
+        "data.csv: 10 texts stand in several rows with different labels (lines 2 and 3); if a text may have several, write them in one row (a|b)."
     ]
 
 

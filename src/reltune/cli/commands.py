@@ -5,13 +5,22 @@ What takes torch is imported after everything that can be checked without it.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated
 
 import typer
 
 from reltune import __version__
 from reltune.cli.errors import run_program
-from reltune.cli.flags import EVERY, changed_config, estimated_config, flags, new_comparison, new_config
+from reltune.cli.flags import (
+    EVERY,
+    changed_config,
+    estimated_config,
+    flags,
+    new_comparison,
+    new_config,
+    previewed_config,
+)
 from reltune.cli.launcher import alone, several, together
 from reltune.cli.output import (
     say,
@@ -19,11 +28,13 @@ from reltune.cli.output import (
     show_estimate,
     show_lm_eval,
     show_metrics,
+    show_preview,
     show_record,
     show_relevance,
     show_sweep,
 )
 from reltune.config.comparison import COMPARISON_FIELDS, ComparisonConfig
+from reltune.config.data import DataConfig
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
 from reltune.names import EXPORT_FORMS, GGUF_TYPE, GGUF_TYPES, SERVERS
@@ -47,6 +58,7 @@ ESTIMATED = (
     *("model_name_or_path", "task", "max_length", "packing", "load_in_4bit", "load_in_8bit"),
     *("method", "lora_r", "lora_alpha", "lora_dropout", "budget", "granularity", "target_modules", "exclude_modules"),
 )
+PREVIEWED = ("model_name_or_path", *(field.name for field in dataclasses.fields(DataConfig)), "seed")
 SHARED = ("run", "analyze", "tune", "evaluate")  # commands that several processes work on together
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run.", show_default=False)]
@@ -134,7 +146,7 @@ def _run_all(config: RunConfig, overwrite: bool, baselines: bool = False) -> Non
 
     with alone(config.output_dir):
         started = flow.start(config, overwrite, "comparison" if baselines else "run")
-        say(started.describe())
+        say(*started.describe())
         if plan := flow.measure_and_choose(started):
             say(*plan.describe())
         if trials := flow.train(started):
@@ -161,7 +173,7 @@ def analyze(context: typer.Context, config: ConfigFile = None, overwrite_output_
     with alone(made.output_dir):
         if made.has_data:
             started = flow.start(made, overwrite_output_dir, "analysis")
-            say(started.describe())
+            say(*started.describe())
             show_relevance(stages.analyze(started.materials, started.directory))
         else:
             show_relevance(flow.analyze_weights(made, overwrite_output_dir))
@@ -445,6 +457,29 @@ def estimate(
 
     found = estimate_run(made, device, examples, Plan.load(plan) if plan else None)
     show_estimate(found, form)
+
+
+@app.command()
+@flags(*PREVIEWED)
+def data(
+    context: typer.Context,
+    example: Annotated[
+        int, typer.Option("--example", metavar="N", min=1, help="Which training example to show token by token.")
+    ] = 1,
+    form: Annotated[str, typer.Option("--format", metavar="FORM", help="table or json.")] = "table",
+    config: ConfigFile = None,
+) -> None:
+    """Show data as the model will see them.
+
+    Columns, classes, lengths, and an example token by token. Of the model its config and tokenizer are read, and no weights;
+    without a model, the rows alone are looked at.
+    """
+    from reltune.runs.preflight import check_preview
+
+    made, named = previewed_config(context, config, lambda draft, model: check_preview(draft, model, form))
+    from reltune.runs import flow
+
+    show_preview(flow.preview(made, example, named), form)
 
 
 @app.command()

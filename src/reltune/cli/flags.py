@@ -134,6 +134,19 @@ def estimated_config(context: typer.Context, file: str | None, check: Callable[[
     return RunConfig(**(combined(stored, _given(context), parse_training_fields(context.args)) | place))
 
 
+def previewed_config(
+    context: typer.Context, file: str | None, check: Callable[[RunConfig, bool], None]
+) -> tuple[RunConfig, bool]:
+    """The config of data that are only looked at, and whether it names a model; it needs none. ``check`` is told both."""
+    values = combined(read_fields(file) if file else {}, _given(context), {})
+    values.pop("training", None)  # says nothing of the data
+    named = "model_name_or_path" in values
+    config = RunConfig(**({"model_name_or_path": "."} | values | {"output_dir": "."}))
+    config.model_name_or_path = model_directory(config.model_name_or_path)
+    check(config, named)
+    return config, named
+
+
 def changed_config(
     context: typer.Context, stored: RunConfig, check: Callable[[RunConfig], None], chosen: bool = True
 ) -> RunConfig:

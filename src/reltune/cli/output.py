@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from reltune.report.record import ComparisonRecord, LMEvalRecord, RunRecord
     from reltune.runs.directory import RunDirectory
     from reltune.runs.estimate import Estimate
+    from reltune.runs.preview import Preview
 
 
 def say(*lines: str) -> None:
@@ -79,6 +80,18 @@ def show_estimate(found: Estimate, form: str) -> None:
     values = found.to_dict()
     show(estimate_table(values))
     say(*estimate_sentences(values))
+
+
+def show_preview(found: Preview, form: str) -> None:
+    """The data of a run as lines, or as JSON."""
+    if form == "json":
+        import json
+
+        say(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+        return
+    from reltune.report.preview import preview_lines
+
+    say(*preview_lines(found.to_dict()))
 
 
 def show_record(record: RunRecord, directory: RunDirectory) -> None:

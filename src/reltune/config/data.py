@@ -7,7 +7,7 @@ from dataclasses import field
 
 from reltune.config.fields import Subject, about
 from reltune.errors import InputError
-from reltune.names import CHAT_TEMPLATES, DATASETS, ON_BAD_ROWS, TASKS, WITHOUT_DATA
+from reltune.names import CHAT_TEMPLATES, DATASETS, ON_BAD_ROWS, ON_LEAK, TASKS, WITHOUT_DATA
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -74,6 +74,14 @@ class DataConfig(Subject):
             "What to do about rows that cannot be used. error: refuse the data; skip: leave these rows out and list them.",
             "HOW",
             ON_BAD_ROWS,
+        ),
+    )
+    on_leak: str = field(
+        default="warn",
+        metadata=about(
+            "What to do about held-out rows that the training data have too. warn: say how many; error: refuse the data.",
+            "HOW",
+            ON_LEAK,
         ),
     )
     streaming: bool = field(

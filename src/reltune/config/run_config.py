@@ -30,7 +30,7 @@ from reltune.relevance.entry_points import criterion_of_package, known_criteria
 ORDER = """
     model_name_or_path output_dir
     train_file dataset_name dataset_config dataset_path validation_file test_file
-    task text_column text_pair_column label_column encoding on_bad_rows streaming max_length chat_template completion_only_loss packing
+    task text_column text_pair_column label_column encoding on_bad_rows on_leak streaming max_length chat_template completion_only_loss packing
     max_new_tokens generation_examples report_examples beta loss_type forgetting_file
     lm_eval_tasks lm_eval_num_fewshot lm_eval_limit lm_eval_batch_size lm_eval_apply_chat_template
     load_in_4bit load_in_8bit method lora_r lora_alpha lora_dropout rank_by activation_offloading early_stopping_patience sweep sweep_trials

@@ -503,14 +503,23 @@ def note_rare_classes(counts: Mapping[str, int], source: str, guessed: bool) -> 
         counts: class -> rows of training.
         guessed: whether the user did not say that they are classes.
     """
-    once = sum(count == 1 for count in counts.values())
-    numbers = guessed and all(NUMBER.fullmatch(name) for name in counts)
-    if once or (numbers and len(counts) > MANY):
-        have = f", of which {once} {'has' if once == 1 else 'have'} one example" if once else ""
-        note(
-            f"{Path(source).name}: {len(counts)} classes{have}"
-            + ("; if the labels are quantities, pass --task regression." if numbers else ".")
-        )
+    alone = [name for name, count in counts.items() if count == 1]
+    numbers = all(NUMBER.fullmatch(name) for name in counts)
+    # whole numbers that the user calls classes may well be some, as long as they come again
+    quantities = numbers and (guessed or "." in "".join(counts) or 2 * len(alone) > len(counts))
+    if not alone and not (quantities and len(counts) > MANY):
+        return
+    said = f"{Path(source).name}: {len(counts)} classes"
+    if alone:
+        named = ", ".join(map(repr, sorted(alone)[:3])) + (", …" if len(alone) > 3 else "")
+        said += f", of which {len(alone)} {'has' if len(alone) == 1 else 'have'} one example ({named})"
+    if quantities:
+        said += "; if the labels are quantities, pass --task regression"
+    elif all(DATE.fullmatch(name) for name in counts):
+        said += "; the labels are dates: is another column meant (--label_column)?"
+    elif 2 * len(alone) > sum(counts.values()):
+        said += "; most rows have a class of their own: is another column meant (--label_column)?"
+    note(said if said.endswith("?") else f"{said}.")
 
 
 READERS = {

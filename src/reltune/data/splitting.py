@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 
 from reltune.data.labels import NUMBER
 from reltune.data.rows import Row, Rows
 from reltune.errors import InputError, nearest
-from reltune.notes import note
 
 
-def _same(text: str) -> str:
+def same(text: str) -> str:
     """The text with single spaces: the same for two copies that differ in whitespace only."""
     return " ".join(text.split())
 
@@ -38,7 +36,7 @@ def split_off(
     labels: dict[str, str] = {}
     every: dict[str, set[str]] = defaultdict(set)
     for row in rows:
-        keys.append(_same(content(row)))
+        keys.append(same(content(row)))
         labels.setdefault(keys[-1], label(row) if label else "")
         every[keys[-1]].update(labels_of(row) if labels_of else [labels[keys[-1]]])
     contents_per_class = Counter(labels.values())
@@ -83,28 +81,6 @@ def _few(labels: Mapping[str, str], usable: int) -> str:
     hint = " (are the labels quantities? pass --task regression)" if numbers else ""
     hint = hint or (" (is that the column of labels? --label_column names it)" if alone == count else "")
     return f"{count} different texts, {alone} of which are the only one of their label{hint}, are"
-
-
-def note_shared(train: Rows, held_out: Sequence[Rows], content: Callable[[Row], str]) -> None:
-    """Say how many rows of the held-out sets are also training rows (whitespace aside)."""
-    contents = [[_same(content(row)) for row in rows] for rows in held_out]
-    wanted = set().union(*contents)
-    shared = {key for row in train if (key := _same(content(row))) in wanted} if wanted else set()
-    for rows, keys in zip(held_out, contents, strict=True):
-        if count := sum(key in shared for key in keys):
-            note(f"{Path(rows.source).name}: {count} of {len(rows)} held-out rows are in the training data too.")
-
-
-def note_ambiguous(rows: Rows, content: Callable[[Row], str], label: Callable[[Row], str]) -> None:
-    """Say how many texts stand in several rows with different labels."""
-    labels: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        labels[_same(content(row))].add(label(row))
-    if count := sum(len(own) > 1 for own in labels.values()):
-        note(
-            f"{Path(rows.source).name}: {count} texts stand in several rows with different labels; if a text may have several, write them "
-            "in one row (a|b)."
-        )
 
 
 def check_splits(

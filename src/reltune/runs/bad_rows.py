@@ -19,7 +19,7 @@ def bad_rows(splits: Splits | HeldOut) -> dict[str, dict[str, Any]]:
     record = {}
     for field in dataclasses.fields(splits):
         rows = getattr(splits, field.name)
-        if rows is None or not rows.skipped:
+        if not getattr(rows, "skipped", None):
             continue
         kinds = {phrase: {"count": len(lines), f"{rows.unit}s": lines} for phrase, lines in rows.skipped.items()}
         record[field.name] = {"source": rows.source, "skipped": kinds}

@@ -23,6 +23,7 @@ from reltune.plan.plan import Plan
 from reltune.processes import Processes
 from reltune.relevance.artefact import interrupted_in
 from reltune.relevance.scores import RelevanceScores
+from reltune.report.preview import short_lines
 from reltune.report.record import LMEvalRecord, RunRecord
 from reltune.runs import prediction as predictions
 from reltune.runs import preflight, stages
@@ -33,6 +34,7 @@ from reltune.runs.directory import STAGES, RunDirectory
 from reltune.runs.export import lora_summary
 from reltune.runs.materials import Materials, noting, prepare, prepare_evaluation, prepare_export, task_of_run
 from reltune.runs.prediction import Predicted
+from reltune.runs.preview import Preview, preview_data, preview_of_run
 from reltune.runs.summary import read_lm_eval, report
 from reltune.runs.tuned import Tuned
 from reltune.tasks.chat_templates import text_of
@@ -61,8 +63,8 @@ class Started:
         the same steps."""
         return bool(self.going_on) and STAGES.index(stage) < STAGES.index(self.going_on)
 
-    def describe(self) -> str:
-        """What the run works with, in one line."""
+    def describe(self) -> list[str]:
+        """What the run works with: how many examples, and then what they are to the model."""
         materials, task = self.materials, self.materials.task
         train = "streamed" if self.config.streaming else f"{len(materials.train):,}"
         line = (
@@ -70,9 +72,8 @@ class Started:
         )
         if task.describe():
             line += f", {task.describe()}"
-        if task.unit != "image":
-            line += f"; {materials.sample.n_truncated:,} training {task.unit}s cut to {materials.longest} tokens"
-        return line + "." + (f" Going on with the interrupted {self.going_on}." if self.going_on else "")
+        going_on = f" Going on with the interrupted {self.going_on}." if self.going_on else ""
+        return [f"{line}.{going_on}", *short_lines(preview_of_run(materials).to_dict())]
 
 
 def start(config: RunConfig, overwrite: bool = False, goal: str = "run") -> Started:
@@ -258,6 +259,12 @@ def predict(
         count = sum(map(len, done.skipped.values()))
         warnings.warn(f"{input_file}: {count} bad rows are left out, with {in_words(done.skipped)}.", stacklevel=2)
     return done
+
+
+def preview(config: RunConfig, example: int = 1, tokens: bool = True) -> Preview:
+    """Data as a run would work with them, with ``tokens`` by the model's tokenizer; what was assumed is said."""
+    with noting():
+        return preview_data(config, example, tokens)
 
 
 def chat(

@@ -6,6 +6,7 @@ The stages rely on none of this: what is read later is checked as it is read.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from reltune.config.comparison import ComparisonConfig
@@ -76,6 +77,18 @@ def check_estimate(config: RunConfig, device: str | None, form: str = "table") -
         card(device)
     if problem := model_directory_problem(config.model_name_or_path):
         raise InputError(problem)
+
+
+def check_preview(config: RunConfig, model: bool, form: str = "table") -> None:
+    """Raise InputError for data that are not named, or not there; and with a ``model`` for one that is not."""
+    super(RunConfig, config).check()
+    config.check_data()
+    if form not in ("table", "json"):
+        raise InputError(f"--format {form!r} is unknown; write table or json.")
+    if model and (problem := model_directory_problem(config.model_name_or_path)):
+        raise InputError(problem)
+    _check_files(config, FILES)
+    config.chat_template = text_of(config.chat_template)
 
 
 def check_tuning(config: RunConfig, directory: RunDirectory, overwrite: bool) -> None:
@@ -232,7 +245,11 @@ def check_inputs(config: RunConfig, training: bool = True) -> None:
     reads."""
     if problem := model_directory_problem(config.model_name_or_path):
         raise InputError(problem)
-    for name in FILES if training else FILES[1:]:
+    _check_files(config, FILES if training else FILES[1:])
+
+
+def _check_files(config: RunConfig, names: Sequence[str]) -> None:
+    for name in names:
         if (file := getattr(config, name)) is not None:
             check_source(file)
 

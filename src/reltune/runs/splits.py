@@ -12,10 +12,11 @@ from reltune.config.run_config import RunConfig
 from reltune.data import sources
 from reltune.data.bad_rows import checked, in_words, no_good_rows
 from reltune.data.columns import aligned, note_left_out, other_separator, require_columns
+from reltune.data.deception import check_leaks, note_columns, note_conflicts
 from reltune.data.labels import MULTILABEL, note_odd_labels, note_one_class, note_rare_classes
 from reltune.data.layout import Layout, known_layout, layout_of
 from reltune.data.rows import Row, Rows
-from reltune.data.splitting import note_ambiguous, note_shared, split_off
+from reltune.data.splitting import split_off
 from reltune.data.streams import StreamedRows
 from reltune.errors import InputError
 from reltune.notes import note
@@ -24,17 +25,25 @@ from reltune.tasks.registry import TASKS
 from reltune.tasks.task import Examples, Task
 
 HELD = ("test", "validation")  # in the order in which they are split off
+WITH_ONE_ANSWER = (  # tasks in which a text has one right answer
+    *("sequence_classification", "multilabel_classification", "regression", "token_classification"),
+)
 HELD_OUT = 0.15  # share of the data split off for each of validation and test, where there is none
 
 
 @dataclasses.dataclass
 class Splits:
-    """Rows without a problem. ``train`` may be streamed."""
+    """Rows without a problem. ``train`` may be streamed.
+
+    Attributes:
+        used: columns of the source that anything is made of.
+    """
 
     train: Rows | StreamedRows
     validation: Rows
     test: Rows
     forgetting: Rows | None = None  # a second set for the same task
+    used: Sequence[str] = ()
 
 
 @dataclasses.dataclass
@@ -105,11 +114,16 @@ def read_data(config: RunConfig, fitted: Task | None = None) -> tuple[Task, Spli
     if layout.task in ("sequence_classification", "image_classification"):
         for split, rows in good.items():
             note_one_class(split, [] if isinstance(rows, StreamedRows) else map(task.label, rows))
-    if layout.task == "sequence_classification" and isinstance(train, Rows):
-        note_ambiguous(train, task.content, task.label)
-        note_rare_classes(Counter(map(task.label, train)), train.source, guessed=config.task is None)
+    if isinstance(train, Rows):
+        if layout.task in WITH_ONE_ANSWER:
+            note_conflicts(train, task.content, task.answer, several=layout.task == "sequence_classification")
+        if layout.task in ("sequence_classification", "image_classification"):
+            note_rare_classes(Counter(map(task.label, train)), train.source, guessed=config.task is None)
+        if "image" not in layout.columns:
+            note_columns(train, layout.columns, task.told)
     held = {split: rows if isinstance(rows, Rows) else rows.take(None) for split, rows in good.items()}
-    given = list(held)
+    if isinstance(train, Rows) and "image" not in layout.columns:
+        check_leaks(train, held, task.content, task.answer, config.on_leak)
     if isinstance(train, Rows):
         whole = len(train)
         for split in HELD:
@@ -119,14 +133,12 @@ def read_data(config: RunConfig, fitted: Task | None = None) -> tuple[Task, Spli
     elif missing := [f"--{split}_file" for split in reversed(HELD) if split not in held]:
         raise InputError(f"Nothing can be split off streamed rows; give {' and '.join(missing)}.")
     layout.conversion.note_labels()
-    if isinstance(train, Rows) and "image" not in layout.columns:
-        note_shared(train, [held[split] for split in HELD if split in given], task.content)
     if fitted is None:
         task = task.fitted(train)
         if labels := getattr(task, "labels", ()):
             note_odd_labels(labels, next(layout.columns[role] for role in ("label", "tags") if role in layout.columns))
         held = {split: checked(rows, task.misfit, config.on_bad_rows) for split, rows in held.items()}
-    return task, Splits(train, held["validation"], held["test"], held.get("forgetting"))
+    return task, Splits(train, held["validation"], held["test"], held.get("forgetting"), layout.used)
 
 
 def read_held_out(config: RunConfig, task: Task, kept_rows: Path) -> HeldOut:

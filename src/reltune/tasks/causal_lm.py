@@ -41,7 +41,7 @@ from reltune.tasks.decoder import DecoderTask, as_transformers_has_them
 from reltune.tasks.generation import continuations, ends_of, exact_match, remarks_on_answers
 from reltune.tasks.prediction import Predictions
 from reltune.tasks.sft_step import SFTStep
-from reltune.tasks.task import Columns, Examples, RowProblem, Written
+from reltune.tasks.task import Columns, Examples, RowProblem, Seen, Written
 from reltune.tasks.texts import ended, limit_of, shared, tokens_of
 
 # The prompt of Alpaca (Taori et al. 2023), for tokenizers without a chat template.
@@ -171,6 +171,10 @@ class CausalLM(DecoderTask):
         if isinstance(values.get("prompt"), str):
             return [_completed(str(values["prompt"]), str(values["completion"]), tokenizer)]
         return _chatted(values, tokenizer)
+
+    def seen(self, item: Mapping[str, Any], processor: Any) -> list[Seen]:
+        learned = [False, *(label != IGNORED for label in item["labels"][1:])]  # nothing predicts the first
+        return [Seen("input", item["input_ids"], learned)]
 
     def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
         """Pads a batch to its longest example, and the labels with it."""

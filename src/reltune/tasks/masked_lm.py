@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -35,7 +35,7 @@ from reltune.losses import IGNORED
 from reltune.pretrained import as_it_is, load_model
 from reltune.tasks.causal_lm import token_metrics, token_sums
 from reltune.tasks.prediction import Predictions, outputs_of, rounded
-from reltune.tasks.task import Columns, Examples, Task
+from reltune.tasks.task import Columns, Examples, Seen, Task
 from reltune.tasks.texts import encode_texts
 
 MASKED = 0.15  # of the tokens
@@ -103,6 +103,11 @@ class MaskedLM(Task):
     def collator(self, processor: PreTrainedTokenizerBase) -> MaskingCollator:
         """Hides tokens of texts in which none are hidden, and pads the batch."""
         return MaskingCollator(processor)
+
+    def seen(self, item: Mapping[str, Any], processor: Any) -> list[Seen]:
+        """With the tokens hidden that the first pass of training hides; those that stay, or become others, are learned too."""
+        shown = item if "labels" in item else MaskingCollator(processor).masked(dict(item))
+        return [Seen("input", shown["input_ids"], [label != IGNORED for label in shown["labels"]])]
 
     def trainer(
         self,

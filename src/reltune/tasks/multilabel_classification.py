@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -87,6 +87,10 @@ class MultilabelClassification(ClassTask, TextTask):
             own = set(self.labels_of(row))
             item["labels"] = [float(label in own) for label in self.labels]
         return Examples(encoded.items, encoded.n_truncated, lost=encoded.lost)
+
+    def wanted(self, item: Mapping[str, Any], processor: Any) -> str:
+        own = [label for label, has in zip(self.labels, item["labels"], strict=True) if has]
+        return f"labels {', '.join(own)}" if own else "no label"
 
     def untold(self, row: Row) -> Row:
         return replace(row, values={**row.values, self.columns["label"]: []})

@@ -30,7 +30,7 @@ from reltune.tasks.causal_lm import CausalLM, Prompt, answers
 from reltune.tasks.chats import Chat, answer_span, check_heard, closing_token, messages_problem, rendered
 from reltune.tasks.decoder import DecoderTask, as_transformers_has_them
 from reltune.tasks.prediction import Predictions
-from reltune.tasks.task import Columns, Examples, RowProblem
+from reltune.tasks.task import Columns, Examples, RowProblem, Seen
 from reltune.tasks.texts import ended, limit_of, shared, tokens_of
 
 ITEM = ("prompt_ids", "chosen_ids", "rejected_ids")  # TRL's names
@@ -229,6 +229,13 @@ class Preference(DecoderTask):
     ) -> Predictions:
         """The answer that the model writes to the prompt, the likeliest token each time."""
         return answers(self.question, model, rows, processor, batch_size, max_new_tokens)
+
+    def seen(self, item: Mapping[str, Any], processor: Any) -> list[Seen]:
+        prompt, *pair = (item[name] for name in ITEM)
+        return [
+            Seen(name, [*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
+            for name, answer in zip(("chosen", "rejected"), pair, strict=True)
+        ]
 
     def token_ids(self, item: Mapping[str, Any]) -> list[Sequence[int]]:
         return [[*item[ITEM[0]], *item[answer]] for answer in ITEM[1:]]

@@ -34,7 +34,7 @@ from reltune.losses import LOSSES
 from reltune.notes import note
 from reltune.pretrained import as_it_is, load_model
 from reltune.tasks.prediction import Predictions, outputs_of, rounded
-from reltune.tasks.task import Columns, Examples, RowProblem, Task
+from reltune.tasks.task import Columns, Examples, RowProblem, Seen, Task
 from reltune.tasks.texts import limit_of, read
 
 MAX_ANSWER = 30  # tokens of an answer, at most, as in the baselines for SQuAD
@@ -213,6 +213,17 @@ class QuestionAnswering(Task):
     def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
         """Pads a batch to its longest window; labels are (B, 2)."""
         return DataCollatorWithPadding(processor)
+
+    def seen(self, item: Mapping[str, Any], processor: Any) -> list[Seen]:
+        """The tokens of the answer are marked, of which the first and the last are learned."""
+        first, last = item["labels"]
+        return [Seen("input", item["input_ids"], [first <= i <= last for i in range(len(item["input_ids"]))])]
+
+    def wanted(self, item: Mapping[str, Any], processor: Any) -> str:
+        first, last = item["labels"]
+        if first == last == _nowhere(item["input_ids"], processor):
+            return f"no answer here, which is token {first}"
+        return f"the answer from token {first} to token {last}"
 
     def make_arguments(self, **values: Any) -> TrainingArguments:
         return TrainingArguments(label_names=["labels"], **values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -87,6 +87,9 @@ class Regression(TextTask):
         for item, row in zip(encoded.items, encoded.rows, strict=True):
             item["labels"] = number_of(row.values[self.columns["label"]])
         return Examples(encoded.items, encoded.n_truncated, lost=encoded.lost)
+
+    def wanted(self, item: Mapping[str, Any], processor: Any) -> str:
+        return f"number {item['labels']:g}"
 
     def untold(self, row: Row) -> Row:
         return replace(row, values={**row.values, self.columns["label"]: 0})

@@ -31,7 +31,7 @@ from reltune.losses import IGNORED
 from reltune.pretrained import as_it_is, load_config, load_model
 from reltune.tasks.generation import ends_of, exact_match, remarks_on_answers
 from reltune.tasks.prediction import Predictions
-from reltune.tasks.task import Columns, Examples, RowProblem, Task, Written
+from reltune.tasks.task import Columns, Examples, RowProblem, Seen, Task, Written
 from reltune.tasks.texts import encode_texts, ended, limit_of, tokenized
 
 CERTAIN = {"do_sample": False, "min_new_tokens": 0}  # the same text every time
@@ -128,6 +128,10 @@ class Seq2Seq(Task):
         """A target's token ids, the end of sequence among the last: where a tokenizer puts none, the model would not learn to
         stop. Behind it some put the language."""
         return ids if tokenizer.eos_token_id in ids[-2:] else ended(ids[: limit - 1], tokenizer)
+
+    def seen(self, item: Mapping[str, Any], processor: Any) -> list[Seen]:
+        source, target = item["input_ids"], item["labels"]
+        return [Seen("source", source, [False] * len(source)), Seen("target", target, [True] * len(target))]
 
     def token_ids(self, item: Mapping[str, Any]) -> list[Sequence[int]]:
         return [item["input_ids"], item["labels"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -46,6 +46,9 @@ class SequenceClassification(ClassTask, TextTask):
     def label(self, row: Row) -> str:
         return label_of(row.values[self.columns["label"]])
 
+    def answer(self, row: Row) -> str:
+        return self.label(row)
+
     def fitted(self, rows: Iterable[Row]) -> SequenceClassification:
         """The task with the labels that occur in ``rows``: numbers by value, then words by character."""
         labels = sorted({self.label(row) for row in rows}, key=label_order)
@@ -75,6 +78,9 @@ class SequenceClassification(ClassTask, TextTask):
                 )
             item["labels"] = index[label]
         return Examples(encoded.items, encoded.n_truncated, lost=encoded.lost)
+
+    def wanted(self, item: Mapping[str, Any], processor: Any) -> str:
+        return f"class {item['labels']}, {self.labels[item['labels']]}"
 
     def untold(self, row: Row) -> Row:
         return replace(row, values={**row.values, self.columns["label"]: self.labels[0]})

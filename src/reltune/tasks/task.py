@@ -38,6 +38,22 @@ class Written(NamedTuple):
     text: str
 
 
+class Seen(NamedTuple):
+    """Tokens of an example that the model has one after another.
+
+    Attributes:
+        name: what they are to the model: "input", "target", …
+        ids: token ids (T).
+        learned: of each token whether the loss is taken of it.
+        tags: of each token what it is to be called, or "".
+    """
+
+    name: str
+    ids: Sequence[int]
+    learned: Sequence[bool]
+    tags: Sequence[str] = ()
+
+
 class Examples(Dataset):
     """Encoded rows: what the collator takes of each, and how many were cut to the model's length.
 
@@ -135,6 +151,10 @@ class Task(abc.ABC):
         """The row's class, of which splits keep the proportions; the same for all where there are no classes."""
         return ""
 
+    def answer(self, row: Row) -> str:
+        """What training has of a row and a prediction is made without."""
+        return " ".join(str(row.values.get(self.columns[role])) for role in self.told if role in self.columns)
+
     def labels_of(self, row: Row) -> list[str]:
         """All labels of a row, which training must have too for the row to be measured."""
         return [self.label(row)]
@@ -209,6 +229,14 @@ class Task(abc.ABC):
     def token_ids(self, item: Mapping[str, Any]) -> list[Sequence[int]]:
         """The lists of token ids that an example has; one after another is read by the model."""
         return [item["input_ids"]] if "input_ids" in item else []
+
+    def seen(self, item: Mapping[str, Any], processor: Any) -> list[Seen]:
+        """What the model has of an example, token by token; nothing where it has no tokens."""
+        return [Seen("input", ids, [False] * len(ids)) for ids in self.token_ids(item)]
+
+    def wanted(self, item: Mapping[str, Any], processor: Any) -> str:
+        """What is to be learned of an example as a whole, in words: its label, say. Nothing where it is tokens."""
+        return ""
 
     def not_tuned(self, model: nn.Module) -> list[str]:
         """Modules that the task's Trainer cannot train parts of, beside new heads."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ from reltune.notes import note
 from reltune.pretrained import load_tokenizer, saved_tokenizer
 from reltune.tasks.classes import ClassTask
 from reltune.tasks.prediction import Outputs, rounded
-from reltune.tasks.task import Columns, Examples, RowProblem
+from reltune.tasks.task import Columns, Examples, RowProblem, Seen
 from reltune.tasks.texts import limit_of, read
 
 WORDS = {"add_prefix_space": True}  # what byte-level tokenizers want to be told of lists of words
@@ -157,6 +157,11 @@ class TokenClassification(ClassTask):
     def reduced(self, logits: Any, labels: Tensor) -> Tensor:
         """The likeliest tag of each token (B, T)."""
         return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+    def seen(self, item: Mapping[str, Any], processor: Any) -> list[Seen]:
+        learned = [label != IGNORED for label in item["labels"]]
+        tags = [self.labels[label] if label != IGNORED else "" for label in item["labels"]]
+        return [Seen("input", item["input_ids"], learned, tags)]
 
     def untold(self, row: Row) -> Row:
         words = row.values.get(self.columns["tokens"])

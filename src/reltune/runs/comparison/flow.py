@@ -20,6 +20,7 @@ from reltune.files import write_json
 from reltune.layers.fingerprint import fingerprint
 from reltune.layers.inventory import take_inventory
 from reltune.plan.budget import parse_budget
+from reltune.report.preview import short_lines
 from reltune.report.record import ComparisonRecord
 from reltune.runs import training
 from reltune.runs.comparison.cells import cells_of
@@ -32,6 +33,7 @@ from reltune.runs.comparison.work import FIXED, Piece, Workshop, cheap_collectio
 from reltune.runs.comparison.workers import Alone, Shared, default_jobs
 from reltune.runs.lock import locked
 from reltune.runs.materials import Materials, prepare
+from reltune.runs.preview import preview_of_run
 from reltune.tasks.task import Task, Written
 
 
@@ -60,6 +62,7 @@ class Comparison:
         going_on = " Going on where it stopped." if begun else ""
         return [
             f"{train} training, {len(materials.validation):,} validation and {len(materials.test):,} test {unit}s.",
+            *short_lines(preview_of_run(materials).to_dict()),
             f"{len(grid.cells)} ways to train: {', '.join(cell.label for cell in grid.cells)}; "
             f"{_counted(grid.trials, 'rate')}, {_counted(len(grid.seeds), 'seed')}.{going_on}",
             *(sentence for sentence in self.notes if sentence not in materials.notes),  # those were said
