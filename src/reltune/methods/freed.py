@@ -17,6 +17,7 @@ from reltune.errors import InputError
 from reltune.files import whole_file
 from reltune.methods.adapter import in_numbers, size
 from reltune.methods.contract import Base, Method, Trainable
+from reltune.reading import Damaged, load_tensors, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -70,12 +71,10 @@ class Freed(Method):
             save_file(tensors, partial, metadata={"method": self.name, "frozen": _fingerprint(frozen)})
 
     def load(self, base: nn.Module, path: Path) -> Any:
-        from safetensors import safe_open
-        from safetensors.torch import load_file
-
-        with safe_open(path / FILE, "pt") as file:
-            about = file.metadata() or {}
-        tensors = load_file(path / FILE)
+        try:
+            about, tensors = read_header(path / FILE).metadata, load_tensors(path / FILE)
+        except (OSError, Damaged) as error:
+            raise InputError(f"{path / FILE} cannot be read ({error}); tune again, or copy it again.") from error
         own = dict(base.named_parameters()) | dict(base.named_buffers())
         strange = next((name for name, t in tensors.items() if name not in own or own[name].shape != t.shape), "")
         frozen = {name: p for name, p in base.named_parameters() if name not in tensors}

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reltune.errors import InputError, nearest
@@ -21,6 +20,7 @@ from reltune.files import whole_file, write_json
 from reltune.layers.inventory import Inventory
 from reltune.layers.units import directions_in, part_shapes
 from reltune.names import GRANULARITIES
+from reltune.reading import FLOATS, Damaged, load_tensors
 from reltune.relevance.artefact import FORMAT, SCORES, Overview, read_scores
 from reltune.relevance.criteria.contract import ScoresByName
 from reltune.relevance.heatmap import OUTSIDE, Heatmap
@@ -253,10 +253,10 @@ class RelevanceScores:
         directory = Path(directory)
         values = read_scores(directory)
         try:
-            tensors = load_file(directory / "scores.safetensors")
+            tensors = load_tensors(directory / "scores.safetensors", FLOATS)
         except FileNotFoundError as error:
             raise InputError(f"{directory} holds no relevance scores; run `reltune analyze` first.") from error
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, Damaged) as error:
             raise InputError(f"{directory} holds relevance scores that cannot be read: {error}") from error
         try:
             if len(tensors) != values["tensors"]:
@@ -286,6 +286,8 @@ def _sorted_by_criterion(
                 continue
             if tensor.shape != shape:
                 raise ValueError(f"{criterion}/{part}/{name} has shape {tuple(tensor.shape)}")
+            if not part.endswith(("_low", "_high")) and not tensor.isfinite().all():  # an interval may be open
+                raise ValueError(f"{criterion}/{part}/{name} holds numbers that are not finite")
             parts[criterion].setdefault(name, {})[part] = tensor
     empty = [criterion for criterion, by_name in parts.items() if not any(by_name.values())]
     if empty:

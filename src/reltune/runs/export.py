@@ -15,7 +15,6 @@ and what vLLM refuses is refused here: modules that are saved whole, such as a c
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reltune.errors import InputError
-from reltune.files import check_destination, whole_directory
+from reltune.files import check_destination, read_json, whole_directory
 from reltune.layers.quantised import is_quantised
 from reltune.runs.gguf_file import write_gguf
 from reltune.tuner.layer import ReltuneLayer
@@ -204,7 +203,7 @@ def served(rank: int) -> int:
 
 def lora_summary(path: str | os.PathLike) -> str:
     """One line on an exported adapter: the largest rank that a server has to allow."""
-    config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(Path(path) / "adapter_config.json")
     ranks = config["rank_pattern"].values()
     if not ranks:
         with safe_open(Path(path) / "adapter_model.safetensors", "pt") as file:
