@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
+from reltune.errors import StorageError
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -400,6 +402,29 @@ def _loaded(path: str | os.PathLike, dtypes: Collection[str], load: Any) -> Mapp
         return load(path)
     except SafetensorError as error:
         raise Damaged(f"cannot be loaded ({error})") from None
+
+
+def check_saved(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise StorageError unless the file that was just written holds these tensors to the bit, and nothing else."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    def bits(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+    try:
+        if set(read_header(path).tensors) != set(tensors):
+            raise Damaged("has other tensors than were written")
+        with safe_open(path, "pt") as file:
+            for name, written in tensors.items():
+                held = file.get_tensor(name)
+                same = held.dtype == written.dtype and held.shape == written.shape
+                if not same or not torch.equal(bits(held), bits(written)):
+                    raise Damaged(f"has other numbers in {name!r} than were written")
+    except (OSError, Damaged, SafetensorError) as error:
+        raise StorageError(
+            f"{path} was written and cannot be read back ({error}); look after the disk, and give the same command again."
+        ) from error
 
 
 # -- paths in files -------------------------------------------------------------------------------------------------

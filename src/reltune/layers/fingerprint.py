@@ -30,6 +30,11 @@ def any_base(allowed: bool = True) -> Iterator[None]:
         _forced.reset(before)
 
 
+def is_forced() -> bool:
+    """Whether ``any_base`` allows another base model."""
+    return _forced.get()
+
+
 @dataclasses.dataclass(frozen=True)
 class Base:
     """What a plan or an adapter records of its base model. What is empty or 0 is not known, and not compared.

@@ -20,7 +20,7 @@ from reltune.files import whole_file, write_json
 from reltune.layers.inventory import Inventory
 from reltune.layers.units import directions_in, part_shapes
 from reltune.names import GRANULARITIES
-from reltune.reading import FLOATS, Damaged, load_tensors
+from reltune.reading import FLOATS, Damaged, check_saved, load_tensors
 from reltune.relevance.artefact import FORMAT, SCORES, Overview, read_scores
 from reltune.relevance.criteria.contract import ScoresByName
 from reltune.relevance.heatmap import OUTSIDE, Heatmap
@@ -229,6 +229,7 @@ class RelevanceScores:
         }
         with whole_file(directory / "scores.safetensors") as partial:
             save_file(tensors, partial)
+            check_saved(partial, tensors)
         write_json(
             directory / SCORES,
             {

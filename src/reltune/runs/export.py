@@ -30,6 +30,7 @@ from torch import Tensor
 from reltune.errors import InputError
 from reltune.files import check_destination, read_json, whole_directory
 from reltune.layers.quantised import is_quantised
+from reltune.reading import check_saved
 from reltune.runs.gguf_file import write_gguf
 from reltune.tuner.layer import ReltuneLayer
 from reltune.tuner.quantised import MERGED_IS_ROUNDED
@@ -106,6 +107,7 @@ def to_lora(
         lora.save_pretrained(str(partial))
         on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(on_host, partial / "adapter_model.safetensors")
+        check_saved(partial / "adapter_model.safetensors", on_host)
         complete(partial)
     return path
 
@@ -162,9 +164,20 @@ def to_merged(
     merged = merged_model(model)
     with whole_directory(path) as partial:
         merged.save_pretrained(str(partial))
+        _check_merged(merged, partial)
         tokenizer.save_pretrained(str(partial))
         complete(partial)
     return path
+
+
+def _check_merged(model: Any, path: Path) -> None:
+    """Raise StorageError unless the files that were just written hold the model's tensors to the bit. Some models have theirs under
+    other names in files; these are looked at for their form alone."""
+    own = model.state_dict()
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as held:
+            names = list(held.keys())
+            check_saved(file, {name: own[name] if name in own else held.get_tensor(name) for name in names})
 
 
 def merged_model(model: Any) -> Any:
