@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from reltune import reading
 from reltune.errors import InputError, StorageError
 
 PARTIAL, REMOVED = ".partial", ".removed"  # ends of the names, begun by a dot, of what is being written or removed
@@ -172,7 +173,7 @@ def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return reading.read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); run the stage that writes it again.") from error
 

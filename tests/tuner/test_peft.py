@@ -346,6 +346,7 @@ def test_saved_config_says_nothing_of_the_machine_and_holds_no_plan(saved: dict[
         "directions": 1,
         "weight": False,
         "bias": False,
+        "shape": [32, 16],
     }
     assert values["target_modules"] == sorted(BERT)  # a set would be written in another order by every process
     assert values.pop("base_model_name_or_path") == str(saved["base"])  # as every PEFT config has it

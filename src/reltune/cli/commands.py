@@ -72,6 +72,14 @@ ConfigFile = Annotated[
     str | None, typer.Option("--config", metavar="FILE", help="A YAML file with fields of the run. Flags win over it.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite_output_dir", help="Replace what an earlier run wrote there.")]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Go on with another base model than the plan or adapter was made for, as far as the shapes allow. Risk: trained values "
+        "take the place of weights that they were not trained with; the result may be worse than either model, and no error says so.",
+    ),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -201,7 +209,7 @@ def select(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = F
 
 @app.command(context_settings=TRAINING, epilog=f"{STORED_HELP} {TRAINING_HELP}")
 @flags("frozen_dtype", "activation_offloading", "early_stopping_patience", "sweep", "sweep_trials", stored=True)
-def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = False) -> None:
+def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = False, force: Force = False) -> None:
     """Train what the plan names; write RUN/adapter."""
     from reltune.runs.directory import RunDirectory
     from reltune.runs.preflight import check_tuning
@@ -211,9 +219,10 @@ def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = Fal
     with together():
         directory, stored = RunDirectory.open(run)
     config = changed_config(context, stored, lambda draft: check_tuning(draft, directory, overwrite_output_dir))
+    from reltune.layers.fingerprint import any_base
     from reltune.runs import flow
 
-    with alone(run):
+    with alone(run), any_base(force):
         if trials := flow.tune_again(config, directory, overwrite_output_dir):
             show_sweep(trials)
     say(f"Adapter: {directory.adapter}", f"Next: reltune evaluate {run}")
@@ -221,7 +230,7 @@ def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = Fal
 
 @app.command(epilog=STORED_HELP)
 @flags(*HELD_OUT, *(name for name in EVERY if name.startswith("lm_eval_")), stored=True)
-def evaluate(context: typer.Context, run: Run) -> None:
+def evaluate(context: typer.Context, run: Run, force: Force = False) -> None:
     """Measure the adapter on held-out data; write all_results.json."""
     from reltune.runs.directory import RunDirectory
     from reltune.runs.preflight import check_evaluation
@@ -229,9 +238,10 @@ def evaluate(context: typer.Context, run: Run) -> None:
     with together():
         directory, stored = RunDirectory.open(run)
     config = changed_config(context, stored, lambda draft: check_evaluation(draft, directory))
+    from reltune.layers.fingerprint import any_base
     from reltune.runs import flow
 
-    with alone(run):
+    with alone(run), any_base(force):
         results, lm_eval = flow.evaluate_again(config, directory)
     show_metrics(results)
     show_lm_eval(lm_eval)
@@ -282,6 +292,7 @@ def export(
             help=f"What a file for llama.cpp holds matrices in: {', '.join(GGUF_TYPES)}. If not given, {GGUF_TYPE}.",
         ),
     ] = None,
+    force: Force = False,
 ) -> None:
     """Write the tuned model for programs that do not know reltune."""
     from reltune.runs.directory import RunDirectory
@@ -289,9 +300,11 @@ def export(
 
     directory, config = RunDirectory.open(run)
     check_export(directory, to, output_dir, server, gguf_type)
+    from reltune.layers.fingerprint import any_base
     from reltune.runs import flow
 
-    say(f"Exported to {flow.export(directory, config, to, output_dir, server, gguf_type)}")
+    with any_base(force):
+        say(f"Exported to {flow.export(directory, config, to, output_dir, server, gguf_type)}")
 
 
 @app.command()
@@ -339,16 +352,19 @@ def predict(
     encoding: Annotated[
         str, typer.Option("--encoding", metavar="NAME", help="Character encoding of a text file.")
     ] = "utf-8",
+    force: Force = False,
 ) -> None:
     """Write what the tuned model says of each row of a file."""
     from reltune.runs.preflight import check_prediction
 
     check_prediction(tuned, input_file, output_file, on_bad_rows)
+    from reltune.layers.fingerprint import any_base
     from reltune.runs import flow
 
-    done = flow.predict(
-        tuned, input_file, output_file, per_device_eval_batch_size, max_new_tokens, on_bad_rows, encoding
-    )
+    with any_base(force):
+        done = flow.predict(
+            tuned, input_file, output_file, per_device_eval_batch_size, max_new_tokens, on_bad_rows, encoding
+        )
     if output_file != "-":
         say(f"Predicted {done.rows:,} rows: {output_file}")
 
@@ -396,6 +412,7 @@ def chat(
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="N", min=0, help="Draw the same tokens every time.")
     ] = None,
+    force: Force = False,
 ) -> None:
     """Talk to the tuned model, in the terminal or through a pipe.
 
@@ -414,10 +431,12 @@ def chat(
         "repetition_penalty": repetition_penalty,
     }
     from reltune.cli.chat import converse
+    from reltune.layers.fingerprint import any_base
     from reltune.runs import flow
 
     sampling = {name: value for name, value in wanted.items() if value is not None}
-    converse(flow.chat(tuned, compare, system_prompt, sampling, seed))
+    with any_base(force):
+        converse(flow.chat(tuned, compare, system_prompt, sampling, seed))
 
 
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)

@@ -18,6 +18,7 @@ from reltune.config.run_config import FIELDS, OF_SOME_METHODS, RunConfig
 from reltune.config.training_fields import training_field_names
 from reltune.errors import InputError
 from reltune.files import write_text
+from reltune.reading import Damaged, read_yaml
 
 SIZES = ("equal", "usual", "both")
 LEAST_TRIALS = 4
@@ -211,9 +212,8 @@ class ComparisonConfig(Subject):
     def load(cls, path: str | os.PathLike) -> ComparisonConfig:
         """Raises InputError for a file that cannot be read as a comparison's."""
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            return comparison_config(checked_fields(values, COMPARISON_FIELDS))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
+            return comparison_config(checked_fields(read_yaml(path), COMPARISON_FIELDS))
+        except (OSError, Damaged, AttributeError, TypeError) as error:
             raise InputError(f"{path} cannot be read as a comparison's config: {error}") from error
         except InputError as error:
             raise InputError(f"{path}: {error}") from error

@@ -10,7 +10,6 @@ import re
 import textwrap
 import typing
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -26,6 +25,7 @@ from reltune.config.training_fields import (
     training_field_names,
 )
 from reltune.errors import InputError, nearest
+from reltune.reading import Damaged, read_yaml
 
 WIDTH = 118
 
@@ -71,35 +71,16 @@ def read_config(path: str | os.PathLike, fields: Sequence[dataclasses.Field] = F
 
 def _read(path: str | os.PathLike) -> dict[Any, Any]:
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        repeated = _repeated(yaml.compose(text, Loader=yaml.SafeLoader))
-        values = yaml.safe_load(text)
+        values = read_yaml(path)
     except FileNotFoundError as error:
         raise InputError(f"config {path} does not exist; check the path.") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise InputError(f"config {path} cannot be read ({error}); save it as UTF-8 text.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}" if mark else ""
-        raise InputError(f"config {path}{place} is not valid YAML ({getattr(error, 'problem', error)}).") from error
-    if repeated:
-        raise InputError(f"config {path} line {repeated[1]} gives {repeated[0]!r} a second time; keep one.")
+    except Damaged as error:
+        raise InputError(f"config {path}{error.place} {error.reason}; mend it there.") from error
     if not isinstance(values, dict):
         raise InputError(f"config {path} must be a mapping; write one field on each line, like max_length: 128.")
     return values
-
-
-def _repeated(node: yaml.Node | None) -> tuple[str, int] | None:
-    """The first key that a mapping, or one inside it, has twice, and its line: YAML would silently keep the last value."""
-    seen = set()
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        if isinstance(key, yaml.ScalarNode) and key.value in seen:
-            return key.value, key.start_mark.line + 1
-        if isinstance(key, yaml.ScalarNode):
-            seen.add(key.value)
-        if repeated := _repeated(value):
-            return repeated
-    return None
 
 
 # -- the commented file ---------------------------------------------------------------------------------------------

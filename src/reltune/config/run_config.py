@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from dataclasses import field
 from pathlib import Path
@@ -24,6 +23,7 @@ from reltune.config.training import TrainingConfig
 from reltune.errors import InputError, nearest
 from reltune.files import write_text
 from reltune.names import CRITERIA, IN_A_LORA_FILE, IN_GGUF, WITHOUT_DATA
+from reltune.reading import Damaged, read_json, read_yaml
 from reltune.relevance.entry_points import criterion_of_package, known_criteria
 
 # The order in which flags, YAML files and the schema show the fields. A new field of a subject is entered here too.
@@ -150,7 +150,7 @@ class RunConfig(
     def _measured(self) -> list[str]:
         """Criteria of the run's saved scores. They can be chosen by even if their package is no longer installed."""
         try:
-            scores = json.loads((Path(self.output_dir) / "relevance" / "scores.json").read_text(encoding="utf-8"))
+            scores = read_json(Path(self.output_dir) / "relevance" / "scores.json")
             return [str(name) for name in scores["criteria"]]
         except (OSError, ValueError, KeyError, TypeError):
             return []
@@ -166,8 +166,8 @@ class RunConfig(
     @classmethod
     def load(cls, path: str | os.PathLike) -> RunConfig:
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            values = read_yaml(path)
+        except (OSError, Damaged) as error:
             raise InputError(f"{path} cannot be read as a run's config.yaml: {error}") from error
         if not isinstance(values, dict):
             raise InputError(f"{path} is not a run's config.yaml: it must be a mapping of fields.")

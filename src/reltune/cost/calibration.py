@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reltune.files import write_text
+from reltune.reading import read_json
 
 FORMAT = 1  # of the kept files; a higher one measures again
 DTYPES = ("float32", "bfloat16")
@@ -71,7 +72,7 @@ def calibrated(device: torch.device) -> Calibration:
     """This machine's calibration: the kept one, or one that is measured now and kept."""
     path = _path(device)
     try:
-        return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return Calibration.from_dict(read_json(path))
     except (OSError, ValueError, TypeError):
         pass
     found = measure(device)

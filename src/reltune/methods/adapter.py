@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reltune.errors import InputError, first_line
+from reltune.files import read_json
 from reltune.methods.contract import Base, Method, Trainable
+from reltune.reading import FLOATS, Damaged, check_saved, inside, read_header
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
 
 
 class Adapter(Method):
@@ -69,13 +75,84 @@ class Adapter(Method):
 
 
 def save_adapter(model: Any, path: Path, state: Mapping[str, Any] | None) -> None:
+    """As PEFT saves it, and read back: raises StorageError where the file does not hold what was trained to the bit."""
+    from peft import get_peft_model_state_dict
+
     model.save_pretrained(str(path), state_dict=state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PEFT remarks it has remarked
+        check_saved(path / WEIGHTS, get_peft_model_state_dict(model, state_dict=state))
 
 
 def load_adapter(base: nn.Module, path: Path) -> Any:
-    from peft import PeftModel
+    """The adapter on its base model. Its files may be anybody's (docs/files.md).
 
-    return PeftModel.from_pretrained(base, str(path))
+    Raises InputError where they are damaged, or do not fit the model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError
+
+    held = _checked(path)
+    try:
+        model = PeftModel.from_pretrained(base, str(path))
+    except InputError:
+        raise
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        RuntimeError,
+        OSError,
+        SafetensorError,
+    ) as error:
+        raise InputError(
+            f"the adapter {path} does not fit the model ({_in_short(error)}); load the model it was made for."
+        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        missing = sorted(set(get_peft_model_state_dict(model)) - held)
+    if missing:
+        raise InputError(
+            f"{path / WEIGHTS} lacks {missing[0]}, which its config says it has; save or copy the adapter again."
+        )
+    return model
+
+
+def _checked(path: Path) -> set[str]:
+    """The names of an adapter's tensors. Raises InputError for files that are damaged, before anything is made of them."""
+    from safetensors import safe_open
+
+    if not (path / WEIGHTS).is_file() and any(path.glob("*.bin")):
+        raise InputError(
+            f"{path} has weights that are no safetensors file, in a format that can run code; save it as safetensors."
+        )
+    for file in (CONFIG, WEIGHTS):
+        try:
+            inside(path, file)
+        except Damaged as error:
+            raise InputError(f"{path} {error.reason}; copy the adapter with its own files.") from error
+    config = read_json(path / CONFIG)
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise InputError(f"{path / CONFIG} is no adapter's config; save or copy the adapter again.")
+    try:
+        tensors = read_header(path / WEIGHTS).tensors
+    except (OSError, Damaged) as error:
+        raise InputError(f"{path / WEIGHTS} cannot be read ({error}); save or copy the adapter again.") from error
+    with safe_open(path / WEIGHTS, "pt") as file:
+        for name, (dtype, _) in tensors.items():
+            if dtype in FLOATS and not file.get_tensor(name).isfinite().all():
+                raise InputError(
+                    f"{path / WEIGHTS} has numbers in {name} that are not finite; train it again, or copy it again."
+                )
+    return set(tensors)
+
+
+def _in_short(error: Exception) -> str:
+    """The line of an error that says what is wrong: of ``load_state_dict`` not the one above its list."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return textwrap.shorten(lines[min(1, len(lines) - 1)].rstrip(".: "), 300, placeholder=" …")
 
 
 def linear_maps(base: Base) -> list[str]:

@@ -17,6 +17,7 @@ from reltune.errors import InputError
 from reltune.files import whole_file
 from reltune.methods.adapter import in_numbers, size
 from reltune.methods.contract import Base, Method, Trainable
+from reltune.reading import Damaged, check_saved, load_tensors, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -68,20 +69,31 @@ class Freed(Method):
         frozen = {name: values[name] for name, p in model.named_parameters() if not p.requires_grad}
         with whole_file(path / FILE) as partial:
             save_file(tensors, partial, metadata={"method": self.name, "frozen": _fingerprint(frozen)})
+            check_saved(partial, tensors)
 
     def load(self, base: nn.Module, path: Path) -> Any:
-        from safetensors import safe_open
-        from safetensors.torch import load_file
+        from reltune.layers.fingerprint import is_forced
 
-        with safe_open(path / FILE, "pt") as file:
-            about = file.metadata() or {}
-        tensors = load_file(path / FILE)
+        try:
+            about, tensors = read_header(path / FILE).metadata, load_tensors(path / FILE)
+        except (OSError, Damaged) as error:
+            raise InputError(f"{path / FILE} cannot be read ({error}); tune again, or copy it again.") from error
         own = dict(base.named_parameters()) | dict(base.named_buffers())
-        strange = next((name for name, t in tensors.items() if name not in own or own[name].shape != t.shape), "")
+        for name, tensor in tensors.items():
+            if name not in own or own[name].shape != tensor.shape:
+                has = f"shape {list(own[name].shape)}" if name in own else "no such tensor"
+                raise InputError(
+                    f"{path} was trained on another base model: {name} has shape {list(tensor.shape)} there, and this model {has}."
+                )
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise InputError(
+                    f"{path / FILE} has numbers in {name} that are not finite; tune again, or copy it again."
+                )
         frozen = {name: p for name, p in base.named_parameters() if name not in tensors}
-        if strange or about.get("frozen") != _fingerprint(frozen):
+        if about.get("frozen") != _fingerprint(frozen) and not is_forced():
             raise InputError(
-                f"{path} was trained on another base model" + (f", which has {strange}." if strange else ".")
+                f"{path} was trained on another base model: the weights that it leaves as they are differ; load the model it was trained "
+                "on, or pass --force to use it nevertheless."
             )
         return _with_values(base, tensors)
 

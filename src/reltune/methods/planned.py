@@ -51,7 +51,7 @@ def by_budget(count: int) -> Size:
 
 def check_plan(base: Base) -> None:
     """Raise InputError where a base's plan is for another model, or leaves out its new heads."""
-    from reltune.layers.fingerprint import fingerprint
+    from reltune.layers.fingerprint import Base as Recorded
     from reltune.layers.inventory import take_inventory
 
     plan, new_heads = base.plan, base.new_heads
@@ -60,7 +60,7 @@ def check_plan(base: Base) -> None:
         raise InputError(
             f"plan: always_trained must name this model's new heads ({', '.join(new_heads) or 'nothing'}); they cannot be left out."
         )
-    plan.check_model(take_inventory(base.model, new_heads), fingerprint(base.model, new_heads))
+    plan.check_model(take_inventory(base.model, new_heads), Recorded.of(base.model, new_heads, bool(plan.weights)))
 
 
 def method_of(plan: Plan) -> tuple[str, float]:

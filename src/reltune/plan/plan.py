@@ -9,23 +9,25 @@ import dataclasses
 import math
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from reltune import markup
 from reltune.errors import InputError, nearest
 from reltune.files import whole_file, write_text
 from reltune.names import SPREADS
+from reltune.reading import Damaged, inside, load_arrays, read_yaml
 
 if TYPE_CHECKING:
     import torch
 
+    from reltune.layers.fingerprint import Base
     from reltune.layers.inventory import Inventory
     from reltune.layers.units import ModuleInfo
 
@@ -39,6 +41,7 @@ WORDS = {
     "weight": "the whole weight",
     "bias": "the bias",
 }
+DIMENSIONS, LARGEST = 8, 2**63 - 1  # of a weight, and the numbers in it
 INLINE_INDICES = 20_000  # more indices than this in all go to a file beside the plan
 INDEX_FILE = "indices.safetensors"
 INDEX_FIELDS = ("columns", "rows", "elements", "directions")
@@ -152,7 +155,10 @@ class ModulePlan:
 
     def check(self, name: str) -> None:
         """Raise InputError, naming the module, if what is trained of it contradicts itself."""
-        if not self.shape or any(type(size) is not int or size < 1 for size in self.shape):
+        sizes = 0 < len(self.shape) <= DIMENSIONS and all(
+            type(size) is int and 0 < size <= LARGEST for size in self.shape
+        )
+        if not sizes or math.prod(self.shape) > LARGEST:
             raise InputError(
                 f"plan: shape of {name} must be a list of sizes: [out, in] of a linear map, [out, in / groups, height, width] "
                 "of a 2-D convolution, [tokens, features] of an embedding or [features] of a norm."
@@ -190,7 +196,7 @@ class ModulePlan:
                 kept = " in its file" if field == "directions" else ""
                 raise InputError(f"plan: {name} has {size} {field}{kept}, counted from 0; {wrong[0]} is none of them.")
             if len(set(values)) < len(values):
-                twice = next(i for i in values if values.count(i) > 1)
+                twice = Counter(values).most_common(1)[0][0]
                 raise InputError(f"plan: {field} of {name} name {twice} twice; name it once.")
         self._check_elements(name)
         for field in ("weight", "bias"):
@@ -231,7 +237,8 @@ class Plan:
     """The units to train, by module name, with the budget they keep and the base model they belong to.
 
     ``budget`` is what the user asked for, ``budget_parameters`` the same as a count. ``always_trained`` names the
-    modules of new heads, counted apart. ``task_type`` is PEFT's.
+    modules of new heads, counted apart. ``task_type`` is PEFT's. ``architecture`` and ``weights`` are the class of the base model
+    and the ``digest`` of its numbers (layers/fingerprint.py); plans of older versions have neither.
     """
 
     modules: dict[str, ModulePlan]
@@ -246,6 +253,8 @@ class Plan:
     task_type: str | None = None
     always_trained: list[str] = dataclasses.field(default_factory=list)
     head_parameters: int = 0
+    architecture: str = ""
+    weights: str = ""
 
     @property
     def parameters(self) -> int:
@@ -323,6 +332,10 @@ class Plan:
         """Raise InputError if the plan contradicts itself. Runs on load, after any edit by hand."""
         if not self.modules:
             raise InputError("plan: it chooses no module; add at least one.")
+        if self.base_parameters < 1 or self.head_parameters < 0:
+            raise InputError(
+                "plan: parameters and head_parameters of model are the numbers of its parameters; select again."
+            )
         for name, module in self.modules.items():
             module.check(name)
         if self.parameters > self.budget_parameters:
@@ -337,8 +350,17 @@ class Plan:
             if module.directions and module.vectors is None:
                 raise InputError(f"plan: the vectors of the directions of {name} are missing; select again.")
 
-    def check_model(self, inventory: Inventory, fingerprint: str) -> None:
-        """Raise InputError if the plan was not made for this model."""
+    @property
+    def base(self) -> Base:
+        """What the plan records of its base model."""
+        from reltune.layers.fingerprint import Base
+
+        return Base(self.fingerprint, self.architecture, self.base_parameters, self.weights)
+
+    def check_model(self, inventory: Inventory, base: Base | str) -> None:
+        """Raise InputError if the plan was not made for this model. ``base`` is what is known of that: its fingerprint alone will do."""
+        from reltune.layers.fingerprint import Base
+
         for name, module in self.modules.items():
             if name not in inventory:
                 known = [info.name for info in inventory.modules]
@@ -360,11 +382,7 @@ class Plan:
                 )
             if module.bias and not info.bias:
                 raise InputError(f"plan: {name} has no bias in this model; set bias: false.")
-        if self.fingerprint and fingerprint and self.fingerprint != fingerprint:
-            raise InputError(
-                f"plan: it was made for {self.model_name_or_path or 'another model'} (fingerprint {self.fingerprint[:8]}…), "
-                f"not for this model ({fingerprint[:8]}…); analyze and select again with this model."
-            )
+        self.base.check(Base(base) if isinstance(base, str) else base, "plan: it", self.model_name_or_path)
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write ``plan.yaml``, beside it ``indices.safetensors`` when there are too many indices to read, and
@@ -400,6 +418,7 @@ class Plan:
             "model": {
                 "name_or_path": self.model_name_or_path,
                 "fingerprint": self.fingerprint,
+                **{name: value for name in ("architecture", "weights") if (value := getattr(self, name))},
                 "parameters": self.base_parameters,
                 "head_parameters": self.head_parameters,
                 "task_type": self.task_type,
@@ -427,11 +446,11 @@ class Plan:
         if path.is_dir():
             path = path / "plan.yaml"
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values = read_yaml(path, finite=True)
         except FileNotFoundError as error:
             raise InputError(f"{path} does not exist; run `reltune select` first.") from error
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise InputError(f"{path} cannot be read as a plan: {' '.join(str(error).split())}") from error
+        except (OSError, Damaged) as error:
+            raise InputError(f"{path} cannot be read as a plan: {error}; run `reltune select` again.") from error
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise InputError(f"{path} is no plan of format {FORMAT!r}; run `reltune select` again.")
         known = "format model criterion granularity spread budget predicted always_trained modules".split()
@@ -439,7 +458,9 @@ class Plan:
         try:
             model, budget = values["model"], values["budget"]
             _known_keys(
-                model, ("name_or_path", "fingerprint", "parameters", "head_parameters", "task_type"), f"{path}: model"
+                model,
+                "name_or_path fingerprint architecture weights parameters head_parameters task_type".split(),
+                f"{path}: model",
             )
             _known_keys(budget, ("asked", "parameters"), f"{path}: budget")
             plan = cls(
@@ -455,6 +476,8 @@ class Plan:
                 task_type=model.get("task_type"),
                 always_trained=_names(values.get("always_trained"), f"{path}: always_trained"),
                 head_parameters=int(model["head_parameters"]),
+                architecture=str(model.get("architecture", "")),
+                weights=str(model.get("weights", "")),
             )
         except KeyError as error:
             raise InputError(f"{path} lacks the field {error}; run `reltune select` again.") from error
@@ -517,7 +540,7 @@ def _read_modules(entries: Any, path: Path) -> dict[str, ModulePlan]:
                 if field == "elements" and held.ndim == 1 and held.dtype in (np.int32, np.int64):
                     entry[field] = _compact(np.sort(held))
                 else:
-                    entry[field] = held.tolist()
+                    entry[field] = held.tolist() if held.ndim == 1 else None
         if "shape" not in entry:
             raise InputError(f"{path}: {name} lacks its shape.")
         module = modules[str(name)] = ModulePlan(**{**entry, "shape": tuple(entry["shape"])})
@@ -529,9 +552,9 @@ def _read_modules(entries: Any, path: Path) -> dict[str, ModulePlan]:
 
 def _load_beside(path: Path, file: str) -> dict[str, np.ndarray]:
     try:
-        return dict(load_file(path.parent / file))
-    except (OSError, KeyError, SafetensorError) as error:
-        raise InputError(f"{path.parent / file} cannot be read: {error}") from error
+        return load_arrays(inside(path.parent, file))
+    except (OSError, Damaged) as error:
+        raise InputError(f"{path.parent / file} cannot be read: {error}; run `reltune select` again.") from error
 
 
 class _Inline(list):

@@ -101,6 +101,8 @@ def select(
         budget_parameters=limit,
         base_parameters=inventory.base_parameters,
         fingerprint=relevance.fingerprint,
+        architecture=str(relevance.provenance.get("architecture", "")),
+        weights=str(relevance.provenance.get("weights", "")),
         criterion=criterion,
         granularity=granularities,
         spread=spread,

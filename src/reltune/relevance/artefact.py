@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from reltune.errors import InputError
+from reltune.reading import Damaged, read_json
 from reltune.relevance.heatmap import Heatmap
 
 FORMAT = "reltune-relevance-3"
@@ -44,10 +44,10 @@ def read_scores(directory: Path) -> dict[str, Any]:
     Raises InputError where there is none, or none of this format.
     """
     try:
-        values = json.loads((directory / SCORES).read_text(encoding="utf-8"))
+        values = read_json(directory / SCORES)
     except FileNotFoundError as error:
         raise InputError(f"{directory} holds no relevance scores; run `reltune analyze` first.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, Damaged) as error:
         raise InputError(f"{directory} holds relevance scores that cannot be read: {error}") from error
     form = values.get("format") if isinstance(values, dict) else None
     if form != FORMAT:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from reltune.errors import AnalysisError, InputError
-from reltune.layers.fingerprint import fingerprint
+from reltune.layers.fingerprint import digest, fingerprint
 from reltune.layers.inventory import Inventory, choose, new_head_modules, new_parameters, take_inventory
 from reltune.layers.quantised import check_not_packed
 from reltune.layers.registry import canonical_weights
@@ -155,6 +155,7 @@ def analyze(
     scores = {name: _of_inventory(scores[name], inventory) for name in by_name}
     model_name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     facts |= provenance(model, model_name, examples, data, seed)  # a criterion's name does not hide any of these
+    facts["weights"] = digest(model, new_heads)
     return RelevanceScores(scores, inventory, new_heads, fingerprint(model, new_heads), facts)
 
 

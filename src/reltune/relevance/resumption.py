@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from reltune.files import whole_file
+from reltune.reading import Damaged, load_tensors, parse_json, read_header
 from reltune.relevance.artefact import PARTIAL
 
 EVERY = 300.0  # seconds between two saves; a kill that leaves no time to save costs no more than this
@@ -36,20 +36,16 @@ class Partial:
     def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """The state and the tensors that were saved; None where nothing was saved under this key."""
         try:
-            with safe_open(self.path, "pt") as file:
-                state = json.loads((file.metadata() or {})["state"])
-                if state["key"] != self.key:
-                    return None
-                return state, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, KeyError, ValueError, SafetensorError):
+            state = parse_json(read_header(self.path).metadata["state"])
+            return None if state["key"] != self.key else (state, load_tensors(self.path))
+        except (OSError, KeyError, TypeError, Damaged):
             return None
 
     def of_something_else(self) -> bool:
         """Whether the file is there and of another key."""
         try:
-            with safe_open(self.path, "pt") as file:
-                return json.loads((file.metadata() or {})["state"])["key"] != self.key
-        except (OSError, KeyError, ValueError, SafetensorError):
+            return bool(parse_json(read_header(self.path).metadata["state"])["key"] != self.key)
+        except (OSError, KeyError, TypeError, Damaged):
             return False
 
     def due(self) -> bool:

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reltune import markup
@@ -23,6 +22,7 @@ from reltune.files import whole_file, write_json
 from reltune.layers.inventory import Inventory
 from reltune.layers.units import directions_in, part_shapes
 from reltune.names import GRANULARITIES
+from reltune.reading import FLOATS, Damaged, check_saved, load_tensors
 from reltune.relevance.artefact import FORMAT, SCORES, Overview, read_scores
 from reltune.relevance.criteria.contract import ScoresByName
 from reltune.relevance.heatmap import OUTSIDE, Heatmap
@@ -240,6 +240,7 @@ class RelevanceScores:
         }
         with whole_file(directory / "scores.safetensors") as partial:
             save_file(tensors, partial)
+            check_saved(partial, tensors)
         write_json(
             directory / SCORES,
             {
@@ -264,10 +265,10 @@ class RelevanceScores:
         directory = Path(directory)
         values = read_scores(directory)
         try:
-            tensors = load_file(directory / "scores.safetensors")
+            tensors = load_tensors(directory / "scores.safetensors", FLOATS)
         except FileNotFoundError as error:
             raise InputError(f"{directory} holds no relevance scores; run `reltune analyze` first.") from error
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, Damaged) as error:
             raise InputError(f"{directory} holds relevance scores that cannot be read: {error}") from error
         try:
             if len(tensors) != values["tensors"]:
@@ -297,6 +298,8 @@ def _sorted_by_criterion(
                 continue
             if tensor.shape != shape:
                 raise ValueError(f"{criterion}/{part}/{name} has shape {tuple(tensor.shape)}")
+            if not part.endswith(("_low", "_high")) and not tensor.isfinite().all():  # an interval may be open
+                raise ValueError(f"{criterion}/{part}/{name} holds numbers that are not finite")
             parts[criterion].setdefault(name, {})[part] = tensor
     empty = [criterion for criterion, by_name in parts.items() if not any(by_name.values())]
     if empty:

@@ -16,6 +16,7 @@ from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
 from reltune.files import PARTIAL, REMOVED, check_writable, discard, make_directory, read_json, stored, write_text
 from reltune.names import EXPORT_FORMS
+from reltune.reading import parse_json
 from reltune.relevance.artefact import SCORES, interrupted_in
 from reltune.report.record import Output
 from reltune.runs.lock import LOCK
@@ -240,7 +241,7 @@ class RunDirectory:
             return []
         try:
             with self.outputs.open(encoding="utf-8") as lines:
-                return [Output(**json.loads(line)) for line in itertools.islice(lines, count)]
+                return [Output(**parse_json(line)) for line in itertools.islice(lines, count)]
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{self.outputs} cannot be read ({error}); run `reltune evaluate` again.") from error
 

@@ -15,7 +15,6 @@ and what vLLM refuses is refused here: modules that are saved whole, such as a c
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,8 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reltune.errors import InputError
-from reltune.files import check_destination, whole_directory
+from reltune.files import check_destination, read_json, whole_directory
 from reltune.layers.quantised import is_quantised
+from reltune.reading import check_saved
 from reltune.runs.gguf_file import write_gguf
 from reltune.tuner.layer import ReltuneLayer
 from reltune.tuner.quantised import MERGED_IS_ROUNDED
@@ -107,6 +107,7 @@ def to_lora(
         lora.save_pretrained(str(partial))
         on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(on_host, partial / "adapter_model.safetensors")
+        check_saved(partial / "adapter_model.safetensors", on_host)
         complete(partial)
     return path
 
@@ -163,9 +164,20 @@ def to_merged(
     merged = merged_model(model)
     with whole_directory(path) as partial:
         merged.save_pretrained(str(partial))
+        _check_merged(merged, partial)
         tokenizer.save_pretrained(str(partial))
         complete(partial)
     return path
+
+
+def _check_merged(model: Any, path: Path) -> None:
+    """Raise StorageError unless the files that were just written hold the model's tensors to the bit. Some models have theirs under
+    other names in files; these are looked at for their form alone."""
+    own = model.state_dict()
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as held:
+            names = list(held.keys())
+            check_saved(file, {name: own[name] if name in own else held.get_tensor(name) for name in names})
 
 
 def merged_model(model: Any) -> Any:
@@ -204,7 +216,7 @@ def served(rank: int) -> int:
 
 def lora_summary(path: str | os.PathLike) -> str:
     """One line on an exported adapter: the largest rank that a server has to allow."""
-    config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(Path(path) / "adapter_config.json")
     ranks = config["rank_pattern"].values()
     if not ranks:
         with safe_open(Path(path) / "adapter_model.safetensors", "pt") as file:

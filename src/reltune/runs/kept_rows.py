@@ -13,6 +13,7 @@ from pathlib import Path
 from reltune.data.rows import Rows
 from reltune.errors import InputError
 from reltune.files import whole_file
+from reltune.reading import parse_json
 
 
 def keep(path: Path, rows: Rows, columns: Iterable[str]) -> None:
@@ -36,7 +37,7 @@ def kept(path: Path, source: str) -> Rows | None:
         return None
     try:
         with path.open(encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
+            records = [parse_json(line) for line in file]
         unit = "line" if all("line" in record for record in records) else "row"
         return Rows(
             [record["values"] for record in records], source, lines=[record[unit] for record in records], unit=unit

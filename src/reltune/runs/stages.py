@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
@@ -40,6 +40,7 @@ from reltune.plan.plan import Plan
 from reltune.plan.selection import check_scored, check_share, modules_with_elements
 from reltune.plan.selection import select as choose_units
 from reltune.processes import Processes
+from reltune.reading import Damaged, load_tensors
 from reltune.relevance.criteria.registry import find_criteria
 from reltune.relevance.measure import analyze as measure_relevance
 from reltune.relevance.probe.moving_weights import check_can_move
@@ -273,8 +274,25 @@ def model_with_new_heads(materials: ModelMaterials, run: RunDirectory) -> nn.Mod
     if materials.new_heads and (materials.config.needs_plan or run.head.is_file()):
         if not run.head.is_file():
             raise InputError(f"{run.head} is missing; run `reltune analyze` again.")
-        model.load_state_dict(load_file(run.head), strict=False)
+        model.load_state_dict(_new_heads(run.head, model, materials.new_heads), strict=False)
     return model
+
+
+def _new_heads(file: Path, model: nn.Module, new_heads: Sequence[str]) -> dict[str, torch.Tensor]:
+    """What ``new_head_tensors`` gave, from its file. Raises InputError where it does not fit the model's new heads."""
+    try:
+        tensors = load_tensors(file)
+    except (OSError, Damaged) as error:
+        raise InputError(f"{file} cannot be read ({error}); run `reltune analyze` again.") from error
+    own, prefixes = model.state_dict(), tuple(f"{name}." for name in new_heads)
+    for name, tensor in tensors.items():
+        if not name.startswith(prefixes) or name not in own or own[name].shape != tensor.shape:
+            raise InputError(
+                f"{file} has {name}, which is no part of this model's new heads; run `reltune analyze` again."
+            )
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise InputError(f"{file} has numbers in {name} that are not finite; run `reltune analyze` again.")
+    return tensors
 
 
 def select(config: RunConfig, run: RunDirectory) -> Plan:

@@ -12,7 +12,6 @@ import dataclasses
 import gc
 import hashlib
 import itertools
-import json
 import math
 import os
 import re
@@ -380,7 +379,7 @@ def _adopt(trial: RunDirectory, run: RunDirectory, config: RunConfig) -> None:
         if (trial.path / name).exists():
             os.replace(trial.path / name, run.path / name)
     for file in (run.path / "trainer_state.json", *run.path.glob("checkpoint-*/trainer_state.json")):
-        state = json.loads(file.read_text(encoding="utf-8"))
+        state = read_json(file)
         if state.get("best_model_checkpoint"):
             state["best_model_checkpoint"] = str(run.path / Path(state["best_model_checkpoint"]).name)
             write_json(file, state)

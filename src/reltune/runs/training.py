@@ -34,6 +34,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 from transformers.utils.hub import is_offline_mode
 
+from reltune import reading
 from reltune.config.training_fields import DEFAULTS
 from reltune.errors import InputError, first_line
 from reltune.files import PARTIAL, discard, put_in_place, stored, write_text
@@ -146,8 +147,8 @@ def _check_deepspeed(config: str | dict[str, Any]) -> None:
     """Raise InputError for a DeepSpeed config (or its JSON file) that training cannot follow here."""
     if isinstance(config, str):
         try:
-            config = json.loads(Path(config).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            config = reading.read_json(config)
+        except (OSError, reading.Damaged) as error:
             raise InputError(f"deepspeed {config} cannot be read as a DeepSpeed config in JSON ({error}).") from error
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     if isinstance(zero, dict) and zero.get("stage") == 3:
@@ -401,7 +402,12 @@ class LogFile(TrainerCallback):
         if state.is_world_process_zero:
             text = self.path.read_text(encoding="utf-8") if state.global_step and self.path.exists() else ""
             whole = text[: text.rfind("\n") + 1].splitlines()  # the last line may have been cut short
-            kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
+            try:
+                kept = [line for line in whole if reading.parse_json(line)["step"] <= state.global_step]
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{self.path} cannot be read ({error}); remove it, and training goes on without."
+                ) from error
             write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

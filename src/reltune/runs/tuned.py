@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from transformers import TrainingArguments
 
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError, first_line
 from reltune.files import read_json
+from reltune.methods.adapter import load_adapter
 from reltune.runs import stages
 from reltune.runs.directory import ADAPTER_CONFIG, TASK, RunDirectory
 from reltune.runs.materials import noting, placement, prepare_export, task_of_run
@@ -69,7 +69,7 @@ class Tuned:
                 tokenizer = self.task.load_tokenizer(self.config.model_name_or_path)
                 model, _ = self.task.load_model(self.config.model_name_or_path)
                 if self.kept_as == "adapter":
-                    model = PeftModel.from_pretrained(model, str(self.path))
+                    model = load_adapter(model, self.path)
         if not getattr(model, "is_quantized", False):  # else it is where it has to be
             model.to(TrainingArguments(output_dir=str(self.path), **placement(self.config)).device)
         return model.eval(), tokenizer

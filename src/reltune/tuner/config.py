@@ -9,8 +9,10 @@ from typing import Any
 from peft.config import PeftConfig
 
 from reltune.errors import InputError, nearest
+from reltune.layers.fingerprint import Base
 from reltune.names import FROZEN_DTYPES
 from reltune.plan.plan import ModulePlan, Plan
+from reltune.tuner.checks import check_fields, read_adapter_config
 from reltune.tuner.registration import peft_type
 
 
@@ -39,8 +41,11 @@ class ReltuneConfig(PeftConfig):
             for inference leaves it as it is.
         units: per module, how many columns, rows, single weights and directions and whether weight and bias are trained; filled from
             the plan and saved, because tensor sizes must be known before an adapter is loaded.
-        fingerprint: of the base model that the plan is for.
+        fingerprint, architecture, base_parameters, weights: what is recorded of the base model that the plan is for
+            (layers/fingerprint.py); another base is refused.
         always_trained: the modules of its new heads.
+        force: use another base model than the recorded one, as far as the shapes allow. What was trained are values to put in the place
+            of the base's own: in another base they may make it worse than either. Not saved.
     """
 
     plan: Plan | str | os.PathLike | None = None
@@ -56,11 +61,16 @@ class ReltuneConfig(PeftConfig):
     frozen_dtype: str | None = None
     units: dict[str, dict[str, Any]] | None = None
     fingerprint: str = ""
+    architecture: str = ""
+    base_parameters: int = 0
+    weights: str = ""
+    force: bool = False
     always_trained: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type()
+        check_fields(self)
         # Indices come from the plan or, on loading, from the adapter's file; JSON never holds them.
         self._chosen: dict[str, ModulePlan] = {}
         if self.plan is not None:
@@ -100,20 +110,33 @@ class ReltuneConfig(PeftConfig):
                 "directions": len(m.directions),
                 "weight": m.weight,
                 "bias": m.bias,
+                "shape": list(m.shape),
             }
             for name, m in plan.modules.items()
         }
         self.target_modules = list(plan.modules)
-        self.fingerprint = plan.fingerprint
+        self.fingerprint, self.architecture, self.weights = plan.fingerprint, plan.architecture, plan.weights
+        self.base_parameters = plan.base_parameters
         self.always_trained = plan.always_trained
         saved = [*(self.modules_to_save or []), *plan.always_trained]
         self.modules_to_save = list(dict.fromkeys(saved)) or None
         if self.task_type is None and plan.task_type:
             self.task_type = plan.task_type
 
+    @property
+    def base(self) -> Base:
+        """What is recorded of the base model."""
+        return Base(self.fingerprint, self.architecture, self.base_parameters, self.weights)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """As PEFT does it, and by the rules of docs/files.md."""
+        return read_adapter_config(path_json_file)
+
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         values.pop("plan")
+        values.pop("force")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(values[name], set):
                 values[name] = sorted(values[name])  # a set's order differs from process to process

@@ -13,6 +13,7 @@ processes) is computed as a correction beside the product.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -126,6 +127,9 @@ class ReltuneLayer(WrittenWeight):
 
         With ``indices_follow`` only the sizes are known, and the layer refuses to run before a file was loaded.
         """
+        self._units[adapter_name] = dataclasses.replace(
+            units, columns=[], rows=[], elements=[], directions=[], vectors=None
+        )
         with torch.no_grad():
             pristine = self._pristine_weight()
             for unit, indices, select in (
@@ -195,6 +199,7 @@ class ReltuneLayer(WrittenWeight):
         super().delete_adapter(adapter_name)
         self._awaited.discard(adapter_name)
         self._without_vectors.discard(adapter_name)
+        self._units.pop(adapter_name, None)
         self._settle()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from reltune.errors import InputError, nearest
 from reltune.layers import deferred_logits
-from reltune.layers.fingerprint import fingerprint
+from reltune.layers.fingerprint import Base
 from reltune.layers.float8 import Float8Linear, convertible, to_float8
 from reltune.layers.fused import can_be_fused, fuse, restore
 from reltune.layers.quantised import check_not_packed, keep_as_loaded
 from reltune.layers.registry import layer_type_of, layer_types, why_not
 from reltune.layers.units import ModuleInfo, by_unit
 from reltune.plan.plan import ModulePlan
+from reltune.tuner.checks import check_sizes
 from reltune.tuner.config import ReltuneConfig
 from reltune.tuner.float8 import ReltuneFloat8Linear
 from reltune.tuner.layer import BASE, ReltuneLayer
@@ -68,9 +69,8 @@ class ReltuneModel(BaseTuner):
         has_adapters = any(isinstance(module, BaseTunerLayer) for module in model.modules())
         if not has_adapters:
             # Once adapters are there, the weights are no longer only the base's.
-            without = peft_config.always_trained
-            self._fingerprint = fingerprint(model, without) if peft_config.fingerprint else ""
-        fingerprinted = getattr(self, "_fingerprint", "")
+            recorded = peft_config.fingerprint
+            self._base = Base.of(model, peft_config.always_trained, bool(peft_config.weights)) if recorded else Base()
         if peft_config.units is not None:
             names = [name for name, _ in model.named_modules()]
             missing = [name for name in peft_config.units if name not in names]
@@ -78,11 +78,8 @@ class ReltuneModel(BaseTuner):
                 raise InputError(
                     f"the plan names {missing[0]!r}, which this model does not have; {nearest(missing[0], names)}"
                 )
-        if fingerprinted and peft_config.fingerprint and fingerprinted != peft_config.fingerprint:
-            raise InputError(
-                f"the plan or adapter was made for another base model (fingerprint {peft_config.fingerprint[:8]}…, this one "
-                f"is {fingerprinted[:8]}…); load the model it was made for, or analyze and select again."
-            )
+        if not peft_config.force:
+            peft_config.base.check(getattr(self, "_base", Base()), "the plan or adapter")
         self._find_convertible(peft_config, model, has_adapters)
 
     def _find_convertible(self, config: Any, model: nn.Module, has_adapters: bool) -> None:
@@ -179,6 +176,7 @@ class ReltuneModel(BaseTuner):
         if config.units is not None:
             # An adapter is about to be loaded: sizes are known, indices come with the file.
             sizes = config.units[key]
+            check_sizes(sizes, info)
             units = ModulePlan(
                 shape,
                 list(range(sizes["columns"])),

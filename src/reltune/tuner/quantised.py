@@ -51,6 +51,7 @@ class ReltuneQuantisedLinear(ReltuneLinear):
         with torch.no_grad():
             weight = self._pristine_weight()
             for name in self.originals:
+                self._check_indices(name)
                 self._remember(name, weight)
                 self._awaited.discard(name)
 

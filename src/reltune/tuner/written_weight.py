@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NoReturn
@@ -24,6 +25,8 @@ from reltune.ops import stand_in
 from reltune.ops.attach import LiveGraphs
 from reltune.ops.attach_elements import Places
 from reltune.ops.index_copy import Copy, index_copy
+from reltune.plan.plan import ModulePlan
+from reltune.tuner.checks import check_finite, check_indices
 from reltune.tuner.sharded import is_managed, is_shard, put_in_shard
 
 # Layers whose columns, rows or single weights are being trained, for the optimizer hook below.
@@ -189,6 +192,7 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         self._written: str | None = None
         self._values = Seen([])  # of the written adapter, when it was written
         self._awaited: set[str] = set()  # adapters whose indices have yet to be loaded
+        self._units: dict[str, ModulePlan] = {}  # of each adapter, the module's full shape
         self._graphs = LiveGraphs()
         self._backup: dict[str, Tensor] = {}  # whole tensors replaced by merge
         self._beneath: Tensor | None = None  # the base's own weight while another one is being loaded
@@ -288,10 +292,18 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         with torch.no_grad():
             pristine = self._pristine_weight()
             for name in changed:
+                self._check_indices(name)
                 self._remember(name, pristine)
                 self._awaited.discard(name)
-                if self.originals[name].places is not None:
-                    self.originals[name].places.check()
+
+    def _check_indices(self, name: str) -> None:
+        """Raise InputError for indices that came with a file and are no units of the module."""
+        units, (columns, rows, elements) = self._units[name], (self._get(held, name) for held in INDEX_NAMES)
+        if elements is not None:
+            out, inside = units.shape[0], units.shape[1:]
+            stored = (math.prod(inside), out) if self.column_dim < self.row_dim else (out, math.prod(inside))
+            Places(elements, stored).check()
+        check_indices(units, columns, rows, elements, self.column_dim < self.row_dim)
 
     def _base_loaded(self, beneath: Tensor) -> None:
         """The base weight came with the file. It may hold the values of an adapter, which are not the base's."""
@@ -299,6 +311,7 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
         self._written = None
         with torch.no_grad():
             for name in self.originals:
+                self._check_indices(name)
                 self._remember(name, beneath)
                 held = weight.detach().clone()
                 self._put(held, self.originals[name], *self._values_of(name))
@@ -477,6 +490,11 @@ def _after_save(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -
 
 
 def _before_load(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for attribute in (*module.adapter_layer_names, "reltune_direction_vectors"):
+        for name in getattr(module, attribute):
+            values = state_dict.get(f"{prefix}{attribute}.{name}")
+            if values is not None and not is_shard(values):
+                check_finite(f"{prefix}{attribute}", values)
     if f"{prefix}base_layer.weight" in state_dict and module.originals and not module.merged:
         if module.sharded:
             module._written = None

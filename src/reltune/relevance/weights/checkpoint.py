@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -36,6 +35,7 @@ from reltune.errors import InputError, first_line
 from reltune.layers.inventory import new_head_modules
 from reltune.ops.row_blocks import row_blocks
 from reltune.pretrained import load_config
+from reltune.reading import inside, read_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -242,11 +242,12 @@ def _stored(name: str) -> dict[str, Stored]:
     wanted: dict[str, set[str] | None] = {SAFE_WEIGHTS_NAME: None}
     if _find(name, SAFE_WEIGHTS_NAME) is None and index is not None:
         try:
-            places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-            wanted = {
-                file: {key for key, place in places.items() if place == file} for file in sorted(set(places.values()))
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            by_file: dict[str, set[str]] = {}
+            for key, place in read_json(index)["weight_map"].items():
+                inside(Path(index).parent, place)
+                by_file.setdefault(place, set()).add(key)
+            wanted = {file: by_file[file] for file in sorted(by_file)}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index} cannot be read ({error}); copy or download the model again.") from error
     stored: dict[str, Stored] = {}
     for file, keys in wanted.items():
