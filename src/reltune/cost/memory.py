@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from reltune.cost.step import StepCount
+from typing import Protocol
+
+
+class Counted(Protocol):
+    """A step that was counted: exactly (``StepCount``), or as a sum (``PlanCost``)."""
+
+    @property
+    def bytes(self) -> int:
+        """The most that tensors hold at a time."""
+
 
 MIB = 1 << 20
 # cuBLAS keeps one workspace for products of the forward pass and one for the thread of the backward pass. On an H200
@@ -13,22 +22,22 @@ LIBRARIES = 15 * MIB  # of a process on a CPU, that the first step loads
 SLACK = 0.03  # of what is handed out: room in the allocator's segments that fits nothing; no record
 
 
-def allocated(count: StepCount) -> int:
+def allocated(count: Counted) -> int:
     """What ``torch.cuda.max_memory_allocated`` will say, in bytes."""
     return count.bytes + WORKSPACE
 
 
-def reserved(count: StepCount) -> int:
+def reserved(count: Counted) -> int:
     """What ``torch.cuda.max_memory_reserved`` will say, in bytes."""
     return int(allocated(count) * (1 + SLACK)) + 20 * MIB
 
 
-def on_card(count: StepCount) -> int:
+def on_card(count: Counted) -> int:
     """What the card has to have free, in bytes."""
     return reserved(count) + CONTEXT
 
 
-def resident_on_cpu(count: StepCount) -> int:
+def resident_on_cpu(count: Counted) -> int:
     """By how much a process on a CPU grows, in bytes, where malloc gives back what is freed.
 
     glibc's keeps freed blocks of less than 32 MiB in a heap with holes, and a process then holds much more, unless ``MALLOC_MMAP_THRESHOLD_`` is set in its environment.

@@ -57,6 +57,10 @@ class PlanCost:
     trained: int
     lowest: int
 
+    @property
+    def bytes(self) -> int:
+        return self.memory
+
 
 @dataclasses.dataclass(frozen=True)
 class _Block:

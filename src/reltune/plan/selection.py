@@ -62,24 +62,11 @@ def select(
     Raises InputError for a budget that is no number or too small for the smallest unit, an unknown granularity or
     criterion, a granularity that the model has no unit of, and patterns that match nothing.
     """
-    granularities = [granularity] if isinstance(granularity, str) else list(dict.fromkeys(granularity))
-    _check_known(granularities)
-    check_together(granularities, spread)
-    criterion = relevance.criterion(criterion)
-    check_scored(granularities, criterion)
     inventory = relevance.inventory
     limit = parse_budget(budget, inventory.base_parameters)
-
-    named = choose(inventory, target_modules, exclude_modules)
-    _check_whole(inventory, named, granularities)
-    allowed = _allowed(inventory, named, everywhere=bool(target_modules))
-    candidates = _candidates(relevance, criterion, granularities, allowed)
-    elements = _elements(relevance, criterion, allowed) if "element" in granularities else {}
-    if not candidates.places and not elements:
-        raise InputError(
-            f"no module that may be chosen has a unit of granularity {', '.join(granularities)} scored by {criterion}"
-            f"{_why_none(inventory, named, allowed, granularities)}; name another one."
-        )
+    granularities, criterion, candidates, elements = units_to_choose(
+        relevance, granularity, criterion, spread, target_modules, exclude_modules
+    )
     smallest = _smallest(candidates, elements)
     if smallest is None:
         raise InputError(
@@ -113,6 +100,35 @@ def select(
     )
     plan.check()
     return plan
+
+
+def units_to_choose(
+    relevance: RelevanceScores,
+    granularity: str | Sequence[str],
+    criterion: str | None,
+    spread: str,
+    target_modules: Sequence[str],
+    exclude_modules: Sequence[str],
+) -> tuple[list[str], str, Candidates, dict[str, Tensor]]:
+    """The granularities, the criterion, and the units that compete under any budget: single weights apart. The arguments, and what is
+    raised, are those of ``select``."""
+    granularities = [granularity] if isinstance(granularity, str) else list(dict.fromkeys(granularity))
+    _check_known(granularities)
+    check_together(granularities, spread)
+    criterion = relevance.criterion(criterion)
+    check_scored(granularities, criterion)
+    inventory = relevance.inventory
+    named = choose(inventory, target_modules, exclude_modules)
+    _check_whole(inventory, named, granularities)
+    allowed = _allowed(inventory, named, everywhere=bool(target_modules))
+    candidates = _candidates(relevance, criterion, granularities, allowed)
+    elements = _elements(relevance, criterion, allowed) if "element" in granularities else {}
+    if not candidates.places and not elements:
+        raise InputError(
+            f"no module that may be chosen has a unit of granularity {', '.join(granularities)} scored by {criterion}"
+            f"{_why_none(inventory, named, allowed, granularities)}; name another one."
+        )
+    return granularities, criterion, candidates, elements
 
 
 def check_scored(granularities: Sequence[str], criterion: str) -> None:
@@ -244,7 +260,7 @@ def _pieces(inventory: Inventory, granularity: str, name: str, index: int) -> li
 
 
 @dataclasses.dataclass
-class _Candidates:
+class Candidates:
     """All units to choose from except single weights, as parallel arrays: a large model has millions of columns."""
 
     places: list[tuple[str, str]]  # granularity, and the name of the layer or module
@@ -253,17 +269,17 @@ class _Candidates:
     price: np.ndarray  # its trainable parameters,
     worth: np.ndarray  # and its relevance
 
-    def only(self, name: str) -> _Candidates:
+    def only(self, name: str) -> Candidates:
         """Those of one module."""
         mine = [i for i, (_, place) in enumerate(self.places) if place == name]
         starts, ends = np.searchsorted(self.place, mine), np.searchsorted(self.place, mine, "right")  # it is ascending
         where = np.concatenate([np.empty(0, int), *(np.arange(a, b) for a, b in zip(starts, ends, strict=True))])
-        return _Candidates(self.places, self.place[where], self.index[where], self.price[where], self.worth[where])
+        return Candidates(self.places, self.place[where], self.index[where], self.price[where], self.worth[where])
 
 
 def _candidates(
     relevance: RelevanceScores, criterion: str, granularities: Sequence[str], allowed: Collection[str]
-) -> _Candidates:
+) -> Candidates:
     places: list[tuple[str, str]] = []
     place, index, price, worth = [np.empty(0, int)], [np.empty(0, int)], [np.empty(0, int)], [np.empty(0)]
     for granularity in granularities:
@@ -279,10 +295,10 @@ def _candidates(
             index.append(np.arange(len(values)))
             price.append(np.full(len(values), sum(piece.cost for piece in pieces)))
             worth.append(values)
-    return _Candidates(places, *(np.concatenate(part) for part in (place, index, price, worth)))
+    return Candidates(places, *(np.concatenate(part) for part in (place, index, price, worth)))
 
 
-def _smallest(candidates: _Candidates, elements: Mapping[str, Tensor]) -> int | None:
+def _smallest(candidates: Candidates, elements: Mapping[str, Tensor]) -> int | None:
     """The lowest price of a unit with a score that is not negative; None where every score is negative."""
     prices = candidates.price[candidates.worth >= 0].tolist()
     if any(bool((scores >= 0).any()) for scores in elements.values()):
@@ -296,16 +312,16 @@ def _smallest(candidates: _Candidates, elements: Mapping[str, Tensor]) -> int | 
 def _evenly(
     inventory: Inventory,
     granularities: Sequence[str],
-    candidates: _Candidates,
+    candidates: Candidates,
     elements: Mapping[str, Tensor],
     limit: int,
 ) -> dict[str, ModulePlan]:
     """What each module gets for its share of the budget."""
     names = {name for _, name in candidates.places} | {*elements}
-    sizes = {name: _size(inventory[name], granularities) for name in names}
+    sizes = {name: share_size(inventory[name], granularities) for name in names}
     if elements:
         check_share(limit, len(elements))
-    _check_kept(inventory, granularities, candidates, limit // sum(sizes.values()))
+    check_kept(inventory, granularities, candidates, limit // sum(sizes.values()))
     chosen: dict[str, ModulePlan] = {}
     for name, size in sizes.items():
         own = {name: elements[name]} if name in elements else {}
@@ -323,12 +339,12 @@ def _too_small_evenly(limit: int, granularities: Sequence[str], modules: int) ->
     )
 
 
-def _size(info: ModuleInfo, granularities: Sequence[str]) -> int:
+def share_size(info: ModuleInfo, granularities: Sequence[str]) -> int:
     """What a module's even share is in proportion to: its weights, or what a direction of it costs."""
     return info.rows if ALONE in granularities else info.weight_parameters
 
 
-def _check_kept(inventory: Inventory, granularities: Sequence[str], candidates: _Candidates, share: int) -> None:
+def check_kept(inventory: Inventory, granularities: Sequence[str], candidates: Candidates, share: int) -> None:
     """Raise InputError where the share of every module is more directions than were kept of some that has more."""
     if ALONE not in granularities:
         return
@@ -345,7 +361,7 @@ def _check_kept(inventory: Inventory, granularities: Sequence[str], candidates: 
 def _over_columns(
     inventory: Inventory,
     granularities: Sequence[str],
-    candidates: _Candidates,
+    candidates: Candidates,
     elements: Mapping[str, Tensor],
     limit: int,
 ) -> dict[str, ModulePlan]:
@@ -365,7 +381,7 @@ def _over_columns(
 def _greedy(
     inventory: Inventory,
     granularities: Sequence[str],
-    candidates: _Candidates,
+    candidates: Candidates,
     elements: Mapping[str, Tensor],
     limit: int,
 ) -> dict[str, ModulePlan]:
@@ -406,7 +422,7 @@ SPREAD_OUT = {"global": _greedy, "even": _evenly, "columns": _over_columns}  # f
 
 
 def _elements_before(
-    granularities: Sequence[str], candidates: _Candidates, elements: Mapping[str, Tensor]
+    granularities: Sequence[str], candidates: Candidates, elements: Mapping[str, Tensor]
 ) -> np.ndarray:
     """How many single weights come before each candidate.
 

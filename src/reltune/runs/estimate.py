@@ -24,6 +24,7 @@ from reltune.cost import memory, stand_ins
 from reltune.cost.blocks import shorten
 from reltune.cost.calibration import Calibration, calibrated
 from reltune.cost.devices import Card, calibration_of, card
+from reltune.cost.profile import Chosen, Profile
 from reltune.cost.step import AREAS, Conditions, StepCount, base_of, count_step, counting
 from reltune.cost.timing import step_time
 from reltune.errors import InputError, first_line
@@ -202,6 +203,44 @@ def estimate_run(
         rows,
         _largest_batch(subject, config.method, first, place.memory) if place.memory else None,
     )
+
+
+class PlanCosts:
+    """What plans for a run's model would take, one after another at once: the model is counted once, and a plan is a sum
+    (cost/profile.py), within a few percent of ``estimate_run``.
+
+    Attributes:
+        device: its name, and ``device_memory`` in bytes.
+        blocks: the names of the model's blocks, from the input on.
+    """
+
+    def __init__(self, config: RunConfig, device: str | None = None) -> None:
+        """Raises InputError for a model that cannot be counted."""
+        config = dataclasses.replace(config, training=checked_training_fields(config.training))
+        place, self.calibration = _place(device)
+        self.device, self.device_memory = place.name, place.memory
+        self.cuda = self.calibration is None or self.calibration.device == "cuda"
+        subject = _Subject(config, None, self.cuda)
+        self.accumulation = subject.accumulation
+        model = subject._model()
+        inventory = take_inventory(model, subject.new_heads)
+        self.profile = Profile(
+            model, subject._batch(subject.batch_size), subject.conditions, inventory, self.calibration
+        )
+
+    @property
+    def blocks(self) -> list[str]:
+        return self.profile.names
+
+    def of(self, plan: Mapping[str, Chosen]) -> tuple[int, float | None, int] | None:
+        """Bytes that the device, or the process, is asked for; seconds of a step, None where the speed is not known; and the lowest block
+        that the backward pass reaches. None for units of modules that the model does not have, or that are not counted."""
+        if not all(name in self.profile.modules for name in plan):
+            return None
+        cost = self.profile.cost(plan)
+        held = memory.on_card(cost) if self.cuda else memory.resident_on_cpu(cost)
+        seconds = None if math.isnan(cost.seconds) else cost.seconds * self.accumulation
+        return held, seconds, cost.lowest
 
 
 def _place(device: str | None) -> tuple[Card, Calibration | None]:
