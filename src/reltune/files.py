@@ -20,6 +20,17 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
+SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes that are meant by a size such as 500MB or 20GiB; 0 needs no unit. Raises ValueError for another text."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b)?", text.strip(), re.IGNORECASE)
+    if not match or (match[2] is None and float(match[1])):
+        raise ValueError(f"{text!r} is no size, such as 500MB or 20GiB")
+    return int(float(match[1]) * SIZES[match[2].upper()]) if match[2] else 0
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a file whole or not at all."""
     with whole_file(path) as partial:

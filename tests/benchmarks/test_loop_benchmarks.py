@@ -1,4 +1,4 @@
-"""The benchmarks of the training loop and of long texts run from end to end on a small model."""
+"""The benchmarks of the training loop, of long texts and of later passes run from end to end on a small model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import frozen_prefix
 import long_context
 import training_loop
 
@@ -45,3 +46,10 @@ def test_a_long_text(tmp_path: Path, monkeypatch: Any) -> None:
     losses = [method["config"]["losses"][-1] for method in found["cases"][0]["methods"]]
     assert losses[0] == losses[1] and losses[2] == losses[3] and len(losses) == 5
     assert [check["passed"] for check in found["checks"] if check["required"]] == [True, True]
+
+
+def test_steps_above_the_frozen_layers(tmp_path: Path, monkeypatch: Any) -> None:
+    found = result(frozen_prefix, monkeypatch, tmp_path)
+    assert [case["case"] for case in found["cases"]] == ["minilm", "8b"] and len(found["checks"]) == 6
+    names = [method["method"] for case in found["cases"] for method in case["methods"] if method["seconds"]]
+    assert len(names) == 10 and sum(name.endswith(frozen_prefix.LATER) for name in names) == 3

@@ -208,7 +208,11 @@ def select(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = F
 
 
 @app.command(context_settings=TRAINING, epilog=f"{STORED_HELP} {TRAINING_HELP}")
-@flags("frozen_dtype", "activation_offloading", "early_stopping_patience", "sweep", "sweep_trials", stored=True)
+@flags(
+    *("frozen_dtype", "activation_offloading", "cache_frozen_prefix", "cache_size"),
+    *("early_stopping_patience", "sweep", "sweep_trials"),
+    stored=True,
+)
 def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = False, force: Force = False) -> None:
     """Train what the plan names; write RUN/adapter."""
     from reltune.runs.directory import RunDirectory

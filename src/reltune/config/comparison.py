@@ -25,6 +25,7 @@ LEAST_TRIALS = 4
 # Fields of a run that a comparison decides itself, or has no use for.
 NOT_SHARED = (
     *("method", "sweep", "sweep_trials", "early_stopping_patience", "export", "elements", "report_examples"),
+    *("cache_frozen_prefix", "cache_size"),
     *(each.name for each in FIELDS if each.name.startswith("lm_eval_")),
 )
 SHARED_FIELDS = tuple(each for each in FIELDS if each.name not in NOT_SHARED)
@@ -135,7 +136,8 @@ class ComparisonConfig(Subject):
             and name != "budget"
             and not (name == "granularity" and way.granularity)
         }
-        return RunConfig(**{**given, "method": method, **fields})
+        # Steps are timed as they are in a first pass, whatever the method.
+        return RunConfig(**{**given, "cache_frozen_prefix": "off", "method": method, **fields})
 
     def check(self) -> None:
         """Raise InputError for values that contradict one another. Looks at no file."""

@@ -33,7 +33,8 @@ ORDER = """
     task text_column text_pair_column label_column encoding on_bad_rows on_leak streaming max_length chat_template completion_only_loss packing
     max_new_tokens generation_examples report_examples beta loss_type forgetting_file
     lm_eval_tasks lm_eval_num_fewshot lm_eval_limit lm_eval_batch_size lm_eval_apply_chat_template
-    load_in_4bit load_in_8bit method lora_r lora_alpha lora_dropout rank_by activation_offloading early_stopping_patience sweep sweep_trials
+    load_in_4bit load_in_8bit method lora_r lora_alpha lora_dropout rank_by activation_offloading cache_frozen_prefix cache_size
+    early_stopping_patience sweep sweep_trials
     budget criteria granularity spread target_modules exclude_modules
     head_epochs analysis_examples analysis_batch_size max_trials probe_steps probe_step_size probe_directions elements frozen_dtype
     export seed training
@@ -101,7 +102,19 @@ class RunConfig(
         steps = "max_steps" in self.sweep or _above_zero(self.training.get("max_steps"))
         if self.streaming and not steps:
             raise InputError("streaming has no epochs, because the number of rows is not known; give --max_steps.")
+        self._check_prefix()
         self._check_export()
+
+    def _check_prefix(self) -> None:
+        if self.cache_frozen_prefix != "on":
+            return
+        if self.streaming:
+            why = "streamed rows are not known to come again"
+        elif self.method in ("full", "bitfit"):
+            why = f"the method {self.method} trains the lowest layer"
+        else:
+            return
+        raise InputError(f"cache_frozen_prefix on: {why}; write auto, which then keeps nothing, or off.")
 
     def _check_export(self) -> None:
         other = next((word for word in self.granularity or () if word not in IN_A_LORA_FILE), None)

@@ -9,6 +9,7 @@ from typing import Any
 
 from reltune.config.fields import Subject, about
 from reltune.errors import InputError
+from reltune.files import parse_size
 from reltune.names import PREFERENCE_LOSSES
 
 MAY_BE_INFINITE = ("max_grad_norm",)  # which then cuts no gradient
@@ -39,6 +40,23 @@ class TrainingConfig(Subject):
         metadata=about(
             "Let what the forward pass keeps for the backward pass wait in host memory, copied there and back while the GPU computes: for long "
             "texts, together with --gradient_checkpointing."
+        ),
+    )
+    cache_frozen_prefix: str = field(
+        default="auto",
+        metadata=about(
+            "Compute the frozen layers below the lowest trained one once for each example, keep what they give on the disk, and begin later "
+            "passes over the data above them. auto: where it saves time, fits and changes no result but its rounding: the frozen layers "
+            "have no dropout. on: turn dropout off there, keep what fits, and refuse what cannot be kept. See docs/frozen_prefix.md.",
+            "auto|on|off",
+            ("auto", "on", "off"),
+        ),
+    )
+    cache_size: str = field(
+        default="20GiB",
+        metadata=about(
+            "The most that --cache_frozen_prefix may keep in the run's directory: 500MB, 20GiB. It is removed when training is done.",
+            "SIZE",
         ),
     )
     early_stopping_patience: int | None = field(
@@ -73,6 +91,10 @@ class TrainingConfig(Subject):
 
     def check(self) -> None:
         super().check()
+        try:
+            parse_size(self.cache_size)
+        except ValueError as error:
+            raise InputError(f"cache_size: {error}.") from error
         for name, value in self.training.items():
             if isinstance(value, float) and not math.isfinite(value) and name not in MAY_BE_INFINITE:
                 raise InputError(f"{name} is {value}; it must be a finite number.")

@@ -78,6 +78,7 @@ class RunDirectory:
         self.comparison = self.path / "comparison" / "comparison.json"  # with other methods
         self.report = self.path / "report.html"
         self.log = self.path / "train_log.jsonl"
+        self.prefix = self.path / "frozen_prefix"  # what a training keeps of its frozen layers until it is done
         self.sweep = self.path / "sweep"  # a directory per trial
         self.study = self.sweep / "study.jsonl"
         self.trials = self.path / "sweep.json"
@@ -254,6 +255,7 @@ class RunDirectory:
                     discard(self.path / name)
                 if later == "tune" and checkpoints:
                     self.log.unlink(missing_ok=True)
+                    discard(self.prefix)
                     for checkpoint in self.path.glob("checkpoint-*"):
                         discard(checkpoint)
 

@@ -49,7 +49,7 @@ from reltune.relevance.scores import RelevanceScores
 from reltune.relevance.weights.scan import analyze_checkpoint
 from reltune.report.record import LMEvalRecord
 from reltune.runs import export as exporting
-from reltune.runs import lm_evaluation, training
+from reltune.runs import lm_evaluation, prefix_cache, training
 from reltune.runs.asking import asked_in
 from reltune.runs.cards import describe_adapter, describe_lora, describe_merged, describe_method
 from reltune.runs.data_record import record_bad_rows, record_data
@@ -72,6 +72,7 @@ def check_choice(materials: Materials, select: bool = True) -> None:
     """
     config = materials.config
     METHODS[config.method].check_config(config)
+    prefix_cache.check(config, materials.task, materials.base.look())
     if not config.needs_plan:
         METHODS[config.method].check(base_of(materials, materials.base.look(), None))
         return
@@ -361,6 +362,8 @@ def tune(
         model = trainable.model
         materials.check_training(model)
         args = materials.arguments(trainable.rate, trainable.divisor)
+        example = materials.collator([materials.sample[0]])
+        cache = prefix_cache.decide(config, materials.task, model, args, materials.train, example, run.prefix)
     with processes.together():
         if processes.first:
             run.clear("tune", checkpoints=checkpoint is None)
@@ -382,6 +385,7 @@ def tune(
             description,
             callbacks,
             config.activation_offloading,
+            cache,
         )
         state = training.gathered_state(trainer)
         with processes.together():
@@ -389,6 +393,7 @@ def tune(
                 with whole_file(run.path / "trainer_state.json") as partial:
                     trainer.state.save_to_json(str(partial))
                 facts = {**dataclasses.asdict(cost), "learning_rate": args.learning_rate, "machine": training.machine()}
+                facts |= {} if cache is None else {"frozen_prefix": cache.facts}
                 write_json(run.path / "training_cost.json", facts)
                 record_bad_rows(run, materials.splits)  # of streamed rows more are known by now
                 planned = plan if config.rank_by is None else None

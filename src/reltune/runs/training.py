@@ -43,6 +43,7 @@ from reltune.methods.registry import METHODS
 from reltune.metrics import largest_is_best
 from reltune.processes import Processes
 from reltune.runs.directory import checkpoints
+from reltune.runs.prefix_cache import PrefixCache, SavesIndex
 from reltune.runs.progress import show_progress
 from reltune.tasks.task import Examples, Task
 
@@ -232,9 +233,10 @@ def train(
     description: str = "train",
     callbacks: Sequence[TrainerCallback] = (),
     offload: bool = False,
+    cache: PrefixCache | None = None,
 ) -> tuple[Trainer, TrainingCost]:
     """Train whatever of ``model`` requires a gradient. ``description`` names the progress bar. With ``offload`` activations wait
-    in host memory. Of several processes each calls this; the cost is each one's own.
+    in host memory; with a ``cache`` the frozen layers are computed once. Of several processes each calls this; the cost is each one's own.
 
     Raises ArithmeticError when a trained weight ends up infinite or not a number.
     """
@@ -245,7 +247,14 @@ def train(
     evaluated = held_out if args.eval_strategy != "no" else None
     with scaled_in_float32(model, args):
         with _sharing_for_itself(), frozen_base(model):
-            trainer = task.trainer(model, args, processor, train_examples, evaluated, callbacks=[clock, *callbacks])
+            trainer = task.trainer(
+                model,
+                args,
+                processor,
+                train_examples,
+                evaluated,
+                callbacks=[clock, *([] if cache is None else [SavesIndex(cache)]), *callbacks],
+            )
         if resume_from_checkpoint is not None:
             _goes_on_exactly(trainer, resume_from_checkpoint, streamed=not hasattr(train_examples, "__len__"))
         trainer.evaluate = _apart(trainer.evaluate)  # type: ignore[method-assign]
@@ -257,6 +266,7 @@ def train(
             frozen_statistics(model),
             walked_through_once(model),
             _whole_checkpoints(trainer),
+            contextlib.nullcontext() if cache is None else cache.used_by(trainer),
         ):
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     with Processes.joined().together():

@@ -208,6 +208,9 @@ class CausalLM(DecoderTask):
             return f"packing cannot be with a {name!r} model, in which packed examples see each other; leave --packing out."
         return None
 
+    def changes_inputs(self) -> str | None:
+        return "packing joins other examples in every pass over the data" if self.packing else None
+
     def remarks(self, model: nn.Module, processor: Any, examples: Examples) -> list[str]:
         """With which token answers of chats end, where generation does not stop at it by itself; and of answers that the model
         cannot write."""

@@ -100,6 +100,9 @@ class MaskedLM(Task):
         hide = MaskingCollator(processor)
         return Examples([hide.masked(item) for item in examples.items], examples.n_truncated, lost=examples.lost)
 
+    def changes_inputs(self) -> str | None:
+        return "other tokens are masked in every pass over the data"
+
     def collator(self, processor: PreTrainedTokenizerBase) -> MaskingCollator:
         """Hides tokens of texts in which none are hidden, and pads the batch."""
         return MaskingCollator(processor)

@@ -243,6 +243,9 @@ class Preference(DecoderTask):
     def collator(self, processor: PreTrainedTokenizerBase) -> Pairs:
         return Pairs(processor.pad_token_id)
 
+    def changes_inputs(self) -> str | None:
+        return "TRL makes the batches of chosen and rejected answers itself"
+
     def make_arguments(self, **values: Any) -> TrainingArguments:
         from trl import DPOConfig
 

@@ -246,6 +246,10 @@ class Task(abc.ABC):
         """What keeps the task's Trainer from training the model as the task's fields say, as a sentence; or None."""
         return None
 
+    def changes_inputs(self) -> str | None:
+        """What keeps the model from reading the same of an example in every pass of training, as a phrase; or None."""
+        return None
+
     def remarks(self, model: nn.Module, processor: Any, examples: Examples) -> list[str]:
         """Sentences on what a user should know of this model together with the task's examples."""
         return []
