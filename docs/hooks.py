@@ -8,6 +8,7 @@ from __future__ import annotations
 import posixpath
 import re
 import sys
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,5 +112,5 @@ def _flags(command: Any, name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text whose characters stand for themselves in Markdown."""
-    return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", text)
+    """Text whose characters stand for themselves in Markdown, in which HTML may stand."""
+    return re.sub(r"([\\`*_{}\[\]|])", r"\\\1", escape(text, quote=False))

@@ -75,7 +75,12 @@ def test_a_map_shows_its_shares() -> None:
 def test_negative_relevance_has_two_colours() -> None:
     found = shown(Heatmap("correlation", ["h.0"], ["a", "b", "c"], [[-1.0, 0.0, 3.0]], [1.0], adds_up=False))
     assert found.rows[1][1:4] == ["-25.00", "0.00", "75.00"] and "absolute" in found.texts[0]
-    assert "#0072B2 33%" in shade(-1 / 3, True) and "#D55E00 100%" in shade(1.0, True)
+    assert [shade(place, True)[11:18] for place in (-1.0, 0.0, 0.5, 2.0)] == [
+        "#0072b2",
+        "#f2f2f2",
+        "#e4a879",
+        "#d55e00",
+    ]
 
 
 def test_texts_of_models_are_escaped() -> None:

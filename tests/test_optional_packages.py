@@ -24,6 +24,7 @@ OPTIONAL = (
         "lm_eval",
         "optuna",
         "reasoning_gym",
+        "resvg_py",
         "sentence_transformers",
         "tensorboard",
         "tensorboardX",

@@ -11,7 +11,7 @@ CIVIDIS = (
     *("#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"),
 )
 DARK = 5  # so many of them want white letters
-SIGNED = ("#0072B2", "#f2f2f2", "#D55E00")  # from Okabe and Ito 2008, for values below and above 0
+SIGNED = ("#0072b2", "#f2f2f2", "#d55e00")  # from Okabe and Ito 2008, for values below and above 0
 
 
 def paragraphs(lines: Iterable[str]) -> str:
@@ -43,7 +43,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], styles: Iterable[S
 def shade(place: float, signed: bool) -> str:
     """The CSS of a cell at a place on the scale of colours: 0..1, or -1..1 where ``signed``."""
     if signed:
-        part = f"{min(100, round(100 * abs(place)))}%"
-        return f"background:color-mix(in srgb,{SIGNED[0 if place < 0 else 2]} {part},{SIGNED[1]});color:#000"
+        return f"background:{_mixed(SIGNED[1], SIGNED[0 if place < 0 else 2], min(1.0, abs(place)))};color:#000"
     step = min(len(CIVIDIS) - 1, max(0, int(place * len(CIVIDIS))))
     return f"background:{CIVIDIS[step]};color:{'#fff' if step < DARK else '#000'}"
+
+
+def _mixed(one: str, other: str, share: float) -> str:
+    """A colour between two of the form #rrggbb."""
+    pairs = ((int(one[i : i + 2], 16), int(other[i : i + 2], 16)) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in pairs)

@@ -35,6 +35,12 @@ EXPORT_FORMS = {
     "gguf": "one file for llama.cpp",
     "ollama": "that file with a Modelfile",
 }
+REPORT_FORMS = {
+    "html": "a page",
+    "md": "Markdown, without charts",
+    "svg": "the relevance map and the curves as a picture",
+    "png": "the same in pixels",
+}
 IN_GGUF = ("gguf", "ollama")  # of these
 CHAT_TEMPLATES = ("chatml", "llama3", "zephyr", "alpaca")  # that come with reltune: tasks/chat_templates.py
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")  # what a GGUF file can hold matrices in

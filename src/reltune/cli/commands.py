@@ -31,13 +31,14 @@ from reltune.cli.output import (
     show_preview,
     show_record,
     show_relevance,
+    show_runs,
     show_sweep,
 )
 from reltune.config.comparison import COMPARISON_FIELDS, ComparisonConfig
 from reltune.config.data import DataConfig
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
-from reltune.names import EXPORT_FORMS, GGUF_TYPE, GGUF_TYPES, SERVERS
+from reltune.names import EXPORT_FORMS, GGUF_TYPE, GGUF_TYPES, REPORT_FORMS, SERVERS
 
 app = typer.Typer(
     help="Measure which parameters matter for a task, choose them under a budget, train only those, evaluate.",
@@ -160,7 +161,7 @@ def _run_all(config: RunConfig, overwrite: bool, baselines: bool = False) -> Non
         if trials := flow.train(started):
             show_sweep(trials)
         if record := flow.evaluate_and_report(started, baselines):
-            show_record(record, started.directory)
+            show_record(record, started.directory.report)
         if exported := flow.export_as_configured(started):
             say(f"Exported to {exported}")
 
@@ -252,20 +253,51 @@ def evaluate(context: typer.Context, run: Run, force: Force = False) -> None:
 
 
 @app.command()
-def report(run: Run) -> None:
-    """Draw what was measured and trained; write RUN/report.html."""
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Directory of a run; of several, side by side.", show_default=False),
+    ],
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="FORM",
+            help=f"What to write. {'; '.join(f'{name}: {meaning}' for name, meaning in REPORT_FORMS.items())}. "
+            "If not given, as the ending of --output_file says, or html.",
+        ),
+    ] = None,
+    output_file: Annotated[
+        str | None,
+        typer.Option(
+            "--output_file",
+            metavar="FILE",
+            help="The file to write. If not given, RUN/report.FORM, or of several runs runs.FORM in this directory.",
+        ),
+    ] = None,
+) -> None:
+    """Draw what was measured and trained; of several runs, side by side."""
+    from reltune.runs.preflight import check_report
+
+    form, path = check_report(runs, form, output_file)
     from reltune.runs import summary
     from reltune.runs.comparison.directory import ComparisonDirectory
     from reltune.runs.directory import RunDirectory
 
-    if (comparison := ComparisonDirectory(run)).config_file.is_file():
+    if path is not None and len(runs) > 1:
+        show_runs(summary.report_side_by_side(runs, path, form))
+        say(f"Report: {path}")
+        return
+    if (comparison := ComparisonDirectory(runs[0])).config_file.is_file():
         from reltune.runs.comparison.summary import report as report_comparison
 
-        show_comparison(report_comparison(comparison))
-        say(f"Report: {comparison.report}")
+        path = path or comparison.report.with_suffix(f".{form}")
+        show_comparison(report_comparison(comparison, path, form))
+        say(f"Report: {path}")
         return
-    directory, config = RunDirectory.open(run)
-    show_record(summary.report(config, directory), directory)
+    directory, config = RunDirectory.open(runs[0])
+    path = path or directory.report.with_suffix(f".{form}")
+    show_record(summary.report(config, directory, path, form), path)
 
 
 @app.command()

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 from reltune.cli.launcher import first
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from reltune.relevance.scores import RelevanceScores
     from reltune.report.record import ComparisonRecord, LMEvalRecord, RunRecord
-    from reltune.runs.directory import RunDirectory
+    from reltune.report.several import NamedRun
     from reltune.runs.estimate import Estimate
     from reltune.runs.preview import Preview
 
@@ -94,8 +97,16 @@ def show_preview(found: Preview, form: str) -> None:
     say(*preview_lines(found.to_dict()))
 
 
-def show_record(record: RunRecord, directory: RunDirectory) -> None:
-    """What the report of a run shows, as far as a terminal can."""
+def show_runs(runs: Sequence[NamedRun]) -> None:
+    """Runs side by side, and what keeps their numbers from being compared."""
+    from reltune.report.several import notes, terminal_tables
+
+    show(terminal_tables(runs), width=80)
+    say(*notes(runs))
+
+
+def show_record(record: RunRecord, report: Path) -> None:
+    """What the report of a run shows, as far as a terminal can, and where it was written."""
     from reltune.report.terminal import heatmap, outputs
 
     if record.held_in:
@@ -111,4 +122,4 @@ def show_record(record: RunRecord, directory: RunDirectory) -> None:
     if record.outputs:
         show(outputs(record.outputs))
     show_lm_eval(record.lm_eval)
-    say(*filter(None, [record.depth_sentence]), *record.notes, f"Report: {directory.report}")
+    say(*filter(None, [record.depth_sentence]), *record.notes, f"Report: {report}")

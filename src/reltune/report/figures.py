@@ -18,6 +18,8 @@ ROW = 22  # pixels per layer
 TOP, BOTTOM, LEFT = 84, 10, 48
 # Okabe and Ito 2008: told apart with colour-vision deficiencies, 3:1 or better against both backgrounds.
 BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
+RUNS = (BLUE, VERMILLION, GREEN, "#CC79A7", "#E69F00", "#56B4E9")  # one after another
+SYMBOLS = ("circle", "square", "diamond", "x")
 GRID = "rgba(128,128,128,.25)"
 
 
@@ -255,31 +257,65 @@ def curve_figures(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, A
         _curve(history, f"eval_{name}", "epoch", METRICS[name].label, *look, "lines+markers", 100 if in_percent else 1)
         for name, look in zip(shown, looks, strict=False)
     ]
-    axis = {"gridcolor": GRID, "zeroline": False, "fixedrange": True, "ticklabelstandoff": 4}
     for name, curves, x, y in (
         ("loss", losses, "optimizer step", "loss"),
         ("scores", scores, "epoch", "validation score, %" if in_percent else "validation score"),
     ):
         drawn = [curve for curve in curves if curve["x"]]
         if drawn:
-            figures[name] = {
-                "data": drawn,
-                "layout": _layout(
-                    300,
-                    margin={"t": 36, "b": 48, "l": 0, "r": 14},
-                    xaxis={**axis, "title": {"text": x, "standoff": 8}},
-                    yaxis={
-                        **axis,
-                        "title": {"text": y, "standoff": 12},
-                        "rangemode": "tozero" if name == "loss" else "normal",
-                        "automargin": "left",
-                    },
-                    showlegend=True,
-                    legend={"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"},
-                    hovermode="x",
-                ),
-            }
+            figures[name] = _curves(drawn, x, y, from_zero=name == "loss")
     return figures
+
+
+def runs_figures(histories: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> dict[str, dict[str, Any]]:
+    """The curves of several runs together: training loss, validation loss, and the first metric on validation data."""
+    names = numbers.measured([entry for _, history in histories for entry in history], "eval_")[:1]
+    kinds = [
+        ("training-loss", "loss", "training loss", "lines"),
+        ("validation-loss", "eval_loss", "validation loss", "lines+markers"),
+    ]
+    kinds += [("scores", f"eval_{name}", f"validation {comparison.label(name)}", "lines+markers") for name in names]
+    figures = {}
+    for figure, key, title, mode in kinds:
+        scale = 100 if key.removeprefix("eval_") in METRICS and METRICS[key.removeprefix("eval_")].share else 1
+        drawn = [
+            _curve(
+                history,
+                key,
+                "step",
+                _plain(name),
+                RUNS[i % len(RUNS)],
+                SYMBOLS[i // len(RUNS) % len(SYMBOLS)],
+                mode,
+                scale,
+            )
+            for i, (name, history) in enumerate(histories)
+        ]
+        drawn = [curve for curve in drawn if curve["x"]]
+        if drawn:
+            figures[figure] = _curves(drawn, "optimizer step", title, from_zero=scale == 1 and key.endswith("loss"))
+    return figures
+
+
+def _curves(drawn: list[dict[str, Any]], x: str, y: str, from_zero: bool) -> dict[str, Any]:
+    axis = {"gridcolor": GRID, "zeroline": False, "fixedrange": True, "ticklabelstandoff": 4}
+    return {
+        "data": drawn,
+        "layout": _layout(
+            300,
+            margin={"t": 36, "b": 48, "l": 0, "r": 14},
+            xaxis={**axis, "title": {"text": x, "standoff": 8}},
+            yaxis={
+                **axis,
+                "title": {"text": y, "standoff": 12},
+                "rangemode": "tozero" if from_zero else "normal",
+                "automargin": "left",
+            },
+            showlegend=True,
+            legend={"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"},
+            hovermode="x",
+        ),
+    }
 
 
 WAYS = {  # colour, symbol and name of each table's points

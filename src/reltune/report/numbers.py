@@ -86,6 +86,21 @@ def before_and_after(metrics: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     ]
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as dotted names and text."""
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            lines += flatten(value, f"{prefix}{key}.")
+        elif value is None or value == [] or value == {}:
+            lines.append((f"{prefix}{key}", MISSING))
+        elif isinstance(value, list | tuple):
+            lines.append((f"{prefix}{key}", ", ".join(map(str, value))))
+        else:
+            lines.append((f"{prefix}{key}", str(value)))
+    return lines
+
+
 def score(name: str, value: float | None) -> str:
     """A task's metric for a table whose head names its unit."""
     if value is None or not math.isfinite(value):

@@ -5,37 +5,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from reltune.errors import InputError
 from reltune.files import write_text
 from reltune.metrics import METRICS
-from reltune.report import comparison, numbers
+from reltune.report import comparison, numbers, several
 from reltune.report.figures import (
     SCALES,
     curve_figures,
     heatmap_figure,
     heatmap_views,
     layers_figure,
+    runs_figures,
     ways_figures,
 )
 from reltune.report.record import Output, RunRecord
-
-TEMPLATE = Path(__file__).with_name("page.html")
+from reltune.report.several import NamedRun
 
 
 def write_report(path: str | os.PathLike, record: RunRecord) -> None:
     """Write the page to ``path``, whole or not at all. Needs plotly and jinja2."""
-    try:
-        from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise InputError(
-            f"the report needs {error.name}, which is not installed; run: pip install {str(error.name).partition('.')[0]}"
-        ) from error
+    _check_libraries()
     figures: dict[str, dict[str, Any]] = {}
     views: dict[str, dict[str, Any]] = {}  # of the heat maps, by scale
     panels = []
@@ -69,9 +62,11 @@ def write_report(path: str | os.PathLike, record: RunRecord) -> None:
         ]
 
     metrics = numbers.before_and_after(record.metrics)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(count=numbers.count, percent=numbers.percent, metric=numbers.metric)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    page = _rendered(
+        "page.html",
+        record.title,
+        figures,
+        views,
         record=record,
         key_figures=key_figures(record),
         metrics=metrics,
@@ -81,21 +76,76 @@ def write_report(path: str | os.PathLike, record: RunRecord) -> None:
         alone=record.ways is not None and not record.metrics,
         ways=ways,
         panels=panels,
-        figures=figures,
-        config=list(flatten(record.config)),
+        config=list(numbers.flatten(record.config)),
         sweep=numbers.sweep_rows(record.sweep) if record.sweep else None,
         lm_eval_rows=[numbers.lm_eval_cells(score) for score in record.lm_eval.scores] if record.lm_eval else [],
         scales=SCALES,
         history=numbers.history_rows(record.history),
+    )
+    write_text(path, page)
+
+
+def write_runs_report(path: str | os.PathLike, runs: Sequence[NamedRun]) -> None:
+    """Write a page with runs side by side to ``path``, whole or not at all. Needs plotly and jinja2."""
+    _check_libraries()
+    figures = runs_figures([(run.name, run.record.history) for run in runs])
+    maps = []
+    for i, run in enumerate(runs):
+        if run.record.heatmaps:
+            h = run.record.heatmaps[0]
+            figures[f"heatmap-{i}"] = heatmap_figure(h)
+            maps.append((f"heatmap-{i}", f"{run.name}: {h.criterion}", 170 + 32 * len(h.columns)))
+    page = _rendered(
+        "runs.html",
+        f"reltune: {len(runs)} runs side by side",
+        figures,
+        {},
+        tables=[several.reached(runs), several.took(runs)],
+        base=several.prefix(runs),
+        curves=[name for name in figures if not name.startswith("heatmap")],
+        maps=maps,
+        differences=several.differences(runs),
+        notes=several.notes(runs),
+    )
+    write_text(path, page)
+
+
+def _check_libraries() -> None:
+    try:
+        import jinja2  # noqa: F401
+        import plotly.offline  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"the report needs {error.name}, which is not installed; run: pip install {str(error.name).partition('.')[0]}"
+        ) from error
+
+
+def _rendered(template: str, title: str, figures: Mapping[str, Any], views: Mapping[str, Any], **values: Any) -> str:
+    """A page of a template beside this file. ``views`` are those of the heat maps, by scale."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(count=numbers.count, percent=numbers.percent, metric=numbers.metric)
+    return environment.get_template(template).render(
+        title=title,
+        figures=figures,
         # "<" as an escape: no string in the data can close the script element.
         **{
-            name: Markup(json.dumps(values, allow_nan=False).replace("<", "\\u003c"))
-            for name, values in (("figures_json", figures), ("views_json", views))
+            name: Markup(json.dumps(found, allow_nan=False).replace("<", "\\u003c"))
+            for name, found in (("figures_json", figures), ("views_json", views))
         },
         wbr=Markup(".<wbr>"),  # a long module name may break after its dots
         plotlyjs=Markup(get_plotlyjs()) if figures else "",
+        **values,
     )
-    write_text(path, page)
 
 
 def _cells_of(output: Output) -> list[tuple[str, str, bool]]:
@@ -125,18 +175,3 @@ def key_figures(record: RunRecord) -> list[tuple[str, str, str, str]]:
     if trainable is not None:
         figures.append(("Trainable parameters", numbers.count(trainable), "", ""))
     return figures
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as dotted names and text."""
-    lines = []
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            lines += flatten(value, f"{prefix}{key}.")
-        elif value is None or value == [] or value == {}:
-            lines.append((f"{prefix}{key}", numbers.MISSING))
-        elif isinstance(value, list | tuple):
-            lines.append((f"{prefix}{key}", ", ".join(map(str, value))))
-        else:
-            lines.append((f"{prefix}{key}", str(value)))
-    return lines

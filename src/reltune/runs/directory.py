@@ -15,8 +15,12 @@ from reltune.config.differences import differences, in_words
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
 from reltune.files import PARTIAL, REMOVED, check_writable, discard, make_directory, read_json, stored, write_text
+<<<<<<< HEAD
 from reltune.names import EXPORT_FORMS
 from reltune.reading import parse_json
+=======
+from reltune.names import EXPORT_FORMS, REPORT_FORMS
+>>>>>>> fb1703f (reltune report: runs side by side, and as Markdown, SVG and PNG)
 from reltune.relevance.artefact import SCORES, interrupted_in
 from reltune.report.record import Output
 from reltune.runs.lock import LOCK
@@ -46,7 +50,7 @@ ARTEFACTS = {  # in the order of the stages; writing one makes those after it ou
         "sweep",
     ),
     "evaluate": ("all_results.json", "outputs.jsonl", "comparison.json", "comparison", "lm_eval.json"),
-    "report": ("report.html", *EXPORT_FORMS),
+    "report": (*(f"report.{form}" for form in REPORT_FORMS), *EXPORT_FORMS),
 }
 
 STAGES = ("analysis", "selection", "sweep", "training", "evaluation", "comparison", "report", "export")  # of a run

@@ -23,6 +23,7 @@ from reltune.names import (
     IN_GGUF,
     ON_BAD_ROWS,
     PREDICTION_SUFFIXES,
+    REPORT_FORMS,
     SERVERS,
     WITH_DIRECTIONS,
     WRITING,
@@ -136,6 +137,34 @@ def check_export(
     directory.check_adapter()
     check_form(RunConfig.load(directory.config_file).method, to)
     check_destination(output_dir)
+
+
+def check_report(places: Sequence[str], form: str | None, output_file: str | None) -> tuple[str, Path | None]:
+    """The form of a report, and the file to write where it is not one run's own.
+
+    Raises InputError for a form that is unknown or cannot be made, and for runs that cannot stand side by side.
+    """
+    ending = Path(output_file).suffix.lower().removeprefix(".") if output_file else ""
+    form = form or (ending if ending in REPORT_FORMS else "html")
+    if form not in REPORT_FORMS:
+        raise InputError(f"--format {form!r} is unknown; write {' or '.join(REPORT_FORMS)}.")
+    if ending in REPORT_FORMS and ending != form:
+        raise InputError(f"--output_file {output_file} has the ending of another format than --format {form}.")
+    comparisons = [place for place in places if ComparisonDirectory(place).config_file.is_file()]
+    if comparisons and len(places) > 1:
+        raise InputError(f"{comparisons[0]} is a comparison of ways to train, not a run; report it by itself.")
+    if comparisons and form in ("svg", "png"):
+        raise InputError(f"{comparisons[0]} is a comparison, which has no relevance map; take --format html or md.")
+    if len({Path(place).resolve() for place in places}) < len(places):
+        raise InputError("a run is named twice; name each run once.")
+    if form == "png":
+        from reltune.report.picture import check_png
+
+        check_png()
+    path = Path(output_file or f"runs.{form}") if output_file or len(places) > 1 else None
+    if path is not None and path.is_dir():
+        raise InputError(f"--output_file {path} is a directory; name a file.")
+    return form, path
 
 
 def kept_as(path: str | os.PathLike) -> tuple[str, Path]:

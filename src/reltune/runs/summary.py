@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from reltune.files import read_json
 from reltune.metrics import METRICS
 from reltune.plan.plan import Plan
 from reltune.relevance.artefact import Overview, read_overview
+from reltune.report.forms import write_run, write_runs
 from reltune.report.numbers import measured, metric
-from reltune.report.page import write_report
 from reltune.report.record import ComparisonRecord, LMEvalRecord, RunRecord, WayResult, WayTable
+from reltune.report.several import NamedRun
 from reltune.runs.bad_rows import in_words
 from reltune.runs.directory import RunDirectory
 
@@ -109,11 +110,24 @@ def _read_relevance(run: RunDirectory) -> Overview:
     return overview
 
 
-def report(config: RunConfig, run: RunDirectory) -> RunRecord:
-    """Assemble the record of a run from its artefacts and write ``report.html``. Needs neither torch nor transformers."""
+def report(config: RunConfig, run: RunDirectory, path: Path | None = None, form: str = "html") -> RunRecord:
+    """Assemble the record of a run from its artefacts and write its report, ``report.html`` unless told otherwise. Needs neither
+    torch nor transformers."""
     record = read_record(config, run)
-    write_report(run.report, record)
+    write_run(path or run.report, record, form)
     return record
+
+
+def report_side_by_side(places: Sequence[str], path: Path, form: str) -> list[NamedRun]:
+    """Write a report of several runs. Their names are those of their directories, or the whole paths where these are alike."""
+    short = [Path(place).resolve().name for place in places]
+    names = short if len(set(short)) == len(short) else [str(Path(place)) for place in places]
+    runs = []
+    for name, place in zip(names, places, strict=True):
+        directory, config = RunDirectory.open(place)
+        runs.append(NamedRun(name, read_record(config, directory)))
+    write_runs(path, runs, form)
+    return runs
 
 
 def read_lm_eval(run: RunDirectory) -> LMEvalRecord | None:

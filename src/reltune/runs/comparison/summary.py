@@ -6,13 +6,13 @@ from pathlib import Path
 
 from reltune.errors import InputError
 from reltune.files import read_json
-from reltune.report.page import write_report
+from reltune.report.forms import write_run
 from reltune.report.record import ComparisonRecord, RunRecord
 from reltune.runs.comparison.directory import ComparisonDirectory
 
 
-def report(directory: ComparisonDirectory) -> ComparisonRecord:
-    """Draw ``report.html``, and give what it shows. Raises InputError for a comparison that did not come to its end yet."""
+def report(directory: ComparisonDirectory, path: Path | None = None, form: str = "html") -> ComparisonRecord:
+    """Write the report, ``report.html`` unless told otherwise, and give what it shows. Raises InputError for a comparison that did not come to its end yet."""
     if not directory.record.is_file():
         raise InputError(
             f"the comparison in {directory.path} has no tables yet; the command that began it goes on with it."
@@ -35,5 +35,5 @@ def report(directory: ComparisonDirectory) -> ComparisonRecord:
         notes=[],
         ways=record,
     )
-    write_report(directory.report, page)
+    write_run(path or directory.report, page, form)
     return record
