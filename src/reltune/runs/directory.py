@@ -15,12 +15,8 @@ from reltune.config.differences import differences, in_words
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
 from reltune.files import PARTIAL, REMOVED, check_writable, discard, make_directory, read_json, stored, write_text
-<<<<<<< HEAD
-from reltune.names import EXPORT_FORMS
-from reltune.reading import parse_json
-=======
 from reltune.names import EXPORT_FORMS, REPORT_FORMS
->>>>>>> fb1703f (reltune report: runs side by side, and as Markdown, SVG and PNG)
+from reltune.reading import parse_json
 from reltune.relevance.artefact import SCORES, interrupted_in
 from reltune.report.record import Output
 from reltune.runs.lock import LOCK
