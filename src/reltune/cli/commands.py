@@ -191,7 +191,18 @@ def analyze(context: typer.Context, config: ConfigFile = None, overwrite_output_
 
 @app.command(epilog=SELECT_HELP)
 @flags("criteria", "budget", "granularity", "spread", "target_modules", "exclude_modules", stored=True)
-def select(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = False) -> None:
+def select(
+    context: typer.Context,
+    run: Run,
+    every_module: Annotated[
+        bool,
+        typer.Option(
+            "--every_module",
+            help="Choose from all modules that were measured: forget what earlier selections have named or excluded.",
+        ),
+    ] = False,
+    overwrite_output_dir: Overwrite = False,
+) -> None:
     """Choose units under a budget; write RUN/plan/plan.yaml."""
     from reltune.runs.directory import RunDirectory
     from reltune.runs.preflight import check_chooses, check_selection
@@ -199,6 +210,8 @@ def select(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = F
     directory, stored = RunDirectory.open(run)
     check_chooses(stored)
     directory.check_stage("select", overwrite_output_dir)
+    if every_module:
+        stored.target_modules, stored.exclude_modules = directory.measured_modules()
     config = changed_config(context, stored, check_selection)
     from reltune.runs import flow
 
@@ -535,6 +548,43 @@ def data(
     from reltune.runs import flow
 
     show_preview(flow.preview(made, example, named), form)
+
+
+@app.command()
+def studio(
+    runs_dir: Annotated[
+        str, typer.Argument(metavar="RUNS_DIR", help="Directory that the runs lie in.", show_default=False)
+    ],
+    host: Annotated[
+        str,
+        typer.Option(
+            "--host", metavar="ADDRESS", help="Address to listen on. Others than this computer's own need --password."
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port to listen on; 0: any.")
+    ] = 7860,
+    password: Annotated[
+        str | None,
+        typer.Option(
+            "--password", metavar="WORD", envvar="RELTUNE_STUDIO_PASSWORD", help="What the browser has to give."
+        ),
+    ] = None,
+    language: Annotated[
+        str, typer.Option("--language", metavar="NAME", help="en or zh; the page has a switch.")
+    ] = "en",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", metavar="DIR", help="A model outside of RUNS_DIR that may be used; can be given several times."
+        ),
+    ] = None,
+) -> None:
+    """See, choose, start and try runs in the browser."""
+    from reltune.studio import server
+
+    place = server.check(runs_dir, host, password, language, model or ())
+    server.serve(place, host, port, password, language, model or (), say)
 
 
 @app.command()

@@ -156,7 +156,10 @@ class SelectionOrder:
 def _chosen(info: ModuleInfo, kind: str, count: int) -> Chosen:
     if kind in WHOLE:
         return Chosen(weight=True, bias=info.bias)
-    return Chosen(bias=True) if kind == "bias" else Chosen(**{f"{kind}s": count})
+    if kind == "bias":
+        return Chosen(bias=True)
+    column, row, element, direction = (count if kind == one else 0 for one in ("column", "row", "element", "direction"))
+    return Chosen(column, row, element, direction)
 
 
 def counted(module: ModulePlan) -> Chosen:

@@ -17,7 +17,7 @@ from reltune.errors import InputError
 from reltune.files import PARTIAL, REMOVED, check_writable, discard, make_directory, read_json, stored, write_text
 from reltune.names import EXPORT_FORMS, REPORT_FORMS
 from reltune.reading import parse_json
-from reltune.relevance.artefact import SCORES, interrupted_in
+from reltune.relevance.artefact import SCORES, interrupted_in, read_scores
 from reltune.report.record import Output
 from reltune.runs.lock import LOCK
 
@@ -270,6 +270,11 @@ class RunDirectory:
                 f"resume_from_checkpoint {wanted!r} names no checkpoint of {self.path}; look there for checkpoint-N."
             )
         return path
+
+    def measured_modules(self) -> tuple[list[str], list[str]]:
+        """The target_modules and exclude_modules that the analysis followed."""
+        provenance = read_scores(self.relevance).get("provenance", {})
+        return provenance.get("target_modules", []), provenance.get("exclude_modules", [])
 
     def plan_digest(self) -> str:
         """Of the plan's files, by which a changed plan is told; of a run without a plan that of nothing."""

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import itertools
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 from reltune.data.bad_rows import in_words
 from reltune.data.columns import LOOKED_AT
 from reltune.data.layout import known_layout
-from reltune.data.rows import Record, Rows
+from reltune.data.rows import Record, Row, Rows
 from reltune.data.sources import read_splits
 from reltune.data.streams import StreamedRows
 from reltune.data.tagged_words import one_word_each, sentence_column
@@ -28,6 +29,7 @@ from reltune.errors import InputError
 from reltune.files import whole_file
 from reltune.runs.evaluation import DEFAULTS
 from reltune.runs.tuned import Tuned
+from reltune.tasks.prediction import Predictions
 from reltune.tasks.task import Task
 
 READ = "\0read"  # the key under which a row has the values that the file has
@@ -91,6 +93,38 @@ def predict(
                     count += 1
             bar.update(len(chunk))
     return Predicted(count, rows.skipped)
+
+
+class SideBySide:
+    """A tuned model and its base, asked about one row after another."""
+
+    def __init__(self, tuned: Tuned) -> None:
+        self.tuned = tuned
+        self.model, self.tokenizer = tuned.load(beside_base=True)
+
+    def answers(self, row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """What "base" and "tuned" say of a row, which has the columns of a file that ``predict`` reads.
+
+        Raises InputError for a row that cannot be predicted.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "row.jsonl"
+            file.write_text(_json(row) + "\n", encoding="utf-8")
+            questions = read_questions(self.tuned.task, str(file), "utf-8")
+            rows = list(questions)
+        _refuse(questions.skipped, questions)
+        found = {}
+        for name, state in (("base", self.model.disable_adapter), ("tuned", contextlib.nullcontext)):
+            with state():
+                said = self._said(rows)
+            _refuse(said.lost, questions)
+            found[name] = said.records[rows[0].line]
+        return found
+
+    def _said(self, rows: Sequence[Row]) -> Predictions:
+        config = self.tuned.config
+        longest = min(config.max_length, getattr(self.tokenizer, "model_max_length", config.max_length))
+        return self.tuned.task.predict(self.model, rows, self.tokenizer, longest, 1, config.max_new_tokens)
 
 
 def read_questions(task: Task, source: str, encoding: str) -> StreamedRows:

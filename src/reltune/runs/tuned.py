@@ -58,13 +58,19 @@ class Tuned:
             raise InputError(f"{folder / TASK} cannot be used ({first_line(error)}); export the run again.") from error
         return cls(folder, kind, config, task, record.get("asked_in"))
 
-    def load(self) -> tuple[Any, Any]:
-        """The model in evaluation mode on the device that training would use, with its tokenizer."""
+    def load(self, beside_base: bool = False) -> tuple[Any, Any]:
+        """The model in evaluation mode on the device that training would use, with its tokenizer.
+
+        Args:
+            beside_base: of a run, whether the base model that ``disable_adapter`` gives back has the new heads that relevance was
+                measured with, as in an evaluation.
+        """
         with noting():
             if self.kept_as == "run":
                 directory = RunDirectory(self.path)
                 materials = prepare_export(self.config, directory)
-                model, tokenizer = stages.load_tuned(materials, directory), materials.tokenizer
+                base = stages.model_with_new_heads(materials, directory) if beside_base else None
+                model, tokenizer = stages.load_tuned(materials, directory, base), materials.tokenizer
             else:
                 tokenizer = self.task.load_tokenizer(self.config.model_name_or_path)
                 model, _ = self.task.load_model(self.config.model_name_or_path)

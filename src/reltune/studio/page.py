@@ -1,0 +1,821 @@
+"""The page: components, and what they call. Everything that it shows is read anew from the files, so that a restart loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import gradio as gr
+
+from reltune.config.method import METHODS
+from reltune.errors import InputError
+from reltune.files import read_json
+from reltune.names import GRANULARITIES, TASKS
+from reltune.report.figures import SCALES
+from reltune.report.record import ComparisonRecord, RunRecord
+from reltune.runs.comparison.directory import ComparisonDirectory
+from reltune.runs.directory import RunDirectory
+from reltune.runs.summary import read_record
+from reltune.studio import command_lines, views
+from reltune.studio.budget import BUDGETS, BudgetView, Choice, Rule, select_fields
+from reltune.studio.data import preview
+from reltune.studio.jobs import Jobs
+from reltune.studio.places import DAMAGE, Place
+from reltune.studio.trying import Bench
+from reltune.studio.words import Words
+
+SECONDS = 2  # between two looks at the jobs
+VIEWS = 2  # runs whose scores are kept in memory
+ROLES = 3  # texts that a task may ask for
+
+STYLE = """
+.gradio-container main { max-width: 1360px !important; width: 100%; margin: 0 auto !important; }
+.reltune .scroll { overflow-x: auto; }
+.reltune table { border-collapse: collapse; font-size: 14px; min-width: 40%; }
+.reltune th, .reltune td { text-align: left; padding: 4px 10px; vertical-align: top; border-bottom: 1px solid var(--border-color-primary); }
+.reltune td { max-width: 34em; overflow-wrap: break-word; }
+.reltune td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.reltune th { font-weight: 600; white-space: nowrap; }
+.reltune th.n { text-align: right; }
+.reltune h2 { font-size: 20px; font-weight: 600; margin: 8px 0; overflow-wrap: anywhere; }
+.reltune h3 { font-size: 15px; font-weight: 600; margin: 16px 0 6px; }
+.reltune p { margin: 6px 0; }
+.reltune a { color: #0072B2; text-decoration: underline; }
+.dark .reltune a { color: #56B4E9; }
+.reltune ul { padding-left: 20px; list-style: disc; }
+.reltune li { overflow-wrap: anywhere; }
+.reltune summary { cursor: pointer; }
+.reltune .facts { display: flex; flex-wrap: wrap; gap: 12px; margin: 8px 0; }
+.reltune .fact { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 8px 14px; min-width: 130px; max-width: 100%; box-sizing: border-box; }
+.reltune .name { font-size: 13px; color: var(--body-text-color-subdued); }
+.reltune .value { font-size: 19px; font-weight: 600; overflow-wrap: anywhere; }
+.reltune .remark { font-size: 13px; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+.reltune .problem { border-left: 4px solid #D55E00; padding: 6px 10px; background: rgba(213,94,0,.1); overflow-wrap: anywhere; }
+.reltune pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--background-fill-secondary); padding: 8px 10px; border-radius: 6px; font-family: ui-monospace, monospace; font-size: 13px; }
+.reltune pre.output { min-height: 3em; }
+.reltune .bar { display: grid; grid-template-columns: minmax(60px, 30%) 1fr 4em; gap: 8px; align-items: center; margin: 4px 0; }
+.reltune .bar span { overflow-wrap: anywhere; }
+.reltune .bar div { background: var(--background-fill-secondary); border-radius: 3px; }
+.reltune .bar i { display: block; height: 14px; background: #0072B2; border-radius: 3px; }
+.reltune .bar b { font-variant-numeric: tabular-nums; }
+.reltune header { display: flex; flex-wrap: wrap; gap: 4px 24px; align-items: baseline; }
+.reltune header h1 { font-size: 24px; font-weight: 700; margin: 0; }
+.reltune header a { margin-left: auto; }
+.scrolling { overflow-x: auto !important; }
+.scrolling .js-plotly-plot { min-width: 460px; }
+@media (max-width: 640px) { .gradio-container main { padding: 8px !important; } }
+#slider input[type=number], #slider .min_value, #slider .max_value { display: none; }
+"""
+
+
+# The headings of figures, by the ids of their components.
+HEADINGS = {
+    "heat": "relevance_map",
+    "layers": "layers",
+    "budget_layers": "layers",
+    "ways": "quality_cost",
+    **{f"{tab}{kind}": kind for tab in ("", "job_") for kind in ("loss", "scores")},
+}
+
+
+def head(language: str) -> str:
+    """The style of the page, with the headings of its figures."""
+    words = Words(language)
+    rules = [
+        f'#{name}::before {{ content: "{words(key)}"; display: block; position: sticky; left: 0; font-size: 15px; font-weight: 600; '
+        "padding: 10px 14px 4px; }"
+        for name, key in HEADINGS.items()
+    ]
+    return f"<style>{STYLE}{' '.join(rules)}</style>"
+
+
+def theme() -> Any:
+    """Gradio's plain theme with the system's fonts: its own would come from the network."""
+    plain = gr.themes.Default(
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+        primary_hue="blue",
+        neutral_hue="gray",
+    )
+    blue = dict.fromkeys(("button_primary_background_fill", "button_primary_background_fill_dark"), "#0072B2")
+    hover = dict.fromkeys(
+        ("button_primary_background_fill_hover", "button_primary_background_fill_hover_dark"), "#005A8C"
+    )
+    return plain.set(**blue, **hover)
+
+
+def shows_problems(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """An InputError becomes the page's own message, with the sentence as text."""
+
+    @functools.wraps(handler)
+    def called(*arguments: Any) -> Any:
+        try:
+            return handler(*arguments)
+        except InputError as error:
+            raise gr.Error(views.escape(str(error)), print_exception=False, title="") from error
+
+    return called
+
+
+class Page:
+    """The studio of one directory. Its methods are what the components of every language call."""
+
+    def __init__(self, place: Place, models: Sequence[str] = ()) -> None:
+        self.place, self.jobs, self.bench = place, Jobs(place), Bench()
+        self.named_models = list(models)
+        self._views: dict[str, tuple[Any, BudgetView]] = {}
+        self._lock = threading.Lock()
+
+    # -- what there is ------------------------------------------------------------------------------------------------
+
+    def names(self, kind: str = "run") -> list[str]:
+        return [one.name for one in self.place.found() if one.kind == kind]
+
+    def run(self, name: str | None) -> RunDirectory:
+        return RunDirectory(self.place.inside(name or ""))
+
+    def analyzed(self) -> list[str]:
+        return [name for name in self.names() if self.run(name).is_analyzed]
+
+    def tuned(self) -> list[str]:
+        return [name for name in self.names() if self.run(name).has_adapter]
+
+    def models(self) -> list[str]:
+        return list(dict.fromkeys([*self.named_models, *self.place.models()]))
+
+    def view(self, name: str) -> BudgetView:
+        """The budgets of a run, read once for as long as its files are the same."""
+        run = self.run(name)
+        state = tuple(
+            file.stat().st_mtime_ns if file.is_file() else 0
+            for file in (run.config_file, run.relevance / "scores.json", run.comparison)
+        )
+        with self._lock:
+            if name not in self._views or self._views[name][0] != state:
+                while len(self._views) >= VIEWS:
+                    self._views.pop(next(iter(self._views)))
+                self._views[name] = (state, BudgetView(run.path))
+            return self._views[name][1]
+
+    def record(self, name: str) -> RunRecord | None:
+        run = self.run(name)
+        try:
+            return read_record(RunDirectory.open(run.path)[1], run)
+        except DAMAGE:
+            return None
+
+    # -- the page -----------------------------------------------------------------------------------------------------
+
+    def build(self, language: str) -> Any:
+        words = Words(language)
+        with gr.Blocks(title=words("title"), analytics_enabled=False, fill_width=True) as blocks:
+            gr.HTML(
+                f"<header><h1>{words('title')}</h1><span class='remark'>{words('subtitle')}</span>"
+                f"<span class='remark'>{words('runs_in')} {views.escape(str(self.place.path))}</span>"
+                f"<a href='/{words.other}/' lang='{words.other}'>{words('other_language')}</a></header>",
+                elem_classes="reltune",
+                apply_default_css=False,
+            )
+            with gr.Tabs():
+                for key, fill in (
+                    ("tab_runs", self._runs),
+                    ("tab_budget", self._budget),
+                    ("tab_new", self._new),
+                    ("tab_jobs", self._jobs),
+                    ("tab_try", self._try),
+                ):
+                    with gr.Tab(words(key), id=key, elem_id=key) as tab:
+                        fill(words, blocks, tab)
+        return blocks
+
+    def _runs(self, words: Words, blocks: Any, tab: Any) -> None:
+        table = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="runs")
+        with gr.Row():
+            chosen = gr.Dropdown(
+                [], multiselect=True, label=words("choose_runs"), allow_custom_value=True, scale=4, elem_id="chosen"
+            )
+            refresh = gr.Button(words("refresh"), scale=1, min_width=120)
+        details = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="details")
+        with gr.Row(visible=False) as shades:
+            criterion = gr.Dropdown([], label=words("criterion"), allow_custom_value=True)
+            scale = gr.Radio(list(SCALES), value=SCALES[0], label=words("scale"))
+        heat = gr.Plot(show_label=False, visible=False, elem_id="heat", elem_classes="scrolling")
+        layers = gr.Plot(show_label=False, visible=False, elem_id="layers", elem_classes="scrolling")
+        ways = gr.Plot(show_label=False, visible=False, elem_id="ways")
+        with gr.Row():
+            loss = gr.Plot(show_label=False, visible=False, elem_id="loss", min_width=300)
+            scores = gr.Plot(show_label=False, visible=False, elem_id="scores", min_width=300)
+
+        def listed(names: list[str] | None) -> Any:
+            found = self.place.found()
+            there = [one.name for one in found]
+            return views.runs(found, words), gr.update(
+                choices=there, value=[name for name in names or [] if name in there]
+            )
+
+        def shown(names: list[str] | None) -> Any:
+            return self._shown(list(names or []), words)
+
+        def maps(names: list[str] | None, criterion: str | None, scale: str) -> Any:
+            record = self.record(names[0]) if names and len(names) == 1 else None
+            if record is None:
+                return None, None
+            return (
+                views.heatmap(record, criterion, scale),
+                views.layers(record.heatmaps, criterion, record.selected_by_layer),
+            )
+
+        everything = [details, shades, criterion, heat, layers, ways, loss, scores]
+        for event in (blocks.load, tab.select, refresh.click):
+            event(shows_problems(listed), chosen, [table, chosen], show_progress="hidden")
+        chosen.change(shows_problems(shown), chosen, everything, show_progress="minimal")
+        for part in (criterion, scale):
+            part.input(shows_problems(maps), [chosen, criterion, scale], [heat, layers], show_progress="hidden")
+
+    def _shown(self, names: list[str], words: Words) -> Any:
+        """One run, one comparison, or several runs side by side."""
+        none = gr.update(value=None, visible=False)
+        empty = ["", gr.update(visible=False), none, none, none, none, none, none]
+        if not names:
+            return empty
+        found = {one.name: one for one in self.place.found()}
+        unknown = [name for name in names if name not in found]
+        if unknown:
+            raise InputError(f"{unknown[0]!r} is no run in {self.place.path}.")
+
+        def drawn(figure: Any) -> Any:
+            return none if figure is None else gr.update(value=figure, visible=True)
+
+        if len(names) == 1:
+            one = found[names[0]]
+            if one.kind == "damaged":
+                return [views.problem(one.problem), *empty[1:]]
+            if one.kind == "comparison":
+                directory = ComparisonDirectory(self.place.inside(one.name))
+                if not directory.record.is_file():
+                    return [views.remark(words("next_is", stage=words("stage_comparison"))), *empty[1:]]
+                try:
+                    compared = ComparisonRecord.from_json(read_json(directory.record))
+                    return [
+                        views.of_comparison(compared, one.name, words),
+                        *empty[1:5],
+                        drawn(views.ways(compared)),
+                        none,
+                        none,
+                    ]
+                except DAMAGE as error:
+                    return [views.problem(f"{directory.record}: {error}"), *empty[1:]]
+            run = self.run(one.name)
+            html, record = views.of_run(run, one.name, words)
+            curves = views.curves({one.name: views.history(run)})
+            criteria = [h.criterion for h in record.heatmaps] if record else []
+            return [
+                html,
+                gr.update(visible=bool(criteria)),
+                gr.update(choices=criteria, value=criteria[0] if criteria else None),
+                drawn(views.heatmap(record, None, SCALES[0])),
+                drawn(views.layers(record.heatmaps, None, record.selected_by_layer) if record else None),
+                drawn(views.ways(record.ways if record else None)),
+                drawn(curves.get("loss")),
+                drawn(curves.get("scores")),
+            ]
+        records = {
+            name: record for name in names if found[name].kind == "run" and (record := self.record(name)) is not None
+        }
+        left_out = [name for name in names if name not in records]
+        html = views.side_by_side(records, words) if records else ""
+        html += "".join(views.problem(f"{name}: {found[name].problem or found[name].kind}") for name in left_out)
+        curves = views.curves({name: views.history(self.run(name)) for name in records})
+        return [html, *empty[1:6], drawn(curves.get("loss")), drawn(curves.get("scores"))]
+
+    def _budget(self, words: Words, blocks: Any, tab: Any) -> None:
+        with gr.Row():
+            run = gr.Dropdown([], label=words("choose_run"), allow_custom_value=True, elem_id="budget_run")
+            criterion = gr.Dropdown([], label=words("criterion"), allow_custom_value=True, min_width=140)
+            granularity = gr.Dropdown(
+                [], label=words("granularity"), multiselect=True, allow_custom_value=True, min_width=140
+            )
+            spread = gr.Dropdown([], label=words("spread"), allow_custom_value=True, min_width=140)
+        with gr.Row():
+            slider = gr.Slider(
+                0,
+                len(BUDGETS) - 1,
+                value=BUDGETS.index("0.5%"),
+                step=1,
+                label=words("budget_slider"),
+                buttons=[],
+                scale=3,
+                elem_id="slider",
+            )
+            budget = gr.Textbox("0.5%", label=words("budget_text"), scale=1, min_width=220, elem_id="budget_text")
+        summary = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="summary")
+        layers = gr.Plot(show_label=False, elem_id="budget_layers", elem_classes="scrolling")
+        modules = gr.Dataframe(
+            headers=[words(key) for key in ("use", "layer", "module", "units", "of", "parameters")],
+            datatype=["bool", "str", "str", "number", "number", "number"],
+            static_columns=[1, 2, 3, 4, 5],
+            column_count=6,
+            row_count=0,
+            row_limits=(0, None),
+            interactive=True,
+            type="array",
+            label=words("module_table"),
+            max_height=480,
+            column_widths=["70px", "220px", "220px", "110px", "110px", "120px"],
+            elem_id="modules",
+        )
+        line = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="budget_command")
+        with gr.Row():
+            replace = gr.Checkbox(label=words("replace_plan"), elem_id="replace_plan", min_width=240)
+            save = gr.Button(words("save_plan"), variant="primary", elem_id="save_plan")
+        saved = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="saved")
+        results = [summary, layers, modules, line]
+        rule_of = [criterion, granularity, spread]
+
+        def listed(name: str | None) -> Any:
+            names = self.analyzed()
+            return gr.update(choices=names, value=name if name in names else None), "" if names else views.remark(
+                words("no_analyzed")
+            )
+
+        def without(rows: list[list[Any]] | None) -> list[str]:
+            return [f"{row[1]}.{row[2]}" if row[1] else row[2] for row in rows or [] if row[0] in (False, "false")]
+
+        def given(criterion: Any, granularity: Any, spread: Any) -> Rule:
+            return Rule(str(criterion), tuple(granularity or ()), str(spread))
+
+        def told(view: BudgetView, text: str, rule: Rule, left_out: list[str], overwrite: bool) -> list[Any]:
+            found = view.choice(text, rule, left_out)
+            words_of = command_lines.further(
+                "select", view.run.path, select_fields(view, text, rule, left_out), overwrite
+            )
+            if view.excluded and not left_out:
+                words_of.append("--every_module")
+            return [
+                views.choice(found, words),
+                views.layers([view.heatmap(rule.criterion)], None, found.by_layer),
+                _rows(found),
+                views.command(command_lines.shown(words_of), words),
+            ]
+
+        def opened(name: str | None) -> Iterator[Any]:
+            if not name:
+                yield [gr.update()] * 9
+                return
+            yield [*[gr.update()] * 5, views.remark(words("counting")), *[gr.update()] * 3]
+            view = self.view(name)
+            rule, text = view.rule, view.config.budget
+            yield [
+                gr.update(choices=view.criteria, value=rule.criterion),
+                gr.update(choices=view.granularities(rule.criterion), value=list(rule.granularity)),
+                gr.update(choices=view.spreads(rule.granularity), value=rule.spread),
+                _position(view, text),
+                text,
+                *told(view, text, rule, view.excluded, False),
+            ]
+
+        def slid(name: str, position: float, rows: Any, overwrite: bool, *rule: Any) -> list[Any]:
+            text = BUDGETS[int(position)]
+            return (
+                [text, *told(self.view(name), text, given(*rule), without(rows), overwrite)]
+                if name
+                else [text, *[gr.update()] * 4]
+            )
+
+        def typed(name: str, text: str, rows: Any, overwrite: bool, *rule: Any) -> list[Any]:
+            if not name:
+                return [gr.update()] * 5
+            view = self.view(name)
+            return [_position(view, text), *told(view, text, given(*rule), without(rows), overwrite)]
+
+        def ruled(name: str, text: str, rows: Any, overwrite: bool, *rule: Any) -> list[Any]:
+            if not name:
+                return [gr.update()] * 6
+            view, wanted = self.view(name), given(*rule)
+            kinds = view.granularities(wanted.criterion)
+            if not set(wanted.granularity) <= set(kinds) or not wanted.granularity:
+                wanted = Rule(wanted.criterion, (kinds[0],), wanted.spread)
+            spreads = view.spreads(wanted.granularity)
+            if wanted.spread not in spreads:
+                wanted = Rule(wanted.criterion, wanted.granularity, (spreads or ["global"])[0])
+            return [
+                gr.update(choices=kinds, value=list(wanted.granularity)),
+                gr.update(choices=spreads, value=wanted.spread),
+                *told(view, text, wanted, without(rows), overwrite),
+            ]
+
+        def saving(name: str, text: str, rows: Any, overwrite: bool, *rule: Any) -> Iterator[str]:
+            view = self.view(name)
+            left_out = without(rows)
+            fields = select_fields(view, text, given(*rule), left_out)
+            words_of = command_lines.further("select", view.run.path, fields, overwrite)
+            if view.excluded and not left_out:
+                words_of.append("--every_module")
+            yield from self._watched(self.jobs.start(words_of, name), words)
+
+        for event in (blocks.load, tab.select):
+            event(shows_problems(listed), run, [run, saved], show_progress="hidden")
+        run.change(
+            self._yields(opened),
+            run,
+            [criterion, granularity, spread, slider, budget, *results],
+            show_progress="hidden",
+        )
+        slider.input(
+            shows_problems(slid),
+            [run, slider, modules, replace, *rule_of],
+            [budget, *results],
+            show_progress="hidden",
+            trigger_mode="always_last",
+            queue=False,
+        )
+        for event in (budget.submit, budget.blur):
+            event(
+                shows_problems(typed),
+                [run, budget, modules, replace, *rule_of],
+                [slider, *results],
+                show_progress="hidden",
+            )
+        for part in rule_of:
+            part.input(
+                shows_problems(ruled),
+                [run, budget, modules, replace, *rule_of],
+                [granularity, spread, *results],
+                show_progress="hidden",
+            )
+        for part in (modules, replace):
+            part.input(
+                shows_problems(typed),
+                [run, budget, modules, replace, *rule_of],
+                [slider, *results],
+                show_progress="hidden",
+            )
+        save.click(self._yields(saving), [run, budget, modules, replace, *rule_of], saved, show_progress="hidden")
+
+    def _watched(self, job: str, words: Words) -> Iterator[str]:
+        """A job's output until it ends."""
+        waiter = threading.Event()
+        while True:
+            state = self.jobs.get(job)
+            yield views.remark(f"{job}: {words(f'state_{state.state}')}") + views.output(self.jobs.output(job))
+            if state.state != "running":
+                return
+            waiter.wait(1)
+
+    def _yields(self, handler: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        @functools.wraps(handler)
+        def called(*arguments: Any) -> Iterator[Any]:
+            try:
+                yield from handler(*arguments)
+            except InputError as error:
+                raise gr.Error(views.escape(str(error)), print_exception=False, title="") from error
+
+        return called
+
+    def _new(self, words: Words, blocks: Any, tab: Any) -> None:
+        with gr.Row():
+            with gr.Column(min_width=300):
+                file = gr.Dropdown([], label=words("data_file"), allow_custom_value=True, elem_id="data_file")
+                upload = gr.File(label=words("upload"), type="filepath", height=160, elem_id="upload")
+            with gr.Column(min_width=300):
+                model = gr.Dropdown([], label=words("model_name"), allow_custom_value=True, elem_id="model")
+                name = gr.Textbox(label=words("run_name"), elem_id="run_name")
+                task = gr.Dropdown(
+                    [(words("as_guessed"), ""), *((one, one) for one in TASKS)], value="", label=words("task")
+                )
+        shown = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="preview")
+        with gr.Row():
+            command = gr.Radio(list(command_lines.STARTS), value="run", label=words("what_to_start"), min_width=240)
+            method = gr.Dropdown(list(METHODS), value="weights", label=words("method"), min_width=140)
+            kind = gr.Dropdown(
+                [(words("by_recipe"), ""), *((one, one) for one in GRANULARITIES)],
+                value="",
+                label=words("granularity"),
+                min_width=140,
+                elem_id="new_granularity",
+            )
+            budget = gr.Textbox(
+                "", label=words("budget"), placeholder=words("by_recipe"), min_width=120, elem_id="new_budget"
+            )
+        with gr.Row():
+            epochs = gr.Number(3, label=words("epochs"), minimum=0, min_width=110, elem_id="epochs")
+            batch = gr.Number(8, label=words("batch"), minimum=1, precision=0, min_width=110)
+            rate = gr.Textbox("", label=words("rate"), placeholder=words("by_recipe"), min_width=120)
+            length = gr.Number(256, label=words("length"), minimum=1, precision=0, min_width=140)
+            cpu = gr.Checkbox(label=words("cpu"), min_width=140, elem_id="cpu")
+        line = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="new_command")
+        with gr.Row():
+            predict = gr.Button(words("predict_cost"), elem_id="predict_cost")
+            start = gr.Button(words("start"), variant="primary", elem_id="start")
+        predicted = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="predicted")
+        form = [file, model, name, task, command, method, kind, budget, epochs, batch, rate, length, cpu]
+
+        def listed(file: str | None, model: str | None) -> Any:
+            files, models = self.place.data(), self.models()
+            return (
+                gr.update(choices=files, value=file if file in files else None),
+                gr.update(choices=models, value=model or (models[0] if models else None)),
+            )
+
+        def kept(path: str | None) -> Any:
+            if not path:
+                return gr.update(), gr.update()
+            name = self.place.keep(path)
+            return gr.update(choices=self.place.data(), value=name), None
+
+        def looked_at(file: str | None, task: str) -> str:
+            if not file:
+                return ""
+            try:
+                return views.data(preview(self.place.inside(file), task or None), words)
+            except InputError as error:
+                return views.problem(str(error))
+
+        def words_of(*values: Any) -> list[str]:
+            return self._new_words(words, *values)
+
+        def as_line(*values: Any) -> str:
+            try:
+                return views.command(command_lines.shown(words_of(*values)), words)
+            except InputError as error:
+                return views.remark(str(error))
+
+        def cost(*values: Any) -> str:
+            return views.estimate(self._estimated(words, *values), words)
+
+        def started(*values: Any) -> str:
+            job = self.jobs.start(words_of(*values), str(values[2]))
+            return views.remark(words("started", job=job))
+
+        for event in (blocks.load, tab.select):
+            event(shows_problems(listed), [file, model], [file, model], show_progress="hidden")
+        upload.upload(shows_problems(kept), upload, [file, upload])
+        for part in (file, task):
+            part.change(shows_problems(looked_at), [file, task], shown, show_progress="minimal")
+        for part in form:
+            part.change(as_line, form, line, show_progress="hidden")
+        predict.click(shows_problems(cost), form, predicted)
+        start.click(shows_problems(started), form, predicted, show_progress="minimal")
+
+    def _new_words(
+        self,
+        words: Words,
+        file: Any,
+        model: Any,
+        name: Any,
+        task: Any,
+        command: Any,
+        method: Any,
+        kind: Any,
+        budget: Any,
+        epochs: Any,
+        batch: Any,
+        rate: Any,
+        length: Any,
+        cpu: Any,
+    ) -> list[str]:
+        """The words of the command that the form describes."""
+        if not file or not model:
+            raise InputError(words("nothing_chosen"))
+        if not name:
+            raise InputError(words("nameless"))
+        fields: dict[str, Any] = {
+            "model_name_or_path": self.place.model(str(model), self.models()),
+            "train_file": self.place.inside(str(file)),
+            "task": task,
+            "max_length": length,
+        }
+        if command == "run":
+            fields |= {"method": method, "granularity": kind, "learning_rate": rate}
+        if command != "analyze":
+            fields |= {"budget": budget}
+        fields |= {"num_train_epochs": epochs, "per_device_train_batch_size": batch, "use_cpu": True if cpu else None}
+        return command_lines.new(str(command), self.place.new(str(name or "")), fields)
+
+    def _estimated(
+        self,
+        words: Words,
+        file: Any,
+        model: Any,
+        name: Any,
+        task: Any,
+        command: Any,
+        method: Any,
+        kind: Any,
+        budget: Any,
+        epochs: Any,
+        batch: Any,
+        rate: Any,
+        length: Any,
+        cpu: Any,
+    ) -> dict[str, Any]:
+        if not model:
+            raise InputError(words("nothing_chosen"))
+        from reltune.runs.estimate import estimate
+
+        examples = None
+        if file:
+            seen = preview(self.place.inside(str(file)), task or None)
+            examples, task = seen.splits.get("train", seen.rows), task or seen.task
+        fields = {
+            "method": method,
+            "granularity": [kind] if kind else None,
+            "budget": budget or None,
+            "max_length": length,
+            "task": task or None,
+        }
+        found = estimate(
+            self.place.model(str(model), self.models()),
+            device="cpu" if cpu else None,
+            examples=examples,
+            training={"num_train_epochs": epochs, "per_device_train_batch_size": batch},
+            **{name: value for name, value in fields.items() if value is not None},
+        )
+        return found.to_dict()
+
+    def _jobs(self, words: Words, blocks: Any, tab: Any) -> None:
+        gr.HTML(f"<h3>{words('go_on')}</h3>", elem_classes="reltune", apply_default_css=False)
+        with gr.Row():
+            run = gr.Dropdown([], label=words("choose_run"), allow_custom_value=True, elem_id="job_run")
+            command = gr.Radio(["tune", "evaluate", "report"], value="tune", label=words("what_to_start"))
+            epochs = gr.Textbox("", label=words("epochs"), placeholder="config.yaml", min_width=110)
+            rate = gr.Textbox("", label=words("rate"), placeholder="config.yaml", min_width=110)
+        with gr.Row():
+            overwrite = gr.Checkbox(label=words("overwrite"), min_width=240)
+            start = gr.Button(words("start"), variant="primary", elem_id="go_on")
+        line = gr.HTML(elem_classes="reltune", apply_default_css=False)
+        table = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="jobs")
+        with gr.Row():
+            job = gr.Dropdown([], label=words("job"), allow_custom_value=True, scale=3, elem_id="job")
+            stop = gr.Button(words("stop"), variant="stop", scale=1, min_width=120, elem_id="stop")
+        output = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="output", label=words("output"))
+        with gr.Row():
+            loss = gr.Plot(show_label=False, visible=False, elem_id="job_loss", min_width=300)
+            scores = gr.Plot(show_label=False, visible=False, elem_id="job_scores", min_width=300)
+        seen = gr.State("")
+        timer = gr.Timer(SECONDS)
+        form = [run, command, epochs, rate, overwrite]
+
+        def listed(name: str | None) -> Any:
+            names = self.names()
+            return gr.update(choices=names, value=name if name in names else None)
+
+        def words_of(run: Any, command: Any, epochs: Any, rate: Any, overwrite: Any) -> list[str]:
+            if not run:
+                raise InputError(words("no_run_chosen"))
+            fields = {"num_train_epochs": epochs, "learning_rate": rate} if command == "tune" else {}
+            return command_lines.further(
+                str(command), self.run(run).path, fields, bool(overwrite) and command == "tune"
+            )
+
+        def as_line(*values: Any) -> str:
+            try:
+                return views.command(command_lines.shown(words_of(*values)), words)
+            except InputError:
+                return ""
+
+        def started(*values: Any) -> Any:
+            return gr.update(value=self.jobs.start(words_of(*values), str(values[0])))
+
+        def looked(name: str | None, before: str) -> Any:
+            found = self.jobs.all()
+            names = [one.name for one in found]
+            name = name if name in names else names[0] if names else None
+            html = views.jobs(found, words)
+            text = self.jobs.output(name) if name else ""
+            history: list[Any] = []
+            target = next((one.target for one in found if one.name == name), "")
+            with contextlib.suppress(InputError):
+                history = views.history(self.run(target)) if target else []
+            state = f"{name}\0{html}\0{text}\0{len(history)}"
+            if state == before:
+                return [gr.skip()] * 6
+            curves = views.curves({target: history})
+            plots = [gr.update(value=curves.get(kind), visible=kind in curves) for kind in ("loss", "scores")]
+            return [html, gr.update(choices=names, value=name), views.output(text) if name else "", *plots, state]
+
+        def stopped(name: str | None) -> None:
+            self.jobs.stop(name or "")
+            gr.Info(words("stopping"))
+
+        for event in (blocks.load, tab.select):
+            event(shows_problems(listed), run, run, show_progress="hidden")
+        looks = [table, job, output, loss, scores, seen]
+        for event in (blocks.load, timer.tick, job.input):
+            event(looked, [job, seen], looks, show_progress="hidden")
+        for part in form:
+            part.change(as_line, form, line, show_progress="hidden")
+        start.click(shows_problems(started), form, job, show_progress="minimal")
+        stop.click(shows_problems(stopped), job, None)
+
+    def _try(self, words: Words, blocks: Any, tab: Any) -> None:
+        with gr.Row():
+            run = gr.Dropdown([], label=words("tuned_runs"), allow_custom_value=True, scale=3, elem_id="try_run")
+            load = gr.Button(words("load"), variant="primary", scale=1, min_width=160, elem_id="load")
+        status = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="loaded")
+        with gr.Column(visible=False) as asking:
+            texts = [
+                gr.Textbox(label=words("text"), lines=3, visible=i == 0, elem_id=f"text_{i}") for i in range(ROLES)
+            ]
+            ask = gr.Button(words("ask"), variant="primary", elem_id="ask")
+            with gr.Row():
+                answers = []
+                for side in ("base", "tuned"):
+                    with gr.Column(min_width=280):
+                        gr.HTML(f"<h3>{words(side)}</h3>", elem_classes="reltune", apply_default_css=False)
+                        answers.append(
+                            gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id=f"answer_{side}")
+                        )
+        with gr.Column(visible=False) as talking:
+            with gr.Row():
+                bots = [
+                    gr.Chatbot(
+                        label=words(side),
+                        render_markdown=False,
+                        height=380,
+                        min_width=280,
+                        buttons=[],
+                        elem_id=f"chat_{side}",
+                    )
+                    for side in ("base", "tuned")
+                ]
+            message = gr.Textbox(label=words("message"), submit_btn=True, elem_id="message")
+            reset = gr.Button(words("reset"))
+
+        def listed(name: str | None) -> Any:
+            names = self.tuned()
+            return gr.update(
+                choices=names, value=name if name in names else None
+            ), gr.update() if names else views.remark(words("no_tuned"))
+
+        def loading(name: str | None) -> Iterator[Any]:
+            hidden = gr.update(visible=False)
+            yield [views.remark(words("loading")), hidden, hidden, *[gr.update()] * ROLES, [], []]
+            run = self.run(name)
+            self.bench.load(run.path)
+            bench = self.bench
+            if "image" in bench.roles:
+                yield [views.problem(words("no_images")), hidden, hidden, *[gr.update()] * ROLES, [], []]
+                return
+            roles = list(bench.roles)[:ROLES]
+            boxes = [
+                gr.update(visible=i < len(roles), label=roles[i] if i < len(roles) else "", value="")
+                for i in range(ROLES)
+            ]
+            status = views.remark(words("loaded", run=name, task=bench.task))
+            yield [status, gr.update(visible=not bench.writes), gr.update(visible=bench.writes), *boxes, [], []]
+
+        def asked(*values: str) -> Any:
+            found = self.bench.answers(dict(zip(self.bench.roles, values, strict=False)))
+            return [views.answer(found[side]) for side in ("base", "tuned")]
+
+        def talked(question: str) -> Iterator[Any]:
+            if not question.strip():
+                yield [gr.update()] * 3
+                return
+            for turns in self.bench.talk(question):
+                yield ["", *([*_messages(turns.get(side, []))] for side in ("base", "tuned"))]
+
+        def begun() -> Any:
+            self.bench.reset()
+            return [], []
+
+        for event in (blocks.load, tab.select):
+            event(shows_problems(listed), run, [run, status], show_progress="hidden")
+        load.click(self._yields(loading), run, [status, asking, talking, *texts, *bots])
+        ask.click(shows_problems(asked), texts, answers)
+        message.submit(self._yields(talked), message, [message, *bots], show_progress="hidden")
+        reset.click(begun, None, bots)
+
+
+def _messages(turns: Sequence[tuple[str, str]]) -> Iterator[dict[str, str]]:
+    for question, answer in turns:
+        yield {"role": "user", "content": question}
+        yield {"role": "assistant", "content": answer}
+
+
+def _rows(found: Choice) -> list[list[Any]]:
+    """The modules' table: a layer's name and the module's within it; outside of layers the name alone."""
+    return [
+        [
+            row.used,
+            row.layer if row.name != row.layer else "",
+            row.name.removeprefix(f"{row.layer}.") if row.name != row.layer else row.name,
+            row.units,
+            row.available,
+            row.parameters,
+        ]
+        for row in found.rows
+    ]
+
+
+def _position(view: BudgetView, budget: str) -> int:
+    """The slider's place that is nearest to a budget."""
+    from reltune.plan.budget import parse_budget
+
+    limit = parse_budget(budget, view.inventory.base_parameters)
+    shares = [float(text.removesuffix("%")) / 100 * view.inventory.base_parameters for text in BUDGETS]
+    return min(range(len(BUDGETS)), key=lambda i: abs(shares[i] - limit) / shares[i])
