@@ -21,7 +21,7 @@ from reltune.runs.directory import RunDirectory
 from reltune.runs.summary import read_record
 from reltune.studio import command_lines, views
 from reltune.studio.budget import BUDGETS, BudgetView, Choice, Rule, select_fields
-from reltune.studio.data import preview
+from reltune.studio.data import look_at
 from reltune.studio.jobs import Jobs
 from reltune.studio.places import DAMAGE, Place
 from reltune.studio.trying import Bench
@@ -61,6 +61,9 @@ STYLE = """
 .reltune .bar div { background: var(--background-fill-secondary); border-radius: 3px; }
 .reltune .bar i { display: block; height: 14px; background: #0072B2; border-radius: 3px; }
 .reltune .bar b { font-variant-numeric: tabular-nums; }
+.reltune .tokens span { border: 1px solid var(--border-color-primary); border-radius: 3px; padding: 0 3px; line-height: 1.8; overflow-wrap: anywhere; }
+.reltune .tokens .special { color: var(--body-text-color-subdued); font-style: italic; }
+.reltune .tokens .learned { background: #0072B2; color: #fff; border-color: #0072B2; }
 .reltune header { display: flex; flex-wrap: wrap; gap: 4px 24px; align-items: baseline; }
 .reltune header h1 { font-size: 24px; font-weight: 700; margin: 0; }
 .reltune header a { margin-left: auto; }
@@ -526,11 +529,12 @@ class Page:
             name = self.place.keep(path)
             return gr.update(choices=self.place.data(), value=name), None
 
-        def looked_at(file: str | None, task: str) -> str:
+        def looked_at(file: str | None, model: str | None, task: str, length: float | None) -> str:
             if not file:
                 return ""
             try:
-                return views.data(preview(self.place.inside(file), task or None), words)
+                model = self.place.model(str(model), self.models()) if model else None
+                return views.data(look_at(self.place.inside(file), model, task or None, int(length or 1)), words)
             except InputError as error:
                 return views.problem(str(error))
 
@@ -553,8 +557,10 @@ class Page:
         for event in (blocks.load, tab.select):
             event(shows_problems(listed), [file, model], [file, model], show_progress="hidden")
         upload.upload(shows_problems(kept), upload, [file, upload])
-        for part in (file, task):
-            part.change(shows_problems(looked_at), [file, task], shown, show_progress="minimal")
+        for part in (file, model, task, length):
+            part.change(
+                looked_at, [file, model, task, length], shown, show_progress="minimal", trigger_mode="always_last"
+            )
         for part in form:
             part.change(as_line, form, line, show_progress="hidden")
         predict.click(shows_problems(cost), form, predicted)
@@ -618,8 +624,9 @@ class Page:
 
         examples = None
         if file:
-            seen = preview(self.place.inside(str(file)), task or None)
-            examples, task = seen.splits.get("train", seen.rows), task or seen.task
+            seen = look_at(self.place.inside(str(file)), None, task or None, int(length or 1)).preview
+            if seen is not None:
+                examples, task = seen["rows"].get("train"), task or seen["task"]
         fields = {
             "method": method,
             "granularity": [kind] if kind else None,

@@ -97,7 +97,11 @@ WORDS: dict[str, tuple[str, str]] = {  # in the order of LANGUAGES
     "not_used": ("not used", "未使用"),
     "classes": ("Classes", "类别"),
     "label": ("label", "标签"),
-    "count": ("rows", "行数"),
+    "split_train": ("training", "训练"),
+    "split_validation": ("validation", "验证"),
+    "split_test": ("test", "测试"),
+    "as_seen": ("A training example as the model sees it", "模型看到的一个训练样本"),
+    "wanted": ("to be learned", "学习目标"),
     "first_rows": ("First rows", "前几行"),
     "line": ("line", "行号"),
     "splits": (
