@@ -33,7 +33,7 @@ class Looked:
     problem: str
 
 
-def look_at(file: Path, model: str | None, task: str | None, max_length: int) -> Looked:
+def look_at(file: Path, model: str | None, task: str | None, max_length: int, on_bad_rows: str = "error") -> Looked:
     """A file, and of the ``model`` its tokenizer if there is one."""
     columns: list[str] = []
     first: list[tuple[int, list[str]]] = []
@@ -45,15 +45,11 @@ def look_at(file: Path, model: str | None, task: str | None, max_length: int) ->
             first = [(row.line, [_cell(row.values.get(name)) for name in columns]) for row in rows[:ROWS]]
         except InputError as error:
             return Looked(columns, first, None, str(error))
-        config: dict[str, Any] = {
-            "train_file": str(file),
-            "task": task,
-            "on_bad_rows": "skip",
-            "max_length": max_length,
-        }
-        for name in dict.fromkeys((model, None)):  # where the model is the problem, the rows alone
+        config: dict[str, Any] = {"train_file": str(file), "task": task, "max_length": max_length}
+        # As it is asked for; else without bad rows; where the model is the problem, the rows alone.
+        for name, how in dict.fromkeys(((model, on_bad_rows), (model, "skip"), (None, "skip"))):
             try:
-                found = preview_data(RunConfig(name or ".", ".", **config), tokens=name is not None)
+                found = preview_data(RunConfig(name or ".", ".", on_bad_rows=how, **config), tokens=name is not None)
                 return Looked(columns, first, found.to_dict(), problem)
             except InputError as error:
                 problem = problem or str(error)

@@ -131,7 +131,7 @@ def of_comparison(record: Any, name: str, words: Words) -> str:
     parts = [f"<h2>{escape(name)}</h2>"]
     for one in record.tables:
         for heads, ways in (comparison.quality(record, one), comparison.cost(record, one)):
-            parts.append(table([head.replace("\n", " ") for head in heads], [cells for _, cells in ways], one.title))
+            parts.append(table(heads, [cells for _, cells in ways], one.title))
     return "".join(parts) + listed(record.notes, words("notes"))
 
 
@@ -143,8 +143,8 @@ def side_by_side(records: Mapping[str, RunRecord], words: Words) -> str:
         several.took(runs),
         several.differences(runs),
     )
-    tables = table([head.replace("\n", " ") for head in reached], results, words("metrics"))
-    tables += table([head.replace("\n", " ") for head in took], costs)
+    tables = table(reached, results, words("metrics"))
+    tables += table(took, costs)
     return (
         tables
         + (table(settings, differences, words("differs")) if differences else "")

@@ -122,6 +122,7 @@ WORDS: dict[str, tuple[str, str]] = {  # in the order of LANGUAGES
     "rate": ("Learning rate", "学习率"),
     "length": ("Longest text, in tokens", "最大长度（词元）"),
     "cpu": ("Train on the CPU", "在 CPU 上训练"),
+    "skip_bad": ("Leave bad rows out", "忽略坏行"),
     "predict_cost": ("Predict memory and time", "预测内存与时间"),
     "fits": ("fits", "放得下"),
     "does_not_fit": ("does not fit", "放不下"),
