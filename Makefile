@@ -13,12 +13,13 @@ MINIMAL_TESTS = tests/test_optional_packages.py tests/test_old_artefacts.py test
 
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test test-minimal nightly lint docs clean venv
+.PHONY: help demo test test-minimal test-browser nightly lint docs clean venv
 
 help:
 	@echo "make demo          run the whole flow on a small model and news texts; results in demo-run/"
 	@echo "make test          check style, types and imports, and run the tests that are not slow"
 	@echo "make test-minimal  run the tests of an installation without any optional package, in .venv-minimal"
+	@echo "make test-browser  run the tests of the studio's page in Chromium, in .venv-browser"
 	@echo "make nightly       all tests, and the checks of make test"
 	@echo "make lint          check style, types and imports only"
 	@echo "make docs          build the documentation as a site in build/site, in .venv-docs"
@@ -34,20 +35,24 @@ lint: .venv/.installed-test
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not browser" $(PYTEST_ARGS)
 
 test-minimal: .venv-minimal/.installed
 	.venv-minimal/bin/python -m pytest -m "not slow" $(MINIMAL_TESTS)
 
+# Chromium is the system's (on Debian: apt-get install chromium), or what CHROMIUM names.
+test-browser: .venv-browser/.installed
+	.venv-browser/bin/python -m pytest -m browser tests/studio
+
 nightly: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not browser" $(PYTEST_ARGS)
 
 # NO_MKDOCS_2_WARNING: what its makers say of other programs is not about these pages.
 docs: .venv-docs/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
 
 clean:
-	rm -rf .venv .venv-minimal .venv-docs demo-run build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-minimal .venv-browser .venv-docs demo-run build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
 # The test environment holds the demo's too.
@@ -64,6 +69,14 @@ clean:
 	rm -rf .venv-minimal
 	$(BIN)/python -m venv .venv-minimal
 	.venv-minimal/bin/python -m pip install -c constraints.txt -e . pytest
+	@touch $@
+
+# Gradio and Playwright beside the dependencies, of which none that constraints.txt holds is another one.
+.venv-browser/.installed: requirements-browser.txt pyproject.toml constraints.txt | venv
+	rm -rf .venv-browser
+	$(BIN)/python -m venv .venv-browser
+	.venv-browser/bin/python -m pip install --require-hashes --no-deps -r requirements-browser.txt
+	.venv-browser/bin/python -m pip install -c constraints.txt -e . pytest
 	@touch $@
 
 .venv-docs/.installed: requirements-docs.txt | venv

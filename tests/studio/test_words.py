@@ -37,6 +37,7 @@ def test_every_text_that_the_code_asks_for_is_there_and_no_other() -> None:
         f"state_{state}" for state in (*ENDS.values(), "running", "failed", "ended")
     }
     built |= {f"kind_{kind}" for kind in ("run", "comparison", "damaged")}
+    built |= {f"split_{split}" for split in ("train", "validation", "test")}
     assert built <= set(WORDS)
     assert set(re.findall(r"""words\(\s*["'](\w+)["']""", CODE)) <= set(WORDS)
     code = CODE.replace(Path(module.__file__).read_text(encoding="utf-8"), "")

@@ -21,7 +21,7 @@ from reltune.runs.directory import RunDirectory
 from reltune.runs.summary import read_record
 from reltune.studio import command_lines, views
 from reltune.studio.budget import BUDGETS, BudgetView, Choice, Rule, select_fields
-from reltune.studio.data import preview
+from reltune.studio.data import look_at
 from reltune.studio.jobs import Jobs
 from reltune.studio.places import DAMAGE, Place
 from reltune.studio.trying import Bench
@@ -38,7 +38,7 @@ STYLE = """
 .reltune th, .reltune td { text-align: left; padding: 4px 10px; vertical-align: top; border-bottom: 1px solid var(--border-color-primary); }
 .reltune td { max-width: 34em; overflow-wrap: break-word; }
 .reltune td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.reltune th { font-weight: 600; white-space: nowrap; }
+.reltune th { font-weight: 600; white-space: pre-line; }
 .reltune th.n { text-align: right; }
 .reltune h2 { font-size: 20px; font-weight: 600; margin: 8px 0; overflow-wrap: anywhere; }
 .reltune h3 { font-size: 15px; font-weight: 600; margin: 16px 0 6px; }
@@ -61,6 +61,9 @@ STYLE = """
 .reltune .bar div { background: var(--background-fill-secondary); border-radius: 3px; }
 .reltune .bar i { display: block; height: 14px; background: #0072B2; border-radius: 3px; }
 .reltune .bar b { font-variant-numeric: tabular-nums; }
+.reltune .tokens span { border: 1px solid var(--border-color-primary); border-radius: 3px; padding: 0 3px; line-height: 1.8; overflow-wrap: anywhere; }
+.reltune .tokens .special { color: var(--body-text-color-subdued); font-style: italic; }
+.reltune .tokens .learned { background: #0072B2; color: #fff; border-color: #0072B2; }
 .reltune header { display: flex; flex-wrap: wrap; gap: 4px 24px; align-items: baseline; }
 .reltune header h1 { font-size: 24px; font-weight: 700; margin: 0; }
 .reltune header a { margin-left: auto; }
@@ -506,12 +509,13 @@ class Page:
             rate = gr.Textbox("", label=words("rate"), placeholder=words("by_recipe"), min_width=120)
             length = gr.Number(256, label=words("length"), minimum=1, precision=0, min_width=140)
             cpu = gr.Checkbox(label=words("cpu"), min_width=140, elem_id="cpu")
+            skip = gr.Checkbox(label=words("skip_bad"), min_width=140, elem_id="skip_bad")
         line = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="new_command")
         with gr.Row():
             predict = gr.Button(words("predict_cost"), elem_id="predict_cost")
             start = gr.Button(words("start"), variant="primary", elem_id="start")
         predicted = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="predicted")
-        form = [file, model, name, task, command, method, kind, budget, epochs, batch, rate, length, cpu]
+        form = [file, model, name, task, command, method, kind, budget, epochs, batch, rate, length, cpu, skip]
 
         def listed(file: str | None, model: str | None) -> Any:
             files, models = self.place.data(), self.models()
@@ -526,11 +530,17 @@ class Page:
             name = self.place.keep(path)
             return gr.update(choices=self.place.data(), value=name), None
 
-        def looked_at(file: str | None, task: str) -> str:
+        def looked_at(file: str | None, model: str | None, task: str, length: float | None, skip: bool) -> str:
             if not file:
                 return ""
             try:
-                return views.data(preview(self.place.inside(file), task or None), words)
+                model = self.place.model(str(model), self.models()) if model else None
+                return views.data(
+                    look_at(
+                        self.place.inside(file), model, task or None, int(length or 1), "skip" if skip else "error"
+                    ),
+                    words,
+                )
             except InputError as error:
                 return views.problem(str(error))
 
@@ -553,8 +563,10 @@ class Page:
         for event in (blocks.load, tab.select):
             event(shows_problems(listed), [file, model], [file, model], show_progress="hidden")
         upload.upload(shows_problems(kept), upload, [file, upload])
-        for part in (file, task):
-            part.change(shows_problems(looked_at), [file, task], shown, show_progress="minimal")
+        for part in (file, model, task, length, skip):
+            part.change(
+                looked_at, [file, model, task, length, skip], shown, show_progress="minimal", trigger_mode="always_last"
+            )
         for part in form:
             part.change(as_line, form, line, show_progress="hidden")
         predict.click(shows_problems(cost), form, predicted)
@@ -576,6 +588,7 @@ class Page:
         rate: Any,
         length: Any,
         cpu: Any,
+        skip: Any,
     ) -> list[str]:
         """The words of the command that the form describes."""
         if not file or not model:
@@ -592,7 +605,12 @@ class Page:
             fields |= {"method": method, "granularity": kind, "learning_rate": rate}
         if command != "analyze":
             fields |= {"budget": budget}
-        fields |= {"num_train_epochs": epochs, "per_device_train_batch_size": batch, "use_cpu": True if cpu else None}
+        fields |= {
+            "num_train_epochs": epochs,
+            "per_device_train_batch_size": batch,
+            "use_cpu": True if cpu else None,
+            "on_bad_rows": "skip" if skip else None,
+        }
         return command_lines.new(str(command), self.place.new(str(name or "")), fields)
 
     def _estimated(
@@ -611,6 +629,7 @@ class Page:
         rate: Any,
         length: Any,
         cpu: Any,
+        skip: Any,
     ) -> dict[str, Any]:
         if not model:
             raise InputError(words("nothing_chosen"))
@@ -618,8 +637,9 @@ class Page:
 
         examples = None
         if file:
-            seen = preview(self.place.inside(str(file)), task or None)
-            examples, task = seen.splits.get("train", seen.rows), task or seen.task
+            seen = look_at(self.place.inside(str(file)), None, task or None, int(length or 1)).preview
+            if seen is not None:
+                examples, task = seen["rows"].get("train"), task or seen["task"]
         fields = {
             "method": method,
             "granularity": [kind] if kind else None,

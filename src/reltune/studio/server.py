@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hmac
 import importlib.util
 import ipaddress
@@ -211,7 +212,8 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
         say(f"Studio of {place.path}: http://{shown}:{held.getsockname()[1]}/ (Ctrl-C ends it; jobs go on)")
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
-        uvicorn.Server(config).run(sockets=[held])
+        with contextlib.suppress(KeyboardInterrupt):  # which is how it is ended
+            uvicorn.Server(config).run(sockets=[held])
     finally:
         held.close()
         shutil.rmtree(uploads, ignore_errors=True)

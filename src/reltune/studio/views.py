@@ -9,17 +9,19 @@ from typing import Any
 from urllib.parse import quote
 
 from reltune.relevance.heatmap import Heatmap
-from reltune.report import comparison, figures, numbers
-from reltune.report.page import flatten, key_figures
+from reltune.report import comparison, figures, numbers, several
+from reltune.report.page import key_figures
+from reltune.report.preview import lengths_sentence, visible
 from reltune.report.record import ComparisonRecord, RunRecord
 from reltune.runs.directory import RunDirectory
 from reltune.runs.summary import read_record
 from reltune.studio.budget import Choice
-from reltune.studio.data import Preview
+from reltune.studio.data import Looked
 from reltune.studio.jobs import Job
 from reltune.studio.places import DAMAGE, Found, history_of
 from reltune.studio.words import Words
 
+CLASSES, TOKENS = 40, 160  # that are shown
 NUMERIC = "−+-0123456789.—"  # how numbers begin, and what stands for none
 
 
@@ -120,7 +122,7 @@ def of_run(run: RunDirectory, name: str, words: Words) -> tuple[str, RunRecord |
         written = [[numbers.opening(text)[0] for text in vars(output).values()] for output in record.outputs[:5]]
         parts.append(table(list(vars(record.outputs[0])), written, words("outputs")))
     parts.append(listed([note for note in record.notes if note], words("notes")))
-    settings = table([words("config"), ""], flatten(record.config))
+    settings = table([words("config"), ""], numbers.flatten(record.config))
     parts.append(f"<details><summary>{escape(words('config'))}</summary>{settings}</details>")
     return "".join(parts), record
 
@@ -129,32 +131,25 @@ def of_comparison(record: Any, name: str, words: Words) -> str:
     parts = [f"<h2>{escape(name)}</h2>"]
     for one in record.tables:
         for heads, ways in (comparison.quality(record, one), comparison.cost(record, one)):
-            parts.append(table([head.replace("\n", " ") for head in heads], [cells for _, cells in ways], one.title))
+            parts.append(table(heads, [cells for _, cells in ways], one.title))
     return "".join(parts) + listed(record.notes, words("notes"))
 
 
 def side_by_side(records: Mapping[str, RunRecord], words: Words) -> str:
-    """Metrics of several runs, and where their configurations differ."""
-    names = list(records)
-    every = list(dict.fromkeys(metric for record in records.values() for metric in record.metrics))
-    rows = [
-        [
-            metric,
-            *(
-                numbers.metric(metric, record.metrics[metric]) if metric in record.metrics else numbers.MISSING
-                for record in records.values()
-            ),
-        ]
-        for metric in every
-    ]
-    configs = {name: dict(flatten(record.config)) for name, record in records.items()}
-    fields = dict.fromkeys(field for config in configs.values() for field in config)
-    differ = []
-    for field in fields:
-        values = [configs[name].get(field, numbers.MISSING) for name in names]
-        if len(set(values)) > 1 and field != "output_dir":
-            differ.append([field, *values])
-    return table([words("metric"), *names], rows, words("metrics")) + table(["", *names], differ, words("differs"))
+    """Several runs as ``reltune report`` compares them."""
+    runs = [several.NamedRun(name, record) for name, record in records.items()]
+    (reached, results), (took, costs), (settings, differences) = (
+        several.reached(runs),
+        several.took(runs),
+        several.differences(runs),
+    )
+    tables = table(reached, results, words("metrics"))
+    tables += table(took, costs)
+    return (
+        tables
+        + (table(settings, differences, words("differs")) if differences else "")
+        + listed(several.notes(runs), words("notes"))
+    )
 
 
 def plot(figure: Mapping[str, Any] | None) -> Any:
@@ -237,27 +232,52 @@ def choice(found: Choice, words: Words) -> str:
 # -- data ------------------------------------------------------------------------------------------------------------
 
 
-def data(found: Preview, words: Words) -> str:
-    splits = words("splits", **{name: f"{count:,}" for name, count in found.splits.items()}) if found.splits else ""
-    used = [(name, found.roles.get(name, words("not_used"))) for name in found.columns]
-    parts = [
-        facts([(words("rows"), f"{found.rows:,}", splits), (words("task"), found.task, "")]),
-        table([words("column"), words("role")], used, words("columns")),
-    ]
-    if found.classes:
+def data(found: Looked, words: Words) -> str:
+    """A file as a run would work with it: what ``reltune data`` shows, and the first rows."""
+    values = found.preview
+    parts = [problem(found.problem)]
+    if values is not None:
+        splits = [one for one in ("train", "validation", "test") if values["rows"].get(one) is not None]
+        total = sum(values["rows"][one] for one in splits)
+        counts = words("splits", **{one: f"{values['rows'][one]:,}" for one in splits}) if len(splits) == 3 else ""
+        parts.append(facts([(words("rows"), f"{total:,}", counts), (words("task"), values["task"], "")]))
+        parts.append(remark(lengths_sentence(values)) if values["lengths"] else "")
+        uses = [(name, use or words("not_used")) for name, use in values["columns"].items()]
+        parts.append(table([words("column"), words("role")], uses, words("columns")))
+        if values["classes"]:
+            ordered = sorted(values["classes"].items(), key=lambda pair: -pair[1].get("train", 0))[:CLASSES]
+            rows = [(label, *(f"{of.get(one, 0):,}" for one in splits)) for label, of in ordered]
+            parts.append(table([words("label"), *(words(f"split_{one}") for one in splits)], rows, words("classes")))
+        for name, tokens in values["example"].items():
+            parts.append(f"<h3>{escape(words('as_seen'))} ({escape(name)})</h3><p class='tokens'>{_tokens(tokens)}</p>")
+        parts.append(
+            f"<p><span class='name'>{escape(words('wanted'))}</span> <b>{escape(values['wanted'])}</b></p>"
+            if values["wanted"]
+            else ""
+        )
+    if found.columns:
         parts.append(
             table(
-                [words("label"), words("count")],
-                [(label, f"{count:,}") for label, count in found.classes.items()],
-                words("classes"),
+                [words("line"), *found.columns],
+                [(str(line), *cells) for line, cells in found.first],
+                words("first_rows"),
             )
         )
-    parts.append(
-        table(
-            [words("line"), *found.columns], [(str(line), *values) for line, values in found.first], words("first_rows")
-        )
-    )
-    return "".join(parts) + listed(found.notes, words("notes"))
+    return "".join(parts) + listed(values["notes"] if values else (), words("notes"))
+
+
+def _tokens(tokens: Sequence[Mapping[str, Any]]) -> str:
+    """Tokens with a frame: special ones pale, those that the loss is taken of coloured."""
+    marks = [
+        f"<span class='{'learned' if token['learned'] else 'special' if token['special'] else 'token'}'>"
+        f"{escape(visible(token['text']) + _tag(token))}</span>"
+        for token in tokens[:TOKENS]
+    ]
+    return " ".join(marks) + (" …" if len(tokens) > TOKENS else "")
+
+
+def _tag(token: Mapping[str, Any]) -> str:
+    return f"={token['tag']}" if token["tag"] else ""
 
 
 def estimate(values: Mapping[str, Any], words: Words) -> str:
