@@ -282,6 +282,9 @@ def test_the_file_holds_what_fits_and_is_taken_up_again(tmp_path: Path) -> None:
     again.put([keys[3]], [1], states[9:])
     assert torch.equal(again.get([keys[3], keys[0]]), torch.cat([states[9:], states[:2]]))
     again.close()
+    less = KeptStates(tmp_path / "kept", 3, torch.float32, 4 * 12, "model")
+    assert list(less.places) == keys[:1] and torch.equal(less.get([keys[0]]), states[:2])
+    less.close()
     for origin, dtype in (("another model", torch.float32), ("model", torch.bfloat16)):
         other = KeptStates(tmp_path / "kept", 3, dtype, 84, origin)
         assert not other.places

@@ -174,6 +174,8 @@ def _check_arguments(args: TrainingArguments) -> None:
         raise Unsuited(f"{'FSDP' if args.fsdp else 'DeepSpeed'} takes every layer of the model in every step")
     if args.n_gpu > 1:
         raise Unsuited("one process uses several GPUs, and splits each batch; start one process per GPU with torchrun")
+    if getattr(args.accelerator_config, "dispatch_batches", None):
+        raise Unsuited("dispatch_batches has one process make the batches of all")
     if args.torch_compile:
         raise Unsuited("torch_compile compiles the whole model")
     if args.neftune_noise_alpha is not None:
@@ -187,7 +189,7 @@ def _cache(
     allowed = parse_size(config.cache_size)
     processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)))
     row = part.width * part.dtype.itemsize
-    needed = sum(_tokens(task, item, part) for item in _items(examples)) * row
+    needed = _tokens(task, examples, part) * row
     place = next(path for path in (directory, *directory.parents) if path.exists())
     free = int(shutil.disk_usage(place).free * (1 - SPARE))
     limit = min(allowed, free) // processes
@@ -207,13 +209,11 @@ def _cache(
     return cache
 
 
-def _items(examples: Any) -> Any:
-    return examples.items if isinstance(examples, Examples) else examples
-
-
-def _tokens(task: Task, item: dict[str, Any], part: FrozenPart) -> int:
-    ids = task.token_ids(item)
-    return sum(map(len, ids)) if ids else part.tokens
+def _tokens(task: Task, examples: Examples, part: FrozenPart) -> int:
+    """Of all examples; pictures have as many as the one that was looked at."""
+    if not task.token_ids(examples[0]):
+        return len(examples) * part.tokens
+    return sum(len(ids) for item in examples.items for ids in task.token_ids(item))
 
 
 def _passes(args: TrainingArguments, examples: int) -> float:

@@ -74,6 +74,8 @@ class KeptStates:
 
     def put(self, keys: Sequence[bytes], counts: Sequence[int], states: Tensor) -> None:
         """Keep the states (sum of counts, width), on any device, of examples in this order, as far as there is room."""
+        if states.dtype != self.dtype:
+            raise TypeError(f"the states are {states.dtype}, and those that are kept {self.dtype}.")
         taken: list[slice] = []
         places: dict[bytes, tuple[int, int]] = {}
         start, end = 0, self.rows
