@@ -5,6 +5,7 @@ On GitHub a page's link to ``../benchmarks/results/demo.json`` opens the file; t
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 import sys
@@ -33,6 +34,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
     pages = {f"docs/{file.src_uri}": Path(str(file.abs_src_path)) for file in files.documentation_pages()}
     pages |= {name: ROOT / name for name in PAGES}
+    notebooks = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
     linked = set()
     for name, path in pages.items():
         text = path.read_text(encoding="utf-8")
@@ -43,6 +45,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if not target.startswith("docs/") and target not in PAGES and (ROOT / target).is_file():
             files.append(File.generated(config, target, abs_src_path=str(ROOT / target)))
     files.append(File.generated(config, "commands.md", content=commands_page()))
+    for notebook in notebooks:
+        content = notebook_page(json.loads(notebook.read_text(encoding="utf-8")), notebook.name)
+        files.append(File.generated(config, f"tutorials/{notebook.stem}.md", content=content))
     return files
 
 
@@ -63,6 +68,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     def placed(match: re.Match[str]) -> str:
         target = _target(source, match[1])
         target = PAGES.get(target) or target.removeprefix("docs/")
+        if target.endswith(".ipynb") and not page.file.src_uri.startswith("tutorials/"):
+            target = target.removesuffix(".ipynb") + ".md"
         return posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or ".")
 
     return LINK.sub(placed, re.sub(r"[ \t]*<!--.*?-->", "", markdown, flags=re.S))
@@ -76,6 +83,27 @@ def _target(source: str, link: str) -> str:
 
 def _without_code(text: str) -> str:
     return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+
+
+def notebook_page(notebook: dict[str, Any], name: str) -> str:
+    """A notebook's cells, and what it has stored of their outputs."""
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "text/html" in data:
+                # one line: a blank one would end the block of HTML
+                parts.append(f"<div>{' '.join(''.join(data['text/html']).split(chr(10)))}</div>")
+            else:
+                text = "".join(output.get("text", data.get("text/plain", "")))
+                parts.append(f"```text\n{text.rstrip()}\n```")
+    parts.insert(1, f"The notebook itself: [{name}]({name}).")
+    return "\n\n".join(parts) + "\n"
 
 
 def commands_page() -> str:

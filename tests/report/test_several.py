@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -20,8 +21,9 @@ from reltune.relevance.heatmap import OUTSIDE, Heatmap
 from reltune.report.forms import write_run, write_runs
 from reltune.report.markdown import run_markdown, runs_markdown
 from reltune.report.picture import run_picture, runs_picture, ticks
+from reltune.report.record import LMEvalRecord, LMEvalScore, RunRecord
 from reltune.report.several import NamedRun, differences, method, notes, reached, terminal_tables, took
-from report_cases import BERT, EMPTY, EVIL, FULL, LLAMA, Page, relevance, shown
+from report_cases import BERT, EMPTY, EVIL, FULL, LLAMA, OUTPUTS, Page, relevance, shown
 
 OLD = Path(__file__).parents[1] / "artefacts" / "v0_1"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -155,6 +157,24 @@ def test_markdown_has_the_numbers() -> None:
     ]
 
 
+def test_markdown_has_what_a_page_has_beside() -> None:
+    record = RunRecord(**{**vars(EMPTY), "outputs": OUTPUTS, "sweep": SWEEP, "lm_eval": LM_EVAL})
+    lines = run_markdown(record).splitlines()
+    assert "| Wie viel ist 1 + 1? | 2 | 2 | zwei |" in lines
+    assert any("很 …" in line and "\x1b" in line for line in lines)  # a long text is cut
+    assert "| 1 | 0.01 | 75.00 % | yes |" in lines and "| 0 | 0.1 | failed: diverged |  |" in lines
+    assert any(line.startswith("| hellaswag | acc ↑ | 0.5 ± 0.1 | 0.75 ± 0.1 | 200 | 0 |") for line in lines)
+
+
+SWEEP = {"sweep": {"learning_rate": [0.1, 0.01]}, "metric": "accuracy"}
+SWEEP["trials"] = [
+    {"number": 0, "values": {"learning_rate": 0.1}, "metric": None, "failed": "diverged"},
+    {"number": 1, "values": {"learning_rate": 0.01}, "metric": 0.75, "failed": ""},
+]
+SWEEP["best"] = SWEEP["trials"][1]
+LM_EVAL = LMEvalRecord(
+    "0.4", None, 1, False, [LMEvalScore("hellaswag", "1", "acc", "none", True, 0, 200, 0.5, 0.1, 0.75, 0.1)]
+)
 POOLED = Heatmap(
     "fisher", ["l.0", "l.1", "pooler"], ["key", OUTSIDE], [[1.0, None], [3.0, None], [None, 12.0]], [0.06, 0.19, 0.75]
 )
@@ -251,6 +271,22 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(OLD / "columns", tmp_path / "more" / "columns")
     assert reltune("report", "columns", "more/columns", "--format", "md").code == 0
     assert "| more/columns |" in Path("runs.md").read_text(encoding="utf-8")
+
+
+def test_every_command_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "other", "third"):
+        shutil.copytree(OLD / "columns", tmp_path / name)
+    page = (Path(__file__).parents[2] / "docs" / "reports.md").read_text(encoding="utf-8")
+    lines = "".join(re.findall(r"^```sh\n(.*?)^```$", page, flags=re.M | re.S)).splitlines()
+    for line in lines:
+        program, *words = shlex.split(line, comments=True)
+        answer = reltune(*words)
+        assert program == "reltune" and answer.code == 0, (line, answer)
+        assert Path(answer.out.splitlines()[-1].removeprefix("Report: ")).is_file()
+    assert len(lines) == 7
+    for block in re.findall(r"^```python\n(.*?)^```$", page, flags=re.M | re.S):
+        exec(compile(block, "reports.md", "exec"), {})
 
 
 def test_reports_that_cannot_be_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

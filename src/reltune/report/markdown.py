@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from reltune.report import comparison, numbers, several
-from reltune.report.record import RunRecord
+from reltune.report.record import Output, RunRecord
 from reltune.report.several import NamedRun
 
 
@@ -48,10 +49,22 @@ def _parts(record: RunRecord) -> Iterator[str]:
             for heads, ways in (comparison.quality(record.ways, one), comparison.cost(record.ways, one)):
                 yield table(heads, [cells for _, cells in ways])
         yield "\n".join(f"- {plain(note)}" for note in record.ways.notes)
+    if record.lm_eval is not None:
+        yield "## lm-evaluation-harness"
+        lm_eval = [numbers.lm_eval_cells(score) for score in record.lm_eval.scores]
+        yield table(["task", "metric", "base", "tuned", "examples", "few-shot"], lm_eval)
+    if record.sweep is not None:
+        heads, trials = numbers.sweep_rows(record.sweep)
+        yield "## Sweep"
+        yield table([*heads, "best"], [[*cells, "yes" if best else ""] for cells, best in trials])
     heads, rows = numbers.history_rows(record.history)
     if rows:
         yield "## Training"
         yield table(heads, rows)
+    if record.outputs:
+        yield "## Outputs"
+        texts = [[_opening(text) for text in vars(output).values()] for output in record.outputs]
+        yield table([field.name for field in dataclasses.fields(Output)], texts, counts=False)
     if record.metrics:
         yield "## Metrics"
         lines = numbers.before_and_after(record.metrics)
@@ -75,6 +88,11 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], counts: bool = Tr
     rules = ["---", *(["--:" if counts else "---"] * (len(heads) - 1))]
     lines = [[_cell(head) for head in heads], rules, *([_cell(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _opening(text: str) -> str:
+    start, rest = numbers.opening(text)
+    return f"{start} …" if rest else start
 
 
 def _cell(text: str) -> str:
