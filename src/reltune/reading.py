@@ -7,6 +7,7 @@ it becomes in memory is bounded by about twice its size plus 64 MiB (``SLACK``).
 from __future__ import annotations
 
 import codecs
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -14,6 +15,8 @@ import math
 import os
 import re
 import stat
+import types
+import typing
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -158,6 +161,43 @@ def _check_depth(value: Any) -> None:
             return
         level = [held for part in inner for held in (part.values() if isinstance(part, dict) else part)]
     raise Damaged(f"is nested deeper than {DEPTH} levels")
+
+
+def typed(kind: Any, value: Any, where: str = "it") -> Any:
+    """A value of JSON as what an annotation says: a dataclass of its fields, lists, mappings with texts as keys, unions, plain values.
+
+    Raises Damaged where it is none, or a field is missing or unknown.
+    """
+    shown = getattr(kind, "__name__", str(kind))
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        fields = {each.name: each for each in dataclasses.fields(kind)}
+        needed = {
+            name
+            for name, each in fields.items()
+            if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+        }
+        if not isinstance(value, dict) or not needed <= set(value) <= set(fields):
+            raise Damaged(f"has fields of {where} that are not those of {shown}")
+        kinds = typing.get_type_hints(kind)
+        return kind(**{name: typed(kinds[name], held, f"{where}.{name}") for name, held in value.items()})  # type: ignore[operator]
+    if origin in (types.UnionType, typing.Union):
+        for each in inner:
+            with contextlib.suppress(Damaged):
+                return typed(each, value, where)
+    elif origin is list and isinstance(value, list):
+        return [typed(inner[0], held, where) for held in value]
+    elif origin is dict and isinstance(value, dict):
+        return {name: typed(inner[1], held, f"{where}.{name[:40]}") for name, held in value.items()}
+    elif (
+        (kind is float and type(value) in (int, float))
+        or (kind is types.NoneType and value is None)
+        or (isinstance(kind, type) and type(value) is kind)
+    ):
+        return value
+    raise Damaged(f"has {where} that is no {shown}")
 
 
 # -- YAML -----------------------------------------------------------------------------------------------------------

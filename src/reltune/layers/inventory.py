@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from reltune.layers.attention_heads import find_attention_heads
 from reltune.layers.head_group import HeadGroup
 from reltune.layers.registry import is_registered, layer_type, layer_type_of
 from reltune.layers.units import ModuleInfo
+from reltune.reading import typed
 
 
 @dataclasses.dataclass
@@ -75,13 +77,15 @@ class Inventory:
         Raises KeyError, TypeError or ValueError where the values do not fit together.
         """
         inventory = cls(
-            [_read_info(entry) for entry in values["modules"]],
-            values["left_out"],
-            values["base_parameters"],
-            values["head_parameters"],
-            [HeadGroup(**group) for group in values["heads"]],
-            values["without_heads"],
+            [_read_info(entry) for entry in typed(list[dict[str, Any]], values["modules"], "modules")],
+            typed(dict[str, str], values["left_out"], "left_out"),
+            typed(int, values["base_parameters"], "base_parameters"),
+            typed(int, values["head_parameters"], "head_parameters"),
+            typed(list[HeadGroup], values["heads"], "heads"),
+            typed(dict[str, str], values["without_heads"], "without_heads"),
         )
+        if len(inventory.by_name) < len(inventory.modules):
+            raise ValueError("modules name one twice")
         for group in inventory.attention_heads:
             group.check(inventory.by_name)
         return inventory
@@ -89,9 +93,18 @@ class Inventory:
 
 def _read_info(entry: Mapping[str, Any]) -> ModuleInfo:
     fields = dict(entry)
-    name, kind, shape = fields.pop("name"), fields.pop("kind"), tuple(fields.pop("shape"))
+    shape = typed(list[int], fields.pop("shape"), "shape")
+    name, kind = typed(str, fields.pop("name"), "name"), typed(str, fields.pop("kind"), "kind")
     holder = layer_type(kind).holder(name) if is_registered(kind) else None
-    return ModuleInfo(name=name, layer_type=kind, shape=shape, holder=holder, **fields)
+    kinds = {"layer": str, "depth": int, "bias": bool, "groups": int}
+    fields = {key: typed(kinds[key], value, key) for key, value in fields.items()}
+    info = ModuleInfo(name=name, layer_type=kind, shape=tuple(shape), holder=holder, **fields)
+    sizes = (
+        all(0 < size < 2**63 for size in shape) and 0 < len(shape) < 9 and info.groups > 0 and math.prod(shape) < 2**63
+    )
+    if not sizes or info.shape[0] % info.groups:
+        raise ValueError(f"{name} has the shape {shape} in {info.groups} groups")
+    return info
 
 
 def new_parameters(model: nn.Module) -> list[str]:

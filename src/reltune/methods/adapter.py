@@ -94,7 +94,10 @@ def load_adapter(base: nn.Module, path: Path) -> Any:
 
     held = _checked(path)
     try:
-        model = PeftModel.from_pretrained(base, str(path))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # said below
+            model = PeftModel.from_pretrained(base, str(path))
+            own = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     except InputError:
         raise
     except (
@@ -110,10 +113,7 @@ def load_adapter(base: nn.Module, path: Path) -> Any:
         raise InputError(
             f"the adapter {path} does not fit the model ({_in_short(error)}); load the model it was made for."
         ) from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        missing = sorted(set(get_peft_model_state_dict(model)) - held)
-    if missing:
+    if missing := sorted(own - held):
         raise InputError(
             f"{path / WEIGHTS} lacks {missing[0]}, which its config says it has; save or copy the adapter again."
         )

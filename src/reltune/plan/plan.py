@@ -253,8 +253,8 @@ class Plan:
     task_type: str | None = None
     always_trained: list[str] = dataclasses.field(default_factory=list)
     head_parameters: int = 0
-    architecture: str = ""
-    weights: str = ""
+    architecture: str = dataclasses.field(default="", compare=False)  # older plans have neither of these
+    weights: str = dataclasses.field(default="", compare=False)
 
     @property
     def parameters(self) -> int:

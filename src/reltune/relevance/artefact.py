@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reltune.errors import InputError
-from reltune.reading import Damaged, read_json
+from reltune.reading import Damaged, read_json, typed
 from reltune.relevance.heatmap import Heatmap
 
 FORMAT = "reltune-relevance-3"
@@ -66,16 +66,26 @@ def read_overview(directory: Path) -> Overview | None:
         return None
     try:
         return Overview(
-            provenance=values["provenance"],
-            layers={module["name"]: module["layer"] for module in values["modules"]},
-            left_out=values["left_out"],
-            heatmaps=[Heatmap(**heatmap) for heatmap in values["overview"]["heatmaps"]],
-            depth_sentence=values["overview"]["depth_sentence"],
+            provenance=typed(dict[str, Any], values["provenance"], "provenance"),
+            layers={typed(str, module["name"]): typed(str, module["layer"]) for module in values["modules"]},
+            left_out=typed(dict[str, str], values["left_out"], "left_out"),
+            heatmaps=[
+                _checked(heatmap) for heatmap in typed(list[Heatmap], values["overview"]["heatmaps"], "heatmaps")
+            ],
+            depth_sentence=typed(str, values["overview"]["depth_sentence"], "depth_sentence"),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{directory} holds relevance scores that do not fit together ({error}); analyze again."
         ) from error
+
+
+def _checked(heatmap: Heatmap) -> Heatmap:
+    """The heatmap; ValueError where its table has not the size that its names say."""
+    rows, columns = len(heatmap.rows), len(heatmap.columns)
+    if len(heatmap.values) != rows or len(heatmap.share_by_layer) != rows or {*map(len, heatmap.values)} - {columns}:
+        raise ValueError(f"the heatmap of {heatmap.criterion} has not {rows} rows and {columns} columns")
+    return heatmap
 
 
 def interrupted_in(directory: Path) -> bool:

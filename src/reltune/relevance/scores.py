@@ -22,7 +22,7 @@ from reltune.files import whole_file, write_json
 from reltune.layers.inventory import Inventory
 from reltune.layers.units import directions_in, part_shapes
 from reltune.names import GRANULARITIES
-from reltune.reading import FLOATS, Damaged, check_saved, load_tensors
+from reltune.reading import FLOATS, Damaged, check_saved, load_tensors, typed
 from reltune.relevance.artefact import FORMAT, SCORES, Overview, read_scores
 from reltune.relevance.criteria.contract import ScoresByName
 from reltune.relevance.heatmap import OUTSIDE, Heatmap
@@ -274,9 +274,17 @@ class RelevanceScores:
             if len(tensors) != values["tensors"]:
                 raise ValueError(f"scores.safetensors has {len(tensors)} tensors and not {values['tensors']}")
             inventory = Inventory.from_dict(values)
-            parts = _sorted_by_criterion(tensors, values["criteria"], inventory)
-            return cls(parts, inventory, values["always_trained"], values["fingerprint"], values["provenance"])
-        except (KeyError, TypeError, ValueError) as error:
+            criteria = typed(list[str], values["criteria"], "criteria")
+            if not criteria:
+                raise ValueError("scores.json names no criterion")
+            return cls(
+                _sorted_by_criterion(tensors, criteria, inventory),
+                inventory,
+                typed(list[str], values["always_trained"], "always_trained"),
+                typed(str, values["fingerprint"], "fingerprint"),
+                typed(dict[str, Any], values["provenance"], "provenance"),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(
                 f"{directory} holds relevance scores that do not fit together ({error}); analyze again."
             ) from error

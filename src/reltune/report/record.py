@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
 
+from reltune.reading import typed
 from reltune.relevance.heatmap import Heatmap
 
 
@@ -42,7 +43,7 @@ class LMEvalRecord:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> LMEvalRecord:
-        return cls(**{**values, "scores": [LMEvalScore(**score) for score in values["scores"]]})
+        return typed(cls, values)  # type: ignore[no-any-return]
 
 
 @dataclasses.dataclass
@@ -97,11 +98,6 @@ class WayResult:
     forgetting: dict[str, float] = field(default_factory=dict)
     failed: str = ""
 
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> WayResult:
-        differences = {name: Difference(**one) for name, one in values["differences"].items()}
-        return cls(**{**values, "differences": differences})
-
 
 @dataclasses.dataclass
 class WayTable:
@@ -130,11 +126,10 @@ class ComparisonRecord:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ComparisonRecord:
-        tables = [
-            WayTable(one["name"], one["title"], [WayResult.from_json(row) for row in one["rows"]])
-            for one in values["tables"]
-        ]
-        return cls(values["metric"], values["chosen_by"], values["seeds"], tables, values["notes"])
+        own = {
+            each.name: values[each.name] for each in dataclasses.fields(cls)
+        }  # a comparison's file has its config beside these
+        return typed(cls, own)  # type: ignore[no-any-return]
 
 
 @dataclasses.dataclass

@@ -16,7 +16,7 @@ from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
 from reltune.files import PARTIAL, REMOVED, check_writable, discard, make_directory, read_json, stored, write_text
 from reltune.names import EXPORT_FORMS, REPORT_FORMS
-from reltune.reading import parse_json
+from reltune.reading import parse_json, typed
 from reltune.relevance.artefact import SCORES, interrupted_in, read_scores
 from reltune.report.record import Output
 from reltune.runs.lock import LOCK
@@ -242,7 +242,7 @@ class RunDirectory:
             return []
         try:
             with self.outputs.open(encoding="utf-8") as lines:
-                return [Output(**parse_json(line)) for line in itertools.islice(lines, count)]
+                return [typed(Output, parse_json(line)) for line in itertools.islice(lines, count)]
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{self.outputs} cannot be read ({error}); run `reltune evaluate` again.") from error
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from reltune.data.rows import Rows
 from reltune.errors import InputError
 from reltune.files import whole_file
-from reltune.reading import parse_json
+from reltune.reading import parse_json, typed
 
 
 def keep(path: Path, rows: Rows, columns: Iterable[str]) -> None:
@@ -37,10 +38,13 @@ def kept(path: Path, source: str) -> Rows | None:
         return None
     try:
         with path.open(encoding="utf-8") as file:
-            records = [parse_json(line) for line in file]
+            records = [typed(dict[str, Any], parse_json(line)) for line in file]
         unit = "line" if all("line" in record for record in records) else "row"
         return Rows(
-            [record["values"] for record in records], source, lines=[record[unit] for record in records], unit=unit
+            [typed(dict[str, Any], record["values"]) for record in records],
+            source,
+            lines=[typed(int, record[unit]) for record in records],
+            unit=unit,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({error}); run `reltune tune` again, or pass a file.") from error

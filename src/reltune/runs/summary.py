@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from reltune.config.data import DataConfig
 from reltune.config.run_config import RunConfig
@@ -13,6 +13,7 @@ from reltune.errors import InputError
 from reltune.files import read_json
 from reltune.metrics import METRICS
 from reltune.plan.plan import Plan
+from reltune.reading import Damaged, typed
 from reltune.relevance.artefact import Overview, read_overview
 from reltune.report.forms import write_run, write_runs
 from reltune.report.numbers import measured, metric
@@ -21,10 +22,21 @@ from reltune.report.several import NamedRun
 from reltune.runs.bad_rows import in_words
 from reltune.runs.directory import RunDirectory
 
+Made = TypeVar("Made")
+
 
 def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
     """The record of a run, from its artefacts. Needs relevance and a plan, or what a method trained without them; shows what
-    else is there."""
+    else is there. Raises InputError for artefacts that do not fit together."""
+    try:
+        return _assembled(config, run)
+    except (KeyError, TypeError, AttributeError, IndexError, Damaged) as error:
+        raise InputError(
+            f"{run.path} holds records that do not fit together ({type(error).__name__}: {error}); run the stages that write them again."
+        ) from error
+
+
+def _assembled(config: RunConfig, run: RunDirectory) -> RunRecord:
     relevance = _read_relevance(run) if config.needs_plan else None
 
     def read(name: str, default: Any) -> Any:
@@ -76,29 +88,42 @@ def read_record(config: RunConfig, run: RunDirectory) -> RunRecord:
 def _read_ways(run: RunDirectory) -> ComparisonRecord | None:
     """Other methods that were trained beside the run, if any were."""
     if run.comparison.is_file():
-        return ComparisonRecord.from_json(read_json(run.comparison))
+        return _record_in(run.comparison, ComparisonRecord.from_json)
     old = run.path / "comparison.json"  # of reltune 0.1
     if not old.is_file():
         return None
-    values = read_json(old)
+    return _record_in(old, _of_old_ways)
+
+
+def _of_old_ways(values: dict[str, Any]) -> ComparisonRecord:
     rows = [_read_old_way(method) for method in values["methods"]]
     metric = next(iter(rows[0].metrics), "loss")
-    return ComparisonRecord(metric, metric, [], [WayTable("usual", "Scores on test data", rows)], values["notes"])
+    table = WayTable("usual", "Scores on test data", rows)
+    return ComparisonRecord(metric, metric, [], [table], typed(list[str], values["notes"]))
+
+
+def _record_in(path: Path, make: Callable[[Any], Made]) -> Made:
+    """What ``make`` makes of a JSON file. Raises InputError where it is no such record."""
+    try:
+        return make(read_json(path))
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, Damaged) as error:
+        raise InputError(f"{path} is no record of this kind ({error}); run the stage that writes it again.") from error
 
 
 def _read_old_way(values: dict[str, Any]) -> WayResult:
-    return WayResult(
-        values["method"],
-        values["method"],
-        values["trainable_parameters"],
-        values["head_parameters"],
-        {**values["metrics"], "loss": values["loss"]},
-        seeds=1,
-        learning_rate=values["learning_rate"],
-        seconds_per_step=values["seconds_per_step"],
-        peak_memory_bytes=values["peak_memory_bytes"],
-        adapter_bytes=values["disk_bytes"],
+    same = (
+        "method",
+        "trainable_parameters",
+        "head_parameters",
+        "learning_rate",
+        "seconds_per_step",
+        "peak_memory_bytes",
     )
+    own = {name: values[name] for name in same}
+    own |= {"label": values["method"], "seeds": 1, "adapter_bytes": values["disk_bytes"]}
+    return typed(WayResult, {**own, "metrics": {**values["metrics"], "loss": values["loss"]}})  # type: ignore[no-any-return]
 
 
 def _read_relevance(run: RunDirectory) -> Overview:
@@ -132,7 +157,7 @@ def report_side_by_side(places: Sequence[str], path: Path, form: str) -> list[Na
 
 def read_lm_eval(run: RunDirectory) -> LMEvalRecord | None:
     """What lm-evaluation-harness measured, if it did."""
-    return LMEvalRecord.from_json(read_json(run.lm_eval)) if run.lm_eval.is_file() else None
+    return _record_in(run.lm_eval, LMEvalRecord.from_json) if run.lm_eval.is_file() else None
 
 
 def forgetting_notes(config: DataConfig, results: dict[str, Any]) -> list[str]:

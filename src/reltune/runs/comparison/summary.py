@@ -6,6 +6,7 @@ from pathlib import Path
 
 from reltune.errors import InputError
 from reltune.files import read_json
+from reltune.reading import Damaged
 from reltune.report.forms import write_run
 from reltune.report.record import ComparisonRecord, RunRecord
 from reltune.runs.comparison.directory import ComparisonDirectory
@@ -20,7 +21,7 @@ def report(directory: ComparisonDirectory, path: Path | None = None, form: str =
     try:
         values = read_json(directory.record)
         record, config = ComparisonRecord.from_json(values), values["config"]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, Damaged) as error:
         raise InputError(f"{directory.record} holds no tables; give the command that made them again.") from error
     data = config.get("dataset_name") or Path(str(config.get("train_file"))).name
     page = RunRecord(
