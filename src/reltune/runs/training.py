@@ -42,6 +42,7 @@ from reltune.methods.registry import METHODS
 from reltune.metrics import largest_is_best
 from reltune.processes import Processes
 from reltune.runs.directory import checkpoints
+from reltune.runs.halving import halve_where_memory_ends
 from reltune.runs.kept_batch import STOPPED_AT
 from reltune.runs.progress import show_progress
 from reltune.runs.watch import watch
@@ -251,6 +252,7 @@ def train(
         if resume_from_checkpoint is not None:
             _goes_on_exactly(trainer, resume_from_checkpoint, streamed=not hasattr(train_examples, "__len__"))
         trainer.evaluate = _apart(trainer.evaluate)  # type: ignore[method-assign]
+        halve_where_memory_ends(trainer, model)
         if offload:
             trainer.training_step = _offloading(trainer.training_step, model)  # type: ignore[method-assign]
         watch(trainer, model, processor)
