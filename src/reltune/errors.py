@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 import textwrap
 from collections.abc import Iterable
+from typing import Any, TypeVar
+
+Failure = TypeVar("Failure", bound=BaseException)
 
 
 class InputError(ValueError):
@@ -25,6 +28,17 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
 
 class AnalysisError(RuntimeError):
     """The measurement itself failed: a loss or a gradient is not finite, or a module mixes examples."""
+
+
+def blaming(error: Failure, batch: Any) -> Failure:
+    """The error, with the batch that it is about for whoever keeps it (``batch_of``)."""
+    error.batch = batch  # type: ignore[attr-defined]
+    return error
+
+
+def batch_of(error: BaseException) -> Any:
+    """The batch that an error is about, or None."""
+    return getattr(error, "batch", None)
 
 
 class StorageError(RuntimeError):

@@ -223,9 +223,15 @@ def _cross_entropy(metric_name: str, shifted: bool = False) -> Loss:
     @torch.no_grad()
     def metric(outputs: Any, batch: Any) -> Tensor:
         logits, labels = aligned(outputs, batch)
-        return _mean(logits.argmax(-1) == labels, labels != IGNORED)
+        return _mean(_guessed(logits, labels), labels != IGNORED)
 
     return Loss(per_example, sample_labels, metric, metric_name)
+
+
+def _guessed(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of logits (…, classes) whether the label (…) is the likeliest: 1 or 0, and NaN where a logit is NaN, which is no class."""
+    most, best = logits.max(-1)
+    return (best == labels).float().masked_fill(most.isnan(), torch.nan)
 
 
 def _numbers_and_labels(outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
@@ -260,7 +266,8 @@ def _bernoulli(outputs: Any, batch: Any, generator: torch.Generator | None = Non
 @torch.no_grad()
 def _share_of_labels_right(outputs: Any, batch: Any) -> Tensor:
     logits, labels = _numbers_and_labels(outputs, batch)
-    return _each(((logits > 0) == (labels > 0.5)).float())
+    right = ((logits > 0) == (labels > 0.5)).float()
+    return _each(right.masked_fill(logits.isnan(), torch.nan))
 
 
 def _squared_error(outputs: Any, batch: Any) -> Tensor:
@@ -315,7 +322,7 @@ def _spans(outputs: Any, batch: Any, generator: torch.Generator | None = None) -
 @torch.no_grad()
 def _share_of_ends_right(outputs: Any, batch: Any) -> Tensor:
     logits, labels = _ends_and_labels(outputs, batch)
-    return _each((logits.argmax(-1) == labels).float())
+    return _each(_guessed(logits, labels))
 
 
 REFERENCE = "reference_log_probs"
@@ -474,8 +481,8 @@ def _classes_in_dimension_1(unchecked: Callable[[Any, Any], Tensor], ignored: in
     def metric(outputs: Any, batch: Any) -> Tensor:
         logits, labels = classes_last(outputs, batch)
         if labels.is_floating_point():
-            return _each((logits.argmax(-1) == labels.argmax(1)).float())
-        return _mean(logits.argmax(-1) == labels, labels != ignored)
+            return _each(_guessed(logits, labels.argmax(1)))
+        return _mean(_guessed(logits, labels), labels != ignored)
 
     return Loss(per_example, sample_labels, metric, "accuracy")
 

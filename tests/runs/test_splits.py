@@ -125,9 +125,12 @@ def test_splits_leave_no_label_out_of_training(jsonl: Jsonl, seed: int) -> None:
     assert len(Read(path, seed=seed).task.labels) == 9  # type: ignore[attr-defined]
 
 
-def test_flags_of_other_tasks_are_said(csv: Csv) -> None:
+def test_flags_of_other_tasks_are_refused(csv: Csv) -> None:
     path = csv("text,label", lambda number, text: f"{text},{'ab'[number % 2]}")
-    assert Read(path, packing=True, beta=0.3).notes == ["Without effect in sequence_classification: --beta, --packing."]
+    with pytest.raises(
+        InputError, match=r"does not use --beta, --packing \(--beta is for preference\); leave them out"
+    ):
+        Read(path, packing=True, beta=0.3)
 
 
 def test_conversations_in_cells(csv: Csv) -> None:

@@ -90,4 +90,7 @@ def test_tasks_without_chats_have_no_use_for_a_template(tmp_path: Path) -> None:
     train = write_csv(tmp_path / "train.csv", review_rows(40))
     words = ("--model_name_or_path", tmp_path / "model", "--train_file", train, "--method", "head", "--max_steps", 1)
     answer = reltune("run", *words, "--output_dir", tmp_path / "run", "--chat_template", "chatml")
-    assert answer.code == 0 and "Without effect in sequence_classification: --chat_template" in answer.err, answer
+    assert_refused(
+        answer, "sequence_classification does not use --chat_template (--chat_template is for causal_lm, preference)"
+    )
+    assert not (tmp_path / "run").exists()

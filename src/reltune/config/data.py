@@ -136,6 +136,11 @@ class DataConfig(Subject):
         for name in ("text_column", "label_column"):
             if self.text_pair_column == getattr(self, name):
                 raise InputError(f"{name} and text_pair_column are both {self.text_pair_column!r}; name two columns.")
+        for name in ("dataset_config", "dataset_path"):
+            if getattr(self, name) is not None and self.dataset_name is None:
+                raise InputError(
+                    f"{name} is given without dataset_name, which it belongs to; name both, or leave it out."
+                )
         if self.streaming and self.packing:
             raise InputError("packing needs all examples at once; leave out packing or streaming.")
         if self.has_data or self.validation_file is not None or self.test_file is not None:

@@ -15,7 +15,7 @@ from reltune.errors import InputError
 from reltune.notes import note
 
 FEW = 10  # rows, of which it may be chance that all have the same value
-TELLING = ("text", "text_pair", "source", "prompt", "context", "tokens")  # roles whose columns differ from row to row
+TELLING = ("text", "text_pair", "source", "prompt", "tokens")  # roles whose columns differ from row to row
 
 
 def check_leaks(

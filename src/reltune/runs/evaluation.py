@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -61,6 +62,11 @@ def evaluate(
                 for name, value in (output.metrics or {}).items()
                 if not name.endswith(("_runtime", "_per_second", "_time"))
             }
+            if math.isnan(metrics.get(f"{prefix}_loss", 0.0)):
+                raise ArithmeticError(
+                    f"the loss on {data_of(prefix)} is no number, so that the metrics would say nothing; train again with a lower "
+                    "--learning_rate, or load the model in another type than float16."
+                )
             if generate:
                 written = task.written(model, examples, processor, args.per_device_eval_batch_size, output.predictions)
                 metrics |= {f"{prefix}_{name}": value for name, value in task.written_metrics(written).items()}

@@ -186,8 +186,19 @@ def _task(config: RunConfig, layout: Layout) -> Task:
     fields = {field: getattr(config, field) for field in kind.fields}
     # max_length is a field of some tasks alone, and cuts the texts of all.
     others = {field for other in TASKS.values() for field in other.fields} - {*kind.fields, "max_length"}
-    if idle := sorted(field for field in others if getattr(config, field) != getattr(RunConfig, field)):
-        note(f"Without effect in {layout.task}: {', '.join(f'--{field}' for field in idle)}.")
+    idle = [field for field in sorted(others) if getattr(config, field) != getattr(RunConfig, field)]
+    if kind.unit == "image" and config.max_length != RunConfig.max_length:
+        idle.append("max_length")
+    for field in ("text_column", "text_pair_column", "label_column"):
+        if (named := getattr(config, field)) != getattr(RunConfig, field) and named not in layout.columns.values():
+            idle.append(field)
+    if idle:
+        takers = [name for name, other in TASKS.items() if idle[0] in other.fields]
+        flags, them = ", ".join(f"--{field}" for field in idle), "it" if len(idle) == 1 else "them"
+        for_others = f" ({flags.partition(',')[0]} is for {', '.join(takers)})" if takers else ""
+        raise InputError(
+            f"{layout.task} does not use {flags}{for_others}; leave {them} out, or name another --task if the data are for one."
+        )
     if layout.task == MULTILABEL:
         fields["labels"] = layout.labels  # also those that no row of training has
     return kind(columns=layout.columns, **fields)

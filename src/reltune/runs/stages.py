@@ -23,8 +23,8 @@ from transformers import TrainerCallback
 from reltune.config.analysis import AnalysisConfig
 from reltune.config.run_config import RunConfig
 from reltune.config.selection import SelectionConfig
-from reltune.errors import InputError
-from reltune.files import check_destination, disk_bytes, read_json, whole_directory, whole_file, write_json
+from reltune.errors import AnalysisError, InputError, batch_of
+from reltune.files import check_destination, discard, disk_bytes, read_json, whole_directory, whole_file, write_json
 from reltune.layers.float8 import convertible
 from reltune.layers.inventory import Inventory, take_inventory
 from reltune.layers.quantised import check_not_packed
@@ -56,6 +56,7 @@ from reltune.runs.data_record import record_bad_rows, record_data
 from reltune.runs.directory import ADAPTER_FILES, RunDirectory
 from reltune.runs.evaluation import evaluate as measure_metrics
 from reltune.runs.gguf_file import check_architecture, check_tokenizer
+from reltune.runs.kept_batch import STOPPED_AT, keep_batch
 from reltune.runs.materials import EvaluationMaterials, Materials, ModelMaterials, placement
 from reltune.runs.ollama import write_modelfile
 from reltune.tasks.registry import TASKS
@@ -137,7 +138,14 @@ def analyze(materials: Materials, run: RunDirectory) -> RelevanceScores:
         if processes.first:
             record_data(run, config, materials.task, materials.splits, materials.notes)
     model = _with_trained_new_heads(materials, run)
-    relevance = measure(materials, model, run.relevance if processes.count == 1 else None)
+    discard(run.path / STOPPED_AT)
+    try:
+        relevance = measure(materials, model, run.relevance if processes.count == 1 else None)
+    except (AnalysisError, InputError) as error:
+        place = keep_batch(run.path, batch_of(error), materials.tokenizer, str(error))
+        if place is not None:
+            raise type(error)(f"{error} The batch is in {place}.") from error
+        raise
     with processes.together():
         if processes.first:
             relevance.save(run.relevance)

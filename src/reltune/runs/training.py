@@ -43,8 +43,11 @@ from reltune.methods.registry import METHODS
 from reltune.metrics import largest_is_best
 from reltune.processes import Processes
 from reltune.runs.directory import checkpoints
+from reltune.runs.halving import halve_where_memory_ends
+from reltune.runs.kept_batch import STOPPED_AT
 from reltune.runs.prefix_cache import PrefixCache, SavesIndex
 from reltune.runs.progress import show_progress
+from reltune.runs.watch import watch
 from reltune.tasks.task import Examples, Task
 
 # Learning rates measured per method (each in its file in methods/): the best one differs by more than an order of
@@ -238,7 +241,8 @@ def train(
     """Train whatever of ``model`` requires a gradient. ``description`` names the progress bar. With ``offload`` activations wait
     in host memory; with a ``cache`` the frozen layers are computed once. Of several processes each calls this; the cost is each one's own.
 
-    Raises ArithmeticError when a trained weight ends up infinite or not a number.
+    Raises ArithmeticError when a loss, a gradient or a trained weight is infinite or not a number, and InputError when nothing that is
+    trained gets a gradient.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("nothing in the model requires a gradient, so there is nothing to train.")
@@ -258,9 +262,12 @@ def train(
         if resume_from_checkpoint is not None:
             _goes_on_exactly(trainer, resume_from_checkpoint, streamed=not hasattr(train_examples, "__len__"))
         trainer.evaluate = _apart(trainer.evaluate)  # type: ignore[method-assign]
+        halve_where_memory_ends(trainer, model)
         if offload:
             trainer.training_step = _offloading(trainer.training_step, model)  # type: ignore[method-assign]
+        watch(trainer, model, processor)
         show_progress(trainer, description)
+        discard(Path(str(args.output_dir)) / STOPPED_AT)
         with (
             PeakMemory() as memory,
             frozen_statistics(model),

@@ -13,6 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from reltune.tasks.prediction import NumbersOnly
 from reltune.tasks.task import Written
 
 LOOKED_AT = 2000  # answers
@@ -65,7 +66,10 @@ def continuations(
             eos_token_id=sorted({*ends_of(model, tokenizer), *stops}),
         )
         written = model.generate(  # type: ignore[operator]
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=settings
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            generation_config=settings,
+            logits_processor=[NumbersOnly()],
         )
         decoded = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
         texts |= zip(places, decoded, strict=True)

@@ -34,7 +34,7 @@ from reltune.errors import InputError
 from reltune.losses import IGNORED
 from reltune.pretrained import as_it_is, load_model
 from reltune.tasks.causal_lm import token_metrics, token_sums
-from reltune.tasks.prediction import Predictions, outputs_of, rounded
+from reltune.tasks.prediction import Predictions, check_outputs, outputs_of, rounded
 from reltune.tasks.task import Columns, Examples, Seen, Task
 from reltune.tasks.texts import encode_texts
 
@@ -143,6 +143,7 @@ class MaskedLM(Task):
         encoded = encode_texts(some, [(self.content(row),) for row in some], processor, max_length)
         padding = DataCollatorWithPadding(processor)
         outputs = outputs_of(model, Examples(encoded.items), padding, batch_size)
+        check_outputs(outputs, self.unit)
         records = {}
         for row, item, output in zip(encoded.rows, encoded.items, outputs, strict=True):
             places = [i for i, token in enumerate(item["input_ids"]) if token == processor.mask_token_id]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import LogitsProcessor
 
 Outputs = Mapping[str, Tensor]  # by the model's names: logits, start_logits, …
 
@@ -42,6 +44,39 @@ def outputs_of(
             }
     model.train(training)
     return outputs
+
+
+def not_numbers(values: Any) -> np.ndarray:
+    """Of each of N arrays whether one of its values is NaN or positive infinity. Minus infinity marks what cannot be."""
+    values = np.asarray(values)
+    if values.dtype.kind not in "fc":
+        return np.zeros(len(values), bool)
+    spoilt: np.ndarray = (np.isnan(values) | (values == np.inf)).reshape(len(values), -1).any(1)
+    return spoilt
+
+
+def check_numbers(spoilt: Sequence[bool] | np.ndarray, unit: str) -> None:
+    """Raise ArithmeticError unless the model's outputs for every example are numbers."""
+    bad = np.flatnonzero(spoilt)
+    if len(bad):
+        raise ArithmeticError(
+            f"the model's outputs for {len(bad):,} of {len(spoilt):,} {unit}s are no finite numbers (the first is {unit} {bad[0] + 1}), "
+            "which say nothing; train again with a lower --learning_rate, or load the model in another type than float16."
+        )
+
+
+def check_outputs(outputs: Sequence[Outputs], unit: str) -> None:
+    """Raise ArithmeticError unless the outputs for every example are numbers."""
+    check_numbers([any(not_numbers(value[None]).any() for value in output.values()) for output in outputs], unit)
+
+
+class NumbersOnly(LogitsProcessor):
+    """Raises ArithmeticError while a model writes, where its outputs are no numbers: they would become some token."""
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if bool(torch.isnan(scores).any()):
+            check_numbers(torch.isnan(scores).any(-1).tolist(), "text")
+        return scores
 
 
 def _own(name: str, values: Tensor, batch: Mapping[str, Tensor], row: int) -> Tensor:

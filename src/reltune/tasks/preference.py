@@ -29,7 +29,7 @@ from reltune.losses import (
 from reltune.tasks.causal_lm import CausalLM, Prompt, answers
 from reltune.tasks.chats import Chat, answer_span, check_heard, closing_token, messages_problem, rendered
 from reltune.tasks.decoder import DecoderTask, as_transformers_has_them
-from reltune.tasks.prediction import Predictions
+from reltune.tasks.prediction import Predictions, not_numbers
 from reltune.tasks.task import Columns, Examples, RowProblem, Seen
 from reltune.tasks.texts import ended, limit_of, shared, tokens_of
 
@@ -289,6 +289,11 @@ class Preference(DecoderTask):
             eval_dataset=None if held_out is None else pairs(held_out),
             **options,
         )
+
+    def spoilt(self, prediction: EvalPrediction, examples: Examples) -> Any:
+        """Of the model's own log probabilities; those of the reference may be missing."""
+        values: Any = prediction.predictions
+        return not_numbers(values[:, :2])
 
     def compute_metrics(
         self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None

@@ -33,7 +33,7 @@ from reltune.errors import InputError
 from reltune.losses import LOSSES
 from reltune.notes import note
 from reltune.pretrained import as_it_is, load_model
-from reltune.tasks.prediction import Predictions, outputs_of, rounded
+from reltune.tasks.prediction import Predictions, check_outputs, not_numbers, outputs_of, rounded
 from reltune.tasks.task import Columns, Examples, RowProblem, Seen, Task
 from reltune.tasks.texts import limit_of, read
 
@@ -232,6 +232,12 @@ class QuestionAnswering(Task):
         """Scores of each token as the first and as the last of the answer (B, T, 2)."""
         return torch.stack(logits[:2], -1)
 
+    def spoilt(self, prediction: EvalPrediction, examples: Examples) -> Any:
+        """Without what padding gives."""
+        scores: Any = prediction.predictions
+        own = (of[: len(item["input_ids"])] for of, item in zip(scores, examples.items, strict=True))
+        return [bool(not_numbers(of).any()) for of in own]
+
     def compute_metrics(
         self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None
     ) -> dict[str, float]:
@@ -286,6 +292,7 @@ class QuestionAnswering(Task):
         at which it begins."""
         examples = self.encode([self.untold(row) for row in rows], processor, max_length)
         outputs = outputs_of(model, examples, self.collator(processor), batch_size)
+        check_outputs(outputs, self.unit)
         scores = [torch.stack((one["start_logits"], one["end_logits"]), -1).numpy() for one in outputs]
         found = self._found(scores, examples, processor)
         records = {

@@ -30,7 +30,7 @@ from reltune.errors import InputError
 from reltune.losses import IGNORED
 from reltune.pretrained import as_it_is, load_config, load_model
 from reltune.tasks.generation import ends_of, exact_match, remarks_on_answers
-from reltune.tasks.prediction import Predictions
+from reltune.tasks.prediction import NumbersOnly, Predictions
 from reltune.tasks.task import Columns, Examples, RowProblem, Seen, Task, Written
 from reltune.tasks.texts import encode_texts, ended, limit_of, tokenized
 
@@ -206,6 +206,7 @@ class Seq2Seq(Task):
                 attention_mask=batch["attention_mask"].to(model.device),
                 max_length=max_new_tokens + 1,  # the token that starts the decoder counts too
                 eos_token_id=ends_of(model, processor) or None,
+                logits_processor=[NumbersOnly()],
                 **CERTAIN,
             )
             texts = processor.batch_decode(tokens, skip_special_tokens=True)

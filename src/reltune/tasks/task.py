@@ -21,7 +21,7 @@ from reltune.data.rows import Row
 from reltune.losses import Loss
 from reltune.notes import collecting
 from reltune.pretrained import load_tokenizer, saved_tokenizer
-from reltune.tasks.prediction import Outputs, Predictions, outputs_of
+from reltune.tasks.prediction import Outputs, Predictions, check_numbers, check_outputs, not_numbers, outputs_of
 
 Columns = Mapping[str, str]  # role -> the column that plays it
 
@@ -215,7 +215,17 @@ class Task(abc.ABC):
     def compute_metrics(self, prediction: EvalPrediction, examples: Examples, processor: Any) -> dict[str, float]:
         """The metrics of predictions on the examples, in their order."""
 
+    def _checked_metrics(self, prediction: EvalPrediction, examples: Examples, processor: Any) -> dict[str, float]:
+        """Raises ArithmeticError where the outputs for an example are no numbers: they are no answer, right or wrong."""
+        check_numbers(self.spoilt(prediction, examples), self.unit)
+        return self.compute_metrics(prediction, examples, processor)
+
     # -- with an answer that fits most tasks --
+
+    def spoilt(self, prediction: EvalPrediction, examples: Examples) -> Any:
+        """Of each example (N) whether what the metrics are made of is no number."""
+        values: Any = prediction.predictions
+        return not_numbers(values[0] if isinstance(values, tuple) else values)
 
     def load_tokenizer(self, model_name_or_path: str | os.PathLike) -> Any:
         """The tokenizer, or whatever else makes the model's inputs."""
@@ -278,7 +288,7 @@ class Task(abc.ABC):
         """A Trainer of the class with what the task's batches and metrics need; ``options`` are its own."""
         compute_metrics = None
         if held_out is not None:
-            compute_metrics = partial(self.compute_metrics, examples=held_out, processor=processor)
+            compute_metrics = partial(self._checked_metrics, examples=held_out, processor=processor)
         return trainer_class(
             model=model,
             args=args,
@@ -345,6 +355,7 @@ class Task(abc.ABC):
         lost = {line for lines in examples.lost.values() for line in lines}
         kept = [row for row in rows if row.line not in lost]
         outputs = outputs_of(model, examples, self.collator(processor), batch_size)
+        check_outputs(outputs, self.unit)
         records = self.read_off(outputs, kept, examples, processor)
         return Predictions(dict(zip((row.line for row in kept), records, strict=True)), examples.lost)
 

@@ -30,6 +30,7 @@ from reltune.tasks.task import Columns, Examples, RowProblem, Seen
 from reltune.tasks.texts import limit_of, read
 
 WORDS = {"add_prefix_space": True}  # what byte-level tokenizers want to be told of lists of words
+NONE = -1  # in place of the likeliest tag, where the outputs are no numbers
 NO_TAG = "-100"  # Transformers' mark for tokens that are not measured
 
 
@@ -155,8 +156,9 @@ class TokenClassification(ClassTask):
         return DataCollatorForTokenClassification(processor, label_pad_token_id=IGNORED)
 
     def reduced(self, logits: Any, labels: Tensor) -> Tensor:
-        """The likeliest tag of each token (B, T)."""
-        return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+        """The likeliest tag of each token (B, T); ``NONE`` where the outputs are no numbers."""
+        most, best = (logits[0] if isinstance(logits, tuple) else logits).max(-1)
+        return torch.where(most.isnan() | most.isposinf(), NONE, best)
 
     def seen(self, item: Mapping[str, Any], processor: Any) -> list[Seen]:
         learned = [label != IGNORED for label in item["labels"]]
@@ -183,6 +185,10 @@ class TokenClassification(ClassTask):
                 tags[word], scores[word] = self.labels[int(places[at])], rounded(best[at])
             records.append(dict(zip(self.predicts, (tags, scores), strict=True)))
         return records
+
+    def spoilt(self, prediction: EvalPrediction, examples: Examples) -> Any:
+        best: Any = prediction.predictions
+        return ((best == NONE) & (prediction.label_ids != IGNORED)).any(1)
 
     def compute_metrics(
         self, prediction: EvalPrediction, examples: Examples | None = None, processor: Any = None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from reltune.errors import AnalysisError, InputError, nearest
+from reltune.errors import AnalysisError, InputError, blaming, nearest
 from reltune.layers.inventory import Inventory
 from reltune.losses import Loss, rows_of
 from reltune.processes import Processes
@@ -108,9 +108,9 @@ class Experiment:
     def metric(self, what: str = "the model") -> MeanMetric:
         """The task metric, the mean over all examples, in one pass over the data. ``what`` names it in errors."""
         found = []
-        for index, (_, metrics) in enumerate(self.forward()):
+        for index, (part, metrics) in enumerate(self.forward()):
             if not torch.isfinite(metrics).all():
-                raise AnalysisError(f"the metric of batch {index} is not finite with {what}.")
+                raise blaming(AnalysisError(f"the metric of batch {index} is not finite with {what}."), part)
             found.append(metrics)
         return MeanMetric.over(found)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from reltune.errors import AnalysisError, InputError
+from reltune.errors import AnalysisError, InputError, blaming
 from reltune.layers.quantised import is_quantised
 from reltune.layers.registry import canonical_weights
 from reltune.layers.units import by_unit
@@ -72,9 +72,8 @@ def _tune(experiment: Experiment, steps: int, learning_rate: float) -> dict[str,
                 "loss per example: leave out the reduction."
             )
         if not torch.isfinite(losses).all():
-            raise AnalysisError(
-                f"the loss of batch {index} is not finite in step {step} of the probe; lower its learning_rate."
-            )
+            words = f"the loss of batch {index} is not finite in step {step} of the probe; lower its learning_rate."
+            raise blaming(AnalysisError(words), batch)
         losses.mean().backward()
         for p, master in copies:
             master.grad, p.grad = None if p.grad is None else p.grad.float(), None

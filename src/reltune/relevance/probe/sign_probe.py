@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from reltune.errors import AnalysisError, InputError
+from reltune.errors import AnalysisError, InputError, blaming
 from reltune.layers.fused import fused
 from reltune.layers.registry import layer_type
 from reltune.layers.units import by_unit
@@ -214,8 +214,8 @@ class SignProbe:
             where = where_not_finite(self.model, rows_of(batch, loss))
             what = f"the loss of batch {piece.batch} is not finite in step {self.step} of the probe: {where}"
             if self.step:  # at the start it was finite
-                raise InputError(f"{what}; {self._mend()}.")
-            raise AnalysisError(f"{what}.")
+                raise blaming(InputError(f"{what}; {self._mend()}."), batch)
+            raise blaming(AnalysisError(f"{what}."), batch)
         if not losses.requires_grad:
             raise InputError("the loss does not depend on any weight that may move; widen target_modules.")
         return losses
@@ -253,7 +253,9 @@ class SignProbe:
         finite = torch.stack([value.to(device, torch.float32) for _, value in self.witnesses]).isfinite().tolist()
         for (name, _), good in zip(self.witnesses, finite, strict=True):
             if not good:  # the first to come is the nearest to where it began
-                raise AnalysisError(f"the gradient of {name} is not finite in step {self.step} of the probe.")
+                error = AnalysisError(f"the gradient of {name} is not finite in step {self.step} of the probe.")
+                pieces = self._pieces()
+                raise blaming(error, self.experiment.batches[pieces[0].batch] if pieces else None)
 
     def _check_losses(self) -> None:
         """Raise InputError where the loss rises as it does when steps are too large."""

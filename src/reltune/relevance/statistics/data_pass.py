@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reltune.errors import AnalysisError, InputError
+from reltune.errors import AnalysisError, InputError, blaming
 from reltune.layers.deferred_logits import deferred
 from reltune.layers.fused import fused
 from reltune.layers.inventory import ModuleInfo
@@ -93,7 +93,10 @@ class DataPass:
             if batch_size(batch) < 2:
                 raise
         else:
-            self.collector.finish()
+            try:
+                self.collector.finish()
+            except AnalysisError as error:
+                raise blaming(error, batch)  # noqa: B904  (the same error)
             return examples
         # Not inside the handler: it would keep the failed pass's tensors alive.
         size = batch_size(batch)
@@ -138,10 +141,9 @@ class DataPass:
             )
         if not torch.isfinite(losses).all():
             bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-            raise AnalysisError(
-                f"the loss of batch {self.collector.batch} is not finite at examples {bad[:8]} of the batch: "
-                f"{where_not_finite(self.model, rows_of(batch, self.loss))}."
-            )
+            what = f"the loss of batch {self.collector.batch} is not finite at examples {bad[:8]} of the batch"
+            where = where_not_finite(self.model, rows_of(batch, self.loss))
+            raise blaming(AnalysisError(f"{what}: {where}."), batch)
         if not losses.requires_grad:
             if self.collector.mixing:
                 raise AnalysisError(mixing_sentence(self.collector.mixing))
