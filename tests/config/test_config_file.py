@@ -113,7 +113,7 @@ WRONG = [
     ("max_length: 0", "max_length is 0; it must be at least 1"),
     ("seed: -1", "seed is -1; it must be at least 0"),
     ("seed: 4294967301", "seed is 4294967301; it must be at most 4294967295"),
-    ("probe_steps: 2147483648", "probe_steps is 2147483648; it must be at most 2147483647"),
+    ("probe_steps: 32768", "probe_steps is 32768; it must be at most 32767"),
     ("probe_steps: often", "probe_steps is 'often'; it must be a whole number or auto"),
     ("task: regresion", "task 'regresion' is unknown; did you mean 'regression'"),
     ("granularity: [columns]", "granularity 'columns' is unknown; did you mean 'column'"),

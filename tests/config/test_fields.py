@@ -47,7 +47,7 @@ NUMBERS = [
     ("max_length", 0, "max_length is 0; it must be at least 1"),
     ("max_trials", 3, "max_trials is 3; it must be at least 4"),
     ("analysis_batch_size", 2**31, "it must be at most 2147483647"),
-    ("probe_steps", 10**400, "it must be at most 2147483647"),
+    ("probe_steps", 10**400, "it must be at most 32767"),
     ("head_epochs", -0.25, "head_epochs is -0.25; it must be at least 0"),
     ("head_epochs", math.nan, "it must be a finite number"),
     ("head_epochs", math.inf, "it must be a finite number"),

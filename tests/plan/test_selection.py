@@ -595,7 +595,7 @@ def test_spread_over_columns_no_column_has_a_second_weight_before_every_one_has_
     for kinds in ("column", ["element", "bias"]):
         with pytest.raises(InputError, match="spread columns is for granularity element alone"):
             select(scores, "8%", kinds, spread="columns")
-    with pytest.raises(InputError, match="spread evenly allows less than one element in each of 12 modules"):
+    with pytest.raises(InputError, match="spread evenly allows less than one single weight in each of 12 modules"):
         select(scores, 1, "element", spread="columns")
 
 

@@ -195,6 +195,8 @@ def test_what_cannot_be():
         measure(model, [batch], lambda outputs, batch: own_loss(outputs, batch) * torch.nan, MINE)
     with pytest.raises(InputError, match=r"shape \(\) for 7 examples"):
         measure(model, [batch], lambda outputs, batch: own_loss(outputs, batch).mean(), MINE)
+    with pytest.raises(InputError, match="steps is 32768; it must be at most 32767"):  # or votes would run over
+        measure(model, [batch], None, MINE, options={"movement": {"steps": 2**15}})
     for key, value in {
         "steps": 0,
         "step_size": 0,

@@ -132,6 +132,22 @@ def test_a_weight_votes_once_however_often_it_is_read(name):
         assert own.abs().max() >= 4 or key.startswith("linear"), key
 
 
+def test_of_an_embedding_with_sparse_gradients():
+    class Bag(nn.Module):
+        def __init__(self, sparse=False):
+            super().__init__()
+            self.words, self.linear = nn.Embedding(11, 4, sparse=sparse), nn.Linear(4, 3)
+
+        def forward(self, ids):
+            return self.linear(self.words(ids).mean(1))
+
+    batches = split(CASES["tied"][1](), 3)
+    batches = [(ids, labels % 3) for ids, labels in batches]
+    wanted = votes_of(made(Bag), {"steps": 6, "move": "all"}, batches)
+    found = votes_of(made(lambda: Bag(sparse=True)), {"steps": 6, "move": "all"}, batches)
+    assert all(torch.equal(found[name], votes) for name, votes in wanted.items()) and wanted["words.weight"].any()
+
+
 def test_of_a_tied_weight_in_a_language_model():
     """GPT-2 whose head is its embedding; both are left out of the units, and move all the same where all may."""
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -249,6 +249,27 @@ def test_a_probe_ends_when_the_choice_has_settled():
     assert not facts["stable"] and facts["steps_taken"] == 120
 
 
+def test_a_probe_that_starts_anew_ends_by_its_own_choice():
+    """Memory runs out in the closing step: the new start must not end there whether the choice has settled or not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    agreements, sizes = iter([0.0, 1.0, *[0.0] * 11]), []
+
+    def loss(outputs, batch):
+        sizes.append(len(outputs))
+        if len(sizes) == 21:
+            raise MemoryError
+        return own_loss(outputs, batch)
+
+    with (
+        mock.patch.object(WatchedSample, "check", side_effect=agreements),
+        pytest.warns(RuntimeWarning, match="not stable after 120 steps"),
+        pytest.warns(UserWarning, match="starts anew with 8"),
+    ):
+        facts = probe(model, split(sparse_task(), 16), loss, steps="auto").provenance["movement"]
+    assert not facts["stable"] and facts["steps_taken"] == 120
+
+
 def test_the_choice_is_of_the_most_votes_and_then_of_the_largest_summed_gradient():
     """Of 400 weights four are chosen: one by its votes against all, three of those with two votes either way."""
     (weight,) = weights_that_move(nn.Linear(20, 20, bias=False), None, RATE, torch.int8)
@@ -276,7 +297,12 @@ def test_many_steps_have_larger_votes():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"update": "momentum", "ties": "sum", "training": True}, {"steps": "auto", "agreement": 0.2}],
+    [
+        {},
+        {"update": "momentum", "ties": "sum", "training": True},
+        {"steps": "auto", "agreement": 0.2},
+        {"steps": "auto", "agreement": 1.0},
+    ],
     ids=str,
 )
 def test_an_interrupted_probe_goes_on_to_the_bit(options, tmp_path):
@@ -285,11 +311,13 @@ def test_an_interrupted_probe_goes_on_to_the_bit(options, tmp_path):
     batches = split(sparse_task(), 16)
     options = {"steps": 9, **options}
     wanted = probe(model, batches, **options)
+    steps = wanted.provenance["movement"]["steps_taken"]
+    stops = steps - 1 if steps > 11 else 11  # of an automatic end: when the last check is done
     taken = []
 
     def interrupting(outputs, batch):
         taken.append(1)
-        if len(taken) in (4, 11):
+        if len(taken) in (4, stops):
             signal.raise_signal(signal.SIGINT)  # Ctrl-C, in the middle of a step
         return F.cross_entropy(outputs, labels_of(batch), reduction="none")
 
@@ -301,11 +329,25 @@ def test_an_interrupted_probe_goes_on_to_the_bit(options, tmp_path):
         except KeyboardInterrupt:
             interruptions += 1
             assert (tmp_path / "movement.partial.safetensors").is_file()
-    steps = wanted.provenance["movement"]["steps_taken"]
     assert interruptions == (2 if steps > 11 else 1) and len(taken) == steps
     assert_equal(found, wanted)
     assert {**found.provenance["movement"]} == {**wanted.provenance["movement"]}
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_probe_without_sums_does_not_go_on_with_them(tmp_path):
+    model = MODELS["sequential"]()
+    batches = split(data_for(model), 3)
+
+    def interrupting(outputs, batch):
+        signal.raise_signal(signal.SIGINT)
+        return own_loss(outputs, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        probe(model, batches, interrupting, elements=False, resume=tmp_path, ties="sum")
+    with pytest.raises(InputError, match="holds an interrupted probe without single weights"):
+        probe(model, batches, own_loss, resume=tmp_path, ties="sum")
+    probe(model, batches, own_loss, elements=False, resume=tmp_path, ties="sum")
 
 
 def test_an_interrupted_probe_goes_on_with_pieces_that_fit_in_memory(tmp_path):
@@ -366,26 +408,62 @@ def test_what_an_interrupted_probe_does_not_go_on_with(tmp_path):
 def test_a_loss_that_rises_is_a_step_too_large():
     model = MODELS["sequential"]()
     batches = split(data_for(model), 3)
-    mend = r"lower its step_size, which is 0\.5 \(--probe_step_size\)"
-    with pytest.raises(InputError, match=rf"the probe diverges: the mean loss of 10 steps rose from .*; {mend}"):
+    told = r"the probe diverges: the mean loss of 10 steps rose from \S+ to \S+; lower its step_size, which is {} \(--probe_step_size\)"
+    with pytest.raises(InputError, match=told.format(r"0\.5")):
         probe(model, batches, steps=60, step_size=0.5)
-    with pytest.raises(InputError, match=r"the loss rose from \S+ at the start to \S+, the mean of 10 steps; .*is 20"):
+    with pytest.raises(InputError, match=told.format("20")):
         probe(model, [data_for(model, (3,) * 12)], steps=60, step_size=20)  # the first ones are as bad as the last
     probe(model, batches, steps=60, step_size=1e-3)
+    with pytest.raises(InputError, match=r"rose from -\S+ to"):  # a loss may be negative, as of a density
+        probe(model, batches, lambda outputs, batch: own_loss(outputs, batch) - 3, steps=60, step_size=2)
+    probe(model, batches, lambda outputs, batch: own_loss(outputs, batch) - 3, steps=60, step_size=1e-3)
 
 
 @pytest.mark.parametrize(
-    "losses, rises",
-    [([1.0] * 9 + [100.0] * 10, False), ([1.0] * 10 + [2.0] * 10, False), ([1.0] * 10 + [2.1] * 10, True)],
+    ("losses", "unmoved", "rises"),
+    [
+        ([1.0] * 9 + [100.0] * 10, 1.0, False),
+        ([1.0] * 10 + [2.0] * 10, 1.0, False),
+        ([1.0] * 10 + [2.1] * 10, 1.0, True),
+        ([1.0] * 10 + [2.1] * 10, 1.1, False),  # these examples are harder
+        ([0.01] + [100.0] * 19, 1.0, True),
+        ([-2.0] * 10 + [-1.9] * 10, -2.0, False),
+        ([-2.0] * 10 + [0.1] * 10, -2.0, True),
+    ],
 )
-def test_ten_losses_are_compared_with_the_first_ten_once_both_are_there(losses, rises):
-    options = SimpleNamespace(diverged=2.0)
-    stands_for_a_probe = SimpleNamespace(losses=losses, options=options, examples=[], _mend=str)
-    if rises:
-        with pytest.raises(InputError, match=r"rose from 1 to 2\.1"):
-            SignProbe._check_losses(stands_for_a_probe)
-    else:
-        SignProbe._check_losses(stands_for_a_probe)
+def test_ten_losses_are_compared_with_those_of_the_same_examples_where_nothing_moved(losses, unmoved, rises):
+    probe = SignProbe.__new__(SignProbe)
+    probe.losses, probe.unmoved, probe.step = losses, {}, len(losses) - 1
+    probe.options = SimpleNamespace(diverged=2.0, step_size=0.5)
+    with mock.patch.object(SignProbe, "_loss_unmoved", return_value=unmoved) as asked:
+        if rises:
+            with pytest.raises(InputError, match=rf"rose from {unmoved:g} to"):
+                probe._check_losses()
+        else:
+            probe._check_losses()
+    assert asked.call_args_list in ([], [mock.call(step) for step in range(len(losses) - 10, len(losses))])
+
+
+def test_a_model_that_gets_few_examples_wrong_does_not_diverge():
+    """The first batch has none of them, so that any later one has a hundred times its loss."""
+    inputs = torch.randn(96, 4, generator=torch.Generator().manual_seed(0)).double()
+    labels = (inputs[:, 0] > 0).long()
+    labels[12::5] = 1 - labels[12::5]
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(4) * 40), model[0].bias.zero_()
+        model[1].weight.zero_(), model[1].bias.zero_()
+        model[1].weight[:, 0] = torch.tensor([-1.0, 1.0])
+    seen = []
+
+    def loss(outputs, batch):
+        seen.append(model[0].weight.detach().clone())
+        return own_loss(outputs, batch)
+
+    found = probe(model, split((inputs, labels), 12), loss, steps=24, step_size=1e-4, relative=False)
+    assert found.provenance["movement"]["steps_taken"] == 24
+    base = [torch.equal(weight, model[0].weight) for weight in seen]
+    assert base[0] and 10 <= sum(base) - 1 == len(seen) - 24  # each step's examples once more, where nothing moves
 
 
 def test_weights_of_zero_move_by_the_median_step():

@@ -45,6 +45,7 @@ class AnalysisConfig(Subject):
             "the same afterwards.",
             "N",
             least=1,
+            most=2**15 - 1,
         ),
     )
     probe_step_size: float = field(

@@ -366,6 +366,7 @@ def _over_columns(
     limit: int,
 ) -> dict[str, ModulePlan]:
     """Each module's share of the budget in single weights: the best of every column, then the second best, and so on."""
+    check_share(limit, len(elements))
     sizes = {name: inventory[name].weight_parameters for name in elements}
     chosen: dict[str, ModulePlan] = {}
     for name, scores in elements.items():

@@ -109,7 +109,7 @@ def check_choice(materials: Materials, select: bool = True) -> None:
                 )
             for budget in budgets:
                 limit = parse_budget(budget, relevance.inventory.base_parameters)
-                if config.spread == "even":
+                if config.spread != "global":
                     check_share(limit, len(modules))
             config, budgets = dataclasses.replace(config, granularity=["column"], spread="global"), ["100%"]
         if "direction" in config.granularity:

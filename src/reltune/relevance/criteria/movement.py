@@ -36,7 +36,8 @@ Options:
 - ``training``: whether the model is in training mode, with dropout.
 - ``ties``: equal votes in the order of the ``last`` step's gradient or of the ``sum``, which takes four more bytes per weight.
 - ``directions``: how many directions of a linear map are kept, at most.
-- ``agreement``: see above. ``diverged``: how far the mean loss of ten steps may rise over that of the first ten.
+- ``agreement``: see above. ``diverged``: how many times the loss of ten steps may be what it was of the same examples with
+  the weights where they were.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ UPDATES = ("sign", "momentum", "adamw")
 MOVES = ("allowed", "all")
 TIES = ("last", "sum")
 MOST_STEPS = 120  # of a probe that ends by itself
+MOST_BY_SIGN = 2**15 - 1  # votes take two bytes at most
 LEARNING_RATE = 5e-5  # transformers' own default for full tuning
 
 
@@ -82,6 +84,8 @@ class Options:
             object.__setattr__(self, "update", "sign" if self.learning_rate is None else "adamw")
         for name, known in (("update", UPDATES), ("move", MOVES), ("ties", TIES)):
             known_words(name, [getattr(self, name)], known)
+        if self.update != "adamw" and self.most_steps > MOST_BY_SIGN:
+            raise InputError(f"steps is {self.steps}; it must be at most {MOST_BY_SIGN}.")
         if self.update == "adamw" and self.steps == "auto":
             raise InputError("a probe by adamw does not end by itself; give steps a number.")
         if self.batch_size is not None:

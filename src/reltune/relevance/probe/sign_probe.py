@@ -41,8 +41,7 @@ from reltune.relevance.statistics.not_finite import where_not_finite
 
 MOST_IN_A_BYTE = 127
 MOMENTUM = 0.9  # β₁ of Adam, the sign of whose step is that of its running mean of gradients
-WINDOW = 10  # steps whose mean loss is compared with that of the first ones
-BLOWN_UP = 8.0  # times the loss of the first step, of WINDOW examples at least, that no window's mean may be above
+WINDOW = 10  # steps whose mean loss tells whether the probe diverges
 
 
 class SignProbe:
@@ -51,9 +50,8 @@ class SignProbe:
     def __init__(self, experiment: Experiment) -> None:
         self.experiment, self.options, self.model = experiment, experiment.options, experiment.model
         self.processes = experiment.processes
-        self.steps = self.options.most_steps
         inventory = None if self.options.move == "all" else experiment.inventory
-        dtype = torch.int8 if self.steps <= MOST_IN_A_BYTE else torch.int16
+        dtype = torch.int8 if self.options.most_steps <= MOST_IN_A_BYTE else torch.int16
         self.weights = weights_that_move(self.model, inventory, self.options.step_size, dtype, self.options.relative)
         self.numbers = {weight: number for number, weight in enumerate(self.weights)}
         self.readings = Readings()
@@ -79,10 +77,14 @@ class SignProbe:
 
     def _start(self) -> None:
         self.step, self.voting, self.stable = 0, False, False
+        self.steps = self.options.most_steps
         self.last = False  # whether this step is the last one, whose gradients order weights with equal votes
         self.witnesses: list[tuple[str, Tensor]] = []  # of this step: a number that is finite if the whole gradient is
         self.single: dict[MovingWeight, Tensor] = {}  # scores of single weights, on the host
         self.losses: list[float] = []
+        self.unmoved: dict[
+            int, float
+        ] = {}  # by step, where they were asked for: what the loss was before anything moved
         self.running.clear()
         self.totals.clear()
         for weight in self.weights:
@@ -130,7 +132,7 @@ class SignProbe:
         """Let all weights vote once; start anew where memory runs out."""
         self.last = self.step == self.steps - 1
         self.witnesses.clear()
-        pieces = self._pieces()
+        pieces = self._pieces(self.step)
         seeded(self.experiment.device, _seed(self.experiment.seed, self.step, self.processes.rank))
         short, total = self._step(pieces)
         outcome = self._from_all([short, total])
@@ -138,7 +140,7 @@ class SignProbe:
             self._start_anew([short for short, _ in outcome if short])
             return
         self._check_gradients()
-        self.losses.append(math.fsum(total for _, total in outcome) / self._examples())
+        self.losses.append(math.fsum(total for _, total in outcome) / self._examples(self.step))
         self._check_losses()
         self.step += 1
         if self.sample is not None and self.step % EVERY == 0 and not self.stable and self.step < self.steps:
@@ -146,12 +148,12 @@ class SignProbe:
             if self.stable:
                 self.steps = self.step + 1  # the closing step, whose gradients order equal votes
 
-    def _examples(self) -> int:
-        """Of this step, on all processes."""
-        return sum(of[self.step % len(of)] for of in self.examples if of)
+    def _examples(self, step: int) -> int:
+        """Of a step, on all processes."""
+        return sum(of[step % len(of)] for of in self.examples if of)
 
-    def _pieces(self) -> list[Piece]:
-        return no_larger(self.groups[self.step % len(self.groups)], self.most) if self.groups else []
+    def _pieces(self, step: int) -> list[Piece]:
+        return no_larger(self.groups[step % len(self.groups)], self.most) if self.groups else []
 
     def _from_all(self, value: Any) -> list[Any]:
         """Every process's value, once it is known that none has failed."""
@@ -171,6 +173,8 @@ class SignProbe:
             for number, piece in enumerate(pieces):
                 self.voting = number == len(pieces) - 1
                 losses = self._losses(piece)
+                if not losses.requires_grad:
+                    raise InputError("the loss does not depend on any weight that may move; widen target_modules.")
                 total += float(losses.detach().sum())
                 if not self.voting:
                     self._differentiate(losses)
@@ -196,7 +200,7 @@ class SignProbe:
         return short, total
 
     def _differentiate(self, losses: Tensor) -> None:
-        (losses.sum() / self._examples()).backward()
+        (losses.sum() / self._examples(self.step)).backward()
 
     def _losses(self, piece: Piece) -> Tensor:
         """The loss of each of the piece's examples, with the graph that leads back to the weights."""
@@ -216,8 +220,6 @@ class SignProbe:
             if self.step:  # at the start it was finite
                 raise blaming(InputError(f"{what}; {self._mend()}."), batch)
             raise blaming(AnalysisError(f"{what}."), batch)
-        if not losses.requires_grad:
-            raise InputError("the loss does not depend on any weight that may move; widen target_modules.")
         return losses
 
     def _arrived(self, weight: MovingWeight) -> None:
@@ -225,7 +227,7 @@ class SignProbe:
         if self.voting:
             gradient, weight.leaf.grad = weight.leaf.grad, None
             assert gradient is not None
-            self.gradients.add(weight, gradient)
+            self.gradients.add(weight, gradient.to_dense())  # nn.Embedding(sparse=True) gives a sparse one
 
     def _vote(self, weight: MovingWeight, gradient: Tensor) -> None:
         direction = gradient
@@ -261,17 +263,38 @@ class SignProbe:
         """Raise InputError where the loss rises as it does when steps are too large."""
         if len(self.losses) < 2 * WINDOW:
             return
-        first, last = fmean(self.losses[:WINDOW]), fmean(self.losses[-WINDOW:])
-        if last > self.options.diverged * first:
+        last, low = fmean(self.losses[-WINDOW:]), min(fmean(self.losses[:WINDOW]), self.losses[0])
+        if not self._is_high(last, [low]):
+            return
+        # Of few examples, or where a model gets few wrong, losses differ by much: these examples' own tell.
+        steps = range(self.step + 1 - WINDOW, self.step + 1)
+        for step in steps:
+            if step not in self.unmoved:
+                self.unmoved[step] = self._loss_unmoved(step)
+        before = [self.unmoved[step] for step in steps]
+        if self._is_high(last, before):
             raise InputError(
-                f"the probe diverges: the mean loss of {WINDOW} steps rose from {first:.4g} to {last:.4g}; {self._mend()}."
-            )
-        start, enough = self.losses[0], sum(of[0] for of in self.examples if of) >= WINDOW
-        if enough and last > BLOWN_UP * start:  # a step so large that the first ones are no measure any more
-            raise InputError(
-                f"the probe diverges: the loss rose from {start:.4g} at the start to {last:.4g}, the mean of {WINDOW} steps; "
+                f"the probe diverges: the mean loss of {WINDOW} steps rose from {fmean(before):.4g} to {last:.4g}; "
                 f"{self._mend()}."
             )
+
+    def _is_high(self, loss: float, before: Sequence[float]) -> bool:
+        """Whether a mean loss is too far above the mean of these, which may be negative, as of a density."""
+        return loss - fmean(before) > (self.options.diverged - 1) * fmean(map(abs, before))
+
+    def _loss_unmoved(self, step: int) -> float:
+        """The mean loss of a step's examples, on all processes, with the weights where they were."""
+        seeded(self.experiment.device, _seed(self.experiment.seed, step, self.processes.rank))
+        sizes = {weight: weight.step for weight in self.weights}
+        try:
+            for weight in self.weights:
+                weight.step = 0.0
+            with torch.no_grad():
+                total = math.fsum(float(self._losses(piece).sum()) for piece in self._pieces(step))
+        finally:
+            for weight, size in sizes.items():
+                weight.step = size
+        return math.fsum(self._from_all(total)) / self._examples(step)
 
     def _mend(self) -> str:
         return f"lower its step_size, which is {self.options.step_size:g} (--probe_step_size)"
@@ -298,7 +321,9 @@ class SignProbe:
         if self.sample is not None:
             tensors |= self.sample.state()
         state = {"data": self.experiment.data, "step": self.step, "losses": self.losses, "most": self.most}
-        state |= {"steps": self.steps, "stable": self.stable}
+        state |= {"steps": self.steps, "stable": self.stable, "elements": self.experiment.elements}
+        if self.sample is not None:
+            state["agreement"] = self.sample.agreement
         self.experiment.partial.save(state, tensors)
 
     def _resume(self) -> None:
@@ -314,6 +339,11 @@ class SignProbe:
         if found is None:
             return
         state, tensors = found
+        if self.options.ties == "sum" and self.experiment.elements and not state.get("elements", True):
+            raise InputError(
+                f"{partial.path.parent} holds an interrupted probe without single weights, whose gradients it did not add up; "
+                "leave out elements, or remove that directory."
+            )
         self.step, self.losses, self.most = state["step"], state["losses"], state["most"]
         self.steps, self.stable = state["steps"], state["stable"]
         for weight in self.weights:
@@ -323,7 +353,7 @@ class SignProbe:
                 if f"{kind}/{weight.name}" in tensors:
                     into[weight] = tensors[f"{kind}/{weight.name}"].to(device)
         if self.sample is not None:
-            self.sample.load(tensors)
+            self.sample.load(tensors, state.get("agreement", 0.0))
 
     # -- results ----------------------------------------------------------------------------------------------------
 

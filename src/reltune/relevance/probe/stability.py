@@ -60,7 +60,7 @@ class WatchedSample:
         tensors = {f"sample/{weight.name}": total for weight, total in self.sums.items()}
         return tensors if self.chosen is None else {**tensors, "chosen": self.chosen}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], agreement: float) -> None:
         for weight, total in self.sums.items():
             total.copy_(tensors[f"sample/{weight.name}"])
-        self.chosen = tensors.get("chosen")
+        self.chosen, self.agreement = tensors.get("chosen"), agreement
