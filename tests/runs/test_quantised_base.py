@@ -136,6 +136,10 @@ def test_a_base_that_no_gradient_passes_is_named_before_anything_is_written(plac
             "spread evenly allows less than one single weight in each of 14 modules; raise it to 14 at least",
         ),
         (
+            ["--budget", 13, "--spread", "columns"],
+            "spread evenly allows less than one single weight in each of 14 modules; raise it to 14 at least",
+        ),
+        (
             ["--export", "lora"],
             "a LoRA file cannot hold what granularity element trains, single weights; add --granularity direction",
         ),
