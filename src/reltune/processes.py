@@ -218,9 +218,10 @@ class Share:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch's wrappers for data parallelism. Raises InputError where weights are spread over processes."""
-    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        model = model.module
+    """The model inside torch's wrappers, for data parallelism and of ``torch.compile``, which give its modules other names.
+    Raises InputError where weights are spread over processes."""
+    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) or hasattr(model, "_orig_mod"):
+        model = getattr(model, "_orig_mod" if hasattr(model, "_orig_mod") else "module")
     sharded = [type(m).__name__ for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"]
     sharded += [name for name, p in model.named_parameters() if type(p.data).__name__ == "DTensor"]
     if sharded:

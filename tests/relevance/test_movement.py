@@ -207,3 +207,12 @@ def test_what_cannot_be():
     }.items():
         with pytest.raises(InputError, match=f"{key} (is )?'?{value}"):
             measure(model, [batch], None, MINE, options={"movement": {key: value}})
+
+
+def test_a_compiled_model_has_the_names_of_the_model_in_it():
+    model = MODELS["sequential"]()
+    batches = [data_for(model)]
+    wanted = measure(model, batches, None, ["movement", "fisher"])
+    found = measure(torch.compile(model, backend="eager"), batches, None, ["movement", "fisher"])
+    assert found.fingerprint == wanted.fingerprint and found.inventory == wanted.inventory
+    assert found.by("module", "movement") == wanted.by("module", "movement")
