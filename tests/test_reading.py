@@ -13,7 +13,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from reltune.reading import ALIASES, DEPTH, SLACK, Damaged, inside, load_tensors, parse_json, parse_yaml, read_header
+from reltune.reading import ALIASES, DEPTH, SLACK, Damaged, inside, parse_json, parse_yaml, read_header
+from reltune.tensor_files import load_tensors
 
 PLAIN = [
     "a: 1\nb: [1, -2, x, 1.5, 1e3, null, ~, true, no, 2020-01-01]\nc: {d: e, f: }\n",

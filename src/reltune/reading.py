@@ -17,17 +17,11 @@ import re
 import stat
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import yaml
-
-from reltune.errors import StorageError
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
 
 DEPTH = 64  # of lists and mappings inside one another
 SLACK = 64 * 2**20  # bytes that reading may take beside twice the file
@@ -418,53 +412,6 @@ def _entry(name: str, entry: Any, dtypes: Collection[str]) -> tuple[str, tuple[i
     if len(offsets) != 2 or (offsets[1] - offsets[0]) * 8 != math.prod(shape) * BITS[dtype]:
         raise Damaged(f"has {shown} in another number of bytes than its type and shape say")
     return dtype, tuple(shape), offsets[0], offsets[1]
-
-
-def load_tensors(path: str | os.PathLike, dtypes: Collection[str] = tuple(BITS)) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file. Raises OSError and what ``read_header`` raises."""
-    from safetensors.torch import load_file
-
-    return dict(_loaded(path, dtypes, load_file))
-
-
-def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The same as arrays, of the types that numpy knows."""
-    from safetensors.numpy import load_file
-
-    return dict(_loaded(path, [dtype for dtype in BITS if dtype[:2] not in ("F8", "BF")], load_file))
-
-
-def _loaded(path: str | os.PathLike, dtypes: Collection[str], load: Any) -> Mapping[str, Any]:
-    from safetensors import SafetensorError
-
-    read_header(path, dtypes)
-    try:
-        return load(path)
-    except SafetensorError as error:
-        raise Damaged(f"cannot be loaded ({error})") from None
-
-
-def check_saved(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise StorageError unless the file that was just written holds these tensors to the bit, and nothing else."""
-    import torch
-    from safetensors import SafetensorError, safe_open
-
-    def bits(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-
-    try:
-        if set(read_header(path).tensors) != set(tensors):
-            raise Damaged("has other tensors than were written")
-        with safe_open(path, "pt") as file:
-            for name, written in tensors.items():
-                held = file.get_tensor(name)
-                same = held.dtype == written.dtype and held.shape == written.shape
-                if not same or not torch.equal(bits(held), bits(written)):
-                    raise Damaged(f"has other numbers in {name!r} than were written")
-    except (OSError, Damaged, SafetensorError) as error:
-        raise StorageError(
-            f"{path} was written and cannot be read back ({error}); look after the disk, and give the same command again."
-        ) from error
 
 
 # -- paths in files -------------------------------------------------------------------------------------------------

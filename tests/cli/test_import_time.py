@@ -74,7 +74,7 @@ REFUSED = [
     ({"learnig_rate": "1e-3"}, "unknown flag --learnig_rate; did you mean '--learning_rate'"),
     ({"seeed": "1"}, "did you mean '--seed'"),
     ({"config": "absent.yaml"}, "absent.yaml does not exist"),
-    ({"config": "broken.yaml"}, "line 2 is not valid YAML"),
+    ({"config": "broken.yaml"}, "line 2 gives 'seed' a second time"),
     ({"config": "unknown.yaml"}, "'learnig_rate' is no field; did you mean 'learning_rate'"),
     ({"config": "inside.yaml"}, "'max_step' is no field of transformers.TrainingArguments"),
     ({"config": "empty.yaml"}, "max_length is 0"),

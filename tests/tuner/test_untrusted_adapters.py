@@ -20,7 +20,7 @@ from reltune.layers.fingerprint import Base, any_base, digest, fingerprint
 from reltune.layers.inventory import take_inventory
 from reltune.methods.adapter import load_adapter, save_adapter
 from reltune.plan.plan import ModulePlan, Plan
-from reltune.reading import check_saved
+from reltune.tensor_files import check_saved
 from reltune.tuner import ReltuneConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

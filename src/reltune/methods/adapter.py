@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from reltune.errors import InputError, first_line
 from reltune.files import read_json
 from reltune.methods.contract import Base, Method, Trainable
-from reltune.reading import FLOATS, Damaged, check_saved, inside, read_header
+from reltune.reading import FLOATS, Damaged, inside, read_header
+from reltune.tensor_files import check_saved
 
 if TYPE_CHECKING:
     from peft import PeftConfig

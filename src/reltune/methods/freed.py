@@ -17,7 +17,8 @@ from reltune.errors import InputError
 from reltune.files import whole_file
 from reltune.methods.adapter import in_numbers, size
 from reltune.methods.contract import Base, Method, Trainable
-from reltune.reading import Damaged, check_saved, load_tensors, read_header
+from reltune.reading import Damaged, read_header
+from reltune.tensor_files import check_saved, load_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

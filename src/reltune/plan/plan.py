@@ -22,7 +22,8 @@ from reltune import markup
 from reltune.errors import InputError, nearest
 from reltune.files import whole_file, write_text
 from reltune.names import SPREADS
-from reltune.reading import Damaged, inside, load_arrays, read_yaml
+from reltune.reading import Damaged, inside, read_yaml
+from reltune.tensor_files import load_arrays
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reltune.files import whole_file
-from reltune.reading import Damaged, load_tensors, parse_json, read_header
+from reltune.reading import Damaged, parse_json, read_header
 from reltune.relevance.artefact import PARTIAL
+from reltune.tensor_files import load_tensors
 
 EVERY = 300.0  # seconds between two saves; a kill that leaves no time to save costs no more than this
 

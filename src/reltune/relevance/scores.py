@@ -22,11 +22,12 @@ from reltune.files import whole_file, write_json
 from reltune.layers.inventory import Inventory
 from reltune.layers.units import directions_in, part_shapes
 from reltune.names import GRANULARITIES
-from reltune.reading import FLOATS, Damaged, check_saved, load_tensors, typed
+from reltune.reading import FLOATS, Damaged, typed
 from reltune.relevance.artefact import FORMAT, SCORES, Overview, read_scores
 from reltune.relevance.criteria.contract import ScoresByName
 from reltune.relevance.heatmap import OUTSIDE, Heatmap
 from reltune.relevance.rank_correlation import spearman
+from reltune.tensor_files import check_saved, load_tensors
 
 
 @dataclasses.dataclass

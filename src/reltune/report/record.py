@@ -43,7 +43,7 @@ class LMEvalRecord:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> LMEvalRecord:
-        return typed(cls, values)  # type: ignore[no-any-return]
+        return typed(cls, values)
 
 
 @dataclasses.dataclass
@@ -129,7 +129,7 @@ class ComparisonRecord:
         own = {
             each.name: values[each.name] for each in dataclasses.fields(cls)
         }  # a comparison's file has its config beside these
-        return typed(cls, own)  # type: ignore[no-any-return]
+        return typed(cls, own)
 
 
 @dataclasses.dataclass

@@ -30,8 +30,8 @@ from torch import Tensor
 from reltune.errors import InputError
 from reltune.files import check_destination, read_json, whole_directory
 from reltune.layers.quantised import is_quantised
-from reltune.reading import check_saved
 from reltune.runs.gguf_file import write_gguf
+from reltune.tensor_files import check_saved
 from reltune.tuner.layer import ReltuneLayer
 from reltune.tuner.quantised import MERGED_IS_ROUNDED
 

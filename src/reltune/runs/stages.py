@@ -40,7 +40,7 @@ from reltune.plan.plan import Plan
 from reltune.plan.selection import check_scored, check_share, modules_with_elements
 from reltune.plan.selection import select as choose_units
 from reltune.processes import Processes
-from reltune.reading import Damaged, load_tensors
+from reltune.reading import Damaged
 from reltune.relevance.criteria.registry import find_criteria
 from reltune.relevance.measure import analyze as measure_relevance
 from reltune.relevance.probe.moving_weights import check_can_move
@@ -61,6 +61,7 @@ from reltune.runs.materials import EvaluationMaterials, Materials, ModelMaterial
 from reltune.runs.ollama import write_modelfile
 from reltune.tasks.registry import TASKS
 from reltune.tasks.task import Task
+from reltune.tensor_files import load_tensors
 
 WITHOUT_NEW_HEADS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # PEFT's task types that train no head by themselves
 

@@ -123,7 +123,7 @@ def _read_old_way(values: dict[str, Any]) -> WayResult:
     )
     own = {name: values[name] for name in same}
     own |= {"label": values["method"], "seeds": 1, "adapter_bytes": values["disk_bytes"]}
-    return typed(WayResult, {**own, "metrics": {**values["metrics"], "loss": values["loss"]}})  # type: ignore[no-any-return]
+    return typed(WayResult, {**own, "metrics": {**values["metrics"], "loss": values["loss"]}})
 
 
 def _read_relevance(run: RunDirectory) -> Overview:
