@@ -30,6 +30,7 @@ _HOME = {
     "Plan": "reltune.plan.plan",
     "lora_config": "reltune.plan.lora",
     "estimate": "reltune.runs.estimate",
+    "profile": "reltune.runs.estimate",
     "ReltuneConfig": "reltune.tuner.config",
     "InputError": "reltune.errors",
 }
@@ -45,6 +46,7 @@ __all__ = [
     "compare",
     "estimate",
     "lora_config",
+    "profile",
     "select",
 ]
 
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
     from reltune.relevance.scores import RelevanceScores
     from reltune.relevance.weights.scan import analyze_checkpoint
     from reltune.runs.comparison.flow import compare
-    from reltune.runs.estimate import estimate
+    from reltune.runs.estimate import estimate, profile
     from reltune.tuner.config import ReltuneConfig
 
 

@@ -23,6 +23,11 @@ WITHOUT_DATA = ("magnitude", "spectral_snr", "principal", "random", "depth")  # 
 WITH_DIRECTIONS = ("movement",)  # criteria that score directions of a linear map's input
 GRANULARITIES = ("layer", "module", "head", "column", "row", "element", "direction", "bias", "norm")
 IN_A_LORA_FILE = ("column", "row", "head", "direction")  # granularities whose change a LoRA adapter holds without loss
+LIMITS = ("memory", "time", "hours")  # what a budget can limit beside the number of parameters
+FIXABLE = (
+    "per_device_train_batch_size",
+    "gradient_checkpointing",
+)  # fields of training that a budget of memory may change
 FROZEN_DTYPES = ("float8_e4m3fn",)  # what the base's frozen weights can be held in, other than their own type
 SPREADS = {
     "global": "the best units of the whole model",

@@ -14,6 +14,7 @@ from reltune import __version__
 from reltune.cli.errors import run_program
 from reltune.cli.flags import (
     EVERY,
+    Words,
     changed_config,
     estimated_config,
     flags,
@@ -26,6 +27,7 @@ from reltune.cli.output import (
     say,
     show_comparison,
     show_estimate,
+    show_forecast,
     show_lm_eval,
     show_metrics,
     show_preview,
@@ -41,6 +43,7 @@ from reltune.errors import InputError
 from reltune.names import EXPORT_FORMS, GGUF_TYPE, GGUF_TYPES, REPORT_FORMS, SERVERS
 
 app = typer.Typer(
+    cls=Words,
     help="Measure which parameters matter for a task, choose them under a budget, train only those, evaluate.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -57,7 +60,17 @@ SELECT_HELP = (
 HELD_OUT = ("validation_file", "test_file", "on_bad_rows")
 ESTIMATED = (
     *("model_name_or_path", "task", "max_length", "packing", "load_in_4bit", "load_in_8bit"),
-    *("method", "lora_r", "lora_alpha", "lora_dropout", "budget", "granularity", "target_modules", "exclude_modules"),
+    *(
+        "method",
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "budget",
+        "fixed",
+        "granularity",
+        "target_modules",
+        "exclude_modules",
+    ),
 )
 PREVIEWED = ("model_name_or_path", *(field.name for field in dataclasses.fields(DataConfig)), "seed")
 SHARED = ("run", "analyze", "tune", "evaluate")  # commands that several processes work on together
@@ -71,6 +84,24 @@ TunedModel = Annotated[
 ]
 ConfigFile = Annotated[
     str | None, typer.Option("--config", metavar="FILE", help="A YAML file with fields of the run. Flags win over it.")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry_run",
+        help="Say what would be trained, and what memory and time that takes, beside LoRA and full; write nothing.",
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="CARD",
+        help="With --dry_run: for which card (h100-80gb, …), size of memory (24GiB), or cpu, and not for this machine.",
+    ),
+]
+Form = Annotated[
+    str, typer.Option("--format", metavar="FORM", help="With --dry_run: table or json.", show_default=False)
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite_output_dir", help="Replace what an earlier run wrote there.")]
 Force = Annotated[
@@ -105,10 +136,24 @@ def options(
 
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
 @flags(*EVERY)
-def run(context: typer.Context, config: ConfigFile = None, overwrite_output_dir: Overwrite = False) -> None:
+def run(
+    context: typer.Context,
+    config: ConfigFile = None,
+    overwrite_output_dir: Overwrite = False,
+    dry_run: DryRun = False,
+    device: Device = None,
+    form: Form = "table",
+) -> None:
     """Analyze, select, tune and evaluate, and write a report."""
-    from reltune.runs.preflight import check_new_run
+    from reltune.runs.preflight import check_dry_run, check_new_run
 
+    check_dry_run(dry_run, device, form)
+    if dry_run:
+        made = new_config(context, config, lambda draft: check_new_run(draft, True))
+        from reltune.runs import flow
+
+        show_forecast(flow.forecast_run(made, device), form)
+        return
     _run_all(
         new_config(context, config, lambda draft: check_new_run(draft, overwrite_output_dir)), overwrite_output_dir
     )
@@ -134,7 +179,7 @@ def compare(context: typer.Context, config: ConfigFile = None, overwrite_output_
 
 
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
-@flags("output_dir", "budget", "criteria", "granularity", "seed")
+@flags("output_dir", "budget", "fixed", "criteria", "granularity", "seed")
 def demo(context: typer.Context, overwrite_output_dir: Overwrite = False) -> None:
     """Do all of this on BBC news, beside LoRA and full.
 
@@ -157,7 +202,7 @@ def _run_all(config: RunConfig, overwrite: bool, baselines: bool = False) -> Non
         started = flow.start(config, overwrite, "comparison" if baselines else "run")
         say(*started.describe())
         if plan := flow.measure_and_choose(started):
-            say(*plan.describe())
+            say(*plan.describe(), *flow.settings_of(started.directory))
         if trials := flow.train(started):
             show_sweep(trials)
         if record := flow.evaluate_and_report(started, baselines):
@@ -167,7 +212,7 @@ def _run_all(config: RunConfig, overwrite: bool, baselines: bool = False) -> Non
 
 
 @app.command(context_settings=TRAINING, epilog=TRAINING_HELP)
-@flags(*(name for name in EVERY if name not in ("budget", "granularity", "spread", "frozen_dtype", "export")))
+@flags(*(name for name in EVERY if name not in ("budget", "fixed", "granularity", "spread", "frozen_dtype", "export")))
 def analyze(context: typer.Context, config: ConfigFile = None, overwrite_output_dir: Overwrite = False) -> None:
     """Measure how much each unit matters; write DIR/relevance."""
     from reltune.runs.preflight import check_chooses, check_new_run
@@ -190,7 +235,7 @@ def analyze(context: typer.Context, config: ConfigFile = None, overwrite_output_
 
 
 @app.command(epilog=SELECT_HELP)
-@flags("criteria", "budget", "granularity", "spread", "target_modules", "exclude_modules", stored=True)
+@flags("criteria", "budget", "fixed", "granularity", "spread", "target_modules", "exclude_modules", stored=True)
 def select(
     context: typer.Context,
     run: Run,
@@ -202,23 +247,31 @@ def select(
         ),
     ] = False,
     overwrite_output_dir: Overwrite = False,
+    dry_run: DryRun = False,
+    device: Device = None,
+    form: Form = "table",
 ) -> None:
     """Choose units under a budget; write RUN/plan/plan.yaml."""
     from reltune.runs.directory import RunDirectory
-    from reltune.runs.preflight import check_chooses, check_selection
+    from reltune.runs.preflight import check_chooses, check_dry_run, check_selection
 
+    check_dry_run(dry_run, device, form)
     directory, stored = RunDirectory.open(run)
     check_chooses(stored)
-    directory.check_stage("select", overwrite_output_dir)
+    if not dry_run:
+        directory.check_stage("select", overwrite_output_dir)
     if every_module:
         stored.target_modules, stored.exclude_modules = directory.measured_modules()
     config = changed_config(context, stored, check_selection)
     from reltune.runs import flow
 
+    if dry_run:
+        show_forecast(flow.forecast_selection(config, directory, device), form)
+        return
     with alone(run):
         plan = flow.choose_again(config, directory)
     after = f"then: reltune tune {run}" if config.has_data else "then train by it: reltune.ReltuneConfig(plan=...)"
-    say(*plan.describe(), f"Next: look at {directory.plan / 'plan.yaml'}, {after}")
+    say(*plan.describe(), *flow.settings_of(directory), f"Next: look at {directory.plan / 'plan.yaml'}, {after}")
 
 
 @app.command(context_settings=TRAINING, epilog=f"{STORED_HELP} {TRAINING_HELP}")

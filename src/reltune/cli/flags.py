@@ -5,24 +5,60 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from reltune.cli.launcher import together
 from reltune.config.comparison import COMPARISON_FIELDS, ComparisonConfig, comparison_config
 from reltune.config.fields import assignments, checked, kind_of
 from reltune.config.file import read_config, read_fields
 from reltune.config.precedence import combined
-from reltune.config.recipes import CHOICE, chosen_again
+from reltune.config.recipes import CHOICE, chosen_again, with_parameters
 from reltune.config.run_config import FIELDS, RunConfig
 from reltune.config.training_fields import named_training_fields, parse_training_fields
 from reltune.errors import InputError
 from reltune.files import model_directory
+from reltune.names import LIMITS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+PART = re.compile(rf"({'|'.join(LIMITS)})=|[\d.,_]+%$")  # a word that goes on with a budget
+
+
+class Words(typer.core.TyperGroup):
+    """Commands whose budget may be several words, or several flags: ``--budget 0.5% memory=12GiB``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _with_whole_budgets(args))
+
+
+def _with_whole_budgets(args: Sequence[str]) -> list[str]:
+    """The words of a command line with all that is said of the budget in one flag. Of what is said twice the last counts."""
+    rest: list[str] = []
+    budget: dict[str, str] = {}
+    words = list(args)
+    while words and words[0] != "--":
+        flag, equals, value = (word := words.pop(0)).partition("=")
+        if flag != "--budget" or not (equals or words):
+            rest.append(word)
+            continue
+        if not budget:
+            rest.append("--budget")
+        said = [value if equals else words.pop(0)]
+        while words and PART.match(words[0]):
+            said.append(words.pop(0))
+        for part in said:
+            for each in part.split() if "=" in part else [part]:
+                budget[each.partition("=")[0] if "=" in each else "parameters"] = each
+    if budget:
+        rest.insert(rest.index("--budget") + 1, " ".join(budget.values()))
+    return rest + words
+
 
 EVERY = tuple(field.name for field in FIELDS if field.name != "training")
 
@@ -155,6 +191,8 @@ def changed_config(
     If not ``chosen``, criteria, granularity, budget and spread follow from the flags as in a new run.
     """
     given = _given(context)
+    if "budget" in given and chosen:
+        given["budget"] = with_parameters(given["budget"], stored.budget)
     values = stored.values() | (chosen_again(stored.values(), given) if chosen else dict.fromkeys(CHOICE))
     _check_draft(combined(values, given, _named_training_fields(context)), check)
     return _config(combined(values, given, parse_training_fields(context.args)))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from reltune.report.record import ComparisonRecord, LMEvalRecord, RunRecord
     from reltune.report.several import NamedRun
     from reltune.runs.estimate import Estimate
+    from reltune.runs.forecast import Forecast
     from reltune.runs.preview import Preview
 
 
@@ -105,9 +106,27 @@ def show_runs(runs: Sequence[NamedRun]) -> None:
     say(*notes(runs))
 
 
+def show_forecast(found: Forecast, form: str) -> None:
+    """What a run would train, and what it would take: in words and tables, or as JSON."""
+    values = found.to_dict()
+    if form == "json":
+        import json
+
+        say(json.dumps(values, indent=1))
+        return
+    from reltune.report.terminal import estimate_sentences, estimate_table, layers_table
+
+    say(*found.describe())
+    if values["parameters_by_layer"]:
+        show(layers_table(values), width=80)
+    show(estimate_table(values["estimate"]))
+    say(*estimate_sentences(values["estimate"]))
+    say("A dry run: nothing was written.")
+
+
 def show_record(record: RunRecord, report: Path) -> None:
     """What the report of a run shows, as far as a terminal can, and where it was written."""
-    from reltune.report.terminal import heatmap, outputs
+    from reltune.report.terminal import heatmap, outputs, predicted_table
 
     if record.held_in:
         say(f"The base model's linear layers are held in {record.held_in}.")
@@ -119,6 +138,8 @@ def show_record(record: RunRecord, report: Path) -> None:
         show_comparison(record.ways)
     else:
         show_metrics(record.metrics)
+    if record.predicted:
+        show(predicted_table(record.predicted))
     if record.outputs:
         show(outputs(record.outputs))
     show_lm_eval(record.lm_eval)

@@ -8,6 +8,7 @@ from dataclasses import field
 from typing import Any
 
 from reltune.config.fields import Subject, about
+from reltune.config.recipes import parameters_of
 
 RANKINGS = ("relevance",)
 CHOSEN = ("budget", "criteria", "granularity", "spread")  # what units are chosen by
@@ -43,6 +44,7 @@ class Way:
 
 
 PLANNED = (*CHOSEN, *MEASURED, *PLACES, "frozen_dtype")
+SIZED = ("budget", *PLACES)
 LOW_RANK = {"lora_r": 8, "lora_alpha": None, "lora_dropout": 0.0, "rank_by": None}
 
 METHODS = {
@@ -50,14 +52,14 @@ METHODS = {
     "columns": Way("columns chosen by relevance", {}, PLANNED, "column"),
     "rows": Way("rows chosen by relevance", {}, PLANNED, "row"),
     "directions": Way("fixed directions of each linear map's input, chosen by relevance", {}, PLANNED, "direction"),
-    "lora": Way("low-rank adapters on every linear map", LOW_RANK, PLACES),
-    "rslora": Way("the same, scaled by alpha / √r", LOW_RANK, PLACES),
-    "dora": Way("the same, with magnitudes trained apart", LOW_RANK, PLACES),
-    "shira": Way("single weights drawn at random, as many as LoRA would have", {"lora_r": 8}, PLACES),
-    "bitfit": Way("every bias"),
-    "layers": Way("the top layer, or the layers and modules that --target_modules names", {}, PLACES),
-    "head": Way("the task's head alone"),
-    "full": Way("every weight"),
+    "lora": Way("low-rank adapters on every linear map", LOW_RANK, SIZED),
+    "rslora": Way("the same, scaled by alpha / √r", LOW_RANK, SIZED),
+    "dora": Way("the same, with magnitudes trained apart", LOW_RANK, SIZED),
+    "shira": Way("single weights drawn at random, as many as LoRA would have", {"lora_r": 8}, SIZED),
+    "bitfit": Way("every bias", {}, ("budget",)),
+    "layers": Way("the top layer, or the layers and modules that --target_modules names", {}, SIZED),
+    "head": Way("the task's head alone", {}, ("budget",)),
+    "full": Way("every weight", {}, ("budget",)),
 }
 
 
@@ -117,7 +119,7 @@ class MethodConfig(Subject):
     @property
     def needs_plan(self) -> bool:
         """Whether units are measured and chosen before anything is trained."""
-        return "budget" in self.taken
+        return "criteria" in self.taken
 
     @property
     def taken(self) -> tuple[str, ...]:
@@ -129,7 +131,12 @@ class MethodConfig(Subject):
     def fill(self) -> None:
         """Give the method's own fields that are None their defaults."""
         for name, value in self.way.defaults.items():
-            if name in self.taken and getattr(self, name) is None:
+            if name in self.taken and getattr(self, name) is None and not (name == "lora_r" and self.rank_from_budget):
                 setattr(self, name, value)
-        if "lora_alpha" in self.taken and self.lora_alpha is None:
-            self.lora_alpha = 2.0 * (self.lora_r or 0)
+        if "lora_alpha" in self.taken and self.lora_alpha is None and self.lora_r is not None:
+            self.lora_alpha = 2.0 * self.lora_r
+
+    @property
+    def rank_from_budget(self) -> bool:
+        """Whether the rank follows from how many parameters the budget allows."""
+        return not self.needs_plan and bool(parameters_of(getattr(self, "budget", None) or ""))

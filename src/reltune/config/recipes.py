@@ -7,8 +7,11 @@ that another version's table changes no run.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
+
+from reltune.names import LIMITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +69,24 @@ def completed(given: Mapping[str, Any], ranks: bool = False) -> dict[str, Any]:
     else:
         recipe = BEST if criteria in (None, [BEST.criterion]) and not ranks else COLUMNS
     filled = recipe.fields() | {name: value for name, value in given.items() if value is not None}
+    filled["budget"] = with_parameters(filled["budget"], recipe.budget)
     if given["spread"] is None:  # that even is best was measured of these two, and of nothing else
         measured = [(of.criterion, [of.granularity]) for of in (BEST, DIRECTIONS)]
         alone = (filled["criteria"][0], filled["granularity"]) in measured
         filled["spread"] = BEST.spread if alone else COLUMNS.spread
     return filled
+
+
+def with_parameters(budget: str, other: str | None) -> str:
+    """A budget that says how many parameters, beside what else it limits: as it is, or as another budget says."""
+    if other is None or parameters_of(budget):
+        return budget
+    return f"{parameters_of(other)} {budget}".strip()
+
+
+def parameters_of(budget: str) -> str:
+    """What a budget says of parameters, without what it says of memory and time; empty if nothing."""
+    return re.sub(rf"({'|'.join(LIMITS)})\s*=\s*\S*", "", budget, flags=re.IGNORECASE).strip()
 
 
 def chosen_again(stored: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:

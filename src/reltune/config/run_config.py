@@ -35,7 +35,7 @@ ORDER = """
     lm_eval_tasks lm_eval_num_fewshot lm_eval_limit lm_eval_batch_size lm_eval_apply_chat_template
     load_in_4bit load_in_8bit method lora_r lora_alpha lora_dropout rank_by activation_offloading cache_frozen_prefix cache_size
     early_stopping_patience sweep sweep_trials
-    budget criteria granularity spread target_modules exclude_modules
+    budget fixed criteria granularity spread target_modules exclude_modules
     head_epochs analysis_examples analysis_batch_size max_trials probe_steps probe_step_size probe_directions elements frozen_dtype
     export seed training
 """.split()
@@ -143,7 +143,7 @@ class RunConfig(
                 continue
             if self.rank_by is not None and name in RANKS:
                 raise InputError(f"{name} is given, and rank_by gives each module its own rank; leave one of them out.")
-            if name in (*CHOSEN, *MEASURED) and "rank_by" in self.way.defaults:
+            if name in (*CHOSEN, *MEASURED) and name != "budget" and "rank_by" in self.way.defaults:
                 raise InputError(
                     f"{name} is given, and {self.method} chooses nothing unless told to; add --rank_by relevance, or leave {name} out."
                 )
@@ -151,6 +151,7 @@ class RunConfig(
             raise InputError(
                 f"{name} is given, and the method {self.method} does not use it; leave it out, or choose one of {', '.join(takers)}."
             )
+        self._check_size()
         own = self.way.granularity
         if own and self.granularity != [own]:
             raise InputError(
@@ -159,6 +160,26 @@ class RunConfig(
         low_rank = {"column", "row", "element", "module", "layer", "head"}
         if self.rank_by is not None and (wrong := [word for word in self.granularity if word not in low_rank]):
             raise InputError(f"granularity {wrong[0]} cannot be turned into ranks, as rank_by says; leave it out.")
+
+    def _check_size(self) -> None:
+        """Raise InputError for a budget of parameters that the method, or another field, leaves no choice."""
+        if "budget" in self.sweep and not self.needs_plan:
+            raise InputError(
+                f"sweep: the method {self.method} has no budget that could be swept; sweep fields of training."
+            )
+        if not self.rank_from_budget:
+            return
+        if not {"lora_r", "target_modules"} & set(self.taken):
+            takers = [
+                method for method, way in METHODS.items() if {"lora_r", "target_modules"} & {*way.defaults, *way.takes}
+            ]
+            raise InputError(
+                f"budget says how many parameters, and the method {self.method} does not use it, because it has one size; leave it out, or "
+                f"choose one of {', '.join(takers)}."
+            )
+        name = "lora_r" if "lora_r" in self.taken else "target_modules"
+        if getattr(self, name):
+            raise InputError(f"{name} is given, and budget says how many parameters; leave one of them out.")
 
     def _measured(self) -> list[str]:
         """Criteria of the run's saved scores. They can be chosen by even if their package is no longer installed."""

@@ -7,7 +7,7 @@ from dataclasses import field
 
 from reltune.config.fields import BY_RECIPE, Subject, about
 from reltune.config.recipes import BEST, COLUMNS
-from reltune.names import GRANULARITIES, SPREADS
+from reltune.names import FIXABLE, GRANULARITIES, SPREADS
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -17,9 +17,19 @@ class SelectionConfig(Subject):
     budget: str = field(
         default=BY_RECIPE,
         metadata=about(
-            "How many parameters to train: a share of the base model (0.5%) or a number (100k). New heads are not counted. If not "
+            "What training may take: parameters, as a share of the base model (0.5%) or a number (100k), new heads not counted; memory=12GiB; "
+            "time=0.5, of a step of full fine-tuning; hours=2; or several of these (docs/budgets.md). If not "
             f"given: {BEST.budget}, and {COLUMNS.budget} where a granularity or another criterion than {BEST.criterion} is named.",
             "BUDGET",
+        ),
+    )
+    fixed: list[str] = field(
+        default_factory=list,
+        metadata=about(
+            "What a budget of memory may not change. Else it makes activations again (gradient_checkpointing) or splits a batch into "
+            "several that are accumulated (per_device_train_batch_size) where that is what fits.",
+            "NAMES",
+            FIXABLE,
         ),
     )
     granularity: list[str] = field(

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from reltune.cost.calibration import Calibration, Rates
 
 GIB = 1 << 30
+LIBRARIES = 15 << 20  # bytes of a process on a CPU, that the first step loads
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from reltune.cost.devices import LIBRARIES
+
 
 class Counted(Protocol):
     """A step that was counted: exactly (``StepCount``), or as a sum (``PlanCost``)."""
@@ -18,7 +20,6 @@ MIB = 1 << 20
 # all 5 peaks of benchmarks/results/cost_records.json lie this much above the tensors.
 WORKSPACE = 64 * MIB
 CONTEXT = 550 * MIB  # of a process on a CUDA device, outside of the allocator; no record
-LIBRARIES = 15 * MIB  # of a process on a CPU, that the first step loads
 SLACK = 0.03  # of what is handed out: room in the allocator's segments that fits nothing; no record
 
 
@@ -43,3 +44,10 @@ def resident_on_cpu(count: Counted) -> int:
     glibc's keeps freed blocks of less than 32 MiB in a heap with holes, and a process then holds much more, unless ``MALLOC_MMAP_THRESHOLD_`` is set in its environment.
     """
     return count.bytes + LIBRARIES
+
+
+def tensors_within(limit: float, cuda: bool) -> int:
+    """How much tensors may hold so that a card, or a process on a CPU that grows, needs no more than so many bytes."""
+    if not cuda:
+        return int(limit) - LIBRARIES
+    return int((limit - CONTEXT - 20 * MIB) / (1 + SLACK)) - WORKSPACE

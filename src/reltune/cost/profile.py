@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +47,17 @@ class Chosen:
     weight: bool = False
     bias: bool = False
 
+    def __add__(self, other: Chosen) -> Chosen:
+        counts = {name: getattr(self, name) + getattr(other, name) for name in COUNTS}
+        return Chosen(**counts, weight=self.weight or other.weight, bias=self.bias or other.bias)
+
+    def __mul__(self, times: int) -> Chosen:
+        """So many units like this one, of which a whole weight and a bias are there once."""
+        return dataclasses.replace(self, **{name: times * getattr(self, name) for name in COUNTS})
+
+
+COUNTS = ("columns", "rows", "elements", "directions")
+
 
 @dataclasses.dataclass(frozen=True)
 class PlanCost:
@@ -60,6 +72,28 @@ class PlanCost:
     @property
     def bytes(self) -> int:
         return self.memory
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitCost:
+    """What units of one module add to a step, in bytes but for ``numbers``, which are trained, and ``seconds``.
+
+    Attributes:
+        place: the block that they are in, counted from 0.
+        held: all the time, states of the optimizer included.
+        kept: from the block's forward pass to its backward pass.
+        gradient: from there on.
+        source: what names the module's input, which is kept once for all that read it, and ``source_bytes`` what that takes.
+    """
+
+    place: int
+    numbers: int
+    held: int
+    kept: int
+    gradient: int
+    source: int
+    source_bytes: int
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +172,10 @@ class Profile:
             for info in inventory.modules
             if info.name in reads
         }
+        self._sizes = tuple(
+            np.array([getattr(block, name) for block in self.blocks], dtype=float)
+            for name in ("kept", "forward_peak", "backward_peak")
+        )
         self._seconds = {way: [self._time(block.work[way]) for block in self.blocks] for way in ("forward", "backward")}
         self._rest_seconds = self._time(self.rest)
 
@@ -173,47 +211,69 @@ class Profile:
         Raises KeyError for a module that the profile does not have.
         """
         lowest = min((self.modules[name].block for name in plan), default=len(self.blocks))
-        kept, gradients = [0] * len(self.blocks), [0] * len(self.blocks)
+        kept, gradients = np.zeros(len(self.blocks)), np.zeros(len(self.blocks))
         trained = extra = 0
-        seconds = 0.0
+        seconds = self.seconds(lowest)
         sources: set[int] = set()
-        before = min((self.modules[name].before for name in plan if self.modules[name].block == lowest), default=0)
         for name, chosen in plan.items():
-            module = self.modules[name]
-            place = min(module.block, len(self.blocks) - 1)
-            numbers, held, kept_here = _of(module, chosen)
-            reads_source = chosen.weight or (not module.remade and bool(chosen.rows or chosen.elements))
-            trained += numbers
-            extra += held + self._states(numbers)
-            gradients[place] += numbers * module.trained_number
-            if reads_source and module.source not in sources:
-                sources.add(module.source)
-                kept_here += module.source_bytes
-            kept[place] += kept_here
+            unit = self.units(name, chosen)
+            trained += unit.numbers
+            extra += unit.held
+            gradients[unit.place] += unit.gradient
+            kept[unit.place] += unit.kept
+            if unit.source_bytes and unit.source not in sources:
+                sources.add(unit.source)
+                kept[unit.place] += unit.source_bytes
             if self.calibration is not None:
-                seconds += self._unit_seconds(module, chosen)
+                seconds += unit.seconds
         if lowest < len(self.blocks):
+            before = min(self.modules[name].before for name in plan if self.modules[name].block == lowest)
             kept[lowest] -= min(before, self.blocks[lowest].kept)
-        memory = self._peak(lowest, kept, gradients) + self.held + extra
-        for way, first in (("forward", 0), ("backward", lowest)):
-            seconds += sum(self._seconds[way][first:])
-        return PlanCost(memory, seconds + self._rest_seconds, trained, lowest)
+        memory = int(self._peak(lowest, kept, gradients)) + self.held + extra
+        return PlanCost(memory, seconds, trained, lowest)
+
+    def units(self, name: str, chosen: Chosen) -> UnitCost:
+        """What these units of a module add. Raises KeyError for a module that the profile does not have."""
+        module = self.modules[name]
+        numbers, held, kept = _of(module, chosen)
+        reads = chosen.weight or (not module.remade and bool(chosen.rows or chosen.elements))
+        return UnitCost(
+            min(module.block, len(self.blocks) - 1),
+            numbers,
+            held + self._states(numbers),
+            kept,
+            numbers * module.trained_number,
+            module.source,
+            module.source_bytes if reads else 0,
+            math.nan if self.calibration is None else self._unit_seconds(module, chosen),
+        )
+
+    def seconds(self, lowest: int) -> float:
+        """Of a step that trains nothing, differentiated down to the block ``lowest``."""
+        passes = sum(self._seconds["forward"]) + sum(self._seconds["backward"][lowest:])
+        return passes + self._rest_seconds
+
+    def frozen_memory(self, lowest: int) -> int:
+        """Bytes at most of the same step."""
+        nothing = np.zeros(len(self.blocks))
+        return int(self._peak(lowest, nothing, nothing)) + self.held
 
     def _states(self, numbers: int) -> int:
         """Of an optimizer that holds no more of a tensor than its numbers say."""
         return state_size(self.conditions.optimizer)(torch.empty(numbers, device="meta"))
 
-    def _peak(self, lowest: int, kept: list[int], gradients: list[int]) -> int:
-        """The most that is held beyond what is held all the time."""
-        live = most = 0
-        for place, block in enumerate(self.blocks):
-            most = max(most, live + block.forward_peak + (kept[place] if place >= lowest else 0))
-            live += block.kept + kept[place] if place >= lowest else 0
-        most = max(most, live + self.tail_peak)
-        for place in range(len(self.blocks) - 1, lowest - 1, -1):
-            most = max(most, live + self.blocks[place].backward_peak + gradients[place])
-            live += gradients[place] - self.blocks[place].kept - kept[place]
-        return max(most, live)
+    def _peak(self, lowest: int, kept: np.ndarray, gradients: np.ndarray) -> float:
+        """The most that is held beyond what is held all the time, of what plans keep and have gradients of in each block."""
+        if not self.blocks:
+            return float(self.tail_peak)
+        own, forward, backward = self._sizes
+        reached = np.arange(len(self.blocks)) >= lowest
+        kept, gradients = np.where(reached, kept, 0), np.where(reached, gradients, 0)
+        live = np.cumsum(np.where(reached, own, 0) + kept)  # when each block's forward pass ends
+        done = np.cumsum(gradients[::-1])[::-1]  # of gradients, when its backward pass ends
+        begins = np.concatenate([[0.0], live[:-1]])
+        forwards, backwards = begins + forward + kept, np.where(reached, live + backward + done, 0)
+        return float(max(forwards.max(), live[-1] + self.tail_peak, backwards.max(), gradients.sum()))
 
     def _unit_seconds(self, module: _Module, chosen: Chosen) -> float:
         assert self.calibration is not None

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from reltune.cost.memory import tensors_within
+from reltune.cost.profile import Chosen, Profile
 from reltune.errors import InputError, nearest
 from reltune.layers.inventory import Inventory, choose
 from reltune.layers.registry import layer_type
 from reltune.layers.units import ModuleInfo
 from reltune.names import GRANULARITIES
-from reltune.plan.budget import parse_budget
+from reltune.plan import search
+from reltune.plan.budget import parse_budget, read_budget
 from reltune.plan.granularities import ALONE, WHOLE, check_together
 from reltune.plan.plan import WORDS, ModulePlan, Plan
+from reltune.plan.search import Choice, Group, Limits, Search
+from reltune.plan.shares import Shares
 from reltune.plan.threshold import above, best_of_columns, largest
 from reltune.relevance.criteria.contract import granularities_of
 from reltune.relevance.criteria.registry import CRITERIA
@@ -34,6 +41,8 @@ def select(
     exclude_modules: Sequence[str] = (),
     model_name_or_path: str = "",
     task_type: str | None = None,
+    profile: Profile | None = None,
+    limits: Limits | None = None,
 ) -> Plan:
     """Take units in the order of relevance per trainable parameter until the budget is used.
 
@@ -45,8 +54,12 @@ def select(
     next to the new head and get the largest gradients while it is still learning: left in, the pooler took most of a
     0.5% budget and cost 2.5 points of accuracy on movie reviews (docs/learning_rates.md).
 
+    Where the budget limits memory or time too, a unit costs what it and its depth take, and the best cut-off below which nothing is
+    trained is searched for (plan/search.py; of single weights and even spreads plan/shares.py).
+
     Args:
-        budget: "0.5%" of the base model's parameters, or a count of trainable parameters.
+        budget: "0.5%" of the base model's parameters, a count of trainable parameters, "memory=12GiB", "time=0.5" (of a step of full
+            fine-tuning), or several with blanks between.
         granularity: one or several of layer, module, head, column, row, element, direction, bias, norm. A head is an attention head
             (layers/attention_heads.py) and becomes rows of the query, key and value projections and columns of the output
             projection. An element is a single weight of a matrix (not of a bias or norm), and goes with bias and norm
@@ -58,48 +71,288 @@ def select(
             weights, for columns, rows and elements, and for directions the same number of them. Where a column is too large for a
             module's share it gets none, and what is left over is not spent. "columns", for elements alone, is "even" with, in each
             module, the best element of every column before the second best of any.
+        profile: what units cost, for a budget of memory or time: ``reltune.profile`` makes one.
+        limits: what the budget allows, in the profile's terms, for a caller that knows more than it; by default they follow from the budget.
 
     Raises InputError for a budget that is no number or too small for the smallest unit, an unknown granularity or
     criterion, a granularity that the model has no unit of, and patterns that match nothing.
     """
-    inventory = relevance.inventory
-    limit = parse_budget(budget, inventory.base_parameters)
+    asked = _ask(relevance, granularity, criterion, spread, target_modules, exclude_modules)
+    allowed = parse_budget(budget, relevance.inventory.base_parameters)
+    if limits is None:
+        limits = limits_of(budget, allowed, profile)
+    if limits.is_parameters_alone:
+        asked.check_smallest(budget, limits.parameters)
+        chosen = asked.choose(limits.parameters)
+    else:
+        assert profile is not None, "limits of memory and time are in a profile's terms"
+        ways = _Ways(asked, profile)
+        choices = ways.at_cut_offs(limits)
+        lowest = search.best(choices)
+        if lowest is None:
+            least, lowest = ways.search.smallest()
+            plan = asked.plan(
+                ways.chosen(least, lowest),
+                str(budget),
+                relevance.inventory.base_parameters,
+                model_name_or_path,
+                task_type,
+            )
+            raise Unaffordable(
+                f"budget {budget}: no unit fits; the cheapest choice takes {least.cost.memory / 2**20:,.1f} MiB of tensors and "
+                f"{least.cost.seconds:.3g} s a step.",
+                plan,
+            )
+        choice = choices[lowest]
+        assert choice is not None, "best has found it"
+        chosen = ways.chosen(choice, lowest)
+    return asked.plan(chosen, str(budget), min(limits.parameters, allowed), model_name_or_path, task_type)
+
+
+def limits_of(budget: str | int | float, parameters: int, profile: Profile | None) -> Limits:
+    """What a budget allows in a profile's terms, with so many parameters.
+
+    Raises InputError for a budget of memory or time without a profile, one of time without a speed, and one of hours.
+    """
+    parts = read_budget(budget)
+    if not parts.is_limited:
+        return Limits(parameters)
+    if profile is None:
+        raise InputError(
+            f"budget {budget!r}: what units take of memory and time is not known here; pass profile=reltune.profile(model, …)."
+        )
+    if parts.hours is not None:
+        raise InputError(
+            f"budget {budget!r}: hours depend on the data, which are not known here; give time, or use the command line."
+        )
+    memory, seconds = math.inf, math.inf
+    if parts.memory is not None:
+        memory = tensors_within(parts.memory, profile.conditions.cuda)
+    if parts.time is not None:
+        if profile.calibration is None:
+            raise InputError(
+                f"budget {budget!r}: the speed of the device is not known; name a card, or leave time out."
+            )
+        seconds = parts.time * profile.cost({name: Chosen(weight=True) for name in profile.modules}).seconds
+    return Limits(parameters, memory, seconds)
+
+
+class Unaffordable(InputError):
+    """A budget of memory or time in which no unit fits; ``plan`` is the cheapest that there is."""
+
+    def __init__(self, message: str, plan: Plan) -> None:
+        super().__init__(message)
+        self.plan = plan
+
+
+@dataclasses.dataclass(frozen=True)
+class CutOff:
+    """A row of the frontier: the best choice with nothing trained below a block.
+
+    Attributes:
+        lowest: the block, counted from 0, and ``layer`` its name.
+        memory: bytes that tensors hold at most; ``seconds`` of a step, nan where the speed is not known.
+        share: of the relevance that the same number of parameters has where they may be anywhere.
+        counts: units of each module.
+    """
+
+    lowest: int
+    layer: str
+    parameters: int
+    memory: int
+    seconds: float
+    share: float
+    counts: Mapping[str, Chosen]
+
+
+def frontier(
+    relevance: RelevanceScores,
+    limits: Limits,
+    profile: Profile,
+    granularity: str | Sequence[str] = "column",
+    *,
+    criterion: str | None = None,
+    spread: str = "global",
+    target_modules: Sequence[str] = (),
+    exclude_modules: Sequence[str] = (),
+) -> list[CutOff]:
+    """What each cut-off costs and keeps, from the lowest on, of those at which anything fits. Arguments and errors as of ``select``."""
+    ways = _Ways(_ask(relevance, granularity, criterion, spread, target_modules, exclude_modules), profile)
+    anywhere = ways.at_cut_off(0, Limits(limits.parameters))
+    rows: list[CutOff] = []
+    for choice in ways.at_cut_offs(limits):
+        if choice is None or (rows and rows[-1].lowest == choice.cost.lowest):
+            continue
+        cost = choice.cost
+        share = choice.worth / anywhere.worth if anywhere is not None and anywhere.worth else 0.0
+        rows.append(
+            CutOff(
+                cost.lowest,
+                profile.names[cost.lowest],
+                cost.trained,
+                cost.memory,
+                cost.seconds,
+                share,
+                ways.plan(choice),
+            )
+        )
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What is to be chosen from, and how."""
+
+    relevance: RelevanceScores
+    granularities: list[str]
+    criterion: str
+    spread: str
+    candidates: Candidates
+    elements: dict[str, Tensor]
+
+    def check_smallest(self, budget: str | int | float, limit: int) -> None:
+        """Raise InputError for a budget that no unit fits."""
+        smallest = _smallest(self.candidates, self.elements)
+        assert smallest is not None, "_ask has seen to it"
+        if smallest > limit:
+            raise InputError(
+                f"budget {budget} allows {limit:,} parameters, and the smallest {' or '.join(self.granularities)} has {smallest:,}; "
+                "raise the budget or choose a finer granularity."
+            )
+
+    def choose(self, limit: int) -> dict[str, ModulePlan]:
+        inventory = self.relevance.inventory
+        return SPREAD_OUT[self.spread](inventory, self.granularities, self.candidates, self.elements, limit)
+
+    def only(self, names: Collection[str]) -> _Asked:
+        """The units of these modules alone."""
+        places = [i for i, (_, name) in enumerate(self.candidates.places) if name in names]
+        elements = {name: scores for name, scores in self.elements.items() if name in names}
+        return dataclasses.replace(self, candidates=self.candidates.within(places), elements=elements)
+
+    def plan(
+        self, chosen: dict[str, ModulePlan], budget: str, limit: int, model_name_or_path: str, task_type: str | None
+    ) -> Plan:
+        relevance, inventory = self.relevance, self.relevance.inventory
+        vectors = relevance.directions(self.criterion) if ALONE in self.granularities else {}
+        for name, module in chosen.items():
+            module.vectors = vectors[name].numpy() if name in vectors else None
+        plan = Plan(
+            modules=_in_order(inventory, chosen),
+            budget=budget,
+            budget_parameters=limit,
+            base_parameters=inventory.base_parameters,
+            fingerprint=relevance.fingerprint,
+            architecture=str(relevance.provenance.get("architecture", "")),
+            weights=str(relevance.provenance.get("weights", "")),
+            criterion=self.criterion,
+            granularity=self.granularities,
+            spread=self.spread,
+            model_name_or_path=model_name_or_path or str(relevance.provenance.get("model", "")),
+            task_type=task_type,
+            always_trained=relevance.always_trained,
+            head_parameters=inventory.head_parameters,
+        )
+        plan.check()
+        return plan
+
+
+def _ask(
+    relevance: RelevanceScores,
+    granularity: str | Sequence[str],
+    criterion: str | None,
+    spread: str,
+    target_modules: Sequence[str],
+    exclude_modules: Sequence[str],
+) -> _Asked:
     granularities, criterion, candidates, elements = units_to_choose(
         relevance, granularity, criterion, spread, target_modules, exclude_modules
     )
-    smallest = _smallest(candidates, elements)
-    if smallest is None:
+    if _smallest(candidates, elements) is None:
         raise InputError(
             f"{criterion} gives every {' and '.join(granularities)} a negative score; select by another criterion."
         )
-    if smallest > limit:
-        raise InputError(
-            f"budget {budget} allows {limit:,} parameters, and the smallest {' or '.join(granularities)} has {smallest:,}; "
-            "raise the budget or choose a finer granularity."
-        )
+    return _Asked(relevance, granularities, criterion, spread, candidates, elements)
 
-    chosen = SPREAD_OUT[spread](inventory, granularities, candidates, elements, limit)
-    vectors = relevance.directions(criterion) if ALONE in granularities else {}
-    for name, module in chosen.items():
-        module.vectors = vectors[name].numpy() if name in vectors else None
-    plan = Plan(
-        modules=_in_order(inventory, chosen),
-        budget=str(budget),
-        budget_parameters=limit,
-        base_parameters=inventory.base_parameters,
-        fingerprint=relevance.fingerprint,
-        architecture=str(relevance.provenance.get("architecture", "")),
-        weights=str(relevance.provenance.get("weights", "")),
-        criterion=criterion,
-        granularity=granularities,
-        spread=spread,
-        model_name_or_path=model_name_or_path or str(relevance.provenance.get("model", "")),
-        task_type=task_type,
-        always_trained=relevance.always_trained,
-        head_parameters=inventory.head_parameters,
-    )
-    plan.check()
-    return plan
+
+class _Ways:
+    """What may be chosen at each cut-off depth, under limits of memory and time."""
+
+    def __init__(self, asked: _Asked, profile: Profile) -> None:
+        self.asked, self.profile = asked, profile
+        check_alone(asked.granularities)
+        unknown = [
+            piece.info.name
+            for granularity, name in [*asked.candidates.places, *(("element", name) for name in asked.elements)]
+            for piece in _pieces(asked.relevance.inventory, granularity, name, 0)
+            if piece.info.name not in profile.modules
+        ]
+        if unknown:
+            raise InputError(
+                f"what units of {unknown[0]} take of memory and time is not known; leave it out by exclude_modules, or budget parameters alone."
+            )
+        if asked.elements or asked.spread != "global":
+            self.search: Search | Shares = self._shares()
+        else:
+            self.search = Search([self._group(i) for i in range(len(asked.candidates.places))], profile)
+
+    def at_cut_off(self, lowest: int, limits: Limits) -> Choice | None:
+        return self.search.at_cut_off(lowest, limits)
+
+    def at_cut_offs(self, limits: Limits) -> list[Choice | None]:
+        return [self.at_cut_off(lowest, limits) for lowest in range(len(self.profile.blocks))]
+
+    def plan(self, choice: Choice) -> Mapping[str, Chosen]:
+        return self.search.plan(choice.counts)
+
+    def _group(self, place: int) -> Group:
+        candidates, inventory = self.asked.candidates, self.asked.relevance.inventory
+        granularity, name = candidates.places[place]
+        one: dict[str, Chosen] = {}
+        for piece in _pieces(inventory, granularity, name, 0):
+            count = len(piece.indices)
+            if granularity in WHOLE:
+                part = Chosen(weight=True, bias=piece.info.bias)
+            elif piece.granularity == "bias":
+                part = Chosen(bias=True)
+            else:
+                counted: dict[str, Any] = {f"{piece.granularity}s": count}
+                part = Chosen(**counted)
+            one[piece.info.name] = one.get(piece.info.name, Chosen()) + part
+        return Group(one, candidates.worth[candidates.place == place])
+
+    def _shares(self) -> Shares:
+        asked, inventory = self.asked, self.asked.relevance.inventory
+        groups = [self._group(i) for i in range(len(asked.candidates.places))]
+        groups += [
+            Group({name: Chosen(elements=1)}, scores.numpy().reshape(-1)) for name, scores in asked.elements.items()
+        ]
+        sizes = [share_size(inventory[next(iter(group.one))], asked.granularities) for group in groups]
+        return Shares(groups, sizes, self.profile, together=asked.spread == "global")
+
+    def chosen(self, choice: Choice, lowest: int) -> dict[str, ModulePlan]:
+        """The units of a choice that was made for a cut-off."""
+        if isinstance(self.search, Shares):
+            open_ = self.search.names(lowest)
+            return self.asked.only(open_).choose(self.search.limit(choice))
+        candidates, inventory = self.asked.candidates, self.asked.relevance.inventory
+        chosen: dict[str, ModulePlan] = {}
+        for place, count in enumerate(choice.counts):
+            granularity, name = candidates.places[place]
+            order = np.argsort(-candidates.worth[candidates.place == place], kind="stable")
+            for unit in order[:count].tolist():
+                for piece in _pieces(inventory, granularity, name, unit):
+                    _take(chosen.setdefault(piece.info.name, ModulePlan(piece.info.shape)), piece)
+        return chosen
+
+
+def check_alone(granularities: Sequence[str]) -> None:
+    """Raise InputError for granularities that share weights, whose costs under limits of memory and time do not add up."""
+    if len(granularities) > 1 and not set(granularities) <= {"column", "row", "bias"}:
+        raise InputError(
+            f"a budget of memory or time takes one granularity, or column, row and bias, and not {', '.join(granularities)}; name one of "
+            "them, or budget parameters alone."
+        )
 
 
 def units_to_choose(
@@ -268,6 +521,13 @@ class Candidates:
     index: np.ndarray  # its number there,
     price: np.ndarray  # its trainable parameters,
     worth: np.ndarray  # and its relevance
+
+    def within(self, places: Sequence[int]) -> Candidates:
+        """Those in these places alone."""
+        where = np.isin(self.place, places)
+        renumbered = np.searchsorted(places, self.place[where])
+        named = [self.places[i] for i in places]
+        return Candidates(named, renumbered, self.index[where], self.price[where], self.worth[where])
 
     def only(self, name: str) -> Candidates:
         """Those of one module."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from reltune.metrics import METRICS, metric_of
 from reltune.relevance.heatmap import Heatmap
-from reltune.report.record import LMEvalScore
+from reltune.report.record import LMEvalScore, Predicted
 
 MISSING = "—"
 
@@ -156,6 +156,16 @@ def history_rows(history: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[
             )
         rows.append(cells)
     return ["step", "epoch", *(heads[name] for name in names)], rows if names else []
+
+
+def predicted_rows(predicted: Iterable[Predicted]) -> list[list[str]]:
+    """Rows of a table of predictions: name, predicted, measured, the difference as a share of what was measured."""
+    rows = []
+    for one in predicted:
+        sizes = "memory" in one.name
+        cells = [size(v) if sizes else fixed(v, 3) for v in (one.predicted, one.measured)]
+        rows.append([one.name, *cells, MISSING if one.difference is None else f"{100 * one.difference:+.1f} %"])
+    return rows
 
 
 def lm_eval_cells(score: LMEvalScore) -> tuple[str, ...]:

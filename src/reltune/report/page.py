@@ -77,6 +77,7 @@ def write_report(path: str | os.PathLike, record: RunRecord) -> None:
         ways=ways,
         panels=panels,
         config=list(numbers.flatten(record.config)),
+        predicted=numbers.predicted_rows(record.predicted),
         sweep=numbers.sweep_rows(record.sweep) if record.sweep else None,
         lm_eval_rows=[numbers.lm_eval_cells(score) for score in record.lm_eval.scores] if record.lm_eval else [],
         scales=SCALES,

@@ -133,6 +133,20 @@ class ComparisonRecord:
 
 
 @dataclasses.dataclass
+class Predicted:
+    """What a training was predicted to take, and what it took; None where one of them is not known."""
+
+    name: str
+    predicted: float | None
+    measured: float | None
+
+    @property
+    def difference(self) -> float | None:
+        """Of the prediction, as a share of what was measured."""
+        return (self.predicted - self.measured) / self.measured if self.predicted and self.measured else None
+
+
+@dataclasses.dataclass
 class RunRecord:
     """What the report shows of a run; assembled from the artefacts, never from memory of the training process."""
 
@@ -149,4 +163,5 @@ class RunRecord:
     sweep: dict[str, Any] | None = None  # sweep.json
     lm_eval: LMEvalRecord | None = None
     held_in: str = ""  # what the base's linear layers are held in, such as "8 bits"; "" where as in the checkpoint
+    predicted: list[Predicted] = field(default_factory=list)
     ways: ComparisonRecord | None = None  # where other methods were trained beside

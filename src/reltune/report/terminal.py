@@ -16,7 +16,7 @@ from rich.text import Text
 from reltune.markup import CIVIDIS
 from reltune.relevance.heatmap import Heatmap
 from reltune.report import numbers
-from reltune.report.record import LMEvalRecord, Output
+from reltune.report.record import LMEvalRecord, Output, Predicted
 
 WIDTH = 80
 CELL = 6
@@ -104,6 +104,16 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
     return table
 
 
+def predicted_table(predicted: Sequence[Predicted]) -> Table:
+    """What the training was predicted to take beside what it took."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for head in ("training", "predicted", "measured", "difference"):
+        table.add_column(head, justify="left" if head == "training" else "right")
+    for cells in numbers.predicted_rows(predicted):
+        table.add_row(*map(Text, cells))
+    return table
+
+
 def outputs(written: Sequence[Output], few: int = 3) -> RenderableType:
     """The first few outputs, each as prompt, reference, base and tuned model's text, one below the other."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
@@ -155,6 +165,35 @@ def estimate_table(values: Mapping[str, Any]) -> Table:
     add("seconds per step", [numbers.fixed(row["seconds"], 3) for row in rows])
     if values["steps"]:
         add(f"hours for {values['steps']:,} steps", [numbers.fixed(row["hours"], 2) for row in rows])
+    return table
+
+
+def layers_table(values: Mapping[str, Any]) -> Table:
+    """What a plan takes of each layer, the deepest at the top, and what each cut-off depth costs and keeps beside it, if that is known."""
+    layers = list(values["parameters_by_layer"])
+    labels, _ = numbers.layer_labels(layers)
+    frontier = {row["layer"]: row for row in values["frontier"]}
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("layer", justify="right", no_wrap=True)
+    table.add_column("chosen", overflow="fold", max_width=24)
+    table.add_column("parameters", justify="right", no_wrap=True)
+    if frontier:
+        for head in ("if all below\nis frozen:\nrelevance %", "seconds\nper step", "memory of\ntensors"):
+            table.add_column(head, justify="right", no_wrap=True)
+    for label, layer in reversed(list(zip(labels, layers, strict=True))):
+        units = ", ".join(f"{count:,} {kind}" for kind, count in values["units_by_layer"][layer].items())
+        parameters = values["parameters_by_layer"][layer]
+        row = frontier.get(layer)
+        if not parameters and row is None:
+            continue
+        cells = [label, units, numbers.short_count(parameters) if parameters else ""]
+        if frontier:
+            cells += (
+                ["", "", ""]
+                if row is None
+                else [numbers.share(row["share"]), numbers.fixed(row["seconds"], 3), numbers.size(row["memory"])]
+            )
+        table.add_row(*map(Text, cells))
     return table
 
 

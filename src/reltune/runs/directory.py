@@ -37,6 +37,7 @@ ARTEFACTS = {  # in the order of the stages; writing one makes those after it ou
     "analyze": ("relevance", "task.json", "held_out", "bad_rows.json", "notes.json"),
     "select": ("plan",),
     "tune": (
+        "prediction.json",
         "adapter",
         "method.json",
         "trainer_state.json",
@@ -51,6 +52,7 @@ ARTEFACTS = {  # in the order of the stages; writing one makes those after it ou
 
 STAGES = ("analysis", "selection", "sweep", "training", "evaluation", "comparison", "report", "export")  # of a run
 BEFORE_THE_ADAPTER = (
+    "prediction.json",
     "method.json",
     "trainer_state.json",
     "training_cost.json",
@@ -71,6 +73,7 @@ class RunDirectory:
         self.plan = self.path / "plan"
         self.adapter = self.path / "adapter"
         self.method = self.path / "method.json"  # where no plan says what was trained
+        self.prediction = self.path / "prediction.json"  # what training will take, and what was chosen so that it fits
         self.begun = self.path / "training.json"  # what a training was begun with, for one that goes on
         self.results = self.path / "all_results.json"
         self.outputs = self.path / "outputs.jsonl"

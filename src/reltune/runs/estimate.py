@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -153,12 +153,27 @@ def estimate(
 
     Raises InputError for values that no training could have.
     """
+    return estimate_run(_config(model_name_or_path, device, fields), device, examples, plan)
+
+
+def profile(model_name_or_path: str, *, device: str | None = None, **fields: Any) -> Profile:
+    """What each unit and each depth of a model costs, for ``reltune.select`` under a budget of memory or time.
+
+    Arguments and errors as of ``estimate``.
+    """
+    config = _config(model_name_or_path, device, fields)
+    config.training = checked_training_fields(config.training)
+    _, calibration = place_of(device)
+    return Subject(config, None, is_cuda(calibration)).profile(calibration)
+
+
+def _config(model_name_or_path: str, device: str | None, fields: Mapping[str, Any]) -> RunConfig:
     known = {field.name for field in dataclasses.fields(RunConfig)}
-    training = {**fields.pop("training", {}), **{name: v for name, v in fields.items() if name not in known}}
-    own = {name: value for name, value in fields.items() if name in known}
+    training = {**fields.get("training", {}), **{name: v for name, v in fields.items() if name not in known}}
+    own = {name: value for name, value in fields.items() if name in known and name != "training"}
     config = RunConfig(model_directory(model_name_or_path), ".", training=training, **own)
     check_estimate(config, device)
-    return estimate_run(config, device, examples, plan)
+    return config
 
 
 def estimate_run(
@@ -166,31 +181,44 @@ def estimate_run(
 ) -> Estimate:
     """``estimate`` of a run's config."""
     config.training = checked_training_fields(config.training)
-    place, calibration = _place(device)
-    cuda = calibration is None or calibration.device == "cuda"
-    subject = _Subject(config, plan, cuda)
+    place, calibration = place_of(device)
+    subject = Subject(config, plan, is_cuda(calibration))
+    return beside(subject, place, calibration, examples)
+
+
+def is_cuda(calibration: Calibration | None) -> bool:
+    """Whether what is calibrated, or only known by its memory, is a GPU."""
+    return calibration is None or calibration.device == "cuda"
+
+
+def beside(
+    subject: Subject,
+    place: Card,
+    calibration: Calibration | None,
+    examples: int | None,
+    first: StepCount | None = None,
+    others: Sequence[str] = BESIDE,
+) -> Estimate:
+    """The estimate of a subject's method, whose step may have been counted, with the others beside."""
+    config, batch_size = subject.config, subject.batch_size
     steps = subject.steps(examples)
-    batch_size = subject.batch_size
+    first = first or subject.count(config.method, batch_size)
 
     def row(method: str, count: StepCount | None = None) -> Row:
         try:
             count = count or subject.count(method, batch_size)
         except InputError as error:
-            if method == config.method:
-                raise
             return Row(method, error=str(error))
-        held = _memory(count)
+        held = memory_of(count)
         seconds = hours = None
         if calibration is not None:
-            time = step_time(count, calibration)
-            seconds = subject.accumulation * (time.forward + time.backward) + time.optimizer
+            seconds = subject.seconds(count, calibration)
             hours = None if steps is None else steps * seconds / 3600
         fits = None if not place.memory else sum(held.values()) <= place.memory
         heads = subject.head_parameters
         return Row(method, count.trained - heads, heads, held, fits, seconds, hours)
 
-    first = subject.count(config.method, batch_size)
-    rows = [row(config.method, first), *(row(method) for method in BESIDE if method != config.method)]
+    rows = [row(config.method, first), *(row(method) for method in others if method != config.method)]
     return Estimate(
         config.model_name_or_path,
         subject.parameters,
@@ -217,10 +245,10 @@ class PlanCosts:
     def __init__(self, config: RunConfig, device: str | None = None) -> None:
         """Raises InputError for a model that cannot be counted."""
         config = dataclasses.replace(config, training=checked_training_fields(config.training))
-        place, self.calibration = _place(device)
+        place, self.calibration = place_of(device)
         self.device, self.device_memory = place.name, place.memory
         self.cuda = self.calibration is None or self.calibration.device == "cuda"
-        subject = _Subject(config, None, self.cuda)
+        subject = Subject(config, None, self.cuda)
         self.accumulation = subject.accumulation
         model = subject._model()
         inventory = take_inventory(model, subject.new_heads)
@@ -243,7 +271,7 @@ class PlanCosts:
         return held, seconds, cost.lowest
 
 
-def _place(device: str | None) -> tuple[Card, Calibration | None]:
+def place_of(device: str | None) -> tuple[Card, Calibration | None]:
     """The device that is asked about, and how fast it is if that is known."""
     if device is None or device == "cpu":
         import psutil
@@ -257,7 +285,7 @@ def _place(device: str | None) -> tuple[Card, Calibration | None]:
     return named, calibration_of(named)
 
 
-def _memory(count: StepCount) -> dict[str, int]:
+def memory_of(count: StepCount) -> dict[str, int]:
     """Bytes by what they are for, in words."""
     held = {AREAS[area]: count.peak[area] for area in AREAS if count.peak[area]}
     if not count.conditions.cuda:
@@ -269,14 +297,14 @@ def _memory(count: StepCount) -> dict[str, int]:
     }
 
 
-def _largest_batch(subject: _Subject, method: str, count: StepCount, limit: int) -> int:
+def _largest_batch(subject: Subject, method: str, count: StepCount, limit: int) -> int:
     """By counting: what a step holds grows evenly with its batch, but for what is rounded and who holds most."""
 
     def total(size: int) -> int:
         counted = count if size == subject.batch_size else subject.count(method, size)
-        return sum(_memory(counted).values())
+        return sum(memory_of(counted).values())
 
-    size, held = subject.batch_size, sum(_memory(count).values())
+    size, held = subject.batch_size, sum(memory_of(count).values())
     other = max(1, size // 2) if size > 1 else 2
     slope = (held - total(other)) / (size - other)
     guess = size + (limit - held) / slope if slope > 0 else LARGEST_BATCH
@@ -287,10 +315,13 @@ def _largest_batch(subject: _Subject, method: str, count: StepCount, limit: int)
     return 0
 
 
-class _Subject:
+class Subject:
     """A model, its task and its batches, for as many counts as are wanted."""
 
-    def __init__(self, config: RunConfig, plan: Plan | None, cuda: bool) -> None:
+    def __init__(
+        self, config: RunConfig, plan: Plan | None, cuda: bool, new_heads: Sequence[str] | None = None
+    ) -> None:
+        """``new_heads``: the modules that no checkpoint has values for, where they are known; else they are guessed."""
         self.config, self.plan, self.cuda = config, plan, cuda
         self.settings: Any = load_config(config.model_name_or_path)
         self.task = config.task or _task_of(self.settings, config.model_name_or_path)
@@ -319,10 +350,15 @@ class _Subject:
             self.accumulation > 1,
         )
         model = self._model()
-        self.new_heads = _new_heads(model, self.settings)
+        self.new_heads = _new_heads(model, self.settings) if new_heads is None else list(new_heads)
         self.inventory = take_inventory(model, self.new_heads)
         self.parameters = self.inventory.base_parameters
         self.head_parameters = self.inventory.head_parameters
+
+    def seconds(self, count: StepCount, calibration: Calibration) -> float:
+        """Of a step with all its batches."""
+        time = step_time(count, calibration)
+        return self.accumulation * (time.forward + time.backward) + time.optimizer
 
     def steps(self, examples: int | None) -> int | None:
         """Optimizer steps of the whole training."""
@@ -349,6 +385,44 @@ class _Subject:
             model.set_experts_implementation("grouped_mm")
         return model
 
+    def _held_model(self, config: RunConfig) -> Any:
+        """The model as its weights are held: in few bits, if the config says so."""
+        model = self._model()
+        bits = 4 if config.load_in_4bit else 8 if config.load_in_8bit else 0
+        if bits:
+            output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+            whole = [name for name, module in model.named_modules() if module is output]
+            stand_ins.hold_in_few_bits(model, bits, [*whole, *self.new_heads])
+        return model
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether activations are made again in the backward pass."""
+        return bool(self.values.get("gradient_checkpointing") or self.values.get("activation_checkpointing"))
+
+    def profile(self, calibration: Calibration | None) -> Profile:
+        """What each unit and each depth of the model costs with these batches."""
+        model = self._held_model(self.config)
+        if self.checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return Profile(model, self._batch(self.batch_size), self.conditions, self.inventory, calibration)
+
+    def base(self, config: RunConfig) -> Base:
+        """The model for a method to look at."""
+        model = self._model()
+        return Base(config, model, self.new_heads, self._not_tuned(model))
+
+    def even_plan(self, blocks: Collection[str] | None = None, count: int | None = None) -> Plan:
+        """The plan that a choice spread evenly over the model, or over some of its blocks, would give, before anything is measured.
+
+        ``count``: how many parameters, if not as many as the budget allows.
+        """
+        inventory = self.inventory
+        if blocks is not None:
+            inventory = inventory.only({info.name for info in inventory.modules if info.layer in blocks})
+        config = self.config if count is None else dataclasses.replace(self.config, budget=str(count))
+        return self._spread_evenly(inventory, config, self._not_tuned(self._model()), blocks is not None)
+
     def count(self, method: str, batch_size: int) -> StepCount:
         """Count a step of a method. Raises InputError for one that cannot train the model."""
         config = self.config
@@ -358,12 +432,7 @@ class _Subject:
                 self.config, method=method, target_modules=[], exclude_modules=[], frozen_dtype=None, **others
             )
         METHODS[method].check_config(config)
-        model = self._model()
-        bits = 4 if config.load_in_4bit else 8 if config.load_in_8bit else 0
-        if bits:
-            output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-            whole = [name for name, module in model.named_modules() if module is output]
-            stand_ins.hold_in_few_bits(model, bits, [*whole, *self.new_heads])
+        model = self._held_model(config)
         alike = self.plan is None and not [*config.target_modules, *config.exclude_modules]
         alike = alike and not set(config.granularity or ()) & set(WHOLE)
         repeats = shorten(model) if alike else {}
@@ -379,20 +448,26 @@ class _Subject:
         with counting(self.conditions):
             model = self._prepared(model, config)
             model.train()
-            if self.values.get("gradient_checkpointing") or self.values.get("activation_checkpointing"):
+            if self.checkpoints:
                 base = base_of(model)
                 base.gradient_checkpointing_enable({"use_reentrant": False})
                 if config.method not in ("full", "layers", "head", "bitfit"):
                     base.enable_input_require_grads()
             return count_step(model, self._batch(batch_size), self.conditions, repeats)
 
+    def _not_tuned(self, model: Any) -> list[str]:
+        """The modules that the task's Trainer cannot train parts of."""
+        output = model.get_output_embeddings() if CLASSES[self.task] == "AutoModelForCausalLM" else None
+        return [name for name, module in model.named_modules() if module is output] if output is not None else []
+
     def _prepared(self, model: Any, config: RunConfig) -> nn.Module:
         """The model as the method trains it."""
-        output = model.get_output_embeddings() if CLASSES[self.task] == "AutoModelForCausalLM" else None
-        not_tuned = [name for name, module in model.named_modules() if module is output] if output is not None else []
+        not_tuned = self._not_tuned(model)
         base = Base(config, model, self.new_heads, not_tuned)
         method = METHODS[config.method]
-        if config.rank_by is not None:
+        if config.rank_by is not None and self.plan is not None:
+            base.plan = dataclasses.replace(self.plan, fingerprint="", task_type=None)
+        elif config.rank_by is not None:
             raise InputError("rank_by gives ranks by what an analysis finds, and none is made here; leave it out.")
         if not isinstance(method, Planned):
             return method.prepare(base).model
@@ -406,7 +481,9 @@ class _Subject:
         plan = dataclasses.replace(plan, fingerprint="", task_type=None)
         return get_peft_model(model, ReltuneConfig(plan=plan, frozen_dtype=config.frozen_dtype))
 
-    def _spread_evenly(self, inventory: Inventory, config: RunConfig, not_tuned: list[str]) -> Plan:
+    def _spread_evenly(
+        self, inventory: Inventory, config: RunConfig, not_tuned: list[str], in_part: bool = False
+    ) -> Plan:
         """A plan that keeps the budget with units of every module alike, or with whole tensors from the top."""
         budget = parse_budget(config.budget, self.parameters)
         (kind, *others) = config.granularity
@@ -439,7 +516,7 @@ class _Subject:
                 if not modules or sum(m.parameters for m in modules.values()) + planned.parameters <= budget:
                     modules[info.name] = planned
         else:
-            chosen = infos if config.target_modules or config.exclude_modules else whole
+            chosen = infos if in_part or config.target_modules or config.exclude_modules else whole
             part = min(1.0, budget / sum(_size(info) for info in chosen))
             for info in infos:
                 modules[info.name] = _units(info, kind, part, budget / len(chosen))

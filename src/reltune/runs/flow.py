@@ -19,6 +19,7 @@ from reltune.data.bad_rows import in_words
 from reltune.errors import InputError
 from reltune.files import read_json
 from reltune.names import GGUF_TYPE
+from reltune.plan.budget import read_budget
 from reltune.plan.plan import Plan
 from reltune.processes import Processes
 from reltune.relevance.artefact import interrupted_in
@@ -30,11 +31,14 @@ from reltune.runs import preflight, stages
 from reltune.runs import sweep as sweeps
 from reltune.runs.chat import Conversation, conversations
 from reltune.runs.comparison.beside import compare_run
+from reltune.runs.data_record import read_task
 from reltune.runs.directory import STAGES, RunDirectory
 from reltune.runs.export import lora_summary
+from reltune.runs.forecast import Forecast, Settings
 from reltune.runs.materials import Materials, noting, prepare, prepare_evaluation, prepare_export, task_of_run
 from reltune.runs.prediction import Predicted
 from reltune.runs.preview import Preview, preview_data, preview_of_run
+from reltune.runs.splits import read_data
 from reltune.runs.summary import read_lm_eval, report
 from reltune.runs.tuned import Tuned
 from reltune.tasks.chat_templates import text_of
@@ -57,6 +61,11 @@ class Started:
     @property
     def config(self) -> RunConfig:
         return self.materials.config
+
+    @property
+    def examples(self) -> int | None:
+        """How many training examples there are; None where rows are streamed."""
+        return None if self.config.streaming else len(self.materials.train)
 
     def was_done(self, stage: str) -> bool:
         """Whether a stage was finished before the interruption: found out once, since processes that work together have to take
@@ -100,6 +109,8 @@ def start(config: RunConfig, overwrite: bool = False, goal: str = "run") -> Star
         materials = prepare(config, directory if recorded else None)
         if stage is None or not directory.has_adapter:
             stages.check_choice(materials, goal != "analysis")
+            if goal != "analysis":
+                stages.check_affordable(config, directory, None if config.streaming else len(materials.train))
             if config.export is not None:
                 stages.check_export(config, materials.task, config.export)
             materials.check_training()
@@ -131,7 +142,7 @@ def measure_and_choose(started: Started) -> Plan | None:
         return None
     if started.was_done("selection"):
         return Plan.load(directory.plan)
-    plan = stages.select(config, directory)
+    plan = stages.select(config, directory, started.examples)
     started.analysis_seconds = None if started.going_on else time.perf_counter() - began
     return plan
 
@@ -142,7 +153,7 @@ def train(started: Started, anew: bool = False, resume_from_checkpoint: str | No
     directory = started.directory
     if not started.config.sweep:
         if not started.was_done("training"):
-            stages.tune(started.materials, directory, resume_from_checkpoint, goes_on=not anew)
+            stages.tune(started.materials, directory, resume_from_checkpoint, goes_on=not anew, predict=True)
         return None
     started.materials = sweeps.sweep(started.materials, directory, anew)
     record: dict[str, Any] = read_json(directory.trials)
@@ -176,7 +187,47 @@ def analyze_weights(config: RunConfig, overwrite: bool = False) -> RelevanceScor
 
 def choose_again(config: RunConfig, directory: RunDirectory) -> Plan:
     """Select from the relevance of an existing run, and store this config as the run's."""
-    return stages.select(config, directory)
+    examples = _examples(config, directory) if read_budget(config.budget).hours is not None else None
+    return stages.select(config, directory, examples)
+
+
+def settings_of(directory: RunDirectory) -> list[str]:
+    """What was chosen beside the units so that a budget is kept, one sentence for each."""
+    if not directory.prediction.is_file():
+        return []
+    made = read_json(directory.prediction)
+    return Settings(made["fields"], made["training"]).describe()
+
+
+def forecast_selection(config: RunConfig, directory: RunDirectory, device: str | None = None) -> Forecast:
+    """What ``choose_again`` would choose, and what its training would take. Writes nothing."""
+    relevance = RelevanceScores.load(directory.relevance)
+    return stages.forecast_of(config, directory, relevance, device, _examples(config, directory))
+
+
+def forecast_run(config: RunConfig, device: str | None = None) -> Forecast:
+    """What a run would train, and what that would take; by the relevance in its directory, if it was analyzed. Writes nothing."""
+    directory = RunDirectory(config.output_dir)
+    if config.has_data and not config.streaming:
+        with noting():
+            task, splits = read_data(config)
+        config.task = task.name
+        examples = len(list(splits.train))
+    else:
+        examples = None
+    known = directory.config_file.is_file() and config.needs_plan and directory.is_analyzed
+    relevance = RelevanceScores.load(directory.relevance) if known else None
+    if relevance is not None and config.criteria[0] not in relevance.criteria:
+        relevance = None
+    return stages.forecast_of(config, directory, relevance, device, examples)
+
+
+def _examples(config: RunConfig, directory: RunDirectory) -> int | None:
+    """How many training examples a run has; None where nothing depends on it, or it is not known."""
+    if not config.has_data or config.streaming:
+        return None
+    with noting():
+        return len(list(read_data(config, read_task(directory, config))[1].train))
 
 
 def tune_again(config: RunConfig, directory: RunDirectory, overwrite: bool = False) -> dict[str, Any] | None:

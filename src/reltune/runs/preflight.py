@@ -28,7 +28,7 @@ from reltune.names import (
     WITH_DIRECTIONS,
     WRITING,
 )
-from reltune.plan.budget import check_budget
+from reltune.plan.budget import check_budget, read_budget
 from reltune.plan.granularities import ALONE, check_together
 from reltune.runs.comparison.directory import ComparisonDirectory
 from reltune.runs.directory import ADAPTER_CONFIG, CONFIG, TASK, RunDirectory
@@ -53,7 +53,8 @@ def check_new_run(config: RunConfig, overwrite: bool, goal: str = "run") -> None
 def check_new_comparison(config: ComparisonConfig, overwrite: bool) -> None:
     """Raise InputError for a comparison whose methods, model, data or directory cannot be what is wanted. Creates nothing."""
     config.check()
-    check_budget(config.budget)
+    if read_budget(config.budget).is_limited:
+        raise InputError("budget: sizes that are equal are numbers of parameters; leave memory, time and hours out.")
     for name in config.names:
         try:
             made = config.of(name)
@@ -90,6 +91,16 @@ def check_preview(config: RunConfig, model: bool, form: str = "table") -> None:
         raise InputError(problem)
     _check_files(config, FILES)
     config.chat_template = text_of(config.chat_template)
+
+
+def check_dry_run(dry_run: bool, device: str | None, form: str) -> None:
+    """Raise InputError for a device or a form of a dry run that is none, and for one without a dry run."""
+    if form not in ("table", "json"):
+        raise InputError(f"--format {form!r} is unknown; write table or json.")
+    if not dry_run and (device is not None or form != "table"):
+        raise InputError("--device and --format are for a dry run; add --dry_run, or leave them out.")
+    if device is not None and device != "cpu":
+        card(device)
 
 
 def check_tuning(config: RunConfig, directory: RunDirectory, overwrite: bool) -> None:
@@ -251,6 +262,8 @@ def check_chooses(config: RunConfig) -> None:
 def check_selection(config: RunConfig) -> None:
     """Raise InputError for budgets that no model could have, and for units that cannot be chosen together or are not measured."""
     if not config.needs_plan:
+        if config.budget is not None:
+            check_budget(config.budget)
         return
     for budget in config.sweep.get("budget", [config.budget]):
         if ".." not in budget:  # a range, which the sweep itself refuses

@@ -34,9 +34,10 @@ from reltune.methods.contract import Base, Trainable
 from reltune.methods.registry import METHODS
 from reltune.names import CONTINUING, IN_GGUF, WITHOUT_DATA
 from reltune.notes import note
-from reltune.plan.budget import parse_budget
+from reltune.plan.budget import parse_budget, read_budget
 from reltune.plan.granularities import check_together
 from reltune.plan.plan import Plan
+from reltune.plan.search import Limits
 from reltune.plan.selection import check_scored, check_share, modules_with_elements
 from reltune.plan.selection import select as choose_units
 from reltune.processes import Processes
@@ -52,9 +53,10 @@ from reltune.runs import export as exporting
 from reltune.runs import lm_evaluation, prefix_cache, training
 from reltune.runs.asking import asked_in
 from reltune.runs.cards import describe_adapter, describe_lora, describe_merged, describe_method
-from reltune.runs.data_record import record_bad_rows, record_data
+from reltune.runs.data_record import read_task, record_bad_rows, record_data
 from reltune.runs.directory import ADAPTER_FILES, RunDirectory
 from reltune.runs.evaluation import evaluate as measure_metrics
+from reltune.runs.forecast import Forecast, Settings, digest_of, forecast
 from reltune.runs.gguf_file import check_architecture, check_tokenizer
 from reltune.runs.kept_batch import STOPPED_AT, keep_batch
 from reltune.runs.materials import EvaluationMaterials, Materials, ModelMaterials, placement
@@ -305,28 +307,107 @@ def _new_heads(file: Path, model: nn.Module, new_heads: Sequence[str]) -> dict[s
     return tensors
 
 
-def select(config: RunConfig, run: RunDirectory) -> Plan:
+def select(config: RunConfig, run: RunDirectory, examples: int | None = None) -> Plan:
     """Choose units under the budget from the saved relevance, and store the config as the run's. Of several processes the first
-    one chooses."""
+    one chooses. ``examples``: of training, for a budget of hours."""
     processes = Processes.joined()
     with processes.together():
         if processes.first:
-            plan = choose(config, RelevanceScores.load(run.relevance), config.criteria[0])
+            relevance, found = RelevanceScores.load(run.relevance), None
+            if read_budget(config.budget).is_limited:
+                found = forecast_of(config, run, relevance, None, examples, shown=False)
+                plan = found.plan
+                assert plan is not None
+            else:
+                plan = choose(config, relevance, config.criteria[0])
             run.clear("select")
             config.save(run.config_file)  # before the plan, which is there only with its config
             with whole_directory(run.plan) as partial:
                 plan.save(partial)
+            if found is not None:
+                write_json(run.prediction, found.prediction(_conditions(config, run)))
     return Plan.load(run.plan)
 
 
+def forecast_of(
+    config: RunConfig,
+    run: RunDirectory,
+    relevance: RelevanceScores | None,
+    device: str | None = None,
+    examples: int | None = None,
+    plan: Plan | None = None,
+    shown: bool = True,
+) -> Forecast:
+    """What a run will train and what that takes, by this relevance or plan; ``shown``: beside what else could be trained."""
+    if config.task is None and (recorded := read_task(run, config)) is not None:
+        config = dataclasses.replace(config, task=recorded.name)
+    wanted: dict[str, Any] = {}
+    if relevance is not None:
+        wanted = {
+            "criterion": config.criteria[0],
+            "task_type": _task_type(config, relevance.always_trained),
+            "restricted": _restricted(config, relevance),
+        }
+    return forecast(
+        config,
+        relevance=relevance,
+        plan=plan,
+        device=device,
+        examples=examples,
+        with_frontier=shown,
+        with_others=shown,
+        **wanted,
+    )
+
+
+def check_affordable(config: RunConfig, run: RunDirectory, examples: int | None) -> None:
+    """Raise InputError for a budget of memory or time that nothing keeps, before hours are spent."""
+    for budget in config.sweep.get("budget", [config.budget]):
+        if budget is not None and read_budget(budget).is_limited:
+            forecast_of(dataclasses.replace(config, budget=budget, sweep={}), run, None, None, examples, shown=False)
+
+
+def settled(
+    materials: Materials, run: RunDirectory, plan: Plan | None, predict: bool
+) -> tuple[Materials, dict[str, Any]]:
+    """The run's materials with the settings that its budget asks for, and what was predicted, which is empty where nothing was.
+
+    A prediction that was made when the plan was chosen counts, unless the config has changed since. Without a budget of memory or
+    time there are no settings, and a prediction is made if it is wanted and can be.
+    """
+    config = materials.config
+    limited = config.budget is not None and read_budget(config.budget).is_limited
+    sized = config.rank_from_budget
+    processes = Processes.joined()
+    with processes.together():
+        digest = _conditions(config, run)
+        before = read_json(run.prediction) if run.prediction.is_file() else {}
+        if processes.first and before.get("of") != digest:
+            discard(run.prediction)
+            examples = None if config.streaming else len(materials.train)
+            try:
+                if limited or sized or predict:
+                    found = forecast_of(config, run, None, None, examples, plan, shown=False)
+                    write_json(run.prediction, found.prediction(digest))
+            except Exception:
+                if limited or sized:
+                    raise  # else a training that cannot be predicted is a training all the same
+    if not run.prediction.is_file():
+        return materials, {}
+    made = read_json(run.prediction)
+    own = Settings(made["fields"], made["training"]).of(config) if made["fields"] or made["training"] else config
+    return dataclasses.replace(materials, config=own), made
+
+
+def _conditions(config: RunConfig, run: RunDirectory) -> str:
+    """A digest of what a prediction depends on."""
+    if config.task is None and (recorded := read_task(run, config)) is not None:
+        config = dataclasses.replace(config, task=recorded.name)
+    return digest_of(config, run.plan_digest() if config.needs_plan else "")
+
+
 def choose(config: RunConfig, relevance: RelevanceScores, criterion: str | None = None) -> Plan:
-    """The plan for a config. Patterns that the analysis has followed already are not matched again: it kept only what
-    they allow, so that nothing is left for ``exclude_modules`` to match."""
-    wanted = restrictions(config)
-    for name, patterns in wanted.items():
-        if patterns and patterns == relevance.provenance.get(name):
-            measured = [info.name for info in relevance.inventory.modules]
-            wanted[name] = measured if name == "target_modules" else []
+    """The plan for a config whose budget is one of parameters; of another one that part counts."""
     return choose_units(
         relevance,
         config.budget,
@@ -335,8 +416,20 @@ def choose(config: RunConfig, relevance: RelevanceScores, criterion: str | None 
         spread=config.spread,
         model_name_or_path=config.model_name_or_path,
         task_type=_task_type(config, relevance.always_trained),
-        **wanted,
+        limits=Limits(parse_budget(config.budget, relevance.inventory.base_parameters)),
+        **_restricted(config, relevance),
     )
+
+
+def _restricted(config: RunConfig, relevance: RelevanceScores) -> dict[str, Any]:
+    """The patterns that keep modules out of the choice. Those that the analysis has followed already are not matched again: it kept only
+    what they allow, so that nothing is left for ``exclude_modules`` to match."""
+    wanted = restrictions(config)
+    for name, patterns in wanted.items():
+        if patterns and patterns == relevance.provenance.get(name):
+            measured = [info.name for info in relevance.inventory.modules]
+            wanted[name] = measured if name == "target_modules" else []
+    return wanted
 
 
 def _task_type(config: RunConfig, new_heads: Sequence[str]) -> str | None:
@@ -351,11 +444,12 @@ def tune(
     resume_from_checkpoint: str | None = None,
     description: str = "tune",
     goes_on: bool = False,
+    predict: bool = False,
 ) -> Any:
     """Train by the config's method and save the adapter, with the tokenizer beside it. ``description`` names the progress bar.
 
     Whatever can be wrong with the plan, the training fields or the checkpoint is found before anything of an earlier
-    adapter is removed. Of several processes the first one writes. With ``goes_on``, a training that was interrupted goes on from
+    adapter is removed. What its memory and time will be is predicted where the budget depends on it, or if wanted (``predict``). Of several processes the first one writes. With ``goes_on``, a training that was interrupted goes on from
     its newest checkpoint. Ctrl-C and termination take effect after a step, of which a checkpoint is kept.
     """
     processes = Processes.joined()
@@ -363,8 +457,11 @@ def tune(
         checkpoint = run.checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
         if goes_on and not checkpoint:
             checkpoint = checkpoint_to_go_on_from(materials, run)
+        asked = materials.config
+        plan = Plan.load(run.plan) if asked.needs_plan else None
+    materials, predicted = settled(materials, run, plan, predict)
+    with processes.together():
         config, method = materials.config, METHODS[materials.config.method]
-        plan = Plan.load(run.plan) if config.needs_plan else None
         base = model_with_new_heads(materials, run)
         inventory = take_inventory(base, materials.new_heads)
         trainable = method.prepare(base_of(materials, base, plan))
@@ -376,7 +473,9 @@ def tune(
     with processes.together():
         if processes.first:
             run.clear("tune", checkpoints=checkpoint is None)
-            materials.config.save(run.config_file)
+            asked.save(run.config_file)
+            if predicted:
+                write_json(run.prediction, predicted)
             write_json(run.begun, _begun(materials, run))
             record_data(run, materials.config, materials.task, materials.splits, materials.notes)
     with deferred_signals(processes.count == 1) as waiting:

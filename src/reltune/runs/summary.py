@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from reltune.config.data import DataConfig
 from reltune.config.run_config import RunConfig
+from reltune.cost.devices import LIBRARIES
 from reltune.data.packages import CORPORA
 from reltune.errors import InputError
 from reltune.files import read_json
@@ -17,7 +18,7 @@ from reltune.reading import Damaged, typed
 from reltune.relevance.artefact import Overview, read_overview
 from reltune.report.forms import write_run, write_runs
 from reltune.report.numbers import measured, metric
-from reltune.report.record import ComparisonRecord, LMEvalRecord, RunRecord, WayResult, WayTable
+from reltune.report.record import ComparisonRecord, LMEvalRecord, Predicted, RunRecord, WayResult, WayTable
 from reltune.report.several import NamedRun
 from reltune.runs.bad_rows import in_words
 from reltune.runs.directory import RunDirectory
@@ -81,8 +82,23 @@ def _assembled(config: RunConfig, run: RunDirectory) -> RunRecord:
         sweep=read("sweep.json", None),
         lm_eval=read_lm_eval(run),
         held_in=config.held_in,
+        predicted=predicted_and_measured(read("prediction.json", {}), read("training_cost.json", {})),
         ways=_read_ways(run),
     )
+
+
+def predicted_and_measured(prediction: Mapping[str, Any], cost: Mapping[str, Any]) -> list[Predicted]:
+    """Peak memory and the time of a step as they were predicted, beside what training took. On a CPU the process's memory is measured,
+    whose prediction begins at what it held when the model was loaded."""
+    if not prediction or not cost:
+        return []
+    memory = prediction["allocated_bytes"]
+    if (before := cost.get("memory_before_bytes")) is not None:
+        memory = before + memory + LIBRARIES - prediction["held_before_bytes"]
+    return [
+        Predicted("peak memory", memory, cost["peak_memory_bytes"]),
+        Predicted("seconds per step", prediction["seconds_per_step"], cost["seconds_per_step"]),
+    ]
 
 
 def _read_ways(run: RunDirectory) -> ComparisonRecord | None:

@@ -72,6 +72,7 @@ class TrainingCost:
     timed_steps: int  # those that this process ran, which are fewer after a resumption
     seconds_per_step: float | None
     peak_memory_bytes: int | None
+    memory_before_bytes: int | None = None  # of the process on a CPU, when training began
 
 
 def machine() -> str:
@@ -285,7 +286,11 @@ def train(
     # The first steps pay for warming up, once.
     times = clock.seconds[2:] or clock.seconds
     return trainer, TrainingCost(
-        trainer.state.global_step, len(clock.seconds), statistics.median(times) if times else None, memory.peak
+        trainer.state.global_step,
+        len(clock.seconds),
+        statistics.median(times) if times else None,
+        memory.peak,
+        memory.before,
     )
 
 
@@ -611,6 +616,7 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         gc.collect()
         self.peak: int | None = None
+        self.before: int | None = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -620,7 +626,7 @@ class PeakMemory:
             with contextlib.suppress(OSError, AttributeError):  # another C library has no such call
                 ctypes.CDLL("libc.so.6").malloc_trim(0)
         self._process = psutil.Process()
-        self.peak = self._process.memory_info().rss
+        self.peak = self.before = self._process.memory_info().rss
         self._stop = threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
         self._sampler.start()
