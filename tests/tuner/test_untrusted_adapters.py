@@ -195,6 +195,8 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (lambda v: v["units"]["inner"].pop("columns"), "must have columns"),
         (lambda v: v["units"].update(outer={}), "which this model does not have"),
         (lambda v: v.update(units=[1]), "units .* of the wrong kind"),
+        (lambda v: v.update(exclude_modules="(a+)+$"), "patterns"),
+        (lambda v: v.update(target_modules="["), "patterns"),
         (lambda v: v.update(fingerprint=3), "fingerprint .* of the wrong kind"),
         (lambda v: v.update(peft_type="NONE"), "does not fit"),
         (lambda v: v.update(peft_type=3), "no adapter's config"),

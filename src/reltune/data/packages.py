@@ -7,9 +7,11 @@ variant to read; ``path`` says where its files are, if the package does not brin
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import importlib
 import importlib.util
 import io
+import lzma
 import tarfile
 import zipfile
 import zlib
@@ -22,6 +24,20 @@ from reltune.errors import InputError, nearest
 from reltune.names import DATASETS
 
 ARCHIVES = (".zip", ".tar.gz", ".tgz")
+ARCHIVES_INSIDE = 3  # of one another
+UNPACKED = 64 * 2**20  # bytes of one file
+# A member's flags and methods may be anything: encrypted (RuntimeError), unknown (NotImplementedError).
+UNREADABLE = (
+    OSError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    KeyError,
+    zlib.error,
+    lzma.LZMAError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +91,14 @@ def _snippets(name: str, file: str, origin: str) -> Corpus:
                 "vaderSentiment-0.5.zip with pip download and name it with --dataset_path."
             )
         records = []
-        for line in _file_within(Path(path), file).decode("utf-8").splitlines():
-            _, rating, text = line.split("\t", 2)
-            score = float(rating)
+        for number, line in enumerate(_decoded(path, _file_within(Path(path), file)).splitlines(), start=1):
+            try:
+                _, rating, text = line.split("\t", 2)
+                score = float(rating)
+            except ValueError as error:
+                raise InputError(
+                    f"{file} in {path}, line {number}, is no numbered sentence with its rating; download it again."
+                ) from error
             sentiment = "neutral" if score == 0 else "positive" if score > 0 else "negative"
             records.append({"text": text, "label": score, "sentiment": sentiment})
         return Rows(records, name, unit="row")
@@ -87,6 +108,13 @@ def _snippets(name: str, file: str, origin: str) -> Corpus:
         f"Data: {origin}, rated by people (C.J. Hutto and E. Gilbert, ICWSM 2014), in vaderSentiment 0.5's source package "
         "under the MIT licence; the sentences remain their authors'.",
     )
+
+
+def _decoded(path: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} holds a file that is no UTF-8 text; download it again.") from error
 
 
 def _file_within(path: Path, name: str) -> bytes:
@@ -109,30 +137,58 @@ def _search(path: Path, name: str) -> bytes | None:
             try:
                 with file.open("rb") as stream:
                     data = _search_archive(file.name, stream, name)
-            except (OSError, ValueError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
+            except UNREADABLE as error:
                 raise InputError(f"{file} cannot be unpacked ({error}); download it again.") from error
             if data is not None:
                 return data
     return None
 
 
-def _search_archive(archive_name: str, stream: IO[bytes], name: str) -> bytes | None:
-    """The content of the file with this name in the archive, or in an archive inside it. Nothing is written to the disk."""
+def _search_archive(archive_name: str, stream: IO[bytes], name: str, depth: int = 1) -> bytes | None:
+    """The content of the file with this name in the archive, or in an archive inside it. Nothing is written to the disk.
+
+    Raises ValueError for more than ``UNPACKED`` bytes, whatever the archive says of its sizes, and for archives that lie deeper than
+    ``ARCHIVES_INSIDE``.
+    """
+    if depth > ARCHIVES_INSIDE:
+        raise ValueError("it holds archives inside archives without end")
     if archive_name.endswith(".zip"):
         with zipfile.ZipFile(stream) as archive:
-            return _search_members(archive.namelist(), archive.read, name)
-    with tarfile.open(fileobj=stream) as tar:
-        files = {member.name: tar.extractfile(member) for member in tar if member.isfile()}
-        return _search_members(list(files), lambda member: files[member].read(), name)  # type: ignore[union-attr]
+
+            def unzipped(member: str) -> bytes:
+                with archive.open(member) as file:
+                    return _limited(file)
+
+            return _search_members(archive.namelist(), unzipped, name, depth)
+    with gzip.GzipFile(fileobj=stream) as unpacked:
+        content = io.BytesIO(_limited(unpacked))
+    with tarfile.open(fileobj=content, mode="r:") as tar:
+        files = {member.name: member for member in tar if member.isfile()}
+
+        def extracted(member: str) -> bytes:
+            file = tar.extractfile(files[member])
+            assert file is not None, "it is a file"
+            return _limited(file)
+
+        return _search_members(list(files), extracted, name, depth)
 
 
-def _search_members(members: list[str], read: Callable[[str], bytes], name: str) -> bytes | None:
+def _limited(file: IO[bytes]) -> bytes:
+    data = file.read(UNPACKED + 1)
+    if len(data) > UNPACKED:
+        raise ValueError(f"a file in it has more than {UNPACKED:,} bytes when unpacked")
+    return data
+
+
+def _search_members(members: list[str], read: Callable[[str], bytes], name: str, depth: int) -> bytes | None:
     for member in members:
         if PurePosixPath(member).name == name:
             return read(member)
     for member in members:
-        if member.endswith(ARCHIVES) and (data := _search_archive(member, io.BytesIO(read(member)), name)) is not None:
-            return data
+        if member.endswith(ARCHIVES):
+            data = _search_archive(member, io.BytesIO(read(member)), name, depth + 1)
+            if data is not None:
+                return data
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import re
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -110,6 +111,7 @@ def load_adapter(base: nn.Module, path: Path) -> Any:
         RuntimeError,
         OSError,
         SafetensorError,
+        re.error,
     ) as error:
         raise InputError(
             f"the adapter {path} does not fit the model ({_in_short(error)}); load the model it was made for."

@@ -50,6 +50,9 @@ def check_fields(config: ReltuneConfig) -> None:
         wrong = "always_trained"
     if not (config.units is None or (isinstance(config.units, dict) and _are_names(list(config.units)))):
         wrong = "units"
+    patterns = isinstance(config.target_modules, str) or config.exclude_modules or config.layers_pattern
+    if config.units is not None and patterns:  # it names its modules in full; a pattern could take for ever to match
+        wrong = "units beside patterns of modules"
     if type(config.r) is not int:
         wrong = "r"
     if wrong:
