@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from reltune.losses import IGNORED
+from reltune.tuner.frozen_prefix import TOLD, identified
 
 MEND = "pass a smaller --per_device_train_batch_size, a shorter --max_length, or --gradient_checkpointing"
 
@@ -128,8 +129,9 @@ class _Halving:
         for count in (items, 2 * items):
             with torch.random.fork_rng():
                 model.train()
-                given = self.trainer._prepare_inputs(dict(part))
-                losses.append(float(self.loss_of(model, given, num_items_in_batch=count).detach()))
+                given = self.trainer._prepare_inputs({key: value for key, value in part.items() if key != TOLD})
+                loss: Any = self.loss_of(model, given, num_items_in_batch=count)
+                losses.append(float(loss.detach()))
         return losses[1] < 0.75 * losses[0]
 
 
@@ -153,13 +155,15 @@ def _parts(inputs: Mapping[str, Any], size: int, most: int) -> Iterator[tuple[di
     def cut(value: Any, start: int, stop: int) -> Any:
         if not isinstance(value, Tensor | list) or (isinstance(value, Tensor) and not value.ndim):
             return value
-        if len(value) == 2 * size and _has_pairs(inputs):
-            return torch.cat([value[start:stop], value[size + start : size + stop]])  # type: ignore[arg-type]
+        if isinstance(value, Tensor) and len(value) == 2 * size and _has_pairs(inputs):
+            return torch.cat([value[start:stop], value[size + start : size + stop]])
         return value[start:stop] if len(value) == size else value
 
     for start in range(0, size, most):
         stop = min(start + most, size)
-        part = {key: cut(value, start, stop) for key, value in inputs.items()}
+        part = {key: cut(value, start, stop) for key, value in inputs.items() if key != TOLD}
+        if TOLD in inputs:
+            part[TOLD] = identified({key: one.cpu() if isinstance(one, Tensor) else one for key, one in part.items()})
         share = (
             (stop - start) / size if counted is None else float(counted[start:stop].sum() / counted.sum().clamp(min=1))
         )

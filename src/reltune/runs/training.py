@@ -263,10 +263,8 @@ def train(
         if resume_from_checkpoint is not None:
             _goes_on_exactly(trainer, resume_from_checkpoint, streamed=not hasattr(train_examples, "__len__"))
         trainer.evaluate = _apart(trainer.evaluate)  # type: ignore[method-assign]
-        halve_where_memory_ends(trainer, model)
         if offload:
             trainer.training_step = _offloading(trainer.training_step, model)  # type: ignore[method-assign]
-        watch(trainer, model, processor)
         show_progress(trainer, description)
         discard(Path(str(args.output_dir)) / STOPPED_AT)
         with (
@@ -276,6 +274,8 @@ def train(
             _whole_checkpoints(trainer),
             contextlib.nullcontext() if cache is None else cache.used_by(trainer),
         ):
+            halve_where_memory_ends(trainer, model)  # around all that has a state for the time of a step
+            watch(trainer, model, processor)
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     with Processes.joined().together():
         trained: list[Any] = [p.detach() for p in model.parameters() if p.requires_grad]

@@ -132,7 +132,7 @@ class _Watch:
 
     def _where(self, batch: Any) -> str:
         device = next(self.model.parameters()).device
-        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        moved = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
         try:
             return where_not_finite(self.model, moved)
         except Exception as error:  # a batch that the task's own Trainer hands on in another form

@@ -256,7 +256,7 @@ class SignProbe:
         for (name, _), good in zip(self.witnesses, finite, strict=True):
             if not good:  # the first to come is the nearest to where it began
                 error = AnalysisError(f"the gradient of {name} is not finite in step {self.step} of the probe.")
-                pieces = self._pieces()
+                pieces = self._pieces(self.step)
                 raise blaming(error, self.experiment.batches[pieces[0].batch] if pieces else None)
 
     def _check_losses(self) -> None:
