@@ -51,7 +51,7 @@ STYLE = """
 .reltune .facts { display: flex; flex-wrap: wrap; gap: 12px; margin: 8px 0; }
 .reltune .fact { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 8px 14px; min-width: 130px; max-width: 100%; box-sizing: border-box; }
 .reltune .name { font-size: 13px; color: var(--body-text-color-subdued); }
-.reltune .value { font-size: 19px; font-weight: 600; overflow-wrap: anywhere; }
+.reltune .value { font-size: 19px; font-weight: 600; overflow-wrap: break-word; }
 .reltune .remark { font-size: 13px; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
 .reltune .problem { border-left: 4px solid #D55E00; padding: 6px 10px; background: rgba(213,94,0,.1); overflow-wrap: anywhere; }
 .reltune pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--background-fill-secondary); padding: 8px 10px; border-radius: 6px; font-family: ui-monospace, monospace; font-size: 13px; }
@@ -70,7 +70,7 @@ STYLE = """
 .scrolling { overflow-x: auto !important; }
 .scrolling .js-plotly-plot { min-width: 460px; }
 @media (max-width: 640px) { .gradio-container main { padding: 8px !important; } }
-#slider input[type=number], #slider .min_value, #slider .max_value { display: none; }
+#slider .tab-like-container, #slider input[type=number], #slider .min_value, #slider .max_value { display: none; }
 """
 
 
@@ -296,7 +296,9 @@ class Page:
 
     def _budget(self, words: Words, blocks: Any, tab: Any) -> None:
         with gr.Row():
-            run = gr.Dropdown([], label=words("choose_run"), allow_custom_value=True, elem_id="budget_run")
+            run = gr.Dropdown(
+                [], label=words("choose_run"), allow_custom_value=True, elem_id="budget_run", min_width=280
+            )
             criterion = gr.Dropdown([], label=words("criterion"), allow_custom_value=True, min_width=140)
             granularity = gr.Dropdown(
                 [], label=words("granularity"), multiselect=True, allow_custom_value=True, min_width=140

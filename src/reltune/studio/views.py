@@ -42,9 +42,9 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]], title: str = "
 
 
 def facts(pairs: Iterable[tuple[str, str, str]]) -> str:
-    """(name, value, remark) side by side, as large figures."""
+    """(name, value, remark) side by side, as large figures. A long module name may break after its dots."""
     made = "".join(
-        f"<div class='fact'><div class='name'>{escape(name)}</div><div class='value'>{escape(value)}</div>"
+        f"<div class='fact'><div class='name'>{escape(name)}</div><div class='value'>{escape(value).replace('.', '.<wbr>')}</div>"
         f"<div class='remark'>{escape(remark)}</div></div>"
         for name, value, remark in pairs
     )
