@@ -13,7 +13,7 @@ MINIMAL_TESTS = tests/test_optional_packages.py tests/test_old_artefacts.py test
 
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test test-minimal test-browser nightly lint docs clean venv
+.PHONY: help demo test test-minimal test-browser nightly lint docs notebooks clean venv
 
 help:
 	@echo "make demo          run the whole flow on a small model and news texts; results in demo-run/"
@@ -23,6 +23,7 @@ help:
 	@echo "make nightly       all tests, and the checks of make test"
 	@echo "make lint          check style, types and imports only"
 	@echo "make docs          build the documentation as a site in build/site, in .venv-docs"
+	@echo "make notebooks     run the tutorials and store what they show, with the packages of .venv-notebooks beside .venv"
 	@echo "make clean         remove .venv and everything else that make wrote"
 
 demo: .venv/.installed-demo
@@ -51,8 +52,11 @@ nightly: lint
 docs: .venv-docs/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
 
+notebooks: .venv-notebooks/.installed
+	.venv-notebooks/bin/python docs/tutorials/run.py
+
 clean:
-	rm -rf .venv .venv-minimal .venv-browser .venv-docs demo-run build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-minimal .venv-browser .venv-docs .venv-notebooks demo-run build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
 # The test environment holds the demo's too.
@@ -83,6 +87,15 @@ clean:
 	rm -rf .venv-docs
 	$(BIN)/python -m venv .venv-docs
 	.venv-docs/bin/python -m pip install --require-hashes --no-deps -r requirements-docs.txt
+	@touch $@
+
+# Its own packages first, then those of .venv, whose path files are followed so that reltune is this directory's.
+.venv-notebooks/.installed: requirements-notebooks.txt .venv/.installed-test
+	rm -rf .venv-notebooks
+	$(BIN)/python -m venv .venv-notebooks
+	.venv-notebooks/bin/python -m pip install --require-hashes --no-deps -r requirements-notebooks.txt
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> "$$(.venv-notebooks/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/reltune.pth"
 	@touch $@
 
 # --force-reinstall: pip checks the hash of what it fetches, not of what is there already.

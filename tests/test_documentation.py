@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import itertools
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ PAGES = [
     *("README.md", "README.zh.md", "CONTRIBUTING.md", "examples/snip_criterion/README.md"),
     *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 ]
+NOTEBOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
 LAUNCHERS = ("torchrun", "accelerate")
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
 
@@ -111,13 +113,17 @@ def test_pages_have_commands_to_check() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_python_compiles_and_names_what_is_there(page: str) -> None:
     for block in blocks(page, "python"):
-        tree = ast.parse(block, page)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "reltune":
-                module = importlib.import_module(str(node.module))
-                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "reltune":
-                assert hasattr(reltune, node.attr) or importlib.import_module(f"reltune.{node.attr}"), ast.unparse(node)
+        check_names(block, page)
+
+
+def check_names(code: str, source: str) -> None:
+    """That the code compiles, and that what it names of reltune is there."""
+    for node in ast.walk(ast.parse(code, source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "reltune":
+            module = importlib.import_module(str(node.module))
+            assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "reltune":
+            assert hasattr(reltune, node.attr) or importlib.import_module(f"reltune.{node.attr}"), ast.unparse(node)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -140,6 +146,30 @@ def test_the_page_of_the_commands_has_every_flag() -> None:
         flags = re.findall(r"^  (--\w+)", reltune_program(name, "--help").out.partition("Options:")[2], flags=re.M)
         told = re.findall(r"^\| `(--\w+)", by_command[name], flags=re.M)
         assert told == flags[: flags.index("--help")], name  # an epilog may follow
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_call_what_is_there(path: Path) -> None:
+    """`make notebooks` runs them, and stores what they show: all of it, or nothing."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] in ([None] * len(code), list(range(1, len(code) + 1)))
+    kinds = {output["output_type"] for cell in code for output in cell["outputs"]}
+    assert kinds <= {"stream", "display_data", "execute_result"}  # and no error
+    assert path.stat().st_size < 200_000 and str(Path.home()) not in path.read_text(encoding="utf-8")
+    for cell in code:
+        lines, shell = [], []
+        for line in "".join(cell["source"]).replace("\\\n", " ").splitlines():
+            (shell if line.startswith("!") else lines).append(line)
+        check_names("\n".join(lines), path.name)
+        for words in map(shlex.split, shell):
+            assert words[0] == "!reltune"
+            check([re.sub(r"^\{\w+\}$", "1", word) for word in words[1:]])
+
+
+def test_the_notebook_on_language_models_says_what_a_gpu_wants() -> None:
+    first = json.loads((ROOT / "docs/tutorials/instructions.ipynb").read_text(encoding="utf-8"))["cells"][0]
+    assert "GPU notebook service" in "".join(first["source"])
 
 
 @pytest.mark.slow
