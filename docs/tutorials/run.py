@@ -41,12 +41,20 @@ def stored(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
                 output.text = "\n".join(line.rstrip() for line in lines if line.strip())[-PRINTED:] + "\n"
                 kept.append(output)
             elif output.output_type in ("execute_result", "display_data"):
-                output.data = {kind: data for kind, data in output.data.items() if kind in ("text/html", "text/plain")}
+                best = "text/html" if "text/html" in output.data else "text/plain"
+                output.data = {best: _without_places(output.data[best])}
                 if "execution_count" in output:
                     output.execution_count = number + 1
                 kept.append(output)
         cell.outputs = kept
     return notebook
+
+
+def _without_places(text: str) -> str:
+    """Paths of packages begin where the package does."""
+    for place in sorted(filter(None, sys.path), key=len, reverse=True):
+        text = text.replace(f"{place}{os.sep}", "")
+    return text
 
 
 if __name__ == "__main__":
