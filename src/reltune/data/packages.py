@@ -173,7 +173,7 @@ def _search_archive(archive_name: str, stream: IO[bytes], name: str, depth: int 
         return _search_members(list(files), extracted, name, depth)
 
 
-def _limited(file: IO[bytes]) -> bytes:
+def _limited(file: IO[bytes] | gzip.GzipFile) -> bytes:
     data = file.read(UNPACKED + 1)
     if len(data) > UNPACKED:
         raise ValueError(f"a file in it has more than {UNPACKED:,} bytes when unpacked")
