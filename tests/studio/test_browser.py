@@ -178,8 +178,9 @@ def test_the_slider_tells_what_falls_in_and_the_plan_is_saved(page: Any, studio:
     slider.focus()
     slider.press("ArrowRight")
     page.wait_for_function("before => document.querySelector('#summary').innerText != before", arg=before)
-    budget = page.locator("#budget_text input, #budget_text textarea").input_value()
-    assert budget == "2.5%"
+    budget = "2.5%"
+    written = "document.querySelector('#budget_text input, #budget_text textarea').value"
+    page.wait_for_function(f"budget => {written} == budget", arg=budget)
     page.locator("#modules input[type=checkbox]").nth(1).click()  # of the first module; the first is the head's
     command = waited(page, "budget_command", "--exclude_modules=")
     excluded = re.search(r"--exclude_modules=(\S+)", command)[1]  # type: ignore[index]
