@@ -460,7 +460,7 @@ def test_plans_broken_by_hand(place: Place, tmp_path: Path, old: str, new: str, 
 
 def test_a_plan_for_another_model(place: Place, tmp_path: Path) -> None:
     """Of another shape, or of the same shape with other weights; the run keeps its adapter and results."""
-    for other, named in (("wider", "shape"), ("other_seed", "fingerprint")):
+    for other, named in (("wider", "shape"), ("other_seed", "the weights differ")):
         run = tmp_path / other
         shutil.copytree(place / "done", run)
         config = run / "config.yaml"
@@ -484,8 +484,8 @@ def test_an_adapter_for_another_model(place: Place, tmp_path: Path) -> None:
     shutil.copytree(place / "done", run)
     config = run / "config.yaml"
     config.write_text(config.read_text().replace(str(place / "model"), str(place / "other_seed")))
-    assert_refused(reltune("evaluate", run), "fingerprint")
-    assert_refused(reltune("export", run, "--to", "lora", "--output_dir", tmp_path / "new"), "fingerprint")
+    assert_refused(reltune("evaluate", run), "the weights differ", "--force")
+    assert_refused(reltune("export", run, "--to", "lora", "--output_dir", tmp_path / "new"), "the weights differ")
     assert not (tmp_path / "new").exists()
 
 

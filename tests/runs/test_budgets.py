@@ -191,7 +191,8 @@ def test_a_plan_trains_under_a_hard_limit_of_its_memory(place: Path) -> None:
         )
         codes[budget] = done.returncode
         if done.returncode:
-            assert "allocate memory" in done.stdout + done.stderr
+            said = done.stdout + done.stderr
+            assert "allocate memory" in said or "MemoryError" in said  # torch's words, or Python's
     assert codes == {"5%": 1, "5% memory=64MiB": 0}
     predicted = predicted_and_measured(
         json.loads((run / "prediction.json").read_text()), json.loads((run / "training_cost.json").read_text())

@@ -220,7 +220,7 @@ def test_a_sweep_of_lora(places: dict[str, tuple[Path, list[str]]]) -> None:
         (["--method", "full", "--budget", "1%"], ("budget", "full", "columns")),
         (["--method", "full", "--sweep", "budget=1%,2%"], ("budget", "full")),
         (["--method", "bitfit", "--target_modules", "query"], ("target_modules", "bitfit")),
-        (["--method", "lora", "--budget", "1%"], ("budget", "rank_by")),
+        (["--method", "lora", "--budget", "1%", "--lora_r", 4], ("budget", "lora_r")),
         (["--method", "lora", "--granularity", "column"], ("granularity", "rank_by")),
         (["--method", "lora", "--probe_steps", 7], ("probe_steps", "rank_by")),
         (["--method", "lora", "--frozen_dtype", "float8_e4m3fn"], ("frozen_dtype", "lora")),

@@ -28,6 +28,7 @@ from transformers import (
 
 from command_line import Answer, assert_refused, contents, reltune, review_rows
 from reltune.errors import InputError
+from reltune.tasks.registry import TASKS
 from task_cases import write_rows
 from tiny_models import CHAT, WORDS, save_tiny_bert, save_tiny_llama, save_tiny_masked, tiny_tokenizer
 
@@ -241,8 +242,11 @@ def tuned(place: Path, name: str, *words: object) -> Path:
     torch.manual_seed(0)
     case.save(place / "model")
     train = write_rows(place / "train.jsonl", case.train)
-    steps = ("--max_steps", 3, "--learning_rate", 3e-3, "--per_device_train_batch_size", 8, "--max_new_tokens", 6)
-    task = ("--task", name.partition("-")[0], "--model_name_or_path", place / "model", "--train_file", train)
+    kind = name.partition("-")[0]
+    steps: tuple[object, ...] = ("--max_steps", 3, "--learning_rate", 3e-3, "--per_device_train_batch_size", 8)
+    if "max_new_tokens" in TASKS[kind].fields:
+        steps += ("--max_new_tokens", 6)
+    task = ("--task", kind, "--model_name_or_path", place / "model", "--train_file", train)
     answer = reltune("run", *task, *steps, "--output_dir", place / "run", *(words or ("--method", "full")))
     assert answer.code == 0, answer.err
     return place / "run"

@@ -322,7 +322,7 @@ def evaluate(context: typer.Context, run: Run, force: Force = False) -> None:
 def report(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="Directory of a run; of several, side by side.", show_default=False),
+        typer.Argument(metavar="RUN", help="Directory of a run; of several, side by side.", show_default=False),
     ],
     form: Annotated[
         str | None,
@@ -342,7 +342,7 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Draw what was measured and trained; of several runs, side by side."""
+    """Draw what was measured and trained, of one run or several."""
     from reltune.runs.preflight import check_report
 
     form, path = check_report(runs, form, output_file)

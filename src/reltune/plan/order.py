@@ -138,7 +138,7 @@ class SelectionOrder:
             for name in counted
         }
         total = sum(sizes.values())
-        if not total or (self.elements and not over_columns and limit < len(counted)):
+        if not total or (self.elements and limit < len(counted)):
             return {}
         if self.kinds == [ALONE]:
             check_kept(self.inventory, self.kinds, self.candidates, limit // total)

@@ -379,22 +379,22 @@ def settled(
     limited = config.budget is not None and read_budget(config.budget).is_limited
     sized = config.rank_from_budget
     processes = Processes.joined()
+    made: dict[str, Any] = {}
     with processes.together():
         digest = _conditions(config, run)
         before = read_json(run.prediction) if run.prediction.is_file() else {}
-        if processes.first and before.get("of") != digest:
-            discard(run.prediction)
+        if before.get("of") == digest:
+            made = before
+        elif processes.first and (limited or sized or predict):
             examples = None if config.streaming else len(materials.train)
             try:
-                if limited or sized or predict:
-                    found = forecast_of(config, run, None, None, examples, plan, shown=False)
-                    write_json(run.prediction, found.prediction(digest))
+                made = forecast_of(config, run, None, None, examples, plan, shown=False).prediction(digest)
             except Exception:
                 if limited or sized:
                     raise  # else a training that cannot be predicted is a training all the same
-    if not run.prediction.is_file():
+    made = processes.gather(made)[0]
+    if not made:
         return materials, {}
-    made = read_json(run.prediction)
     own = Settings(made["fields"], made["training"]).of(config) if made["fields"] or made["training"] else config
     return dataclasses.replace(materials, config=own), made
 
@@ -449,8 +449,8 @@ def tune(
     """Train by the config's method and save the adapter, with the tokenizer beside it. ``description`` names the progress bar.
 
     Whatever can be wrong with the plan, the training fields or the checkpoint is found before anything of an earlier
-    adapter is removed. What its memory and time will be is predicted where the budget depends on it, or if wanted (``predict``). Of several processes the first one writes. With ``goes_on``, a training that was interrupted goes on from
-    its newest checkpoint. Ctrl-C and termination take effect after a step, of which a checkpoint is kept.
+    adapter is removed. What its memory and time will be is predicted where the budget depends on it, or if wanted (``predict``). Of
+    several processes the first one writes. With ``goes_on``, a training that was interrupted goes on from its newest checkpoint. Ctrl-C and termination take effect after a step, of which a checkpoint is kept.
     """
     processes = Processes.joined()
     with processes.together():
@@ -476,6 +476,8 @@ def tune(
             asked.save(run.config_file)
             if predicted:
                 write_json(run.prediction, predicted)
+            else:
+                discard(run.prediction)
             write_json(run.begun, _begun(materials, run))
             record_data(run, materials.config, materials.task, materials.splits, materials.notes)
     with deferred_signals(processes.count == 1) as waiting:
