@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from reltune.reading import ALIASES, DEPTH, SLACK, Damaged, inside, parse_json, parse_yaml, read_header
+from reltune.reading import ALIASES, DEPTH, SLACK, Damaged, inside, parse_json, parse_yaml, read_header, read_json
 from reltune.tensor_files import load_tensors
 
 PLAIN = [
@@ -211,3 +211,13 @@ def test_paths_in_files(tmp_path: Path) -> None:
     assert inside(snapshot, "file").read_text() == "x"
     with pytest.raises(Damaged, match="leads out"):
         inside(snapshot, "away")
+
+
+def test_a_small_file_takes_little_memory(tmp_path):
+    (tmp_path / "small.json").write_text('{"a": 1}')
+    tracemalloc.start()
+    try:
+        assert read_json(tmp_path / "small.json") == {"a": 1}
+        assert tracemalloc.get_traced_memory()[1] < 2**20  # whatever the largest file may be
+    finally:
+        tracemalloc.stop()

@@ -19,7 +19,7 @@ import types
 import typing
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import yaml
 
@@ -28,6 +28,7 @@ SLACK = 64 * 2**20  # bytes that reading may take beside twice the file
 LARGEST_YAML = 16 * 2**20  # bytes; it is read slowly
 MOST_YAML = 300_000  # values
 LARGEST_JSON = 256 * 2**20
+PIECE = 2**16  # bytes that are read at a time
 LARGEST_HEADER = 100 * 10**6  # bytes, the limit of the safetensors library
 ALIASES = 16  # in one YAML file
 LARGEST_INT = 2**63 - 1
@@ -40,6 +41,12 @@ BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
 }
 FLOATS = ("F16", "BF16", "F32", "F64")
+
+
+class SupportsRead(Protocol):
+    """A file that is open for bytes."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
 class Damaged(ValueError):
@@ -56,13 +63,23 @@ class Damaged(ValueError):
         return "" if self.line is None else f" line {self.line}"
 
 
+def read_within(file: SupportsRead, largest: int) -> bytes:
+    """All that an open file gives. Raises Damaged for more than ``largest`` bytes, whatever its size is said to be: it may be a device.
+
+    Piece by piece, as ``read(n)`` of an ordinary file takes memory for all n bytes before it reads the first.
+    """
+    data = bytearray()
+    while piece := file.read(PIECE):
+        data += piece
+        if len(data) > largest:
+            raise Damaged(f"is larger than {largest:,} bytes")
+    return bytes(data)
+
+
 def _content(path: str | os.PathLike, largest: int) -> bytes:
     """The bytes of a file. Raises Damaged for one that is larger, and OSError."""
     with open(path, "rb") as file:
-        data = file.read(largest + 1)  # and no more, whatever the size is said to be: it may be a device
-    if len(data) > largest:
-        raise Damaged(f"is larger than {largest:,} bytes")
-    return data
+        return read_within(file, largest)
 
 
 def _text(data: bytes) -> str:

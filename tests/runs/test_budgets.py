@@ -174,7 +174,6 @@ def test_what_cannot_be_kept_is_refused_with_what_can(place: Path) -> None:
         assert answer.code in (None, 0), answer.err
 
 
-@pytest.mark.slow
 def test_a_plan_trains_under_a_hard_limit_of_its_memory(place: Path) -> None:
     codes = {}
     for budget in ("5%", "5% memory=64MiB"):

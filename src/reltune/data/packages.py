@@ -22,6 +22,7 @@ from typing import IO, Any
 from reltune.data.rows import Rows
 from reltune.errors import InputError, nearest
 from reltune.names import DATASETS
+from reltune.reading import Damaged, read_within
 
 ARCHIVES = (".zip", ".tar.gz", ".tgz")
 ARCHIVES_INSIDE = 3  # of one another
@@ -174,10 +175,10 @@ def _search_archive(archive_name: str, stream: IO[bytes], name: str, depth: int 
 
 
 def _limited(file: IO[bytes] | gzip.GzipFile) -> bytes:
-    data = file.read(UNPACKED + 1)
-    if len(data) > UNPACKED:
-        raise ValueError(f"a file in it has more than {UNPACKED:,} bytes when unpacked")
-    return data
+    try:
+        return read_within(file, UNPACKED)
+    except Damaged:
+        raise ValueError(f"a file in it has more than {UNPACKED:,} bytes when unpacked") from None
 
 
 def _search_members(members: list[str], read: Callable[[str], bytes], name: str, depth: int) -> bytes | None:
