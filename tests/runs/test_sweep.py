@@ -297,9 +297,15 @@ def test_interrupted_while_the_best_is_taken_over(
             raise KeyboardInterrupt
 
         replace = sweeps.os.replace
-        patch.setattr(
-            sweeps.os, "replace", lambda a, b: stopped() if Path(a).name.startswith("checkpoint") else replace(a, b)
-        )
+
+        def adopting(a: Path, b: Path) -> None:  # into the run's directory; a trial saves its checkpoints in its own
+            return (
+                stopped()
+                if Path(b).parent == place / "taken" and Path(b).name.startswith("checkpoint")
+                else replace(a, b)
+            )
+
+        patch.setattr(sweeps.os, "replace", adopting)
         run, _ = tuned(place, "taken", *SWEEP, *SHORT, code=130)
     trained.clear()
     assert reltune("tune", run).code == 0 and trained == []

@@ -367,6 +367,7 @@ def _adopt(trial: RunDirectory, run: RunDirectory, config: RunConfig) -> None:
         "trainer_state.json",
         "training_cost.json",
         trial.method.name,
+        trial.prediction.name,
         trial.begun.name,
         trial.log.name,
         trial.task.name,
