@@ -80,11 +80,11 @@ def main() -> int:
     parser.add_argument("--vectors", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--calls", type=int, default=10)
-    parser.add_argument("--crowded", default=str(Path(__file__).parent / "results" / "crowded_places.json"))
+    parser.add_argument("--crowded", default="crowded_places", help="name of the record in benchmarks/results")
     options = arguments(parser, "sampled_product")
     bench = benchmark(options)
     Machine(torch.device(options.device)).ready()
-    of_probe = json.loads(Path(options.crowded).read_text())["values"]
+    of_probe = json.loads((Path(__file__).parent / "results" / f"{options.crowded}.json").read_text())["values"]
     for name, shape in SHAPES.items():
         factors = [
             torch.randn(options.vectors, side, device=options.device, dtype=torch.bfloat16).contiguous()

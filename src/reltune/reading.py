@@ -17,6 +17,7 @@ import re
 import stat
 import types
 import typing
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -148,8 +149,7 @@ def _check_values(text: str) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise Damaged(f"gives {twice[:80]!r} a second time")
     return values
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -112,13 +113,9 @@ def write_runs_report(path: str | os.PathLike, runs: Sequence[NamedRun]) -> None
 
 
 def _check_libraries() -> None:
-    try:
-        import jinja2  # noqa: F401
-        import plotly.offline  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"the report needs {error.name}, which is not installed; run: pip install {str(error.name).partition('.')[0]}"
-        ) from error
+    for name in ("jinja2", "plotly"):
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"the report needs {name}, which is not installed; run: pip install {name}")
 
 
 def _rendered(template: str, title: str, figures: Mapping[str, Any], views: Mapping[str, Any], **values: Any) -> str:

@@ -247,14 +247,10 @@ class PlanCosts:
         config = dataclasses.replace(config, training=checked_training_fields(config.training))
         place, self.calibration = place_of(device)
         self.device, self.device_memory = place.name, place.memory
-        self.cuda = self.calibration is None or self.calibration.device == "cuda"
+        self.cuda = is_cuda(self.calibration)
         subject = Subject(config, None, self.cuda)
         self.accumulation = subject.accumulation
-        model = subject._model()
-        inventory = take_inventory(model, subject.new_heads)
-        self.profile = Profile(
-            model, subject._batch(subject.batch_size), subject.conditions, inventory, self.calibration
-        )
+        self.profile = subject.profile(self.calibration)
 
     @property
     def blocks(self) -> list[str]:

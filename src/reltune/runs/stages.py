@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import signal
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from importlib import metadata
@@ -23,7 +24,7 @@ from transformers import TrainerCallback
 from reltune.config.analysis import AnalysisConfig
 from reltune.config.run_config import RunConfig
 from reltune.config.selection import SelectionConfig
-from reltune.errors import AnalysisError, InputError, batch_of
+from reltune.errors import AnalysisError, InputError, batch_of, first_line
 from reltune.files import check_destination, discard, disk_bytes, read_json, whole_directory, whole_file, write_json
 from reltune.layers.float8 import convertible
 from reltune.layers.inventory import Inventory, take_inventory
@@ -389,9 +390,14 @@ def settled(
             examples = None if config.streaming else len(materials.train)
             try:
                 made = forecast_of(config, run, None, None, examples, plan, shown=False).prediction(digest)
-            except Exception:
+            except Exception as error:  # a training that cannot be predicted is a training all the same
                 if limited or sized:
-                    raise  # else a training that cannot be predicted is a training all the same
+                    raise
+                if not isinstance(error, InputError):  # which says that this one cannot be
+                    warnings.warn(
+                        f"memory and time of this training are not predicted ({type(error).__name__}: {first_line(error)}).",
+                        stacklevel=2,
+                    )
     made = processes.gather(made)[0]
     if not made:
         return materials, {}
@@ -450,7 +456,8 @@ def tune(
 
     Whatever can be wrong with the plan, the training fields or the checkpoint is found before anything of an earlier
     adapter is removed. What its memory and time will be is predicted where the budget depends on it, or if wanted (``predict``). Of
-    several processes the first one writes. With ``goes_on``, a training that was interrupted goes on from its newest checkpoint. Ctrl-C and termination take effect after a step, of which a checkpoint is kept.
+    several processes the first one writes. With ``goes_on``, a training that was interrupted goes on from its newest checkpoint.
+    Ctrl-C and termination take effect after a step, of which a checkpoint is kept.
     """
     processes = Processes.joined()
     with processes.together():

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -121,6 +121,25 @@ def shows_problems(handler: Callable[..., Any]) -> Callable[..., Any]:
             raise gr.Error(views.escape(str(error)), print_exception=False, title="") from error
 
     return called
+
+
+class Asked(NamedTuple):
+    """The form of a new run, part by part: what is in it, or the parts themselves."""
+
+    file: Any
+    model: Any
+    name: Any
+    task: Any
+    command: Any
+    method: Any
+    granularity: Any
+    budget: Any
+    epochs: Any
+    batch: Any
+    rate: Any
+    length: Any
+    cpu: Any
+    skip: Any
 
 
 class Page:
@@ -517,7 +536,7 @@ class Page:
             predict = gr.Button(words("predict_cost"), elem_id="predict_cost")
             start = gr.Button(words("start"), variant="primary", elem_id="start")
         predicted = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="predicted")
-        form = [file, model, name, task, command, method, kind, budget, epochs, batch, rate, length, cpu, skip]
+        form = [*Asked(file, model, name, task, command, method, kind, budget, epochs, batch, rate, length, cpu, skip)]
 
         def listed(file: str | None, model: str | None) -> Any:
             files, models = self.place.data(), self.models()
@@ -547,7 +566,7 @@ class Page:
                 return views.problem(str(error))
 
         def words_of(*values: Any) -> list[str]:
-            return self._new_words(words, *values)
+            return self._new_words(words, Asked(*values))
 
         def as_line(*values: Any) -> str:
             try:
@@ -556,10 +575,10 @@ class Page:
                 return views.remark(str(error))
 
         def cost(*values: Any) -> str:
-            return views.estimate(self._estimated(words, *values), words)
+            return views.estimate(self._estimated(words, Asked(*values)), words)
 
         def started(*values: Any) -> str:
-            job = self.jobs.start(words_of(*values), str(values[2]))
+            job = self.jobs.start(words_of(*values), str(Asked(*values).name))
             return views.remark(words("started", job=job))
 
         for event in (blocks.load, tab.select):
@@ -574,86 +593,53 @@ class Page:
         predict.click(shows_problems(cost), form, predicted)
         start.click(shows_problems(started), form, predicted, show_progress="minimal")
 
-    def _new_words(
-        self,
-        words: Words,
-        file: Any,
-        model: Any,
-        name: Any,
-        task: Any,
-        command: Any,
-        method: Any,
-        kind: Any,
-        budget: Any,
-        epochs: Any,
-        batch: Any,
-        rate: Any,
-        length: Any,
-        cpu: Any,
-        skip: Any,
-    ) -> list[str]:
+    def _new_words(self, words: Words, asked: Asked) -> list[str]:
         """The words of the command that the form describes."""
-        if not file or not model:
+        if not asked.file or not asked.model:
             raise InputError(words("nothing_chosen"))
-        if not name:
+        if not asked.name:
             raise InputError(words("nameless"))
         fields: dict[str, Any] = {
-            "model_name_or_path": self.place.model(str(model), self.models()),
-            "train_file": self.place.inside(str(file)),
-            "task": task,
-            "max_length": length,
+            "model_name_or_path": self.place.model(str(asked.model), self.models()),
+            "train_file": self.place.inside(str(asked.file)),
+            "task": asked.task,
+            "max_length": asked.length,
         }
-        if command == "run":
-            fields |= {"method": method, "granularity": kind, "learning_rate": rate}
-        if command != "analyze":
-            fields |= {"budget": budget}
+        if asked.command == "run":
+            fields |= {"method": asked.method, "granularity": asked.granularity, "learning_rate": asked.rate}
+        if asked.command != "analyze":
+            fields |= {"budget": asked.budget}
         fields |= {
-            "num_train_epochs": epochs,
-            "per_device_train_batch_size": batch,
-            "use_cpu": True if cpu else None,
-            "on_bad_rows": "skip" if skip else None,
+            "num_train_epochs": asked.epochs,
+            "per_device_train_batch_size": asked.batch,
+            "use_cpu": True if asked.cpu else None,
+            "on_bad_rows": "skip" if asked.skip else None,
         }
-        return command_lines.new(str(command), self.place.new(str(name or "")), fields)
+        return command_lines.new(str(asked.command), self.place.new(str(asked.name)), fields)
 
-    def _estimated(
-        self,
-        words: Words,
-        file: Any,
-        model: Any,
-        name: Any,
-        task: Any,
-        command: Any,
-        method: Any,
-        kind: Any,
-        budget: Any,
-        epochs: Any,
-        batch: Any,
-        rate: Any,
-        length: Any,
-        cpu: Any,
-        skip: Any,
-    ) -> dict[str, Any]:
-        if not model:
+    def _estimated(self, words: Words, asked: Asked) -> dict[str, Any]:
+        """What ``reltune estimate`` says of the form."""
+        if not asked.model:
             raise InputError(words("nothing_chosen"))
         from reltune.runs.estimate import estimate
 
-        examples = None
-        if file:
-            seen = look_at(self.place.inside(str(file)), None, task or None, int(length or 1)).preview
+        examples, task = None, asked.task
+        if asked.file:
+            seen = look_at(self.place.inside(str(asked.file)), None, task or None, int(asked.length or 1)).preview
             if seen is not None:
                 examples, task = seen["rows"].get("train"), task or seen["task"]
         fields = {
-            "method": method,
-            "granularity": [kind] if kind else None,
-            "budget": budget or None,
-            "max_length": length,
+            "method": asked.method,
+            "granularity": [asked.granularity] if asked.granularity else None,
+            "budget": asked.budget or None,
+            "max_length": asked.length,
             "task": task or None,
         }
         found = estimate(
-            self.place.model(str(model), self.models()),
-            device="cpu" if cpu else None,
+            self.place.model(str(asked.model), self.models()),
+            device="cpu" if asked.cpu else None,
             examples=examples,
-            training={"num_train_epochs": epochs, "per_device_train_batch_size": batch},
+            training={"num_train_epochs": asked.epochs, "per_device_train_batch_size": asked.batch},
             **{name: value for name, value in fields.items() if value is not None},
         )
         return found.to_dict()
