@@ -150,6 +150,38 @@ def regret_table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def rules_table(rows: list[tuple[str, str, float]]) -> str:
+    """By (phase, method, share): validation points lost at c / √share, over the encoder's classification tasks and over the two others.
+
+    "left out": at each task the c, of those shown, that loses least on the others of its kind.
+    """
+    kinds = (("classes", CLASSES), ("score, tags", ("movie_score", "capitals")))
+    factors = (5e-4, 1e-3)
+    heads = [f"{kind}: {word}" for kind, _ in kinds for word in ("half", "whole", "left out")]
+    lines = [f"| phase | method | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 2)]
+    for phase, method, share in rows:
+        cells = []
+        for _, tasks in kinds:
+            lost = []  # by task, at each factor
+            for task in tasks:
+                by_rate: dict[float, list[float]] = defaultdict(list)
+                for r in read(phase):
+                    if (r["method"], r["task"]) == (method, task):
+                        by_rate[round(r["rate"], 6)].append(r["validation_metric"])
+                means = {rate: stats.mean(values) for rate, values in by_rate.items()}
+                lost.append([max(means.values()) - means[round(factor / share**0.5, 6)] for factor in factors])
+            left = []
+            for i, own in enumerate(lost):
+                others = [stats.mean(task[j] for k, task in enumerate(lost) if k != i) for j in range(len(factors))]
+                left.append(own[others.index(min(others))])
+            cells += [
+                *(f"{stats.mean(task[j] for task in lost):.2f}" for j in range(len(factors))),
+                f"{stats.mean(left):.2f}",
+            ]
+        lines.append(f"| {phase} | {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def on_an_edge(phase: str) -> str:
     """How many pairs of task and method have their best rate on an edge of those tried, and of how many."""
     tried: dict[tuple[str, str], set[float]] = defaultdict(set)
@@ -249,6 +281,19 @@ def page() -> str:
             ]
         ),
     }
+    parts["rules"] = rules_table(
+        [
+            *(
+                ("encoder", f"weights 0.25%{more}", 0.0025)
+                for more in ("", ", 100 steps", ", relative", ", columns first")
+            ),
+            ("confirm", SIMPLE, 0.0025),
+            ("confirm", BEST, 0.0025),
+            *(("cover", name, 0.0025) for name in ("both first", "both first, relative", "both first, 200 steps")),
+            ("encoder", "weights 1%", 0.01),
+            ("confirm", LARGER, 0.01),
+        ]
+    )
     for name, value in parts.items():
         assert f"{{{name}}}" in text, name
         text = text.replace(f"{{{name}}}", value)

@@ -674,7 +674,7 @@ def test_help_fits_a_terminal(command: str, monkeypatch: pytest.MonkeyPatch) -> 
     answer = reltune(*command.split(), "--help")
     assert answer.code == 0 and not answer.err
     assert max(map(len, answer.out.splitlines())) <= 80
-    assert "..." not in answer.out.replace("[ARGS]...", "").replace("RUN...", "")  # no sentence is cut off
+    assert "..." not in answer.out.replace("[ARGS]...", "").replace("{RUN}...", "")  # no sentence is cut off
     if not command:
         assert all(f"\n  {name} " in answer.out for name in COMMANDS)
 

@@ -22,6 +22,7 @@ from reltune.runs.evaluation import evaluate
 from reltune.runs.materials import prepare
 from reltune.tasks.causal_lm import CausalLM
 from reltune.tasks.image_classification import ImageClassification
+from reltune.tasks.regression import Regression
 from reltune.tasks.sequence_classification import SequenceClassification
 from reltune.tasks.task import Task
 from tiny_models import save_tiny_bert, save_tiny_masked
@@ -235,12 +236,14 @@ def test_a_task_s_own_rates_are_defaults(tmp_path: Path) -> None:
     assert rate(SequenceClassification(), "selection") == training.LEARNING_RATES["selection"]
     assert rate(CausalLM(), "selection", learning_rate=5e-4) == 5e-4
     assert training.default_rate("weights", ImageClassification(), 0.01) == pytest.approx(2.5e-3)
+    assert training.default_rate("weights", SequenceClassification(), 0.01) == pytest.approx(5e-3)
+    assert training.default_rate("shira", SequenceClassification(), 0.01) == pytest.approx(1e-2)
 
 
 def test_the_rate_follows_what_is_trained(tmp_path: Path) -> None:
     def method_and_rate(**modules: ModulePlan) -> tuple[str, float]:
         method, share = training.method_of(Plan(modules, "", 0, 0, ""))
-        return method, training.default_rate(method, SequenceClassification(), share)
+        return method, training.default_rate(method, Regression(), share)
 
     one, few, many = (ModulePlan((100, 100), elements=list(range(count))) for count in (1, 25, 100))
     assert method_and_rate(a=many, norm=ModulePlan((100,), weight=True)) == ("weights", pytest.approx(1e-2))  # 1%
@@ -254,5 +257,5 @@ def test_the_rate_follows_what_is_trained(tmp_path: Path) -> None:
     assert method_and_rate(a=ModulePlan((100, 100), rows=[3], bias=True)) == ("selection", 2e-3)
     assert method_and_rate(a=many, b=ModulePlan((100, 100), weight=True)) == ("layer", 1e-3)
     given = {"use_cpu": True, "learning_rate": 3e-4}
-    args = training.arguments(str(tmp_path), "weights", 0, given, SequenceClassification(), 0.01)
+    args = training.arguments(str(tmp_path), "weights", 0, given, Regression(), 0.01)
     assert args.learning_rate == 3e-4

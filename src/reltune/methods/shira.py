@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Shira(Adapter):
-    """The rule of single weights, which random ones follow too: docs/selection.md, "random 0.25%" 2e-2 and "random 1%" 1e-2."""
+    """The rule of single weights, which random ones follow too (for all tasks): docs/selection.md, "random 0.25%" 2e-2 and "random 1%" 1e-2."""
 
     name = "shira"
     rates = "shira"

@@ -38,6 +38,9 @@ class SequenceClassification(ClassTask, TextTask):
     auto_class: ClassVar[Any] = AutoModelForSequenceClassification
     mapping: ClassVar[Any] = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     head: ClassVar[str] = "sequence classification head"
+    learning_rates: ClassVar[dict[str, float]] = {
+        "weights": 5e-4
+    }  # docs/selection.md, "Learning rates of single weights"
     reads_last_token: ClassVar[bool] = True
 
     def problem(self, row: Row) -> str | None:
