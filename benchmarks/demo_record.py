@@ -19,6 +19,19 @@ import harness
 from reltune.runs.summary import predicted_and_measured
 
 RESULTS = Path(__file__).parent / "results"
+KEPT = (
+    "label",
+    "trainable_parameters",
+    "head_parameters",
+    "metrics",
+    "learning_rate",
+    "steps",
+    "seconds_per_step",
+    "peak_memory_bytes",
+    "adapter_bytes",
+    "analysis_seconds",
+    "seconds",
+)
 
 
 def main() -> None:
@@ -42,7 +55,7 @@ def main() -> None:
         "versions": harness.versions(),
         "seconds_in_all": round(seconds),
         "seeds": comparison["seeds"],
-        "rows": [{key: value for key, value in row.items() if value not in (None, "", {})} for row in rows],
+        "rows": [{name: row[name] for name in KEPT if row.get(name) is not None} for row in rows],
         "predicted": [dataclasses.asdict(each) for each in predicted],
         "notes": comparison["notes"],
     }

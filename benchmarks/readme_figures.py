@@ -74,22 +74,21 @@ class Record:
         """Its time as a multiple of another's."""
         return self.seconds(case, name) / self.seconds(case, other)
 
-    def of(self, name: str) -> dict[str, Any]:
-        """A row of the demo's comparison."""
-        return next(m for m in self.data["methods"] if m["method"] == name)
-
-    def demo(self, name: str) -> list[float]:
-        """The figures of that row, as the README's table has them: bytes on disk in KiB below one MiB, in MiB from there."""
-        row = self.of(name)
-        disk = row["disk_bytes"]
+    def demo(self, label: str) -> list[float]:
+        """A row of the demo's comparison: bytes on disk in KiB below one MiB, in MiB from there."""
+        row = next(row for row in self.data["rows"] if row["label"] == label)
+        quality = [100 * row["metrics"]["accuracy"], 100 * row["metrics"]["f1_macro"]]
+        if "trainable_parameters" not in row:
+            return quality
+        disk = row["adapter_bytes"]
         return [
             row["trainable_parameters"],
-            100 * row["accuracy"],
-            100 * row["f1_macro"],
+            *quality,
             row["seconds_per_step"],
             row["peak_memory_bytes"] / 2**20,
             disk / 2**20 if disk >= 2**20 else disk / 2**10,
-            row["inference_ms_per_text"],
+            *([row["analysis_seconds"]] if "analysis_seconds" in row else []),
+            row["seconds"],
         ]
 
     def peer(self, name: str, case: str = "llama, 16 × 512 tokens", own: str = "reltune, one batch") -> float:

@@ -257,7 +257,8 @@ def test_flags(place: Place, words: list[str], named: str) -> None:
     [
         (["--num_train_epochs", "0"], "num_train_epochs is 0"),
         (["--max_steps", "0"], "max_steps is 0"),
-        (["--per_device_train_batch_size", "0"], "batch_size=0"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0"),
+        (["--gradient_accumulation_steps", "-1"], "gradient_accumulation_steps is -1"),
         (["--per_device_train_batch_size", "512", "--dataloader_drop_last"], "nothing to train on"),
         (["--fp16", "--use_cpu"], "fp16 has no effect on a CPU"),
         (["--learning_rate", "nan"], "learning_rate is nan"),

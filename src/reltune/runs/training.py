@@ -121,6 +121,9 @@ def arguments(
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
         field = "max_steps" if args.max_steps == 0 else "num_train_epochs"
         raise InputError(f"{field} is {getattr(args, field):g}, so that nothing would be trained; write more.")
+    for field in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, field) < 1:
+            raise InputError(f"{field} is {getattr(args, field)}; write 1 or more.")
     if (args.fsdp_plugin_args or {}).get("fsdp_version") == 1:
         raise InputError("fsdp_config asks for FSDP1, under which reltune cannot train; write version 2, or none.")
     if args.fsdp and _on_cpus(args):
