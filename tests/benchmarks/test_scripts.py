@@ -99,6 +99,7 @@ def test_behaviour_beside_plain_passes_is_recorded(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:the ranking of")
+@pytest.mark.slow
 def test_agreement_of_behaviour_with_gains_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["behaviour_agreement", "--tiny", "--commit", "abc", "--output_dir", str(tmp_path)]

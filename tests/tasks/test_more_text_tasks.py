@@ -37,7 +37,14 @@ from task_cases import check_reload, run_task
 from tiny_models import WORDS, save_tiny_bert, save_tiny_llama, save_tiny_masked, tiny_tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-LEARNS: dict[str, Any] = {"num_train_epochs": 20, "learning_rate": 5e-3, "per_device_train_batch_size": 8}
+LEARNS: dict[str, Any] = {
+    "num_train_epochs": 20,
+    "learning_rate": 5e-3,
+    "per_device_train_batch_size": 8,
+    "eval_strategy": "steps",
+    "eval_steps": 0.25,  # of all; every epoch would take longer than training
+    "save_strategy": "no",
+}
 
 
 def save_tiny_t5(path: Path) -> None:

@@ -25,7 +25,14 @@ from task_cases import check_reload, run_task
 from tiny_models import save_tiny_bert, save_tiny_gpt2
 
 WEIGHTS = {"good": 1.0, "great": 2.0, "bad": -1.0, "poor": -2.0}
-LEARNS: dict[str, Any] = {"num_train_epochs": 20, "learning_rate": 3e-3, "per_device_train_batch_size": 8}
+LEARNS: dict[str, Any] = {
+    "num_train_epochs": 20,
+    "learning_rate": 3e-3,
+    "per_device_train_batch_size": 8,
+    "eval_strategy": "steps",
+    "eval_steps": 0.25,  # of all; every epoch would take longer than training
+    "save_strategy": "no",
+}
 
 
 @pytest.fixture(scope="module")
