@@ -466,6 +466,7 @@ def tune(
             checkpoint = checkpoint_to_go_on_from(materials, run)
         asked = materials.config
         plan = Plan.load(run.plan) if asked.needs_plan else None
+        materials.arguments("selection")  # refuses what cannot be, before anything is predicted by it
     materials, predicted = settled(materials, run, plan, predict)
     with processes.together():
         config, method = materials.config, METHODS[materials.config.method]
