@@ -5,7 +5,7 @@
 Ŵ has one scale per output, a power of two: Ŵ = q · 2^k is exact in every floating type, and so are the columns D − Ŵ[:, idx]
 that a change is taken from. x̂ is x rounded to e4m3 with one scale per token, made anew in every call. In the backward pass
 ∂x = (g ⊙ scales of Ŵ)^ q + g (D − Ŵ[:, idx]) in the selected columns, with ^ the same rounding per token, and ∂D = gᵀ x[:, idx];
-roundings pass gradients straight through. x[:, idx] and D − Ŵ[:, idx] are all that is kept for it, and a reference to q.
+roundings pass gradients straight through. x[:, idx] is all that is kept for it, and references to q, D and Ŵ[:, idx].
 
 Products of two float8 matrices run in tensor cores faster than in bfloat16 (torch._scaled_mm); Hopper wants the second
 factor by columns, so the backward pass makes the transpose of q and frees it. Elsewhere the same numbers are multiplied
@@ -115,32 +115,37 @@ def _product(rounded: Rounded, weight: Tensor, scale: Tensor | None, dtype: torc
     return (y if scale is None else y * scale).to(dtype)
 
 
-def _add_columns(y: Tensor, selected: Tensor, change: Tensor) -> None:
-    """y (T, out) += selected (T, c) changeᵀ (c, out)."""
-    if _has_column_kernels(y, selected, change):
+def _add_columns(y: Tensor, selected: Tensor, columns: Tensor, own: Tensor) -> None:
+    """y (T, out) += selected (T, c) (columns − own)ᵀ (c, out)."""
+    if _has_column_kernels(y, selected, columns):
         from reltune.ops.kernels.float8 import add_columns
 
-        add_columns(y, selected, change)
+        add_columns(y, selected, columns.contiguous(), own.contiguous())
     else:
-        y.addmm_(selected, change.mT)
+        y.addmm_(selected, _change(columns, own, y.dtype).mT)
 
 
-def _add_change(dx: Tensor, idx: Tensor, g: Tensor, change: Tensor) -> None:
-    """dx (T, in)[:, idx] += g (T, out) change (out, c)."""
-    if _has_column_kernels(dx, g.contiguous(), change):
+def _add_change(dx: Tensor, idx: Tensor, g: Tensor, columns: Tensor, own: Tensor) -> None:
+    """dx (T, in)[:, idx] += g (T, out) (columns − own) (out, c)."""
+    if _has_column_kernels(dx, g, columns):
         from reltune.ops.kernels.float8 import add_change
 
-        add_change(dx, idx, g.contiguous(), change)
+        add_change(dx, idx, g.contiguous(), columns.contiguous(), own.contiguous())
     else:
-        dx.index_copy_(1, idx, dx.index_select(1, idx).addmm_(g, change))
+        dx.index_copy_(1, idx, dx.index_select(1, idx).addmm_(g, _change(columns, own, g.dtype)))
 
 
-def _has_column_kernels(result: Tensor, factor: Tensor, change: Tensor) -> bool:
-    if not _has_kernels(result) or not result.dtype == factor.dtype == change.dtype == torch.bfloat16:
+def _change(columns: Tensor, own: Tensor, dtype: torch.dtype) -> Tensor:
+    """The difference, rounded once."""
+    return torch.sub(columns, own, out=torch.empty(columns.shape, dtype=dtype, device=columns.device))
+
+
+def _has_column_kernels(result: Tensor, factor: Tensor, columns: Tensor) -> bool:
+    if not _has_kernels(result) or not result.dtype == factor.dtype == torch.bfloat16:
         return False
     from reltune.ops.kernels.float8 import MOST
 
-    return change.shape[1] <= MOST
+    return columns.shape[1] <= MOST
 
 
 @functools.lru_cache(maxsize=64)
@@ -185,18 +190,17 @@ def _output(
     idx: Tensor | None,
     own: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y, and x[:, idx] and D − Ŵ[:, idx] in ``dtype`` where there are columns."""
-    selected = change = None
+) -> tuple[Tensor, Tensor | None]:
+    """y, and x[:, idx] in ``dtype`` where there are columns."""
+    selected = None
     with without_autocast(x.device.type):
         y = _product(rounded, weight, scale, dtype)
         if bias is not None:
             y += bias.to(dtype)
         if columns is not None and idx is not None and own is not None:
-            change = torch.sub(columns, own, out=torch.empty(columns.shape, dtype=dtype, device=columns.device))
             selected = x.index_select(1, idx).to(dtype)
-            _add_columns(y, selected, change)
-    return y, selected, change
+            _add_columns(y, selected, columns, own)
+    return y, selected
 
 
 class Float8Product(torch.autograd.Function):
@@ -216,10 +220,10 @@ class Float8Product(torch.autograd.Function):
         own: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        y, selected, change = _output(x, rounded, weight, scale, bias, columns, idx, own, dtype)
+        y, selected = _output(x, rounded, weight, scale, bias, columns, idx, own, dtype)
         differentiates_x, trains = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         ctx.save_for_backward(
-            *((weight, scale, change, idx) if differentiates_x else (None,) * 4), selected if trains else None
+            *((weight, scale, columns, idx, own) if differentiates_x else (None,) * 5), selected if trains else None
         )
         ctx.dtypes = x.dtype, None if columns is None else columns.dtype, None if bias is None else bias.dtype
         return y
@@ -227,7 +231,7 @@ class Float8Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scale, change, idx, selected = ctx.saved_tensors
+        weight, scale, columns, idx, own, selected = ctx.saved_tensors
         of_x, of_columns, of_bias = ctx.dtypes
         gradients: list[Tensor | None] = [None] * 9
         with without_autocast(g.device.type):
@@ -237,8 +241,8 @@ class Float8Product(torch.autograd.Function):
                 gradients[4] = g.sum(0).to(of_bias)
             if weight is not None:
                 dx = _product(quantise_rows(g, scale.float()), transposed(weight), None, g.dtype)
-                if change is not None:
-                    _add_change(dx, idx, g, change)
+                if columns is not None:
+                    _add_change(dx, idx, g, columns, own)
                 gradients[0] = dx.to(of_x)
         return tuple(gradients)
 

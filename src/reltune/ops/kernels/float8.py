@@ -81,19 +81,26 @@ MOST = 128  # columns: above, a general product has enough to do
 
 
 @triton.jit
+def difference(values, own, o, c, out_features, columns):  # type: ignore[no-untyped-def]
+    """values − own (…, c) in float32, of the rows o and the columns c; 0 outside."""
+    place = o[:, None] * columns + c[None, :]
+    inside = (o[:, None] < out_features) & (c[None, :] < columns)
+    one = tl.load(values + place, mask=inside, other=0.0).to(tl.float32)
+    return one - tl.load(own + place, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def add_kernel(  # type: ignore[no-untyped-def]
-    y, selected, change, tokens, out_features, columns, T: tl.constexpr, OUT: tl.constexpr, C: tl.constexpr
+    y, selected, values, own, tokens, out_features, columns, T: tl.constexpr, OUT: tl.constexpr, C: tl.constexpr
 ):
-    """y (T, out) += selected (T, c) changeᵀ (c, out)."""
+    """y (T, out) += selected (T, c) (values − own)ᵀ (c, out)."""
     t = (tl.program_id(1) * T + tl.arange(0, T)).to(tl.int64)
     o = tl.program_id(0) * OUT + tl.arange(0, OUT)
     c = tl.arange(0, C)
     left = tl.load(
         selected + t[:, None] * columns + c[None, :], mask=(t[:, None] < tokens) & (c[None, :] < columns), other=0.0
     )
-    right = tl.load(
-        change + o[:, None] * columns + c[None, :], mask=(o[:, None] < out_features) & (c[None, :] < columns), other=0.0
-    )
+    right = difference(values, own, o, c, out_features, columns).to(left.dtype)
     at = y + t[:, None] * out_features + o[None, :]
     inside = (t[:, None] < tokens) & (o[None, :] < out_features)
     before = tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -103,9 +110,20 @@ def add_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def change_kernel(  # type: ignore[no-untyped-def]
-    g, change, dx, idx, tokens, out_features, in_features, columns, T: tl.constexpr, OUT: tl.constexpr, C: tl.constexpr
+    g,
+    values,
+    own,
+    dx,
+    idx,
+    tokens,
+    out_features,
+    in_features,
+    columns,
+    T: tl.constexpr,
+    OUT: tl.constexpr,
+    C: tl.constexpr,
 ):
-    """dx[:, idx] += g (T, out) change (out, c)."""
+    """dx[:, idx] += g (T, out) (values − own) (out, c)."""
     t = (tl.program_id(0) * T + tl.arange(0, T)).to(tl.int64)
     c = tl.arange(0, C)
     total = tl.zeros((T, C), tl.float32)
@@ -116,11 +134,7 @@ def change_kernel(  # type: ignore[no-untyped-def]
             mask=(t[:, None] < tokens) & (o[None, :] < out_features),
             other=0.0,
         )
-        right = tl.load(
-            change + o[:, None] * columns + c[None, :],
-            mask=(o[:, None] < out_features) & (c[None, :] < columns),
-            other=0.0,
-        )
+        right = difference(values, own, o, c, out_features, columns).to(left.dtype)
         total = tl.dot(left, right, total, input_precision="ieee")
     column = tl.load(idx + c, mask=c < columns, other=0)
     at = dx + t[:, None] * in_features + column[None, :]
@@ -128,8 +142,8 @@ def change_kernel(  # type: ignore[no-untyped-def]
     tl.store(at, (tl.load(at, mask=inside, other=0.0).to(tl.float32) + total).to(dx.dtype.element_ty), mask=inside)
 
 
-def add_columns(y: Tensor, selected: Tensor, change: Tensor) -> None:
-    """y (T, out) += selected (T, c) changeᵀ, change (out, c); all contiguous and of one dtype."""
+def add_columns(y: Tensor, selected: Tensor, values: Tensor, own: Tensor) -> None:
+    """y (T, out) += selected (T, c) (values − own)ᵀ, both (out, c); all contiguous, y and selected of one dtype."""
     tokens, out_features = y.shape
     columns = selected.shape[1]
     grid = (triton.cdiv(out_features, ADDED[1]), triton.cdiv(tokens, ADDED[0]))
@@ -137,7 +151,8 @@ def add_columns(y: Tensor, selected: Tensor, change: Tensor) -> None:
         add_kernel[grid](
             y,
             selected,
-            change,
+            values,
+            own,
             tokens,
             out_features,
             columns,
@@ -148,14 +163,15 @@ def add_columns(y: Tensor, selected: Tensor, change: Tensor) -> None:
         )
 
 
-def add_change(dx: Tensor, idx: Tensor, g: Tensor, change: Tensor) -> None:
-    """dx (T, in)[:, idx] += g (T, out) change (out, c), idx (c,) int64; all contiguous and of one dtype."""
+def add_change(dx: Tensor, idx: Tensor, g: Tensor, values: Tensor, own: Tensor) -> None:
+    """dx (T, in)[:, idx] += g (T, out) (values − own), both (out, c), idx (c,) int64; all contiguous, dx and g of one dtype."""
     tokens, out_features = g.shape
-    columns = change.shape[1]
+    columns = values.shape[1]
     with torch.cuda.device_of(g):
         change_kernel[(triton.cdiv(tokens, CHANGED[0]),)](
             g,
-            change,
+            values,
+            own,
             dx,
             idx,
             tokens,
