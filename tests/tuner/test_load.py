@@ -173,7 +173,7 @@ def test_memory_is_flat_over_two_thousand_steps(tmp_path: Path) -> None:
         **{"eval_strategy": "no", "save_strategy": "no", "max_steps": 2000, "use_cpu": True, "logging_strategy": "no"},
         **{"per_device_train_batch_size": 8, "label_names": ["labels"], "remove_unused_columns": False},
     }
-    args = training.arguments(str(tmp_path), "columns", 0, given, task)
+    args = training.arguments(str(tmp_path), "selection", 0, given, task)
     counted = Counted(400, 2000)
     try:
         training.train(model, args, task, None, items, callbacks=[counted])
