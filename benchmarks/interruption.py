@@ -4,8 +4,8 @@
 
 A moment is a SIGKILL: after a random time, or before a random change of a file (it is opened for writing, renamed or
 removed; a directory is made). Each trial is killed once to five times, and then left to end. Compared are relevance, plan,
-adapter, metrics, what the model wrote, the sweep's record and the export; nothing half-written may be left. Every process is a
-fork of one that has imported everything, on a CPU, with one thread. Intermediate results of the analysis are saved five times a
+adapter, metrics, what the model wrote, the records of the sweep and of the comparison, and the export; nothing half-written may be left. Every process
+is a fork of one that has imported everything, on a CPU, with one thread. Intermediate results of the analysis are saved five times a
 second instead of every few minutes, so that going on from them is tried too.
 """
 
@@ -40,6 +40,7 @@ from reltune.runs.lock import LOCK
 
 WORDS = {"pos": ("good", "great", "fine"), "neg": ("bad", "poor", "dull"), "": ("film", "book", "very", "not")}
 TIMES = ("train_seconds_per_step", "train_peak_memory_bytes", "test_perplexity_seconds")
+TIMES += ("seconds", "seconds_per_step", "peak_memory_bytes", "analysis_seconds")
 KINDS = ("time", "change")
 
 
@@ -52,6 +53,7 @@ def cases(place: Path) -> dict[str, list[list[str]]]:
     short = ["--per_device_train_batch_size", "8", "--max_steps", "9", *often]
     columns = ["--granularity", "column", "--budget", "5%"]
     probe = ["--probe_steps", "12", "--analysis_batch_size", "8", "--budget", "2%"]
+    few = ["--sizes", "usual", "--seeds", "1", "--rate_trials", "1", "--head_epochs", "1"]
     return {
         "run": [["run", *files, *probe, *short, "--load_best_model_at_end", "--export", "merged"]],
         "run, streamed": [
@@ -59,6 +61,7 @@ def cases(place: Path) -> dict[str, list[list[str]]]:
         ],
         "run, method full": [["run", *files, "--method", "full", *short]],
         "sweep": [["run", *files, *columns, "--sweep", "learning_rate=1e-3,1e-2", *short, "--max_steps", "5"]],
+        "comparison": [["compare", *files, *probe[:4], "--methods", "weights,lora", *few, *short[:2], "--max_steps", "3"]],
         "stages": [
             ["analyze", *files, "--criteria", "movement,fisher", *probe[:4]],
             ["select", "RUN", "--granularity", "direction", "--budget", "2%"],
@@ -166,26 +169,29 @@ def called(words: list[str], run: Path, log: Path, before: int | None = None, af
 # -- what is compared -----------------------------------------------------------------------------------------------
 
 
+def timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: timeless(held) for key, held in value.items() if key not in TIMES}
+    return [timeless(held) for held in value] if isinstance(value, list) else value
+
+
 def contents(run: Path, out: Path) -> dict[str, Any]:
     """What a run came to, without the times that it took."""
     found: dict[str, Any] = {}
-    tensors = [*run.glob("adapter/*.safetensors"), *run.glob("merged/*.safetensors"), *out.glob("*.safetensors")]
-    for path in (*tensors, *run.glob("relevance/*.safetensors"), *run.glob("plan/*.safetensors")):
-        loaded = load_file(path)
-        found[path.name if path.parent == out else str(path.relative_to(run))] = {
-            name: (str(value.dtype), value.shape, value.tobytes()) for name, value in loaded.items()
-        }
-    for name in ("plan/plan.yaml", "outputs.jsonl", "sweep.json", "task.json", "bad_rows.json"):
-        if (run / name).is_file():
-            found[name] = (run / name).read_text(encoding="utf-8")
-    for name in ("all_results.json", "relevance/scores.json"):
-        if (run / name).is_file():
-            values = json.loads((run / name).read_text(encoding="utf-8"))
-            found |= {f"{name}: {key}": value for key, value in values.items() if key not in TIMES}
-    found["files"] = sorted(
-        str(path.relative_to(run)) for path in run.rglob("*") if "checkpoint-" not in str(path.relative_to(run))
-    )
-    return found
+    files = {
+        str(path.relative_to(place.parent)): path
+        for place in (run, out)
+        for path in place.rglob("*")
+        if "checkpoint-" not in str(path.relative_to(place))
+    }
+    for name, path in files.items():
+        if path.suffix == ".safetensors":
+            found[name] = {key: (str(v.dtype), v.shape, v.tobytes()) for key, v in load_file(path).items()}
+        elif path.name in ("plan.yaml", "outputs.jsonl", "sweep.json", "task.json", "bad_rows.json"):
+            found[name] = path.read_text(encoding="utf-8")
+        elif path.name in ("all_results.json", "scores.json", "comparison.json", "result.json", "test.json"):
+            found |= {f"{name}: {key}": v for key, v in timeless(json.loads(path.read_text(encoding="utf-8"))).items()}
+    return {**found, "files": sorted(files)}
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -204,7 +210,7 @@ def stage(run: Path) -> str:
     try:
         directory, config = RunDirectory.open(run)
     except InputError:
-        return "start"
+        return "comparison, in part" if (run / "seeds").is_dir() else "start"
     found = directory.next_stage(config) or "end"
     if found == "analysis" and list(run.glob("relevance/*partial.safetensors")):
         return "analysis, in part"
@@ -247,7 +253,7 @@ class Harness:
         run, out, log = self.fresh()
         log.unlink(missing_ok=True)
         sizes = self.sizes[name]
-        victim = draw.choices(range(len(sizes)), weights=[seconds for _, seconds in sizes])[0]
+        victim = draw.randrange(len(sizes))
         moments, problems, done = [], [], False
         for number, words in enumerate(self.commands[name]):
             given = self.words(words, run, out)
@@ -279,13 +285,18 @@ class Harness:
     def finished(given: list[str], run: Path, out: Path) -> bool:
         """Whether the command was killed when all was done, so that it says so."""
         results = {"analyze": run / "relevance" / "scores.json", "select": run / "plan" / "plan.yaml", "export": out}
-        return {**results, "tune": run / "adapter", "run": run / "report.html"}[given[0]].exists()
+        results |= {"tune": run / "adapter", "evaluate": run / "all_results.json"}
+        return results.get(given[0], run / "report.html").exists()
 
 
 def record(bench: Benchmark, trials: list[dict[str, Any]], wanted: int) -> None:
     """Write down the trials so far and what they show."""
     kills = [moment for trial in trials for moment in trial["moments"]]
     bench.result |= {"trials": trials, "checks": []}
+    kills_of = {trial["case"]: 0 for trial in trials}
+    for trial in trials:
+        kills_of[trial["case"]] += len(trial["moments"])
+    bench.value("moments by case", kills_of)
     for key in ("command", "kind", "stage"):
         bench.value(f"moments by {key}", dict(sorted(Counter(moment[key] for moment in kills).items())))
     bench.check("moments", len(kills), wanted, at_least=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import tarfile
 import zipfile
 from pathlib import Path
@@ -17,13 +19,47 @@ from reltune.plan.plan import ModulePlan
 from reltune.runs.directory import RunDirectory
 from reltune.runs.summary import read_lm_eval
 
-LOADERS = {loader.name: loader for group in fuzz_loaders.GROUPS[:-1] for loader in group()}  # Parquet takes longer
+LOADERS = {loader.name: loader for group in fuzz_loaders.GROUPS for loader in group()}
 
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_a_short_run(name: str, tmp_path: Path) -> None:
-    record = fuzz_loaders.fuzz(LOADERS[name], 60, 60.0, 7, None)
-    assert record["inputs"] == 60 and not record["unexpected"], record["unexpected"]
+    inputs = 20 if name == "data .parquet" else 60
+    record = fuzz_loaders.fuzz(LOADERS[name], inputs, 7)
+    assert record["inputs"] == inputs and not record["unexpected"], record["unexpected"]
+
+
+def test_what_goes_wrong_is_a_finding_and_the_record_is_added_to(tmp_path: Path) -> None:
+    """Against the inputs themselves, made a second time."""
+
+    def read(folder: Path) -> None:
+        data = (folder / "a.json").read_bytes()
+        if data.startswith(b"["):
+            raise InputError("no mapping")
+        if len(data) % 5 == 0:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if len(data) % 5 == 1:
+            bytes(b"x" * (70 << 20))
+        if len(data) % 5 == 2:
+            int(data)
+
+    loader, out = fuzz_loaders.Loader("mine", {"a.json": b'{"a": [1, 2]}'}, read), tmp_path / "record.json"
+    first = fuzz_loaders.go_on(loader, 15, 3, out=out, findings=tmp_path / "found")
+    record = fuzz_loaders.go_on(loader, 40, 3, out=out, findings=tmp_path / "found")
+    assert first["inputs"] == 15 and record["inputs"] == 40
+    assert json.loads(out.read_text())["loaders"]["mine"] == record
+    made = [fuzz_loaders.input_of(loader, f"3/mine/{number}")["a.json"] for number in range(40)]
+    rest = [data for data in made if not data.startswith(b"[")]
+    wanted = [sum(len(data) % 5 == kind for data in rest) for kind in range(3)]
+    assert all(wanted) and record["errors"] == {"elsewhere": len(made) - len(rest)}
+    counts = {kind.split(" in ")[0]: found["count"] for kind, found in record["unexpected"].items()}
+    memory = "an input that takes more memory than twice its size and 64 MiB"
+    assert counts == {"the process ends by signal 11": wanted[0], memory: wanted[1], "ValueError": wanted[2]}
+    assert record["accepted"] == len(rest) - wanted[0] - wanted[2]
+    seed = record["unexpected"]["the process ends by signal 11"]["seed"]
+    assert len(fuzz_loaders.input_of(loader, seed)["a.json"]) % 5 == 0
+    with pytest.raises(SystemExit, match="--seed 3"):
+        fuzz_loaders.go_on(loader, 50, 4, out=out)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reltune.data import text_files
 from reltune.data.bad_rows import checked
 from reltune.data.sources import read_rows, read_splits
 from reltune.data.streams import StreamedRows
@@ -173,6 +174,26 @@ def test_compressed_files(tmp_path: Path, suffix: str, pack: object) -> None:
         for streaming in (False, True):
             with pytest.raises(InputError, match=r"d\.tsv\.\w+ cannot be (unpacked|read)"):
                 list(read_splits(tmp_path / f"d.tsv.{suffix}", streaming=streaming)["train"])
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+@pytest.mark.parametrize(
+    "content", [b"text\n" + b"x" * 2**18, b"text,label\n" + b"a,b\n" * 2**16], ids=["a line", "lines"]
+)
+def test_a_small_file_that_unpacks_to_much(
+    tmp_path: Path, suffix: str, pack: object, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert callable(pack)
+    path = tmp_path / f"d.csv.{suffix}"
+    path.write_bytes(pack(content))
+    assert 200 * path.stat().st_size < 2**18
+    monkeypatch.setattr(text_files, "UNPACKED", (200, 2**17))
+    for streaming in (False, True):
+        with pytest.raises(InputError, match="unpacks to more than 200 times its size; unpack it yourself"):
+            list(read_splits(path, streaming=streaming)["train"])
+    monkeypatch.setattr(text_files, "UNPACKED", (200, 2**20))
+    if content.startswith(b"text,label"):
+        assert len(read_rows(path)) == 2**16
 
 
 @pytest.mark.parametrize(

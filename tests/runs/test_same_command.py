@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import resource
 import shutil
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from command_line import Answer, assert_refused, contents, held, reltune, review_rows, write_csv
+from interruption import changes
 from reltune.config.run_config import RunConfig
 from reltune.runs import flow, stages, training
 from reltune.runs.directory import RunDirectory
@@ -185,7 +190,12 @@ def test_a_clock_that_was_set_back(place: Path, cut: Path, whole: Path) -> None:
     name = copied(cut, "clock")
     for path in (place / name).rglob("*"):
         os.utime(path, (4e9, 4e9))
-    answer = run(place, name, *WORDS, "--resume_from_checkpoint", "true")  # which says no more than the same command
+    ticks = itertools.count(4_000_000_000, -60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", lambda: float(next(ticks)))  # it goes on going back
+        answer = run(
+            place, name, *WORDS, "--resume_from_checkpoint", "true"
+        )  # which says no more than the same command
     assert answer.code == 0 and same(place / name, whole)
     assert {path.name for path in place.glob("clock/checkpoint-*")} == {"checkpoint-6"}
 
@@ -210,6 +220,39 @@ def test_a_full_disk(place: Path, cut: Path, whole: Path) -> None:
         assert not [path for path in (place / name).rglob("*") if path.name.endswith((".partial", ".lock"))]
         answer = run(place, name)
         assert answer.code == 0 and "Going on" in answer.out and same(place / name, whole), answer
+
+
+@contextmanager
+def read_only(directory: Path, after: int = 0) -> Iterator[None]:
+    """After so many changes of files in the directory, let every other one fail. (Permissions stop no administrator.)"""
+    left = after
+
+    def refuse() -> None:
+        nonlocal left
+        left -= 1
+        if on and left < 0:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    on = True
+    sys.addaudithook(changes(str(directory), refuse))  # it cannot be taken away again
+    try:
+        yield
+    finally:
+        on = False
+
+
+def test_a_directory_that_is_or_becomes_read_only(place: Path, cut: Path, whole: Path) -> None:
+    name = copied(cut, "locked")
+    before = contents(place / name)
+    with read_only(place / name):
+        assert_refused(run(place, name), "cannot be written (Read-only file system)", "name another one")
+    assert contents(place / name) == before
+    with read_only(place / name, 20):
+        answer = run(place, name)
+    assert answer.code == 1 and "could not be written (read-only file system)" in answer.err, answer
+    assert "make it writable" in answer.err and "Traceback" not in answer.err
+    answer = run(place, name)
+    assert answer.code == 0 and "Going on" in answer.out and same(place / name, whole), answer
 
 
 def test_two_runs_in_one_directory(place: Path, cut: Path) -> None:

@@ -45,12 +45,12 @@ def config(number: int) -> ReltuneConfig:
     return ReltuneConfig(plan=Plan(modules, "all", 9999, 9999, ""), init_weights=False)
 
 
-def with_adapters(count: int) -> PeftModel:
+def with_adapters(*numbers: int) -> PeftModel:
     torch.manual_seed(0)
-    model = get_peft_model(Base(), config(0), adapter_name="a0")
-    for number in range(1, count):
+    model = get_peft_model(Base(), config(numbers[0]), adapter_name=f"a{numbers[0]}")
+    for number in numbers[1:]:
         model.add_adapter(f"a{number}", config(number))
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(numbers[0] + 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "reltune" in name:
@@ -73,21 +73,20 @@ X = torch.randn(4, SIZE, generator=torch.Generator().manual_seed(2))
 )
 def test_no_answer_is_another_adapters(tmp_path: Path, count: int, switches: int) -> None:
     """Saved, listed, loaded, and switched by eight threads that hold a lock around a switch and its answer."""
-    made = with_adapters(count)
-    made.save_pretrained(str(tmp_path))
+    expected = {}
+    for number in range(count):  # on a base of its own each, which no other adapter was ever on
+        single = with_adapters(number)
+        single.save_pretrained(str(tmp_path))
+        with torch.no_grad():
+            expected[f"a{number}"] = single(X)
     names = sorted(path.parent.name for path in tmp_path.glob("*/adapter_config.json"))
-    assert names == sorted(f"a{number}" for number in range(count))
+    assert names == sorted(expected)
+    assert len({tuple(one.flatten().tolist()) for one in expected.values()}) == count
     torch.manual_seed(0)
     model = PeftModel.from_pretrained(Base(), str(tmp_path / names[0]), adapter_name=names[0])
     for name in names[1:]:
         model.load_adapter(str(tmp_path / name), adapter_name=name)
     model.eval()
-    expected = {}
-    with torch.no_grad():
-        for name in names:  # by the model that the adapters were made on, one at a time
-            made.set_adapter(name)
-            expected[name] = made(X)
-    assert len({tuple(one.flatten().tolist()) for one in expected.values()}) == count
     lock, wrong, answered = threading.Lock(), [], []
 
     def serve(number: int) -> None:
@@ -120,7 +119,7 @@ def test_no_answer_is_another_adapters(tmp_path: Path, count: int, switches: int
 
 
 def test_memory_is_flat_over_switches() -> None:
-    model = with_adapters(10)
+    model = with_adapters(*range(10))
 
     def switch(times: int) -> None:
         with torch.no_grad():
@@ -174,7 +173,7 @@ def test_memory_is_flat_over_two_thousand_steps(tmp_path: Path) -> None:
         **{"eval_strategy": "no", "save_strategy": "no", "max_steps": 2000, "use_cpu": True, "logging_strategy": "no"},
         **{"per_device_train_batch_size": 8, "label_names": ["labels"], "remove_unused_columns": False},
     }
-    args = training.arguments(str(tmp_path), "columns", 0, given, task)
+    args = training.arguments(str(tmp_path), "selection", 0, given, task)
     counted = Counted(400, 2000)
     try:
         training.train(model, args, task, None, items, callbacks=[counted])

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+import fuzz_loaders
 from reltune.errors import InputError, StorageError
 from reltune.layers.fingerprint import Base, any_base, digest, fingerprint
 from reltune.layers.inventory import take_inventory
@@ -198,7 +199,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (lambda v: v.update(exclude_modules="(a+)+$"), "patterns"),
         (lambda v: v.update(target_modules="["), "patterns"),
         (lambda v: v.update(fingerprint=3), "fingerprint .* of the wrong kind"),
-        (lambda v: v.update(peft_type="NONE"), "does not fit"),
+        (lambda v: v.update(peft_type="MULTITASK_PROMPT_TUNING"), "which reltune does not load"),
         (lambda v: v.update(peft_type=3), "no adapter's config"),
         (lambda v: v.update(r="x"), "r .* of the wrong kind"),
         (lambda v: v["units"]["inner"].update(rows=1), "lacks|does not fit"),
@@ -209,6 +210,48 @@ def test_configs_that_were_tampered_with(tmp_path: Path, change: Callable[[dict[
     rewrite(folder, change)
     with pytest.raises(InputError, match=words):
         load_adapter(Net("linear"), folder)
+
+
+def saved_lora(folder: Path) -> Path:
+    """A LoRA adapter as PEFT saves it, whose B is not zero."""
+    adapted = get_peft_model(Net("linear"), LoraConfig(r=2, target_modules=["inner"], init_lora_weights=False))
+    adapted.peft_config["default"].init_lora_weights = True
+    save_adapter(adapted, folder, None)
+    return folder
+
+
+def test_a_lora_adapter_is_loaded_as_peft_does(tmp_path: Path) -> None:
+    folder = saved_lora(tmp_path / "made")
+    model, x = load_adapter(Net("linear"), folder), torch.randn(3, 5)
+    assert torch.equal(model(x), PeftModel.from_pretrained(Net("linear"), str(folder))(x))
+    assert not torch.equal(model(x), Net("linear")(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda v: v.update(r=10**7), "does not fit"),
+        (lambda v: v.update(rank_pattern={"inner": 10**7}), "does not fit"),
+        (lambda v: v.update(r=2**63), "does not fit"),
+        (lambda v: v.update(target_modules="(i|inner)+x"), "patterns in target_modules"),
+        (lambda v: v.update(alpha_pattern={"(a+)+": 3}), "patterns in alpha_pattern"),
+        (lambda v: v.update(layer_replication=[[0, 1]] * 10**5), "sets 'layer_replication'"),
+        (lambda v: v.update(init_lora_weights="pissa"), "sets 'init_lora_weights'"),
+        (lambda v: v.update(megatron_config={}, megatron_core="megatron.x"), "sets 'megatron_c"),
+    ],
+)
+def test_lora_configs_that_were_tampered_with(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any], words: str
+) -> None:
+    folder = saved_lora(tmp_path / "made")
+    rewrite(folder, change)
+    fuzz_loaders.forget_peak()
+    before = fuzz_loaders.gauge(b"VmRSS:")
+    with pytest.raises(InputError, match=words):
+        load_adapter(Net("linear"), folder)
+    assert fuzz_loaders.gauge(b"VmHWM:") - before < fuzz_loaders.MEMORY, (
+        "nothing is allocated for a rank that a file claims"
+    )
 
 
 @pytest.mark.parametrize(

@@ -124,10 +124,7 @@ def parse_training_fields(words: Sequence[str], own_flags: Collection[str] = ())
     if not words:
         return {}
     named_training_fields(words, own_flags)
-    from transformers import HfArgumentParser, TrainingArguments
-
-    parser = HfArgumentParser([TrainingArguments], allow_abbrev=False, add_help=False)  # type: ignore[list-item]
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser = _parser()
     normal = _normal(words)
     fields = {flag: action.dest for flag, action in parser._option_string_actions.items()}
     for flag in _flags(normal):
@@ -139,6 +136,15 @@ def parse_training_fields(words: Sequence[str], own_flags: Collection[str] = ())
     # Enum members and the like go to YAML as what the user wrote.
     given = [fields[flag] for flag in _flags(normal)]
     return {name: getattr(getattr(values, name), "value", getattr(values, name)) for name in given}
+
+
+@functools.cache
+def _parser() -> Any:
+    from transformers import HfArgumentParser, TrainingArguments
+
+    parser = HfArgumentParser([TrainingArguments], allow_abbrev=False, add_help=False)  # type: ignore[list-item]
+    parser.error = _refuse  # type: ignore[method-assign]
+    return parser
 
 
 def _normal(words: Sequence[str]) -> list[str]:

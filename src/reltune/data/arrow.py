@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet
 from transformers.utils.hub import is_offline_mode
 
 from reltune.data.rows import SPLITS, Rows
@@ -28,6 +29,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 def read_parquet(path: Path, streaming: bool = False) -> dict[str, Rows | StreamedRows]:
     """The rows of a Parquet file, as one split."""
     with _reading(str(path), "check that it is whole"):
+        pyarrow.parquet.read_metadata(path)  # which says so in a moment, and without files of a cache
         data = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
     return {"train": _rows(data, str(path))}
 

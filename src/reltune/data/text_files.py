@@ -54,6 +54,7 @@ STARTS = {  # how files begin that are not what their suffix says -> what they a
     b"<html": "is a web page and not the file itself; download that.",
 }
 START = 200  # bytes that say what a file is
+UNPACKED = 200, 64 * 2**20  # times its size, and bytes, that a compressed file may become; texts rarely exceed 50 times
 UNPACKING = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
 
@@ -177,9 +178,34 @@ def check_text_file(path: Path) -> None:
 
 def _open(path: Path) -> BinaryIO:
     """The file's bytes, unpacked where it is compressed."""
-    opener = COMPRESSED.get(path.suffix.lower(), open)
-    file: BinaryIO = opener(path, "rb")
-    return file
+    opener = COMPRESSED.get(path.suffix.lower())
+    return open(path, "rb") if opener is None else io.BufferedReader(_Unpacked(path, opener(path, "rb")))
+
+
+class _Unpacked(io.RawIOBase):
+    """The bytes of a compressed file. Raises InputError where they become more than a text does: a few KB can hold terabytes."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        times, least = UNPACKED
+        self.path, self.file, self.left = path, file, max(times * path.stat().st_size, least)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.file.read(len(buffer))
+        self.left -= len(data)
+        if self.left < 0:
+            raise InputError(
+                f"{self.path} unpacks to more than {UNPACKED[0]} times its size; unpack it yourself, if it is what you want, and name "
+                "that file."
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def _check_start(path: Path, start: bytes) -> None:

@@ -22,6 +22,24 @@ if TYPE_CHECKING:
     from torch import nn
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
+KINDS = ("RELTUNE", "LORA", "SHIRA")  # PEFT's words for the adapters that the methods here make
+# What those set of PEFT's LoraConfig. Other fields let a file copy layers, decompose the base's weights or name further files.
+OF_LORA = frozenset(
+    (
+        *(
+            "r",
+            "lora_alpha",
+            "lora_dropout",
+            "target_modules",
+            "rank_pattern",
+            "alpha_pattern",
+            "fan_in_fan_out",
+            "bias",
+        ),
+        *("use_rslora", "use_dora", "modules_to_save", "peft_type", "peft_version", "task_type", "auto_mapping"),
+        *("base_model_name_or_path", "revision", "inference_mode"),
+    )
+)
 
 
 class Adapter(Method):
@@ -94,11 +112,12 @@ def load_adapter(base: nn.Module, path: Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError
 
-    held = _checked(path)
+    kind, held = _checked(path)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # said below
-            model = PeftModel.from_pretrained(base, str(path))
+            # low_cpu_mem_usage: a rank that a file only claims takes no memory. The units of reltune's own are checked.
+            model = PeftModel.from_pretrained(base, str(path), low_cpu_mem_usage=kind == "LORA")
             own = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     except InputError:
         raise
@@ -110,6 +129,7 @@ def load_adapter(base: nn.Module, path: Path) -> Any:
         IndexError,
         RuntimeError,
         OSError,
+        OverflowError,
         SafetensorError,
         re.error,
     ) as error:
@@ -123,8 +143,9 @@ def load_adapter(base: nn.Module, path: Path) -> Any:
     return model
 
 
-def _checked(path: Path) -> set[str]:
-    """The names of an adapter's tensors. Raises InputError for files that are damaged, before anything is made of them."""
+def _checked(path: Path) -> tuple[str, set[str]]:
+    """PEFT's word for an adapter's kind, and the names of its tensors. Raises InputError for files that are damaged, before anything is
+    made of them."""
     from safetensors import safe_open
 
     if not (path / WEIGHTS).is_file() and any(path.glob("*.bin")):
@@ -139,6 +160,12 @@ def _checked(path: Path) -> set[str]:
     config = read_json(path / CONFIG)
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise InputError(f"{path / CONFIG} is no adapter's config; save or copy the adapter again.")
+    if (kind := config["peft_type"]) not in KINDS:
+        raise InputError(
+            f"{path / CONFIG} is of an adapter of the kind {kind[:80]!r}, which reltune does not load; known are {', '.join(KINDS)}."
+        )
+    if kind != "RELTUNE":
+        _check_fields(path / CONFIG, config)
     try:
         tensors = read_header(path / WEIGHTS).tensors
     except (OSError, Damaged) as error:
@@ -149,7 +176,25 @@ def _checked(path: Path) -> set[str]:
                 raise InputError(
                     f"{path / WEIGHTS} has numbers in {name} that are not finite; train it again, or copy it again."
                 )
-    return set(tensors)
+    return kind, set(tensors)
+
+
+def _check_fields(file: Path, config: Mapping[str, Any]) -> None:
+    """Raise InputError for a config of PEFT's that asks for more than an adapter, or for patterns that could take for ever to match."""
+    from peft import LoraConfig
+
+    if config["peft_type"] == "LORA":
+        usual = LoraConfig().to_dict()
+        for name, value in config.items():
+            if name not in OF_LORA and value is not None and value != usual.get(name):
+                raise InputError(
+                    f"{file} sets {name[:80]!r}, which reltune does not take from an adapter; export it without that."
+                )
+    for field in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        words = config.get(field) or ()
+        for word in [words] if isinstance(words, str) else words if isinstance(words, list | dict) else ():
+            if isinstance(word, str) and not set("*+?{([").isdisjoint(word):
+                raise InputError(f"{file} has patterns in {field}; it must name the modules.")
 
 
 def _in_short(error: Exception) -> str:
