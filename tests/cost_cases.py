@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 from transformers import (
@@ -15,7 +17,20 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from reltune.cost.calibration import Calibration
+from reltune.cost.profile import Profile
+from reltune.cost.step import Conditions
+from reltune.layers.inventory import take_inventory
+
 BATCH, LENGTH = 4, 32
+MACHINE = Calibration(
+    "cpu",
+    "made up",
+    {"float32": [(1e3, 1e9), (1e7, 5e10)]},
+    {"float32 forward": [(1e6, 1e10)], "float32 backward": [(1e6, 1e10)]},
+    [(1e4, 1e9), (1e7, 1e10)],
+    1e-6,
+)
 
 
 def llama(layers: int = 3, tied: bool = False, kv_heads: int = 4) -> LlamaForCausalLM:
@@ -82,3 +97,11 @@ def batch_for(model: nn.Module, device: str) -> dict[str, torch.Tensor]:
         ids = torch.ones(BATCH, LENGTH, dtype=torch.long)
         classes = isinstance(model, BertForSequenceClassification)
         return {"input_ids": ids, "labels": torch.ones(BATCH, dtype=torch.long) if classes else ids.clone()}
+
+
+@functools.cache
+def profile(layers: int = 4) -> Profile:
+    """The costs of ``llama(layers)`` on the made-up machine."""
+    with torch.device("meta"):
+        model = llama(layers)
+    return Profile(model, batch_for(model, "meta"), Conditions(cuda=False), take_inventory(model), MACHINE)

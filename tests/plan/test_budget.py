@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reltune.errors import InputError
-from reltune.plan.budget import parse_budget
+from reltune.plan.budget import Budget, parse_budget, read_budget
 
 MILLION = 1_000_000
 
@@ -106,3 +106,54 @@ def test_a_percentage_is_exact_and_rounded_down(base, share):
             parse_budget(text, base)
     else:
         assert parse_budget(text, base) == exact.numerator // exact.denominator
+
+
+@pytest.mark.parametrize(
+    ("budget", "parts"),
+    [
+        ("0.5%", Budget("0.5%")),
+        (2000, Budget("2000")),
+        ("memory=12GiB", Budget(memory=12 * 2**30)),
+        ("memory=12G", Budget(memory=12 * 2**30)),
+        ("memory=.5gi", Budget(memory=2**29)),
+        ("memory=800MB", Budget(memory=800 * 10**6)),
+        ("memory=1.5KiB", Budget(memory=1536)),
+        ("memory=2tb", Budget(memory=2 * 10**12)),
+        ("time=0.5", Budget(time=0.5)),
+        ("TIME = .25", Budget(time=0.25)),
+        ("hours=2", Budget(hours=2.0)),
+        ("5% memory=1GB time=1 hours=3.", Budget("5%", 10**9, 1.0, 3.0)),
+        ("time=1 5 %", Budget("5 %", time=1.0)),
+        ("parameters=2M memory=1GB", Budget("2M", 10**9)),
+    ],
+)
+def test_the_parts_of_a_budget(budget, parts):
+    assert read_budget(budget) == parts
+    assert parts.is_limited == ((parts.memory, parts.time, parts.hours) != (None, None, None))
+    assert parse_budget(budget, 10**7) == (10**7 if parts.parameters is None else parse_budget(parts.parameters, 10**7))
+
+
+@pytest.mark.parametrize(
+    ("budget", "why"),
+    [
+        ("memry=1GiB", "'memry' is nothing that can be limited; .*memory"),
+        ("time=1 time=2", "says twice how much time"),
+        ("5% parameters=2M", "says twice how much parameters"),
+        ("memory=12", "'12' is no size"),
+        ("memory=1PiB", "'1PiB' is no size"),
+        ("memory=", "'' is no size"),
+        ("memory=0.5GiB0", "is no size"),
+        ("memory=0GiB", "allows nothing"),
+        ("memory=0.0004KiB", "allows nothing"),
+        ("time=0", "time must be a number above 0, like time=0.5, half of what full"),
+        ("time=-1", "time must be a number above 0"),
+        ("hours=long", "hours must be a number above 0, like hours=2"),
+        ("5 GB time=1", "is no number"),
+        ("0 time=1", "allows nothing"),
+    ],
+)
+def test_parts_that_cannot_be_read(budget, why):
+    with pytest.raises(InputError, match=why):
+        read_budget(budget)
+    with pytest.raises(InputError, match=why):
+        parse_budget(budget, MILLION)

@@ -87,6 +87,40 @@ def test_parameters_are_counted_by_hand(by_hand):
     by_hand.check()
 
 
+def test_a_plan_in_words(by_hand):
+    by_hand.head_parameters, by_hand.spread, by_hand.criterion = 51, "even", "fisher"
+    by_hand.modules[NORM] = ModulePlan((16, 16), directions=[1, 0])
+    assert (
+        by_hand.describe()
+        == str(by_hand).split("\n")
+        == [
+            "3 columns, 2 rows, 3 single weights, 2 input directions, 1 whole matrices, 2 biases in 4 modules, by fisher, "
+            "the same share of every module",
+            "475 trainable parameters of 1,000,000 (0.05%), budget 475 = 475",
+            "32 numbers of the directions are fixed: part of the adapter's file and not trained",
+            "51 parameters of new heads are always trained and counted apart",
+            # float32 of 475 and 51 numbers and of two vectors, int64 of three columns and two rows, int32 of three single weights
+            f"adapter on disk about {4 * (475 + 51 + 32) + 8 * 5 + 4 * 3:,} bytes, AdamW states {8 * 526:,} bytes",
+            f"the backward pass ends at {INTERMEDIATE}: nothing below it is differentiated or kept",
+        ]
+    )
+    by_hand.granularity = ["direction"]
+    assert by_hand.describe()[0].endswith(", the same number of every module")
+    by_hand.spread = "global"
+    assert by_hand.describe()[0].endswith("by fisher")
+    layers = {INTERMEDIATE: "0", "unchosen": "2", KEY: "1", VALUE: "1"}
+    assert by_hand.by_layer(layers) == {"0": 136, "2": 0, "1": 272 + 35, NORM: 32}
+
+
+def test_a_notebook_shows_the_largest_modules(by_hand):
+    by_hand.modules |= {f"layer.{i}": ModulePlan((100, 10), rows=list(range(i))) for i in range(1, 12)}
+    shown = by_hand._repr_html_()
+    order = [shown.index(f">{name}</th>") for name in (KEY, INTERMEDIATE, *(f"layer.{i}" for i in range(11, 3, -1)))]
+    assert order == sorted(order) and all(f">{name}</th>" not in shown for name in (NORM, VALUE, "layer.3"))
+    assert "106.25%" in shown and "11.00%" in shown  # 272 of 256, with the bias; 110 of 1000
+    assert "5 others" in shown and f">{35 + 32 + 10 + 20 + 30}</td>" in shown
+
+
 def test_a_convolution_has_its_columns_in_groups(tmp_path):
     """Six filters in two groups see two of four channels each: a column is a channel in the three filters of its group."""
     model = nn.Sequential(nn.Conv2d(4, 6, (3, 5), groups=2))

@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cost_cases import batch_for, llama
-from reltune.cost.calibration import Calibration
-from reltune.cost.profile import Chosen, Profile
-from reltune.cost.step import Conditions
-from reltune.layers.inventory import take_inventory
+from cost_cases import profile
+from reltune.cost.profile import Chosen
 from reltune.plan import search
 from reltune.plan.search import Choice, Group, Limits, Search
 
 LAYERS = 4
 PLACES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 KINDS = {"column": Chosen(columns=1), "row": Chosen(rows=1), "module": Chosen(weight=True)}
-MACHINE = Calibration(
-    "cpu",
-    "made up",
-    {"float32": [(1e3, 1e9), (1e7, 5e10)]},
-    {"float32 forward": [(1e6, 1e10)], "float32 backward": [(1e6, 1e10)]},
-    [(1e4, 1e9), (1e7, 1e10)],
-    1e-6,
-)
-
-
-@functools.cache
-def profile() -> Profile:
-    with torch.device("meta"):
-        model = llama(LAYERS)
-    inventory = take_inventory(model)
-    return Profile(model, batch_for(model, "meta"), Conditions(cuda=False), inventory, MACHINE)
 
 
 def full() -> Any:

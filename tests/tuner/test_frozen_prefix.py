@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -289,6 +291,34 @@ def test_the_file_holds_what_fits_and_is_taken_up_again(tmp_path: Path) -> None:
         other = KeptStates(tmp_path / "kept", 3, dtype, 84, origin)
         assert not other.places
         other.close()
+
+
+def test_a_full_disk_keeps_what_was_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, states = [bytes([i]) * 16 for i in range(3)], torch.randn(6, 3)
+    kept = KeptStates(tmp_path / "kept", 3, torch.float32, 600, "model")
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, place: write(file, data[:5], place))  # a few bytes at a time
+    kept.put(keys[:1], [2], states[:2])
+    assert torch.equal(kept.get(keys[:1]), states[:2]) and not kept.full
+
+    def fails(number: int) -> Callable[..., int]:
+        def pwrite(*_: object) -> int:
+            raise OSError(number, os.strerror(number))
+
+        return pwrite
+
+    monkeypatch.setattr(os, "pwrite", fails(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        kept.put(keys[1:2], [2], states[2:4])
+    monkeypatch.setattr(os, "pwrite", fails(errno.ENOSPC))
+    kept.put(keys[1:2], [2], states[2:4])
+    assert kept.full == "disk" and kept.size == 24 and keys[1] not in kept
+    monkeypatch.setattr(os, "pwrite", write)
+    kept.put(keys[2:], [2], states[4:])  # nothing more is tried
+    assert keys[2] not in kept and torch.equal(kept.get(keys[:1]), states[:2])
+    with pytest.raises(TypeError, match="and those that are kept"):
+        kept.put(keys[2:], [2], states[4:].double())
+    kept.close()
 
 
 def test_states_that_do_not_fit_are_computed_each_time(tmp_path: Path) -> None:

@@ -431,3 +431,46 @@ def test_measured_units_are_selected_saved_and_tuned(name: str, granularity: str
 
 def _chosen(plan: Plan) -> Selection:
     return {name: {"columns": m.columns, "rows": m.rows} for name, m in plan.modules.items()}
+
+
+@pytest.mark.parametrize("units", ["columns", "rows", "columns and rows", "directions"])
+@pytest.mark.parametrize("name", ["words", "picture", "gpt2"])
+def test_the_lora_form_is_the_change(name: str, units: str) -> None:
+    """lora_B lora_A against the difference of the merged and the base's weight; of a convolution one after the other."""
+    base = _made(name)
+    model = get_peft_model(_made(name), _config(base, _selection(base, units)))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in _trained(model):
+            p += torch.randn_like(p)
+    merged, weights = _merged(model), base.state_dict()
+    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, ReltuneLayer)}
+    assert set(layers) == {info.name for info in take_inventory(base).modules if info.layer_type != "norm"}
+    for key, layer in layers.items():
+        change = merged[f"{key}.weight"] - weights[f"{key}.weight"]
+        refused = key in ("grouped", "depthwise", "dilated")
+        assert bool(layer.why_no_lora("default")) == refused
+        if refused:
+            continue
+        assert layer.fan_in_fan_out == (type(base.get_submodule(key)) is Conv1D)
+        factors = layer.lora_tensors("default")
+        if isinstance(base.get_submodule(key), nn.Embedding):
+            found = (factors["lora_embedding_B"] @ factors["lora_embedding_A"]).mT  # as PEFT adds it
+        elif change.ndim == 4:
+            found = torch.einsum("orxy,rihw->oihw", factors["lora_B.weight"], factors["lora_A.weight"])
+        else:
+            found = factors["lora_B.weight"] @ factors["lora_A.weight"]
+            found = found.mT if layer.fan_in_fan_out else found
+        torch.testing.assert_close(found, change)
+        torch.testing.assert_close(layer.get_delta_weight("default"), change)
+
+
+def test_what_no_lora_can_carry_says_what_to_do() -> None:
+    base = _made("words")
+    for units, why in (
+        ("elements", "trains single weights"),
+        ("weight and bias", "trains a whole weight"),
+        ("bias", "a bias"),
+    ):
+        model = get_peft_model(_made("words"), _config(base, _selection(base, units)))
+        assert why in model.get_submodule("base_model.model.mixed").why_no_lora("default")

@@ -23,6 +23,7 @@ from reltune.methods.adapter import load_adapter, save_adapter
 from reltune.plan.plan import ModulePlan, Plan
 from reltune.tensor_files import check_saved
 from reltune.tuner import ReltuneConfig
+from reltune.tuner.checks import check_indices, read_adapter_config
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Every side has another size, so that no side passes for another one.
@@ -202,6 +203,8 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (lambda v: v.update(peft_type="MULTITASK_PROMPT_TUNING"), "which reltune does not load"),
         (lambda v: v.update(peft_type=3), "no adapter's config"),
         (lambda v: v.update(r="x"), "r .* of the wrong kind"),
+        (lambda v: v.update(base_parameters=-1), "base_parameters .* of the wrong kind"),
+        (lambda v: v.update(always_trained="head"), "always_trained .* of the wrong kind"),
         (lambda v: v["units"]["inner"].update(rows=1), "lacks|does not fit"),
     ],
 )
@@ -273,6 +276,29 @@ def test_weights_that_were_tampered_with(tmp_path: Path, change: Callable[..., A
     if words == "not finite":
         with pytest.raises(InputError, match="finite"):
             PeftModel.from_pretrained(Net("linear"), str(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "cannot be read"),
+        (b"[1]", "is no adapter's config, which is a mapping"),
+        (b'{"r": NaN}', "cannot be read"),
+    ],
+)
+def test_a_config_that_is_none(tmp_path: Path, content: bytes, words: str) -> None:
+    path = saved("linear", "column", tmp_path / "made", [1]) / CONFIG
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        read_adapter_config(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_adapter_config(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize("index", [[[1, 2]], [1.0, 2.0]])
+def test_indices_that_are_no_list_of_whole_numbers(index: list[Any]) -> None:
+    with pytest.raises(InputError, match="indices of rows are no list of whole numbers"):
+        check_indices(ModulePlan((7, 5)), None, torch.tensor(index), None, False)
 
 
 def test_files_that_are_no_adapter(tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""The measured speeds of a machine, by a clock whose every look takes the same time; and what a card has to have free."""
+
+from __future__ import annotations
+
+import itertools
+import platform
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from cost_cases import MACHINE
+from reltune.cost import calibration, devices, memory
+from reltune.cost.ledger import Work
+from reltune.cost.profile import PlanCost
+from reltune.cost.step import Conditions, StepCount
+from reltune.cost.timing import step_time, work_seconds
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little to compute, and a clock that says a quarter of a second for everything."""
+    ticks = itertools.count()
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: next(ticks) / 4)
+    monkeypatch.setattr(calibration, "SIZES", {"cpu": (4, 8)})
+    monkeypatch.setattr(calibration, "MEGABYTES", {"cpu": (1, 2)})
+    monkeypatch.setattr(calibration, "LENGTHS", {"cpu": (2, 4)})
+    monkeypatch.setattr(calibration, "HEADS", 2)
+    monkeypatch.setattr(calibration, "HEAD", 3)
+
+
+def test_what_is_measured_is_divided_by_the_time(small: None) -> None:
+    found = calibration.measure(CPU)
+    both = [(2 * n**3, 8 * n**3) for n in (4, 8)]
+    assert found.products == {"float32": both, "bfloat16": both}
+    forward = [
+        (4 * b * 2 * n * n * 3, 16 * b * 2 * n * n * 3) for b, n in ((2, 2), (1, 4))
+    ]  # two products, batch, heads
+    assert found.attention["float32 forward"] == found.attention["bfloat16 forward"] == forward
+    assert found.attention["float32 backward"] == [(2.5 * a, 2.5 * b) for a, b in forward]
+    assert found.bandwidth == [(m << 20, 4 * m << 20) for m in (1, 2)]
+    assert found.device == "cpu" and found.name.endswith(f", {torch.get_num_threads()} threads")
+    assert calibration.Calibration.from_dict(found.to_dict()) == found
+    # 24 blocks of a norm, two linear maps and GELU: 4 operations forward, at least as many backward, some views between
+    assert 24 * 8 < 0.25 / found.per_operation < 24 * 50
+
+
+def test_a_kept_calibration_that_is_damaged_is_measured_anew(
+    small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = calibration.calibrated(CPU)
+    (kept,) = (tmp_path / "reltune").iterdir()
+    assert calibration.calibrated(CPU).to_dict()["per_operation"] == first.per_operation
+    for text in ("{", "[1]", '{"device": "cpu"}'):
+        kept.write_text(text)
+        assert calibration.calibrated(CPU) == first
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # a file: nothing can be kept below it
+    assert calibration.calibrated(CPU) == first
+
+
+def test_a_machine_without_cpuinfo_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    assert calibration._processor() == "riscv64"
+
+
+@pytest.mark.parametrize("limit", [2e9, 7.9e10])
+def test_what_tensors_may_hold_is_what_fits(limit: float) -> None:
+    for cuda, asked_for in ((True, memory.on_card), (False, memory.resident_on_cpu)):
+        most = memory.tensors_within(limit, cuda)
+        assert asked_for(PlanCost(most, 0.0, 0, 0)) <= limit < asked_for(PlanCost(most + 3, 0.0, 0, 0))
+    assert memory.reserved(PlanCost(10**9, 0.0, 0, 0)) > memory.allocated(PlanCost(10**9, 0.0, 0, 0)) > 10**9
+
+
+def test_the_time_of_work_is_the_longer_of_computing_and_moving() -> None:
+    """MACHINE multiplies 5e10 numbers a second and moves 1e10 bytes; attention at 1e10; an operation costs 1e-6 s."""
+    product = Work("aten.mm", 10**9, 1000, torch.float32)
+    moved = Work("aten.add", 0, 10**8, torch.float32)
+    attention = Work("aten._scaled_dot_product_flash_attention_backward", 10**9, 1000, torch.float32)
+    assert work_seconds({product: 2}, MACHINE) == pytest.approx(2 * (1 / 50 + 1e-6))
+    assert work_seconds({moved: 1, attention: 1}, MACHINE) == pytest.approx(0.01 + 0.1 + 2e-6)
+    t4 = devices.calibration_of(devices.card("t4"))
+    assert t4 is not None  # the host is on to the next operation while a card computes; it has no bfloat16
+    assert work_seconds({moved: 1}, t4) == pytest.approx(1e8 / calibration.rate(t4.bandwidth, 1e8))
+    assert work_seconds({Work("aten.add", 0, 1, torch.float32): 10}, t4) == pytest.approx(
+        max(10 * 1e6 / 3.2e10, 10 * 7e-6)
+    )
+    assert t4.products["bfloat16"] == t4.products["float32"]
+
+
+def test_a_step_is_its_passes_and_the_optimizer() -> None:
+    work = {"forward": Counter({Work("aten.add", 0, 10**8, torch.float32): 1}), "backward": Counter()}
+    count = StepCount(Conditions(), {}, 0, work, 0, 10**8, 0, 2)
+    found = step_time(count, MACHINE)
+    assert (found.forward, found.backward) == (pytest.approx(0.01 + 1e-6), 0)
+    assert found.optimizer == pytest.approx(0.07)  # 7 passes over 100 MB at 10 GB/s
+    assert found.seconds == pytest.approx(0.08 + 1e-6)
