@@ -61,7 +61,9 @@ def cases(place: Path) -> dict[str, list[list[str]]]:
         ],
         "run, method full": [["run", *files, "--method", "full", *short]],
         "sweep": [["run", *files, *columns, "--sweep", "learning_rate=1e-3,1e-2", *short, "--max_steps", "5"]],
-        "comparison": [["compare", *files, *probe[:4], "--methods", "weights,lora", *few, *short[:2], "--max_steps", "3"]],
+        "comparison": [
+            ["compare", *files, *probe[:4], "--methods", "weights,lora", *few, *short[:2], "--max_steps", "3"]
+        ],
         "stages": [
             ["analyze", *files, "--criteria", "movement,fisher", *probe[:4]],
             ["select", "RUN", "--granularity", "direction", "--budget", "2%"],
@@ -227,6 +229,7 @@ class Harness:
         self.place, self.commands = place, cases(place)
         self.commands = {name: self.commands[name] for name in names or self.commands}
         self.whole: dict[str, dict[str, Any]] = {}
+        self.tried: Counter[str] = Counter()
         self.sizes: dict[str, list[tuple[int, float]]] = {}  # changes and seconds of each command
         for name in self.commands:
             run, out, log = self.fresh()
@@ -253,7 +256,8 @@ class Harness:
         run, out, log = self.fresh()
         log.unlink(missing_ok=True)
         sizes = self.sizes[name]
-        victim = draw.randrange(len(sizes))
+        victim = self.tried[name] % len(sizes)  # the commands in turn
+        self.tried[name] += 1
         moments, problems, done = [], [], False
         for number, words in enumerate(self.commands[name]):
             given = self.words(words, run, out)
