@@ -61,7 +61,9 @@ def cases(place: Path) -> dict[str, list[list[str]]]:
         ],
         "run, method full": [["run", *files, "--method", "full", *short]],
         "sweep": [["run", *files, *columns, "--sweep", "learning_rate=1e-3,1e-2", *short, "--max_steps", "5"]],
-        "comparison": [["compare", *files, *probe[:4], "--methods", "weights,lora", *few, *short[:2], "--max_steps", "3"]],
+        "comparison": [
+            ["compare", *files, *probe[:4], "--methods", "weights,lora", *few, *short[:2], "--max_steps", "3"]
+        ],
         "stages": [
             ["analyze", *files, "--criteria", "movement,fisher", *probe[:4]],
             ["select", "RUN", "--granularity", "direction", "--budget", "2%"],
