@@ -43,7 +43,7 @@ test-minimal: .venv-minimal/.installed
 
 # Chromium is the system's (on Debian: apt-get install chromium), or what CHROMIUM names.
 test-browser: .venv-browser/.installed
-	.venv-browser/bin/python -m pytest -m browser tests/studio
+	.venv-browser/bin/python -m pytest -m browser tests/studio tests/report_browser
 
 nightly: lint
 	$(BIN)/python -m pytest -m "not browser" $(PYTEST_ARGS)

@@ -1,18 +1,22 @@
 """The page against what was put in: every figure is there, nothing is loaded, nothing breaks the frame."""
 
+import base64
 import dataclasses
+import json
 import math
 import re
 import sys
 
+import numpy as np
 import plotly.graph_objects as go
 import pytest
 
 from reltune.errors import InputError
 from reltune.relevance.heatmap import OUTSIDE, Heatmap
+from reltune.relevance.profiles import Leading, Profiles, profile
 from reltune.report.figures import SCALES, heatmap_figure, heatmap_views, layers_figure
 from reltune.report.page import write_report
-from reltune.report.record import ComparisonRecord, Output, RunRecord, WayResult, WayTable
+from reltune.report.record import ComparisonRecord, Output, RunRecord, Sample, WayResult, WayTable
 from report_cases import EMPTY, EVIL, FULL, LLAMA, OUTPUTS, page_of, relevance, scores
 
 
@@ -25,6 +29,36 @@ def test_outputs_stand_side_by_side(tmp_path):
     assert rows[2][3] == "[bold]好[/bold] \x1b[31m" and len(rows) == 8
     assert sum(tag == "details" for tag, _ in page.elements) == 2  # the two long ones are folded
     assert "Outputs" not in page_of(tmp_path, EMPTY).text
+
+
+def test_answers_to_prompts_stand_by_step(tmp_path):
+    samples = [
+        Sample(step, step / 9, prompt, f"{prompt} at {step}") for step in range(0, 45, 3) for prompt in ("a", EVIL)
+    ]
+    page = page_of(tmp_path, dataclasses.replace(EMPTY, samples=[*samples, Sample(45, 5.0, "long", "x" * 300)]))
+    assert "Answers while it trained" in page.text and EVIL in page.text
+    assert page.text.count("answer (12 of 15)") == 2
+    assert page.cells[0] == "a at 0" and page.cells[11] == "a at 42" and page.cells[12] == f"{EVIL} at 0"
+    assert page.cells[-1] == "x" * 300 and [tag for tag, _ in page.elements].count("details") == 1
+    assert "Answers while it trained" not in page_of(tmp_path, EMPTY).text
+
+
+def test_columns_are_in_the_page(tmp_path):
+    h = relevance(2)
+    cells = [profile(1, 0, np.arange(10) - 4.5, 1, 5), profile(2, 3, np.arange(3.0), 4, 5)]
+    profiles = Profiles(cells, [Leading("bert.encoder.layer.1", "x.<b>", 2, 1234567.0)])
+    page = page_of(tmp_path, dataclasses.replace(EMPTY, heatmaps=[h], profiles=[profiles]))
+    held = next(json.loads(code) for _, name, code in page.code if name == "profiles")["heatmap-0"]
+    assert held["cells"] == [[1, 0, 10, 1, 5], [2, 3, 3, 4, 3]]
+    data = base64.b64decode(held["data"])
+    means, peaks = (np.frombuffer(data, "<f4", 8, start) for start in (0, 32))
+    assert means.tolist() == [-4, -2, 0, 2, 4, 0, 1, 2] and peaks.tolist() == [-4.5, -2.5, -0.5, 2.5, 4.5, 0, 1, 2]
+    assert np.frombuffer(data, "<u4", 8, 64).tolist() == [0, 0, 0, 1, 1, 0, 0, 0] and len(data) == 96
+    assert held["total"] == math.fsum(v for row in h.values for v in row if v is not None)
+    for said in ("columns with the most relevance by fisher", "1.23457e+06", "<b>"):
+        assert any(said in text for text in page.text), said
+    selects = {attrs["name"] for tag, attrs in page.elements if tag == "select"}
+    assert selects == {"layer", "module"} and "select" not in {tag for tag, _ in page_of(tmp_path, FULL).elements}
 
 
 def test_report_loads_nothing(tmp_path):

@@ -30,7 +30,8 @@ ROWS: dict[str, dict[str, Any]] = {
 FLAGS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "completion_only_loss": (False, ("causal_lm",)),
     "packing": (True, ("causal_lm",)),
-    "max_new_tokens": (9, ("causal_lm", "seq2seq")),
+    "max_new_tokens": (9, ("causal_lm", "preference", "seq2seq")),
+    "sample_prompts": (["good"], ("causal_lm", "preference", "seq2seq")),
     "generation_examples": (3, ("causal_lm",)),
     "chat_template": ("chatml", ("causal_lm", "preference")),
     "beta": (0.5, ("preference",)),

@@ -448,7 +448,8 @@ def test_select_again_takes_away_what_it_outdates(place: Path, quick: Path) -> N
     run = place / "reselected"
     shutil.copytree(quick, run)
     assert reltune("select", run, "--budget", 640, "--overwrite_output_dir").code == 0
-    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "held_out", "plan", "relevance", "task.json"]
+    left = ["commands.json", "config.yaml", "data.json", "held_out", "plan", "relevance", "task.json"]
+    assert sorted(path.name for path in run.iterdir()) == left
     assert RunConfig.load(run / "config.yaml").budget == "640"
     assert Plan.load(run / "plan").budget_parameters == 640
 

@@ -52,7 +52,7 @@ def test_scores_are_those_of_the_loaded_model(place: Path, analyzed: Path) -> No
         for name, parts in wanted.parts[criterion].items():
             assert all(torch.equal(found.parts[criterion][name][part], value) for part, value in parts.items())
     assert RunConfig.load(analyzed / "config.yaml").train_file is None
-    assert sorted(path.name for path in analyzed.iterdir()) == ["config.yaml", "relevance"]
+    assert sorted(path.name for path in analyzed.iterdir()) == ["commands.json", "config.yaml", "relevance"]
 
 
 def test_select_and_report_follow(place: Path, analyzed: Path) -> None:

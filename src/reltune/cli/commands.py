@@ -22,7 +22,7 @@ from reltune.cli.flags import (
     new_config,
     previewed_config,
 )
-from reltune.cli.launcher import alone, several, together
+from reltune.cli.launcher import alone, note_command, several, together
 from reltune.cli.output import (
     say,
     show_comparison,
@@ -191,6 +191,7 @@ def _run_all(config: RunConfig, overwrite: bool, baselines: bool = False) -> Non
 
     with alone(config.output_dir):
         started = flow.start(config, overwrite, "comparison" if baselines else "run")
+        note_command(started.directory, "demo" if baselines else "run")
         say(*started.describe())
         if plan := flow.measure_and_choose(started):
             say(*plan.describe(), *flow.settings_of(started.directory))
@@ -206,6 +207,7 @@ def _run_all(config: RunConfig, overwrite: bool, baselines: bool = False) -> Non
 @flags(*(name for name in EVERY if name not in ("budget", "fixed", "granularity", "spread", "frozen_dtype", "export")))
 def analyze(context: typer.Context, config: ConfigFile = None, overwrite_output_dir: Overwrite = False) -> None:
     """Measure how much each unit matters; write DIR/relevance."""
+    from reltune.runs.directory import RunDirectory
     from reltune.runs.preflight import check_chooses, check_new_run
 
     def check(draft: RunConfig) -> None:
@@ -218,10 +220,12 @@ def analyze(context: typer.Context, config: ConfigFile = None, overwrite_output_
     with alone(made.output_dir):
         if made.has_data:
             started = flow.start(made, overwrite_output_dir, "analysis")
+            note_command(started.directory, "analyze")
             say(*started.describe())
             show_relevance(stages.analyze(started.materials, started.directory))
         else:
             show_relevance(flow.analyze_weights(made, overwrite_output_dir))
+            note_command(RunDirectory(made.output_dir), "analyze")
     say(f"Next: reltune select {made.output_dir} --budget {made.budget}")
 
 
@@ -261,6 +265,7 @@ def select(
         return
     with alone(run):
         plan = flow.choose_again(config, directory)
+        note_command(directory, "select")
     after = f"then: reltune tune {run}" if config.has_data else "then train by it: reltune.ReltuneConfig(plan=...)"
     say(*plan.describe(), *flow.settings_of(directory), f"Next: look at {directory.plan / 'plan.yaml'}, {after}")
 
@@ -268,7 +273,7 @@ def select(
 @app.command(context_settings=TRAINING, epilog=f"{STORED_HELP} {TRAINING_HELP}")
 @flags(
     *("frozen_dtype", "activation_offloading", "cache_frozen_prefix", "cache_size"),
-    *("early_stopping_patience", "sweep", "sweep_trials"),
+    *("early_stopping_patience", "sweep", "sweep_trials", "sample_prompts"),
     stored=True,
 )
 def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = False, force: Force = False) -> None:
@@ -287,6 +292,7 @@ def tune(context: typer.Context, run: Run, overwrite_output_dir: Overwrite = Fal
     with alone(run), any_base(force):
         if trials := flow.tune_again(config, directory, overwrite_output_dir):
             show_sweep(trials)
+        note_command(directory, "tune")
     say(f"Adapter: {directory.adapter}", f"Next: reltune evaluate {run}")
 
 
@@ -305,6 +311,7 @@ def evaluate(context: typer.Context, run: Run, force: Force = False) -> None:
 
     with alone(run), any_base(force):
         results, lm_eval = flow.evaluate_again(config, directory)
+        note_command(directory, "evaluate")
     show_metrics(results)
     show_lm_eval(lm_eval)
 

@@ -97,7 +97,12 @@ def _flag(field: dataclasses.Field, stored: bool) -> tuple[Any, Any]:
     """The default and the annotation that make Typer's flag of a field. Values stay words, which ``checked`` reads."""
     kind, default = kind_of(field), None if field.default is dataclasses.MISSING else field.default
     words = [] if field.default_factory is dataclasses.MISSING else field.default_factory()
-    types: dict[str, Any] = {"bool": bool, "list[str]": list[str], "dict[str, list[str]]": list[str]}
+    types: dict[str, Any] = {
+        "bool": bool,
+        "list[str]": list[str],
+        "Texts": list[str],
+        "dict[str, list[str]]": list[str],
+    }
     help = field.metadata["help"].partition(" If not given")[0] if stored else field.metadata["help"]
     option = typer.Option(
         f"--{field.name}/--no_{field.name}" if kind == "bool" else f"--{field.name}",

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from reltune.runs.directory import RunDirectory
 
 
 def several() -> bool:
@@ -15,6 +20,12 @@ def several() -> bool:
 def first() -> bool:
     """Whether this process is the only one, or the one of several that prints."""
     return not several() or os.environ.get("RANK", "0") == "0"
+
+
+def note_command(directory: RunDirectory, name: str) -> None:
+    """Write the command line of this command, which has begun or gone on with a run, into the run's directory."""
+    if first():
+        directory.record_command(name, ["reltune", *sys.argv[1:]])
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ LEAST_TRIALS = 4
 # Fields of a run that a comparison decides itself, or has no use for.
 NOT_SHARED = (
     *("method", "sweep", "sweep_trials", "early_stopping_patience", "export", "elements", "report_examples"),
+    "sample_prompts",
     *("cache_frozen_prefix", "cache_size"),
     *(each.name for each in FIELDS if each.name.startswith("lm_eval_")),
 )

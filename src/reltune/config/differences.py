@@ -10,7 +10,7 @@ from reltune.config.run_config import RunConfig
 
 # Fields, of the run and of its training, that change nothing in what is measured or trained.
 WITHOUT_EFFECT = (
-    *("output_dir", "export", "report_examples", "resume_from_checkpoint", "on_leak"),
+    *("output_dir", "export", "report_examples", "sample_prompts", "resume_from_checkpoint", "on_leak"),
     *("report_to", "run_name", "project", "trackio_space_id", "logging_dir", "logging_strategy", "logging_first_step"),
     *("logging_nan_inf_filter", "log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "debug"),
     *("save_total_limit", "include_num_input_tokens_seen", "skip_memory_metrics", "enable_jit_checkpoint"),

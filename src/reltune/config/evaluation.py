@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import field
 
-from reltune.config.fields import Subject, about
+from reltune.config.fields import Subject, Texts, about
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -31,6 +31,15 @@ class EvaluationConfig(Subject):
             "side.",
             "N",
             least=0,
+        ),
+    )
+    sample_prompts: Texts = field(
+        default_factory=list,
+        metadata=about(
+            "For causal_lm, preference and seq2seq: a prompt that the model answers before training and at each evaluation while it "
+            "trains. Give it again for another, or name a file: .txt with one per line, or .jsonl with chats (messages) or texts "
+            "(prompt). See docs/reports.md.",
+            "TEXT or FILE",
         ),
     )
     lm_eval_tasks: list[str] = field(

@@ -19,6 +19,7 @@ SHOWN = reprlib.Repr()  # of a wrong value in a message
 SHOWN.maxstring, SHOWN.maxlong, SHOWN.maxother = 100, 40, 100
 BY_RECIPE: Any = None  # the default of a field that RunConfig fills in (recipes.py), so that every config has a value
 AUTO = "auto"
+Texts = list[str]  # the type of a field that holds whole texts, in which a comma is a comma
 MOST = 2**31 - 1  # of whole numbers, unless a field declares another: what every library counts with
 
 
@@ -140,6 +141,10 @@ def _list(value: Any) -> list[str]:
     return split_words(_text(item) for item in (value if isinstance(value, list | tuple) else [value]))
 
 
+def _texts(value: Any) -> list[str]:
+    return [_text(item) for item in (value if isinstance(value, list | tuple) else [value])]
+
+
 def _training(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError
@@ -168,6 +173,7 @@ KINDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "int | str": (_whole_number_or_auto, f"a whole number or {AUTO}"),
     "float": (_number, "a finite number"),
     "list[str]": (_list, "a list of words"),
+    "Texts": (_texts, "a list of texts"),
     "dict[str, Any]": (_training, "a mapping of fields of transformers.TrainingArguments"),
     "dict[str, list[str]]": (_swept, "a mapping of fields to lists of values"),
 }

@@ -175,7 +175,7 @@ def _own_schema(field: dataclasses.Field) -> dict[str, Any]:
         "int": {"type": "integer", **bounds},
         "int | str": {"anyOf": [{"type": "integer", **bounds}, {"const": AUTO}]},
         "float": {"anyOf": [{"type": "number", **bounds}, NUMBER_WORD]},
-        "list[str]": {"anyOf": [words, {"type": "string", "pattern": r"\S"}]},
+        **{key: {"anyOf": [words, {"type": "string", "pattern": r"\S"}]} for key in ("list[str]", "Texts")},
         "dict[str, Any]": {"type": "object"},
         "dict[str, list[str]]": {"type": "object", "additionalProperties": VALUES},
     }

@@ -22,7 +22,7 @@ from reltune.config.selection import SelectionConfig
 from reltune.config.training import TrainingConfig
 from reltune.errors import InputError, nearest
 from reltune.files import write_text
-from reltune.names import CRITERIA, IN_A_LORA_FILE, IN_GGUF, WITHOUT_DATA
+from reltune.names import CRITERIA, IN_A_LORA_FILE, IN_GGUF, WITHOUT_DATA, WRITING
 from reltune.reading import Damaged, read_json, read_yaml
 from reltune.relevance.entry_points import criterion_of_package, known_criteria
 
@@ -31,7 +31,7 @@ ORDER = """
     model_name_or_path output_dir
     train_file dataset_name dataset_config dataset_path validation_file test_file
     task text_column text_pair_column label_column encoding on_bad_rows on_leak streaming max_length chat_template completion_only_loss packing
-    max_new_tokens generation_examples report_examples beta loss_type forgetting_file
+    max_new_tokens generation_examples report_examples sample_prompts beta loss_type forgetting_file
     lm_eval_tasks lm_eval_num_fewshot lm_eval_limit lm_eval_batch_size lm_eval_apply_chat_template
     load_in_4bit load_in_8bit method lora_r lora_alpha lora_dropout rank_by activation_offloading cache_frozen_prefix cache_size
     early_stopping_patience sweep sweep_trials
@@ -103,6 +103,7 @@ class RunConfig(
         if self.streaming and not steps:
             raise InputError("streaming has no epochs, because the number of rows is not known; give --max_steps.")
         self._check_prefix()
+        self._check_samples()
         self._check_export()
 
     def _check_prefix(self) -> None:
@@ -115,6 +116,20 @@ class RunConfig(
         else:
             return
         raise InputError(f"cache_frozen_prefix on: {why}; write auto, which then keeps nothing, or off.")
+
+    def _check_samples(self) -> None:
+        if not self.sample_prompts:
+            return
+        if self.task is not None and self.task not in WRITING:
+            raise InputError(writes_nothing(self.task))
+        if str(self.training.get("eval_strategy", "")).lower() in ("no", "false"):
+            raise InputError(
+                "sample_prompts are answered at each evaluation while it trains, and eval_strategy is no; write epoch or steps."
+            )
+        if self.training.get("fsdp"):
+            raise InputError(
+                "sample_prompts want a whole model in each process, and fsdp spreads it over them; leave one of the two out."
+            )
 
     def _check_export(self) -> None:
         other = next((word for word in self.granularity or () if word not in IN_A_LORA_FILE), None)
@@ -213,6 +228,11 @@ class RunConfig(
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         return config
+
+
+def writes_nothing(task: str) -> str:
+    """The sentence that refuses prompts to be answered for a task."""
+    return f"--sample_prompts: a model for {task} writes no texts; leave it out (it is for {', '.join(WRITING)})."
 
 
 def _above_zero(value: Any) -> bool:

@@ -87,6 +87,16 @@ def read_text_file(path: str | os.PathLike, encoding: str = "utf-8") -> dict[str
     return {split: _rows(path, records, header, header_line, unit) for split, records in splits.items()}
 
 
+def read_lines(path: str | os.PathLike, encoding: str = "utf-8") -> list[str]:
+    """The lines of a plain text that are not empty. Raises InputError as ``read_text_file`` does."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(
+            f"{path} {'is a directory; name one file in it' if path.is_dir() else 'does not exist; check the path'}."
+        )
+    return [line.strip() for line in _decode(path, encoding).splitlines() if line.strip()]
+
+
 def _rows(path: Path, records: list[Record], header: list[str], header_line: int | None, unit: str) -> Rows:
     rows = [(line, record) for line, record in records if isinstance(record, dict)]
     broken = [(line, phrase) for line, phrase in records if isinstance(phrase, str)]

@@ -25,6 +25,7 @@ class Overview:
         left_out: parameters that were not scored -> why.
         heatmaps: one per criterion.
         depth_sentence: where relevance lies by depth, in one line.
+        fingerprint: of the base model.
     """
 
     provenance: dict[str, Any]
@@ -32,6 +33,7 @@ class Overview:
     left_out: dict[str, str]
     heatmaps: list[Heatmap]
     depth_sentence: str
+    fingerprint: str = ""
 
     @property
     def criteria(self) -> list[str]:
@@ -73,6 +75,7 @@ def read_overview(directory: Path) -> Overview | None:
                 _checked(heatmap) for heatmap in typed(list[Heatmap], values["overview"]["heatmaps"], "heatmaps")
             ],
             depth_sentence=typed(str, values["overview"]["depth_sentence"], "depth_sentence"),
+            fingerprint=typed(str, values["fingerprint"], "fingerprint"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(

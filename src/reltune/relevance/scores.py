@@ -226,6 +226,7 @@ class RelevanceScores:
             self.inventory.left_out,
             [self.heatmap(criterion) for criterion in self.criteria],
             self.depth_sentence(),
+            self.fingerprint,
         )
 
     def save(self, directory: str | os.PathLike) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import math
+import struct
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from reltune.metrics import METRICS
 from reltune.relevance.heatmap import Heatmap
+from reltune.relevance.profiles import Profiles
 from reltune.report import comparison, numbers
 from reltune.report.record import ComparisonRecord, WayResult
 
@@ -117,6 +120,30 @@ def heatmap_views(h: Heatmap) -> dict[str, dict[str, Any]]:
     """By each scale, what differs between the heat maps of all scales."""
     traces = {scale: heatmap_figure(h, scale)["data"][0] for scale in SCALES}
     return {scale: {name: trace[name] for name in ("z", "text", "colorbar")} for scale, trace in traces.items()}
+
+
+PARTS = ("means", "peaks", "offsets")  # of a profile, in the order of their bytes
+
+
+def zoom_map(h: Heatmap, profiles: Profiles) -> dict[str, Any]:
+    """What zoom.js draws the columns of a heat map's cells from. The numbers are bytes: all means and all peaks as float32, then all
+    offsets as uint32, one after another."""
+    cells = profiles.cells
+    means, peaks, offsets = ([value for cell in cells for value in getattr(cell, name)] for name in PARTS)
+    count = len(means)
+    return {
+        "rows": [_plain(name) for name in h.rows],
+        "columns": [_plain(name) for name in h.columns],
+        "labels": [_plain(label) for label in numbers.layer_labels(h.rows, width=22)[0]],
+        "total": math.fsum(abs(value) for row in h.values for value in row if value is not None) if h.adds_up else None,
+        "colors": _signed_scale() if min(peaks) < 0 else _sequential_scale(),
+        "positive": VERMILLION,
+        "negative": BLUE,  # and of what has no sign
+        "grid": GRID,
+        "layout": _layout(0),
+        "cells": [[cell.row, cell.column, cell.columns, cell.modules, len(cell.means)] for cell in cells],
+        "data": base64.b64encode(struct.pack(f"<{2 * count}f{count}I", *means, *peaks, *offsets)).decode(),
+    }
 
 
 def _places(known: Sequence[float], end: float, scale: str) -> tuple[Callable[[float], float], list[tuple[float, str]]]:

@@ -65,6 +65,18 @@ def _parts(record: RunRecord) -> Iterator[str]:
         yield "## Outputs"
         texts = [[_opening(text) for text in vars(output).values()] for output in record.outputs]
         yield table([field.name for field in dataclasses.fields(Output)], texts, counts=False)
+    if record.samples:
+        yield "## Answers while it trained"
+        rows = [
+            [prompt, numbers.count(answer.step), answer.answer]
+            for prompt, answers, _ in numbers.by_prompt(record.samples)
+            for answer in answers
+        ]
+        yield table(
+            ["prompt", "step", "answer"],
+            [[_opening(prompt), step, _opening(text)] for prompt, step, text in rows],
+            False,
+        )
     if record.metrics:
         yield "## Metrics"
         lines = numbers.before_and_after(record.metrics)
@@ -78,6 +90,12 @@ def _parts(record: RunRecord) -> Iterator[str]:
     if record.config:
         yield "## Configuration"
         yield table(["", ""], numbers.flatten(record.config))
+    if record.facts or record.commands:
+        yield "## How it was made"
+        if record.facts:
+            yield table(["", ""], record.facts, counts=False)
+        if record.commands:
+            yield "\n".join(f"    {line}" for command in record.commands for line in command.splitlines())
     if record.notes:
         yield "## Notes"
         yield "\n".join(f"- {plain(note)}" for note in record.notes)

@@ -9,7 +9,7 @@ from typing import Any
 
 from reltune.metrics import METRICS, metric_of
 from reltune.relevance.heatmap import Heatmap
-from reltune.report.record import LMEvalScore, Predicted
+from reltune.report.record import LMEvalScore, Predicted, Sample
 
 MISSING = "—"
 
@@ -233,6 +233,19 @@ def opening(text: str, characters: int = 200, lines: int = 4) -> tuple[str, str]
         space = text.rfind(" ", characters - 40, characters)
         end = space if space > 0 else characters
     return text[:end], text[end:].lstrip()
+
+
+def by_prompt(samples: Iterable[Sample], most: int = 12) -> list[tuple[str, list[Sample], int]]:
+    """Of each prompt what was answered to it, and how often. Of more than ``most`` answers the first, the last and some between."""
+    answers: dict[str, list[Sample]] = {}
+    for sample in samples:
+        answers.setdefault(sample.prompt, []).append(sample)
+    found = []
+    for prompt, every in answers.items():
+        count = len(every)
+        shown = range(count) if count <= most else [i * (count - 1) // (most - 1) for i in range(most)]
+        found.append((prompt, [every[i] for i in shown], count))
+    return found
 
 
 def layer_labels(rows: Sequence[str], width: int = 20) -> tuple[list[str], str]:

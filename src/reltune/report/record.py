@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reltune.reading import typed
 from reltune.relevance.heatmap import Heatmap
+
+if TYPE_CHECKING:  # it takes numpy
+    from reltune.relevance.profiles import Profiles
 
 
 @dataclasses.dataclass
@@ -54,6 +57,16 @@ class Output:
     reference: str
     base: str  # the base model, before training
     tuned: str
+
+
+@dataclasses.dataclass
+class Sample:
+    """What a model answered to a fixed prompt while it was trained: a line of ``samples.jsonl``."""
+
+    step: int  # optimizer steps by then
+    epoch: float
+    prompt: str
+    answer: str
 
 
 @dataclasses.dataclass
@@ -159,7 +172,11 @@ class RunRecord:
     metrics: dict[str, float]  # all_results.json
     history: list[dict[str, Any]]  # log_history of trainer_state.json
     notes: list[str]  # data licence, hardware, what was not measured
+    facts: list[tuple[str, str]] = field(default_factory=list)  # model, data and versions, by what they are
+    commands: list[str] = field(default_factory=list)  # that made the run, in their order
     outputs: list[Output] = field(default_factory=list)  # the first ones
+    profiles: list[Profiles] = field(default_factory=list)  # of each heat map's criterion, or none
+    samples: list[Sample] = field(default_factory=list)  # by step, and at each in the order of the prompts
     sweep: dict[str, Any] | None = None  # sweep.json
     lm_eval: LMEvalRecord | None = None
     held_in: str = ""  # what the base's linear layers are held in, such as "8 bits"; "" where as in the checkpoint

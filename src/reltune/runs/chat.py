@@ -11,19 +11,14 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from reltune.data.rows import Row
 from reltune.errors import InputError
-from reltune.runs.asking import asked_in
+from reltune.runs.asking import asked_in, prompt_of
 from reltune.runs.directory import RunDirectory
 from reltune.runs.tuned import Tuned
-from reltune.tasks.causal_lm import CausalLM
 from reltune.tasks.generation import ends_of
-from reltune.tasks.task import RowProblem, Task
+from reltune.tasks.task import Task
 
 LONGEST = 512  # tokens of an answer, where neither the user nor the model's generation_config.json says
-IN_TEXT = CausalLM({"text": "text"})
-IN_CHAT = CausalLM({"messages": "messages"})
-BY_INSTRUCTION = CausalLM({name: name for name in ("instruction", "output", "system", "history")})
 
 
 class Conversation:
@@ -108,7 +103,8 @@ class Conversation:
         if self.task.name == "seq2seq":
             ids, stop = self.tokenizer(question)["input_ids"], None
         else:
-            ids, stop = self._prompt(question)
+            prompt = prompt_of(self.form, question, self.tokenizer, self.system, self.turns)
+            ids, stop = prompt.ids, prompt.stop
         room = self.tokenizer.model_max_length - (0 if self.task.name == "seq2seq" else len(ids))
         if room < 1:
             raise InputError(
@@ -119,26 +115,6 @@ class Conversation:
         settings.max_new_tokens = min(settings.max_new_tokens or LONGEST, room)
         tokens = torch.tensor([ids], device=self.model.device)
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, settings
-
-    def _prompt(self, question: str) -> tuple[list[int], int | None]:
-        """The tokens that the model goes on from, and the one that ends its answer where the model's settings do not say."""
-        if self.form == "chat":
-            messages = [{"role": "system", "content": self.system}] if self.system else []
-            for asked, answered in self.turns:
-                messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-            messages.append({"role": "user", "content": question})
-            task, values = IN_CHAT, dict[str, Any](messages=messages)
-        elif self.form == "instruction":
-            task = BY_INSTRUCTION
-            values = {"instruction": question, "system": self.system, "history": list(map(list, self.turns))}
-        else:
-            task, values = IN_TEXT, {"text": question}
-        row = Row(values, 1)
-        try:
-            prompt = task.question(row, self.tokenizer)
-        except RowProblem as problem:
-            raise InputError(f"the question cannot be asked: {problem}.") from problem
-        return list(prompt.ids), prompt.stop
 
 
 class _Stopped(StoppingCriteria):

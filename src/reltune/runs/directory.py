@@ -7,10 +7,12 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reltune import __version__
 from reltune.config.differences import differences, in_words
 from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
@@ -18,7 +20,7 @@ from reltune.files import PARTIAL, REMOVED, check_writable, discard, make_direct
 from reltune.names import EXPORT_FORMS, REPORT_FORMS
 from reltune.reading import parse_json, typed
 from reltune.relevance.artefact import SCORES, interrupted_in, read_scores
-from reltune.report.record import Output
+from reltune.report.record import Output, Sample
 from reltune.runs.lock import LOCK
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ ADAPTER_CONFIG = ADAPTER_FILES[1]
 TASK = "task.json"  # in a run's directory, beside its adapter and in exports
 
 ARTEFACTS = {  # in the order of the stages; writing one makes those after it out of date
-    "analyze": ("relevance", "task.json", "held_out", "bad_rows.json", "notes.json"),
+    "analyze": ("relevance", "task.json", "data.json", "commands.json", "held_out", "bad_rows.json", "notes.json"),
     "select": ("plan",),
     "tune": (
         "prediction.json",
@@ -50,6 +52,7 @@ ARTEFACTS = {  # in the order of the stages; writing one makes those after it ou
     "report": (*(f"report.{form}" for form in REPORT_FORMS), *EXPORT_FORMS),
 }
 
+GOES_ON = {"select": 1, "tune": 2, "evaluate": 3}  # commands that go on with a run, in their order; others begin one
 STAGES = ("analysis", "selection", "sweep", "training", "evaluation", "comparison", "report", "export")  # of a run
 BEFORE_THE_ADAPTER = (
     "prediction.json",
@@ -67,6 +70,8 @@ class RunDirectory:
         self.path = Path(path)
         self.config_file = self.path / CONFIG
         self.task = self.path / TASK
+        self.data = self.path / "data.json"  # what the rows are from, and fingerprints of them
+        self.commands = self.path / "commands.json"  # by which the run was made
         self.kept_rows = self.path / "held_out"
         self.relevance = self.path / "relevance"
         self.head = self.relevance / "head.safetensors"
@@ -77,6 +82,7 @@ class RunDirectory:
         self.begun = self.path / "training.json"  # what a training was begun with, for one that goes on
         self.results = self.path / "all_results.json"
         self.outputs = self.path / "outputs.jsonl"
+        self.samples = self.path / "samples.jsonl"  # what was answered while it trained
         self.lm_eval = self.path / "lm_eval.json"
         self.comparison = self.path / "comparison" / "comparison.json"  # with other methods
         self.report = self.path / "report.html"
@@ -230,6 +236,13 @@ class RunDirectory:
         self.clear("analyze")
         config.save(self.config_file)
 
+    def record_command(self, name: str, words: Sequence[str]) -> None:
+        """Write down the command line that a command was given, and forget those of later commands, whose results are gone."""
+        earlier = read_json(self.commands) if self.commands.is_file() else {}
+        kept = {key: value for key, value in earlier.items() if GOES_ON.get(key, 0) < GOES_ON.get(name, 0)}
+        made = {"command": shlex.join(_without_secrets(words)), "reltune": __version__}
+        write_text(self.commands, json.dumps({**kept, name: made}, indent=2, ensure_ascii=False) + "\n")
+
     def write_outputs(self, base: Sequence[Written], tuned: Sequence[Written]) -> None:
         """Write what two models wrote for the same examples, a line for each; if they wrote nothing, no file."""
         outputs = [Output(*one[:2], base=one.text, tuned=other.text) for one, other in zip(base, tuned, strict=True)]
@@ -249,6 +262,16 @@ class RunDirectory:
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{self.outputs} cannot be read ({error}); run `reltune evaluate` again.") from error
 
+    def read_samples(self) -> list[Sample]:
+        """What the model answered while it trained, if it was asked anything."""
+        if not self.samples.is_file():
+            return []
+        try:
+            with self.samples.open(encoding="utf-8") as lines:
+                return [typed(Sample, parse_json(line)) for line in lines]
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{self.samples} cannot be read ({error}); remove it, and the rest is there.") from error
+
     def clear(self, stage: str, checkpoints: bool = True) -> None:
         """Remove the artefacts of the stage and of those after it; of training's checkpoints too, unless told otherwise."""
         stages = list(ARTEFACTS)
@@ -258,6 +281,7 @@ class RunDirectory:
                     discard(self.path / name)
                 if later == "tune" and checkpoints:
                     self.log.unlink(missing_ok=True)
+                    self.samples.unlink(missing_ok=True)
                     discard(self.prefix)
                     for checkpoint in self.path.glob("checkpoint-*"):
                         discard(checkpoint)
@@ -288,6 +312,17 @@ class RunDirectory:
         """The newest checkpoint, if there is one."""
         there = [path for path in checkpoints(self.path) if (path / "trainer_state.json").is_file()]
         return str(there[-1]) if there else None
+
+
+def _without_secrets(words: Sequence[str]) -> list[str]:
+    """The words of a command line with a token's value left out."""
+    shown, hide = [], False
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        secret = flag.replace("-", "_").endswith("hub_token")
+        shown.append("TOKEN" if hide else f"{flag}=TOKEN" if secret and equals else word)
+        hide = secret and not equals
+    return shown
 
 
 def checkpoints(directory: Path) -> list[Path]:

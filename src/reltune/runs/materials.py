@@ -33,6 +33,7 @@ from reltune.runs import lm_evaluation, training
 from reltune.runs.bad_rows import warn_of
 from reltune.runs.data_record import read_task
 from reltune.runs.directory import RunDirectory
+from reltune.runs.samples import Samples
 from reltune.runs.splits import HeldOut, Splits, encode, encode_held_out, read_data, read_held_out
 from reltune.tasks.fit import check_tokens, settle_padding
 from reltune.tasks.task import Examples, Task
@@ -185,11 +186,17 @@ class Materials(EvaluationMaterials):
             given |= {"metric_for_best_model": metric, "greater_is_better": largest}
         return training.arguments(self.config.output_dir, method, self.config.seed, given, self.task, share, **forced)
 
+    @functools.cached_property
+    def samples(self) -> Samples | None:
+        """The prompts that are answered while the model trains, made ready. Raises InputError for those that cannot be."""
+        return Samples(self) if self.config.sample_prompts else None
+
     def check_training(self, model: nn.Module | None = None) -> None:
         """Raise InputError for training fields that cannot work with the model (the base model if none is given)."""
         model = model or self.base.look()
         if misfit := self.task.misfit_of_model(model):
             raise InputError(misfit)
+        _ = self.samples  # checked here, and asked while it trains
         args = self.arguments("selection")
         if args.load_best_model_at_end or self.config.early_stopping_patience is not None:
             name, known = str(args.metric_for_best_model).removeprefix("eval_"), self.task.training_metrics

@@ -12,6 +12,7 @@ from pathlib import Path
 from reltune.config.comparison import ComparisonConfig
 from reltune.config.run_config import RunConfig
 from reltune.cost.devices import card
+from reltune.data.prompts import read_prompts
 from reltune.data.text_files import check_text_file
 from reltune.errors import InputError
 from reltune.files import check_destination, model_directory_problem, read_json
@@ -46,6 +47,7 @@ def check_new_run(config: RunConfig, overwrite: bool, goal: str = "run") -> None
         check_form(config.method, config.export)
     check_selection(config)
     check_inputs(config)
+    read_prompts(config.sample_prompts)
     config.chat_template = text_of(config.chat_template)
     RunDirectory(config.output_dir).check_start(config, overwrite, goal)
 
@@ -113,6 +115,7 @@ def check_tuning(config: RunConfig, directory: RunDirectory, overwrite: bool) ->
     METHODS[config.method].check_config(config)
     check_selection(config)
     check_inputs(config)
+    read_prompts(config.sample_prompts)
     if not directory.is_in_sweep():
         check_untrained(config, directory, overwrite)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from reltune.config.run_config import RunConfig
+from reltune.config.run_config import RunConfig, writes_nothing
 from reltune.data import sources
 from reltune.data.bad_rows import checked, in_words, no_good_rows
 from reltune.data.columns import aligned, note_left_out, other_separator, require_columns
@@ -19,6 +19,7 @@ from reltune.data.rows import Row, Rows
 from reltune.data.splitting import split_off
 from reltune.data.streams import StreamedRows
 from reltune.errors import InputError
+from reltune.names import WRITING
 from reltune.notes import note
 from reltune.runs.kept_rows import kept
 from reltune.tasks.registry import TASKS
@@ -186,6 +187,8 @@ def _task(config: RunConfig, layout: Layout) -> Task:
     fields = {field: getattr(config, field) for field in kind.fields}
     # max_length is a field of some tasks alone, and cuts the texts of all.
     others = {field for other in TASKS.values() for field in other.fields} - {*kind.fields, "max_length"}
+    if config.sample_prompts and layout.task not in WRITING:
+        raise InputError(writes_nothing(layout.task))
     idle = [field for field in sorted(others) if getattr(config, field) != getattr(RunConfig, field)]
     if kind.unit == "image" and config.max_length != RunConfig.max_length:
         idle.append("max_length")

@@ -26,6 +26,7 @@ from reltune.config.run_config import RunConfig
 from reltune.config.selection import SelectionConfig
 from reltune.errors import AnalysisError, InputError, batch_of, first_line
 from reltune.files import check_destination, discard, disk_bytes, read_json, whole_directory, whole_file, write_json
+from reltune.layers.fingerprint import fingerprint
 from reltune.layers.float8 import convertible
 from reltune.layers.inventory import Inventory, take_inventory
 from reltune.layers.quantised import check_not_packed
@@ -472,6 +473,7 @@ def tune(
         config, method = materials.config, METHODS[materials.config.method]
         base = model_with_new_heads(materials, run)
         inventory = take_inventory(base, materials.new_heads)
+        base_fingerprint = fingerprint(base, materials.new_heads)
         trainable = method.prepare(base_of(materials, base, plan))
         model = trainable.model
         materials.check_training(model)
@@ -504,6 +506,7 @@ def tune(
             callbacks,
             config.activation_offloading,
             cache,
+            None if materials.samples is None else materials.samples.asked_in(run),
         )
         state = training.gathered_state(trainer)
         with processes.together():
@@ -511,6 +514,7 @@ def tune(
                 with whole_file(run.path / "trainer_state.json") as partial:
                     trainer.state.save_to_json(str(partial))
                 facts = {**dataclasses.asdict(cost), "learning_rate": args.learning_rate, "machine": training.machine()}
+                facts["fingerprint"] = base_fingerprint
                 facts |= {} if cache is None else {"frozen_prefix": cache.facts}
                 write_json(run.path / "training_cost.json", facts)
                 record_bad_rows(run, materials.splits)  # of streamed rows more are known by now

@@ -16,6 +16,7 @@ from reltune.metrics import METRICS
 from reltune.plan.plan import Plan
 from reltune.reading import Damaged, typed
 from reltune.relevance.artefact import Overview, read_overview
+from reltune.relevance.profiles import read_profiles
 from reltune.report.forms import write_run, write_runs
 from reltune.report.numbers import measured, metric
 from reltune.report.record import ComparisonRecord, LMEvalRecord, Predicted, RunRecord, WayResult, WayTable
@@ -44,7 +45,8 @@ def _assembled(config: RunConfig, run: RunDirectory) -> RunRecord:
         path = run.path / name
         return read_json(path) if path.is_file() else default
 
-    notes = [machine_note(relevance, read("training_cost.json", {}))]
+    cost, commands = read("training_cost.json", {}), read(run.commands.name, {})
+    notes = [machine_note(relevance, cost)]
     if config.dataset_name in CORPORA:
         notes.append(CORPORA[config.dataset_name].note)
     notes += read("notes.json", {"notes": []})["notes"]
@@ -70,7 +72,7 @@ def _assembled(config: RunConfig, run: RunDirectory) -> RunRecord:
     data = f" on {config.dataset_name or Path(str(config.train_file)).name}" if config.has_data else ", weights alone"
     return RunRecord(
         title=f"reltune: {architecture}{data}",
-        config=config.values(),
+        config=_shown(config),
         heatmaps=relevance.heatmaps if relevance is not None else [],
         depth_sentence=relevance.depth_sentence if relevance is not None else "",
         plan_lines=lines,
@@ -78,13 +80,51 @@ def _assembled(config: RunConfig, run: RunDirectory) -> RunRecord:
         metrics=results,
         history=read("trainer_state.json", {}).get("log_history", []),
         notes=notes,
+        facts=_facts(
+            f"{config.model_name_or_path} ({architecture})", relevance, read(run.data.name, {}), cost, commands
+        ),
+        commands=[made["command"] for made in commands.values()],
         outputs=run.read_outputs(config.report_examples),
+        profiles=[] if relevance is None else read_profiles(run.relevance, relevance.heatmaps, relevance.layers),
+        samples=run.read_samples(),
         sweep=read("sweep.json", None),
         lm_eval=read_lm_eval(run),
         held_in=config.held_in,
-        predicted=predicted_and_measured(read("prediction.json", {}), read("training_cost.json", {})),
+        predicted=predicted_and_measured(read("prediction.json", {}), cost),
         ways=_read_ways(run),
     )
+
+
+def _shown(config: RunConfig) -> dict[str, Any]:
+    """The config without what would let others in."""
+    values = config.values()
+    if values["training"].get("hub_token"):
+        values["training"] = {**values["training"], "hub_token": "…"}
+    return values
+
+
+def _facts(
+    model: str,
+    relevance: Overview | None,
+    data: Mapping[str, Mapping[str, Any]],
+    cost: Mapping[str, Any],
+    commands: Mapping[str, Mapping[str, str]],
+) -> list[tuple[str, str]]:
+    """What model, data and versions made the run, by what each is; as far as it was written down."""
+    measured = relevance.provenance if relevance is not None else {}
+    fingerprint = cost.get("fingerprint") or (relevance.fingerprint if relevance is not None else "")
+    facts = [("base model", model)]
+    facts += [("its fingerprint", fingerprint)] if fingerprint else []
+    facts += [("digest of all its weights", measured["weights"])] if measured.get("weights") else []
+    for split, record in data.items():
+        size = f"{record['rows']:,} rows, fingerprint {record['fingerprint']}" if "rows" in record else "streamed"
+        facts.append((f"{split} data", f"{record['source']}: {size}"))
+    if measured.get("data"):
+        facts.append(("analyzed examples", f"{measured['examples']:,}, fingerprint {measured['data']}"))
+    libraries = [f"{name} {version}" for name, version in measured.get("versions", {}).items()]
+    versions = [f"reltune {version}" for version in dict.fromkeys(made["reltune"] for made in commands.values())]
+    versions += [cost["machine"]] if "machine" in cost else [", ".join(libraries)] if libraries else []
+    return [*facts, ("versions", "; ".join(versions))] if versions else facts
 
 
 def predicted_and_measured(prediction: Mapping[str, Any], cost: Mapping[str, Any]) -> list[Predicted]:

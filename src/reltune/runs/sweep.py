@@ -370,7 +370,9 @@ def _adopt(trial: RunDirectory, run: RunDirectory, config: RunConfig) -> None:
         trial.prediction.name,
         trial.begun.name,
         trial.log.name,
+        trial.samples.name,
         trial.task.name,
+        trial.data.name,
         "bad_rows.json",
         "notes.json",
     ]

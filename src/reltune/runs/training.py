@@ -241,9 +241,10 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     offload: bool = False,
     cache: PrefixCache | None = None,
+    also: Callable[[Trainer], None] | None = None,
 ) -> tuple[Trainer, TrainingCost]:
     """Train whatever of ``model`` requires a gradient. ``description`` names the progress bar. With ``offload`` activations wait
-    in host memory; with a ``cache`` the frozen layers are computed once. Of several processes each calls this; the cost is each one's own.
+    in host memory; with a ``cache`` the frozen layers are computed once. ``also`` is what else the Trainer is to do. Of several processes each calls this; the cost is each one's own.
 
     Raises ArithmeticError when a loss, a gradient or a trained weight is infinite or not a number, and InputError when nothing that is
     trained gets a gradient.
@@ -269,6 +270,8 @@ def train(
         if offload:
             trainer.training_step = _offloading(trainer.training_step, model)  # type: ignore[method-assign]
         show_progress(trainer, description)
+        if also is not None:
+            also(trainer)
         discard(Path(str(args.output_dir)) / STOPPED_AT)
         with (
             PeakMemory() as memory,

@@ -80,11 +80,13 @@ class Preference(DecoderTask):
     Attributes:
         beta: the strength of the pull to the reference model; a reward is ``beta`` times a change of log probability.
         loss_type: the loss of a pair, one of ``losses.PREFERENCE_LOSSES``.
+        max_new_tokens: tokens that the model may write for a prompt.
     """
 
     columns: Columns = field(default_factory=lambda: {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"})
     beta: float = 0.1
     loss_type: str = "sigmoid"
+    max_new_tokens: int = 64
     chat_template: str | None = None
 
     name: ClassVar[str] = "preference"
@@ -94,7 +96,7 @@ class Preference(DecoderTask):
     trainer_class: ClassVar[type[Trainer]] = PairTrainer
     # A pair is two sequences: as many of these as other tasks have.
     defaults: ClassVar[dict[str, Any]] = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 32}
-    fields: ClassVar[tuple[str, ...]] = ("beta", "loss_type", "chat_template")
+    fields: ClassVar[tuple[str, ...]] = ("beta", "loss_type", "max_new_tokens", "chat_template")
     told: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
     predicts: ClassVar[tuple[str, ...]] = ("prediction",)
 
