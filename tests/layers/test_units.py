@@ -41,11 +41,13 @@ def test_units_of_every_shape(info: ModuleInfo) -> None:
     torch.manual_seed(0)
     ones = {key: torch.ones(shape) for key, shape in weight_shapes(info).items()}
     assert set(ones) == ({"weight", "bias"} if info.bias else {"weight"})
-    values = {key: torch.randn(2, *one.shape) for key, one in ones.items()}
+    values = {key: torch.randn(2, 3, *one.shape) for key, one in ones.items()}
     found = by_unit(info, values)
-    for i in range(2):
-        wanted = one_by_one(info, {key: value[i] for key, value in values.items()})
-        torch.testing.assert_close({key: part[i] for key, part in found.items()}, wanted)
+    one = by_unit(info, {key: value[0, 2] for key, value in values.items()})
+    torch.testing.assert_close(one, {key: part[0, 2] for key, part in found.items()})
+    for i, j in itertools.product(range(2), range(3)):
+        wanted = one_by_one(info, {key: value[i, j] for key, value in values.items()})
+        torch.testing.assert_close({key: part[i, j] for key, part in found.items()}, wanted)
     many = one_by_one(info, ones)
     torch.testing.assert_close(counts(info), many)
     sizes = {"column": info.column_parameters, "row": info.row_parameters} if len(info.shape) > 1 else {}
@@ -54,9 +56,9 @@ def test_units_of_every_shape(info: ModuleInfo) -> None:
     shapes = {key: tuple(part.shape) for key, part in many.items()} | {"module": (), "element": info.shape}
     assert part_shapes(info) == shapes | ({"element_bias": (info.shape[0],)} if info.bias else {})
     if len(info.shape) > 1:
-        own = list(matrices(info, values["weight"][0]))
+        own = list(matrices(info, values["weight"][0, 0]))
         assert len(own) == info.groups
-        torch.testing.assert_close(torch.cat(own), values["weight"][0].flatten(1))
+        torch.testing.assert_close(torch.cat(own), values["weight"][0, 0].flatten(1))
         assert sum(map(len, own)) == info.rows
 
 

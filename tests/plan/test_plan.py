@@ -233,6 +233,8 @@ def test_edits_that_make_sense_are_taken(by_hand, tmp_path):
         (set_in("modules", KEY, "shape", value=[16, 0]), f"shape of {KEY} must be"),
         (set_in("modules", KEY, "shape", value=["16", "16"]), f"shape of {KEY} must be"),
         (set_in("modules", KEY, "shape", value=[-16, 16]), f"shape of {KEY} must be"),
+        (set_in("modules", KEY, "shape", value=[1] * 9), f"shape of {KEY} must be"),
+        (set_in("modules", KEY, "shape", value=[2**32, 2**31]), f"shape of {KEY} must be"),
         (set_in("modules", KEY, "shape", value=16), "field of the wrong kind"),
         (set_in("modules", INTERMEDIATE, "weight", value=None), f"weight of {INTERMEDIATE} must be true or false"),
         (set_in("budget", "parameters", value=474), "trains 475 parameters, above its budget of 474"),

@@ -180,6 +180,39 @@ def test_a_damaged_file_is_named(damage, tmp_path):
         RelevanceScores.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (damaged("scores.json", lambda values: values.update(criteria=[])), "names no criterion"),
+        (damaged("scores.json", lambda values: values["criteria"].append("fisher")), "has nothing of fisher"),
+        (damaged("scores.json", lambda values: values["modules"].append(values["modules"][0])), "name one twice"),
+        (damaged("scores.json", lambda values: values["modules"][0].update(groups=5)), r"\] in 5 groups"),
+        (damaged("scores.json", lambda values: values["modules"][0].update(groups=0)), r"\] in 0 groups"),
+        (damaged("scores.json", lambda values: values["modules"][0].update(shape=[0, 6])), r"the shape \[0, 6\]"),
+        (damaged("scores.json", lambda values: values["modules"][0].update(shape=[2**32, 2**32])), "the shape"),
+        (damaged("scores.json", lambda values: values["modules"][0].update(shape=[1] * 9)), "the shape"),
+        (damaged("scores.json", lambda values: values.update(tensors=1)), "tensors and not 1"),
+        (
+            damaged("scores.safetensors", lambda tensors: tensors.update({"magnitude/row/0": torch.zeros(3)})),
+            r"magnitude/row/0 has shape \(3,\)",
+        ),
+        (
+            damaged("scores.safetensors", lambda tensors: tensors["magnitude/row/0"].fill_(torch.nan)),
+            "magnitude/row/0 holds numbers that are not finite",
+        ),
+        (
+            damaged("scores.safetensors", lambda tensors: tensors.update({"other": tensors.pop("magnitude/row/0")})),
+            "does not know other",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(damage, why, tmp_path):
+    measure(tiny_sequential(), criteria=["magnitude"]).save(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(InputError, match=why):
+        RelevanceScores.load(tmp_path)
+
+
 def test_provenance_says_on_what_it_was_measured():
     model = tiny_bert()
     batch = data_for(model)

@@ -14,7 +14,16 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from reltune.tuner.frozen_prefix import FrozenPart, FrozenPrefix, Identity, Unsuited, frozen_blocks, identified
+from reltune.tuner.frozen_prefix import (
+    TOLD,
+    FrozenPart,
+    FrozenPrefix,
+    Identifying,
+    Identity,
+    Unsuited,
+    frozen_blocks,
+    identified,
+)
 from reltune.tuner.kept_states import KeptStates
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -267,6 +276,11 @@ def test_examples_are_told_apart_by_all_that_the_model_reads() -> None:
         other = {key: x.clone() for key, x in batch.items()}
         other[name][0, 1] = 1 - other[name][0, 1]
         assert identified(other).keys[0] != keys[0] and identified(other).keys[1] == keys[1]
+
+
+def test_a_collator_tells_what_its_batch_is() -> None:
+    batch = Identifying(lambda items: {"input_ids": torch.tensor(items)})([[1, 2], [3, 4]])
+    assert batch.pop(TOLD).keys == identified(batch).keys and batch["input_ids"].tolist() == [[1, 2], [3, 4]]
 
 
 def test_the_file_holds_what_fits_and_is_taken_up_again(tmp_path: Path) -> None:

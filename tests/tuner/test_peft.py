@@ -997,6 +997,12 @@ def test_copies_train_on_independently(way: str, tmp_path: Path) -> None:
     _check_base_is(_base_state(model), _net())
 
 
+def test_a_saved_config_is_the_same_in_every_process() -> None:
+    names = ["value", "key", "query", "dense", "proj", "embed", "norm"]
+    values = ReltuneConfig(target_modules=names, exclude_modules=names[1:]).to_dict()
+    assert (values["target_modules"], values["exclude_modules"]) == (sorted(names), sorted(names[1:]))
+
+
 def test_config_can_be_copied_with_its_choice() -> None:
     config = _config(_net(), FIRST)
     for other in (copy.deepcopy(config), copy.copy(config), pickle.loads(pickle.dumps(config))):
