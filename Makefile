@@ -13,13 +13,14 @@ MINIMAL_TESTS = tests/test_optional_packages.py tests/test_old_artefacts.py test
 
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test test-minimal test-browser nightly lint docs notebooks clean venv
+.PHONY: help demo test test-minimal test-browser chromium nightly lint docs notebooks clean venv
 
 help:
 	@echo "make demo          run the whole flow on a small model and news texts; results in demo-run/"
 	@echo "make test          check style, types and imports, and run the tests that are not slow"
 	@echo "make test-minimal  run the tests of an installation without any optional package, in .venv-minimal"
 	@echo "make test-browser  run the tests of the studio's page in Chromium, in .venv-browser"
+	@echo "make chromium      find Chromium for them, or install it with apt-get"
 	@echo "make nightly       all tests, and the checks of make test"
 	@echo "make lint          check style, types and imports only"
 	@echo "make docs          build the documentation as a site in build/site, in .venv-docs"
@@ -41,9 +42,22 @@ test: lint
 test-minimal: .venv-minimal/.installed
 	.venv-minimal/bin/python -m pytest -m "not slow" $(MINIMAL_TESTS)
 
-# Chromium is the system's (on Debian: apt-get install chromium), or what CHROMIUM names.
-test-browser: .venv-browser/.installed
+test-browser: chromium .venv-browser/.installed
 	.venv-browser/bin/python -m pytest -m browser tests/studio tests/report_browser
+
+# Chromium is what CHROMIUM names, else what the system has under one of these names, else Debian's package, which root alone can install.
+BROWSERS = chromium chromium-browser google-chrome google-chrome-stable
+MEND = install it (on Debian, as root: apt-get install chromium), or name the program of Chromium or Chrome: make test-browser CHROMIUM=/path/to/chrome
+
+chromium:
+	@for name in $${CHROMIUM:-$(BROWSERS)}; do if command -v "$$name" >/dev/null; then exit 0; fi; done; \
+	if [ -n "$$CHROMIUM" ]; then \
+		echo "CHROMIUM is $$CHROMIUM, which is no program; let it name the program of Chromium or Chrome." >&2; exit 1; \
+	elif [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+		echo "The tests of the studio's page and of the report need Chromium, which is not here: $(MEND)." >&2; exit 1; \
+	fi; \
+	apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; \
+	command -v chromium >/dev/null || { echo "Chromium could not be installed with apt-get: $(MEND)." >&2; exit 1; }
 
 nightly: lint
 	$(BIN)/python -m pytest -m "not browser" $(PYTEST_ARGS)

@@ -82,6 +82,17 @@ def test_the_parameters_of_what_is_chosen_are_those_of_the_plan() -> None:
             assert parameters_of(relevance.inventory[name], counted(module)) == module.parameters
 
 
+def test_of_many_single_weights_the_sum_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reltune.plan.order.FEW", 0)
+    relevance = measured(1)
+    order, without = SelectionOrder(relevance, "element"), ["b.0.a", "b.2.c"]
+    for limit in (1, 20, 60, relevance.inventory.base_parameters):
+        found = order.at(limit, without)
+        wanted = made(relevance, limit, ["element"], exclude_modules=without)
+        assert set(found).isdisjoint(without)
+        assert sum(one.elements for one in found.values()) == sum(one.elements for one in wanted.values()) > 0
+
+
 def test_directions_are_as_many_as_the_analysis_kept() -> None:
     relevance = measured(0)
     for name, parts in relevance.parts["fisher"].items():

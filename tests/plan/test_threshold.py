@@ -1,12 +1,14 @@
 """The largest of many numbers without sorting, against sorting."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reltune.plan import threshold
-from reltune.plan.threshold import above, best_of_columns, largest
+from reltune.plan.threshold import Counts, above, best_of_columns, largest
 
 NUMBERS = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e-45, 5e-324, 3e38, float("inf"), float("nan")]),
@@ -41,6 +43,32 @@ def test_over_blocks(monkeypatch, dtype):
         best = best[joined[best] >= 0].sort().values
         found = largest(scores, count)
         assert torch.cat([found[n] + 30 * i for i, n in enumerate("abc") if n in found]).equal(best)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**9), st.integers(1, 3000), st.sets(st.sampled_from("abcd"), max_size=4))
+def test_counts_are_those_of_the_largest_to_within_a_step(seed, count, without):
+    g = torch.Generator().manual_seed(seed)
+    scores = {
+        "a": torch.randn(20, 40, generator=g),
+        "b": torch.rand(700, generator=g).bfloat16(),
+        "c": torch.randint(-2, 4, (500,), generator=g).double(),
+        "d": torch.full((3,), -1.0),
+    }
+    found = Counts(scores).at(count, without)
+    kept = {name: of for name, of in scores.items() if name not in without}
+    exact = {name: len(index) for name, index in largest(kept, count).items()} if kept else {}
+    assert sum(found.values()) == sum(exact.values()) and set(found) <= set(kept) and 0 not in found.values()
+    joined = sorted((v for of in kept.values() for v in of.flatten().tolist() if v >= 0), reverse=True)
+    if len(joined) <= count:
+        assert found == exact
+        return
+    least = joined[count - 1]
+    width = 2.0 ** (math.frexp(least)[1] - 1) / 128 if least else 0.0
+    low = math.floor(least / width) * width if width else 0.0
+    for name, of in kept.items():
+        inside = int(((of >= low) & (of < low + width)).sum()) if width else len(of.flatten())
+        assert abs(found.get(name, 0) - exact.get(name, 0)) <= inside
 
 
 @settings(max_examples=50, deadline=None)

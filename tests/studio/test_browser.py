@@ -1,9 +1,14 @@
-"""The studio in a real browser, with nothing to reach but the studio itself."""
+"""The studio in a real browser, with nothing to reach but the studio itself.
+
+Whatever is waited for is waited for by what the page shows, for as long as a slow machine may take.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import json
 import os
 import re
 import shutil
@@ -20,14 +25,19 @@ import pytest
 import yaml
 
 from command_line import reltune, review_rows, write_csv
+from reltune.errors import InputError
+from reltune.runs import flow
+from reltune.studio.jobs import Jobs
+from reltune.studio.places import Place
+from reltune.studio.words import Words
 from tiny_models import save_tiny_bert, save_tiny_llama
 
 pytestmark = pytest.mark.browser
 
 EVIL = "<script>alert(1)</script>"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-SECONDS = 120  # for what is computed; a busy machine takes its time
-TRAINING = ("--use_cpu", "--per_device_train_batch_size", 8, "--num_train_epochs", 1, "--criteria", "fisher")
+SECONDS = 300  # the longest that anything is waited for
+TRAINING = ("--use_cpu", "--per_device_train_batch_size", 8, "--num_train_epochs", 1, "--granularity", "column")
 
 
 class Studio:
@@ -45,7 +55,12 @@ class Studio:
 
     def end(self) -> None:
         self.process.send_signal(signal.SIGINT)
-        self.process.wait(60)
+        self.process.wait(SECONDS)
+        jobs = Jobs(Place(self.runs))
+        for job in jobs.all():  # which go on without a studio
+            if job.state == "running":
+                with contextlib.suppress(InputError):
+                    jobs.stop(job.name)
 
 
 @pytest.fixture(scope="module")
@@ -76,22 +91,21 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
     rows = review_rows(48, labels=(EVIL, "pos"))
     write_csv(runs / "reviews.csv", rows)
     (runs / "broken.jsonl").write_text('{"text": "good", "label": "a"}\n{"text": \n')
-    write_csv(runs / "texts.csv", [(text, "") for text, _ in rows])
-    common = ("--model_name_or_path", runs / "bert", "--train_file", runs / "reviews.csv", *TRAINING)
-    for name, budget in (("first", "2%"), ("second", "5%")):
-        answer = reltune(
-            "run",
-            *common,
-            "--granularity",
-            "column",
-            "--budget",
-            budget,
-            "--output_dir",
-            runs / name,
-            "--seed",
-            len(name),
-        )
+    texts = [text for text, _ in rows[:24]]
+    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": "very good"}] for text in texts]
+    (runs / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    (runs / "stories.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    bert = ("--model_name_or_path", runs / "bert", "--train_file", runs / "reviews.csv", *TRAINING)
+    llama = ("--model_name_or_path", runs / "llama", "--train_file", runs / "stories.jsonl", *TRAINING)
+    for name, *more in (
+        ("first", *bert, "--criteria", "fisher,magnitude", "--budget", "2%", "--seed", 5),
+        ("second", *bert, "--criteria", "fisher", "--budget", "5%", "--seed", 6),
+        ("talker", *llama, "--criteria", "fisher", "--budget", "5%", "--max_length", 16),
+    ):
+        answer = reltune("run", *more, "--output_dir", runs / name)
         assert answer.code == 0, answer.err
+    half = shutil.copytree(runs / "first", runs / "half") / "relevance" / "scores.safetensors"
+    half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
     started = Studio(runs)
     yield started
     started.end()
@@ -106,10 +120,11 @@ def page(browser: Any, studio: Studio) -> Iterator[Any]:
 class opened:
     """A page of the studio; at the end nothing may have gone wrong in it or been asked of another address."""
 
-    def __init__(self, browser: Any, url: str, width: int = 1440) -> None:
+    def __init__(self, browser: Any, url: str, width: int = 1440, language: str = "") -> None:
         self.page = browser.new_page(viewport={"width": width, "height": 900})
         self.page.set_default_timeout(SECONDS * 1000)
-        self.url, self.errors = url, []
+        self.page.set_default_navigation_timeout(SECONDS * 1000)
+        self.url, self.language, self.errors = url, language, []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("dialog", lambda dialog: self.errors.append(dialog.message))
         self.page.on("request", lambda request: self._note(request.url))
@@ -119,8 +134,8 @@ class opened:
             self.errors.append(url)
 
     def __enter__(self) -> Any:
-        self.page.goto(self.url)
-        self.page.wait_for_selector("#runs table")
+        self.page.goto(f"{self.url}{self.language}")
+        self.page.wait_for_selector("#runs table, #runs .remark")
         return self.page
 
     def __exit__(self, *_: Any) -> None:
@@ -129,11 +144,11 @@ class opened:
 
 
 def pick(page: Any, element: str, value: str) -> None:
-    """Choose of a list with a field to write in."""
+    """Choose of a list with a field to write in, as soon as the list has it."""
     field = page.locator(f"#{element} input").first
     field.click()
     field.fill(value)
-    field.press("Enter")
+    page.get_by_role("option", name=value, exact=True).click()
     page.locator("h1").click()  # which closes the list
 
 
@@ -147,16 +162,51 @@ def waited(page: Any, element: str, text: str) -> str:
     return str(page.locator(f"#{element}").inner_text())
 
 
-def test_runs_are_shown_with_the_reports_figures(page: Any) -> None:
+def waited_row(page: Any, job: str, state: str) -> None:
+    page.locator("#jobs tr").filter(has_text=job).filter(has_text=state).wait_for()
+
+
+def heatmaps(run: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((run / "relevance" / "scores.json").read_text())["overview"]["heatmaps"]
+    return found
+
+
+def first_cell(heatmap: dict[str, Any]) -> tuple[int, int, float]:
+    cells = ((i, j, value) for i, row in enumerate(heatmap["values"]) for j, value in enumerate(row))
+    return next(cell for cell in cells if cell[2] is not None)
+
+
+def test_a_run_is_shown_with_its_map_and_curves(page: Any, studio: Studio) -> None:
     table = page.locator("#runs").inner_text()
     assert "first" in table and "second" in table and "damaged" in table and "not valid YAML" in table
     pick(page, "chosen", "first")
     shown = waited(page, "details", "Trainable parameters")
     assert "the backward pass ends at" in shown and "accuracy" in shown
-    page.wait_for_selector("#heat .heatmaplayer image, #heat .heatmaplayer .hm")
+    fisher, magnitude = heatmaps(studio.runs / "first")
+
+    def hovered(heatmap: dict[str, Any]) -> None:
+        """A cell of the first layer, which lies at the bottom, tells its exact value."""
+        i, j, value = first_cell(heatmap)
+        said = (heatmap["rows"][i], heatmap["columns"][j], f"relevance {value:.6g}")
+        page.mouse.move(0, 0)
+        cells = page.locator("#heat .nsewdrag").first
+        size = cells.bounding_box()
+        x, y = (j + 0.5) / len(heatmap["columns"]), 1 - (i + 0.5) / len(heatmap["rows"])
+        cells.hover(position={"x": size["width"] * x, "y": size["height"] * y})
+        text = re.compile(".*".join(map(re.escape, said)), re.S)
+        page.locator("#heat .hoverlayer").filter(has_text=text).wait_for()
+
+    page.wait_for_selector("#heat .heatmaplayer image")
+    hovered(fisher)
     ends = page.locator("#heat .cbtitle").text_content()
     page.get_by_label("rank").check()
     page.wait_for_function("ends => !document.querySelector('#heat .cbtitle').textContent.includes(ends)", arg=ends)
+    pick(page, "criterion", "magnitude")
+    page.wait_for_function(
+        "said => document.querySelector('#heat .js-plotly-plot').data[0].customdata.flat().some(one => one.includes(said))",
+        arg=f"relevance {first_cell(magnitude)[2]:.6g}<",
+    )
+    hovered(magnitude)
     page.wait_for_selector("#layers .bars")
     page.wait_for_selector("#loss .scatterlayer")
 
@@ -181,7 +231,7 @@ def test_the_slider_tells_what_falls_in_and_the_plan_is_saved(page: Any, studio:
     budget = "2.5%"
     written = "document.querySelector('#budget_text input, #budget_text textarea').value"
     page.wait_for_function(f"budget => {written} == budget", arg=budget)
-    page.locator("#modules input[type=checkbox]").nth(1).click()  # of the first module; the first is the head's
+    page.locator("#modules input[type=checkbox]").nth(1).click()  # of the first module; the first is that of all
     command = waited(page, "budget_command", "--exclude_modules=")
     excluded = re.search(r"--exclude_modules=(\S+)", command)[1]  # type: ignore[index]
     assert f"--budget={budget}" in command and excluded == "bert.encoder.layer.0.attention.self.query"
@@ -199,8 +249,15 @@ def test_the_slider_tells_what_falls_in_and_the_plan_is_saved(page: Any, studio:
     assert plan["budget"]["asked"] == budget and excluded not in plan["modules"]
 
 
+def test_scores_that_are_half_written_are_said_to_be(page: Any) -> None:
+    tab(page, "Budget")
+    pick(page, "budget_run", "half")
+    waited(page, "summary", "cannot be read")
+
+
 def test_a_job_runs_to_its_end_and_outlives_the_studio(page: Any, browser: Any, studio: Studio) -> None:
     tab(page, "New run")
+    page.wait_for_function("document.querySelector('#model input').value")
     pick(page, "data_file", "broken.jsonl")
     assert "line 2" in waited(page, "preview", "broken.jsonl")
     pick(page, "model", str(studio.runs / "bert"))
@@ -211,16 +268,13 @@ def test_a_job_runs_to_its_end_and_outlives_the_studio(page: Any, browser: Any, 
     page.locator("#epochs input").fill("1")
     page.locator("#cpu input").check()
     pick(page, "new_granularity", "bias")
-    assert "--granularity=bias" in waited(page, "new_command", "--use_cpu=True")
+    waited(page, "new_command", "--granularity=bias")
     page.locator("#predict_cost").click()
     assert "lora" in waited(page, "predicted", "Largest batch")
     page.locator("#start").click()
     job = re.search(r"Started: (\S+)", waited(page, "predicted", "Started"))[1]  # type: ignore[index]
     tab(page, "Jobs")
-    page.wait_for_function(
-        "job => [...document.querySelectorAll('#jobs tr')].some(e => e.innerText.includes(job) && e.innerText.includes('done'))",
-        arg=job,
-    )
+    waited_row(page, job, "done")
     assert "Report:" in waited(page, "output", "Report:")
     assert (studio.runs / "third" / "all_results.json").is_file()
     page.reload()
@@ -236,6 +290,7 @@ def test_a_job_runs_to_its_end_and_outlives_the_studio(page: Any, browser: Any, 
 
 def test_a_job_is_stopped(page: Any) -> None:
     tab(page, "New run")
+    page.wait_for_function("document.querySelector('#model input').value")
     pick(page, "data_file", "reviews.csv")
     page.locator("#run_name input, #run_name textarea").fill("long")
     page.locator("#epochs input").fill("100000")
@@ -244,12 +299,32 @@ def test_a_job_is_stopped(page: Any) -> None:
     page.locator("#start").click()
     job = re.search(r"Started: (\S+)", waited(page, "predicted", "Started"))[1]  # type: ignore[index]
     tab(page, "Jobs")
-    waited(page, "output", "train")
+    page.wait_for_function("job => document.querySelector('#job input').value == job", arg=job)
+    page.wait_for_selector("#job_loss .scatterlayer")  # it trains, and its curve is drawn
     page.locator("#stop").click()
-    page.wait_for_function(
-        "job => [...document.querySelectorAll('#jobs tr')].some(e => e.innerText.includes(job) && e.innerText.includes('stopped'))",
-        arg=job,
-    )
+    waited_row(page, job, "stopped")
+
+
+def test_a_model_without_a_chat_template_says_so_and_one_is_offered(page: Any, studio: Studio) -> None:
+    tab(page, "New run")
+    page.wait_for_function("document.querySelector('#model input').value")
+    pick(page, "model", str(studio.runs / "llama"))
+    pick(page, "data_file", "chats.jsonl")
+    assert "chatml" in waited(page, "preview", "has no chat template")
+    page.locator("#run_name input, #run_name textarea").fill("chats")
+    pick(page, "chat_template", "chatml")
+    waited(page, "preview", "as the model sees it")
+    waited(page, "new_command", "--chat_template=chatml")
+    tab(page, "Try")
+    pick(page, "try_run", "talker")
+    page.locator("#load").click()
+    waited(page, "loaded", "no chat template")
+    page.locator("#message textarea").fill("good film")
+    page.locator("#message textarea").press("Enter")
+    for side, conversation in flow.chat(str(studio.runs / "talker"), compare=True).items():
+        answer = "".join(conversation.answer("good film")).strip()
+        assert answer
+        page.locator(f"#chat_{side}").filter(has_text=re.compile(rf"good film.*{re.escape(answer)}", re.S)).wait_for()
 
 
 def test_base_and_tuned_model_answer_side_by_side(page: Any, studio: Studio) -> None:
@@ -276,18 +351,32 @@ def test_base_and_tuned_model_answer_side_by_side(page: Any, studio: Studio) -> 
 
 
 @pytest.mark.parametrize("width", [390, 1440])
-def test_no_page_is_wider_than_the_window(browser: Any, studio: Studio, width: int) -> None:
-    for language, names in (("en", ("Runs", "Budget")), ("zh", ("运行", "预算"))):
-        with opened(browser, studio.url, width) as page:
-            page.goto(f"{studio.url}{language}/")
-            waited(page, "runs", "second")
-            pick(page, "chosen", "second")
-            page.wait_for_selector("#heat .heatmaplayer")
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_no_tab_is_wider_than_the_window(browser: Any, studio: Studio, width: int, language: str) -> None:
+    words = Words(language)
+    with opened(browser, studio.url, width, f"{language}/") as page:
+        waited(page, "runs", "second")
+        pick(page, "chosen", "second")
+        page.wait_for_selector("#heat .heatmaplayer")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        for name in ("budget", "new", "jobs", "try"):
+            tab(page, words(f"tab_{name}"))
+            if name == "budget":
+                pick(page, "budget_run", "second")
+                page.wait_for_selector("#summary .fact")
+            page.locator(f"#tab_{name}").wait_for()
             assert page.evaluate("document.documentElement.scrollWidth") <= width
-            tab(page, names[1])
-            pick(page, "budget_run", "second")
-            page.wait_for_selector("#summary .fact")
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_an_empty_directory_says_how_to_begin(browser: Any, tmp_path: Path) -> None:
+    empty = Studio(tmp_path)
+    try:
+        with opened(browser, empty.url) as page:
+            assert "No runs here yet" in page.locator("#runs").inner_text()
+            tab(page, "Budget")
+            waited(page, "saved", "No run was analyzed yet")
+    finally:
+        empty.end()
 
 
 def status(url: str, password: str | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from reltune.studio import command_lines, views
 from reltune.studio.budget import BUDGETS, BudgetView, Rule, select_fields
 from reltune.studio.data import look_at
 from reltune.studio.words import Words
-from tiny_models import save_tiny_bert
+from tiny_models import save_tiny_bert, save_tiny_llama
 
 EVIL = "<script>alert(1)</script>"
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -96,6 +97,25 @@ def test_what_is_told_is_what_is_saved(run: Path, tmp_path: Path) -> None:
     assert BudgetView(run).excluded == []
 
 
+def test_a_budget_of_memory_is_what_select_makes_of_it(run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(run, tmp_path / "run")
+    view = BudgetView(run)
+    little, much = (view.choice(budget, view.rule).memory or 0 for budget in ("1%", "60%"))
+    assert little < much
+    budget = f"60% memory={(little + much) // 2048}KiB"
+    for without in ([], [QUERY]):
+        found = view.choice(budget, view.rule, without)
+        plan = planned(run, view, budget, view.rule, without)
+        assert {row.name: row.parameters for row in found.rows if row.parameters} == {
+            name: module.parameters for name, module in plan.modules.items()
+        }
+        predicted = json.loads((run / "prediction.json").read_text(encoding="utf-8"))
+        assert (found.memory, found.limit) == (predicted["memory_bytes"], plan.parameters)
+        assert found.memory is not None and found.memory <= (little + much) / 2
+        assert all(line in views.choice(found, Words("en")) for line in found.settings)
+    assert "needs memory=" in view.choice("memory=1KiB", view.rule).problem
+
+
 def test_what_no_budget_allows_is_said(run: Path) -> None:
     view = BudgetView(run, costs)
     assert "not one column" in view.choice("2", view.rule).problem
@@ -141,6 +161,18 @@ def test_names_appear_as_text(run: Path) -> None:
     assert seen.preview is not None and set(seen.preview["classes"]) == {EVIL, "pos"}
     assert answers["base"].keys() == answers["tuned"].keys() == {"prediction", "score", "scores"}
     assert answers["base"]["score"] != answers["tuned"]["score"]
+
+
+def test_chats_need_a_template_and_take_the_one_that_is_chosen(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path / "llama")
+    with (tmp_path / "chats.jsonl").open("w") as file:
+        for text, label in review_rows(20):
+            chat = [{"role": "user", "content": text}, {"role": "assistant", "content": label}]
+            file.write(json.dumps({"messages": chat}) + "\n")
+    seen = look_at(tmp_path / "chats.jsonl", str(tmp_path / "llama"), None, 64)
+    assert "no chat template" in seen.problem and "chatml" in seen.problem and seen.preview is not None
+    seen = look_at(tmp_path / "chats.jsonl", str(tmp_path / "llama"), None, 64, chat_template="zephyr")
+    assert not seen.problem and seen.preview is not None and seen.preview["example"]
 
 
 def test_a_file_that_cannot_be_read_is_shown_with_its_line(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from reltune.layers.units import ModuleInfo
 from reltune.plan.granularities import ALONE, WHOLE
 from reltune.plan.plan import ModulePlan
 from reltune.plan.selection import SPREAD_OUT, check_kept, share_size, units_to_choose
-from reltune.plan.threshold import largest
+from reltune.plan.threshold import Counts, largest
 from reltune.relevance.scores import RelevanceScores
 
+FEW = 1 << 22  # single weights that are gone through for every budget
 ONE_MODULE = (
     "module",
     "column",
@@ -33,8 +34,9 @@ ONE_MODULE = (
 class SelectionOrder:
     """What ``select`` would choose of each module, for any budget.
 
-    Looked up: units of one granularity that lie in one module each, but for single weights that compete over the whole model. Layers,
-    attention heads and several granularities share weights: of those there are few, and ``select``'s own rule goes through them.
+    Looked up: units of one granularity that lie in one module each. Of more than ``FEW`` single weights that compete over the whole
+    model, what each module gives is told to within a part of a step of 0.8% of the scores (``threshold.Counts``), and their sum exactly.
+    Layers, attention heads and several granularities share weights: of those there are few, and ``select``'s own rule goes through them.
 
     The arguments are those of ``select``. Raises InputError for what it refuses whatever the budget is.
     """
@@ -56,7 +58,10 @@ class SelectionOrder:
         self.inventory, self.spread = relevance.inventory, spread
         self._looked_up = len(self.kinds) == 1 and self.kinds[0] in ONE_MODULE
         self._without: frozenset[str] | None = None
-        if self._looked_up and spread == "global" and not self.elements:
+        if self._looked_up and spread == "global" and self.elements:
+            many = sum(scores.numel() for scores in self.elements.values()) > FEW
+            self._counts = Counts(self.elements) if many else None
+        elif self._looked_up and spread == "global":
             worth, price = self.candidates.worth, self.candidates.price
             order = np.argsort(-(worth / price), kind="stable")
             order = order[~(worth[order] < 0)]
@@ -90,8 +95,7 @@ class SelectionOrder:
         if self.spread != "global":
             counts = self._evenly(limit, without)
         elif self.elements:
-            some = {name: scores for name, scores in self.elements.items() if name not in without}
-            counts = {name: len(index) for name, index in largest(some, limit).items()} if some else {}
+            counts = self._largest(limit, without)
         else:
             counts = self._best(limit, frozenset(without))
         kind = self.kinds[0]
@@ -126,6 +130,13 @@ class SelectionOrder:
             left -= int(self._kept_price[behind - 1])
             taken[self._kept_place[behind - 1]] += 1
         return {name: int(taken[i]) for i, (_, name) in enumerate(self.candidates.places) if taken[i]}
+
+    def _largest(self, limit: int, without: Collection[str]) -> dict[str, int]:
+        """The best single weights of the whole model."""
+        if self._counts is not None:
+            return self._counts.at(limit, without)
+        some = {name: scores for name, scores in self.elements.items() if name not in without}
+        return {name: len(index) for name, index in largest(some, limit).items()} if some else {}
 
     def _evenly(self, limit: int, without: Collection[str]) -> dict[str, int]:
         """Each module's share of the budget."""

@@ -245,6 +245,8 @@ class PlanCosts:
     def __init__(self, config: RunConfig, device: str | None = None) -> None:
         """Raises InputError for a model that cannot be counted."""
         config = dataclasses.replace(config, training=checked_training_fields(config.training))
+        if device is None and config.training.get("use_cpu"):
+            device = "cpu"
         place, self.calibration = place_of(device)
         self.device, self.device_memory = place.name, place.memory
         self.cuda = is_cuda(self.calibration)

@@ -199,10 +199,17 @@ def settings_of(directory: RunDirectory) -> list[str]:
     return Settings(made["fields"], made["training"]).describe()
 
 
-def forecast_selection(config: RunConfig, directory: RunDirectory, device: str | None = None) -> Forecast:
-    """What ``choose_again`` would choose, and what its training would take. Writes nothing."""
-    relevance = RelevanceScores.load(directory.relevance)
-    return stages.forecast_of(config, directory, relevance, device, _examples(config, directory))
+def forecast_selection(
+    config: RunConfig,
+    directory: RunDirectory,
+    device: str | None = None,
+    relevance: RelevanceScores | None = None,
+    shown: bool = True,
+) -> Forecast:
+    """What ``choose_again`` would choose, and what its training would take. Writes nothing. ``relevance``: where it is loaded already;
+    ``shown``: beside what else could be trained."""
+    relevance = relevance or RelevanceScores.load(directory.relevance)
+    return stages.forecast_of(config, directory, relevance, device, _examples(config, directory), shown=shown)
 
 
 def forecast_run(config: RunConfig, device: str | None = None) -> Forecast:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from reltune.errors import InputError
 from reltune.files import read_json
 from reltune.names import GRANULARITIES, SPREADS
-from reltune.plan.budget import parse_budget
+from reltune.plan.budget import parse_budget, read_budget
 from reltune.plan.granularities import check_together
 from reltune.report import numbers
 from reltune.report.record import ComparisonRecord
@@ -62,9 +62,11 @@ class Choice:
     """What a budget gives.
 
     Attributes:
+        limit: parameters that it allows; where it limits memory or time, those that are chosen.
         ends_at: the lowest module that anything is chosen of: nothing below it is differentiated or kept.
         memory: bytes of the training step, ``seconds`` its time; None where they are not known, and ``unknown`` then says why.
         expected: what a comparison has measured near this size, in a sentence.
+        settings: what a budget of memory or time changes beside the units, one sentence each.
         problem: why nothing could be chosen.
     """
 
@@ -80,6 +82,7 @@ class Choice:
     device_memory: int = 0
     unknown: str = ""
     expected: str = ""
+    settings: tuple[str, ...] = ()
     problem: str = ""
 
 
@@ -178,23 +181,54 @@ class BudgetView:
     # -- what a budget gives --------------------------------------------------------------------------------------------
 
     def choice(self, budget: str, rule: Rule, without: Collection[str] = ()) -> Choice:
-        """Raises InputError for a budget that is no number or more than the model has."""
+        """Raises InputError for a budget that is no number or more than the model has. One of memory or time takes seconds."""
         limit = parse_budget(budget, self.inventory.base_parameters)
-        order, problem = self.order(rule), ""
+        order = self.order(rule)
         chosen: Mapping[str, Chosen] = {}
+        more: dict[str, Any] = {}
         try:
-            chosen = order.at(limit, without)
-            if not chosen:
-                problem = f"a budget of {limit:,} parameters allows not one {' or '.join(rule.granularity)}; raise it, or use more modules."
+            if read_budget(budget).is_limited:
+                chosen, more = self._within(budget, rule, without)
+            elif chosen := order.at(limit, without):
+                more = self._predicted(chosen)
+            else:
+                units = " or ".join(rule.granularity)
+                more["problem"] = (
+                    f"a budget of {limit:,} parameters allows not one {units}; raise it, or use more modules."
+                )
         except InputError as error:
-            problem = str(error)
+            more = {"problem": str(error)}
         rows = [self._row(info, chosen.get(info.name), rule, info.name not in without) for info in self._infos(order)]
         by_layer = dict.fromkeys((info.layer for info in self._infos(order)), 0)
         for row in rows:
             by_layer[row.layer] += row.parameters
         parameters = sum(by_layer.values())
-        base = Choice(limit, parameters, parameters / self.inventory.base_parameters, rows, by_layer, problem=problem)
-        return base if not chosen else dataclasses.replace(base, **self._predicted(chosen, parameters))
+        if chosen:
+            more |= {"ends_at": next(iter(chosen)), "expected": self._expected(parameters)}
+        share = parameters / self.inventory.base_parameters
+        return Choice(more.pop("limit", limit), parameters, share, rows, by_layer, **more)
+
+    def _within(self, budget: str, rule: Rule, without: Collection[str]) -> tuple[Mapping[str, Chosen], dict[str, Any]]:
+        """What keeps a budget of memory or time, as ``reltune select`` chooses it, and what that takes."""
+        from reltune.plan.order import counted
+        from reltune.runs.flow import forecast_selection
+
+        fields = select_fields(self, budget, rule, without)
+        fields |= {"criteria": fields["criteria"].split(","), "granularity": list(rule.granularity)}
+        config = dataclasses.replace(self.config, **fields)
+        if self.excluded and not without:  # as --every_module
+            config.target_modules, config.exclude_modules = self.run.measured_modules()
+        found = forecast_selection(config, self.run, relevance=self.relevance, shown=False)
+        assert found.plan is not None
+        estimate, (row, *_) = found.estimate, found.estimate.rows
+        return {name: counted(module) for name, module in found.plan.modules.items()}, {
+            "limit": found.plan.parameters,
+            "memory": row.total,
+            "seconds": row.seconds,
+            "device": estimate.device,
+            "device_memory": estimate.device_memory,
+            "settings": tuple(found.settings.describe()),
+        }
 
     def _infos(self, order: SelectionOrder) -> list[ModuleInfo]:
         return [self.inventory[name] for name in order.modules]
@@ -224,15 +258,14 @@ class BudgetView:
         units = chosen.columns + chosen.rows + chosen.elements + chosen.directions + int(chosen.weight or chosen.bias)
         return ModuleRow(info.name, info.layer, info.place, used, units, available, parameters_of(info, chosen))
 
-    def _predicted(self, chosen: Mapping[str, Chosen], parameters: int) -> dict[str, Any]:
-        found: dict[str, Any] = {"ends_at": next(iter(chosen)), "expected": self._expected(parameters)}
+    def _predicted(self, chosen: Mapping[str, Chosen]) -> dict[str, Any]:
         costs = self.costs
         if isinstance(costs, str):
-            return found | {"unknown": costs}
+            return {"unknown": costs}
         told = costs.of(chosen)
         if told is None:
-            return found | {"unknown": "memory and time of these modules are not counted."}
-        return found | {
+            return {"unknown": "memory and time of these modules are not counted."}
+        return {
             "memory": told[0],
             "seconds": told[1],
             "device": costs.device,

@@ -33,7 +33,14 @@ class Looked:
     problem: str
 
 
-def look_at(file: Path, model: str | None, task: str | None, max_length: int, on_bad_rows: str = "error") -> Looked:
+def look_at(
+    file: Path,
+    model: str | None,
+    task: str | None,
+    max_length: int,
+    on_bad_rows: str = "error",
+    chat_template: str | None = None,
+) -> Looked:
     """A file, and of the ``model`` its tokenizer if there is one."""
     columns: list[str] = []
     first: list[tuple[int, list[str]]] = []
@@ -45,7 +52,12 @@ def look_at(file: Path, model: str | None, task: str | None, max_length: int, on
             first = [(row.line, [_cell(row.values.get(name)) for name in columns]) for row in rows[:ROWS]]
         except InputError as error:
             return Looked(columns, first, None, str(error))
-        config: dict[str, Any] = {"train_file": str(file), "task": task, "max_length": max_length}
+        config: dict[str, Any] = {
+            "train_file": str(file),
+            "task": task,
+            "max_length": max_length,
+            "chat_template": chat_template,
+        }
         # As it is asked for; else without bad rows; where the model is the problem, the rows alone.
         for name, how in dict.fromkeys(((model, on_bad_rows), (model, "skip"), (None, "skip"))):
             try:

@@ -13,7 +13,7 @@ import gradio as gr
 from reltune.config.method import METHODS
 from reltune.errors import InputError
 from reltune.files import read_json
-from reltune.names import GRANULARITIES, TASKS
+from reltune.names import CHAT_TEMPLATES, GRANULARITIES, TASKS
 from reltune.report.figures import SCALES
 from reltune.report.record import ComparisonRecord, RunRecord
 from reltune.runs.comparison.directory import ComparisonDirectory
@@ -23,7 +23,7 @@ from reltune.studio import command_lines, views
 from reltune.studio.budget import BUDGETS, BudgetView, Choice, Rule, select_fields
 from reltune.studio.data import look_at
 from reltune.studio.jobs import Jobs
-from reltune.studio.places import DAMAGE, Place
+from reltune.studio.places import DAMAGE, Place, sentence
 from reltune.studio.trying import Bench
 from reltune.studio.words import Words
 
@@ -138,6 +138,7 @@ class Asked(NamedTuple):
     batch: Any
     rate: Any
     length: Any
+    template: Any
     cpu: Any
     skip: Any
 
@@ -201,7 +202,7 @@ class Page:
                 elem_classes="reltune",
                 apply_default_css=False,
             )
-            with gr.Tabs():
+            with gr.Tabs(overflow_behavior="wrap"):  # on a phone all can be seen
                 for key, fill in (
                     ("tab_runs", self._runs),
                     ("tab_budget", self._budget),
@@ -222,7 +223,7 @@ class Page:
             refresh = gr.Button(words("refresh"), scale=1, min_width=120)
         details = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="details")
         with gr.Row(visible=False) as shades:
-            criterion = gr.Dropdown([], label=words("criterion"), allow_custom_value=True)
+            criterion = gr.Dropdown([], label=words("criterion"), allow_custom_value=True, elem_id="criterion")
             scale = gr.Radio(list(SCALES), value=SCALES[0], label=words("scale"))
         heat = gr.Plot(show_label=False, visible=False, elem_id="heat", elem_classes="scrolling")
         layers = gr.Plot(show_label=False, visible=False, elem_id="layers", elem_classes="scrolling")
@@ -234,9 +235,7 @@ class Page:
         def listed(names: list[str] | None) -> Any:
             found = self.place.found()
             there = [one.name for one in found]
-            return views.runs(found, words), gr.update(
-                choices=there, value=[name for name in names or [] if name in there]
-            )
+            return views.runs(found, words), _choices(there, names)
 
         def shown(names: list[str] | None) -> Any:
             return self._shown(list(names or []), words)
@@ -361,9 +360,7 @@ class Page:
 
         def listed(name: str | None) -> Any:
             names = self.analyzed()
-            return gr.update(choices=names, value=name if name in names else None), "" if names else views.remark(
-                words("no_analyzed")
-            )
+            return _choices(names, name), "" if names else views.remark(words("no_analyzed"))
 
         def without(rows: list[list[Any]] | None) -> list[str]:
             return [f"{row[1]}.{row[2]}" if row[1] else row[2] for row in rows or [] if row[0] in (False, "false")]
@@ -371,14 +368,15 @@ class Page:
         def given(criterion: Any, granularity: Any, spread: Any) -> Rule:
             return Rule(str(criterion), tuple(granularity or ()), str(spread))
 
-        def told(view: BudgetView, text: str, rule: Rule, left_out: list[str], overwrite: bool) -> list[Any]:
+        def told(view: BudgetView, text: str, rule: Rule, left_out: list[str], overwrite: bool) -> tuple[int, Any]:
+            """The slider's place, and what is shown below it."""
             found = view.choice(text, rule, left_out)
             words_of = command_lines.further(
                 "select", view.run.path, select_fields(view, text, rule, left_out), overwrite
             )
             if view.excluded and not left_out:
                 words_of.append("--every_module")
-            return [
+            return _position(view, found.limit), [
                 views.choice(found, words),
                 views.layers([view.heatmap(rule.criterion)], None, found.by_layer),
                 _rows(found),
@@ -390,30 +388,33 @@ class Page:
                 yield [gr.update()] * 9
                 return
             yield [*[gr.update()] * 5, views.remark(words("counting")), *[gr.update()] * 3]
-            view = self.view(name)
-            rule, text = view.rule, view.config.budget
+            try:
+                view = self.view(name)
+                rule, text = view.rule, view.config.budget
+                position, shown = told(view, text, rule, view.excluded, False)
+            except DAMAGE as error:
+                yield [*[gr.update()] * 5, views.problem(sentence(error)), None, [], ""]
+                return
             yield [
                 gr.update(choices=view.criteria, value=rule.criterion),
                 gr.update(choices=view.granularities(rule.criterion), value=list(rule.granularity)),
                 gr.update(choices=view.spreads(rule.granularity), value=rule.spread),
-                _position(view, text),
+                position,
                 text,
-                *told(view, text, rule, view.excluded, False),
+                *shown,
             ]
 
         def slid(name: str, position: float, rows: Any, overwrite: bool, *rule: Any) -> list[Any]:
             text = BUDGETS[int(position)]
-            return (
-                [text, *told(self.view(name), text, given(*rule), without(rows), overwrite)]
-                if name
-                else [text, *[gr.update()] * 4]
-            )
+            if not name:
+                return [text, *[gr.update()] * 4]
+            return [text, *told(self.view(name), text, given(*rule), without(rows), overwrite)[1]]
 
         def typed(name: str, text: str, rows: Any, overwrite: bool, *rule: Any) -> list[Any]:
             if not name:
                 return [gr.update()] * 5
-            view = self.view(name)
-            return [_position(view, text), *told(view, text, given(*rule), without(rows), overwrite)]
+            position, shown = told(self.view(name), text, given(*rule), without(rows), overwrite)
+            return [position, *shown]
 
         def ruled(name: str, text: str, rows: Any, overwrite: bool, *rule: Any) -> list[Any]:
             if not name:
@@ -428,7 +429,7 @@ class Page:
             return [
                 gr.update(choices=kinds, value=list(wanted.granularity)),
                 gr.update(choices=spreads, value=wanted.spread),
-                *told(view, text, wanted, without(rows), overwrite),
+                *told(view, text, wanted, without(rows), overwrite)[1],
             ]
 
         def saving(name: str, text: str, rows: Any, overwrite: bool, *rule: Any) -> Iterator[str]:
@@ -529,6 +530,13 @@ class Page:
             batch = gr.Number(8, label=words("batch"), minimum=1, precision=0, min_width=110)
             rate = gr.Textbox("", label=words("rate"), placeholder=words("by_recipe"), min_width=120)
             length = gr.Number(256, label=words("length"), minimum=1, precision=0, min_width=140)
+            template = gr.Dropdown(
+                [(words("own_template"), ""), *((one, one) for one in CHAT_TEMPLATES)],
+                value="",
+                label=words("chat_template"),
+                min_width=140,
+                elem_id="chat_template",
+            )
             cpu = gr.Checkbox(label=words("cpu"), min_width=140, elem_id="cpu")
             skip = gr.Checkbox(label=words("skip_bad"), min_width=140, elem_id="skip_bad")
         line = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="new_command")
@@ -536,14 +544,16 @@ class Page:
             predict = gr.Button(words("predict_cost"), elem_id="predict_cost")
             start = gr.Button(words("start"), variant="primary", elem_id="start")
         predicted = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="predicted")
-        form = [*Asked(file, model, name, task, command, method, kind, budget, epochs, batch, rate, length, cpu, skip)]
+        form = [
+            *Asked(
+                file, model, name, task, command, method, kind, budget, epochs, batch, rate, length, template, cpu, skip
+            )
+        ]
 
         def listed(file: str | None, model: str | None) -> Any:
-            files, models = self.place.data(), self.models()
-            return (
-                gr.update(choices=files, value=file if file in files else None),
-                gr.update(choices=models, value=model or (models[0] if models else None)),
-            )
+            models = self.models()
+            first = {} if model or not models else {"value": models[0]}
+            return _choices(self.place.data(), file), gr.update(choices=models, **first)
 
         def kept(path: str | None) -> Any:
             if not path:
@@ -551,17 +561,22 @@ class Page:
             name = self.place.keep(path)
             return gr.update(choices=self.place.data(), value=name), None
 
-        def looked_at(file: str | None, model: str | None, task: str, length: float | None, skip: bool) -> str:
+        def looked_at(
+            file: str | None, model: str | None, task: str, length: float | None, template: str, skip: bool
+        ) -> str:
             if not file:
                 return ""
             try:
                 model = self.place.model(str(model), self.models()) if model else None
-                return views.data(
-                    look_at(
-                        self.place.inside(file), model, task or None, int(length or 1), "skip" if skip else "error"
-                    ),
-                    words,
+                seen = look_at(
+                    self.place.inside(file),
+                    model,
+                    task or None,
+                    int(length or 1),
+                    "skip" if skip else "error",
+                    template or None,
                 )
+                return views.data(seen, words)
             except InputError as error:
                 return views.problem(str(error))
 
@@ -584,10 +599,9 @@ class Page:
         for event in (blocks.load, tab.select):
             event(shows_problems(listed), [file, model], [file, model], show_progress="hidden")
         upload.upload(shows_problems(kept), upload, [file, upload])
-        for part in (file, model, task, length, skip):
-            part.change(
-                looked_at, [file, model, task, length, skip], shown, show_progress="minimal", trigger_mode="always_last"
-            )
+        looks = [file, model, task, length, template, skip]
+        for part in looks:
+            part.change(looked_at, looks, shown, show_progress="minimal", trigger_mode="always_last")
         for part in form:
             part.change(as_line, form, line, show_progress="hidden")
         predict.click(shows_problems(cost), form, predicted)
@@ -604,6 +618,7 @@ class Page:
             "train_file": self.place.inside(str(asked.file)),
             "task": asked.task,
             "max_length": asked.length,
+            "chat_template": asked.template,
         }
         if asked.command == "run":
             fields |= {"method": asked.method, "granularity": asked.granularity, "learning_rate": asked.rate}
@@ -664,12 +679,12 @@ class Page:
             loss = gr.Plot(show_label=False, visible=False, elem_id="job_loss", min_width=300)
             scores = gr.Plot(show_label=False, visible=False, elem_id="job_scores", min_width=300)
         seen = gr.State("")
+        picked = gr.State(None)  # the job that was chosen, and the newest at that time; a newer one is shown instead
         timer = gr.Timer(SECONDS)
         form = [run, command, epochs, rate, overwrite]
 
         def listed(name: str | None) -> Any:
-            names = self.names()
-            return gr.update(choices=names, value=name if name in names else None)
+            return _choices(self.names(), name)
 
         def words_of(run: Any, command: Any, epochs: Any, rate: Any, overwrite: Any) -> list[str]:
             if not run:
@@ -685,13 +700,15 @@ class Page:
             except InputError:
                 return ""
 
-        def started(*values: Any) -> Any:
-            return gr.update(value=self.jobs.start(words_of(*values), str(values[0])))
+        def started(*values: Any) -> None:
+            self.jobs.start(words_of(*values), str(values[0]))
 
-        def looked(name: str | None, before: str) -> Any:
+        def looked(shown: str | None, picked: tuple[str, str] | None, before: str) -> Any:
             found = self.jobs.all()
             names = [one.name for one in found]
-            name = name if name in names else names[0] if names else None
+            name = names[0] if names else None
+            if picked and picked[0] in names and picked[1] == name:
+                name = picked[0]
             html = views.jobs(found, words)
             text = self.jobs.output(name) if name else ""
             history: list[Any] = []
@@ -703,7 +720,11 @@ class Page:
                 return [gr.skip()] * 6
             curves = views.curves({target: history})
             plots = [gr.update(value=curves.get(kind), visible=kind in curves) for kind in ("loss", "scores")]
-            return [html, gr.update(choices=names, value=name), views.output(text) if name else "", *plots, state]
+            own = {} if shown == name else {"value": name}
+            return [html, gr.update(choices=names, **own), views.output(text) if name else "", *plots, state]
+
+        def picking(name: str) -> tuple[str, str]:
+            return name, next((one.name for one in self.jobs.all()), "")
 
         def stopped(name: str | None) -> None:
             self.jobs.stop(name or "")
@@ -711,12 +732,18 @@ class Page:
 
         for event in (blocks.load, tab.select):
             event(shows_problems(listed), run, run, show_progress="hidden")
-        looks = [table, job, output, loss, scores, seen]
-        for event in (blocks.load, timer.tick, job.input):
-            event(looked, [job, seen], looks, show_progress="hidden")
+        watched: dict[str, Any] = {
+            "fn": looked,
+            "inputs": [job, picked, seen],
+            "outputs": [table, job, output, loss, scores, seen],
+            "show_progress": "hidden",
+        }
+        for event in (blocks.load, timer.tick):
+            event(**watched)
+        job.input(picking, job, picked, show_progress="hidden").then(**watched)
         for part in form:
             part.change(as_line, form, line, show_progress="hidden")
-        start.click(shows_problems(started), form, job, show_progress="minimal")
+        start.click(shows_problems(started), form, None, show_progress="minimal").then(**watched)
         stop.click(shows_problems(stopped), job, None)
 
     def _try(self, words: Words, blocks: Any, tab: Any) -> None:
@@ -755,18 +782,22 @@ class Page:
 
         def listed(name: str | None) -> Any:
             names = self.tuned()
-            return gr.update(
-                choices=names, value=name if name in names else None
-            ), gr.update() if names else views.remark(words("no_tuned"))
+            return _choices(names, name), gr.update() if names else views.remark(words("no_tuned"))
 
         def loading(name: str | None) -> Iterator[Any]:
             hidden = gr.update(visible=False)
-            yield [views.remark(words("loading")), hidden, hidden, *[gr.update()] * ROLES, [], []]
-            run = self.run(name)
-            self.bench.load(run.path)
-            bench = self.bench
+            bench, none = self.bench, [hidden, hidden, *[gr.update()] * ROLES, [], []]
+            if not name:
+                yield [views.problem(words("no_run_chosen")), *none]
+                return
+            yield [views.remark(words("loading")), *none]
+            try:
+                bench.load(self.run(name).path)
+            except DAMAGE as error:
+                yield [views.problem(sentence(error)), *none]
+                return
             if "image" in bench.roles:
-                yield [views.problem(words("no_images")), hidden, hidden, *[gr.update()] * ROLES, [], []]
+                yield [views.problem(words("no_images")), *none]
                 return
             roles = list(bench.roles)[:ROLES]
             boxes = [
@@ -774,6 +805,8 @@ class Page:
                 for i in range(ROLES)
             ]
             status = views.remark(words("loaded", run=name, task=bench.task))
+            if bench.without_template:
+                status += views.remark(words("no_template"))
             yield [status, gr.update(visible=not bench.writes), gr.update(visible=bench.writes), *boxes, [], []]
 
         def asked(*values: str) -> Any:
@@ -799,6 +832,15 @@ class Page:
         reset.click(begun, None, bots)
 
 
+def _choices(names: list[str], chosen: str | list[str] | None) -> Any:
+    """Of a list what can be chosen. What is chosen stays, also what was chosen while this was on its way, unless it is there no longer."""
+    if isinstance(chosen, list):
+        there: Any = [name for name in chosen if name in names]
+    else:
+        there = chosen if chosen in names else None
+    return gr.update(choices=names) if there == chosen else gr.update(choices=names, value=there)
+
+
 def _messages(turns: Sequence[tuple[str, str]]) -> Iterator[dict[str, str]]:
     for question, answer in turns:
         yield {"role": "user", "content": question}
@@ -820,10 +862,7 @@ def _rows(found: Choice) -> list[list[Any]]:
     ]
 
 
-def _position(view: BudgetView, budget: str) -> int:
-    """The slider's place that is nearest to a budget."""
-    from reltune.plan.budget import parse_budget
-
-    limit = parse_budget(budget, view.inventory.base_parameters)
+def _position(view: BudgetView, limit: int) -> int:
+    """The slider's place that is nearest to so many parameters."""
     shares = [float(text.removesuffix("%")) / 100 * view.inventory.base_parameters for text in BUDGETS]
     return min(range(len(BUDGETS)), key=lambda i: abs(shares[i] - limit) / shares[i])

@@ -120,7 +120,7 @@ class Place:
             if run.config_file.is_file():
                 return _run(run, name)
         except DAMAGE as error:
-            return Found(name, "damaged", problem=_sentence(error))
+            return Found(name, "damaged", problem=sentence(error))
         if any((path / part).exists() for part in PARTS) and not (path / "config.json").is_file():
             return Found(
                 name,
@@ -240,7 +240,8 @@ def main_result(results: dict[str, Any]) -> str:
     return ""
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
+    """What is wrong with files that cannot be read."""
     return str(error) if isinstance(error, InputError) else f"it cannot be read ({first_line(error)})."
 
 

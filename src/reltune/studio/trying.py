@@ -21,11 +21,13 @@ class Bench:
 
     Attributes:
         writes: whether it writes texts, and is talked to; else it is asked about rows with the ``roles``.
+        without_template: whether it is a language model that has no chat template, and goes on from texts as they stand.
     """
 
     def __init__(self) -> None:
         self.run: Path | None = None
         self.task, self.writes, self.roles = "", False, dict[str, str]()
+        self.without_template = False
         self._pair: SideBySide | None = None
         self._talks: dict[str, Conversation] = {}
         self._lock = threading.Lock()
@@ -38,7 +40,7 @@ class Bench:
             from reltune.runs.prediction import SideBySide
             from reltune.runs.tuned import Tuned
 
-            self.run, self._pair, self._talks = None, None, {}
+            self.run, self._pair, self._talks, self.without_template = None, None, {}, False
             tuned = Tuned.open(run)
             self.task, self.writes = tuned.task.name, tuned.task.name in WRITING
             self.roles = {} if self.writes else dict(tuned.task.asked)
@@ -46,6 +48,10 @@ class Bench:
                 return
             if self.writes:
                 self._talks = flow.chat(str(run), compare=True)
+                one = self._talks["tuned"]
+                self.without_template = (
+                    self.task != "seq2seq" and one.form == "text" and not one.tokenizer.chat_template
+                )
             else:
                 self._pair = SideBySide(tuned)
             self.run = run

@@ -226,7 +226,7 @@ def choice(found: Choice, words: Words) -> str:
         pairs.append((words("step_time"), f"{found.seconds:.3g} s", found.device))
     if found.expected:
         pairs.append((words("expected"), found.expected.rpartition(": ")[2], found.expected.rpartition(": ")[0]))
-    return facts(pairs) + remark(found.unknown) + problem(found.problem)
+    return facts(pairs) + "".join(map(remark, found.settings)) + remark(found.unknown) + problem(found.problem)
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
