@@ -3,10 +3,9 @@
 import ast
 import json
 
-import pytest
-
 import core_coverage
 import mutation
+import pytest
 from reliability_page import PAGE, page, wilson
 
 
