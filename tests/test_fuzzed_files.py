@@ -29,6 +29,18 @@ def test_a_short_run(name: str, tmp_path: Path) -> None:
     assert record["inputs"] == inputs and not record["unexpected"], record["unexpected"]
 
 
+def test_the_record_has_every_loader_and_nothing_unexpected() -> None:
+    root = Path(fuzz_loaders.__file__).parents[1]
+    loaders = json.loads((root / "benchmarks" / "results" / "fuzz_loaders.json").read_text())["loaders"]
+    assert {name for name in loaders if not name.endswith(", by coverage")} == LOADERS.keys()
+    for name, record in loaders.items():
+        assert not record["unexpected"] and record["slowest_cpu_seconds"] < fuzz_loaders.LONGEST, name
+        assert record["most_memory_bytes"] <= 2 * record["largest_file_bytes"] + fuzz_loaders.MEMORY, name
+    inputs = [record["inputs"] for record in loaders.values()]
+    page = (root / "docs" / "files.md").read_text(encoding="utf-8")
+    assert f"{sum(inputs):,} inputs so far, {min(inputs):,} at least of each loader" in page
+
+
 def test_what_goes_wrong_is_a_finding_and_the_record_is_added_to(tmp_path: Path) -> None:
     """Against the inputs themselves, made a second time."""
 
@@ -74,6 +86,12 @@ def test_records_of_another_form(record: object, tmp_path: Path) -> None:
 def test_a_repeated_index_behind_many_is_found_at_once() -> None:
     with pytest.raises(InputError, match="name 299999 twice"):
         ModulePlan((4, 300_000), columns=[*range(300_000), 299_999]).check("a")
+
+
+def test_single_weights_of_a_matrix_that_is_wider_than_their_type_holds() -> None:
+    ModulePlan((6, 2**31), elements=[0, 7]).check("a")
+    with pytest.raises(InputError, match="element 7 of a lies in one of its chosen columns"):
+        ModulePlan((6, 2**31), columns=[7], elements=[0, 7]).check("a")
 
 
 @pytest.mark.parametrize("form", [".zip", ".tar.gz"])

@@ -216,7 +216,7 @@ class ModulePlan:
             raise InputError(
                 f"plan: {name} is a convolution, whose single weights cannot be trained; choose columns or rows."
             )
-        elements, in_features = np.sort(np.asarray(self.elements)), self.shape[-1]
+        elements, in_features = np.sort(np.asarray(self.elements)), np.int64(self.shape[-1])  # which int32 may not hold
         size = math.prod(self.shape)
         if elements[0] < 0 or elements[-1] >= size:
             wrong = elements[0] if elements[0] < 0 else elements[-1]
