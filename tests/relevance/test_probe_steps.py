@@ -474,6 +474,8 @@ def test_weights_of_zero_move_by_the_median_step():
     nn.init.zeros_(model[4].bias)
     steps = [weight.step for weight in weights_that_move(model, None, RATE, torch.int8)]
     assert steps == pytest.approx([RATE * size for size in (1, 8, 2, 2.5, 2.5, 2.5)])
+    nothing = [weight.step for weight in weights_that_move(model[4], None, RATE, torch.int8)]
+    assert nothing == [RATE, RATE]  # where all are zero
 
 
 def test_gradients_that_are_not_finite_are_named():
