@@ -318,6 +318,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=150, help="mutants of each area")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--most", type=float, default=8.0, help="seconds that a mutant's tests usually take together")
+    parser.add_argument("--most_at_first", type=float, help="what --most was before --again, for the record")
     parser.add_argument("--until", type=float, default=math.inf, help="seconds after which no further mutant is begun")
     parser.add_argument(
         "--again",
@@ -471,6 +472,7 @@ def record(arguments: argparse.Namespace, counts: dict[str, dict[str, int]], res
             ],
         }
     head = {"commit": arguments.commit, "cosmic_ray": metadata.version("cosmic-ray"), "seed": arguments.seed}
+    head["most_seconds_at_first"] = arguments.most_at_first or arguments.most
     head |= {"most_seconds": arguments.most, "dear_seconds": DEAR, "no_fault": NO_FAULT}
     RECORD.write_text(json.dumps({**head, "areas": areas}, indent=1) + "\n", encoding="utf-8")
 

@@ -110,7 +110,8 @@ def _killed(areas: Iterable[dict[str, Any]], interval: str = "") -> list[str]:
 
 
 def most() -> str:
-    return f"{record('mutation')['most_seconds']:g}"
+    found = record("mutation")
+    return " and later ".join(dict.fromkeys(f"{found[key]:g}" for key in ("most_seconds_at_first", "most_seconds")))
 
 
 def dear() -> str:
@@ -145,6 +146,14 @@ def survivors() -> str:
         "\n".join(same) or "None.",
     ]
     return "\n\n".join(parts)
+
+
+def coverage_commit() -> str:
+    return str(record("coverage")["commit"][:7])
+
+
+def mutation_commit() -> str:
+    return str(record("mutation")["commit"][:7])
 
 
 def interruption() -> str:
@@ -190,6 +199,8 @@ def page() -> str:
         dear,
         seed,
         no_fault,
+        coverage_commit,
+        mutation_commit,
         survivors,
         interruption,
         fuzz,
