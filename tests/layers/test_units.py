@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reltune.layers.units import ModuleInfo, by_unit, counts, matrices, part_shapes, weight_shapes
+from reltune.layers.units import ModuleInfo, by_unit, counts, directions_in, matrices, part_shapes, weight_shapes
 
 INFOS = [
     ModuleInfo("map", "linear", "map", 0, (3, 4), True),
@@ -68,3 +68,13 @@ def test_names_of_one_matrix_of_many() -> None:
     assert expert.in_block
     alone = ModuleInfo("experts.up.3", "experts", "experts", 0, (3, 4), False, holder="experts")
     assert (alone.owner, alone.stack, alone.place, alone.in_block) == ("experts", "experts.up", "experts.up", False)
+
+
+def test_directions_are_counted_where_there_are_some() -> None:
+    assert directions_in({"direction": torch.ones(3)}) == 3
+    assert directions_in({}) == directions_in({"direction": torch.tensor(1.0)}) == 0
+    matrix = ModuleInfo("map", "linear", "map", 0, (3, 4), False)
+    shapes = part_shapes(matrix, 2)
+    assert shapes["direction"] == (2,) and shapes["direction_vectors"] == (2, 4)
+    for none in (part_shapes(matrix), *(part_shapes(info, 2) for info in INFOS[2:])):
+        assert not {"direction", "direction_vectors"} & set(none)

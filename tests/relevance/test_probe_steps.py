@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -50,6 +50,7 @@ def assert_equal(found: RelevanceScores, wanted: RelevanceScores, votes_only: bo
     st.integers(1, 4),
     st.integers(1, 5),
 )
+@example([3, 4, 2], 9, 3, 2)  # shares that begin and end within a batch behind another one
 def test_every_example_is_taken_once_in_order(sizes, examples, processes, most):
     steps = steps_of(sizes, examples)
     everything = [(batch, row) for batch, size in enumerate(sizes) for row in range(size)]
@@ -473,6 +474,8 @@ def test_weights_of_zero_move_by_the_median_step():
     nn.init.zeros_(model[4].bias)
     steps = [weight.step for weight in weights_that_move(model, None, RATE, torch.int8)]
     assert steps == pytest.approx([RATE * size for size in (1, 8, 2, 2.5, 2.5, 2.5)])
+    nothing = [weight.step for weight in weights_that_move(model[4], None, RATE, torch.int8)]
+    assert nothing == [RATE, RATE]  # where all are zero
 
 
 def test_gradients_that_are_not_finite_are_named():

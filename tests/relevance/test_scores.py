@@ -189,6 +189,7 @@ def test_a_damaged_file_is_named(damage, tmp_path):
         (damaged("scores.json", lambda values: values["modules"][0].update(groups=5)), r"\] in 5 groups"),
         (damaged("scores.json", lambda values: values["modules"][0].update(groups=0)), r"\] in 0 groups"),
         (damaged("scores.json", lambda values: values["modules"][0].update(shape=[0, 6])), r"the shape \[0, 6\]"),
+        (damaged("scores.json", lambda values: values["modules"][0].update(shape=[-6, 6])), r"the shape \[-6, 6\]"),
         (damaged("scores.json", lambda values: values["modules"][0].update(shape=[2**32, 2**32])), "the shape"),
         (damaged("scores.json", lambda values: values["modules"][0].update(shape=[1] * 9)), "the shape"),
         (damaged("scores.json", lambda values: values.update(tensors=1)), "tensors and not 1"),

@@ -23,6 +23,7 @@ from reltune.plan.plan import ModulePlan, Plan
 from reltune.plan.selection import select
 from reltune.tuner import ReltuneConfig
 from reltune.tuner.layer import ReltuneLayer
+from reltune.tuner.written_weight import Seen
 
 Selection = dict[str, dict[str, Any]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -474,3 +475,26 @@ def test_what_no_lora_can_carry_says_what_to_do() -> None:
     ):
         model = get_peft_model(_made("words"), _config(base, _selection(base, units)))
         assert why in model.get_submodule("base_model.model.mixed").why_no_lora("default")
+
+
+def test_a_layer_by_its_defaults_trains_from_the_bases_values() -> None:
+    base = _made("words")
+    model = get_peft_model(_made("words"), _config(base, _selection(base, "columns")))
+    layer = model.get_submodule("base_model.model.head").eval()
+    assert layer.train() is layer and layer.training and layer.base_layer.training
+    layer.update_layer("other", ModulePlan((3, 8), columns=[5, 1]))
+    assert torch.equal(layer.reltune_columns["other"], base.head.weight[[5, 1]])  # Conv1D's is stored (in, out)
+
+
+def test_a_copy_knows_whether_its_tensors_were_written_to() -> None:
+    tensor = torch.zeros(2)
+    seen = Seen([tensor])
+    for _ in range(2):
+        other, copied = copy.deepcopy((seen, tensor))
+        assert other.still([copied]) and not other.still([copied, copied]) and not other.still([tensor])
+        copied.add_(1)
+        assert not other.still([copied])
+        tensor.add_(0)
+        other, copied = copy.deepcopy((seen, tensor))
+        assert not seen.still([tensor]) and not other.still([copied])
+        seen = Seen([tensor])

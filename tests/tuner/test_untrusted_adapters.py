@@ -301,6 +301,15 @@ def test_indices_that_are_no_list_of_whole_numbers(index: list[Any]) -> None:
         check_indices(ModulePlan((7, 5)), None, torch.tensor(index), None, False)
 
 
+@pytest.mark.parametrize(
+    ("index", "why"),
+    [([3, -1], "rows name -1, and there are 7"), ([7, 0, 2], "rows name 7, and"), ([6, 2, 6], "rows name 6 twice")],
+)
+def test_the_index_that_is_wrong_is_named(index: list[int], why: str) -> None:
+    with pytest.raises(InputError, match=why):
+        check_indices(ModulePlan((7, 5)), torch.tensor([0, 4]), torch.tensor(index), None, False)
+
+
 def test_files_that_are_no_adapter(tmp_path: Path) -> None:
     folder = saved("linear", "column", tmp_path / "made", [1, 2])
     content = (folder / WEIGHTS).read_bytes()
