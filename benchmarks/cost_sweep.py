@@ -1,22 +1,28 @@
 """What the cost model predicts of a training step beside what the step takes: memory and time, over many combinations.
 
-Measure on a GPU without a network, from the repository's root (under 5 minutes), and on a CPU, in a process for each case:
+Everything is kept in one record, benchmarks/results/cost_sweep.json, and every command goes on from what it holds. On a CPU memory and
+time are measured apart, since times mean something on an idle machine alone:
 
-    PYTHONPATH=src:LIGER python3 benchmarks/cost_sweep.py measure --device cuda --commit COMMIT --output_dir DIR
-    python benchmarks/cost_sweep.py measure --device cpu --output_dir DIR
+    python benchmarks/cost_sweep.py measure --device cpu --what memory
+    python benchmarks/cost_sweep.py measure --device cpu --what time --threads 2
 
-Each writes DIR/cost_sweep_DEVICE.json. Then, on any machine, write the predictions beside it, and the table:
+On a GPU both are measured together, without a network, from the repository's root (under 5 minutes for the listed cases):
 
-    python benchmarks/cost_sweep.py predict DIR/cost_sweep_*.json --output_dir benchmarks/results
+    PYTHONPATH=src:LIGER python3 benchmarks/cost_sweep.py measure --device cuda --commit COMMIT --record DIR/cost_sweep.json
+
+Then, on any machine, write the predictions beside what was measured, with the table, and docs/cost_sweep.svg:
+
+    python benchmarks/cost_sweep.py predict
 
 A case is an architecture with random weights, a batch, a length, a type of numbers, checkpointing or not, Liger's kernels or
-not, a method and how much it trains. ``--drawn SEED N`` takes N cases that are drawn from all combinations in the place of the
-listed ones; they are drawn when the model is finished, and are never fitted.
+not, a method and how much it trains (sweep_cases.py). ``--drawn SEED N`` measures N cases that are drawn from all combinations in the
+place of the listed ones; they are drawn when the model is finished, and are never fitted.
 
 A measured step is forward, backward, AdamW (fused) and clearing the gradients. Of a GPU: the peak of what torch's allocator handed out
-and of what it reserved, in steps after the first; seconds by events. Of a CPU: the process's peak of resident memory over what it
-held before the model was made; seconds by the clock; and the same peak again with malloc as it is, which keeps what is freed: the
-first is measured under MALLOC_MMAP_THRESHOLD_, with which glibc gives it back.
+and of what it reserved, in steps after the first; seconds by events. Of a CPU each case is a process of its own, forked from one that has
+imported everything and computed nothing. Its memory is by how much its anonymous pages grow from before the model is made to their
+peak, in two steps, under MALLOC_MMAP_THRESHOLD_, with which glibc gives back what is freed. Times are measured with malloc as it is, and
+the growth with it too.
 """
 
 from __future__ import annotations
@@ -26,374 +32,65 @@ import dataclasses
 import gc
 import json
 import os
-import random
-import resource
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from cost_picture import picture
 from harness import commit, described, hardware, versions
+from reltune.cost.memory import CONTEXT, MAPPED
+from sweep_cases import CPU, GPU, MODELS, Case, drawn, make
 
 GIB = 2**30
 STEPS = 4
-MAPPED = 256 << 10  # blocks from this size on are mapped by themselves, and given back when they are freed
+RECORD = Path(__file__).parent / "results" / "cost_sweep.json"
+PICTURE = Path(__file__).parents[1] / "docs" / "cost_sweep.svg"
+TINY = [Case("llama-tiny", "columns", 2, 16, "float32"), Case("bert-tiny", "weights", 2, 16, "float32")]
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One combination. ``share``: of columns, single weights; the rank of LoRA is that of about as many numbers."""
-
-    model: str
-    method: str
-    batch: int
-    length: int
-    dtype: str = "bfloat16"  # float32, bfloat16 or autocast: float32 weights and products in bfloat16
-    layers: str = "all"  # or top: the top quarter
-    checkpointing: bool = False
-    liger: bool = False
-    rank: int = 16
-    each: int = 800  # of so many weights one is trained, where single ones are
-
-    def __str__(self) -> str:
-        more = [
-            self.layers if self.layers != "all" else "",
-            "ckpt" if self.checkpointing else "",
-            "liger" if self.liger else "",
-        ]
-        shown = " ".join(word for word in more if word)
-        return f"{self.model} {self.method} {self.batch}×{self.length} {self.dtype} {shown}".strip()
+# -- the record --------------------------------------------------------------------------------------------------------
 
 
-# -- models ------------------------------------------------------------------------------------------------------------
-
-
-def llama(
-    layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocabulary: int, tied: bool = False
-) -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=131072,
-        tie_word_embeddings=tied,
-        use_cache=False,
-    )
-
-
-def bert(layers: int, hidden: int, intermediate: int, heads: int) -> Any:
-    from transformers import BertConfig
-
-    return BertConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        intermediate_size=intermediate,
-        num_attention_heads=heads,
-        hidden_dropout_prob=0.1,
-        attention_probs_dropout_prob=0.0,
-        max_position_embeddings=2048,
-        num_labels=4,
-    )
-
-
-def t5(layers: int, hidden: int, intermediate: int, heads: int) -> Any:
-    from transformers import T5Config
-
-    return T5Config(
-        d_model=hidden,
-        d_kv=64,
-        d_ff=intermediate,
-        num_layers=layers,
-        num_heads=heads,
-        dropout_rate=0.1,
-        feed_forward_proj="gated-gelu",
-        decoder_start_token_id=0,
-        use_cache=False,
-    )
-
-
-def vit(layers: int, hidden: int, heads: int) -> Any:
-    from transformers import ViTConfig
-
-    return ViTConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        intermediate_size=4 * hidden,
-        num_attention_heads=heads,
-        num_labels=10,
-    )
-
-
-def mixtral(layers: int, hidden: int, intermediate: int, heads: int, experts: int) -> Any:
-    from transformers import MixtralConfig
-
-    return MixtralConfig(
-        vocab_size=32000,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 4,
-        num_local_experts=experts,
-        use_cache=False,
-        experts_implementation="grouped_mm",
-    )
-
-
-# name -> kind of batch, config. Shapes of Llama-3.1-8B, Llama-3.2-1B, SmolLM2-135M, BERT, MiniLM-L6, T5, ViT.
-MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "llama-8b": ("causal", lambda: llama(32, 4096, 14336, 32, 8, 128256)),
-    "llama-8b-8": ("causal", lambda: llama(8, 4096, 14336, 32, 8, 128256)),
-    "llama-1b": ("causal", lambda: llama(16, 2048, 8192, 32, 8, 128256, tied=True)),
-    "llama-135m": ("causal", lambda: llama(30, 576, 1536, 9, 3, 49152, tied=True)),
-    "bert-base": ("classes", lambda: bert(12, 768, 3072, 12)),
-    "bert-large": ("classes", lambda: bert(24, 1024, 4096, 16)),
-    "minilm-l6": ("classes", lambda: bert(6, 384, 1536, 12)),
-    "t5-base": ("pairs", lambda: t5(12, 768, 2048, 12)),
-    "vit-base": ("images", lambda: vit(12, 768, 12)),
-    "vit-large": ("images", lambda: vit(24, 1024, 16)),
-    "mixtral-small": ("causal", lambda: mixtral(8, 1024, 3584, 16, 8)),
-    "llama-tiny": ("causal", lambda: llama(2, 64, 160, 4, 2, 300)),
-    "bert-tiny": ("classes", lambda: bert(2, 64, 160, 4)),
-}
-
-
-def make(case: Case, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The model of a case as it is trained, and a batch for it."""
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForImageClassification,
-        AutoModelForSeq2SeqLM,
-        AutoModelForSequenceClassification,
-    )
-
-    kind, config = MODELS[case.model]
-    dtype = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
-    auto: Any = {
-        "causal": AutoModelForCausalLM,
-        "classes": AutoModelForSequenceClassification,
-        "pairs": AutoModelForSeq2SeqLM,
-        "images": AutoModelForImageClassification,
-    }[kind]
-    torch.manual_seed(0)
-    settings = config()
-    with torch.device(device):
-        model = auto.from_config(settings, dtype=dtype)
-    if case.liger and device != "meta":
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-        _apply_liger_kernel_to_instance(model=model)
-    model = prepare(model, case).train()
-    if case.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        if case.method != "full":
-            model.enable_input_require_grads()
-    return model, batch_of(kind, case, settings, device, dtype)
-
-
-def batch_of(kind: str, case: Case, config: Any, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    with torch.device(device):
-        if kind == "images":
-            pixels = torch.zeros(case.batch, 3, 224, 224, dtype=dtype)
-            return {"pixel_values": pixels, "labels": torch.zeros(case.batch, dtype=torch.long)}
-        ids = torch.randint(config.vocab_size, (case.batch, case.length))
-        if kind == "causal":
-            return {"input_ids": ids, "labels": ids.clone()}
-        if kind == "pairs":
-            return {"input_ids": ids, "labels": ids[:, : case.length // 4].clone()}
-        return {"input_ids": ids, "labels": torch.zeros(case.batch, dtype=torch.long)}
-
-
-# -- methods -----------------------------------------------------------------------------------------------------------
-
-
-def linear_maps(model: nn.Module, case: Case) -> dict[str, nn.Linear]:
-    """The linear maps of the numbered blocks, all of them or those of the top quarter."""
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and any(part.isdigit() for part in name.split("."))
-    }
-    if case.layers == "all":
-        return found
-
-    def depth(name: str) -> tuple[bool, int]:
-        return "decoder" in name, int(next(part for part in name.split(".") if part.isdigit()))
-
-    depths = sorted({depth(name) for name in found})
-    top = set(depths[-max(1, len(depths) // 4) :])
-    return {name: module for name, module in found.items() if depth(name) in top}
-
-
-def prepare(model: nn.Module, case: Case) -> nn.Module:
-    """Make what the method trains require a gradient, and nothing else."""
-    from peft import LoraConfig, get_peft_model
-
-    from reltune import ReltuneConfig
-    from reltune.plan.plan import ModulePlan, Plan
-
-    model.requires_grad_(False)
-    maps = linear_maps(model, case)
-    heads = [name for name, _ in model.named_children() if name in ("classifier", "score")]
-    if case.method == "full":
-        model.requires_grad_(True)
-        if case.layers == "top":
-            kept = {id(p) for module in maps.values() for p in module.parameters()}
-            for p in model.parameters():
-                p.requires_grad_(id(p) in kept)
-        return model
-    if case.method == "bitfit":
-        for name, p in model.named_parameters():
-            p.requires_grad_(name.endswith("bias"))
-        return model
-    if case.method in ("lora", "lora_bf16", "dora"):
-        config = LoraConfig(
-            r=case.rank, target_modules=list(maps), modules_to_save=heads or None, use_dora=case.method == "dora"
-        )
-        return get_peft_model(model, config, autocast_adapter_dtype=case.method != "lora_bf16")
-    modules = {}
-    for name, module in maps.items():
-        shape = tuple(module.weight.shape)
-        step = max(1, shape[1] // (2 * case.rank))
-        if case.method == "columns":
-            modules[name] = ModulePlan(shape, columns=list(range(0, shape[1], step))[: 2 * case.rank])
-        elif case.method == "rows":
-            modules[name] = ModulePlan(shape, rows=list(range(0, shape[0], max(1, shape[0] // case.rank)))[: case.rank])
-        elif case.method == "weights":
-            modules[name] = ModulePlan(shape)
-            size = shape[0] * shape[1]
-            modules[name].take_elements(torch.arange(0, size, case.each))
-        else:
-            raise ValueError(f"no method is called {case.method!r}")
-    numbers = sum(p.numel() for p in model.parameters())
-    plan = Plan(modules, "100%", numbers, numbers, fingerprint="", always_trained=heads)
-    return get_peft_model(model, ReltuneConfig(plan=plan))
-
-
-# -- cases -------------------------------------------------------------------------------------------------------------
-
-GPU = [
-    Case("llama-8b", "lora", 1, 2048),
-    Case("llama-8b", "columns", 4, 2048),
-    Case("llama-8b", "full", 1, 1024, checkpointing=True),
-    Case("llama-8b", "weights", 2, 2048),
-    Case("llama-8b", "columns", 4, 2048, layers="top"),
-    Case("llama-8b", "lora_bf16", 8, 2048, checkpointing=True),
-    Case("llama-8b", "lora", 2, 2048, liger=True),
-    Case("llama-8b", "weights", 4, 2048, liger=True),
-    Case("llama-8b", "full", 1, 2048, layers="top"),
-    Case("llama-1b", "full", 4, 1024),
-    Case("llama-1b", "lora", 8, 1024),
-    Case("llama-1b", "columns", 8, 1024, liger=True),
-    Case("llama-1b", "lora", 4, 512, dtype="float32"),
-    Case("llama-1b", "full", 2, 2048, dtype="autocast"),
-    Case("llama-1b", "columns", 4, 1024, dtype="autocast"),
-    Case("llama-1b", "dora", 4, 1024),
-    Case("llama-1b", "full", 8, 2048, checkpointing=True, liger=True),
-    Case("llama-8b-8", "full", 2, 2048),
-    Case("llama-8b-8", "rows", 4, 1024),
-    Case("llama-135m", "full", 16, 512),
-    Case("llama-135m", "weights", 16, 512),
-    Case("llama-135m", "lora", 4, 1024, dtype="autocast"),
-    Case("bert-base", "full", 64, 128, dtype="float32"),
-    Case("bert-base", "lora", 64, 256, dtype="autocast"),
-    Case("bert-large", "full", 32, 512, dtype="autocast"),
-    Case("bert-large", "columns", 32, 512),
-    Case("bert-large", "weights", 16, 512, layers="top"),
-    Case("bert-large", "bitfit", 32, 256, dtype="float32"),
-    Case("t5-base", "full", 16, 512),
-    Case("t5-base", "lora", 16, 512, dtype="float32"),
-    Case("t5-base", "columns", 16, 512, checkpointing=True),
-    Case("vit-base", "full", 64, 224, dtype="autocast"),
-    Case("vit-large", "lora", 64, 224),
-    Case("vit-large", "weights", 64, 224, dtype="float32"),
-    Case("mixtral-small", "full", 4, 1024),
-    Case("mixtral-small", "lora", 8, 1024),
-]
-
-CPU = [
-    Case("minilm-l6", "full", 32, 64, dtype="float32"),
-    Case("minilm-l6", "lora", 32, 256, dtype="float32"),
-    Case("minilm-l6", "columns", 64, 128, dtype="float32"),
-    Case("minilm-l6", "weights", 64, 128, dtype="float32", layers="top"),
-    Case("minilm-l6", "full", 64, 256, dtype="float32", checkpointing=True),
-    Case("bert-base", "full", 16, 128, dtype="float32"),
-    Case("bert-base", "lora", 16, 256, dtype="float32"),
-    Case("bert-base", "columns", 16, 128, dtype="float32", layers="top"),
-    Case("bert-base", "bitfit", 8, 256, dtype="float32"),
-    Case("llama-135m", "full", 2, 256, dtype="float32"),
-    Case("llama-135m", "lora", 2, 256, dtype="float32"),
-    Case("llama-135m", "columns", 4, 256, dtype="float32"),
-    Case("llama-135m", "weights", 2, 512, dtype="float32"),
-    Case("llama-135m", "lora", 4, 256, dtype="float32", checkpointing=True),
-    Case("llama-135m", "columns", 2, 256, dtype="bfloat16", layers="top"),
-    Case("t5-base", "lora", 4, 128, dtype="float32"),
-    Case("t5-base", "full", 2, 128, dtype="float32"),
-    Case("vit-base", "columns", 8, 224, dtype="float32"),
-    Case("vit-base", "full", 8, 224, dtype="float32"),
-    Case("mixtral-small", "lora", 2, 128, dtype="float32"),
-]
-
-
-def drawn(seed: int, count: int, gpu: bool, liger: bool) -> list[Case]:
-    """Cases drawn from all combinations, none of which is in the lists."""
-    sizes = {
-        "llama-8b": ([1, 2, 4], [512, 1024, 2048]),
-        "llama-1b": ([2, 4, 8], [512, 1024, 2048]),
-        "llama-135m": ([4, 8, 32], [256, 512, 1024]),
-        "bert-base": ([16, 32, 64], [128, 256, 512]),
-        "bert-large": ([8, 16, 32], [128, 256, 512]),
-        "t5-base": ([4, 8, 16], [256, 512]),
-        "vit-base": ([16, 32, 128], [224]),
-        "vit-large": ([16, 32, 64], [224]),
-        "mixtral-small": ([2, 4, 8], [512, 1024]),
-    }
-    if not gpu:
-        sizes = {
-            "minilm-l6": ([16, 32, 64], [64, 128, 256]),
-            "bert-base": ([4, 8, 16], [64, 128, 256]),
-            "llama-135m": ([1, 2, 4], [128, 256]),
-            "t5-base": ([2, 4], [64, 128]),
-            "vit-base": ([4, 8, 16], [224]),
-            "mixtral-small": ([1, 2], [64, 128]),
-        }
-    generator = random.Random(seed)
-    found: list[Case] = []
-    while len(found) < count:
-        model = generator.choice(list(sizes))
-        batches, lengths = sizes[model]
-        case = Case(
-            model,
-            generator.choice(["full", "lora", "lora_bf16", "columns", "weights", "rows"]),
-            generator.choice(batches),
-            generator.choice(lengths),
-            generator.choice(
-                ["float32", "bfloat16", "autocast"]
-                if gpu and model != "llama-8b"
-                else ["bfloat16" if gpu else "float32"]
-            ),
-            generator.choice(["all", "all", "top"]),
-            generator.random() < 0.25,
-            liger and model.startswith("llama") and generator.random() < 0.3,
-            generator.choice([8, 16, 32]),
-        )
-        known = case in found or case in GPU or case in CPU
-        too_large = model == "llama-8b" and case.method == "full" and case.layers == "all"
-        if not known and not too_large:
-            found.append(case)
+def read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {"benchmark": "cost_sweep", "sweeps": []}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def sweep_of(record: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """The part of the record that is of this machine's device; a new one if there is none."""
+    here = hardware(torch.device(options.device))
+    name = here.get("gpu", here["cpu"])
+    for sweep in record["sweeps"]:
+        if sweep["device"] == name:
+            return sweep
+    sweep: dict[str, Any] = {"device": name, "cuda": "gpu" in here, "calibration": None, "cases": []}
+    record["sweeps"].append(sweep)
+    return sweep
+
+
+def entry_of(sweep: dict[str, Any], case: Case, held_out: bool) -> dict[str, Any]:
+    """What the sweep has of a case: ``memory``, ``time``, and later ``predicted``."""
+    values = dataclasses.asdict(case)
+    for entry in sweep["cases"]:
+        if entry["case"] == values:
+            return entry
+    entry: dict[str, Any] = {"case": values, "held_out": held_out}
+    sweep["cases"].append(entry)
+    return entry
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -420,7 +117,6 @@ def measure_on_gpu(case: Case) -> dict[str, Any]:
         step(model, batch, optimizer, autocast, "cuda")
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
     seconds = []
     for _ in range(STEPS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -430,47 +126,77 @@ def measure_on_gpu(case: Case) -> dict[str, Any]:
         end.synchronize()
         seconds.append(start.elapsed_time(end) / 1000)
     return {
-        "trained": sum(p.numel() for p in trained),
-        "before_bytes": before,
-        "held_bytes": held,
-        "peak_bytes": torch.cuda.max_memory_allocated(),
-        "reserved_bytes": torch.cuda.max_memory_reserved(),
-        "seconds": seconds,
+        "memory": {
+            "trained": sum(p.numel() for p in trained),
+            "peak_bytes": torch.cuda.max_memory_allocated() - before,
+            "reserved_bytes": torch.cuda.max_memory_reserved(),
+        },
+        "time": {"seconds": seconds},
     }
 
 
-def resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def pages() -> dict[str, int]:
+    """This process's pages in bytes: the most there were, and by kind."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    found = {name: value for name, _, value in (line.partition(":") for line in lines)}
+    return {name: 1024 * int(found[name].split()[0]) for name in ("VmHWM", "RssAnon", "RssFile")}
 
 
-def measure_on_cpu(case: Case) -> dict[str, Any]:
-    """In a process of its own. What imports and a first product take is held before."""
-    import peft  # noqa: F401
-    import transformers  # noqa: F401
-
-    make(Case("llama-tiny", case.method if case.method != "bitfit" else "full", 1, 8, case.dtype), "cpu")
-    warm = torch.randn(64, 64, requires_grad=True)
-    (warm @ warm).sum().backward()
+def measure_on_cpu(case: Case, what: str) -> dict[str, Any]:
+    """In a process of its own that has computed nothing so far."""
     gc.collect()
-    before = resident()
+    before = pages()
     model, batch = make(case, "cpu")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-    autocast = case.dtype == "autocast"
-    step(model, batch, optimizer, autocast, "cpu")
+    made = pages()
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the most there were is counted anew
     seconds = []
-    for _ in range(STEPS - 1):
+    for _ in range(2 if what == "memory" else STEPS):
         started = time.perf_counter()
-        step(model, batch, optimizer, autocast, "cpu")
+        step(model, batch, optimizer, case.dtype == "autocast", "cpu")
         seconds.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
+    after = pages()
+    found = {
         "trained": sum(p.numel() for p in trained),
-        "before_bytes": before,
-        "peak_bytes": peak,
-        "seconds": seconds,
+        "peak_bytes": after["VmHWM"] - after["RssFile"] - before["RssAnon"],  # files' pages stay once they are read
+        "making_bytes": made["VmHWM"] - made["RssFile"] - before["RssAnon"],
+        "files_bytes": after["RssFile"] - before["RssFile"],
     }
+    return {"memory": found} if what == "memory" else {"time": {"seconds": seconds[1:], **found}}
+
+
+def forked(work: Any, *args: Any) -> Any:
+    """What a function gives in a process of its own, as JSON. Raises RuntimeError where it fails or is ended."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            os.close(reading)
+            with os.fdopen(writing, "w") as file:
+                try:
+                    json.dump({"found": work(*args)}, file)
+                except Exception as error:  # whatever it is: it belongs into the record, and the others go on
+                    json.dump({"error": described(error)}, file)
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        text = file.read()
+    _, status = os.waitpid(child, 0)
+    if not text or status:
+        raise RuntimeError(f"the process ended with status {status}")
+    answer = json.loads(text)
+    if "error" in answer:
+        raise RuntimeError(answer["error"])
+    return answer["found"]
+
+
+def _on_threads(threads: int, work: Any, *args: Any) -> Any:
+    torch.set_num_threads(threads)
+    return work(*args)
 
 
 def calibrate(device: str) -> dict[str, Any]:
@@ -479,76 +205,96 @@ def calibrate(device: str) -> dict[str, Any]:
     return calibration.measure(torch.device(device)).to_dict()
 
 
+def with_malloc(what: str) -> None:
+    """Begin this process anew where malloc is not as ``what`` wants it: it is set up before Python begins."""
+    wanted = str(MAPPED) if what == "memory" else None
+    if os.environ.get("MALLOC_MMAP_THRESHOLD_") != wanted:
+        others = {name: value for name, value in os.environ.items() if name != "MALLOC_MMAP_THRESHOLD_"}
+        own = {} if wanted is None else {"MALLOC_MMAP_THRESHOLD_": wanted}
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**others, **own})
+
+
+def imported() -> None:
+    """Import what any case needs, and compute nothing: threads would not survive a fork."""
+    import peft  # noqa: F401
+    import transformers
+
+    import reltune.tuner.model  # noqa: F401
+
+    for name in ("CausalLM", "SequenceClassification", "Seq2SeqLM", "ImageClassification"):
+        getattr(transformers, f"AutoModelFor{name}")
+    for kind in ("bert", "distilbert", "llama", "gpt2", "qwen2", "t5", "bart", "vit", "mixtral", "qwen2_moe"):
+        __import__(f"transformers.models.{kind}.modeling_{kind}")
+
+
 def measure(options: argparse.Namespace) -> int:
     gpu = options.device != "cpu"
-    if options.case:
-        print(json.dumps(measure_on_cpu(Case(**json.loads(options.case)))))
-        return 0
-    cases: Sequence[Case] = GPU if gpu else CPU
+    if not gpu:
+        with_malloc(options.what)
+    kinds = ("memory", "time") if gpu else (options.what,)
+    cases: Sequence[Case] = TINY if options.tiny else GPU if gpu else CPU
     if options.drawn:
         cases = drawn(*options.drawn, gpu=gpu, liger=gpu)
-    if options.tiny:
-        cases = [Case("llama-tiny", "columns", 2, 16, "float32"), Case("bert-tiny", "weights", 2, 16, "float32")]
-    torch.set_num_threads(options.threads)
-    result: dict[str, Any] = {
-        "benchmark": "cost_sweep",
-        **commit(options.commit),
-        "hardware": hardware(torch.device(options.device)),
-        "versions": versions(["liger-kernel"]),
-        "drawn": options.drawn,
-        "steps": STEPS,
-        "cases": [],
-    }
-    name = f"cost_sweep_{options.name or options.device}" + ("_drawn" if options.drawn else "")
-    path = Path(options.output_dir) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result["calibration"] = calibrate(options.device)
+    path = Path(options.record)
+    record = read(path)
+    sweep = sweep_of(record, options)
+    done = {"commit": commit(options.commit), "hardware": hardware(torch.device(options.device))}
+    sweep.setdefault("measured", {}).update(dict.fromkeys(kinds, done))
+    sweep["versions"] = versions(["liger-kernel"])
+    if options.drawn:
+        sweep["drawn"] = options.drawn
     if gpu:
-        warm = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        (warm @ warm).sum().backward()  # the workspaces of products are there before the first case
-        torch.cuda.synchronize()
-        del warm
-        result["workspace_bytes"] = torch.cuda.memory_allocated()
-        free, total = torch.cuda.mem_get_info()
-        result["context_bytes"] = (
-            total - free - torch.cuda.memory_reserved()
-        )  # of this process, where it has the device alone
+        prepare_gpu(sweep)
+    else:
+        imported()
+    if "time" in kinds and (gpu or not options.keep_calibration):
+        sweep["calibration"] = calibrate("cuda") if gpu else forked(_on_threads, options.threads, calibrate, "cpu")
     ends = time.monotonic() + options.seconds
     for case in cases:
+        entry = entry_of(sweep, case, bool(options.drawn))
+        if all(kind in entry and "error" not in entry[kind] for kind in kinds):
+            continue
         if time.monotonic() > ends:
-            print("out of time", file=sys.stderr)
+            print("out of time; the same command goes on", file=sys.stderr)
             break
-        record: dict[str, Any] = {"case": dataclasses.asdict(case), "error": None}
         try:
-            record |= measure_on_gpu(case) if gpu else in_a_process(case, options)
+            found = (
+                measure_on_gpu(case)
+                if gpu
+                else forked(_on_threads, options.threads, measure_on_cpu, case, options.what)
+            )
         except Exception as error:  # whatever it is: it belongs into the record, and the others go on
-            record["error"] = described(error)
-        result["cases"].append(record)
-        shown = record["error"] or f"{record['peak_bytes'] / GIB:.3f} GiB, {statistics.median(record['seconds']):.4f} s"
-        print(f"{case}: {shown}", file=sys.stderr, flush=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            found = {kind: {"error": described(error) if gpu else str(error)} for kind in kinds}
+        entry.update(found)
+        print(f"{case}: {shown(found)}", file=sys.stderr, flush=True)
+        write(path, record)
     print(path)
     return 0
 
 
-def in_a_process(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """Twice: with freed memory given back, and with malloc as it is."""
-    command = [sys.executable, __file__, "measure", "--device", "cpu", "--case", json.dumps(dataclasses.asdict(case))]
-    found: list[dict[str, Any]] = []
-    for more in ({"MALLOC_MMAP_THRESHOLD_": str(MAPPED)}, {}):
-        done = subprocess.run(
-            [*command, "--threads", str(options.threads)],
-            capture_output=True,
-            text=True,
-            timeout=options.seconds,
-            env=os.environ | more,
-        )
-        if done.returncode:
-            raise RuntimeError(done.stderr.strip().splitlines()[-1])
-        found.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    mapped, kept = found
-    growth = kept["peak_bytes"] - kept["before_bytes"]
-    return mapped | {"growth_with_malloc_as_it_is": growth, "seconds_with_malloc_as_it_is": kept["seconds"]}
+def prepare_gpu(sweep: dict[str, Any]) -> None:
+    """The workspaces of products are there before the first case, and what they and the context take is known."""
+    warm = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    (warm @ warm).sum().backward()
+    torch.cuda.synchronize()
+    del warm
+    sweep["workspace_bytes"] = torch.cuda.memory_allocated()
+    free, total = torch.cuda.mem_get_info()
+    # Of this process, where it has the device alone.
+    sweep["context_bytes"] = total - free - torch.cuda.memory_reserved()
+
+
+def shown(found: Mapping[str, Any]) -> str:
+    parts = []
+    for kind, values in found.items():
+        if "error" in values:
+            parts.append(str(values["error"]))
+        elif kind == "memory":
+            parts.append(f"{values['peak_bytes'] / GIB:.3f} GiB")
+        else:
+            parts.append(f"{statistics.median(values['seconds']):.4f} s")
+    return ", ".join(parts)
 
 
 # -- predicting --------------------------------------------------------------------------------------------------------
@@ -563,56 +309,82 @@ def count(case: Case, cuda: bool) -> Any:
         return count_step(model, batch, conditions)
 
 
-def predict(options: argparse.Namespace) -> int:
-    """Write predictions beside what was measured, and print how near they are."""
-    from reltune.cost.calibration import Calibration
+def predicted(case: Case, cuda: bool, calibration: Any) -> dict[str, Any]:
     from reltune.cost.memory import allocated, reserved, resident_on_cpu
     from reltune.cost.timing import step_time
 
-    sweeps = []
-    for path in options.files:
-        sweep = json.loads(Path(path).read_text(encoding="utf-8"))
-        cuda = "gpu" in sweep["hardware"]
-        calibration = Calibration.from_dict(sweep["calibration"])
-        for record in sweep["cases"]:
-            if record["error"]:
+    counted = count(case, cuda)
+    return {
+        "trained": counted.trained,
+        "peak_bytes": allocated(counted) if cuda else resident_on_cpu(counted),
+        "reserved_bytes": reserved(counted) if cuda else None,
+        "by_area": counted.peak,
+        "by_fitcheck": by_fitcheck(case, cuda),
+        "seconds": None if calibration is None else dataclasses.asdict(step_time(counted, calibration)),
+    }
+
+
+def predict(options: argparse.Namespace) -> int:
+    """Write predictions beside what was measured, and print how near they are."""
+    from reltune.cost.calibration import Calibration
+
+    path = Path(options.record)
+    record = read(path)
+    for sweep in record["sweeps"]:
+        calibration = None if sweep["calibration"] is None else Calibration.from_dict(sweep["calibration"])
+        for entry in sweep["cases"]:
+            if all("error" in entry.get(kind, {"error": ""}) for kind in ("memory", "time")):
                 continue
-            case = Case(**record["case"])
-            counted = count(case, cuda)
-            time_of = step_time(counted, calibration)
-            record["predicted"] = {
-                "trained": counted.trained,
-                "peak_bytes": allocated(counted) if cuda else resident_on_cpu(counted),
-                "reserved_bytes": reserved(counted) if cuda else None,
-                "by_area": counted.peak,
-                "by_fitcheck": by_fitcheck(case) if cuda else None,
-                "seconds": dataclasses.asdict(time_of),
-            }
-            memory, seconds = _errors(record, cuda)
+            case = Case(**entry["case"])
+            if options.held_out is None or entry["held_out"] == options.held_out:
+                entry["predicted"] = predicted(case, sweep["cuda"], calibration)
+            memory, seconds = (errors(entry).get(kind) for kind in ("memory", "time"))
             print(
-                f"{case!s:52} {_peak(record, cuda) / GIB:7.3f} GiB {memory:+7.2%}   "
-                f"{statistics.median(record['seconds']) * 1000:8.1f} ms {seconds:+7.1%}",
+                f"{case!s:52} {entry.get('memory', {}).get('peak_bytes', 0) / GIB:7.3f} GiB {_percent(memory):>8}   "
+                f"{1000 * _median(entry):8.1f} ms {_percent(seconds):>8}",
                 flush=True,
             )
-        sweeps.append(sweep)
-    for sweep in sweeps:
-        _table(sweep)
-    target = Path(options.output_dir) / "cost_sweep.json"
-    target.write_text(json.dumps({"benchmark": "cost_sweep", "sweeps": sweeps}, indent=1) + "\n", encoding="utf-8")
-    print(target)
+    write(path, record)
+    for line in table(record):
+        print(line)
+    if options.picture:
+        Path(options.picture).write_text(picture(record, errors), encoding="utf-8")
     return 0
 
 
-def by_fitcheck(case: Case) -> int | None:
-    """What fitcheck-llm says of the same case, in bytes, where it knows such cases and is installed; its context included."""
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:+.2%}"
+
+
+def _median(entry: Mapping[str, Any]) -> float:
+    seconds = entry.get("time", {}).get("seconds")
+    return statistics.median(seconds) if seconds else 0.0
+
+
+def errors(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Predicted over measured, less one: of memory and of time, as far as both are there."""
+    found: dict[str, float] = {}
+    values = entry.get("predicted")
+    if values is None:
+        return found
+    if "peak_bytes" in entry.get("memory", {}):
+        found["memory"] = values["peak_bytes"] / entry["memory"]["peak_bytes"] - 1
+    if values["seconds"] is not None and _median(entry):
+        found["time"] = sum(values["seconds"].values()) / _median(entry) - 1
+    return found
+
+
+def by_fitcheck(case: Case, cuda: bool) -> int | None:
+    """What fitcheck-llm says of the same case, in bytes, where it knows such cases and is installed; on a CPU without what it adds for the
+    card's context."""
     try:
         from fitcheck.config_parser import ModelConfig, _count_params, _parse_fields
         from fitcheck.estimator import TrainingConfig, estimate
         from fitcheck.gpu_db import get_gpu
     except ImportError:
         return None
-    known = case.model.startswith("llama") and case.method in ("lora", "lora_bf16", "full") and case.layers == "all"
-    if not known or case.liger or case.dtype == "autocast":
+    known = case.model.startswith(("llama", "qwen2-small")) and case.layers == "all"
+    if not known or case.method not in ("lora", "lora_bf16", "full") or case.liger or case.dtype == "autocast":
         return None
     fields = _parse_fields(MODELS[case.model][1]().to_dict())
     model = ModelConfig(name=case.model, num_params=_count_params(fields), **dataclasses.asdict(fields))
@@ -627,46 +399,54 @@ def by_fitcheck(case: Case) -> int | None:
         grad_checkpoint=case.checkpointing,
         flash_attn=True,
     )
-    return int(estimate(model, training, get_gpu("h200")).total_mib * 2**20)
+    found = estimate(model, training, get_gpu("h200"))
+    return int((found.total_mib - (0.0 if cuda else found.overhead_mib)) * 2**20)
 
 
-def _peak(record: Mapping[str, Any], cuda: bool) -> int:
-    return int(record["peak_bytes"]) if cuda else int(record["peak_bytes"] - record["before_bytes"])
+def table(record: Mapping[str, Any]) -> Iterator[str]:
+    for sweep in record["sweeps"]:
+        for held_out in (False, True):
+            own = [entry for entry in sweep["cases"] if entry["held_out"] == held_out]
+            if not own:
+                continue
+            failed = sum("error" in entry.get(kind, {}) for entry in own for kind in ("memory", "time"))
+            yield f"\n{sweep['device']}, {len(own)} cases, {'held out' if held_out else 'fitted'}; {failed} failed"
+            found = [errors(entry) for entry in own]
+            for kind, limit in (("memory", 0.05), ("time", 0.15)):
+                some = [each[kind] for each in found if kind in each]
+                if some:
+                    yield (
+                        f"  {kind} of {len(some)} within {limit:.0%}: {share(some, limit):.0%}; "
+                        f"lowest {min(some):+.1%}, highest {max(some):+.1%}"
+                    )
+        yield from _beside_fitcheck(sweep)
 
 
-def _errors(record: Mapping[str, Any], cuda: bool) -> tuple[float, float]:
-    """Of memory and of time: predicted over measured, less one."""
-    predicted = record["predicted"]
-    seconds = sum(predicted["seconds"].values())
-    return predicted["peak_bytes"] / _peak(record, cuda) - 1, seconds / statistics.median(record["seconds"]) - 1
-
-
-CONTEXT = 550 * 2**20  # as in src/reltune/cost/memory.py
-
-
-def _table(sweep: Mapping[str, Any]) -> None:
-    hardware, cuda = sweep["hardware"], "gpu" in sweep["hardware"]
-    errors = [_errors(record, cuda) for record in sweep["cases"] if record["error"] is None]
-    failed = sum(record["error"] is not None for record in sweep["cases"])
-    kind = "held out" if sweep["drawn"] else "fitted"
-    memory, seconds = ([pair[i] for pair in errors] for i in (0, 1))
-    print(f"\n{hardware.get('gpu', hardware['cpu'])}, {len(errors)} cases, {kind}; {failed} failed")
-    print(f"  memory within 5%: {share(memory, 0.05):.0%}; lowest {min(memory):+.1%}, highest {max(memory):+.1%}")
-    beside = [record for record in sweep["cases"] if record["error"] is None and record["predicted"]["by_fitcheck"]]
-    if beside:
+def _beside_fitcheck(sweep: Mapping[str, Any]) -> Iterator[str]:
+    """Predictions of what is reserved with the context on a GPU, of what tensors take on a CPU."""
+    own = [
+        entry
+        for entry in sweep["cases"]
+        if entry.get("predicted", {}).get("by_fitcheck") and "peak_bytes" in entry.get("memory", {})
+    ]
+    if not own:
+        return
+    if sweep["cuda"]:
         context = sweep["context_bytes"]
-        theirs = [r["predicted"]["by_fitcheck"] / (r["reserved_bytes"] + context) - 1 for r in beside]
-        ours = [(r["predicted"]["reserved_bytes"] + CONTEXT) / (r["reserved_bytes"] + context) - 1 for r in beside]
-        for name, found in (("here", ours), ("fitcheck-llm", theirs)):
-            mean = statistics.mean(map(abs, found))
-            print(
-                f"  reserved and context of {len(found)} LoRA and full cases, {name}: mean {mean:.1%}, {min(found):+.1%} to {max(found):+.1%}"
-            )
-    print(f"  time within 15%: {share(seconds, 0.15):.0%}; lowest {min(seconds):+.1%}, highest {max(seconds):+.1%}")
+        truth = [entry["memory"]["reserved_bytes"] + context for entry in own]
+        ours = [entry["predicted"]["reserved_bytes"] + CONTEXT for entry in own]
+    else:
+        truth = [entry["memory"]["peak_bytes"] for entry in own]
+        ours = [entry["predicted"]["peak_bytes"] for entry in own]
+    theirs = [entry["predicted"]["by_fitcheck"] for entry in own]
+    for name, said in (("here", ours), ("fitcheck-llm", theirs)):
+        off = [value / true - 1 for value, true in zip(said, truth, strict=True)]
+        mean = statistics.mean(map(abs, off))
+        yield f"  memory of {len(own)} LoRA and full cases, {name}: mean {mean:.1%}, {min(off):+.1%} to {max(off):+.1%}"
 
 
-def share(errors: Sequence[float], limit: float) -> float:
-    return sum(abs(error) <= limit for error in errors) / len(errors)
+def share(found: Sequence[float], limit: float) -> float:
+    return sum(abs(error) <= limit for error in found) / len(found)
 
 
 # -- records that were there before ------------------------------------------------------------------------------------
@@ -736,17 +516,20 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     measuring = commands.add_parser("measure")
     measuring.add_argument("--device", default="cpu")
+    measuring.add_argument("--what", choices=("memory", "time"), default="memory", help="on a CPU")
     measuring.add_argument("--threads", type=int, default=2)
     measuring.add_argument("--commit", default="")
-    measuring.add_argument("--name", default="")
     measuring.add_argument("--drawn", type=int, nargs=2, metavar=("SEED", "N"))
-    measuring.add_argument("--seconds", type=float, default=280, help="no case begins later")
+    measuring.add_argument("--seconds", type=float, default=3600, help="no case begins later")
+    measuring.add_argument("--keep_calibration", action="store_true", help="go by the one that the record has")
     measuring.add_argument("--tiny", action="store_true")
-    measuring.add_argument("--case", help=argparse.SUPPRESS)
-    measuring.add_argument("--output_dir", default=str(Path(__file__).parent / "results"))
     predicting = commands.add_parser("predict")
-    predicting.add_argument("files", nargs="+", metavar="FILE")
-    predicting.add_argument("--output_dir", default=str(Path(__file__).parent / "results"))
+    predicting.add_argument(
+        "--held_out", action=argparse.BooleanOptionalAction, help="of these cases alone, or of the others"
+    )
+    predicting.add_argument("--picture", default=str(PICTURE))
+    for each in (measuring, predicting):
+        each.add_argument("--record", default=str(RECORD))
     records = commands.add_parser("records")
     records.add_argument("files", nargs="+", metavar="FILE")
     records.add_argument("--commit", default="")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 import cost_sweep
-from cost_sweep import CPU, GPU, Case, drawn
+from cost_sweep import TINY
+from sweep_cases import CPU, GPU, Case, drawn
 
 RESULTS = Path(cost_sweep.__file__).parent / "results"
 
@@ -33,31 +37,63 @@ def test_drawn_cases_are_none_of_the_listed_ones_and_the_same_for_a_seed() -> No
     assert len({*GPU, *CPU, *found}) >= 60
 
 
-def test_predictions_stand_beside_what_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_case_is_measured_once_and_the_record_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Case] = []
+
+    def measured(_threads: int, _work: Any, case: Case, what: str) -> dict[str, Any]:
+        calls.append(case)
+        if len(calls) == 1:
+            raise RuntimeError("the process ended with status 9")
+        values = {"peak_bytes": 10, "seconds": [0.1]}
+        return {what: values}
+
+    monkeypatch.setattr(cost_sweep, "with_malloc", lambda what: None)
+    monkeypatch.setattr(cost_sweep, "imported", lambda: None)
+    monkeypatch.setattr(cost_sweep, "forked", lambda work, *args: measured(*args))
+    record = tmp_path / "record.json"
+    options = argparse.Namespace(
+        device="cpu", what="memory", threads=1, commit="c", drawn=None, seconds=60, keep_calibration=True, tiny=True,
+        record=str(record),
+    )  # fmt: skip
+    cost_sweep.measure(options)
+    cost_sweep.measure(options)  # the one that failed again, and no other
+    assert calls == [TINY[0], TINY[1], TINY[0]]
+    options.what = "time"
+    cost_sweep.measure(options)
+    (sweep,) = json.loads(record.read_text(encoding="utf-8"))["sweeps"]
+    assert [set(entry) for entry in sweep["cases"]] == [{"case", "held_out", "memory", "time"}] * 2
+    assert set(sweep["measured"]) == {"memory", "time"}
+
+
+def test_predictions_stand_beside_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rates = [[1.0, 1e9], [1e12, 1e10]]
     both = {f"float32 {way}": rates for way in ("forward", "backward")}
-    sweep = {
-        "hardware": {"cpu": "a CPU"},
-        "drawn": [1, 2],
-        "calibration": {
-            "device": "cpu", "name": "a CPU", "products": {"float32": rates}, "attention": both, "bandwidth": rates,
-            "per_operation": 1e-5,
-        },
-        "cases": [
-            {
-                "case": {"model": "llama-tiny", "method": method, "batch": 2, "length": 16, "dtype": "float32"},
-                "error": None, "before_bytes": 10, "peak_bytes": 10 + 16 * 2**20, "seconds": [0.01, 0.02],
-            }
-            for method in ("lora", "columns")
-        ] + [{"case": {}, "error": "OutOfMemoryError: no"}],
+    calibration = {
+        "device": "cpu", "name": "a CPU", "products": {"float32": rates}, "attention": both, "bandwidth": rates,
+        "per_operation": 1e-5,
     }  # fmt: skip
-    (tmp_path / "cost_sweep_cpu.json").write_text(json.dumps(sweep), encoding="utf-8")
-    options = argparse.Namespace(files=[str(tmp_path / "cost_sweep_cpu.json")], output_dir=str(tmp_path))
-    assert cost_sweep.predict(options) == 0
-    written = json.loads((tmp_path / "cost_sweep.json").read_text(encoding="utf-8"))["sweeps"][0]["cases"]
-    assert all(record["predicted"]["peak_bytes"] > 15 * 2**20 for record in written[:2])
+    measured = {"memory": {"peak_bytes": 2**20}, "time": {"seconds": [0.01, 0.02]}}
+    cases = [
+        {
+            "case": dataclasses.asdict(Case("llama-tiny", method, 2, 16, "float32")),
+            "held_out": method == "lora",
+            **measured,
+        }
+        for method in ("lora", "columns")
+    ]
+    failed = {"case": dataclasses.asdict(TINY[0]), "held_out": False, "memory": {"error": "OutOfMemoryError: no"}}
+    sweep = {"device": "a CPU", "cuda": False, "calibration": calibration, "cases": [*cases, failed]}
+    record, drawing = tmp_path / "record.json", tmp_path / "picture.svg"
+    record.write_text(json.dumps({"sweeps": [sweep]}), encoding="utf-8")
+    assert cost_sweep.predict(argparse.Namespace(record=str(record), held_out=None, picture=str(drawing))) == 0
+    written = json.loads(record.read_text(encoding="utf-8"))["sweeps"][0]["cases"]
+    for entry in written[:2]:
+        counted = cost_sweep.count(Case(**entry["case"]), cuda=False)
+        assert entry["predicted"]["peak_bytes"] >= counted.bytes and entry["predicted"]["trained"] == counted.trained
     assert "predicted" not in written[2]
     shown = capsys.readouterr().out
-    assert "2 cases, held out; 1 failed" in shown and "memory within 5%" in shown and "time within 15%" in shown
+    assert "a CPU, 1 cases, held out; 0 failed" in shown and "a CPU, 2 cases, fitted; 1 failed" in shown
+    assert "memory of 1 within 5%" in shown and "time of 1 within 15%" in shown
+    root = ElementTree.fromstring(drawing.read_text(encoding="utf-8"))
+    points = [each for each in root.iter() if each.tag.endswith("circle") and len(each)]
+    assert len(points) == 4  # two cases, memory and time

@@ -3,9 +3,10 @@
 import ast
 import json
 
+import pytest
+
 import core_coverage
 import mutation
-import pytest
 from reliability_page import PAGE, page, wilson
 
 

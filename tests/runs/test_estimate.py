@@ -54,7 +54,8 @@ def test_lora_and_full_fine_tuning_stand_beside(llama: str) -> None:
     assert full.memory["optimizer states"] == 2 * 2 * full.trained + _rounding(full)
     assert columns.total < lora.total < full.total
     assert found.steps == math.ceil(100 / 2) * 3
-    assert all(row.hours == pytest.approx(row.seconds * found.steps / 3600) for row in found.rows)
+    assert all(row.hours_by_part["training"] == pytest.approx(row.seconds * found.steps / 3600) for row in found.rows)
+    assert all(row.hours == pytest.approx(sum(row.hours_by_part.values())) for row in found.rows)
     assert all(row.fits for row in found.rows)
 
 

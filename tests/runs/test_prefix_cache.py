@@ -314,6 +314,13 @@ def test_auto_keeps_nothing(place: Path, fields: dict[str, Any], sentence: str) 
     assert sentence in "".join(run.notes)
 
 
+def test_auto_keeps_nothing_where_that_was_predicted_not_to_pay(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "settled", lambda materials, *_: (materials, {"frozen_prefix_pays": False}))
+    run = tuned(place, "run", "auto", "equal")
+    assert run.facts is None and "takes as long as to compute it" in run.notes[0]
+    assert tuned(place, "run", "on", "equal").facts is not None
+
+
 def test_auto_of_streamed_rows(place: Path) -> None:
     run = tuned(place, "run", "auto", "equal", streaming=True, training={"max_steps": 3, "num_train_epochs": 1})
     assert run.facts is None and "streamed rows are not known to come again" in run.notes[0]

@@ -553,7 +553,16 @@ def estimate(
     ] = None,
     examples: Annotated[
         int | None,
-        typer.Option("--examples", metavar="N", min=1, help="Rows of training data, for the hours of the training."),
+        typer.Option("--examples", metavar="N", min=1, help="Rows of training data, for the hours of the run."),
+    ] = None,
+    eval_examples: Annotated[
+        int | None,
+        typer.Option(
+            "--eval_examples",
+            metavar="N",
+            min=0,
+            help="Rows of validation and test data together. If not given: as many as a run splits off.",
+        ),
     ] = None,
     plan: Annotated[
         str | None,
@@ -568,13 +577,16 @@ def estimate(
 
     No weights are read, and no GPU is needed.
     """
-    from reltune.runs.preflight import check_estimate
+    from reltune.cli.imports import for_a_count
 
-    made = estimated_config(context, config, lambda draft: check_estimate(draft, device, form))
-    from reltune.plan.plan import Plan
-    from reltune.runs.estimate import estimate_run
+    with for_a_count():
+        from reltune.runs.preflight import check_estimate
 
-    found = estimate_run(made, device, examples, Plan.load(plan) if plan else None)
+        made = estimated_config(context, config, lambda draft: check_estimate(draft, device, form))
+        from reltune.plan.plan import Plan
+        from reltune.runs.estimate import estimate_run
+
+    found = estimate_run(made, device, examples, Plan.load(plan) if plan else None, eval_examples)
     show_estimate(found, form)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Protocol
 
 from reltune.cost.devices import LIBRARIES
@@ -16,6 +17,8 @@ class Counted(Protocol):
 
 
 MIB = 1 << 20
+M_MMAP_THRESHOLD = -3  # of malloc.h
+MAPPED = 256 << 10
 # cuBLAS keeps one workspace for products of the forward pass and one for the thread of the backward pass. On an H200
 # all 5 peaks of benchmarks/results/cost_records.json lie this much above the tensors.
 WORKSPACE = 64 * MIB
@@ -39,11 +42,20 @@ def on_card(count: Counted) -> int:
 
 
 def resident_on_cpu(count: Counted) -> int:
-    """By how much a process on a CPU grows, in bytes, where malloc gives back what is freed.
-
-    glibc's keeps freed blocks of less than 32 MiB in a heap with holes, and a process then holds much more, unless ``MALLOC_MMAP_THRESHOLD_`` is set in its environment.
-    """
+    """By how much a process on a CPU grows, in bytes, where malloc gives back what is freed (``give_back_what_is_freed``)."""
     return count.bytes + LIBRARIES
+
+
+def give_back_what_is_freed() -> None:
+    """Have glibc's malloc give blocks from ``MAPPED`` bytes on back to the system when they are freed, in this process from now on.
+
+    By itself it keeps freed blocks of less than 32 MiB in a heap with holes, and a process then holds much more than its tensors. The same
+    as ``MALLOC_MMAP_THRESHOLD_`` in the environment. Elsewhere than on glibc nothing is changed.
+    """
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED)
 
 
 def tensors_within(limit: float, cuda: bool) -> int:

@@ -89,7 +89,7 @@ class Kernels(TorchFunctionMode):
         )
 
 
-# What autocast computes in the narrow type, and what in float32 (CUDA's lists, as far as models call them from Python).
+# What autocast computes in the narrow type, and what in float32 (PyTorch's lists, as far as models call them from Python).
 _NARROW = {
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.scaled_dot_product_attention, torch.matmul, torch.mm, torch.bmm, torch.addmm,
     torch.baddbmm, torch.einsum, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm,
@@ -99,14 +99,16 @@ _WIDE = {
     torch.layer_norm, torch.pow, Tensor.pow, Tensor.softmax, torch.rsqrt, Tensor.rsqrt, torch.exp, torch.log, torch.cumsum,
     Tensor.sum, torch.sum, Tensor.prod,
 }  # fmt: skip
+_WIDE_ON_CPU = {F.cross_entropy, F.nll_loss, F.mse_loss, Tensor.prod}
 
 
 class Autocast(TorchFunctionMode):
     """Mixed precision: products in a narrow type, what needs a wide one in float32. Weights that train are cast once."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, cuda: bool = True) -> None:
         super().__init__()
         self.dtype = dtype
+        self.wide = _WIDE if cuda else _WIDE_ON_CPU
         self._casts: dict[int, Tensor] = {}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -114,8 +116,8 @@ class Autocast(TorchFunctionMode):
         if function in _NARROW:
             args = [self._narrow(x) for x in args]
             kwargs = {name: self._narrow(x) for name, x in kwargs.items()}
-        elif function in _WIDE:
-            args = [self._wide(x) for x in args]
+        elif function in self.wide:
+            args = [self._widened(x) for x in args]
         return function(*args, **kwargs)
 
     def _narrow(self, x: Any) -> Any:
@@ -128,7 +130,7 @@ class Autocast(TorchFunctionMode):
         return self._casts[id(x)]
 
     @staticmethod
-    def _wide(x: Any) -> Any:
+    def _widened(x: Any) -> Any:
         narrow = isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16)
         return x.float() if narrow else x
 

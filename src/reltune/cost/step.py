@@ -61,6 +61,7 @@ class StepCount:
         peak: what memory is for when most is held, by ``AREAS``.
         kept: alive when the forward pass ends, beyond what is held all the time.
         work: by part of the step (forward, backward), how often each operation's work is done.
+        frozen: of the forward pass, the work of the ``frozen_blocks`` lowest blocks, which hold nothing that is trained; of ``blocks``.
         trained: numbers that are trained, ``trained_bytes`` their size, and ``tensors`` how many tensors they are in.
         state_bytes: the optimizer's states.
     """
@@ -73,6 +74,9 @@ class StepCount:
     trained_bytes: int
     state_bytes: int
     tensors: int
+    frozen: Counter[Work] = dataclasses.field(default_factory=Counter)
+    frozen_blocks: int = 0
+    blocks: int = 0
 
     @property
     def bytes(self) -> int:
@@ -140,12 +144,19 @@ def count_step(
         timeline.add(held_by(block, conditions).areas, more[name])
     before = sum(timeline.live.values())
     work: dict[str, Counter[Work]] = {"forward": Counter(), "backward": Counter()}
-    kept = 0
+    kept = all_blocks = frozen_blocks = 0
+    frozen: Counter[Work] = Counter()
     for span in ledger.spans[1:-1]:
         times = more.get(span.block, 0) + 1
         timeline.go(span, times)
         for done, count in span.work.items():
             work[span.name][done] += count * times
+        if span.block and span.name == "forward":
+            below = frozen_blocks == all_blocks
+            all_blocks += times
+            if below and not any(p.requires_grad for p in base.get_submodule(span.block).parameters()):
+                frozen_blocks += times
+                frozen.update({done: count * times for done, count in span.work.items()})
         if span.name == "forward":
             kept = sum(timeline.live.values()) - before
     own = {name: [p for p in block.parameters() if p.requires_grad] for name, block in blocks.items()}
@@ -166,6 +177,9 @@ def count_step(
         trained_bytes,
         total(size_of),
         total(lambda p: 1),
+        frozen,
+        frozen_blocks,
+        all_blocks,
     )
 
 
@@ -205,7 +219,11 @@ def forward_and_backward(
         ledger.mark("forward")
         ledger.area = "activations"
         stack.enter_context(_at_work(base, ledger))
-        with stand_ins.Autocast(conditions.autocast) if conditions.autocast else contextlib.nullcontext():
+        with (
+            stand_ins.Autocast(conditions.autocast, conditions.cuda)
+            if conditions.autocast
+            else contextlib.nullcontext()
+        ):
             loss = model(**batch).loss
         between()
         ledger.mark("backward")
@@ -336,7 +354,7 @@ def _checkpoints(base: nn.Module, conditions: Conditions) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(stand_ins.Kernels(conditions.cuda))
             if conditions.autocast:
-                stack.enter_context(stand_ins.Autocast(conditions.autocast))
+                stack.enter_context(stand_ins.Autocast(conditions.autocast, conditions.cuda))
             yield
 
     function = functools.partial(

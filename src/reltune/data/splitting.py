@@ -9,6 +9,8 @@ from reltune.data.labels import NUMBER
 from reltune.data.rows import Row, Rows
 from reltune.errors import InputError, nearest
 
+HELD_OUT = 0.15  # share of the data split off for each of validation and test, where there is none
+
 
 def same(text: str) -> str:
     """The text with single spaces: the same for two copies that differ in whitespace only."""

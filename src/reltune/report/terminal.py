@@ -140,6 +140,15 @@ def sweep_table(record: Mapping[str, Any]) -> Table:
     return table
 
 
+# Parts of a run, as a table of hours calls them.
+HOURS = {
+    "analysis": "hours of the analysis",
+    "training": "hours of {steps} steps",
+    "evaluation": "hours of evaluation",
+    "writing": "hours of writing texts in it",
+}
+
+
 def estimate_table(values: Mapping[str, Any]) -> Table:
     """What ``reltune estimate`` found: methods across, what they take down."""
     rows = [row for row in values["rows"] if not row["error"]]
@@ -164,7 +173,11 @@ def estimate_table(values: Mapping[str, Any]) -> Table:
     table.add_section()
     add("seconds per step", [numbers.fixed(row["seconds"], 3) for row in rows])
     if values["steps"]:
-        add(f"hours for {values['steps']:,} steps", [numbers.fixed(row["hours"], 2) for row in rows])
+        for part, words in HOURS.items():
+            if any(part in row["hours_by_part"] for row in rows):
+                cells = [numbers.fixed(row["hours_by_part"].get(part, 0.0), 2) for row in rows]
+                add(words.format(steps=f"{values['steps']:,}"), cells, "dim")
+        add("hours", [numbers.fixed(row["hours"], 2) for row in rows], "bold")
     return table
 
 
@@ -213,8 +226,23 @@ def estimate_sentences(values: Mapping[str, Any]) -> list[str]:
         lines.append(f"{values['device']} has {memory}: with {name}, {found}.")
     if values["rows"][0]["seconds"] is None:
         lines.append("A size of memory says nothing of speed; name a card for the time of a step.")
+    first = values["rows"][0]
+    if first["prefix"] is not None:
+        lines.append(prefix_sentence(first["prefix"], first["seconds"]))
+    if first["left_out"] and values["steps"]:
+        lines.append(f"The hours leave out {first['left_out']}, which cannot be told before.")
     lines += [f"{row['method']}: {row['error']}" for row in values["rows"] if row["error"]]
     return lines
+
+
+def prefix_sentence(prefix: Mapping[str, Any], seconds: float) -> str:
+    """What it would do to keep what frozen layers give, and whether this run does."""
+    size = "" if prefix["bytes"] is None else f" in {numbers.size(prefix['bytes'])}"
+    line = (
+        f"The {prefix['layers']} lowest of {prefix['of']} layers are frozen: with what they give kept{size} (--cache_frozen_prefix), a step "
+        f"of later passes takes {numbers.fixed(prefix['seconds'], 3)} s and not {numbers.fixed(seconds, 3)} s. "
+    )
+    return line + ("This is done." if prefix["kept"] else f"It is not done: {prefix['why']}.")
 
 
 def _abbreviate(names: Sequence[str]) -> list[str]:

@@ -7,7 +7,9 @@ and one step is counted (cost/). Nothing is loaded, so that a 70B model takes as
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -37,6 +39,7 @@ from reltune.methods.registry import METHODS
 from reltune.plan.budget import parse_budget
 from reltune.plan.plan import ModulePlan, Plan
 from reltune.pretrained import load_config
+from reltune.runs.duration import Prefix, Rows, course
 from reltune.runs.preflight import check_estimate
 
 # task -> transformers' Auto class, and the mapping of what it knows.
@@ -69,7 +72,9 @@ class Row:
         memory: bytes by what they are for, when most are held; their sum is ``total``.
         fits: whether the device has as much; None where its memory is not known.
         seconds: of a step, with all its batches; None where the device's speed is not known.
-        hours: of all steps; None where their number or the device's speed is not known.
+        hours: of the whole run, ``hours_by_part`` summed; None where the number of steps or the device's speed is not known.
+        prefix: what it does to keep the results of frozen layers, where there are any.
+        left_out: what the hours leave out because it is not known, as a phrase.
         error: why there is no row, in a sentence; everything else is then empty.
     """
 
@@ -80,6 +85,9 @@ class Row:
     fits: bool | None = None
     seconds: float | None = None
     hours: float | None = None
+    hours_by_part: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    prefix: Prefix | None = None
+    left_out: str = ""
     error: str = ""
 
     @property
@@ -140,6 +148,7 @@ def estimate(
     device: str | None = None,
     examples: int | None = None,
     plan: Plan | None = None,
+    eval_examples: int | None = None,
     **fields: Any,
 ) -> Estimate:
     """Tell what a training would take, from the model's config alone.
@@ -149,11 +158,12 @@ def estimate(
         device: a card's name ("h100-80gb"), a size of memory ("24GiB"), "cpu", or None for what this machine has.
         examples: rows of training data, for the number of steps.
         plan: what a method that chooses units trains; None spreads the budget evenly over the model.
+        eval_examples: rows of validation and test data together, for hours; None takes as many as a run splits off.
         fields: of a run's config: ``method``, ``budget``, ``max_length``, ``per_device_train_batch_size``, …
 
     Raises InputError for values that no training could have.
     """
-    return estimate_run(_config(model_name_or_path, device, fields), device, examples, plan)
+    return estimate_run(_config(model_name_or_path, device, fields), device, examples, plan, eval_examples)
 
 
 def profile(model_name_or_path: str, *, device: str | None = None, **fields: Any) -> Profile:
@@ -177,13 +187,17 @@ def _config(model_name_or_path: str, device: str | None, fields: Mapping[str, An
 
 
 def estimate_run(
-    config: RunConfig, device: str | None = None, examples: int | None = None, plan: Plan | None = None
+    config: RunConfig,
+    device: str | None = None,
+    examples: int | None = None,
+    plan: Plan | None = None,
+    eval_examples: int | None = None,
 ) -> Estimate:
     """``estimate`` of a run's config."""
     config.training = checked_training_fields(config.training)
     place, calibration = place_of(device)
     subject = Subject(config, plan, is_cuda(calibration))
-    return beside(subject, place, calibration, examples)
+    return beside(subject, place, calibration, Rows.of(examples, eval_examples), analysed=plan is not None)
 
 
 def is_cuda(calibration: Calibration | None) -> bool:
@@ -195,30 +209,38 @@ def beside(
     subject: Subject,
     place: Card,
     calibration: Calibration | None,
-    examples: int | None,
+    rows: Rows,
     first: StepCount | None = None,
     others: Sequence[str] = BESIDE,
+    analysed: bool = True,
 ) -> Estimate:
-    """The estimate of a subject's method, whose step may have been counted, with the others beside."""
+    """The estimate of a subject's method, whose step may have been counted, with the others beside. ``analysed``: whether the relevance
+    that the method needs is there."""
     config, batch_size = subject.config, subject.batch_size
-    steps = subject.steps(examples)
-    first = first or subject.count(config.method, batch_size)
+    steps = subject.steps(rows.train)
+    first = first or subject.counted(config.method, batch_size)
 
     def row(method: str, count: StepCount | None = None) -> Row:
         try:
-            count = count or subject.count(method, batch_size)
+            count = count or subject.counted(method, batch_size)
         except InputError as error:
             return Row(method, error=str(error))
         held = memory_of(count)
-        seconds = hours = None
+        seconds = hours = prefix = None
+        by_part: dict[str, float] = {}
+        left_out = ""
         if calibration is not None:
             seconds = subject.seconds(count, calibration)
-            hours = None if steps is None else steps * seconds / 3600
+            own = method == config.method
+            whole = course(subject, count, calibration, rows, analysed or not (own and config.needs_plan))
+            by_part = {part: value / 3600 for part, value in whole.parts.items()}
+            prefix, left_out = whole.prefix, whole.left_out
+            hours = None if steps is None else whole.seconds / 3600
         fits = None if not place.memory else sum(held.values()) <= place.memory
         heads = subject.head_parameters
-        return Row(method, count.trained - heads, heads, held, fits, seconds, hours)
+        return Row(method, count.trained - heads, heads, held, fits, seconds, hours, by_part, prefix, left_out)
 
-    rows = [row(config.method, first), *(row(method) for method in others if method != config.method)]
+    found = [row(config.method, first), *(row(method) for method in others if method != config.method)]
     return Estimate(
         config.model_name_or_path,
         subject.parameters,
@@ -228,7 +250,7 @@ def beside(
         steps,
         place.name,
         place.memory,
-        rows,
+        found,
         _largest_batch(subject, config.method, first, place.memory) if place.memory else None,
     )
 
@@ -299,7 +321,7 @@ def _largest_batch(subject: Subject, method: str, count: StepCount, limit: int) 
     """By counting: what a step holds grows evenly with its batch, but for what is rounded and who holds most."""
 
     def total(size: int) -> int:
-        counted = count if size == subject.batch_size else subject.count(method, size)
+        counted = count if size == subject.batch_size else subject.counted(method, size)
         return sum(memory_of(counted).values())
 
     size, held = subject.batch_size, sum(memory_of(count).values())
@@ -347,11 +369,13 @@ class Subject:
             str(values.get("optim") or "adamw_torch_fused"),
             self.accumulation > 1,
         )
-        model = self._model()
-        self.new_heads = _new_heads(model, self.settings) if new_heads is None else list(new_heads)
-        self.inventory = take_inventory(model, self.new_heads)
+        self._whole = self._from_config()
+        self.new_heads = _new_heads(self._whole, self.settings) if new_heads is None else list(new_heads)
+        self.inventory = take_inventory(self._whole, self.new_heads)
         self.parameters = self.inventory.base_parameters
         self.head_parameters = self.inventory.head_parameters
+        self.itemsize = self._whole.dtype.itemsize  # bytes of a number
+        self._counts: dict[tuple[str, int, int], StepCount] = {}
 
     def seconds(self, count: StepCount, calibration: Calibration) -> float:
         """Of a step with all its batches."""
@@ -367,7 +391,7 @@ class Subject:
             return None
         return math.ceil(math.ceil(examples / self.batch_size / self.accumulation) * self.values["num_train_epochs"])
 
-    def _model(self) -> Any:
+    def _from_config(self) -> Any:
         settings = self.settings
         settings.use_cache = False
         dtype = getattr(settings, "dtype", None) or torch.float32
@@ -383,9 +407,22 @@ class Subject:
             model.set_experts_implementation("grouped_mm")
         return model
 
-    def _held_model(self, config: RunConfig) -> Any:
-        """The model as its weights are held: in few bits, if the config says so."""
+    def model(self) -> Any:
+        """The model as its config says, to look at."""
+        return self._whole
+
+    def _model(self) -> Any:
+        """A model for a method to change."""
+        return copy.deepcopy(self._whole)
+
+    @functools.cached_property
+    def _short(self) -> tuple[Any, dict[str, int]]:
+        """The model without the blocks that are like others, and how many each of the rest stands for."""
         model = self._model()
+        return model, shorten(model)
+
+    def _held_model(self, config: RunConfig, model: Any) -> Any:
+        """The model as its weights are held: in few bits, if the config says so."""
         bits = 4 if config.load_in_4bit else 8 if config.load_in_8bit else 0
         if bits:
             output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -400,10 +437,10 @@ class Subject:
 
     def profile(self, calibration: Calibration | None) -> Profile:
         """What each unit and each depth of the model costs with these batches."""
-        model = self._held_model(self.config)
+        model = self._held_model(self.config, self._model())
         if self.checkpoints:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        return Profile(model, self._batch(self.batch_size), self.conditions, self.inventory, calibration)
+        return Profile(model, self._batch(self.batch_size, self.length), self.conditions, self.inventory, calibration)
 
     def base(self, config: RunConfig) -> Base:
         """The model for a method to look at."""
@@ -419,10 +456,25 @@ class Subject:
         if blocks is not None:
             inventory = inventory.only({info.name for info in inventory.modules if info.layer in blocks})
         config = self.config if count is None else dataclasses.replace(self.config, budget=str(count))
-        return self._spread_evenly(inventory, config, self._not_tuned(self._model()), blocks is not None)
+        return self._spread_evenly(inventory, config, self._not_tuned(self._whole), blocks is not None)
 
-    def count(self, method: str, batch_size: int) -> StepCount:
-        """Count a step of a method. Raises InputError for one that cannot train the model."""
+    def counted(self, method: str, batch_size: int, length: int | None = None) -> StepCount:
+        """What ``count`` gives, counted once."""
+        key = (method, batch_size, self.length if length is None else length)
+        if key not in self._counts:
+            self._counts[key] = self.count(*key)
+        return self._counts[key]
+
+    def counted_or_none(self, method: str) -> StepCount | None:
+        """None for a method that cannot train the model."""
+        try:
+            return self.counted(method, self.batch_size)
+        except InputError:
+            return None
+
+    def count(self, method: str, batch_size: int, length: int | None = None) -> StepCount:
+        """Count a step of a method, on texts of the config's length if no other is given. Raises InputError for a method that cannot
+        train the model."""
         config = self.config
         if method != config.method:
             others: dict[str, Any] = dict.fromkeys(OF_ITS_METHOD)
@@ -430,19 +482,19 @@ class Subject:
                 self.config, method=method, target_modules=[], exclude_modules=[], frozen_dtype=None, **others
             )
         METHODS[method].check_config(config)
-        model = self._held_model(config)
         alike = self.plan is None and not [*config.target_modules, *config.exclude_modules]
         alike = alike and not set(config.granularity or ()) & set(WHOLE)
-        repeats = shorten(model) if alike else {}
+        model, repeats = self._short if alike else (self._whole, {})
         try:
-            return self._count(model, config, batch_size, repeats)
+            batch = self._batch(batch_size, self.length if length is None else length)
+            return self._count(self._held_model(config, copy.deepcopy(model)), config, batch, repeats)
         except NotImplementedError as error:
             raise InputError(
                 f"the method {method} on {config.model_name_or_path} cannot be counted: what one of its operations does depends on "
                 f"numbers, and there are none ({first_line(error)[:80]}…)."
             ) from error
 
-    def _count(self, model: Any, config: RunConfig, batch_size: int, repeats: dict[str, int]) -> StepCount:
+    def _count(self, model: Any, config: RunConfig, batch: Mapping[str, Tensor], repeats: dict[str, int]) -> StepCount:
         with counting(self.conditions):
             model = self._prepared(model, config)
             model.train()
@@ -451,7 +503,7 @@ class Subject:
                 base.gradient_checkpointing_enable({"use_reentrant": False})
                 if config.method not in ("full", "layers", "head", "bitfit"):
                     base.enable_input_require_grads()
-            return count_step(model, self._batch(batch_size), self.conditions, repeats)
+            return count_step(model, batch, self.conditions, repeats)
 
     def _not_tuned(self, model: Any) -> list[str]:
         """The modules that the task's Trainer cannot train parts of."""
@@ -522,9 +574,9 @@ class Subject:
         total = self.parameters + self.head_parameters
         return Plan({n: modules[n] for n in order}, "100%", total, total, "", always_trained=list(self.new_heads))
 
-    def _batch(self, size: int) -> dict[str, Tensor]:
-        """A batch of full length on the meta device, as the task's collator makes it."""
-        task, length = self.task, self.length
+    def _batch(self, size: int, length: int) -> dict[str, Tensor]:
+        """A batch of texts of that length on the meta device, as the task's collator makes it."""
+        task = self.task
 
         def numbers(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.long, device="meta")

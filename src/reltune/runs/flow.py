@@ -33,6 +33,7 @@ from reltune.runs.chat import Conversation, conversations
 from reltune.runs.comparison.beside import compare_run
 from reltune.runs.data_record import read_task
 from reltune.runs.directory import STAGES, RunDirectory
+from reltune.runs.duration import Rows
 from reltune.runs.export import lora_summary
 from reltune.runs.forecast import Forecast, Settings
 from reltune.runs.materials import Materials, noting, prepare, prepare_evaluation, prepare_export, task_of_run
@@ -61,11 +62,6 @@ class Started:
     @property
     def config(self) -> RunConfig:
         return self.materials.config
-
-    @property
-    def examples(self) -> int | None:
-        """How many training examples there are; None where rows are streamed."""
-        return None if self.config.streaming else len(self.materials.train)
 
     def was_done(self, stage: str) -> bool:
         """Whether a stage was finished before the interruption: found out once, since processes that work together have to take
@@ -110,7 +106,7 @@ def start(config: RunConfig, overwrite: bool = False, goal: str = "run") -> Star
         if stage is None or not directory.has_adapter:
             stages.check_choice(materials, goal != "analysis")
             if goal != "analysis":
-                stages.check_affordable(config, directory, None if config.streaming else len(materials.train))
+                stages.check_affordable(config, directory, materials.rows)
             if config.export is not None:
                 stages.check_export(config, materials.task, config.export)
             materials.check_training()
@@ -142,7 +138,7 @@ def measure_and_choose(started: Started) -> Plan | None:
         return None
     if started.was_done("selection"):
         return Plan.load(directory.plan)
-    plan = stages.select(config, directory, started.examples)
+    plan = stages.select(config, directory, started.materials.rows)
     started.analysis_seconds = None if started.going_on else time.perf_counter() - began
     return plan
 
@@ -187,8 +183,8 @@ def analyze_weights(config: RunConfig, overwrite: bool = False) -> RelevanceScor
 
 def choose_again(config: RunConfig, directory: RunDirectory) -> Plan:
     """Select from the relevance of an existing run, and store this config as the run's."""
-    examples = _examples(config, directory) if read_budget(config.budget).hours is not None else None
-    return stages.select(config, directory, examples)
+    rows = _rows(config, directory) if read_budget(config.budget).hours is not None else Rows()
+    return stages.select(config, directory, rows)
 
 
 def settings_of(directory: RunDirectory) -> list[str]:
@@ -209,7 +205,7 @@ def forecast_selection(
     """What ``choose_again`` would choose, and what its training would take. Writes nothing. ``relevance``: where it is loaded already;
     ``shown``: beside what else could be trained."""
     relevance = relevance or RelevanceScores.load(directory.relevance)
-    return stages.forecast_of(config, directory, relevance, device, _examples(config, directory), shown=shown)
+    return stages.forecast_of(config, directory, relevance, device, _rows(config, directory), shown=shown)
 
 
 def forecast_run(config: RunConfig, device: str | None = None) -> Forecast:
@@ -219,22 +215,23 @@ def forecast_run(config: RunConfig, device: str | None = None) -> Forecast:
         with noting():
             task, splits = read_data(config)
         config.task = task.name
-        examples = len(list(splits.train))
+        rows = Rows(len(list(splits.train)), len(splits.validation), len(splits.test))
     else:
-        examples = None
+        rows = Rows()
     known = directory.config_file.is_file() and config.needs_plan and directory.is_analyzed
     relevance = RelevanceScores.load(directory.relevance) if known else None
     if relevance is not None and config.criteria[0] not in relevance.criteria:
         relevance = None
-    return stages.forecast_of(config, directory, relevance, device, examples)
+    return stages.forecast_of(config, directory, relevance, device, rows)
 
 
-def _examples(config: RunConfig, directory: RunDirectory) -> int | None:
-    """How many training examples a run has; None where nothing depends on it, or it is not known."""
+def _rows(config: RunConfig, directory: RunDirectory) -> Rows:
+    """How many examples a run has, as far as that is known."""
     if not config.has_data or config.streaming:
-        return None
+        return Rows()
     with noting():
-        return len(list(read_data(config, read_task(directory, config))[1].train))
+        _, splits = read_data(config, read_task(directory, config))
+        return Rows(len(list(splits.train)), len(splits.validation), len(splits.test))
 
 
 def tune_again(config: RunConfig, directory: RunDirectory, overwrite: bool = False) -> dict[str, Any] | None:

@@ -33,6 +33,7 @@ from reltune.plan.search import Limits
 from reltune.plan.selection import CutOff, Unaffordable, frontier
 from reltune.plan.selection import select as choose_units
 from reltune.relevance.scores import RelevanceScores
+from reltune.runs.duration import NOT_KNOWN, Rows, course
 from reltune.runs.estimate import Estimate, Subject, beside, is_cuda, memory_of, place_of
 
 ROUNDS = 8  # of choosing again where the count of what was chosen is above the budget
@@ -124,6 +125,7 @@ class Forecast:
             "allocated_bytes": self.allocated,
             "held_before_bytes": self.held_before,
             "seconds_per_step": row.seconds,
+            "frozen_prefix_pays": None if row.prefix is None else row.prefix.pays,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def forecast(
     restricted: Mapping[str, Sequence[str]] | None = None,
     new_heads: Sequence[str] | None = None,
     device: str | None = None,
-    examples: int | None = None,
+    rows: Rows = NOT_KNOWN,
     with_frontier: bool = True,
     with_others: bool = True,
 ) -> Forecast:
@@ -196,7 +198,7 @@ def forecast(
         restricted: ``target_modules`` and ``exclude_modules`` of the choice, if not as in the config.
         new_heads: the modules that no checkpoint has values for, where that is known.
         device: as of ``estimate``; by default the one that this machine trains on.
-        examples: rows of training data, for hours.
+        rows: how many examples there are, for hours.
         with_frontier, with_others: whether what each depth costs, and LoRA and full fine-tuning beside, are wanted.
 
     Raises InputError for a budget in which nothing fits, naming what would.
@@ -204,17 +206,17 @@ def forecast(
     config = dataclasses.replace(config, training=checked_training_fields(config.training))
     if device is None and config.training.get("use_cpu"):
         device = "cpu"
-    fitting = _Fitting(config, relevance, plan, criterion, task_type, restricted, new_heads, device, examples)
+    fitting = _Fitting(config, relevance, plan, criterion, task_type, restricted, new_heads, device, rows)
     found = fitting.found()
-    rows: list[CutOff] = []
+    depths: list[CutOff] = []
     if with_frontier and relevance is not None and config.needs_plan:
-        rows = fitting.frontier(found)
+        depths = fitting.frontier(found)
     place = fitting.place
     if fitting.budget.memory is not None:
         memory = min(fitting.budget.memory, place.memory or fitting.budget.memory)
         place = dataclasses.replace(place, name=f"The budget on {place.name}", memory=memory)
     if with_others:
-        estimate = beside(found.subject, place, fitting.calibration, examples, found.count)
+        estimate = beside(found.subject, place, fitting.calibration, rows, found.count, analysed=fitting.analysed)
     else:
         estimate = fitting.alone(found, place)
     areas = found.count.peak
@@ -225,7 +227,7 @@ def forecast(
         estimate,
         allocated(found.count) if fitting.cuda else found.count.bytes,
         areas.get("weights", 0) + areas.get("trained", 0),
-        rows,
+        depths,
         {info.name: info.layer for info in found.subject.inventory.modules},
         config.needs_plan and relevance is None and plan is None,
     )
@@ -254,9 +256,10 @@ class _Fitting:
         restricted: Mapping[str, Sequence[str]] | None,
         new_heads: Sequence[str] | None,
         device: str | None,
-        examples: int | None,
+        rows: Rows,
     ) -> None:
-        self.config, self.relevance, self.given, self.examples = config, relevance, plan, examples
+        self.config, self.relevance, self.given, self.rows = config, relevance, plan, rows
+        self.analysed = relevance is not None or plan is not None or not config.needs_plan
         self.place: Card
         self.calibration: Calibration | None
         self.place, self.calibration = place_of(device)
@@ -290,30 +293,38 @@ class _Fitting:
     def full_seconds(self) -> float:
         """Of a step of full fine-tuning with the batches as they are given."""
         assert self.calibration is not None
-        return self.subject.seconds(self.subject.count("full", self.subject.batch_size), self.calibration)
+        return self.subject.seconds(self.subject.counted("full", self.subject.batch_size), self.calibration)
+
+    @functools.cached_property
+    def steps(self) -> int:
+        """Of the whole training. Raises InputError where a budget of hours needs them and they are not known."""
+        steps = self.subject.steps(self.rows.train)
+        if steps is None:
+            raise InputError(
+                f"budget {self.config.budget}: how many steps there are is not known; give --max_steps or --examples."
+            )
+        return steps
 
     @functools.cached_property
     def seconds(self) -> float:
-        """That a step may take."""
-        most = math.inf
-        if self.budget.time is not None:
-            most = self.budget.time * self.full_seconds
-        if self.budget.hours is not None:
-            steps = self.subject.steps(self.examples)
-            if steps is None:
-                raise InputError(
-                    f"budget {self.config.budget}: how many steps there are is not known; give --max_steps or --examples."
-                )
-            most = min(most, self.budget.hours * 3600 / steps)
-        return most
+        """That a step may take by the budget's time."""
+        return math.inf if self.budget.time is None else self.budget.time * self.full_seconds
+
+    def hours_of(self, found: _Found) -> float:
+        """Of the whole run."""
+        assert self.calibration is not None
+        return course(found.subject, found.count, self.calibration, self.rows, self.analysed).seconds / 3600
 
     def over(self, found: _Found) -> tuple[float, float]:
         """By how many bytes and seconds a way is above what is allowed; below zero where it keeps it."""
         memory = -math.inf if self.budget.memory is None else sum(memory_of(found.count).values()) - self.budget.memory
-        if math.isinf(self.seconds):
-            return memory, -math.inf
-        assert self.calibration is not None
-        return memory, found.subject.seconds(found.count, self.calibration) - self.seconds
+        seconds = -math.inf
+        if not math.isinf(self.seconds):
+            assert self.calibration is not None
+            seconds = found.subject.seconds(found.count, self.calibration) - self.seconds
+        if self.budget.hours is not None:  # what is too much of them, a step
+            seconds = max(seconds, 3600 * (self.hours_of(found) - self.budget.hours) / self.steps)
+        return memory, seconds
 
     def keeps(self, found: _Found) -> bool:
         return max(self.over(found)) <= 0
@@ -475,6 +486,8 @@ class _Fitting:
         """What is allowed in a profile's terms, less what the sum was found to be too low by."""
         most = math.inf if self.budget.memory is None else tensors_within(self.budget.memory, self.cuda) - memory
         pace = self.seconds
+        if self.budget.hours is not None:
+            pace = min(pace, 3600 * self.budget.hours / self.steps)
         if not math.isinf(pace):
             pace = (pace - seconds) / int(
                 settings.training.get("gradient_accumulation_steps", self.subject.accumulation)
@@ -563,9 +576,7 @@ class _Fitting:
 
     def alone(self, found: _Found, place: Card) -> Estimate:
         """The estimate of one method without others."""
-        return beside(
-            found.subject, dataclasses.replace(place, memory=0), self.calibration, self.examples, found.count, ()
-        )
+        return beside(found.subject, dataclasses.replace(place, memory=0), self.calibration, self.rows, found.count, ())
 
     def _impossible(self, least: _Found | None) -> InputError:
         """What cannot be kept, and what would fit."""
@@ -585,11 +596,11 @@ class _Fitting:
             pace = least.subject.seconds(least.count, self.calibration)
             if self.budget.time is not None and pace > self.budget.time * self.full_seconds:
                 wants.append(f"time={math.ceil(100 * pace / self.full_seconds) / 100:g}")
-            steps = self.subject.steps(self.examples)
-            if self.budget.hours is not None and steps and pace * steps > 3600 * self.budget.hours:
-                hours = pace * steps / 3600
+            if self.budget.hours is not None and (hours := self.hours_of(least)) > self.budget.hours:
                 wants.append(
-                    f"hours={math.ceil(100 * hours) / 100 if hours >= 0.01 else math.ceil(1e5 * hours) / 1e5:g}"
+                    f"hours={math.ceil(100 * hours) / 100:g}"
+                    if hours >= 0.01
+                    else f"hours={math.ceil(1e5 * hours) / 1e5:.5f}"
                 )
         with_what = f" with {settings}" if settings else ""
         return InputError(

@@ -33,6 +33,7 @@ from reltune.runs import lm_evaluation, training
 from reltune.runs.bad_rows import warn_of
 from reltune.runs.data_record import read_task
 from reltune.runs.directory import RunDirectory
+from reltune.runs.duration import Rows
 from reltune.runs.samples import Samples
 from reltune.runs.splits import HeldOut, Splits, encode, encode_held_out, read_data, read_held_out
 from reltune.tasks.fit import check_tokens, settle_padding
@@ -172,6 +173,11 @@ class Materials(EvaluationMaterials):
     splits: Splits
     not_tuned: list[str]
     notes: Sequence[str] = ()
+
+    @property
+    def rows(self) -> Rows:
+        """How many examples there are."""
+        return Rows(None if self.config.streaming else len(self.train), len(self.validation), len(self.test))
 
     def arguments(self, method: str, share: float = 1.0, **forced: Any) -> TrainingArguments:
         """Training arguments of the run for a method, for a share of single weights."""

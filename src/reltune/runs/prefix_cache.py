@@ -123,12 +123,14 @@ def decide(
     examples: Any,
     first: dict[str, Any],
     directory: Path,
+    pays: bool | None = None,
 ) -> PrefixCache | None:
     """The cache of a training with what the config says, or None; what a user could wonder about is noted.
 
     Args:
         model: as it is trained, on its device.
         first: a batch of one training example.
+        pays: whether training was predicted to be done earlier by it (duration.py); None where nothing was predicted.
 
     Raises InputError where the cache is to be on and cannot be.
     """
@@ -145,6 +147,10 @@ def decide(
         passes = _passes(args, len(examples))
         if passes < 2:
             raise Unsuited("there is no second pass over the data", remarkable=False)
+        if pays is False:
+            raise Unsuited(
+                f"to read again what the {part.depth} frozen layers of {part.of} give takes as long as to compute it"
+            )
         if part.draws:
             raise Unsuited(
                 f"the {part.depth} frozen layers of {part.of} have dropout, which --cache_frozen_prefix on would turn off there"

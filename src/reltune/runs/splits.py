@@ -16,7 +16,7 @@ from reltune.data.deception import check_leaks, note_columns, note_conflicts
 from reltune.data.labels import MULTILABEL, note_odd_labels, note_one_class, note_rare_classes
 from reltune.data.layout import Layout, known_layout, layout_of
 from reltune.data.rows import Row, Rows
-from reltune.data.splitting import split_off
+from reltune.data.splitting import HELD_OUT, split_off
 from reltune.data.streams import StreamedRows
 from reltune.errors import InputError
 from reltune.names import WRITING
@@ -29,7 +29,6 @@ HELD = ("test", "validation")  # in the order in which they are split off
 WITH_ONE_ANSWER = (  # tasks in which a text has one right answer
     *("sequence_classification", "multilabel_classification", "regression", "token_classification"),
 )
-HELD_OUT = 0.15  # share of the data split off for each of validation and test, where there is none
 
 
 @dataclasses.dataclass

@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from reltune.config.analysis import AnalysisConfig
 from reltune.config.run_config import RunConfig
 from reltune.config.selection import SelectionConfig
+from reltune.cost.memory import give_back_what_is_freed
 from reltune.errors import AnalysisError, InputError, batch_of, first_line
 from reltune.files import check_destination, discard, disk_bytes, read_json, whole_directory, whole_file, write_json
 from reltune.layers.fingerprint import fingerprint
@@ -57,6 +58,7 @@ from reltune.runs.asking import asked_in
 from reltune.runs.cards import describe_adapter, describe_lora, describe_merged, describe_method
 from reltune.runs.data_record import read_task, record_bad_rows, record_data
 from reltune.runs.directory import ADAPTER_FILES, RunDirectory
+from reltune.runs.duration import NOT_KNOWN, Rows
 from reltune.runs.evaluation import evaluate as measure_metrics
 from reltune.runs.forecast import Forecast, Settings, digest_of, forecast
 from reltune.runs.gguf_file import check_architecture, check_tokenizer
@@ -309,15 +311,15 @@ def _new_heads(file: Path, model: nn.Module, new_heads: Sequence[str]) -> dict[s
     return tensors
 
 
-def select(config: RunConfig, run: RunDirectory, examples: int | None = None) -> Plan:
+def select(config: RunConfig, run: RunDirectory, rows: Rows = NOT_KNOWN) -> Plan:
     """Choose units under the budget from the saved relevance, and store the config as the run's. Of several processes the first
-    one chooses. ``examples``: of training, for a budget of hours."""
+    one chooses. ``rows``: for a budget of hours."""
     processes = Processes.joined()
     with processes.together():
         if processes.first:
             relevance, found = RelevanceScores.load(run.relevance), None
             if read_budget(config.budget).is_limited:
-                found = forecast_of(config, run, relevance, None, examples, shown=False)
+                found = forecast_of(config, run, relevance, None, rows, shown=False)
                 plan = found.plan
                 assert plan is not None
             else:
@@ -336,7 +338,7 @@ def forecast_of(
     run: RunDirectory,
     relevance: RelevanceScores | None,
     device: str | None = None,
-    examples: int | None = None,
+    rows: Rows = NOT_KNOWN,
     plan: Plan | None = None,
     shown: bool = True,
 ) -> Forecast:
@@ -355,18 +357,18 @@ def forecast_of(
         relevance=relevance,
         plan=plan,
         device=device,
-        examples=examples,
+        rows=rows,
         with_frontier=shown,
         with_others=shown,
         **wanted,
     )
 
 
-def check_affordable(config: RunConfig, run: RunDirectory, examples: int | None) -> None:
+def check_affordable(config: RunConfig, run: RunDirectory, rows: Rows) -> None:
     """Raise InputError for a budget of memory or time that nothing keeps, before hours are spent."""
     for budget in config.sweep.get("budget", [config.budget]):
         if budget is not None and read_budget(budget).is_limited:
-            forecast_of(dataclasses.replace(config, budget=budget, sweep={}), run, None, None, examples, shown=False)
+            forecast_of(dataclasses.replace(config, budget=budget, sweep={}), run, None, None, rows, shown=False)
 
 
 def settled(
@@ -388,9 +390,8 @@ def settled(
         if before.get("of") == digest:
             made = before
         elif processes.first and (limited or sized or predict):
-            examples = None if config.streaming else len(materials.train)
             try:
-                made = forecast_of(config, run, None, None, examples, plan, shown=False).prediction(digest)
+                made = forecast_of(config, run, None, None, materials.rows, plan, shown=False).prediction(digest)
             except Exception as error:  # a training that cannot be predicted is a training all the same
                 if limited or sized:
                     raise
@@ -469,6 +470,9 @@ def tune(
         plan = Plan.load(run.plan) if asked.needs_plan else None
         materials.arguments("selection")  # refuses what cannot be, before anything is predicted by it
     materials, predicted = settled(materials, run, plan, predict)
+    on_cpu = not torch.cuda.is_available() or asked.training.get("use_cpu")
+    if on_cpu and asked.budget is not None and read_budget(asked.budget).memory is not None:
+        give_back_what_is_freed()
     with processes.together():
         config, method = materials.config, METHODS[materials.config.method]
         base = model_with_new_heads(materials, run)
@@ -479,7 +483,16 @@ def tune(
         materials.check_training(model)
         args = materials.arguments(trainable.rate, trainable.divisor)
         example = materials.collator([materials.sample[0]])
-        cache = prefix_cache.decide(config, materials.task, model, args, materials.train, example, run.prefix)
+        cache = prefix_cache.decide(
+            config,
+            materials.task,
+            model,
+            args,
+            materials.train,
+            example,
+            run.prefix,
+            predicted.get("frozen_prefix_pays"),
+        )
     with processes.together():
         if processes.first:
             run.clear("tune", checkpoints=checkpoint is None)

@@ -128,7 +128,7 @@ WORDS: dict[str, tuple[str, str]] = {  # in the order of LANGUAGES
     "predict_cost": ("Predict memory and time", "预测内存与时间"),
     "fits": ("fits", "放得下"),
     "does_not_fit": ("does not fit", "放不下"),
-    "hours": ("all steps", "全部步骤"),
+    "hours": ("the whole run", "整个运行"),
     "largest_batch": ("Largest batch that fits on {device}: {count}", "{device} 上放得下的最大批：{count}"),
     "what_to_start": ("Command", "命令"),
     "start": ("Start", "开始"),
