@@ -180,7 +180,7 @@ def fuzz() -> str:
             f"{loader['accepted']:,}",
             str(sum(kind["count"] for kind in loader["unexpected"].values())),
             f"{loader['slowest_cpu_seconds']:.2f}",
-            f"{loader['largest_jump_of_memory_bytes'] / 2**20:.1f}",
+            f"{loader['most_memory_bytes'] / 2**20:.1f}",
         ]
         for name, loader in record("fuzz_loaders")["loaders"].items()
     ]
