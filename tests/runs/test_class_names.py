@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
 from command_line import assert_refused, contents, reltune, review_rows, write_csv
+from reltune.config.run_config import RunConfig
+from reltune.runs.cards import describe_merged
+from reltune.runs.directory import RunDirectory
+from reltune.tasks.sequence_classification import SequenceClassification
 from tiny_models import save_tiny_bert, tiny_tokenizer
 
 QUICK = ["--granularity", "column", "--budget", "5%", "--max_steps", 4]
@@ -160,3 +165,28 @@ def test_a_damaged_record(moved: Path) -> None:
     for text in ("{", "[]", '{"name": "juggling", "columns": {}}', '{"name": "sequence_classification"}'):
         (moved / "task.json").write_text(text)
         assert_refused(reltune("evaluate", moved), "task.json", "reltune analyze")
+
+
+def test_the_card_of_an_adapter_tells_data_training_and_results(place: Path) -> None:
+    card = (place / "run" / "adapter" / "README.md").read_text()
+    _, head, text = card.split("---\n", 2)
+    assert yaml.safe_load(head) == {
+        "base_model": str(place / "model"),
+        "library_name": "peft",
+        "pipeline_tag": "text-classification",
+        "tags": ["reltune", f"base_model:adapter:{place / 'model'}"],
+    }
+    record = read(place / "run" / "data.json")["train"]
+    assert f"| train | train.csv | {record['rows']} | {record['fingerprint']} |" in text
+    assert "| steps | 4 |" in text and "peft 0." in text
+    results = metrics(place / "run")
+    assert f"| test\\_accuracy | 100.00 % | {100 * results['test_accuracy']:.2f} % |" in text
+    assert reltune("evaluate", place / "run").code == 0
+    assert (place / "run" / "adapter" / "README.md").read_text() == card  # its results once
+
+
+def test_names_from_the_data_are_text_in_a_card(place: Path, tmp_path: Path) -> None:
+    task = SequenceClassification(labels=["<script>x</script>", "a|b*"], columns={"text": "text", "label": "label"})
+    describe_merged(tmp_path, RunConfig.load(place / "run" / "config.yaml"), RunDirectory(tmp_path), task, "")
+    card = (tmp_path / "README.md").read_text()
+    assert "0 &lt;script&gt;x&lt;/script&gt;, 1 a\\|b\\*" in card and "<script>" not in card

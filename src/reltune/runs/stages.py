@@ -55,7 +55,7 @@ from reltune.report.record import LMEvalRecord
 from reltune.runs import export as exporting
 from reltune.runs import lm_evaluation, prefix_cache, training
 from reltune.runs.asking import asked_in
-from reltune.runs.cards import describe_adapter, describe_lora, describe_merged, describe_method
+from reltune.runs.cards import add_results, describe_adapter, describe_lora, describe_merged, describe_method
 from reltune.runs.data_record import read_task, record_bad_rows, record_data
 from reltune.runs.directory import ADAPTER_FILES, RunDirectory
 from reltune.runs.duration import NOT_KNOWN, Rows
@@ -538,9 +538,9 @@ def tune(
                     method.save(model, adapter, state)
                     materials.saved_tokenizer().save_pretrained(str(adapter))
                     if planned is not None:
-                        describe_adapter(adapter, planned, materials.task)
+                        describe_adapter(adapter, planned, config, run, materials.task)
                     else:
-                        describe_method(adapter, config, trainable.lines, materials.task)
+                        describe_method(adapter, config, run, trainable.lines, materials.task)
     if waiting:
         signal.raise_signal(waiting.pop())
     return model
@@ -647,6 +647,7 @@ def evaluate(materials: EvaluationMaterials, run: RunDirectory) -> dict[str, flo
         if processes.first:
             run.write_outputs(before.written["test_before"], after.written["test"])
             write_json(run.results, results)
+            add_results(run.adapter, results)
     if tasks:
         measured = measure_lm_eval(materials, model)
         with processes.together():
@@ -712,12 +713,12 @@ def export(
 
         def complete(path: Path) -> None:
             materials.saved_tokenizer().save_pretrained(str(path))
-            describe_lora(path, materials.config, materials.task, asked)
+            describe_lora(path, materials.config, run, materials.task, asked)
 
         return exporting.to_lora(model, output_dir, one_rank=server == "vllm", complete=complete)
     tokenizer = materials.saved_tokenizer()
     if to == "merged":
-        described = partial(describe_merged, config=materials.config, task=materials.task, asked_in=asked)
+        described = partial(describe_merged, config=materials.config, run=run, task=materials.task, asked_in=asked)
         return exporting.to_merged(model, tokenizer, output_dir, described)
     if to in IN_GGUF:
         name = materials.config.model_name_or_path
