@@ -21,7 +21,7 @@ from reltune.relevance.heatmap import OUTSIDE, Heatmap
 from reltune.report.forms import write_run, write_runs
 from reltune.report.markdown import run_markdown, runs_markdown
 from reltune.report.picture import run_picture, runs_picture, ticks
-from reltune.report.record import LMEvalRecord, LMEvalScore, RunRecord
+from reltune.report.record import LMEvalRecord, LMEvalScore, Predicted, RunRecord
 from reltune.report.several import NamedRun, differences, method, notes, reached, terminal_tables, took
 from report_cases import BERT, EMPTY, EVIL, FULL, LLAMA, OUTPUTS, Page, relevance, shown
 
@@ -95,6 +95,21 @@ def test_runs_that_cannot_be_compared_are_said_to_be() -> None:
     assert "numbers of held-out rows" in notes([RUNS[0], NamedRun("fewer", fewer)])[0]
     bert = dataclasses.replace(OTHER, config={**OTHER.config, "model_name_or_path": "bert"})
     assert "different models" in notes([RUNS[0], NamedRun("bert", bert)])[0]
+    tags = dataclasses.replace(OTHER, config={**OTHER.config, "task": "token_classification"})
+    assert "different tasks" in notes([RUNS[0], NamedRun("tags", tags)])[0]
+
+
+def test_a_file_with_other_rows_is_other_data() -> None:
+    def run(rows: str, source: str = "a.csv") -> NamedRun:
+        facts = [
+            ("train data", f"{source}: 2 rows, fingerprint {rows}"),
+            ("test data", f"{source}: 1 rows, fingerprint {rows}"),
+        ]
+        return NamedRun(rows, dataclasses.replace(OTHER, facts=facts))
+
+    assert "different training data, held-out rows:" in notes([run("11"), run("22")])[0]
+    assert notes([run("11"), run("11", "copy.csv")]) == []  # of the same rows under another name nothing is said
+    assert notes([run("11"), RUNS[1]]) == []  # an old run did not write down what it read
 
 
 def test_validation_metrics_where_no_run_was_tested() -> None:
@@ -158,8 +173,11 @@ def test_markdown_has_the_numbers() -> None:
 
 
 def test_markdown_has_what_a_page_has_beside() -> None:
-    record = RunRecord(**{**vars(EMPTY), "outputs": OUTPUTS, "sweep": SWEEP, "lm_eval": LM_EVAL})
+    took = [Predicted("peak memory", 3 * 2**20, 2 * 2**20), Predicted("seconds per step", 0.5, 0.25)]
+    record = RunRecord(**{**vars(EMPTY), "predicted": took, "outputs": OUTPUTS, "sweep": SWEEP, "lm_eval": LM_EVAL})
     lines = run_markdown(record).splitlines()
+    assert "| peak memory | 3.0 MiB | 2.0 MiB | +50.0 % |" in lines
+    assert "| seconds per step | 0.500 | 0.250 | +100.0 % |" in lines
     assert "| Wie viel ist 1 + 1? | 2 | 2 | zwei |" in lines
     assert any("很 …" in line and "\x1b" in line for line in lines)  # a long text is cut
     assert "| 1 | 0.01 | 75.00 % | yes |" in lines and "| 0 | 0.1 | failed: diverged |  |" in lines

@@ -58,8 +58,11 @@ def _parts(record: RunRecord) -> Iterator[str]:
         yield "## Sweep"
         yield table([*heads, "best"], [[*cells, "yes" if best else ""] for cells, best in trials])
     heads, rows = numbers.history_rows(record.history)
-    if rows:
+    if rows or record.predicted:
         yield "## Training"
+    if record.predicted:
+        yield table(["", "predicted", "measured", "difference"], numbers.predicted_rows(record.predicted))
+    if rows:
         yield table(heads, rows)
     if record.outputs:
         yield "## Outputs"

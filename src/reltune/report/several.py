@@ -17,7 +17,14 @@ from reltune.report.record import RunRecord
 
 # Settings that are each run's own, whatever was tried: where it was written.
 OF_EVERY_RUN = ("output_dir", "overwrite_output_dir")
-TELLING = {"model_name_or_path": "models", "train_file": "training data", "dataset_name": "training data"}
+TELLING = {
+    "task": "tasks",
+    "model_name_or_path": "models",
+    "train_file": "training data",
+    "dataset_name": "training data",
+}
+# The same of what the run found there, by the names of facts: a file may have had other rows in between.
+FOUND = {"train data": "training data", "test data": "held-out rows"}
 Cells = tuple[list[str], list[list[str]]]  # head and rows of a table
 
 
@@ -106,6 +113,10 @@ def notes(runs: Sequence[NamedRun]) -> list[str]:
         return len(set(values)) > 1
 
     apart = [what for name, what in TELLING.items() if differ([str(run.record.config.get(name)) for run in runs])]
+    for name, what in FOUND.items():
+        told = [dict(run.record.facts).get(name, "").rpartition("fingerprint ")[2] for run in runs]
+        if differ([one for one in told if one]):
+            apart.append(what)
     split = prefix(runs)
     if differ([run.record.metrics.get(f"{split}_samples") for run in runs]):
         apart.append("numbers of held-out rows")
