@@ -220,4 +220,11 @@ def test_new_heads_are_measured_as_they_were_before(tmp_path: Path) -> None:
             assert results[f"{name}_before_{metric}"] == pytest.approx(found[f"{name}_{metric}"], abs=1e-7)
         assert abs(results[f"{name}_before_loss"] - first[f"{name}_loss"]) > 1e-4
         assert results[f"{name}_before_loss"] > results[f"{name}_loss"] + 0.05
-    assert not run.outputs.exists()
+    # The report has what each model predicts, as the metrics count it.
+    shown = outputs_of(tmp_path / "run")
+    assert len(shown) == results["test_samples"]
+    for who, name in (("base", "test_before_accuracy"), ("tuned", "test_accuracy")):
+        right = sum(one[who] == one["reference"] for one in shown) / len(shown)
+        assert right == pytest.approx(results[name])
+    texts = dict(review_rows(80))
+    assert all(texts[one["prompt"]] == one["reference"] for one in shown)

@@ -51,7 +51,7 @@ class LMEvalRecord:
 
 @dataclasses.dataclass
 class Output:
-    """What two models wrote for one test example, and what they should have: a line of ``outputs.jsonl``."""
+    """What two models wrote or predicted for one test example, and what they should have: a line of ``outputs.jsonl``."""
 
     prompt: str
     reference: str

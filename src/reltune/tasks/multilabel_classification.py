@@ -88,8 +88,11 @@ class MultilabelClassification(ClassTask, TextTask):
             item["labels"] = [float(label in own) for label in self.labels]
         return Examples(encoded.items, encoded.n_truncated, lost=encoded.lost)
 
+    def told_of(self, item: Mapping[str, Any]) -> list[str]:
+        return [label for label, has in zip(self.labels, item["labels"], strict=True) if has]
+
     def wanted(self, item: Mapping[str, Any], processor: Any) -> str:
-        own = [label for label, has in zip(self.labels, item["labels"], strict=True) if has]
+        own = self.told_of(item)
         return f"labels {', '.join(own)}" if own else "no label"
 
     def untold(self, row: Row) -> Row:

@@ -91,6 +91,9 @@ class Regression(TextTask):
     def wanted(self, item: Mapping[str, Any], processor: Any) -> str:
         return f"number {item['labels']:g}"
 
+    def told_of(self, item: Mapping[str, Any]) -> float:
+        return float(item["labels"])
+
     def untold(self, row: Row) -> Row:
         return replace(row, values={**row.values, self.columns["label"]: 0})
 

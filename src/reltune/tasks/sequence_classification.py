@@ -85,6 +85,9 @@ class SequenceClassification(ClassTask, TextTask):
     def wanted(self, item: Mapping[str, Any], processor: Any) -> str:
         return f"class {item['labels']}, {self.labels[item['labels']]}"
 
+    def told_of(self, item: Mapping[str, Any]) -> str:
+        return self.labels[item["labels"]]
+
     def untold(self, row: Row) -> Row:
         return replace(row, values={**row.values, self.columns["label"]: self.labels[0]})
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
+import torch
+from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from reltune.data.rows import Row, text_problem
 from reltune.errors import InputError, first_line
 from reltune.notes import note
-from reltune.tasks.task import RowProblem, Task
+from reltune.tasks.task import Examples, RowProblem, Task, Written
 
+SHOWN = 64  # examples whose predictions a run keeps for its report
 ENDS = (
     "</s>",
     "<eos>",
@@ -43,6 +46,33 @@ class TextTask(Task):
     def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
         """Pads a batch to its longest text."""
         return DataCollatorWithPadding(processor)
+
+    def told_of(self, item: Mapping[str, Any]) -> Any:
+        """What an encoded example should be predicted as: a label, a list of labels, a number."""
+        raise NotImplementedError
+
+    def written(
+        self, model: nn.Module, examples: Examples, processor: Any, batch_size: int, predictions: Any
+    ) -> list[Written]:
+        """What was predicted for the first examples, beside their texts as far as the model read them."""
+        items = [examples[index] for index in range(min(SHOWN, len(examples)))]
+        logits = [{"logits": torch.as_tensor(one)} for one in predictions[: len(items)]]
+        read = self.read_off(logits, [], examples, processor)
+        return [
+            Written(
+                processor.decode(item["input_ids"], skip_special_tokens=True),
+                spelled(self.told_of(item)),
+                spelled(record[self.predicts[0]]),
+            )
+            for item, record in zip(items, read, strict=True)
+        ]
+
+
+def spelled(value: str | float | Sequence[str]) -> str:
+    """A prediction as text."""
+    if isinstance(value, str):
+        return value
+    return f"{value:.4g}" if isinstance(value, int | float) else ", ".join(value) or "no label"
 
 
 def number_of(value: Any) -> float | None:
