@@ -15,7 +15,7 @@ import pytest
 from reltune.relevance.heatmap import Heatmap
 from reltune.relevance.profiles import Leading, Profiles, profile
 from reltune.report.page import write_report
-from reltune.report.record import RunRecord, Sample
+from reltune.report.record import Predicted, RunRecord, Sample
 from report_cases import BERT, EVIL, FULL, LLAMA, OUTPUTS, relevance
 
 pytestmark = pytest.mark.browser
@@ -221,6 +221,15 @@ def test_nothing_is_cut_or_overlaps(browser: Any, tmp_path: Path, width: int, la
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.evaluate(CUT) == []
             assert page.evaluate(OVERLAPS) == []
+
+
+def test_a_narrow_screen_has_the_whole_prediction(browser: Any, tmp_path: Path) -> None:
+    took = [Predicted("peak memory", 1023 * 2**20, 1022 * 2**20), Predicted("seconds per step", 0.465, 0.139)]
+    path = tmp_path / "report.html"
+    write_report(path, report_of(6, BERT, predicted=took))
+    with opened(browser, path, 390) as page:
+        box = page.locator("table", has_text="seconds per step").bounding_box()
+        assert box and box["x"] + box["width"] <= 390 - 16
 
 
 def test_a_page_with_many_maps_stays_small(browser: Any, tmp_path: Path) -> None:
