@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -24,7 +25,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], styles: Iterable[S
     Args:
         styles: by row, the CSS of each cell but the first.
     """
-    heads = "".join(f"<th style='text-align:right;vertical-align:bottom'>{escape(name)}</th>" for name in head)
+    heads = "".join(f"<th style='text-align:right;vertical-align:bottom'>{_head(name)}</th>" for name in head)
     body = []
     looks = iter(styles)
     for name, *cells in rows:
@@ -34,10 +35,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], styles: Iterable[S
             for cell, style in zip(cells, look, strict=True)
         )
         body.append(f"<tr><th style='text-align:left'>{escape(name)}</th>{drawn}</tr>")
+    # A class, that of pandas' tables, keeps documentation sites from wrapping and restyling it.
     return (
-        "<div style='overflow-x:auto'><table style='font-size:smaller'>"
+        "<div style='overflow-x:auto'><table class='dataframe' cellpadding='4' style='font-size:smaller'>"
         f"<thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
+
+
+def _head(name: str) -> str:
+    """Names of modules are long, and a column is narrow: a line may end after a dot or an underscore."""
+    return re.sub(r"(?<=[._])(?=\w)", "<wbr>", escape(name))
 
 
 def shade(place: float, signed: bool) -> str:

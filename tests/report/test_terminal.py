@@ -107,8 +107,10 @@ def test_what_lies_outside_the_layers_does_not_darken_them():
         if s.style and s.style.bgcolor and s.text.strip()
     }
     assert colors["9.0"] == colors["90.0"] == "#fee838" and colors["1.0"] not in ("#fee838", "#00224e")
-    text = "\n".join(shown(heatmap(pooled), 80))
+    text = "".join(s.text for s in console.render(heatmap(pooled)))
     assert " 9.0 %" in text and "colours span the layers" in text
+    plain = "\n".join(shown(heatmap(pooled), 80))
+    assert "blank: no such module" in plain and " 9.0 %" not in plain and "colours" not in plain
 
 
 def test_tables_of_long_names_fit_80_columns():

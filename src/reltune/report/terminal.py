@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 from rich import box
 from rich.columns import Columns
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -54,11 +55,11 @@ def heatmap(h: Heatmap) -> RenderableType:
     scale = (
         Text(f"{numbers.share(least)} " if least else "0 ").append_text(_scale()).append(f" {numbers.share(most)} %")
     )
-    if any(value is None for row in cells for value in row):
-        scale.append("   blank: no such module")
     if numbers.beyond_scale(h):
         scale.append("   colours span the layers")
     legend = [f"{head} {name}" for head, name in zip(heads, h.columns, strict=True) if head != name]
+    if any(value is None for row in cells for value in row):
+        legend.append("blank: no such module")
     if not h.adds_up:
         legend.append("all: the layer's own score")
     if numbered:
@@ -69,9 +70,20 @@ def heatmap(h: Heatmap) -> RenderableType:
         ),
         Text("deepest layer at the top, input at the bottom", style="dim"),
         *tables,
-        scale,
+        _Coloured(scale),
         Columns([Text(entry, style="dim") for entry in legend], padding=(0, 2), width=36),
     )
+
+
+@dataclasses.dataclass
+class _Coloured:
+    """A text that means nothing without its colours: nothing where there are none."""
+
+    text: Text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if console.color_system and not console.no_color:
+            yield self.text
 
 
 def lm_eval_table(record: LMEvalRecord) -> Table:
