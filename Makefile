@@ -26,7 +26,7 @@ help:
 	@echo "make test-minimal  run the tests of an installation without any optional package, in .venv-minimal"
 	@echo "make test-browser  run the tests of the studio's page in Chromium, in .venv-browser"
 	@echo "make chromium      find Chromium for them, or install it with apt-get"
-	@echo "make nightly       all tests, and the checks of make test"
+	@echo "make nightly       all tests, the checks of make test, and the tutorials from their first cell to their last"
 	@echo "make lint          check style, types and imports only"
 	@echo "make docs          build the documentation as a site in build/site, in .venv-docs"
 	@echo "make notebooks     run the tutorials and store what they show, with the packages of .venv-notebooks beside .venv"
@@ -64,8 +64,9 @@ chromium:
 	apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; \
 	command -v chromium >/dev/null || { echo "Chromium could not be installed with apt-get: $(MEND)." >&2; exit 1; }
 
-nightly: lint
+nightly: lint .venv-notebooks/.installed
 	$(BIN)/python -m pytest -m "not browser" $(PYTEST_ARGS)
+	.venv-notebooks/bin/python docs/tutorials/run.py --check
 
 # NO_MKDOCS_2_WARNING: what its makers say of other programs is not about these pages.
 docs: .venv-docs/.installed
