@@ -26,7 +26,7 @@ OTHER_INPUTS = (
     "masked_lm",
     "preference",
 )  # tasks whose examples are not the same in every pass, or are put together elsewhere
-# What it takes to find an example again, and its states: benchmarks/frozen_prefix.py. Bytes a second from a file in the system's cache.
+# Assumed, not measured: seconds to find an example and its states again, and bytes a second of a file in the system's cache.
 FINDING = 4e-5
 READING = WRITING = 1e9
 
