@@ -24,7 +24,7 @@ from reltune.data.rows import Row, label_problem
 from reltune.errors import InputError, first_line
 from reltune.pretrained import load_config
 from reltune.tasks.sequence_classification import SequenceClassification
-from reltune.tasks.task import Columns, Examples
+from reltune.tasks.task import Columns, Examples, Written
 
 
 @dataclass
@@ -42,6 +42,10 @@ class ImageClassification(SequenceClassification):
     learning_rates: ClassVar[dict[str, float]] = {"weights": 2.5e-4}  # docs/selection.md, "Image"
     reads_last_token: ClassVar[bool] = False
     padding_sides: ClassVar[tuple[str, ...]] = ()
+
+    def written(self, *_: Any) -> list[Written]:
+        """Nothing: an image is no text."""
+        return []
 
     def problem(self, row: Row) -> str | None:
         return image_problem(row.values, self.columns["image"]) or label_problem(row.values, self.columns["label"])
