@@ -478,7 +478,13 @@ class Page:
                 [slider, *results],
                 show_progress="hidden",
             )
-        save.click(self._yields(saving), [run, budget, modules, replace, *rule_of], saved, show_progress="hidden")
+        save.click(
+            self._yields(saving),
+            [run, budget, modules, replace, *rule_of],
+            saved,
+            show_progress="hidden",
+            trigger_mode="always_last",  # a click while another select still ends is not lost
+        )
 
     def _watched(self, job: str, words: Words) -> Iterator[str]:
         """A job's output until it ends."""
