@@ -23,6 +23,15 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     return path
 
 
+OFTEN: dict[str, Any] = {
+    "num_train_epochs": 20,
+    "per_device_train_batch_size": 8,
+    "eval_strategy": "steps",
+    "eval_steps": 0.25,  # of all; every epoch would take longer than training
+    "save_strategy": "no",
+}
+
+
 def run_task(place: Path, rows: Iterable[Mapping[str, Any]], training: dict[str, Any], **fields: Any) -> dict[str, Any]:
     """All stages on the rows with the model in ``place``/model; the results that they wrote to ``place``/run."""
     config = RunConfig(

@@ -9,7 +9,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -24,6 +23,7 @@ from typing import Any
 import pytest
 import yaml
 
+from chromium import chromium
 from command_line import reltune, review_rows, write_csv
 from reltune.errors import InputError
 from reltune.runs import flow
@@ -35,7 +35,6 @@ from tiny_models import save_tiny_bert, save_tiny_llama
 pytestmark = pytest.mark.browser
 
 EVIL = "<script>alert(1)</script>"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SECONDS = 300  # the longest that anything is waited for
 TRAINING = ("--use_cpu", "--per_device_train_batch_size", 8, "--num_train_epochs", 1, "--granularity", "column")
 
@@ -65,20 +64,8 @@ class Studio:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        pytest.fail("Playwright is missing; run these tests by `make test-browser`, which installs it.", pytrace=False)
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.fail(
-            "Chromium is missing; install it (on Debian: apt-get install chromium), or name it in CHROMIUM.",
-            pytrace=False,
-        )
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    with chromium() as launched:
         yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")

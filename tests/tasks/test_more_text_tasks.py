@@ -33,18 +33,11 @@ from reltune.tasks.causal_lm import CausalLM
 from reltune.tasks.masked_lm import MaskedLM
 from reltune.tasks.question_answering import QuestionAnswering, best_span, shared_words
 from reltune.tasks.seq2seq import Seq2Seq, rouge
-from task_cases import check_reload, run_task
+from task_cases import OFTEN, check_reload, run_task
 from tiny_models import WORDS, save_tiny_bert, save_tiny_llama, save_tiny_masked, tiny_tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-LEARNS: dict[str, Any] = {
-    "num_train_epochs": 20,
-    "learning_rate": 5e-3,
-    "per_device_train_batch_size": 8,
-    "eval_strategy": "steps",
-    "eval_steps": 0.25,  # of all; every epoch would take longer than training
-    "save_strategy": "no",
-}
+LEARNS = {**OFTEN, "learning_rate": 5e-3}
 
 
 def save_tiny_t5(path: Path) -> None:

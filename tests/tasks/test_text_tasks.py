@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,18 +20,11 @@ from reltune.tasks.multilabel_classification import MultilabelClassification
 from reltune.tasks.regression import Regression
 from reltune.tasks.task import Task
 from reltune.tasks.token_classification import TokenClassification
-from task_cases import check_reload, run_task
+from task_cases import OFTEN, check_reload, run_task
 from tiny_models import save_tiny_bert, save_tiny_gpt2
 
 WEIGHTS = {"good": 1.0, "great": 2.0, "bad": -1.0, "poor": -2.0}
-LEARNS: dict[str, Any] = {
-    "num_train_epochs": 20,
-    "learning_rate": 3e-3,
-    "per_device_train_batch_size": 8,
-    "eval_strategy": "steps",
-    "eval_steps": 0.25,  # of all; every epoch would take longer than training
-    "save_strategy": "no",
-}
+LEARNS = {**OFTEN, "learning_rate": 3e-3}
 
 
 @pytest.fixture(scope="module")
