@@ -3,7 +3,7 @@
     python benchmarks/speed_tables.py
 
 The text is benchmarks/speed_page.md. Its tables are from tuner_step_single.json, tuner_step_few_bits.json, unsloth_step.json,
-training_loop.json, long_context.json, step_profile.json, crowded_places.json and tuner_minilm.json.
+tuner_step_float8.json, training_loop.json, long_context.json, step_profile.json, crowded_places.json and tuner_minilm.json.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def steps() -> str:
     return table(["case", "method", "s", "of the floor", "of LoRA", "peak GiB", "of the floor"], rows)
 
 
-def goals() -> str:
+def goals(*names: str) -> str:
     rows = [
         [
             check["check"],
@@ -61,7 +61,7 @@ def goals() -> str:
             f"{check['sense']} {check['limit']}",
             "yes" if check["passed"] else "**no**",
         ]
-        for name in ("tuner_step_single", "tuner_step_few_bits", "training_loop", "tuner_minilm")
+        for name in names
         for check in record(name)["checks"]
         if " / " in check["check"] and "last" not in check["check"] and check["value"] not in (None, "nan")
     ]
@@ -125,17 +125,24 @@ def crowding() -> str:
     return table(["model, share of its matrices", "", "the top 1% hold", "10%", "50%"], rows)
 
 
+def about(name: str) -> str:
+    """On what a record was measured."""
+    found = record(name)
+    return f"one {found['hardware']['gpu']}, torch {found['versions']['torch']}, commit {found['commit'][:7]}"
+
+
 def page() -> str:
     text = (HERE / "speed_page.md").read_text(encoding="utf-8")
-    about = record("tuner_step_single")
-    hardware = about["hardware"]
-    made = {"steps": steps, "goals": goals, "profile": profile, "crowding": crowding, "unsloth": unsloth}
-    for name in ("tuner_step_few_bits", "training_loop", "long_context"):
-        made[name] = functools.partial(each, name)
-    text = re.sub(r"\{(\w+)\}", lambda found: made[found[1]]() if found[1] in made else found[0], text)
-    return text.replace(
-        "{about}", f"one {hardware['gpu']}, torch {about['versions']['torch']}, commit {about['commit'][:7]}"
+    made = {"steps": steps, "profile": profile, "crowding": crowding, "unsloth": unsloth}
+    made["goals"] = functools.partial(
+        goals, "tuner_step_single", "tuner_step_few_bits", "training_loop", "tuner_minilm"
     )
+    made["about"] = functools.partial(about, "tuner_step_single")
+    made["about_float8"] = functools.partial(about, "tuner_step_float8")
+    made["goals_float8"] = functools.partial(goals, "tuner_step_float8")
+    for name in ("tuner_step_few_bits", "tuner_step_float8", "training_loop", "long_context"):
+        made[name] = functools.partial(each, name)
+    return re.sub(r"\{(\w+)\}", lambda found: made[found[1]]() if found[1] in made else found[0], text)
 
 
 if __name__ == "__main__":
