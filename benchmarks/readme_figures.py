@@ -39,8 +39,8 @@ SETTINGS = re.compile(
             r"Python 3\.11 (?:or|或) 3\.12|GPT-2|2-D|FSDP2|H[12]00|1e-\d",
             r"\b(?:19|20)\d\d\b",  # years
             r"95%|95 ?%",
-            r"\br ?= ?\d+|\*\*(?:single weights|reltune: element by movement), [\d.]+%|single weights, 0\.12% of the model",
-            r"\d+ × \d+ (?:tokens|个词元)|\d+ (?:test )?texts|\d+ examples|(?:at |\n)\d+ tokens",
+            r"\br ?= ?\d+|\*\*(?:single weights|单个权重|reltune: element by movement)[,，](?: 模型的 |模型的 | )?[\d.]+%|\| 0\.12%, with|single weights, 0\.12% of the model",
+            r"\d+ × \d+ (?:tokens|个词元)|\d+ (?:test )?texts|[\d,]+ (?:examples|个样本)|(?:at |\n)\d+ tokens",
             r"\d+ columns|\d+ 列|(?:top|the) \d+ of (?:the )?\d+ layers|layer (?:\.)?11",
             r"\d+ CPU cores|\d+ cores|cap of \d+ GiB|\d+(?: or |/)\d+ ?(?:bits|位)|in \d+ bits",
             r"\d+ of\s+the\s+\d+\s+layers|over 100 batches|100 steps on top \(50 on SmolLM2\)",
@@ -109,6 +109,10 @@ class Record:
         """Mean difference in points and its 95% interval."""
         text = selection_tables.difference(self.figures[one], self.figures[other], tasks)
         return [float(number) for number in re.findall(r"[+-][\d.]+", text)]
+
+    def tasks(self, ending: str) -> list[str]:
+        """Of the study, those whose names end so."""
+        return sorted({task for of_method in self.figures.values() for task, _ in of_method if task.endswith(ending)})
 
     def trained(self, method: str) -> int:
         fields = self.data["fields"]

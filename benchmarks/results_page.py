@@ -394,17 +394,18 @@ def drawing() -> str:
         figures, size = complete(records), trained(records)
         by_share: dict[str, list[results_picture.Point]] = {}
         by_steps: dict[str, list[results_picture.Point]] = {}
-        compared = (MAIN[phase], LORA[phase], "full", MAIN[phase].replace("weights", "random"))
+        compared = ("full", LORA[phase], *(name for name in figures if family(name) == "weights"))
         for method, mine in figures.items():
             if family(method) not in results_picture.COLOURS:
                 continue
             plain = method.removesuffix(", equal cost")
             if method == plain:
                 share = 100 if method == "full" else 100 * size[method] / MODEL[phase]
-                by_share.setdefault(family(method), []).append((share, mean(mine)))
+                by_share.setdefault(family(method), []).append((share, mean(mine), ""))
             if plain in compared:
                 steps = sum(int(part) for part in steps_of(records, method).split(" + "))
-                by_steps.setdefault(family(method), []).append((steps, mean(mine)))
+                words = plain if method == plain else ""
+                by_steps.setdefault(family(method), []).append((steps, mean(mine), words))
         rows.append((name, by_share, by_steps))
     return results_picture.picture(rows)
 

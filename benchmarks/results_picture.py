@@ -1,6 +1,7 @@
 """docs/results.svg: quality against the trained share of the model and against steps, from the records of the phase proof and proof_decoder.
 
-results_page.py draws it beside the page. The steps are training steps and those of the probe or the warm-up before them.
+results_page.py draws it beside the page. The steps are training steps and those of the probe or the warm-up before them. What lies far
+below the best would press all others together: it stands at the lower edge as a triangle, with its figure.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ COLOURS = {
     "columns": "#0891b2",
 }
 WIDTH, HEIGHT, LEFT, GAP, TOP, FOOT = 460, 250, 52, 70, 46, 52
-Point = tuple[float, float]
+DEPTH = 2.8  # points below the best that a diagram shows
+Point = tuple[float, float, str]  # across, up, and the words beside it
 
 
 class Axis:
@@ -47,10 +49,11 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def panel(
     x: float, y: float, title: str, below: str, lines: dict[str, Sequence[Point]], marks: Sequence[float], log: bool
 ) -> list[str]:
-    """One diagram: a line per family through its points, a ring where there is one point alone."""
+    """One diagram: a line per family through its points that are not far below the best."""
     points = [point for line in lines.values() for point in line]
-    across = Axis((px for px, _ in points), x, x + WIDTH, log)
-    up = Axis((py for _, py in points), y + HEIGHT, y)
+    across = Axis((px for px, *_ in points), x, x + WIDTH, log)
+    deep = max(py for _, py, _ in points) - DEPTH
+    up = Axis((max(py, deep) for _, py, _ in points), y + HEIGHT, y)
     out = [f'<text x="{x}" y="{y - 12}" class="title">{escape(title)}</text>']
     for value in ticks(up.low, up.high):
         at = up(value)
@@ -63,12 +66,23 @@ def panel(
     out.append(f'<text x="{x + WIDTH / 2}" y="{y + HEIGHT + 38}" text-anchor="middle">{escape(below)}</text>')
     for family, line in lines.items():
         colour = COLOURS[family]
-        ordered = sorted(line)
-        if len(ordered) > 1:
-            path = " ".join(f"{across(px):.1f},{up(py):.1f}" for px, py in ordered)
+        for px, py, _ in (point for point in line if point[1] < deep):
+            at, foot = across(px), y + HEIGHT
+            out.append(f'<path d="M{at - 5:.1f} {foot - 10}h10l-5 9z" fill="{colour}"/>')
+            out.append(f'<text x="{at:.1f}" y="{foot - 15}" text-anchor="middle" font-size="11">{py:.1f}</text>')
+        ordered = sorted(point for point in line if point[1] >= deep)
+        if len({px for px, *_ in ordered}) > 1:
+            path = " ".join(f"{across(px):.1f},{up(py):.1f}" for px, py, _ in ordered)
             out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for px, py in ordered:
+        for px, py, words in ordered:
             out.append(f'<circle cx="{across(px):.1f}" cy="{up(py):.1f}" r="4" fill="{colour}"/>')
+            if words:
+                last = across(px) > x + WIDTH / 2
+                at, down = across(px) + (-9 if last else 4), up(py) + (4 if last else 18)  # below a line that rises
+                anchor = "end" if last else "start"
+                out.append(
+                    f'<text x="{at:.1f}" y="{down:.1f}" text-anchor="{anchor}" font-size="11">{escape(words)}</text>'
+                )
     return out
 
 
@@ -92,7 +106,7 @@ def picture(rows: Sequence[tuple[str, dict[str, Sequence[Point]], dict[str, Sequ
             (0.05, 0.2, 1, 5, 20, 100),
             True,
         )
-        steps = sorted({px for line in by_steps.values() for px, _ in line})
+        steps = sorted({px for line in by_steps.values() for px, *_ in line})
         out += panel(
             2 * LEFT + WIDTH + GAP,
             y,

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import float8_products
 import float8_quality
 import tuner_step
@@ -38,7 +40,9 @@ def test_a_step(tmp_path: Path, monkeypatch: Any) -> None:
     methods = {m["method"]: m for case in found["cases"] for m in case["methods"]}
     assert len(methods["columns, r = 4, fp8"]["seconds"]) == 1
     assert [check["passed"] for check in found["checks"] if check["required"]] == [True, True]
-    assert len([check for check in found["checks"] if check["check"].endswith("time")]) == 2
+    assert len([check for check in found["checks"] if check["check"].endswith("time")]) == 4
+    losses = [methods[f"columns, r = 4, fp8{how}"]["config"]["losses"][0] for how in ("", ", no waits")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_quality(tmp_path: Path, monkeypatch: Any) -> None:
