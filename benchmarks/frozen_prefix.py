@@ -10,7 +10,8 @@ and on one GPU of 80 GB, without a network, from the repository's root (about 5 
 
 - minilm, on a CPU: MiniLM-L6's shapes and random weights in float32 with a classification head that every method trains, 32 × 64 tokens,
   the top 3 of 6 layers.
-- 8b, on a GPU: Llama-3.1-8B's shapes and random weights in bfloat16, 4 × 2048 tokens, the top 8 of 32 layers.
+- 8b, on a GPU: Llama-3.1-8B's shapes and random weights in bfloat16, 4 × 2048 tokens, the top 8 of 32 layers. Afterwards with frozen weights
+  in float8, and with Liger kernels as well; LoRA is that of case 8b.
 
 Steps are those of tuner_step.py. A method whose name ends in "later pass" has taken a first pass over BATCHES batches, which
 ``--cache_frozen_prefix on`` keeps in a file; its timed steps are of batches drawn from the same examples in another order. A step tells
@@ -40,7 +41,7 @@ from reltune.tuner.kept_states import KeptStates
 from tuner_minilm import columns as encoder_columns
 from tuner_minilm import full, minilm
 from tuner_minilm import lora as encoder_lora
-from tuner_step import Prepare, Training, _seconds, columns, lora, ratios, top_layers
+from tuner_step import FLOAT8, Prepare, Training, _seconds, columns, lora, ratios, top_layers
 
 BATCHES = 4
 LATER = "later pass"  # ends the names of methods that begin above the frozen layers
@@ -194,6 +195,22 @@ def decoder(bench: Benchmark, options: argparse.Namespace) -> None:
     for beside in (f"LoRA, r = {rank}", leaner):
         ratios(bench, "8b", f"{ours}, {LATER}", beside, 0.12, None, gpu=False)
     ratios(bench, "8b", f"{ours}, {LATER}", ours, 1.00, None, gpu=False)
+    columns(r, frozen_dtype=FLOAT8)(base).unload()  # for good
+    cases = {"8b, float8": contextlib.nullcontext}
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        cases["8b, float8, liger"] = functools.partial(apply_liger_kernel_to_llama, model=base)  # for good, too
+    except ImportError as error:
+        if options.device != "cpu":
+            bench.failed("8b, float8, liger", about, "all", error)
+    for case, change in cases.items():
+        change()
+        measured(bench, options, case, about, base, {}, {ours: columns(r, top, FLOAT8)}, batch)
+        found = bench.median(case, f"{ours}, {LATER}")
+        for beside in (f"LoRA, r = {rank}", leaner):
+            ratio = found / bench.median("8b", beside)
+            bench.check(f"{case}: {ours}, {LATER} / 8b: {beside}, time", ratio, 0.12, required=False)
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import frozen_prefix
 import long_context
+import streamed_weights
 import training_loop
 
 
@@ -50,6 +52,15 @@ def test_a_long_text(tmp_path: Path, monkeypatch: Any) -> None:
 
 def test_steps_above_the_frozen_layers(tmp_path: Path, monkeypatch: Any) -> None:
     found = result(frozen_prefix, monkeypatch, tmp_path)
-    assert [case["case"] for case in found["cases"]] == ["minilm", "8b"] and len(found["checks"]) == 6
+    with_liger = importlib.util.find_spec("liger_kernel") is not None
+    assert [case["case"] for case in found["cases"]][:3] == ["minilm", "8b", "8b, float8"]
+    assert len(found["checks"]) == 8 + 2 * with_liger
     names = [method["method"] for case in found["cases"] for method in case["methods"] if method["seconds"]]
-    assert len(names) == 10 and sum(name.endswith(frozen_prefix.LATER) for name in names) == 3
+    assert len(names) == 12 + 2 * with_liger
+    assert sum(name.endswith(frozen_prefix.LATER) for name in names) == 4 + with_liger
+
+
+def test_weights_in_host_memory(tmp_path: Path, monkeypatch: Any) -> None:
+    found = result(streamed_weights, monkeypatch, tmp_path)
+    assert [case["case"] for case in found["cases"]] == ["on the card", "streamed"]
+    assert [check["passed"] for check in found["checks"] if check["required"]] == [True, True, True]
