@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 import results_picture
 import selection_tables as tables
@@ -57,7 +58,7 @@ def finished() -> tuple[str, ...]:
     """The phases that have what all others of it are compared with."""
     wanted = {phase: {MAIN[phase], LORA[phase], "full"} for phase in MAIN}
     few = {MAIN["proof"], LORA["proof"], "full"}
-    wanted |= {"small_data": few, "noise": few}
+    wanted |= {"small_data": few, "noise": few, "depth": {MAIN["proof"]}}
     there = [phase for phase in tables.SIDE_BY_SIDE if (tables.RESULTS / f"selection_{phase}.json").exists()]
     return tuple(phase for phase in there if wanted[phase] <= set(complete(read(phase))))
 
@@ -302,6 +303,32 @@ def noise() -> str:
     )
 
 
+def depth() -> str:
+    """What a cut-off costs, beside the share of relevance that it keeps."""
+    records = read("depth")
+    figures = complete(records)
+    whole = MAIN["proof"]
+    shares: dict[str, dict[str, list[float]]] = {}
+    for r in records:
+        shares.setdefault(r["method"], {}).setdefault(r["task"], []).append(r["relevance_kept"])
+    rows = [["trained", "of the relevance kept", "mean", "− all layers"], ["---"] * 4]
+    kept, lost = [], []
+    for method, mine in figures.items():
+        by_task = {task: stats.mean(values) for task, values in shares[method].items()}
+        off = "" if method == whole else difference(mine, figures[whole])
+        rows.append([method, f"{100 * stats.mean(by_task.values()):.0f}%", f"{mean(mine):.2f}", off])
+        if method != whole:
+            for task, share in by_task.items():
+                kept.append(share)
+                lost.append(mean(figures[whole], (task,)) - mean(mine, (task,)))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    found = spearmanr(kept, lost)
+    return (
+        f"{table}\n\nOver the {len(kept)} pairs of task and cut-off, the rank correlation of the share that is kept with the points that are "
+        f"lost is {found.statistic:.2f} (Spearman)."
+    )
+
+
 def what_does_not_pay(phase: str) -> str:
     """Choices that were not shown to beat random weights of their size, and methods behind a LoRA of at most their size."""
     records = read(phase)
@@ -361,6 +388,7 @@ def page() -> str:
             forgetting,
             small_data,
             noise,
+            depth,
             what_does_not_pay,
             off,
         )

@@ -44,6 +44,7 @@ encoder)  # the small phases beside the large one, so that no GPU waits
     study proof "$minutes" proof --seeds "$seeds" &
     study small_data "$minutes" few --seeds "$seeds" --workers 1 --tasks "${few[@]}"
     study noise "$minutes" noise --seeds 3 --workers 1
+    study depth "$minutes" depth --seeds 3 --workers 1
     study small_data "$minutes" many --seeds 3 --workers 1 --tasks "${many[@]}" \
         --methods "weights 0.12%" "LoRA 4" full "random 0.12%" "biases, norms"
     ;;

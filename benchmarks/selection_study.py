@@ -500,7 +500,18 @@ NOISE = dataclasses.replace(
     tasks=tuple(f"{task}, {share}% flipped" for share in (30, 10) for task in ("movie", "amazon", "nyt", "bbc")),
     methods={name: PROOF.methods[name] for name in FEW},
 )
+DEPTHS = (5, 4, 3, 2, 1)
+DEPTH = dataclasses.replace(
+    SMALL_DATA,
+    tasks=ENCODER.tasks,
+    methods={"weights 0.12%": PROOF.methods["weights 0.12%"]}
+    | {
+        f"weights 0.12%, top {top} of 6 layers": Method(f"{PROBE_100}|above {6 - top}|0.0025", HIGHEST)
+        for top in DEPTHS
+    },
+)
 PHASES = {
+    "depth": DEPTH,
     "image": IMAGE,
     "confirm": CONFIRM,
     "explore": EXPLORE,
@@ -644,6 +655,7 @@ class Worker:
         movement: dict[str, Tensor] = {}
         factors: dict[str, Tensor] = {}
         seconds: dict[str, float] = {}
+        relevance: dict[str, Tensor] = {}
         for name, probe in self.phase.probes.items():
             began = time.perf_counter()
             n = len(probe.settings)
@@ -668,6 +680,13 @@ class Worker:
                     mine = slice(setting * self.seeds, (setting + 1) * self.seeds)
                     at = f"{name} {setting} {stop}"
                     self._choose(wanted, chosen, at, score[mine])
+                    for key in (key for key in wanted if key.startswith(f"{at}|above ")):
+                        whole = torch.stack(
+                            [st.choose(self.base, row, float(key.split("|")[2])) for row in score[mine]]
+                        )
+                        of_whole = score[mine].gather(1, whole.to(self.device)).double().sum(1)
+                        of_top = score[mine].gather(1, chosen[key].to(self.device)).double().sum(1)
+                        relevance[key] = (of_top / of_whole).cpu()
                     if any(key.startswith(f"{at} s") for key in wanted):
                         n_linear = self.base.size["linear"]
                         sums = run.sums[mine, :n_linear].abs()
@@ -711,6 +730,7 @@ class Worker:
         return {"head": None if head is None else head.cpu(), "chosen": chosen, "movement": movement} | {
             "factors": factors,
             "seconds": seconds,
+            "relevance": relevance,
         }
 
     def _choose(self, wanted: set[str], chosen: dict[str, Tensor], at: str, score: Tensor) -> None:
@@ -912,10 +932,12 @@ class Worker:
         for i, pair in enumerate(pairs):
             states[pair] = {part: tensor[i].clone() for part, tensor in state.items()}
         seconds = (time.perf_counter() - began) / len(pairs)
+        kept = measured["relevance"].get(method.selection)  # of all relevance, by the layers above a cut-off
         return [
             {"task": task, "method": name, "rate": rate, "seed": seed, "steps": steps, "trained": replicas.trained}
             | {f"validation_{key}": value for key, value in figure.items()}
             | {"seconds": round(seconds, 3)}
+            | ({"relevance_kept": 1.0 if kept is None else float(kept[seed])} if measured["relevance"] else {})
             for (rate, seed), figure in zip(pairs, figures, strict=True)
         ]
 

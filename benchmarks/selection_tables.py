@@ -23,10 +23,17 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "selection.md"
 PHASES = ("explore", "encoder", "confirm", "decoder", "heads", "cover", "image")
-SIDE_BY_SIDE = ("proof", "proof_decoder", "small_data", "noise")  # docs/results.md is made from these: results_page.py
+SIDE_BY_SIDE = (
+    "proof",
+    "proof_decoder",
+    "small_data",
+    "noise",
+    "depth",
+)  # docs/results.md is made from these: results_page.py
 FIELDS = ("task", "method", "rate", "seed", "steps", "trained", "validation_metric", "validation_loss")
 TESTED = ("test_metric", "test_loss")
 FORGOTTEN = ("plain_loss",)
+KEPT = ("relevance_kept",)
 CLASSES = ("movie", "amazon", "nyt", "tweets", "bbc")
 SIMPLE, BEST, LARGER = (
     "weights 0.25%, 100 steps",
@@ -44,7 +51,7 @@ def keep(folder: Path, commits: dict[str, str], about: dict[str, str]) -> None:
         source = folder / f"{phase}.jsonl"
         if not source.exists():
             continue
-        names = [*FIELDS, *TESTED, *(FORGOTTEN if phase in SIDE_BY_SIDE else ())]
+        names = [*FIELDS, *(KEPT if phase == "depth" else ()), *TESTED, *(FORGOTTEN if phase in SIDE_BY_SIDE else ())]
         records = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
         before = (
             {round(r["plain_before"], 5) for r in records if "plain_before" in r} if phase in SIDE_BY_SIDE else set()

@@ -715,9 +715,15 @@ def choose(base: Base, score: Tensor, share: float, spread: str = "even") -> Ten
 
     ``spread``: "even" gives each matrix the same share, "global" none, "root" the geometric mean of both; "rows" and "columns"
     are even and take the best of each row (column) of a matrix before any second one, "both" those that come early in their row
-    and in their column. "… words": as many places, and the table of words is one matrix more.
+    and in their column. "… words": as many places, and the table of words is one matrix more. "above N": as many places, evenly over
+    the matrices of layer N and those above it.
     """
     maps = list(base.maps)
+    if spread.startswith("above "):
+        layer = {name: int(re.findall(r"layers?\.(\d+)\.", name)[0]) for name in maps}
+        lowest = min(int(spread.removeprefix("above ")), max(layer.values()))
+        spread, maps = "even", [name for name in maps if layer[name] >= lowest]
+        share *= sum(base.weights[n].numel() for n in base.maps) / sum(base.weights[n].numel() for n in maps)
     if spread.endswith(" words"):
         spread = spread.removesuffix(" words")
         maps.append(next(n for n in base.place if n.endswith("word_embeddings.weight")))

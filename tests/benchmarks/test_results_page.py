@@ -43,6 +43,12 @@ def records(tmp_path_factory):
     phases["small_data"] = made("small_data", ("movie, 200 examples", "bbc, 200 examples", "nyt, 200 examples"), few)
     phases["small_data"] += made("small_data", ("movie, 10000 examples",), few)
     phases["noise"] = made("noise", ("movie, 10% flipped", "movie, 30% flipped"), few)
+    deep = ["weights 0.12%", "weights 0.12%, top 3 of 6 layers"]
+    phases["depth"] = made("depth", ("movie", "bbc"), deep)
+    for r in phases["depth"]:
+        r["relevance_kept"] = 0.75 if "top" in r["method"] else 1.0
+        if "top" in r["method"] and "test_metric" in r:
+            r["test_metric"] -= 2
     for phase, lines in phases.items():
         (folder / f"{phase}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines), encoding="utf-8")
     patch = pytest.MonkeyPatch()
@@ -67,6 +73,11 @@ def test_methods_stand_in_order_with_their_differences_and_what_they_forget(reco
     assert named["**weights 0.12%**"][-3:] == ["+1.00 [+1.00, +1.00]", "-1.00 [-1.00, -1.00]", "+0.100"]
     assert named["full"][-1] == "+1.000"  # not 6 on news, which is made of the text
     assert "Not run on all tasks, and so not shown: NeuroAda 0.12%." in results_page.quality("proof")
+
+
+def test_a_cut_off_is_beside_the_relevance_it_keeps(records):
+    assert "| weights 0.12%, top 3 of 6 layers | 75% | 87.10 | -2.00 [-2.00, -2.00] |" in results_page.depth()
+    assert "Over the 2 pairs" in results_page.depth()
 
 
 def test_what_does_not_pay_is_named(records):
