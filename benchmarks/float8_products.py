@@ -6,6 +6,9 @@ On one GPU that multiplies float8, without a network, from the repository's root
 
 and on any machine: python benchmarks/float8_products.py --tiny --output_dir /tmp
 
+--blocks measures in the place of these how long the kernels take with other sizes of blocks, numbers of warps and stages (a minute on
+an H100; the device's time by torch.profiler), to set them by (src/reltune/ops/kernels/float8.py).
+
 Shapes are those of Llama-3.1-8B's projections, inputs 8192 normal tokens with some large features, as language models
 have them. A repeat is the mean of CALLS calls. Errors are relative to a product in float32 of the same bfloat16 numbers:
 ‖y − y₃₂‖ / ‖y₃₂‖.
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -24,6 +28,7 @@ from harness import Benchmark, Method, Timed, arguments, benchmark
 from reltune.layers.float8 import to_float8
 from reltune.ops import float8
 from reltune.ops.attach import gradient_of_columns
+from sampled_product import kernel_seconds
 
 SHAPES = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)}  # out, in
 TINY = {"small": (48, 64)}
@@ -106,6 +111,42 @@ def measure(bench: Benchmark, options: argparse.Namespace, name: str, out: int, 
     bench.save(options.output_dir, options.name)
 
 
+# (tokens, outputs, warps, stages)
+ADDED = [
+    (t, o, w, s) for t, o in ((64, 128), (128, 128), (64, 256), (128, 256), (32, 256)) for w in (4, 8) for s in (1, 2)
+]
+CHANGED = [(t, o, w, s) for t in (16, 32, 64, 128) for o in (64, 128, 256) for w in (4, 8) for s in (2, 3, 4, 5)]
+PER_WARP = [256, 512, 1024, 2048]
+
+
+def blocks(bench: Benchmark, options: argparse.Namespace, name: str, out: int, features: int, tokens: int) -> None:
+    """Microseconds of each kernel at each setting, the shortest first."""
+    from reltune.ops.kernels import float8 as kernels
+
+    x, g = inputs(tokens, features, options.device), inputs(tokens, out, options.device)
+    values = torch.randn(out, options.columns, device=options.device)
+    own = torch.randn(out, options.columns, device=options.device, dtype=torch.bfloat16)
+    idx = torch.arange(options.columns, device=options.device) * (features // options.columns)
+    selected, scale = x.index_select(1, idx), torch.ones(out, device=options.device)
+    tried: list[tuple[str, str, list[Any], Callable[[], Any]]] = [
+        ("adding the columns to y", "ADDED", ADDED, lambda: kernels.add_columns(g, selected, values, own)),
+        ("adding the columns to ∂x", "CHANGED", CHANGED, lambda: kernels.add_change(x, idx, g, values, own)),
+        ("rounding x", "PER_WARP", PER_WARP, lambda: kernels.quantise_rows(x, None, float8.LARGEST, float8.SMALLEST)),
+        ("rounding g", "PER_WARP", PER_WARP, lambda: kernels.quantise_rows(g, scale, float8.LARGEST, float8.SMALLEST)),
+    ]
+    for part, constant, settings, run in tried:
+        found: dict[str, float] = {}
+        for setting in settings:
+            with mock.patch.object(kernels, constant, setting):
+                try:
+                    found[str(setting)] = round(1e6 * kernel_seconds(run, options.calls), 1)
+                except Exception as error:  # more shared memory than there is
+                    found[f"{setting}: {type(error).__name__}"] = float("inf")
+        before = found[str(getattr(kernels, constant))]
+        best = dict(sorted(found.items(), key=lambda each: each[1]))
+        bench.value(f"{name}: {part}", {"now": before, **dict(list(best.items())[:8])})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="one small map: does the script run?")
@@ -113,12 +154,13 @@ def main() -> int:
     parser.add_argument("--columns", type=int, default=32)
     parser.add_argument("--calls", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--blocks", action="store_true")
     options = arguments(parser, "float8_products")
     if options.tiny:
         options.tokens, options.columns, options.calls = 40, 4, 2
     bench = benchmark(options)
     for name, (out, features) in (TINY if options.tiny else SHAPES).items():
-        measure(bench, options, name, out, features, options.tokens)
+        (blocks if options.blocks else measure)(bench, options, name, out, features, options.tokens)
     return bench.finish(options.output_dir, options.name)
 
 

@@ -14,6 +14,7 @@ import triton.language as tl  # type: ignore[import-not-found, import-untyped, u
 from torch import Tensor
 
 LONGEST = 32768  # features: a row stands in the registers of one program
+PER_WARP = 512  # numbers of a row
 TILE = 128  # numbers along either side
 
 
@@ -59,7 +60,7 @@ def quantise_rows(x: Tensor, factor: Tensor | None, largest: float, smallest: fl
             smallest,
             HAS_FACTOR=factor is not None,
             BLOCK=block,
-            num_warps=max(1, min(16, block // 512)),
+            num_warps=max(1, min(16, block // PER_WARP)),
         )
     return rounded, scales
 
@@ -75,8 +76,8 @@ def transposed(weight: Tensor) -> Tensor:
     return out
 
 
-ADDED = (128, 128)  # tokens and outputs in one step
-CHANGED = (64, 128)
+ADDED = (128, 128, 8, 1)  # tokens and outputs in one step, warps, stages of the pipeline
+CHANGED = (64, 128, 4, 3)
 MOST = 128  # columns: above, a general product has enough to do
 
 
@@ -146,7 +147,8 @@ def add_columns(y: Tensor, selected: Tensor, values: Tensor, own: Tensor) -> Non
     """y (T, out) += selected (T, c) (values − own)ᵀ, both (out, c); all contiguous, y and selected of one dtype."""
     tokens, out_features = y.shape
     columns = selected.shape[1]
-    grid = (triton.cdiv(out_features, ADDED[1]), triton.cdiv(tokens, ADDED[0]))
+    of_tokens, of_outputs, warps, stages = ADDED
+    grid = (triton.cdiv(out_features, of_outputs), triton.cdiv(tokens, of_tokens))
     with torch.cuda.device_of(y):
         add_kernel[grid](
             y,
@@ -156,10 +158,11 @@ def add_columns(y: Tensor, selected: Tensor, values: Tensor, own: Tensor) -> Non
             tokens,
             out_features,
             columns,
-            T=ADDED[0],
-            OUT=ADDED[1],
+            T=of_tokens,
+            OUT=of_outputs,
             C=_padded(columns),
-            num_warps=8,
+            num_warps=warps,
+            num_stages=stages,
         )
 
 
@@ -167,8 +170,9 @@ def add_change(dx: Tensor, idx: Tensor, g: Tensor, values: Tensor, own: Tensor) 
     """dx (T, in)[:, idx] += g (T, out) (values − own), both (out, c), idx (c,) int64; all contiguous, dx and g of one dtype."""
     tokens, out_features = g.shape
     columns = values.shape[1]
+    of_tokens, of_outputs, warps, stages = CHANGED
     with torch.cuda.device_of(g):
-        change_kernel[(triton.cdiv(tokens, CHANGED[0]),)](
+        change_kernel[(triton.cdiv(tokens, of_tokens),)](
             g,
             values,
             own,
@@ -178,11 +182,11 @@ def add_change(dx: Tensor, idx: Tensor, g: Tensor, values: Tensor, own: Tensor) 
             out_features,
             dx.shape[1],
             columns,
-            T=CHANGED[0],
-            OUT=CHANGED[1],
+            T=of_tokens,
+            OUT=of_outputs,
             C=_padded(columns),
-            num_warps=4,
-            num_stages=3,
+            num_warps=warps,
+            num_stages=stages,
         )
 
 
