@@ -409,7 +409,7 @@ def page() -> str:
 def off(phase: str, one: str, other: str, *tasks: str) -> str:
     """In the text: {off|proof|weights 0.12%|LoRA 4}."""
     figures = figures_of(read(phase))
-    return difference(figures[one], figures[other], tasks)
+    return difference(figures[one], figures[other], tasks) if {one, other} <= set(figures) else "(not run)"
 
 
 def drawing() -> str:

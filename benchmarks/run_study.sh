@@ -42,11 +42,12 @@ try)
     ;;
 encoder)  # the small phases beside the large one, so that no GPU waits
     study proof "$minutes" proof --seeds "$seeds" &
-    study small_data "$minutes" few --seeds "$seeds" --workers 1 --tasks "${few[@]}"
+    study small_data "$minutes" few --seeds "$seeds" --workers 1 --tasks "${few[@]}" \
+        --methods "weights 0.12%" "LoRA 4" full "random 0.12%" "biases, norms" "equal cost"
     study noise "$minutes" noise --seeds 3 --workers 1
     study depth "$minutes" depth --seeds 3 --workers 1
     study small_data "$minutes" many --seeds 3 --workers 1 --tasks "${many[@]}" \
-        --methods "weights 0.12%" "LoRA 4" full "random 0.12%" "biases, norms"
+        --methods "weights 0.12%" "LoRA 4" full "random 0.12%" "biases, norms" "weights 0.5%" "weights 2%"
     ;;
 decoder)  # two trainings of the whole model on one GPU take up to 100 GiB
     memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | sort -n | head -n 1)

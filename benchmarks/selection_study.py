@@ -492,7 +492,10 @@ SMALL_DATA = dataclasses.replace(
         *(f"{task}, 10000 examples" for task in ("movie", "movie_score", "capitals")),
     ),
     probes={"all": SIDE_BY_SIDE["all"]},
-    methods={name: PROOF.methods[name] for name in (*FEW, "LoRA 4, equal cost", "full, equal cost")},
+    methods={
+        name: PROOF.methods[name]
+        for name in (*FEW, "LoRA 4, equal cost", "full, equal cost", "weights 0.5%", "weights 2%")
+    },
     statistics=False,
 )
 NOISE = dataclasses.replace(
