@@ -155,9 +155,12 @@ def words(tmp_path_factory) -> list[object]:
     return [*words, "--criteria", "fisher,fisher_true,gradient,activation"]
 
 
-def test_reltune_analyze_under_torchrun(words, tmp_path, monkeypatch):
+@pytest.mark.parametrize("each", [None, 8])  # of the usual size, or half of what the one process takes
+def test_reltune_analyze_under_torchrun(each, words, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    done = torchrun("--no-python", sys.executable, "-c", COMMAND, "analyze", *words, "--output_dir", run)
+    size = "--per_device_train_batch_size"
+    two, one = ([*words, size, each], [*words, size, 2 * each]) if each else (words, words)
+    done = torchrun("--no-python", sys.executable, "-c", COMMAND, "analyze", *two, "--output_dir", run)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("By fisher, layer") == done.stdout.count("Next: reltune select") == 1
     assert done.stderr.count("analyze: 100%") == 1
@@ -173,7 +176,7 @@ def test_reltune_analyze_under_torchrun(words, tmp_path, monkeypatch):
 
     monkeypatch.setattr("reltune.runs.stages.train_new_heads", same_heads)
     alone = tmp_path / "alone"
-    answer = command("analyze", *words, "--output_dir", alone)
+    answer = command("analyze", *one, "--output_dir", alone)
     assert answer.code == 0, answer.err
     assert contents(run).keys() == contents(alone).keys()
     wanted = RelevanceScores.load(alone / "relevance")

@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from reltune.config.analysis import AnalysisConfig
 from reltune.config.run_config import RunConfig
 from reltune.config.selection import SelectionConfig
+from reltune.config.training_fields import DEFAULTS
 from reltune.cost.memory import give_back_what_is_freed
 from reltune.errors import AnalysisError, InputError, batch_of, first_line
 from reltune.files import check_destination, discard, disk_bytes, read_json, whole_directory, whole_file, write_json
@@ -260,8 +261,11 @@ def train_new_heads(materials: Materials, model: nn.Module, epochs: float) -> tr
         save_strategy="no",
         eval_strategy="no",
     )
-    # Of several processes, as many steps on the same texts as one takes; dropout alone differs.
-    args.per_device_train_batch_size = max(1, args.per_device_train_batch_size // args.world_size)
+    # N processes with B each take the batches of one with N·B, as in training; dropout alone differs. Of more than the usual
+    # size, many processes would take few steps, and the head would stay untrained.
+    usual = {**DEFAULTS, **materials.task.defaults}["per_device_train_batch_size"]
+    together = min(args.per_device_train_batch_size * args.world_size, usual)
+    args.per_device_train_batch_size = max(1, together // args.world_size)
     _, cost = training.train(
         model,
         args,
