@@ -148,6 +148,7 @@ def test_a_base_that_no_gradient_passes_is_named_before_anything_is_written(plac
             "granularity bias trains, biases, norms or whole matrices",
         ),
         (["--export", "merged", "--load_in_8bit"], "cannot be merged into a base in 4 or 8 bits"),
+        (["--load_in_8bit", "--fsdp"], "fsdp cannot spread a base held in 8 bits"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(words: list[object], said: str, place: Path) -> None:

@@ -105,6 +105,11 @@ class RunConfig(
         self._check_prefix()
         self._check_samples()
         self._check_export()
+        if self.load_in_8bit and self.training.get("fsdp"):
+            raise InputError(
+                "fsdp cannot spread a base held in 8 bits, whose product fails in bitsandbytes once its weights are spread; write "
+                "load_in_4bit, or leave fsdp out, and every process trains with a whole copy of the base."
+            )
 
     def _check_prefix(self) -> None:
         if self.cache_frozen_prefix != "on":
