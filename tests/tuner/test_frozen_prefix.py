@@ -250,6 +250,12 @@ def test_bfloat16_is_kept_to_the_bit(tmp_path: Path) -> None:
         assert prefix.part.dtype == torch.bfloat16 and prefix.read == 2 and torch.equal(*given)
 
 
+def test_a_model_without_a_head_is_looked_at_too() -> None:
+    model = top_trained(transformers.BertModel(transformers.BertConfig(**WIDE)))
+    part = FrozenPart(model, texts([3], 3))
+    assert (part.depth, part.of, part.body) == (2, 3, model)
+
+
 def test_what_cannot_be_computed_once() -> None:
     t5 = transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
@@ -276,6 +282,14 @@ def test_examples_are_told_apart_by_all_that_the_model_reads() -> None:
         other = {key: x.clone() for key, x in batch.items()}
         other[name][0, 1] = 1 - other[name][0, 1]
         assert identified(other).keys[0] != keys[0] and identified(other).keys[1] == keys[1]
+
+
+def test_what_is_no_row_of_tokens_is_looked_at_whole() -> None:
+    """Of an example that may have several labels, shorter than the text as it is, none is padding."""
+    batch = {**texts([3, 5], 5, left=True), "labels": torch.eye(2)}
+    other = {**batch, "labels": torch.tensor([[1.0, 1.0], [0.0, 1.0]])}
+    before, after = identified(batch).keys, identified(other).keys
+    assert before[0] != after[0] and before[1] == after[1]
 
 
 def test_a_collator_tells_what_its_batch_is() -> None:
