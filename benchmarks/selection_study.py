@@ -1115,6 +1115,16 @@ def main() -> None:
         if not options.methods
         or any(part == name or (part not in phase.methods and part in name) for part in options.methods)
     ]
+    earlier = kept_before(options)
+    trainings = [
+        ("train", t, m)
+        for m in methods
+        for t in tasks
+        if ((t, m) in earlier if options.chosen_rates else (t, m) not in earlier or on_edge(earlier[t, m]) is not None)
+    ]
+    if not trainings:
+        print("nothing is left to train")
+        return
     n_workers = max(1, torch.cuda.device_count()) * (options.workers or phase.workers)
     context = mp.get_context("spawn")
     answers = context.Queue()
@@ -1124,13 +1134,6 @@ def main() -> None:
     ]
     for process in processes:
         process.start()
-    earlier = kept_before(options)
-    trainings = [
-        ("train", t, m)
-        for m in methods
-        for t in tasks
-        if ((t, m) in earlier if options.chosen_rates else (t, m) not in earlier or on_edge(earlier[t, m]) is not None)
-    ]
     waiting = [("measure", task, "") for task in tasks if any(t == task for _, t, _ in trainings)] + trainings
     waiting = [("plain", "", ""), *waiting]
     measured: set[str] = set()
@@ -1175,8 +1178,9 @@ def main() -> None:
         inbox.put(None)
     from selection_tables import methods_table
 
-    kept = (Path(options.output_dir) / f"{options.phase}.jsonl").read_text(encoding="utf-8").splitlines()
-    print(methods_table([json.loads(line) for line in kept], ()))
+    log = Path(options.output_dir) / f"{options.phase}.jsonl"
+    kept = log.read_text(encoding="utf-8").splitlines() if log.exists() else []  # none ended in time
+    print(methods_table([json.loads(line) for line in kept], ()) if kept else "no training ended")
     print(f"{done} jobs in {time.monotonic() - began:.0f} s; {left_out} were left out")
     for process in processes:
         process.join(timeout=1)

@@ -1,10 +1,12 @@
 """The selection study's engine trains, chooses and measures what Transformers and PEFT do."""
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import selection_study
 import study_check
 import study_data
 from selection_study import PROOF, Worker, best_rate, halves, on_edge
@@ -55,3 +57,12 @@ def test_rates_lie_on_half_decades_also_where_records_rounded_them():
     assert halves(-9, -8, -4) == (3.16e-5, 1e-4, 1e-2)
     assert Worker._beyond(SimpleNamespace(phase=PROOF), 3e-5, [3e-5, 1e-4]) == 1e-5
     assert Worker._beyond(SimpleNamespace(phase=PROOF), 0.01, [1e-3, 0.01]) == 0.0316
+
+
+def test_a_phase_with_nothing_left_to_train_ends_at_once(tmp_path, monkeypatch, capsys):
+    of_image = {("digits", name): records((1e-3, 0, 80)) for name in selection_study.PHASES["image"].methods}
+    monkeypatch.setattr(selection_study, "kept_before", lambda options: of_image)
+    monkeypatch.setattr(selection_study, "on_edge", lambda tried: None)
+    monkeypatch.setattr(sys, "argv", ["selection_study", "--phase", "image", "--go_on", "--output_dir", str(tmp_path)])
+    selection_study.main()
+    assert capsys.readouterr().out == "nothing is left to train\n"
