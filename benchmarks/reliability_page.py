@@ -2,7 +2,8 @@
 
     python benchmarks/reliability_page.py
 
-The text is benchmarks/reliability_page.md. Its figures are from coverage.json, mutation.json, interruption.json and fuzz_loaders.json.
+The text is benchmarks/reliability_page.md. Its figures are from coverage.json, mutation.json, interruption.json, fuzz_loaders.json and
+on_gpus.json.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import on_gpus as gpus
 from mutation import said
 from speed_tables import record, table
 
@@ -187,6 +189,52 @@ def fuzz() -> str:
     return table(["reader", "inputs", "accepted", "unexpected", "slowest, s", "most memory, MiB"], rows)
 
 
+def on_gpus() -> str:
+    """Each case's figures, and then what did not pass, with its error, and what has no result."""
+    found = {row["case"]: (row, run["commit"][:7]) for run in record("on_gpus")["runs"] for row in run["cases"]}
+    rows, failed = [], []
+    for case in gpus.every():
+        if case.name not in found:
+            continue
+        row, commit = found[case.name]
+        figures = ["" if row.get(name) is None else f"{row[name]:.2g}" for name in ("loss", "tensors", "limit")]
+        alike = f"{row['alike']:.1%}" if "alike" in row else "not all" if "other units" in row.get("note", "") else ""
+        passed = ("refused" if case.refused else "yes") if row["passed"] else "**no**"
+        rows.append([case.name, *figures[:2], alike, figures[2], passed, commit])
+        if not row["passed"]:
+            error = row.get("error", "its numbers are too far from those of its reference")
+            failed.append(f"- {case.name}: {error if len(error) < 160 else f'{error[:160]} …'}")
+    lines = [table(["case", "loss", "tensors", "units", "limit", "passed", "commit"], rows)]
+    if failed:
+        lines += ["Did not pass:", "\n".join(failed)]
+    lines += [line for count in (1, *gpus.SEVERAL) if (line := _without_result(count, found))]
+    return "\n\n".join(lines)
+
+
+def _without_result(count: int, found: dict[str, Any]) -> str:
+    names = [case.name for case in gpus.every() if case.gpus == count]
+    left = [name for name in names if name not in found]
+    where = f"{count} GPU{'s' if count > 1 else ''}"
+    if not left:
+        return ""
+    return f"On {where} nothing was run." if left == names else f"Without a result on {where}: {'; '.join(left)}."
+
+
+def alike() -> str:
+    return f"{gpus.ALIKE:.0%}"
+
+
+def cards() -> str:
+    runs = record("on_gpus")["runs"]
+    return " and ".join(dict.fromkeys(run["hardware"]["gpu"] for run in runs))
+
+
+def gpu_versions() -> str:
+    runs = [run["versions"] for run in record("on_gpus")["runs"]]
+    names = dict.fromkeys(name for run in runs for name in run)
+    return ", ".join(f"{name} {' and '.join(dict.fromkeys(str(run[name]) for run in runs))}" for name in names)
+
+
 def page() -> str:
     made = (
         coverage,
@@ -204,6 +252,10 @@ def page() -> str:
         survivors,
         interruption,
         fuzz,
+        on_gpus,
+        alike,
+        cards,
+        gpu_versions,
     )
     functions = {function.__name__: function for function in made}
     text = (HERE / "reliability_page.md").read_text(encoding="utf-8")
