@@ -90,6 +90,11 @@ class RunConfig(
         """Whether the analysis scores single weights: when told to, and when they are to be chosen."""
         return self.elements or "element" in (self.granularity or ())
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether training spreads the model over processes. Of a flag without a value the first check sees an empty word."""
+        return str(self.training.get("fsdp")).lower() not in ("none", "false")
+
     def check(self) -> None:
         """Raise InputError for values that no later stage could use. Of files it reads the run's own scores at most."""
         super().check()
@@ -105,7 +110,7 @@ class RunConfig(
         self._check_prefix()
         self._check_samples()
         self._check_export()
-        if self.load_in_8bit and self.training.get("fsdp"):
+        if self.load_in_8bit and self.is_spread:
             raise InputError(
                 "fsdp cannot spread a base held in 8 bits, whose product fails in bitsandbytes once its weights are spread; write "
                 "load_in_4bit, or leave fsdp out, and every process trains with a whole copy of the base."
@@ -131,7 +136,7 @@ class RunConfig(
             raise InputError(
                 "sample_prompts are answered at each evaluation while it trains, and eval_strategy is no; write epoch or steps."
             )
-        if self.training.get("fsdp"):
+        if self.is_spread:
             raise InputError(
                 "sample_prompts want a whole model in each process, and fsdp spreads it over them; leave one of the two out."
             )
