@@ -300,7 +300,7 @@ def test_run_under_a_launcher(launcher: str, place: Path, tmp_path: Path) -> Non
         )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test_accuracy") == done.stdout.count("Report: ") == 1
-    for bar in ("train the head", "analyze", "tune", "evaluate"):
+    for bar in ("train the head", "analyze", "tune", "evaluate test"):
         assert f"{bar}: 100%" in done.stderr
     assert {"config.yaml", "relevance", "plan", "adapter", "all_results.json", "report.html"} <= {
         p.name for p in (tmp_path / "run").iterdir()
