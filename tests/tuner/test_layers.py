@@ -486,6 +486,15 @@ def test_a_layer_by_its_defaults_trains_from_the_bases_values() -> None:
     assert torch.equal(layer.reltune_columns["other"], base.head.weight[[5, 1]])  # Conv1D's is stored (in, out)
 
 
+def test_a_layer_that_is_to_change_something_at_once_starts_near_the_base() -> None:
+    base = _made("words")
+    layer = get_peft_model(base, _config(base, _selection(base, "columns"))).get_submodule("base_model.model.head")
+    torch.manual_seed(0)
+    layer.update_layer("near", ModulePlan((3, 8), columns=[*range(8)]), init_weights=False)
+    away = layer.reltune_columns["near"] - _made("words").head.weight
+    assert 0.05 < away.std() < 0.2 and away.count_nonzero() == 24
+
+
 def test_a_copy_knows_whether_its_tensors_were_written_to() -> None:
     tensor = torch.zeros(2)
     seen = Seen([tensor])

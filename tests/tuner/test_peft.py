@@ -1321,8 +1321,6 @@ def test_init_weights_false_is_no_identity() -> None:
         with torch.no_grad():
             assert torch.equal(same(X), base(X))
             assert not torch.allclose(moved(X), base(X), atol=1e-3)
-        starts = [torch.cat([p.flatten() for p in m.parameters() if p.requires_grad]) for m in (same, moved)]
-        assert 0.05 < (starts[1] - starts[0]).std() < 0.2  # near the base, where it computes what it computed
 
 
 @pytest.mark.parametrize(
