@@ -51,8 +51,11 @@ test-browser: chromium .venv-browser/.installed
 	.venv-browser/bin/python -m pytest -m browser tests/studio tests/report_browser
 
 # Chromium is what CHROMIUM names, else what the system has under one of these names, else Debian's package, which root alone can install.
+# Ubuntu's package is one for snap, which containers do not have.
 BROWSERS = chromium chromium-browser google-chrome google-chrome-stable
-MEND = install it (on Debian, as root: apt-get install chromium), or name the program of Chromium or Chrome: make test-browser CHROMIUM=/path/to/chrome
+MEND = install it (on Debian, as root: apt-get install chromium; on Ubuntu: Google Chrome's .deb), or name the program of Chromium or Chrome: \
+	make test-browser CHROMIUM=/path/to/chrome
+APT_GET = apt-get -o Acquire::Retries=2 -o Acquire::http::Timeout=30 -o DPkg::Lock::Timeout=120
 
 chromium:
 	@for name in $${CHROMIUM:-$(BROWSERS)}; do if command -v "$$name" >/dev/null; then exit 0; fi; done; \
@@ -61,7 +64,7 @@ chromium:
 	elif [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
 		echo "The tests of the studio's page and of the report need Chromium, which is not here: $(MEND)." >&2; exit 1; \
 	fi; \
-	apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; \
+	$(APT_GET) update; DEBIAN_FRONTEND=noninteractive $(APT_GET) install -y --no-install-recommends chromium; \
 	command -v chromium >/dev/null || { echo "Chromium could not be installed with apt-get: $(MEND)." >&2; exit 1; }
 
 nightly: lint .venv-notebooks/.installed

@@ -104,6 +104,8 @@ def test_a_plan_in_words(by_hand):
             f"the backward pass ends at {INTERMEDIATE}: nothing below it is differentiated or kept",
         ]
     )
+    by_hand.head_parameters = 0
+    assert not any("new heads" in line for line in by_hand.describe())
     by_hand.granularity = ["direction"]
     assert by_hand.describe()[0].endswith(", the same number of every module")
     by_hand.spread = "global"

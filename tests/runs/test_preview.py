@@ -106,6 +106,7 @@ def test_numbers(place: Path) -> None:
     assert min(of[0] for of in every) == least and max(of[2] for of in every) == most
     weighted = sum(of[1] * found["rows"][split] for split, of in found["numbers"].items())
     assert weighted / 40 == pytest.approx(mean) and found["wanted"].startswith("number ")
+    assert found["columns"] == {"text": "text", "label": "label"} and found["learned"] == ["label"]
 
 
 def test_tags(place: Path) -> None:
@@ -142,6 +143,7 @@ def test_prompts(place: Path) -> None:
     rows = [{"prompt": f"very {text(n)}", "completion": " great book"} for n in range(40)]
     found = seen(place, rows, model=save_tiny_llama)
     assert learned(found) == ["great", "book", "<|endoftext|>"]
+    assert found["columns"] == {"prompt": "prompt", "completion": "completion"} and found["learned"] == ["completion"]
     assert learned(seen(place, rows, "--no_completion_only_loss", model=save_tiny_llama)) == texts(found)[1:]
 
 

@@ -253,7 +253,5 @@ def size(model: nn.Module) -> int:
 
 def in_numbers(trained: int, base: int, heads: int) -> Sequence[str]:
     """How much is trained, in the words of a plan."""
-    return (
-        f"{trained:,} trainable parameters of {base:,} ({trained / base:.2%})",
-        f"{heads:,} parameters of new heads are always trained and counted apart",
-    )
+    said = [f"{trained:,} trainable parameters of {base:,} ({trained / base:.2%})"]
+    return [*said, f"{heads:,} parameters of new heads are always trained and counted apart"] if heads else said

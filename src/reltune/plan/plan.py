@@ -302,12 +302,13 @@ class Plan:
         chosen = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
         first = next(iter(self.modules))
         fixed = [f"{self.fixed:,} numbers of the directions are fixed: part of the adapter's file and not trained"]
+        heads = [f"{self.head_parameters:,} parameters of new heads are always trained and counted apart"]
         return [
             f"{chosen} in {len(self.modules)} modules, by {self.criterion or 'hand'}" + self._spread_in_words(),
             f"{self.parameters:,} trainable parameters of {self.base_parameters:,} "
             f"({self.parameters / self.base_parameters:.2%}), budget {self.budget} = {self.budget_parameters:,}",
             *(fixed if self.fixed else []),
-            f"{self.head_parameters:,} parameters of new heads are always trained and counted apart",
+            *(heads if self.head_parameters else []),
             f"adapter on disk about {self.adapter_bytes():,} bytes, AdamW states {8 * self.trained_numbers():,} bytes",
             f"the backward pass ends at {first}: nothing below it is differentiated or kept",
         ]

@@ -8,6 +8,7 @@ ties go to the earlier module and the lower index.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
@@ -61,14 +62,17 @@ class Counts:
     def at(self, count: int, without: Collection[str] = ()) -> dict[str, int]:
         """Of each tensor but those ``without``; tensors of which nothing is taken are left out."""
         names = [name for name in self.names if name not in without]
-        from_top = self._from_top[[name not in without for name in self.names]]
-        total = from_top.sum(axis=0)
-        if not names or total[-1] <= count:
-            taken = from_top[:, -1]
-        else:
-            place = int(np.searchsorted(total, count))
-            taken = from_top[:, place - 1] if place else np.zeros(len(names), dtype=np.int64)
-            inside, left = from_top[:, place] - taken, count - int(taken.sum())
+        kept = [place for place, name in enumerate(self.names) if name not in without]
+
+        def down_to(step: int) -> np.ndarray:
+            return self._from_top[kept, step] if step >= 0 else np.zeros(len(kept), dtype=np.int64)
+
+        last = self._from_top.shape[1] - 1
+        taken = down_to(last)
+        if taken.sum() > count:
+            step = bisect_left(range(last), count, key=lambda step: int(down_to(step).sum()))
+            taken = down_to(step - 1)
+            inside, left = down_to(step) - taken, count - int(taken.sum())
             shares = left * inside
             parts, rests = np.divmod(shares, inside.sum())
             parts[np.argsort(-rests, kind="stable")[: left - int(parts.sum())]] += 1

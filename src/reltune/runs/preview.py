@@ -147,7 +147,7 @@ def preview_rows(task: Task, splits: Splits, config: RunConfig) -> Preview:
     }
     roles = {column: role for role, column in task.columns.items()}
     named = getattr(task, "labels", ())
-    if set(named) <= set(splits.train.columns):  # each label has a column of 0 and 1
+    if named and set(named) <= set(splits.train.columns):  # each label has a column of 0 and 1
         roles = {column: role for column, role in roles.items() if role not in task.told} | dict.fromkeys(
             named, "label"
         )

@@ -342,7 +342,6 @@ class Page:
             static_columns=[1, 2, 3, 4, 5],
             column_count=6,
             row_count=0,
-            row_limits=(0, None),
             interactive=True,
             type="array",
             label=words("module_table"),
@@ -443,6 +442,8 @@ class Page:
 
         for event in (blocks.load, tab.select):
             event(shows_problems(listed), run, [run, saved], show_progress="hidden")
+        # What is touched while an answer is on its way is asked for after it; the queue would only make it later.
+        at_once: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "queue": False}
         run.change(
             self._yields(opened),
             run,
@@ -450,33 +451,16 @@ class Page:
             show_progress="hidden",
         )
         slider.input(
-            shows_problems(slid),
-            [run, slider, modules, replace, *rule_of],
-            [budget, *results],
-            show_progress="hidden",
-            trigger_mode="always_last",
-            queue=False,
+            shows_problems(slid), [run, slider, modules, replace, *rule_of], [budget, *results], **at_once
         )
-        for event in (budget.submit, budget.blur):
-            event(
-                shows_problems(typed),
-                [run, budget, modules, replace, *rule_of],
-                [slider, *results],
-                show_progress="hidden",
-            )
+        for event in (budget.submit, budget.blur, modules.input, replace.input):
+            event(shows_problems(typed), [run, budget, modules, replace, *rule_of], [slider, *results], **at_once)
         for part in rule_of:
             part.input(
                 shows_problems(ruled),
                 [run, budget, modules, replace, *rule_of],
                 [granularity, spread, *results],
-                show_progress="hidden",
-            )
-        for part in (modules, replace):
-            part.input(
-                shows_problems(typed),
-                [run, budget, modules, replace, *rule_of],
-                [slider, *results],
-                show_progress="hidden",
+                **at_once,
             )
         save.click(
             self._yields(saving),
