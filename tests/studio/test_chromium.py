@@ -77,7 +77,11 @@ def test_where_it_cannot_be_had_the_mend_is_named(tmp_path: Path, user: str, apt
 def test_ci_ends_with_a_word_where_there_is_no_browser(tmp_path: Path, fails: str, said: str) -> None:
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
-    program(tmp_path, "make", f'echo "$@" >> {tmp_path}/called; for what in "$@"; do [ "$what" = "{fails}" ] && exit 2; done; exit 0')
+    program(
+        tmp_path,
+        "make",
+        f'echo "$@" >> {tmp_path}/called; for what in "$@"; do [ "$what" = "{fails}" ] && exit 2; done; exit 0',
+    )
     answer = subprocess.run(
         [tmp_path / ".ci" / "run"],
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},

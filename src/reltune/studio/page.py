@@ -33,12 +33,17 @@ ROLES = 3  # texts that a task may ask for
 
 STYLE = """
 .gradio-container main { max-width: 1360px !important; width: 100%; margin: 0 auto !important; }
-.reltune .scroll { overflow-x: auto; }
+.reltune .scroll { /* a shade at the right edge while there is more to see */
+  overflow-x: auto;
+  background:
+    linear-gradient(to left, var(--body-background-fill) 12px, transparent) 100% 0 / 24px 100% no-repeat local,
+    linear-gradient(to left, var(--border-color-primary), transparent) 100% 0 / 12px 100% no-repeat scroll;
+}
 .reltune table { border-collapse: collapse; font-size: 14px; min-width: 40%; }
-.reltune th, .reltune td { text-align: left; padding: 4px 10px; vertical-align: top; border-bottom: 1px solid var(--border-color-primary); }
+.reltune table th, .reltune table td { text-align: left; padding: 4px 10px; min-width: 4.4em; vertical-align: top; border-bottom: 1px solid var(--border-color-primary); }
 .reltune td { max-width: 34em; overflow-wrap: break-word; }
 .reltune td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.reltune th { font-weight: 600; white-space: pre-line; }
+.reltune th { font-weight: 600; white-space: pre-line; word-break: keep-all; }
 .reltune th.n { text-align: right; }
 .reltune h2 { font-size: 20px; font-weight: 600; margin: 8px 0; overflow-wrap: anywhere; }
 .reltune h3 { font-size: 15px; font-weight: 600; margin: 16px 0 6px; }
@@ -55,6 +60,7 @@ STYLE = """
 .reltune .remark { font-size: 13px; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
 .reltune .problem { border-left: 4px solid #D55E00; padding: 6px 10px; background: rgba(213,94,0,.1); overflow-wrap: anywhere; }
 .reltune pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--background-fill-secondary); padding: 8px 10px; border-radius: 6px; font-family: ui-monospace, monospace; font-size: 13px; }
+.reltune pre span { display: inline-block; max-width: 100%; }
 .reltune pre.output { min-height: 3em; }
 .reltune .bar { display: grid; grid-template-columns: minmax(60px, 30%) 1fr 4em; gap: 8px; align-items: center; margin: 4px 0; }
 .reltune .bar span { overflow-wrap: anywhere; }
@@ -69,7 +75,16 @@ STYLE = """
 .reltune header a { margin-left: auto; }
 .scrolling { overflow-x: auto !important; }
 .scrolling .js-plotly-plot { min-width: 460px; }
-@media (max-width: 640px) { .gradio-container main { padding: 8px !important; } }
+.dark .js-plotly-plot text[style*="fill: rgb(42, 63, 95)"] { fill: var(--body-text-color) !important; } /* Plotly's own, which is dark */
+@media (max-width: 640px) {
+  .gradio-container .main { padding: 8px 4px !important; }
+  .gradio-container main { padding: 8px !important; }
+  .reltune .html-container, .reltune.block > .html-container { padding: 8px 4px !important; }
+  .reltune table th, .reltune table td { padding: 4px 6px; }
+}
+#upload .wrap { font-size: 0; }
+#upload .wrap .or { display: none; }
+#modules .cell-menu-button, #modules .selection-button { display: none; } /* rows and columns are not the user's to add */
 #slider .tab-like-container, #slider input[type=number], #slider .min_value, #slider .max_value { display: none; }
 """
 
@@ -92,6 +107,8 @@ def head(language: str) -> str:
         "padding: 10px 14px 4px; }"
         for name, key in HEADINGS.items()
     ]
+    # Gradio's words for this are in the browser's language, which may be another.
+    rules.append(f'#upload .wrap::after {{ content: "{words("drop_file")}"; font-size: 14px; }}')
     return f"<style>{STYLE}{' '.join(rules)}</style>"
 
 
@@ -346,7 +363,7 @@ class Page:
             type="array",
             label=words("module_table"),
             max_height=480,
-            column_widths=["70px", "220px", "220px", "110px", "110px", "120px"],
+            column_widths=["90px", "200px", "220px", "110px", "110px", "120px"],
             elem_id="modules",
         )
         line = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="budget_command")
@@ -450,11 +467,18 @@ class Page:
             [criterion, granularity, spread, slider, budget, *results],
             show_progress="hidden",
         )
-        slider.input(
-            shows_problems(slid), [run, slider, modules, replace, *rule_of], [budget, *results], **at_once
-        )
-        for event in (budget.submit, budget.blur, modules.input, replace.input):
-            event(shows_problems(typed), [run, budget, modules, replace, *rule_of], [slider, *results], **at_once)
+        slider.input(shows_problems(slid), [run, slider, modules, replace, *rule_of], [budget, *results], **at_once)
+        # An answer brings the boxes as they were when it was asked for, so that each click of one asks at once.
+        for event, mode in (
+            *((event, {}) for event in (budget.submit, budget.blur, replace.input)),
+            (modules.input, {"trigger_mode": "multiple"}),
+        ):
+            event(
+                shows_problems(typed),
+                [run, budget, modules, replace, *rule_of],
+                [slider, *results],
+                **{**at_once, **mode},
+            )
         for part in rule_of:
             part.input(
                 shows_problems(ruled),
@@ -504,7 +528,7 @@ class Page:
         shown = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="preview")
         with gr.Row():
             command = gr.Radio(list(command_lines.STARTS), value="run", label=words("what_to_start"), min_width=240)
-            method = gr.Dropdown(list(METHODS), value="weights", label=words("method"), min_width=140)
+            method = gr.Dropdown(list(METHODS), value="weights", label=words("way"), min_width=140)
             kind = gr.Dropdown(
                 [(words("by_recipe"), ""), *((one, one) for one in GRANULARITIES)],
                 value="",
@@ -527,8 +551,9 @@ class Page:
                 min_width=140,
                 elem_id="chat_template",
             )
-            cpu = gr.Checkbox(label=words("cpu"), min_width=140, elem_id="cpu")
-            skip = gr.Checkbox(label=words("skip_bad"), min_width=140, elem_id="skip_bad")
+        with gr.Row():
+            cpu = gr.Checkbox(label=words("cpu"), min_width=150, elem_id="cpu")
+            skip = gr.Checkbox(label=words("skip_bad"), min_width=150, elem_id="skip_bad")
         line = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="new_command")
         with gr.Row():
             predict = gr.Button(words("predict_cost"), elem_id="predict_cost")
@@ -594,6 +619,7 @@ class Page:
             part.change(looked_at, looks, shown, show_progress="minimal", trigger_mode="always_last")
         for part in form:
             part.change(as_line, form, line, show_progress="hidden")
+            part.change(lambda: "", None, predicted, show_progress="hidden", queue=False)  # it was of another form
         predict.click(shows_problems(cost), form, predicted)
         start.click(shows_problems(started), form, predicted, show_progress="minimal")
 
@@ -819,7 +845,8 @@ class Page:
         load.click(self._yields(loading), run, [status, asking, talking, *texts, *bots])
         ask.click(shows_problems(asked), texts, answers)
         message.submit(self._yields(talked), message, [message, *bots], show_progress="hidden")
-        reset.click(begun, None, bots)
+        for event in (reset.click, *(bot.clear for bot in bots)):
+            event(begun, None, bots)
 
 
 def _choices(names: list[str], chosen: str | list[str] | None) -> Any:

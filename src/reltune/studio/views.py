@@ -60,9 +60,9 @@ def remark(sentence: str) -> str:
 
 
 def command(line: str, words: Words) -> str:
-    return (
-        f"<div class='command'><div class='name'>{escape(words('same_command'))}</div><pre>{escape(line)}</pre></div>"
-    )
+    """A command line, which breaks between its words and not behind their hyphens."""
+    shown = " ".join(f"<span>{escape(word)}</span>" for word in line.split(" "))
+    return f"<div class='command'><div class='name'>{escape(words('same_command'))}</div><pre>{shown}</pre></div>"
 
 
 def listed(items: Sequence[str], title: str) -> str:
@@ -144,7 +144,7 @@ def side_by_side(records: Mapping[str, RunRecord], words: Words) -> str:
         several.differences(runs),
     )
     tables = table(reached, results, words("metrics"))
-    tables += table(took, costs)
+    tables += table(took, costs, words("took"))
     return (
         tables
         + (table(settings, differences, words("differs")) if differences else "")
@@ -183,15 +183,17 @@ def ways(record: ComparisonRecord | None) -> Any:
 
 
 def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """The figures of one or several runs' training, "loss" and "scores"; of several, each curve bears its run's name."""
+    """The figures of one or several runs' training, "loss" and "scores"; of several, each curve bears its run's name and colour."""
     drawn: dict[str, dict[str, Any]] = {}
-    dashes = ("solid", "dash", "dot", "dashdot", "longdash")
+    dashes = ("solid", "dash", "dot")
     for place, (name, history) in enumerate(histories.items()):
         for kind, figure in figures.curve_figures(history).items():
             if len(histories) > 1:
-                for trace in figure["data"]:
+                color = figures.RUNS[place % len(figures.RUNS)]
+                for dash, trace in zip(dashes, figure["data"], strict=False):
                     trace["name"] = f"{escape(name, quote=False)}: {trace['name']}"
-                    trace["line"] = {**trace["line"], "dash": dashes[place % len(dashes)]}
+                    trace["line"] = {**trace["line"], "color": color, "dash": dash}
+                    trace["marker"] = {**trace["marker"], "color": color}
                     trace["hovertemplate"] = escape(name, quote=False) + " " + trace["hovertemplate"]
             if kind in drawn:
                 drawn[kind]["data"] += figure["data"]

@@ -58,7 +58,8 @@ WORDS: dict[str, tuple[str, str]] = {  # in the order of LANGUAGES
     "outputs": ("What the models wrote", "模型写出的文本"),
     "notes": ("Notes", "备注"),
     "config": ("Configuration", "配置"),
-    "differs": ("what differs", "不同之处"),
+    "took": ("What it took", "开销"),
+    "differs": ("What differs", "不同之处"),
     # budget
     "choose_run": ("Run", "运行"),
     "no_analyzed": ("No run was analyzed yet.", "还没有分析过的运行。"),
@@ -89,8 +90,9 @@ WORDS: dict[str, tuple[str, str]] = {  # in the order of LANGUAGES
     "same_command": ("The same in a terminal", "终端中的等价命令"),
     # new
     "data_file": ("Data file in the directory of runs", "运行目录中的数据文件"),
-    "upload": ("Or drop one here: it is copied to data/", "或拖放到此处：将复制到 data/"),
-    "rows": ("rows", "行"),
+    "upload": ("Or another one: it is copied to data/", "或其他文件：将复制到 data/"),
+    "drop_file": ("Drop a file here, or click to choose one", "将文件拖放到此处，或点击选择"),
+    "rows": ("Rows", "行"),
     "columns": ("Columns", "列"),
     "column": ("column", "列"),
     "role": ("what it is to the task", "对任务的作用"),
@@ -101,7 +103,7 @@ WORDS: dict[str, tuple[str, str]] = {  # in the order of LANGUAGES
     "split_validation": ("validation", "验证"),
     "split_test": ("test", "测试"),
     "as_seen": ("A training example as the model sees it", "模型看到的一个训练样本"),
-    "wanted": ("to be learned", "学习目标"),
+    "wanted": ("To be learned:", "学习目标"),
     "first_rows": ("First rows", "前几行"),
     "line": ("line", "行号"),
     "splits": (
@@ -114,6 +116,7 @@ WORDS: dict[str, tuple[str, str]] = {  # in the order of LANGUAGES
         "Model: a directory that is known here, or an id on the Hub",
         "模型：此处已知的目录，或 Hub 上的编号",
     ),
+    "way": ("Method", "方法"),
     "run_name": ("Name of the new run", "新运行的名称"),
     "budget": ("Budget", "预算"),
     "by_recipe": ("as recommended", "推荐值"),
