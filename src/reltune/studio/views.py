@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -22,14 +23,14 @@ from reltune.studio.places import DAMAGE, Found, history_of
 from reltune.studio.words import Words
 
 CLASSES, TOKENS = 40, 160  # that are shown
-NUMERIC = "−+-0123456789.—"  # how numbers begin, and what stands for none
+NUMERIC = re.compile(r"[−+—.-]|\d+(?!\d*-\d)")  # how numbers begin, other than dates, and what stands for none
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> str:
     """A column of numbers stands to the right, with its head."""
     lines = [[str(cell) for cell in row] for row in rows]
     marks = [
-        " class=n" if any(column) and all(cell[0] in NUMERIC for cell in column if cell) else ""
+        " class=n" if any(column) and all(NUMERIC.match(cell) for cell in column if cell) else ""
         for column in (zip(*lines, strict=True) if lines else [()] * len(heads))
     ]
     head = "".join(f"<th scope='col'{mark}>{escape(str(name))}</th>" for name, mark in zip(heads, marks, strict=True))
