@@ -225,6 +225,7 @@ def test_the_slider_tells_what_falls_in_and_the_plan_is_saved(page: Any, studio:
     assert f"--budget={budget}" in command and re.findall(r"--exclude_modules=(\S+)", command) == excluded
     page.locator("#save_plan").click()
     assert "--overwrite_output_dir" in waited(page, "saved", "already holds")
+    waited(page, "saved", ": failed")
     page.locator("#replace_plan input").check()
     waited(page, "budget_command", "--overwrite_output_dir")
     page.locator("#save_plan").click()

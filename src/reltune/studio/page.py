@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -268,7 +269,7 @@ class Page:
 
         everything = [details, shades, criterion, heat, layers, ways, loss, scores]
         for event in (blocks.load, tab.select, refresh.click):
-            event(shows_problems(listed), chosen, [table, chosen], show_progress="hidden")
+            event(shows_problems(listed), chosen, [table, chosen], show_progress="hidden", queue=False)
         chosen.change(shows_problems(shown), chosen, everything, show_progress="minimal")
         for part in (criterion, scale):
             part.input(shows_problems(maps), [chosen, criterion, scale], [heat, layers], show_progress="hidden")
@@ -371,6 +372,7 @@ class Page:
             replace = gr.Checkbox(label=words("replace_plan"), elem_id="replace_plan", min_width=240)
             save = gr.Button(words("save_plan"), variant="primary", elem_id="save_plan")
         saved = gr.HTML(elem_classes="reltune", apply_default_css=False, elem_id="saved")
+        job, timer = gr.State(""), gr.Timer(SECONDS, active=False)  # the last select, and what looks at it
         results = [summary, layers, modules, line]
         rule_of = [criterion, granularity, spread]
 
@@ -448,17 +450,25 @@ class Page:
                 *told(view, text, wanted, without(rows), overwrite)[1],
             ]
 
-        def saving(name: str, text: str, rows: Any, overwrite: bool, *rule: Any) -> Iterator[str]:
+        def saving(before: str, name: str, text: str, rows: Any, overwrite: bool, *rule: Any) -> Any:
             view = self.view(name)
             left_out = without(rows)
             fields = select_fields(view, text, given(*rule), left_out)
             words_of = command_lines.further("select", view.run.path, fields, overwrite)
             if view.excluded and not left_out:
                 words_of.append("--every_module")
-            yield from self._watched(self.jobs.start(words_of, name), words)
+            while before and self.jobs.get(before).state == "running":  # one at a time
+                time.sleep(0.2)
+            return self.jobs.start(words_of, name), gr.Timer(active=True)
+
+        def looked(job: str) -> Any:
+            """The job's output, until it has ended."""
+            state = self.jobs.get(job).state
+            said = views.remark(f"{job}: {words(f'state_{state}')}") + views.output(self.jobs.output(job))
+            return said, gr.Timer(active=state == "running")
 
         for event in (blocks.load, tab.select):
-            event(shows_problems(listed), run, [run, saved], show_progress="hidden")
+            event(shows_problems(listed), run, [run, saved], show_progress="hidden", queue=False)
         # What is touched while an answer is on its way is asked for after it; the queue would only make it later.
         at_once: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "queue": False}
         run.change(
@@ -487,22 +497,13 @@ class Page:
                 **at_once,
             )
         save.click(
-            self._yields(saving),
-            [run, budget, modules, replace, *rule_of],
-            saved,
+            shows_problems(saving),
+            [job, run, budget, modules, replace, *rule_of],
+            [job, timer],
             show_progress="hidden",
-            trigger_mode="always_last",  # a click while another select still ends is not lost
+            trigger_mode="always_last",
         )
-
-    def _watched(self, job: str, words: Words) -> Iterator[str]:
-        """A job's output until it ends."""
-        waiter = threading.Event()
-        while True:
-            state = self.jobs.get(job)
-            yield views.remark(f"{job}: {words(f'state_{state.state}')}") + views.output(self.jobs.output(job))
-            if state.state != "running":
-                return
-            waiter.wait(1)
+        timer.tick(shows_problems(looked), job, [saved, timer], show_progress="hidden", queue=False)
 
     def _yields(self, handler: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         @functools.wraps(handler)
@@ -612,13 +613,13 @@ class Page:
             return views.remark(words("started", job=job))
 
         for event in (blocks.load, tab.select):
-            event(shows_problems(listed), [file, model], [file, model], show_progress="hidden")
+            event(shows_problems(listed), [file, model], [file, model], show_progress="hidden", queue=False)
         upload.upload(shows_problems(kept), upload, [file, upload])
         looks = [file, model, task, length, template, skip]
         for part in looks:
             part.change(looked_at, looks, shown, show_progress="minimal", trigger_mode="always_last")
         for part in form:
-            part.change(as_line, form, line, show_progress="hidden")
+            part.change(as_line, form, line, show_progress="hidden", queue=False)
             part.change(lambda: "", None, predicted, show_progress="hidden", queue=False)  # it was of another form
         predict.click(shows_problems(cost), form, predicted)
         start.click(shows_problems(started), form, predicted, show_progress="minimal")
@@ -747,18 +748,19 @@ class Page:
             gr.Info(words("stopping"))
 
         for event in (blocks.load, tab.select):
-            event(shows_problems(listed), run, run, show_progress="hidden")
+            event(shows_problems(listed), run, run, show_progress="hidden", queue=False)
         watched: dict[str, Any] = {
             "fn": looked,
             "inputs": [job, picked, seen],
             "outputs": [table, job, output, loss, scores, seen],
             "show_progress": "hidden",
+            "queue": False,
         }
         for event in (blocks.load, timer.tick):
             event(**watched)
         job.input(picking, job, picked, show_progress="hidden").then(**watched)
         for part in form:
-            part.change(as_line, form, line, show_progress="hidden")
+            part.change(as_line, form, line, show_progress="hidden", queue=False)
         start.click(shows_problems(started), form, None, show_progress="minimal").then(**watched)
         stop.click(shows_problems(stopped), job, None)
 
@@ -841,7 +843,7 @@ class Page:
             return [], []
 
         for event in (blocks.load, tab.select):
-            event(shows_problems(listed), run, [run, status], show_progress="hidden")
+            event(shows_problems(listed), run, [run, status], show_progress="hidden", queue=False)
         load.click(self._yields(loading), run, [status, asking, talking, *texts, *bots])
         ask.click(shows_problems(asked), texts, answers)
         message.submit(self._yields(talked), message, [message, *bots], show_progress="hidden")
