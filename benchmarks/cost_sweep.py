@@ -104,11 +104,12 @@ def step(model: Any, batch: Mapping[str, Tensor], optimizer: Any, autocast: bool
     optimizer.zero_grad()
 
 
-def measure_on_gpu(case: Case) -> dict[str, Any]:
+def measure_on_gpu(case: Case, workspace: int) -> dict[str, Any]:
+    """``workspace``: bytes of products, which are there before and belong to the case as to any."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated() - workspace
     model, batch = make(case, "cuda")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
@@ -250,6 +251,7 @@ def measure(options: argparse.Namespace) -> int:
         imported()
     if "time" in kinds and (gpu or not options.keep_calibration):
         sweep["calibration"] = calibrate("cuda") if gpu else forked(_on_threads, options.threads, calibrate, "cpu")
+        write(path, record)
     ends = time.monotonic() + options.seconds
     for case in cases:
         entry = entry_of(sweep, case, bool(options.drawn))
@@ -260,7 +262,7 @@ def measure(options: argparse.Namespace) -> int:
             break
         try:
             found = (
-                measure_on_gpu(case)
+                measure_on_gpu(case, sweep["workspace_bytes"])
                 if gpu
                 else forked(_on_threads, options.threads, measure_on_cpu, case, options.what)
             )

@@ -226,6 +226,7 @@ def make(case: Case, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
     }[kind]
     torch.manual_seed(0)
     settings = config()
+    without_liger()
     with torch.device(device):
         model = auto.from_config(settings, dtype=dtype)
     if case.liger and device != "meta":
@@ -238,6 +239,18 @@ def make(case: Case, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
         if case.method != "full":
             model.enable_input_require_grads()
     return model, batch_of(kind, case, settings, device, dtype)
+
+
+_of_file: dict[str, Any] = {}  # what names mean in Llama's file before Liger changes them
+
+
+def without_liger() -> None:
+    """Undo what Liger changes in Llama's file, for all models that are made later, when it is applied to one."""
+    from transformers.models.llama import modeling_llama
+
+    if not _of_file:
+        _of_file.update(vars(modeling_llama))
+    vars(modeling_llama).update(_of_file)
 
 
 def batch_of(kind: str, case: Case, config: Any, device: str, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ MACHINE = Calibration(
     {"float32 forward": [(1e6, 1e10)], "float32 backward": [(1e6, 1e10)]},
     [(1e4, 1e9), (1e7, 1e10)],
     1e-6,
+    stated=True,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import platform
 from collections import Counter
@@ -12,10 +13,10 @@ import torch
 
 from cost_cases import MACHINE
 from reltune.cost import calibration, devices, memory
-from reltune.cost.ledger import Work
+from reltune.cost.ledger import HOST, Work
 from reltune.cost.profile import PlanCost
 from reltune.cost.step import Conditions, StepCount
-from reltune.cost.timing import step_time, work_seconds
+from reltune.cost.timing import LASTING, WAITING, step_time, work_seconds
 
 CPU = torch.device("cpu")
 
@@ -28,6 +29,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "SIZES", {"cpu": (4, 8)})
     monkeypatch.setattr(calibration, "MEGABYTES", {"cpu": (1, 2)})
     monkeypatch.setattr(calibration, "LENGTHS", {"cpu": (2, 4)})
+    monkeypatch.setattr(
+        calibration, "KINDS", {name: calibration.KINDS[name] for name in ("add", "layer_norm_backward")}
+    )
+    monkeypatch.setattr(calibration, "KIND_MEGABYTES", (1, 2))
+    monkeypatch.setattr(calibration, "KEPT", 2 << 20)
+    monkeypatch.setattr(calibration, "FRESH", 1 << 20)
+    monkeypatch.setattr(calibration, "WIDTH", 64)
     monkeypatch.setattr(calibration, "HEADS", 2)
     monkeypatch.setattr(calibration, "HEAD", 3)
 
@@ -36,11 +44,13 @@ def test_what_is_measured_is_divided_by_the_time(small: None) -> None:
     found = calibration.measure(CPU)
     both = [(2 * n**3, 8 * n**3) for n in (4, 8)]
     assert found.products == {"float32": both, "bfloat16": both}
-    forward = [
-        (4 * b * 2 * n * n * 3, 16 * b * 2 * n * n * 3) for b, n in ((2, 2), (1, 4))
-    ]  # two products, batch, heads
+    forward = [(n, 16 * b * 2 * n * n * 3) for b, n in ((2, 2), (1, 4))]  # two products, batch, heads
     assert found.attention["float32 forward"] == found.attention["bfloat16 forward"] == forward
-    assert found.attention["float32 backward"] == [(2.5 * a, 2.5 * b) for a, b in forward]
+    assert found.attention["float32 backward"] == [(1.25 * n, 2.5 * b) for n, b in forward]
+    # Two tensors of a MiB are read and one is written, twice in a quarter of a second; then of two MiB, once.
+    assert found.kinds["bfloat16 add"] == [(3 << 20, 24 << 20), (6 << 20, 24 << 20)]
+    assert found.fresh == 0  # all takes the same time
+    assert found.threads == torch.get_num_threads()
     assert found.bandwidth == [(m << 20, 4 * m << 20) for m in (1, 2)]
     assert found.device == "cpu" and found.name.endswith(f", {torch.get_num_threads()} threads")
     assert calibration.Calibration.from_dict(found.to_dict()) == found
@@ -94,6 +104,45 @@ def test_the_time_of_work_is_the_longer_of_computing_and_moving() -> None:
         max(10 * 1e6 / 3.2e10, 10 * 7e-6)
     )
     assert t4.products["bfloat16"] == t4.products["float32"]
+
+
+def test_on_a_cpu_kinds_of_operations_have_their_own_speeds_and_wait_for_each_other() -> None:
+    kinds = {"float32 gelu": [(1.0, 1e8)], "float32 softmax": [(1.0, 1e7)]}
+    here = dataclasses.replace(MACHINE, kinds=kinds, per_operation=0.1)
+    work = {Work(f"aten::{name}", 0, 10**8, torch.float32): 1 for name in ("gelu", "_log_softmax", "add.Tensor")}
+    assert work_seconds(work, here) == pytest.approx(1 + 10 + 0.01 + 0.3)
+    several = dataclasses.replace(here, threads=2)
+    assert work_seconds(work, several) == pytest.approx(1 + 10 + 0.01 + 0.3 + 0.3 * WAITING)
+    assert work_seconds({Work(HOST, 0, 0, torch.int64): 5}, several) == pytest.approx(
+        0.5
+    )  # views are made by the host alone
+
+
+def test_attention_on_a_cpu_is_as_quick_as_its_texts_are_long() -> None:
+    here = dataclasses.replace(MACHINE, attention={"float32 forward": [(64.0, 1e9), (256.0, 4e9)]})
+    for batch in (1, 8):
+        flops, numbers = 4 * batch * 128**2 * 64, 4 * batch * 128 * 64
+        work = Work("aten::_scaled_dot_product_flash_attention_for_cpu", flops, 4 * numbers, torch.float32)
+        assert work_seconds({work: 1}, here) == pytest.approx(flops / 2e9 + 1e-6)
+
+
+def test_bursts_are_quicker_than_steps() -> None:
+    product = {Work("aten.mm", 10**9, 1000, torch.float32): 1}
+    measured = dataclasses.replace(MACHINE, stated=False, per_operation=0.0)
+    assert work_seconds(product, measured) == pytest.approx(1 / 50 / LASTING["cpu"]["float32"])
+
+
+def test_memory_is_given_anew_in_every_step() -> None:
+    peak = {
+        "weights": 10**9,
+        "states": 10**9,
+        "activations": 10**6,
+        "loss": 2 * 10**6,
+        "passing": 0,
+        "gradients": 10**6,
+    }
+    count = StepCount(Conditions(), peak, 0, {"forward": Counter(), "backward": Counter()}, 0, 0, 0, 1)
+    assert step_time(count, dataclasses.replace(MACHINE, fresh=1e-6)).seconds == pytest.approx(4)
 
 
 def test_a_step_is_its_passes_and_the_optimizer() -> None:

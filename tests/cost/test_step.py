@@ -178,6 +178,44 @@ def test_products_take_two_operations_for_a_number_and_twice_as_many_backward() 
     assert products == {"forward": 2 * tokens * weights, "backward": 4 * tokens * weights}
 
 
+def test_attention_and_products_written_into_take_operations() -> None:
+    """Closed forms: none of these is in PyTorch's own list."""
+    with torch.device("meta"), Ledger() as ledger:
+        q = torch.empty(2, 4, 32, 16)
+        y, scale = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(y, q, q, q, y, scale, 0.0, False)
+        torch.empty(8, 6).addmm_(torch.empty(8, 4), torch.empty(4, 6))
+        torch.empty(10, 6).index_copy_(1, torch.empty(2, dtype=torch.long), torch.empty(10, 2))
+    found = {work.name: work for work in ledger.spans[-1].work}
+    attention = 4 * 2 * 4 * 32 * 32 * 16
+    assert found["aten::_scaled_dot_product_flash_attention_for_cpu"].flops == attention
+    assert found["aten::_scaled_dot_product_flash_attention_for_cpu_backward"].flops == 2.5 * attention
+    assert found["aten::addmm_"].flops == 2 * 8 * 4 * 6
+    assert found["aten::index_copy_"].bytes == 2 * 4 * 10 * 2  # no more than is chosen
+
+
+def test_attention_is_written_out_on_cuda_where_its_mask_lies_otherwise() -> None:
+    """As PyTorch's kernels ask for masks whose last dimension is contiguous; T5's positions are not."""
+    for turned, written_out in ((False, False), (True, True)):
+        with torch.device("meta"), stand_ins.Kernels(cuda=True), Ledger() as ledger:
+            q, mask = torch.empty(2, 4, 32, 16), torch.empty(2, 4, 32, 32)
+            nn.functional.scaled_dot_product_attention(q, q, q, mask.mT if turned else mask)
+        names = " ".join(work.name for work in ledger.spans[-1].work)
+        assert ("softmax" in names) == written_out
+
+
+def test_frozen_experts_have_no_gradients_of_weights() -> None:
+    def experts_frozen(model: Any) -> Any:
+        for name, p in model.named_parameters():
+            p.requires_grad_("experts" not in name)
+        return model
+
+    def flops(prepare: Any) -> int:
+        return sum(w.flops * n for w, n in counted(mixtral, prepare).work["backward"].items() if "kernel" in w.name)
+
+    assert flops(experts_frozen) * 2 == flops(full) > 0
+
+
 def test_mixed_precision_keeps_narrow_copies_of_weights() -> None:
     mixed = counted(llama, lora, Conditions(autocast=torch.bfloat16))
     assert {work.dtype for work in mixed.work["forward"] if work.name == "aten::mm"} == {torch.bfloat16}

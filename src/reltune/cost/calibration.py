@@ -14,18 +14,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from reltune.cost.ledger import Ledger
 from reltune.files import write_text
 from reltune.reading import read_json
 
-FORMAT = 1  # of the kept files; a higher one measures again
+FORMAT = 2  # of the kept files; a higher one measures again
 DTYPES = ("float32", "bfloat16")
 SIZES = {"cuda": (256, 512, 1024, 2048, 4096, 8192), "cpu": (64, 128, 256, 512, 1024)}  # of square products
 MEGABYTES = {"cuda": (1, 16, 256), "cpu": (1, 16, 64)}  # read and written by one operation
 HEADS, HEAD, LENGTHS = 16, 64, {"cuda": (256, 1024, 4096), "cpu": (64, 128, 512)}  # of attention
+# On a CPU operations of one kind take many times as long as others that move as many bytes. Name -> what is measured, on a tensor of
+# many rows, of 768 numbers each, its gradient g and a row w.
+KINDS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "add": lambda x, g, w: x + g,
+    "sum": lambda x, g, w: x.sum(0),
+    "bernoulli": lambda x, g, w: torch.empty_like(x).bernoulli_(0.9),
+    "gelu": lambda x, g, w: F.gelu(x),
+    "gelu_backward": lambda x, g, w: torch.ops.aten.gelu_backward(g, x),
+    "silu": lambda x, g, w: F.silu(x),
+    "silu_backward": lambda x, g, w: torch.ops.aten.silu_backward(g, x),
+    "tanh": lambda x, g, w: x.tanh(),
+    "softmax": lambda x, g, w: F.log_softmax(x, -1),
+    "softmax_backward": lambda x, g, w: torch.ops.aten._log_softmax_backward_data(g, x, -1, x.dtype),
+    "layer_norm": lambda x, g, w: F.layer_norm(x, w.shape, w, w),
+    "layer_norm_backward": lambda x, g, w: torch.ops.aten.native_layer_norm_backward(
+        g, x, w.shape, x.new_ones(len(x), 1), x.new_ones(len(x), 1), w, w, [True] * 3
+    ),
+}
+KIND_MEGABYTES = (1, 8)  # of x
+KEPT = (
+    24 << 20
+)  # bytes of results that lie in memory together, as those of a forward pass do; what glibc holds when they are freed
+FRESH = 64 << 20  # bytes, more than that
+WIDTH = 768
 SECONDS = 0.02  # that each figure is measured for, at least
 Rates = list[tuple[float, float]]  # (how much, how much of it a second), from the smallest
 
@@ -37,9 +62,14 @@ class Calibration:
     Attributes:
         device: "cuda" or "cpu".
         products: by dtype, multiplications and additions a second of products of so many.
-        attention: the same of fused causal attention, forward and backward: "float32 forward".
+        attention: the same of fused causal attention, forward and backward: "float32 forward"; on a CPU not of so many, but of so many for
+            each number that is read or written, which is as the texts are long.
         bandwidth: bytes read and written a second by operations that read and write so many.
         per_operation: seconds that an operation takes with nothing to compute, its share of Python's and autograd's included.
+        stated: whether it is from a data sheet and from steps, and not from bursts that were measured.
+        kinds: the bandwidth by kind of operation and dtype, "float32 gelu"; of a CPU alone.
+        fresh: seconds that a byte takes more when the system first gives its page; of a CPU alone.
+        threads: that share an operation; of a CPU alone.
     """
 
     device: str
@@ -48,6 +78,10 @@ class Calibration:
     attention: Mapping[str, Rates]
     bandwidth: Rates
     per_operation: float
+    stated: bool = False
+    kinds: Mapping[str, Rates] = dataclasses.field(default_factory=dict)
+    fresh: float = 0.0
+    threads: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -117,11 +151,20 @@ def measure(device: torch.device) -> Calibration:
         attention[f"{name} forward"] = [forward for forward, _ in both]
         attention[f"{name} backward"] = [backward for _, backward in both]
     bandwidth = [_bandwidth(size << 20, device) for size in MEGABYTES[kind]]
-    return Calibration(kind, _name(device), products, attention, bandwidth, _per_operation(device))
+    kinds, fresh = {}, 0.0
+    if kind == "cpu":
+        fresh = _fresh()
+        for dtype, name in itertools.product(DTYPES, KINDS):
+            kinds[f"{dtype} {name}"] = [_kind(name, size << 20, getattr(torch, dtype)) for size in KIND_MEGABYTES]
+    threads = torch.get_num_threads() if kind == "cpu" else 1
+    each = _per_operation(device)
+    return Calibration(
+        kind, _name(device), products, attention, bandwidth, each, kinds=kinds, fresh=fresh, threads=threads
+    )
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """The least time that a run took, of as many as SECONDS allow, at least 3."""
+    """The least time that a run took, of as many as SECONDS allow, at least 7: others may be at work."""
 
     def once() -> float:
         if device.type == "cuda":
@@ -136,7 +179,7 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
         return time.perf_counter() - started
 
     run()
-    times = [once() for _ in range(3)]
+    times = [once() for _ in range(7)]
     while sum(times) < SECONDS:
         times.append(once())
     return min(times)
@@ -164,13 +207,39 @@ def _attention(
     g = torch.randn_like(y)
     ahead = _seconds(forward, device)
     back = _seconds(lambda: torch.autograd.grad(y, (q, k, v), g, retain_graph=True), device)
-    return (flops, flops / ahead), (2.5 * flops, 2.5 * flops / back)
+    long, further = (flops, 2.5 * flops) if device.type == "cuda" else (float(length), 1.25 * length)
+    return (long, flops / ahead), (further, 2.5 * flops / back)
 
 
 def _bandwidth(size: int, device: torch.device) -> tuple[float, float]:
     x = torch.randn(size // 8, device=device)  # half of the bytes are read, half are written
     y = torch.empty_like(x)
     return float(size), size / _seconds(lambda: torch.mul(x, 2.0, out=y), device)
+
+
+def _kind(name: str, size: int, dtype: torch.dtype) -> tuple[float, float]:
+    """On x of so many bytes, as often as makes ``KEPT`` bytes of results, which are let go together, as in a step."""
+    numbers = torch.randn(size // dtype.itemsize // WIDTH, WIDTH).to(dtype)
+    often = KEPT // size
+    operands = [(numbers.clone(), numbers.clone()) for _ in range(often)]  # which no cache holds, all together
+    w = torch.ones(WIDTH, dtype=dtype)
+    shapes = [each.to("meta") for each in (numbers, numbers, w)]
+    with Ledger() as ledger:
+        KINDS[name](*shapes)
+    moved = sum(work.bytes * times for work, times in ledger.spans[-1].work.items())
+    torch.empty(KEPT, dtype=torch.uint8)  # after it glibc holds as much when it is freed
+    seconds = _seconds(lambda: [KINDS[name](x, g, w) for x, g in operands], torch.device("cpu")) / often
+    return float(moved), moved / seconds
+
+
+def _fresh() -> float:
+    """By filling memory that the system gives, and the same memory once more."""
+    known = torch.empty(FRESH // 4)
+    cpu = known.device
+    return (
+        max(0.0, _seconds(lambda: torch.empty(FRESH // 4).fill_(1), cpu) - _seconds(lambda: known.fill_(1), cpu))
+        / FRESH
+    )
 
 
 class _Count(TorchDispatchMode):

@@ -20,6 +20,8 @@ from torch.utils.flop_counter import flop_registry
 
 COUNTED = "counted_bytes"  # an attribute of tensors that stand for ones of another size, such as weights in few bits
 KERNEL = "reltune::kernel"  # ops/stand_in.py
+HOST = "host"  # the name of what the device has no work with
+ATTENTION_ON_CPU = "aten::_scaled_dot_product_flash_attention_for_cpu"
 EXPERTS = "transformers::grouped_mm_fallback"  # products of each token with its own expert's weight
 ROUNDING = 512  # bytes: CUDA's caching allocator hands out multiples of it
 
@@ -33,12 +35,14 @@ class Work:
         flops: multiplications and additions, of products, convolutions and attention alone.
         bytes: numbers read and written.
         dtype: of the numbers it multiplies.
+        made: bytes of the storages that it makes.
     """
 
     name: str
     flops: int
     bytes: int
     dtype: torch.dtype
+    made: int = 0
 
 
 @dataclasses.dataclass
@@ -71,7 +75,7 @@ class _Storage:
     alive: weakref.ref
 
 
-# Operations that make a view, or nothing but room: no work.
+# Operations that make a view, or nothing but room: work of the host alone.
 _NO_WORK = {
     "aten::view", "aten::_unsafe_view", "aten::t", "aten::transpose.int", "aten::permute", "aten::expand", "aten::slice.Tensor",
     "aten::select.int", "aten::unsqueeze", "aten::squeeze.dim", "aten::detach", "aten::alias", "aten::empty.memory_format",
@@ -79,6 +83,8 @@ _NO_WORK = {
     "aten::split_with_sizes", "aten::unbind.int", "aten::as_strided", "aten::lift_fresh", "aten::_local_scalar_dense",
     "aten::unfold", "aten::diagonal", "aten::view_as_complex", "aten::view_as_real", "aten::view.dtype",
 }  # fmt: skip
+# What is added to a tensor takes as many operations as a new one; flop_counter does not know of them.
+_WRITTEN_INTO = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
 # Of these, no more is read than is asked for.
 _LOOK_UPS = ("aten::embedding", "aten::index_select", "aten::gather", "aten::index.Tensor")
 
@@ -144,13 +150,14 @@ class Ledger(TorchDispatchMode):
         if self.live > span.most:
             span.most, span.peak = self.live, self.areas.copy()
 
-    def _enter(self, tensor: Tensor, area: str) -> None:
+    def _enter(self, tensor: Tensor, area: str) -> int:
+        """Count the tensor's storage, if it is not known. Gives the bytes that were counted."""
         if not tensor.is_meta:  # the few numbers that stay on the host
-            return
+            return 0
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
-            return
+            return 0
         size = getattr(tensor, COUNTED, storage.nbytes())
         size = -(-size // self.rounding) * self.rounding
 
@@ -162,6 +169,7 @@ class Ledger(TorchDispatchMode):
         self._known[key] = _Storage(size, area, self.made, weakref.ref(storage, gone))
         self.made += 1
         self.hold(size, area)
+        return size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -171,26 +179,38 @@ class Ledger(TorchDispatchMode):
         result = func(*args, **kwargs)
         name = func._schema.name + (f".{func._schema.overload_name}" if func._schema.overload_name else "")
         written = [t for t in tree_iter(result) if isinstance(t, Tensor)]
-        for tensor in written:
-            self._enter(tensor, self.area)
+        made = sum(self._enter(tensor, self.area) for tensor in written)
         if name not in _NO_WORK and (name == KERNEL or any(t.is_meta for t in written)):
-            self._work(func, name, written, args, kwargs, result)
+            self._work(func, name, written, args, kwargs, result, made)
+        else:
+            self.spans[-1].work[Work(HOST, 0, 0, torch.int64, made)] += 1
         return result
 
-    def _work(self, func: Any, name: str, written: list[Tensor], args: Any, kwargs: Any, result: Any) -> None:
+    def _work(
+        self, func: Any, name: str, written: list[Tensor], args: Any, kwargs: Any, result: Any, made: int
+    ) -> None:
         read = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
         flops = 0
-        if func._overloadpacket in flop_registry:
-            flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        packet = _WRITTEN_INTO.get(func._overloadpacket, func._overloadpacket)
+        if packet in flop_registry:
+            flops = flop_registry[packet](*args, **kwargs, out_val=result)
         elif name == KERNEL:
             flops, read = (args[2] if len(args) > 2 else 0), args[0]
         elif name.startswith(EXPERTS):
             flops = 2 * args[0].shape[0] * args[1].shape[1] * args[1].shape[2] * max(1, len(written))
+        elif name == "aten::_grouped_mm":  # each row of the first with one matrix of the second, or of their product
+            flops = 2 * args[0].shape[-2] * args[0].shape[-1] * args[1].shape[-1]
+        elif name == ATTENTION_ON_CPU:
+            flops = 4 * args[0].numel() * args[1].shape[-2]
+        elif name == f"{ATTENTION_ON_CPU}_backward":
+            flops = 10 * args[0].numel() * args[2].shape[-2]
         moved = sum(_bytes(t) for t in (*read, *written))
         if name.startswith(_LOOK_UPS):
             moved = 2 * sum(_bytes(t) for t in written)
+        elif name == "aten::index_copy_":
+            moved = 2 * _bytes(args[3])
         floats = [t.dtype for t in (*read, *written) if t.is_floating_point()]
-        self.spans[-1].work[Work(name, int(flops), moved, floats[0] if floats else torch.int64)] += 1
+        self.spans[-1].work[Work(name, int(flops), moved, floats[0] if floats else torch.int64, made)] += 1
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from reltune.cost.calibration import Calibration, rate
 from reltune.cost.ledger import Ledger, Span, Work
 from reltune.cost.step import Conditions, counting, forward_and_backward, held_by, output_weight, state_size
-from reltune.cost.timing import work_seconds
+from reltune.cost.timing import lasting, work_seconds
 from reltune.layers import deferred_logits
 from reltune.layers.fused import fused
 from reltune.layers.inventory import Inventory
@@ -285,7 +285,8 @@ class Profile:
         flops += 4.0 * t * chosen.directions * (module.rows + module.columns)
         flops += 2.0 * t * module.rows * module.columns * chosen.weight
         moved = size * (3 * t * (chosen.columns + chosen.directions) + t * (module.rows + module.columns))
-        return max(flops / rate(products, flops), moved / rate(self.calibration.bandwidth, moved))
+        speed = lasting(self.calibration, dtype) * rate(products, flops)
+        return max(flops / speed, moved / rate(self.calibration.bandwidth, moved))
 
 
 def _of(module: _Module, chosen: Chosen) -> tuple[int, int, int]:

@@ -33,6 +33,26 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
     return aten.native_dropout(x, p, True)[0] if training and p else x
 
 
+class _GroupedProduct(torch.autograd.Function):
+    """x (tokens, in) with the matrix of each token's expert, of weight (experts, in, out)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return kernel([x, weight], [x.new_empty(len(x), weight.shape[2])], 2 * x.numel() * weight.shape[2])[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        flops = 2 * x.numel() * weight.shape[2]
+        to_x, to_weight = ctx.needs_input_grad
+        return (
+            kernel([g, weight], [x], flops)[0] if to_x else None,
+            kernel([g, x], [weight], flops)[0] if to_weight else None,
+        )
+
+
 class Kernels(TorchFunctionMode):
     """Calls the kernels that are chosen on the device: of attention, of dropout and of experts' products.
 
@@ -53,8 +73,7 @@ class Kernels(TorchFunctionMode):
         if function in (F.dropout, torch.dropout) and self.cuda and args[0].is_meta:
             return _dropout(*args, **kwargs)
         if function in (F.grouped_mm, torch._grouped_mm) and args[0].is_meta and args[0].dtype != torch.bfloat16:
-            # On the meta device it is known of bfloat16 alone.
-            return torch.ops.transformers.grouped_mm_fallback(args[0], args[1], offs=kwargs["offs"])
+            return _GroupedProduct.apply(args[0], args[1])  # on the meta device it is known of bfloat16 alone
         return function(*args, **kwargs)
 
     def _attention(
@@ -73,6 +92,8 @@ class Kernels(TorchFunctionMode):
             attn_mask = torch.empty(attn_mask.shape, dtype=q.dtype, device=q.device)
         if self.cuda:
             fits = q.shape[-1] <= LARGEST_HEAD and q.shape[-1] == v.shape[-1]
+            if attn_mask is not None:  # PyTorch writes attention out where a mask lies otherwise, as T5's positions do
+                fits = fits and attn_mask.stride(-1) == 1
             if fits and q.dtype in (torch.bfloat16, torch.float16) and attn_mask is None:
                 return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
             if fits and not grouped:

@@ -166,6 +166,8 @@ def _sampled_on_meta(a: Tensor, b: Tensor, places: Places) -> Tensor:
     size, count = a.element_size(), len(places.index)
     each, side = (GROUPED_COST, GROUPED_COPY_COST) if _is_grouped(places, a) else (SAMPLED_COST[size], COPY_COST[size])
     cost = each * count + side * sum(places.shape) if stand_in.on_accelerator(a) else SAMPLED_COST_ON_CPU * count
+    if size < 4 and not stand_in.on_accelerator(a):
+        cost *= 2  # what is gathered is cast
     sums = a.new_empty(count, dtype=torch.promote_types(a.dtype, torch.float32))
     return stand_in.kernel([a, b, places.index], [sums], int(2 * len(a) * cost))[0]
 
