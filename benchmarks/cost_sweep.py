@@ -10,7 +10,8 @@ On a GPU both are measured together, without a network, from the repository's ro
 
     PYTHONPATH=src:LIGER python3 benchmarks/cost_sweep.py measure --device cuda --commit COMMIT --record DIR/cost_sweep.json
 
-Then, on any machine, write the predictions beside what was measured, with the table, and docs/cost_sweep.svg:
+Then, on any machine, write the predictions beside what was measured, with the table, and docs/cost_sweep.svg. What is counted is the code of
+the installed transformers: with another version than was measured, tell each device apart (``--cuda``, ``--no-cuda``):
 
     python benchmarks/cost_sweep.py predict
 
@@ -333,12 +334,15 @@ def predict(options: argparse.Namespace) -> int:
     path = Path(options.record)
     record = read(path)
     for sweep in record["sweeps"]:
+        told = options.cuda is None or sweep["cuda"] == options.cuda
+        if told:
+            sweep["predicted_with"] = versions()
         calibration = None if sweep["calibration"] is None else Calibration.from_dict(sweep["calibration"])
         for entry in sweep["cases"]:
             if all("error" in entry.get(kind, {"error": ""}) for kind in ("memory", "time")):
                 continue
             case = Case(**entry["case"])
-            if options.held_out is None or entry["held_out"] == options.held_out:
+            if told and options.held_out in (None, entry["held_out"]):
                 entry["predicted"] = predicted(case, sweep["cuda"], calibration)
             memory, seconds = (errors(entry).get(kind) for kind in ("memory", "time"))
             print(
@@ -408,7 +412,7 @@ def by_fitcheck(case: Case, cuda: bool) -> int | None:
 def table(record: Mapping[str, Any]) -> Iterator[str]:
     for sweep in record["sweeps"]:
         for held_out in (False, True):
-            own = [entry for entry in sweep["cases"] if entry["held_out"] == held_out]
+            own = [each for each in sweep["cases"] if each["held_out"] == held_out and {"memory", "time"} & each.keys()]
             if not own:
                 continue
             failed = sum("error" in entry.get(kind, {}) for entry in own for kind in ("memory", "time"))
@@ -528,6 +532,11 @@ def main() -> int:
     predicting = commands.add_parser("predict")
     predicting.add_argument(
         "--held_out", action=argparse.BooleanOptionalAction, help="of these cases alone, or of the others"
+    )
+    predicting.add_argument(
+        "--cuda",
+        action=argparse.BooleanOptionalAction,
+        help="of GPUs alone, or of CPUs: with the transformers that was measured",
     )
     predicting.add_argument("--picture", default=str(PICTURE))
     for each in (measuring, predicting):

@@ -85,7 +85,9 @@ def test_predictions_stand_beside_what_was_measured(tmp_path: Path, capsys: pyte
     sweep = {"device": "a CPU", "cuda": False, "calibration": calibration, "cases": [*cases, failed]}
     record, drawing = tmp_path / "record.json", tmp_path / "picture.svg"
     record.write_text(json.dumps({"sweeps": [sweep]}), encoding="utf-8")
-    assert cost_sweep.predict(argparse.Namespace(record=str(record), held_out=None, picture=str(drawing))) == 0
+    assert (
+        cost_sweep.predict(argparse.Namespace(record=str(record), held_out=None, cuda=None, picture=str(drawing))) == 0
+    )
     written = json.loads(record.read_text(encoding="utf-8"))["sweeps"][0]["cases"]
     for entry in written[:2]:
         counted = cost_sweep.count(Case(**entry["case"]), cuda=False)

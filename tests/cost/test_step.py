@@ -199,9 +199,9 @@ def test_attention_is_written_out_on_cuda_where_its_mask_lies_otherwise() -> Non
     for turned, written_out in ((False, False), (True, True)):
         with torch.device("meta"), stand_ins.Kernels(cuda=True), Ledger() as ledger:
             q, mask = torch.empty(2, 4, 32, 16), torch.empty(2, 4, 32, 32)
-            nn.functional.scaled_dot_product_attention(q, q, q, mask.mT if turned else mask)
+            nn.functional.scaled_dot_product_attention(q, q, q, mask.mT if turned else mask, 0.1)
         names = " ".join(work.name for work in ledger.spans[-1].work)
-        assert ("softmax" in names) == written_out
+        assert ("softmax" in names) == ("native_dropout" in names) == written_out
 
 
 def test_frozen_experts_have_no_gradients_of_weights() -> None:

@@ -33,6 +33,15 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
     return aten.native_dropout(x, p, True)[0] if training and p else x
 
 
+def _written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float, scale: float | None) -> Tensor:
+    """PyTorch's attention without a kernel of its own, which computes narrow numbers in float32, with a device's dropout."""
+    half = (scale or q.shape[-1] ** -0.5) ** 0.5
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(wide) * half) @ (k.to(wide) * half).mT
+    weights = torch.softmax(scores.add_(mask.to(wide)), -1)
+    return (_dropout(weights, p) @ v.to(wide)).to(q.dtype)
+
+
 class _GroupedProduct(torch.autograd.Function):
     """x (tokens, in) with the matrix of each token's expert, of weight (experts, in, out)."""
 
@@ -101,6 +110,8 @@ class Kernels(TorchFunctionMode):
                 return aten._scaled_dot_product_efficient_attention(
                     q, k, v, bias, True, dropout_p, is_causal, scale=scale
                 )[0]
+            if attn_mask is not None and dropout_p and not grouped:
+                return _written_out(q, k, v, attn_mask, dropout_p, scale)
         elif not dropout_p and not (attn_mask is not None and attn_mask.requires_grad):
             return aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale
