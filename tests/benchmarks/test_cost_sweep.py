@@ -13,7 +13,7 @@ import pytest
 
 import cost_sweep
 from cost_sweep import TINY
-from sweep_cases import CPU, GPU, Case, drawn
+from sweep_cases import CPU, GPU, Case, drawn, make, without_liger
 
 RESULTS = Path(cost_sweep.__file__).parent / "results"
 
@@ -35,6 +35,17 @@ def test_drawn_cases_are_none_of_the_listed_ones_and_the_same_for_a_seed() -> No
         assert found == drawn(7, 20, gpu, liger=gpu) != drawn(8, 20, gpu, liger=gpu)
         assert len(set(found)) == 20 and not set(found) & {*GPU, *CPU}
     assert len({*GPU, *CPU, *found}) >= 60
+
+
+def test_what_liger_changes_in_a_file_does_not_last_for_the_next_case() -> None:
+    from transformers.models.llama import modeling_llama
+
+    without_liger()
+    own = modeling_llama.LlamaMLP
+    modeling_llama.LlamaMLP = type("LigerMLP", (own,), {})
+    model, _ = make(TINY[0], "meta")
+    assert modeling_llama.LlamaMLP is own
+    assert not any(type(module).__name__ == "LigerMLP" for module in model.modules())
 
 
 def test_a_case_is_measured_once_and_the_record_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
