@@ -16,7 +16,7 @@ from reltune.cost import calibration, devices, memory
 from reltune.cost.ledger import HOST, Work
 from reltune.cost.profile import PlanCost
 from reltune.cost.step import Conditions, StepCount
-from reltune.cost.timing import LASTING, WAITING, step_time, work_seconds
+from reltune.cost.timing import HOST_IN_A_STEP, LASTING, TUNED, WAITING, step_time, work_seconds
 
 CPU = torch.device("cpu")
 
@@ -130,6 +130,17 @@ def test_bursts_are_quicker_than_steps() -> None:
     product = {Work("aten.mm", 10**9, 1000, torch.float32): 1}
     measured = dataclasses.replace(MACHINE, stated=False, per_operation=0.0)
     assert work_seconds(product, measured) == pytest.approx(1 / 50 / LASTING["cpu"]["float32"])
+
+
+def test_the_host_of_a_gpu_takes_longer_in_a_step_and_for_modules_that_are_tuned() -> None:
+    t4 = devices.calibration_of(devices.card("t4"))
+    assert t4 is not None
+    views = {Work(HOST, 0, 0, torch.int64): 100}
+    each = t4.per_operation
+    assert work_seconds(views, t4) == pytest.approx(100 * each)
+    assert work_seconds(views, t4, tuned=3) == pytest.approx((100 + 3 * TUNED) * each)
+    measured = dataclasses.replace(t4, stated=False)
+    assert work_seconds(views, measured, tuned=3) == pytest.approx(HOST_IN_A_STEP * (100 + 3 * TUNED) * each)
 
 
 def test_memory_is_given_anew_in_every_step() -> None:

@@ -204,6 +204,12 @@ def test_attention_is_written_out_on_cuda_where_its_mask_lies_otherwise() -> Non
         assert ("softmax" in names) == ("native_dropout" in names) == written_out
 
 
+@pytest.mark.parametrize("method, modules", [("full", 0), ("lora", 0), ("columns", 2 * 11), ("weights", 2 * 11)])
+def test_modules_that_are_tuned_are_counted(method: str, modules: int) -> None:
+    for short in (False, True):
+        assert counted(lambda: llama(11), METHODS[method], short=short).tuned == modules
+
+
 def test_frozen_experts_have_no_gradients_of_weights() -> None:
     def experts_frozen(model: Any) -> Any:
         for name, p in model.named_parameters():

@@ -64,6 +64,7 @@ class StepCount:
         frozen: of the forward pass, the work of the ``frozen_blocks`` lowest blocks, which hold nothing that is trained; of ``blocks``.
         trained: numbers that are trained, ``trained_bytes`` their size, and ``tensors`` how many tensors they are in.
         state_bytes: the optimizer's states.
+        tuned: modules in whose weight the tuner trains columns, rows or single weights.
     """
 
     conditions: Conditions
@@ -77,6 +78,7 @@ class StepCount:
     frozen: Counter[Work] = dataclasses.field(default_factory=Counter)
     frozen_blocks: int = 0
     blocks: int = 0
+    tuned: int = 0
 
     @property
     def bytes(self) -> int:
@@ -180,6 +182,7 @@ def count_step(
         frozen,
         frozen_blocks,
         all_blocks,
+        _tuned(model) + sum(more[name] * _tuned(block) for name, block in blocks.items()),
     )
 
 
@@ -325,6 +328,10 @@ def _hidden(model: nn.Module) -> Iterator[Tensor]:
             found: list[Tensor] = []
             kept.apply(lambda t, found=found: found.append(t) or t)
             yield from found
+
+
+def _tuned(model: nn.Module) -> int:
+    return sum(bool(getattr(module, "originals", None)) for module in model.modules())
 
 
 @contextlib.contextmanager

@@ -15,11 +15,12 @@ PASSES = 7  # over a trained tensor in AdamW: weight, gradient and two states ar
 
 # A calibration measures operations one at a time, in bursts of 20 ms. What of those speeds products and attention keep in a step, beside a
 # model's other work and with the power that a GPU may draw; how many times as long a GPU's host takes there for an operation, among a
-# model's own Python and PEFT's; and for how many operations without work threads of a CPU wait for each other at one that they share. Set on
+# model's own Python and PEFT's, and how many of them the operators of the tuner, which are written in Python, add to each module that it
+# trains; and for how many operations without work threads of a CPU wait for each other at one that they share. Set on
 # the listed cases of benchmarks/results/cost_sweep.json (an H100 whose host was shared, two cores of a CPU): the same for all models, methods
 # and sizes.
 LASTING = {"cuda": {"bfloat16": 0.77, "float32": 0.9}, "cpu": {"bfloat16": 0.7, "float32": 0.8}}
-HOST_IN_A_STEP, WAITING = 2.2, 14
+HOST_IN_A_STEP, WAITING, TUNED = 2.05, 14, 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class StepTime:
 
 def step_time(count: StepCount, calibration: Calibration) -> StepTime:
     """What the step takes on the calibrated machine."""
-    parts = {part: work_seconds(work, calibration) for part, work in count.work.items()}
+    parts = {part: work_seconds(work, calibration, count.tuned / 2) for part, work in count.work.items()}
     moved = PASSES * count.trained_bytes
     optimizer = moved / rate(calibration.bandwidth, moved / max(1, count.tensors))
     # A process gives memory back to the system when a step ends: what a step holds at most beyond that, it is given anew.
@@ -45,14 +46,15 @@ def step_time(count: StepCount, calibration: Calibration) -> StepTime:
     return StepTime(parts["forward"] + fresh, parts["backward"], optimizer)
 
 
-def work_seconds(work: Mapping[Work, int], calibration: Calibration) -> float:
-    """What the work takes, each so many times."""
+def work_seconds(work: Mapping[Work, int], calibration: Calibration, tuned: float = 0) -> float:
+    """What the work takes, each so many times, with the tuner's operators of so many modules, forward and backward."""
     device = sum(times * _seconds(each, calibration) for each, times in work.items())
     host = calibration.per_operation * sum(work.values())
     if calibration.device != "cuda":  # one after the other
         shared = sum(times for each, times in work.items() if each.name != HOST) if calibration.threads > 1 else 0
         return device + host + WAITING * calibration.per_operation * shared
     # A GPU computes while Python is on to the next operation.
+    host += calibration.per_operation * TUNED * tuned
     return max(device, host if calibration.stated else HOST_IN_A_STEP * host)
 
 
