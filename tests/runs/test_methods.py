@@ -13,8 +13,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from command_line import Answer, assert_refused, reltune
+from measured_models import tiny_mixtral
 from method_cases import MODELS, task_place
 from reltune.config.method import METHODS as NAMES
 from reltune.config.run_config import RunConfig
@@ -292,3 +294,19 @@ def test_what_a_method_chooses_by(method: str, given: dict[str, Any], wanted: tu
     assert RunConfig.load(tmp_path / "config.yaml") == config
     if method == "lora" and not given:
         assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (8, 16, 0)
+
+
+def test_lora_on_a_mixture_of_experts_is_read_back(places: dict[str, tuple[Path, list[str]]], tmp_path: Path) -> None:
+    """PEFT writes another field for it than for other models, which are none in fact."""
+    _, flags = places["causal_lm"]
+    at = flags.index("--model_name_or_path") + 1
+    tokenizer = AutoTokenizer.from_pretrained(flags[at])
+    model = tiny_mixtral(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    model.float().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    place = tmp_path, [*flags[:at], str(tmp_path / "model"), *flags[at + 1 :]]
+    assert run("lora", place).code == 0
+    adapter = tmp_path / "lora" / "adapter"
+    assert read(adapter / "adapter_config.json")["target_parameters"] == []
+    assert any("q_proj" in name for name in load_file(adapter / "adapter_model.safetensors"))
+    assert reltune("evaluate", tmp_path / "lora").code == 0
