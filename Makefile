@@ -18,7 +18,7 @@ MINIMAL_TESTS = tests/test_optional_packages.py tests/test_old_artefacts.py test
 
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help demo test test-minimal test-browser chromium nightly lint docs notebooks locks clean venv
+.PHONY: help demo test test-minimal test-browser test-notebooks chromium nightly lint docs notebooks locks clean venv
 
 help:
 	@echo "make demo          run the whole flow on a small model and news texts; results in demo-run/"
@@ -26,7 +26,8 @@ help:
 	@echo "make test-minimal  run the tests of an installation without any optional package, in .venv-minimal"
 	@echo "make test-browser  run the tests of the studio's page in Chromium, in .venv-browser"
 	@echo "make chromium      find Chromium for them, or install it with apt-get"
-	@echo "make nightly       all tests, the checks of make test, and the tutorials from their first cell to their last"
+	@echo "make test-notebooks  run the tutorials from their first cell to their last, in .venv-notebooks beside .venv"
+	@echo "make nightly       all tests, the slow ones too, and the checks of make test"
 	@echo "make lint          check style, types and imports only"
 	@echo "make docs          build the documentation as a site in build/site, in .venv-docs"
 	@echo "make notebooks     run the tutorials and store what they show, with the packages of .venv-notebooks beside .venv"
@@ -67,8 +68,10 @@ chromium:
 	$(APT_GET) update; DEBIAN_FRONTEND=noninteractive $(APT_GET) install -y --no-install-recommends chromium; \
 	command -v chromium >/dev/null || { echo "Chromium could not be installed with apt-get: $(MEND)." >&2; exit 1; }
 
-nightly: lint .venv-notebooks/.installed
+nightly: lint
 	$(BIN)/python -m pytest -m "not browser" $(PYTEST_ARGS)
+
+test-notebooks: .venv-notebooks/.installed
 	.venv-notebooks/bin/python docs/tutorials/run.py --check
 
 # NO_MKDOCS_2_WARNING: what its makers say of other programs is not about these pages.

@@ -3,7 +3,7 @@
     make notebooks
 
 What a cell prints to stderr (remarks of libraries) is not kept, nor bars of progress, nor when or by which program it was run.
-``make nightly`` runs them with ``--check``, which stores nothing.
+``make test-notebooks`` runs them with ``--check``, which stores nothing.
 """
 
 from __future__ import annotations
