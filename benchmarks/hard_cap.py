@@ -150,8 +150,11 @@ def capped(place: Path, task: str, method: str, budget: int, limited: bool) -> d
     answer = reltune(*command(place, task, method, f"run {limited}", *words))
     found: dict[str, Any] = {"code": answer.code or 0, "said": "" if not answer.code else answer.err[-300:]}
     if not answer.code and limited:
-        read = lambda name: json.loads((place / f"run {limited}" / name).read_text(encoding="utf-8"))  # noqa: E731
-        memory = predicted_and_measured(read("prediction.json"), read("training_cost.json"))[0]
+        prediction, cost = (
+            json.loads((place / f"run {limited}" / name).read_text(encoding="utf-8"))
+            for name in ("prediction.json", "training_cost.json")
+        )
+        memory = predicted_and_measured(prediction, cost)[0]
         found |= {"predicted_bytes": memory.predicted, "measured_bytes": memory.measured}
     return found
 

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 from harness import Benchmark, Method, Timed, arguments, benchmark
 from llama import TINY, Shape, described, llama, texts, weights_bytes
-from tuner_step import SHARE, Prepare, Training, _seconds, columns, lora, single_weights
+from tuner_step import SHARE, Prepare, Training, columns, lora, single_weights
 
 
 @dataclasses.dataclass
@@ -63,9 +63,6 @@ class Streamed(Training):
             yield
         finally:
             del self.optimizer, self.model, base
-
-    def run(self) -> Timed:
-        return Timed(_seconds(self.batch["input_ids"].device, self._steps) / self.steps)
 
 
 def shard(model: nn.Module, device: torch.device) -> None:

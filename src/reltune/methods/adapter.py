@@ -186,8 +186,8 @@ def _check_fields(file: Path, config: Mapping[str, Any]) -> None:
     if config["peft_type"] == "LORA":
         usual = LoraConfig().to_dict()
         for name, value in config.items():
-            nothing = value is None or value == [] or value == {}  # PEFT sets target_parameters to none of a Mixtral's
-            if name not in OF_LORA and not nothing and value != usual.get(name):
+            # Nothing is also an empty list: PEFT sets a Mixtral's target_parameters to none of them.
+            if name not in OF_LORA and value not in (None, [], {}) and value != usual.get(name):
                 raise InputError(
                     f"{file} sets {name[:80]!r}, which reltune does not take from an adapter; export it without that."
                 )

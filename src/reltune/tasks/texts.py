@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -47,9 +48,9 @@ class TextTask(Task):
         """Pads a batch to its longest text."""
         return DataCollatorWithPadding(processor)
 
+    @abc.abstractmethod
     def told_of(self, item: Mapping[str, Any]) -> Any:
         """What an encoded example should be predicted as: a label, a list of labels, a number."""
-        raise NotImplementedError
 
     def written(
         self, model: nn.Module, examples: Examples, processor: Any, batch_size: int, predictions: Any
