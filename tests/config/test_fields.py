@@ -26,7 +26,7 @@ from reltune.config.model import ModelConfig
 from reltune.config.run_config import FIELDS, ORDER, RunConfig
 from reltune.config.selection import SelectionConfig
 from reltune.config.training import TrainingConfig
-from reltune.config.training_fields import training_declarations, training_field_names
+from reltune.config.training_fields import named_training_fields, training_declarations, training_field_names
 from reltune.errors import InputError
 
 SUBJECTS = (
@@ -227,3 +227,12 @@ def test_a_release_of_transformers_with_names_that_are_not_known_is_imported(mon
         assert training_declarations() is TrainingArguments
     finally:
         training_declarations.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "words", [("4", "--max_steps"), ("--max_steps", "4", "true"), ("--bf16", "true", "x", "--optim", "sgd")]
+)
+def test_a_word_that_belongs_to_no_flag(words: tuple[str, ...]) -> None:
+    with pytest.raises(InputError, match="unexpected argument '(4|true|x)'"):
+        named_training_fields(words)
+    assert named_training_fields(("--report_to", "tensorboard", "wandb"))

@@ -59,8 +59,6 @@ def train(
         *words,
         "--output_dir",
         place / name,
-        "--method",
-        "full",
         "--max_steps",
         3,
         "--max_grad_norm",
@@ -73,16 +71,19 @@ def train(
     return answer, {key: value for file in files for key, value in load_file(file).items()}
 
 
-@pytest.mark.parametrize(("task", "accumulation"), [*((task, 2) for task in ROWS), ("causal_lm", 1)])
+@pytest.mark.parametrize(
+    ("task", "accumulation", "method"),
+    [*((task, 2, "full") for task in ROWS), ("causal_lm", 1, "full"), ("causal_lm", 2, "layers")],
+)
 def test_weights_come_out_as_without(
-    tmp_path: Path, task: str, accumulation: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, task: str, accumulation: int, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save, row = ROWS[task]
     save(tmp_path / "model")
     for file in (tmp_path / "model").glob("config.json"):  # dropout would draw other numbers for parts
         file.write_text(file.read_text().replace('_dropout_prob": 0.1', '_dropout_prob": 0.0'))
     rows = [row(n) for n in range(60)]
-    flags = ("--per_device_train_batch_size", 8, "--gradient_accumulation_steps", accumulation)
+    flags = ("--method", method, "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", accumulation)
     _, whole = train(tmp_path, "whole", rows, task, *flags)
 
     from transformers import Trainer

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from reltune import ReltuneConfig
@@ -89,6 +90,47 @@ def test_a_training_is_that_of_trl(adapter: str, fields: dict[str, Any], tmp_pat
             assert entry[name] == pytest.approx(other[name], rel=rounding, abs=rounding), name
     for name, weight in weights.items():
         assert torch.allclose(weight, wanted[name], rtol=rounding, atol=rounding), name
+
+
+class Questions(TorchDispatchMode):
+    """Counts the operations whose result Python waits for, as a GPU would have to be asked for it."""
+
+    ASKED = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.ASKED:
+            self.asked.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("lengths", [(9, 9), (9, 5)], ids=["all of one length", "padded"])
+def test_a_step_asks_the_device_nothing(lengths: tuple[int, ...], attention: str, tmp_path: Path) -> None:
+    items = [item for item in examples().items for length in lengths if len(item["input_ids"]) == length]
+    assert {len(item["input_ids"]) for item in items} == set(lengths)
+    step = sft_step.SFTStep.compute_loss
+    asked = []
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.model.training:
+            return step(self, *args, **kwargs)
+        with Questions() as questions:
+            loss = step(self, *args, **kwargs)
+            loss.backward(retain_graph=True)
+        asked.append(questions.asked)
+        return loss
+
+    torch.manual_seed(0)
+    model = get_peft_model(LlamaForCausalLM._from_config(LLAMA, attn_implementation=attention), ADAPTERS["reltune"])
+    task, batch = CausalLM(max_length=12), {"per_device_train_batch_size": len(items), "max_steps": 2, "use_cpu": True}
+    args = arguments(str(tmp_path), "lora", 0, {**batch, "save_strategy": "no"}, task)
+    with mock.patch.object(sft_step.SFTStep, "compute_loss", watched):
+        train(model, args, task, tiny_tokenizer(), Examples(items), examples())
+    assert asked == [[], []]
 
 
 def test_a_model_that_caps_its_logits_is_left_to_trl_after_one_step(tmp_path: Path) -> None:

@@ -101,14 +101,16 @@ def named_training_fields(words: Sequence[str], own_flags: Collection[str] = ())
     """
     if words and not words[0].startswith("--"):
         raise InputError(f"unexpected argument {words[0]!r}; flags begin with --.")
-    names, found, name = training_field_names(), {}, ""
+    kinds, found, name = training_field_kinds(), {}, ""
     for word in _normal(words):
         if not word.startswith("--"):
+            if found[name] and "list" not in str(kinds[name]):
+                raise InputError(f"unexpected argument {word!r}: --{name} takes one value, and flags begin with --.")
             found[name] = word
             continue
         flag, _, value = word.partition("=")
-        name = flag[2:] if flag[2:] in names else flag[2:].removeprefix("no_")
-        if name not in names:
+        name = flag[2:] if flag[2:] in kinds else flag[2:].removeprefix("no_")
+        if name not in kinds:
             raise _unknown(flag, own_flags)
         if name in RESERVED:
             raise InputError(f"{flag} is fixed in the run's config.yaml; make another run for another {name}.")

@@ -91,12 +91,16 @@ class DeferredLogits(Tensor):
         copied.of_tokens = self.of_tokens
         return copied
 
-    def losses(self, labels: Tensor) -> Tensor:
-        """Cross entropies (M,) of the M tokens whose label, of ``labels`` (…,), is a class; their dtype is float32 at least."""
+    def losses(self, labels: Tensor, count: int | None = None) -> Tensor:
+        """Cross entropies (M,) of the M tokens whose label, of ``labels`` (…,), is a class; their dtype is float32 at least.
+
+        ``count`` is M where it is known: the device, which then need not be waited for, is not asked.
+        """
         labels = labels.to(self.hidden.device).flatten()
         hidden = self.hidden.flatten(0, -2)
         if not labels.is_meta:  # of which nobody knows what they are
-            places = (labels != IGNORED).nonzero().squeeze(1)
+            ignored = labels == IGNORED
+            places = (~ignored).nonzero().squeeze(1) if count is None else ignored.argsort(stable=True)[:count]
             if len(places) < len(labels):
                 hidden, labels = hidden[places], labels[places]
         with _autocast(self):
@@ -111,10 +115,10 @@ def _autocast(logits: Any) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(logits.hidden.device.type, dtype=logits._cast, enabled=logits._cast is not None)
 
 
-def defer(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+def defer(model: nn.Module, inputs: Mapping[str, Any], count: int | None = None) -> bool:
     """Defer the logits in this model's next forward pass, with these keyword arguments, where the loss can do without them.
 
-    Call ``undo`` after the pass. Gives whether anything was changed.
+    ``count``, if known, is how many tokens but the first of each text have a label. Call ``undo`` after the pass. Gives whether anything was changed.
     """
     if not isinstance(inputs.get("labels"), Tensor) or getattr(model, "loss_function", None) is not ForCausalLMLoss:
         return False
@@ -122,7 +126,7 @@ def defer(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     if head is None:
         return False
     head.forward = functools.partial(DeferredLogits, head=head)  # type: ignore[method-assign]
-    model._loss_function = functools.partial(_loss, model.__dict__.get("_loss_function"))  # type: ignore[assignment]
+    model._loss_function = functools.partial(_loss, model.__dict__.get("_loss_function"), count)  # type: ignore[assignment]
     return True
 
 
@@ -132,7 +136,7 @@ def undo(model: nn.Module) -> None:
     if getattr(loss, "func", None) is not _loss:
         return
     del model.get_output_embeddings().__dict__["forward"]  # type: ignore[operator]
-    (before,) = loss.args
+    before, _ = loss.args
     del model.__dict__["_loss_function"]
     if before is not None:
         model._loss_function = before
@@ -168,6 +172,7 @@ def _frozen_head(model: nn.Module) -> nn.Linear | None:
 
 def _loss(
     before: Any,
+    count: int | None,
     logits: Tensor,
     labels: Tensor,
     vocab_size: int,
@@ -183,7 +188,9 @@ def _loss(
         return of_all(logits, labels, vocab_size, num_items_in_batch, **options)
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
-    losses = logits.losses(shift_labels)
+    else:
+        count = None
+    losses = logits.losses(shift_labels, count)
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(losses.device)
     return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)

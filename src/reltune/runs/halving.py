@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from reltune.losses import IGNORED
+from reltune.tasks.sft_step import COUNTED
 from reltune.tuner.frozen_prefix import TOLD, identified
 
 MEND = "pass a smaller --per_device_train_batch_size, a shorter --max_length, or --gradient_checkpointing"
@@ -161,7 +162,7 @@ def _parts(inputs: Mapping[str, Any], size: int, most: int) -> Iterator[tuple[di
 
     for start in range(0, size, most):
         stop = min(start + most, size)
-        part = {key: cut(value, start, stop) for key, value in inputs.items() if key != TOLD}
+        part = {key: cut(value, start, stop) for key, value in inputs.items() if key not in (TOLD, COUNTED)}
         if TOLD in inputs:
             part[TOLD] = identified({key: one.cpu() if isinstance(one, Tensor) else one for key, one in part.items()})
         share = (

@@ -1,19 +1,57 @@
 """A step of TRL's SFTTrainer at the pace of the model's own: the loss by the model, and no waiting for the device.
 
 TRL's own loss makes each block of logits twice, forward and backward, because it also serves output maps that are trained; and it
-reads three numbers from the device in every step, which keeps it idle until the next operation is on its way.
+reads three numbers from the device in every step, which keeps it idle until the next operation is on its way. What the loss and
+the attention mask would ask it, how many tokens have a label and whether any is padded, is counted where the batch is made.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from reltune.layers.deferred_logits import DeferredLogits, defer, undo
+from reltune.losses import IGNORED
+
+# In a whole batch: how many tokens are to be predicted, and, if it has a mask, whether none is padding.
+COUNTED = "reltune_counted"
+
+
+class Counting:
+    """A collator that adds its batch's ``COUNTED``."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[Any]) -> Any:
+        batch = self.collate(items)
+        mask = batch.get("attention_mask")
+        predicted = int((batch["labels"][..., 1:] != IGNORED).sum())
+        batch[COUNTED] = predicted, None if mask is None else bool(mask.all())
+        return batch
+
+
+@contextlib.contextmanager
+def known_padding(attention: str, full: bool) -> Iterator[None]:
+    """Attention of that name ("sdpa", say) does not look whether the mask of padding is ``full``, in which case it is not applied."""
+    functions: Any = ALL_MASK_ATTENTION_FUNCTIONS
+    if attention not in functions:  # it is given no mask
+        yield
+        return
+    make, known = functions[attention], {"attention_mask": None} if full else {"allow_is_causal_skip": False}
+    functions[attention] = lambda *args, **kwargs: make(*args, **{**kwargs, **known})
+    try:
+        yield
+    finally:
+        functions[attention] = make
 
 
 class SFTStep(Trainer):
@@ -24,6 +62,16 @@ class SFTStep(Trainer):
     _metrics: Any  # TRL's: mode -> metric -> the values that are to be logged next
     _total_train_tokens: Any
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        if self.accelerator.num_processes > 1 or isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()  # accelerate puts batches of tensors alone together
+        collate = self.data_collator
+        self.data_collator = Counting(collate)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -31,15 +79,18 @@ class SFTStep(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        predicted, full = inputs.pop(COUNTED, (None, None))
         if return_outputs or self.looks_at_logits or not (model.training and self._has_plain_loss()):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         base: Any = self.accelerator.unwrap_model(model)
         base = base.get_base_model() if isinstance(base, PeftModel) else base
-        if not defer(base, inputs):
+        if not defer(base, inputs, predicted):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        attention = base.config.get_text_config()._attn_implementation
         try:
             own = {**inputs, "use_cache": False}
-            loss, outputs = Trainer.compute_loss(self, model, own, True, num_items_in_batch)
+            with contextlib.nullcontext() if full is None else known_padding(attention, full):
+                loss, outputs = Trainer.compute_loss(self, model, own, True, num_items_in_batch)
         finally:
             undo(base)
         logits = getattr(outputs, "logits", None)  # a kernel of the whole loss gives none
