@@ -116,7 +116,7 @@ VALUES: list[Any] = [
         {"x": [1]},
     ),
 ]
-LONGEST, ALARM = 2.0, 60  # CPU seconds that an input may take; seconds after which the process that hangs is ended
+LONGEST, ALARM = 2.0, 60  # CPU seconds that an input may take, and after which its process is ended
 MEMORY = 64 * 2**20
 SLICE = 5000  # inputs of one process
 SOURCE = os.path.dirname(importlib.util.find_spec("reltune").origin)  # type: ignore[union-attr,type-var]
@@ -601,7 +601,7 @@ class Run:
         self.written = files
         size = max(map(len, files.values()))
         self.largest = max(self.largest, size)
-        signal.alarm(ALARM)
+        signal.setitimer(signal.ITIMER_PROF, ALARM)
         forget_peak()
         held, began = gauge(b"VmRSS:"), time.process_time()
         try:
@@ -620,7 +620,7 @@ class Run:
                 "".join(traceback.format_exception(error))[-1500:],
             )
         took, memory = time.process_time() - began, gauge(b"VmHWM:") - held
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         if took > self.slowest:
             self.slowest, self.slowest_input = took, label
         if took > LONGEST:

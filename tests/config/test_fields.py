@@ -233,6 +233,6 @@ def test_a_release_of_transformers_with_names_that_are_not_known_is_imported(mon
     "words", [("4", "--max_steps"), ("--max_steps", "4", "true"), ("--bf16", "true", "x", "--optim", "sgd")]
 )
 def test_a_word_that_belongs_to_no_flag(words: tuple[str, ...]) -> None:
-    with pytest.raises(InputError, match="unexpected argument '(4|true|x)'"):
+    with pytest.raises(InputError, match=r"unexpected argument '(4|true|x)'"):
         named_training_fields(words)
     assert named_training_fields(("--report_to", "tensorboard", "wandb"))
