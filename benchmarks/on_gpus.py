@@ -180,6 +180,34 @@ def alone() -> list[Case]:
         Case("GGUF base", "gguf", ("--method", "columns", "--budget", "20%")),
         Case("preference", "preference"),
         Case("preference in bfloat16", "preference", ("--bf16",), limit=ROUNDED, reference=()),
+        *(
+            Case(
+                f"CUDA graphs, {name}",
+                BERT,
+                ("--method", name, "--cuda_graphs", *budget),
+                reference=("--method", name, *budget),
+                limit=ROUNDED if name == "directions" else EXACT,
+            )
+            for name, *budget in (
+                *(
+                    ("weights",),
+                    ("columns",),
+                    ("rows",),
+                    ("directions", "--budget", "10%"),
+                    ("lora",),
+                    ("dora",),
+                    ("shira",),
+                ),
+                *(("bitfit",), ("layers",), ("head",), ("full",)),
+            )
+        ),
+        Case(
+            "CUDA graphs in bfloat16, accumulation",
+            BERT,
+            ("--cuda_graphs", "--bf16", "--gradient_accumulation_steps", "2"),
+            reference=("--gradient_accumulation_steps", "2"),
+            limit=ROUNDED,
+        ),
         Case("checkpointing", LLAMA, ("--gradient_checkpointing",)),
         Case("packing in bfloat16", LLAMA, ("--packing", "--bf16"), limit=ROUNDED, reference=("--packing",)),
         Case("sweep", LLAMA, ("--sweep", "learning_rate=1e-3,1e-2")),

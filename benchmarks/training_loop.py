@@ -54,16 +54,16 @@ SKIPPED = 3  # first steps, in which states are made and caches filled
 
 
 class Ticks(TrainerCallback):
-    """When steps ended: after SKIPPED of them and after the last. Waits are looked for in the first step that is counted no more."""
+    """When steps ended: after those that are ``skipped`` and after the last."""
 
-    def __init__(self, machine: Machine, steps: int) -> None:
-        self.machine, self.steps = machine, steps
+    def __init__(self, machine: Machine, steps: int, skipped: int = SKIPPED) -> None:
+        self.machine, self.steps, self.skipped = machine, steps, skipped
         self.seconds = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == SKIPPED:
+        if state.global_step == self.skipped:
             self.began = self.machine.now()
-        elif state.global_step == SKIPPED + self.steps:
+        elif state.global_step == self.skipped + self.steps:
             self.seconds = (self.machine.now() - self.began) / self.steps
 
 

@@ -272,7 +272,7 @@ def select(
 
 @app.command(context_settings=TRAINING, epilog=f"{STORED_HELP} {TRAINING_HELP}")
 @flags(
-    *("frozen_dtype", "activation_offloading", "cache_frozen_prefix", "cache_size"),
+    *("frozen_dtype", "activation_offloading", "cuda_graphs", "cache_frozen_prefix", "cache_size"),
     *("early_stopping_patience", "sweep", "sweep_trials", "sample_prompts"),
     stored=True,
 )

@@ -33,7 +33,7 @@ ORDER = """
     task text_column text_pair_column label_column encoding on_bad_rows on_leak streaming max_length chat_template completion_only_loss packing
     max_new_tokens generation_examples report_examples sample_prompts beta loss_type forgetting_file
     lm_eval_tasks lm_eval_num_fewshot lm_eval_limit lm_eval_batch_size lm_eval_apply_chat_template
-    load_in_4bit load_in_8bit method lora_r lora_alpha lora_dropout rank_by activation_offloading cache_frozen_prefix cache_size
+    load_in_4bit load_in_8bit method lora_r lora_alpha lora_dropout rank_by activation_offloading cuda_graphs cache_frozen_prefix cache_size
     early_stopping_patience sweep sweep_trials
     budget fixed criteria granularity spread target_modules exclude_modules
     head_epochs analysis_examples analysis_batch_size max_trials probe_steps probe_step_size probe_directions elements frozen_dtype
@@ -123,6 +123,8 @@ class RunConfig(
             why = "streamed rows are not known to come again"
         elif self.method in ("full", "bitfit"):
             why = f"the method {self.method} trains the lowest layer"
+        elif self.cuda_graphs:
+            why = "cuda_graphs record steps that begin at the lowest layer"
         else:
             return
         raise InputError(f"cache_frozen_prefix on: {why}; write auto, which then keeps nothing, or off.")

@@ -42,6 +42,13 @@ class TrainingConfig(Subject):
             "texts, together with --gradient_checkpointing."
         ),
     )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata=about(
+            "Record the forward and backward pass for each shape of batch on an NVIDIA GPU and replay them, for models so small that the GPU "
+            "waits for Python. Batches are padded to multiples of 32 tokens. Not for chats and plain text, nor in several processes."
+        ),
+    )
     cache_frozen_prefix: str = field(
         default="auto",
         metadata=about(

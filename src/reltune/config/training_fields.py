@@ -101,7 +101,8 @@ def named_training_fields(words: Sequence[str], own_flags: Collection[str] = ())
     """
     if words and not words[0].startswith("--"):
         raise InputError(f"unexpected argument {words[0]!r}; flags begin with --.")
-    kinds, found, name = training_field_kinds(), {}, ""
+    kinds, name = training_field_kinds(), ""
+    found: dict[str, str] = {}
     for word in _normal(words):
         if not word.startswith("--"):
             if found[name] and "list" not in str(kinds[name]):

@@ -34,6 +34,7 @@ from reltune.runs.bad_rows import warn_of
 from reltune.runs.data_record import read_task
 from reltune.runs.directory import RunDirectory
 from reltune.runs.duration import Rows
+from reltune.runs.graphed_step import check_graphs
 from reltune.runs.samples import Samples
 from reltune.runs.splits import HeldOut, Splits, encode, encode_held_out, read_data, read_held_out
 from reltune.tasks.fit import check_tokens, settle_padding
@@ -233,6 +234,8 @@ def prepare(config: RunConfig, run: RunDirectory | None = None) -> Materials:
         recorded = read_task(run, config) if run else None
         task, splits = read_data(config, recorded)
         config.task = task.name
+        if config.cuda_graphs:
+            check_graphs(config.training, task.name)
         if run is None:
             task = task.suited_to(load_config(config.model_name_or_path))
         tokenizer = task.load_tokenizer(config.model_name_or_path)

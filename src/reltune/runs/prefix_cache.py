@@ -135,7 +135,7 @@ def decide(
     Raises InputError where the cache is to be on and cannot be.
     """
     wanted = config.cache_frozen_prefix
-    if wanted == "off":
+    if wanted == "off" or config.cuda_graphs:
         return None
     try:
         frozen_blocks(model)

@@ -522,6 +522,7 @@ def tune(
             description,
             callbacks,
             config.activation_offloading,
+            config.cuda_graphs,
             cache,
             None if materials.samples is None else materials.samples.asked_in(run),
         )

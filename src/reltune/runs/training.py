@@ -43,6 +43,7 @@ from reltune.methods.registry import METHODS
 from reltune.metrics import largest_is_best
 from reltune.processes import Processes
 from reltune.runs.directory import checkpoints
+from reltune.runs.graphed_step import replay_steps
 from reltune.runs.halving import halve_where_memory_ends
 from reltune.runs.kept_batch import STOPPED_AT
 from reltune.runs.prefix_cache import PrefixCache, SavesIndex
@@ -240,11 +241,12 @@ def train(
     description: str = "train",
     callbacks: Sequence[TrainerCallback] = (),
     offload: bool = False,
+    graphs: bool = False,
     cache: PrefixCache | None = None,
     also: Callable[[Trainer], None] | None = None,
 ) -> tuple[Trainer, TrainingCost]:
     """Train whatever of ``model`` requires a gradient. ``description`` names the progress bar. With ``offload`` activations wait
-    in host memory; with a ``cache`` the frozen layers are computed once. ``also`` is told the Trainer before it begins. Of several
+    in host memory, with ``graphs`` losses are replayed, with a ``cache`` the frozen layers are computed once. ``also`` is told the Trainer before it begins. Of several
     processes each calls this; the cost is each one's own.
 
     Raises ArithmeticError when a loss, a gradient or a trained weight is infinite or not a number, and InputError when nothing that is
@@ -281,6 +283,8 @@ def train(
             _whole_checkpoints(trainer),
             contextlib.nullcontext() if cache is None else cache.used_by(trainer),
         ):
+            if graphs:
+                replay_steps(trainer, model)
             halve_where_memory_ends(trainer, model)  # around all that has a state for the time of a step
             watch(trainer, model, processor)
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)

@@ -95,6 +95,7 @@ def _seconds_per_step(config: ComparisonConfig, method: str, fields: Mapping[str
             *(trainable.model, args, own.task, own.tokenizer, own.train),
             description=words,
             offload=own.config.activation_offloading,
+            graphs=own.config.cuda_graphs,
         )
     return cost.seconds_per_step or 0.0
 
