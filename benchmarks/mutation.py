@@ -11,7 +11,8 @@ killed it.
 
 One process loads the packages that the tests need and forks for each mutant: the child runs pytest on a copy of the source with the
 mutant in it, which processes that tests start see too. A mutant is killed if a test fails, if the source cannot be loaded, or if the child
-takes more of the processor than LIMIT or stands still. All seconds but those of STILL are the processor's.
+takes more of the processor than LIMIT or stands still. Tests that are gone since DIR was made stop it with an error, as does whatever else
+pytest says. All seconds but those of STILL are the processor's.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,12 @@ LIMIT = (
     5.0,
 )  # seconds of the processor that a child may take: so many, and so many times what its tests usually take
 DEAR = 12.0  # seconds: files in which a test took longer are left out, since what its tests share would be made for every mutant
+# What the exit codes of pytest's process mean here. The signals are those of code that breaks the interpreter.
+EXITS = {0: "passed", 1: "failed", 2: "none ran", 4: "none ran", -signal.SIGSEGV: "failed", -signal.SIGABRT: "failed"}
+NOT_LOADED = (
+    "ERROR collecting",
+    "ImportError while loading conftest",
+)  # what pytest writes where a file raises on import
 STILL = 60.0  # seconds without any work, after which a child is said to hang
 
 
@@ -248,7 +255,10 @@ class Child:
         compileall.compile_dir(self.copy, quiet=2)
 
     def run(self, tests: list[str], limit: float, change: tuple[str, str] | None = None) -> tuple[str, str]:
-        """ "passed", "failed" or "timed out", and what pytest wrote; ``change`` is a file and its text."""
+        """ "passed", "failed", "timed out", or "none ran" where pytest came to no test; and what it wrote.
+
+        ``change`` is a file and its text.
+        """
         if change is None:
             return self._fork(tests, limit)
         path = self.copy / "reltune" / change[0]
@@ -275,10 +285,23 @@ class Child:
             if not done:
                 os.waitpid(child, 0)
             output = (Path(scratch) / "output").read_text(encoding="utf-8", errors="replace")
-        return ("timed out" if not done else "failed" if status else "passed"), output
+        if not done:
+            return "timed out", output
+        code = os.waitstatus_to_exitcode(status)
+        if code not in EXITS:
+            raise SystemExit(f"pytest ended with {code}, which says nothing of the code:\n{output[-2000:]}")
+        return EXITS[code], output
+
+    def check(self, tests: Collection[str]) -> None:
+        """Raise SystemExit unless all of the tests are there."""
+        _, output = self.run(["--collect-only", "-v", *sorted({test.partition("::")[0] for test in tests})], math.inf)
+        if gone := sorted(set(tests) - set(output.splitlines())):
+            raise SystemExit(
+                f"{len(gone)} tests are gone, such as {gone[0]}; run core_coverage.py anew.\n{output[-500:]}"
+            )
 
     def _be_pytest(self, tests: list[str], scratch: Path) -> None:
-        code = 1
+        code = 3
         try:
             output = os.open(scratch / "output", os.O_WRONLY | os.O_CREAT)
             for stream in (1, 2):
@@ -339,6 +362,7 @@ def main() -> int:
     load(tests.modules)
     with tempfile.TemporaryDirectory() as scratch:
         child = Child(Path(scratch))
+        child.check(tests.seconds)
         checked = Checked(child, folder, tests)
         again = arguments.again
         while True:
@@ -426,6 +450,12 @@ def failed_in(output: str, tests: list[str]) -> str | None:
     return next((t for t in tests for line in lines if line.startswith((f"FAILED {t}", f"ERROR {t}"))), None)
 
 
+def missing_in(output: str, tests: list[str]) -> set[str]:
+    """Which of the tests pytest did not find in files that it could read; it names their functions alone."""
+    lines = set(output.splitlines())
+    return {test for test in tests if f"ERROR: not found: {ROOT / test.partition('[')[0]}" in lines}
+
+
 def _limit(tests: Tests, chosen: list[str]) -> float:
     return LIMIT[0] + LIMIT[1] * sum(tests.seconds[test] for test in chosen)
 
@@ -434,11 +464,17 @@ def one(child: Child, mutant: Mutant, tests: Tests, failing: set[str], most: flo
     text, change = mutated(mutant)
     chosen = within([t for t in tests.of(mutant) if t not in failing], tests.seconds, most)
     start, outcome, by = time.monotonic(), "no test", None
-    if chosen:
+    while chosen:
         result, output = child.run(chosen, _limit(tests, chosen), (mutant.file, text))
-        outcome = {"passed": "survived", "failed": "killed", "timed out": "timed out"}[result]
+        if result == "none ran" and (gone := missing_in(output, chosen)):
+            chosen = [test for test in chosen if test not in gone]  # a test's name holds what the mutant changes
+            continue
+        if result == "none ran" and not any(words in output for words in NOT_LOADED):
+            raise SystemExit(f"{mutant}: no test ran, and not because of the source:\n{output[-2000:]}")
+        outcome = {"passed": "survived", "timed out": "timed out"}.get(result, "killed")
         if outcome == "killed":
-            by = failed_in(output, chosen) or "loading"
+            by = "loading" if result == "none ran" else failed_in(output, chosen)
+        break
     seconds = round(time.monotonic() - start, 1)
     figures = {"outcome": outcome, "by": by, "tests": len(chosen), "seconds": seconds}
     return {"file": mutant.file, "line": mutant.line, "operator": mutant.operator, "change": change, **figures}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaForCausalLM, T5ForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, LlamaForCausalLM, T5ForConditionalGeneration
 
 from cost_cases import BATCH, LENGTH, batch_for, bert, llama, mixtral, t5
 from oracles.kept_tensors import kept_bytes
@@ -226,6 +226,30 @@ def test_mixed_precision_keeps_narrow_copies_of_weights() -> None:
     mixed = counted(llama, lora, Conditions(autocast=torch.bfloat16))
     assert {work.dtype for work in mixed.work["forward"] if work.name == "aten::mm"} == {torch.bfloat16}
     assert mixed.peak["weights"] == counted(llama, lora, ON_CUDA).peak["weights"]
+
+
+def test_logits_that_the_model_looks_at_are_made_in_the_narrow_type() -> None:
+    """BART adds a bias to its logits, which the tuner would have deferred: what is kept has a narrow copy of the output weight."""
+
+    def bart() -> BartForConditionalGeneration:
+        sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in
+                 (("layers", 1), ("attention_heads", 2), ("ffn_dim", 64))}  # fmt: skip
+        return BartForConditionalGeneration(
+            BartConfig(
+                vocab_size=1024, d_model=32, max_position_embeddings=64, dropout=0.0, decoder_start_token_id=0, **sizes
+            )
+        )
+
+    def few(model: Any) -> Any:
+        return get_peft_model(model, ReltuneConfig(target_modules=["q_proj"], r=4))
+
+    torch.manual_seed(0)
+    model = few(bart()).train()
+    copies = [t for layer in model.modules() for kept in getattr(layer, "originals", {}).values() for t in kept.index]
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = kept_bytes(model, batch_for(model.get_base_model(), "cpu"), copies)
+    found = counted(bart, few, Conditions(cuda=False, autocast=torch.bfloat16)).kept
+    assert found == pytest.approx(wanted, rel=0.03) and wanted > 2 * 1024 * 32 + 4 * BATCH * LENGTH * 1024
 
 
 def test_liger_keeps_no_logits() -> None:

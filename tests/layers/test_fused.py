@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
@@ -118,6 +119,29 @@ def test_gated_mlps_give_the_same_bits(name, dtype, everywhere):
     assert "forward" not in taken.__dict__
 
 
+class OfLiger(nn.Module):
+    """As Liger's class, which takes the place of Llama's in its file: the activation is in the kernel."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = parts
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_a_gated_mlp_of_liger_s_own_class_is_fused(everywhere, monkeypatch):
+    llama = gated_mlps()["llama"]
+    theirs = OfLiger(llama.gate_proj, llama.up_proj, llama.down_proj)
+    assert not can_be_fused(theirs)  # as any class without an activation
+    monkeypatch.setattr(OfLiger, "__module__", "liger_kernel.transformers.swiglu")
+    assert can_be_fused(theirs) and fuse([theirs]) == [theirs]
+    x = torch.randn(2, 3, 16)
+    assert torch.equal(theirs(x), llama(x))
+    with recompute.force(False):  # computes as written where nothing is fused
+        assert torch.equal(theirs(x), llama(x))
+
+
 @pytest.mark.parametrize("act", ["relu", "gelu_new", "quick_gelu"])
 def test_other_activations_and_computations_are_left(act, everywhere):
     llama, phi = LlamaConfig(**SIZES), Phi3Config(**SIZES, pad_token_id=0)
@@ -205,6 +229,22 @@ def test_rotations_give_the_same_bits(name, dtype, everywhere):
     assert sys.modules[kind.__module__].__dict__["apply_rotary_pos_emb"] is of_file
     restore(model)
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_rotation_is_fused_once_liger_s_own_is_out_of_the_file(everywhere, monkeypatch):
+    """Liger's cannot be tried out on a CPU, and takes another's place while it is there."""
+    kind, config = ROTATING["llama"]
+
+    class Anew(modeling_llama.LlamaAttention):  # which nothing has asked for before
+        pass
+
+    with monkeypatch.context() as patched:
+        patched.setattr(modeling_llama, "LlamaAttention", Anew)
+        model = kind(config)
+    with monkeypatch.context() as patched:
+        patched.setattr(modeling_llama, "apply_rotary_pos_emb", mock.Mock(side_effect=RuntimeError("no CUDA device")))
+        assert fuse(attentions(model)) == []
+    assert fuse(attentions(model)) == attentions(model)
 
 
 def test_gradients_of_a_rotation_are_those_of_plain_autograd():

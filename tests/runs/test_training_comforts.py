@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainingArguments
+from transformers.models.llama import modeling_llama
 
 from command_line import reltune, review_rows, write_csv
 from reltune.config.run_config import RunConfig
@@ -25,7 +26,7 @@ from reltune.tasks.image_classification import ImageClassification
 from reltune.tasks.regression import Regression
 from reltune.tasks.sequence_classification import SequenceClassification
 from reltune.tasks.task import Task
-from tiny_models import save_tiny_bert, save_tiny_masked
+from tiny_models import save_tiny_bert, save_tiny_llama, save_tiny_masked
 
 COLUMNS = ["--granularity", "column", "--budget", "5%"]
 RATE = ["--granularity", "module", "--budget", "50%", "--learning_rate", 1e-2]
@@ -177,6 +178,32 @@ def test_a_gradient_scaler_sees_no_float16(tmp_path: Path) -> None:
         with training.scaled_in_float32(model, TrainingArguments(str(tmp_path), use_cpu=True, fp16=fp16)):
             assert [p.dtype for p in model.parameters()] == [torch.float16] * 2 + [expected] * 2
         assert {p.dtype for p in model.parameters()} == {torch.float16}
+
+
+def test_what_liger_puts_into_files_does_not_outlast_its_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainer has Liger change the model's file, a class in it, and torch, where a later model of the process would find it."""
+    places = [(modeling_llama, "LlamaMLP"), (modeling_llama, "LlamaRMSNorm"), (modeling_llama, "apply_rotary_pos_emb"),
+              (modeling_llama.LlamaForCausalLM, "forward"), (torch.nn.functional, "cross_entropy")]  # fmt: skip
+    before = [vars(place)[name] for place, name in places]
+    models = []
+
+    def calling(own: Any) -> Any:
+        return lambda *args, **kwargs: own(*args, **kwargs)
+
+    def apply(model: Any, config: Any) -> None:
+        models.append(model)
+        for (place, name), own in zip(places, before, strict=True):
+            theirs = type(name, (own,), {}) if isinstance(own, type) else calling(own)
+            theirs.__module__ = "liger_kernel.transformers"
+            monkeypatch.setattr(place, name, theirs)
+
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", apply)
+    save_tiny_llama(tmp_path / "model")
+    write_csv(tmp_path / "train.csv", review_rows(20))
+    new_run(tmp_path, "run", "--task", "causal_lm", "--method", "lora", "--max_steps", 1, "--use_liger_kernel")
+    assert models and [vars(place)[name] for place, name in places] == before
 
 
 def test_a_missing_logger_is_named_before_anything_is_written(place: Path) -> None:

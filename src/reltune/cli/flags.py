@@ -225,7 +225,7 @@ def _given(context: typer.Context, fields: Sequence[dataclasses.Field] = FIELDS)
     return given
 
 
-def _named_training_fields(context: typer.Context) -> dict[str, str]:
+def _named_training_fields(context: typer.Context) -> dict[str, str | bool]:
     """Flags that the command does not have must be fields of TrainingArguments."""
     own = [option for parameter in context.command.params for option in parameter.opts if option.startswith("--")]
     return named_training_fields(context.args, own)

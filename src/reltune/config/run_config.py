@@ -92,8 +92,8 @@ class RunConfig(
 
     @property
     def is_spread(self) -> bool:
-        """Whether training spreads the model over processes. Of a flag without a value the first check sees an empty word."""
-        return str(self.training.get("fsdp")).lower() not in ("none", "false")
+        """Whether training spreads the model over processes, as TrainingArguments understands its field."""
+        return bool(self.training.get("fsdp"))
 
     def check(self) -> None:
         """Raise InputError for values that no later stage could use. Of files it reads the run's own scores at most."""

@@ -94,28 +94,30 @@ def training_field_kinds() -> dict[str, Any]:
 # -- command-line words ---------------------------------------------------------------------------------------------
 
 
-def named_training_fields(words: Sequence[str], own_flags: Collection[str] = ()) -> dict[str, str]:
-    """The fields given in ``words``, with their values as they were written. Does without transformers.
+def named_training_fields(words: Sequence[str], own_flags: Collection[str] = ()) -> dict[str, str | bool]:
+    """The fields given in ``words``, with their values as they were written, or what a flag without one stands for.
+
+    Does without transformers.
 
     Raises InputError for a flag that no field has, naming the nearest, also of the command's ``own_flags``.
     """
     if words and not words[0].startswith("--"):
         raise InputError(f"unexpected argument {words[0]!r}; flags begin with --.")
     kinds, name = training_field_kinds(), ""
-    found: dict[str, str] = {}
+    found: dict[str, str | bool] = {}
     for word in _normal(words):
         if not word.startswith("--"):
-            if found[name] and "list" not in str(kinds[name]):
+            if isinstance(found[name], str) and "list" not in str(kinds[name]):
                 raise InputError(f"unexpected argument {word!r}: --{name} takes one value, and flags begin with --.")
             found[name] = word
             continue
-        flag, _, value = word.partition("=")
+        flag, equals, value = word.partition("=")
         name = flag[2:] if flag[2:] in kinds else flag[2:].removeprefix("no_")
         if name not in kinds:
             raise _unknown(flag, own_flags)
         if name in RESERVED:
             raise InputError(f"{flag} is fixed in the run's config.yaml; make another run for another {name}.")
-        found[name] = value
+        found[name] = value if equals else name == flag[2:]
     return found
 
 
@@ -201,6 +203,9 @@ def checked_training_fields(values: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     check_training_names(values)
     kinds = {name: str(kind) for name, kind in training_field_kinds().items()}
+    switches = {
+        field.name for field in dataclasses.fields(training_declarations()) if field.metadata.get("const") is True
+    }
     checked: dict[str, Any] = {}
     words = []
     for name, value in values.items():
@@ -209,6 +214,8 @@ def checked_training_fields(values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict | list):
             if type(value).__name__ not in kinds[name]:
                 raise InputError(f"{name} is {value!r}; it must be a single value.")
+            checked[name] = value
+        elif value is False and name in switches:
             checked[name] = value
         elif value is not None:
             word = str(value).lower() if isinstance(value, bool) else str(value)

@@ -317,7 +317,7 @@ def _at_work(base: nn.Module, ledger: Ledger) -> Iterator[None]:
 @contextlib.contextmanager
 def counting(conditions: Conditions) -> Iterator[None]:
     """Take the meta device for the one that is counted for, until the context ends."""
-    with standing_for_cuda(conditions.cuda, conditions.autocast is not None):
+    with standing_for_cuda(conditions.cuda, conditions.autocast):
         yield
 
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from reltune.losses import IGNORED
+from reltune.ops import stand_in
 from reltune.ops.linear_cross_entropy import OfTokens, linear_cross_entropy
 
 # What is known without the logits.
@@ -46,7 +47,10 @@ class DeferredLogits(Tensor):
     @staticmethod
     def __new__(cls, hidden: Tensor, head: nn.Linear, dtype: torch.dtype | None = None) -> DeferredLogits:
         kind = hidden.device.type
-        cast = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+        if kind == "meta":
+            cast = stand_in.autocast_dtype()
+        else:
+            cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         logits: Any = Tensor._make_wrapper_subclass(
             cls, (*hidden.shape[:-1], head.out_features), dtype=dtype or cast or hidden.dtype, device=hidden.device
         )
@@ -77,8 +81,11 @@ class DeferredLogits(Tensor):
         """The logits themselves, the same tensor each time."""
         own: Any = self
         if own._computed is None:
+            parts = self.hidden, self.head.weight, self.head.bias
             with _autocast(self), torch.enable_grad():
-                own._computed = F.linear(self.hidden, self.head.weight, self.head.bias).to(self.dtype)
+                if self.hidden.is_meta and own._cast is not None:  # no mode that would cast is asked in here
+                    parts = tuple(None if part is None else part.to(own._cast) for part in parts)
+                own._computed = F.linear(*parts).to(self.dtype)
         return own._computed
 
     def _again(self, dtype: torch.dtype) -> Tensor:

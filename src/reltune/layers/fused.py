@@ -27,8 +27,8 @@ NORM = NormType()
 # What computes a module's output -> whether a fused operator computes the same; of a gated MLP, its activation or None.
 _alike: dict[Any, bool] = {}
 _activations: dict[Any, str | None] = {}
-# An attention's class -> its forward with a fused rotation; None where it has another one, or none.
-_rotating: dict[type, Callable[..., Any] | None] = {}
+# An attention's class, and the rotation that its file has now -> its forward with a fused one; None where that is another, or none.
+_rotating: dict[tuple[type, Any], Callable[..., Any] | None] = {}
 
 
 def fuse(modules: Iterable[nn.Module]) -> list[nn.Module]:
@@ -51,7 +51,7 @@ def fuse(modules: Iterable[nn.Module]) -> list[nn.Module]:
                 module.forward = functools.partial(_norm, module, own)
                 fused.append(module)
         elif _may_be_gated(module):
-            act: Any = module.act_fn
+            act: Any = getattr(module, "act_fn", None)
             described = (type(act), repr(act)) if isinstance(act, nn.Module) else act
             if (type(module), described) not in _activations:
                 _activations[type(module), described] = _activation(module)
@@ -162,7 +162,9 @@ def _with_numbers(module: nn.Module) -> Iterator[None]:
 
 
 def _is_gated(module: nn.Module) -> bool:
-    return hasattr(module, "act_fn") and all(hasattr(module, f"{name}_proj") for name in ("gate", "up", "down"))
+    """Liger's classes have the activation in their kernels."""
+    has_activation = hasattr(module, "act_fn") or type(module).__module__.startswith("liger_kernel")
+    return has_activation and all(hasattr(module, f"{name}_proj") for name in ("gate", "up", "down"))
 
 
 def _may_be_gated(module: nn.Module) -> bool:
@@ -171,13 +173,14 @@ def _may_be_gated(module: nn.Module) -> bool:
 
 
 def _gated_mlp(module: Any, own: Any, activation: str, *args: Any, **kwargs: Any) -> Any:
-    if len(args) != 1 or kwargs or _is_hooked(module.act_fn) or torch.compiler.is_compiling():
+    act = getattr(module, "act_fn", ACTIVATIONS[activation][0])
+    if len(args) != 1 or kwargs or _is_hooked(act) or torch.compiler.is_compiling():
         return _original(module, own, *args, **kwargs)
     (x,) = args
     gate, up = module.gate_proj(x), module.up_proj(x)
     if _can_compute(gate) and gate.shape == up.shape and gate.dtype == up.dtype:
         return module.down_proj(GatedProduct.apply(gate, up, activation))
-    return module.down_proj(module.act_fn(gate) * up)
+    return module.down_proj(act(gate) * up)
 
 
 def _is_hooked(act: Any) -> bool:
@@ -190,7 +193,10 @@ def _activation(module: Any) -> str | None:
     device = next(module.parameters()).device
     z = torch.linspace(-9, 9, 96, device="cpu" if device.type == "meta" else device).reshape(1, 4, 24)
     maps = SimpleNamespace(
-        gate_proj=lambda x: 0.9 * x + 0.1, up_proj=lambda x: 2 - x, down_proj=lambda x: 3 * x + 1, act_fn=module.act_fn
+        gate_proj=lambda x: 0.9 * x + 0.1,
+        up_proj=lambda x: 2 - x,
+        down_proj=lambda x: 3 * x + 1,
+        act_fn=getattr(module, "act_fn", None),
     )
     try:
         with torch.no_grad():
@@ -215,13 +221,16 @@ ROTATE = "apply_rotary_pos_emb"  # what modelling files of Transformers call it
 
 def _rotates(module: nn.Module) -> bool:
     """Whether the class's forward calls a function of its own file that rotates queries and keys as ``Rotation`` does."""
-    kind = type(module)
-    if kind not in _rotating:
-        forward = kind.forward
-        of_file: Any = getattr(forward, "__globals__", {}).get(ROTATE)
+    return _rotating_forward(type(module)) is not None
+
+
+def _rotating_forward(kind: type[nn.Module]) -> Callable[..., Any] | None:
+    forward = kind.forward
+    of_file: Any = getattr(forward, "__globals__", {}).get(ROTATE)  # Liger puts its own there
+    if (kind, of_file) not in _rotating:
         calls = type(forward) is FunctionType and ROTATE in forward.__code__.co_names and of_file is not None
-        _rotating[kind] = _with_rotation(forward, of_file) if calls and _rotates_the_same(of_file) else None
-    return _rotating[kind] is not None
+        _rotating[kind, of_file] = _with_rotation(forward, of_file) if calls and _rotates_the_same(of_file) else None
+    return _rotating[kind, of_file]
 
 
 def _may_rotate(module: nn.Module) -> bool:
@@ -273,7 +282,7 @@ def _rotates_the_same(of_file: Callable[..., Any]) -> bool:
 
 
 def _rotated_attention(module: nn.Module, own: Any, *args: Any, **kwargs: Any) -> Any:
-    forward = _rotating[type(module)] if _rotates(module) else None
+    forward = _rotating_forward(type(module))
     if forward is None or torch.compiler.is_compiling():
         return _original(module, own, *args, **kwargs)
     return forward(module, *args, **kwargs)

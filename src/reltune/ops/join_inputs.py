@@ -81,7 +81,7 @@ def joins(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.numel() >= LEAST_NUMBERS
         and torch.is_grad_enabled()
         and type(x) is Tensor
-        and not (stand_in.autocasts() if x.is_meta else torch.is_autocast_enabled("cuda"))
+        and not (stand_in.autocast_dtype() is not None if x.is_meta else torch.is_autocast_enabled("cuda"))
         and x.dtype == weight.dtype
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_standing: list[tuple[bool, bool]] = []  # for a CUDA device; under autocast
+_standing: list[tuple[bool, torch.dtype | None]] = []  # for a CUDA device; the type of products under autocast
 
 _library = torch.library.Library("reltune", "DEF")
 _library.define("kernel(Tensor[] reads, Tensor[] like, int flops=0) -> Tensor[]")
@@ -20,10 +20,10 @@ _library.impl("kernel", lambda reads, like, flops=0: [torch.empty_like(x) for x 
 
 
 @contextmanager
-def standing_for_cuda(on: bool = True, autocast: bool = False) -> Iterator[None]:
+def standing_for_cuda(on: bool = True, autocast: torch.dtype | None = None) -> Iterator[None]:
     """Take tensors on the meta device for ones on a CUDA device until the context ends, or for ones on a CPU if not ``on``.
 
-    ``autocast``: as under mixed precision.
+    ``autocast``: the type of products under mixed precision.
     """
     _standing.append((on, autocast))
     try:
@@ -32,9 +32,9 @@ def standing_for_cuda(on: bool = True, autocast: bool = False) -> Iterator[None]
         _standing.pop()
 
 
-def autocasts() -> bool:
-    """Whether they stand for tensors under mixed precision."""
-    return bool(_standing) and _standing[-1][1]
+def autocast_dtype() -> torch.dtype | None:
+    """The type of products where they stand for tensors under mixed precision."""
+    return _standing[-1][1] if _standing else None
 
 
 def standing() -> bool:

@@ -586,7 +586,7 @@ class _Fitting:
         memory_over, seconds_over = self.over(least)
         wants: list[str] = []
         settings = ", ".join(
-            line.removeprefix("Chosen to fit: ").split(", of which")[0].split(", which")[0]
+            line.partition(": ")[2].split(", of which")[0].split(", which")[0].removesuffix(".")
             for line in least.settings.describe()
         )
         if memory_over > 0 and self.budget.memory is not None:

@@ -280,6 +280,7 @@ def train(
             PeakMemory() as memory,
             frozen_statistics(model),
             walked_through_once(model),
+            liger_for_itself(model),
             _whole_checkpoints(trainer),
             contextlib.nullcontext() if cache is None else cache.used_by(trainer),
         ):
@@ -418,6 +419,23 @@ def walked_through_once(model: Any) -> Iterator[None]:
     finally:
         for name in names:
             del model.__dict__[name]
+
+
+@contextlib.contextmanager
+def liger_for_itself(model: nn.Module) -> Iterator[None]:
+    """Take Liger's kernels out of the model's files and of torch at the end, where Trainer also puts them: every model that is
+    made later would have them, and one on the meta device, of which a training is predicted, could not run."""
+    files = [sys.modules[name] for name in {type(module).__module__ for module in model.modules()}]
+    classes = [value for file in files for value in vars(file).values() if isinstance(value, type)]
+    before = [(place, dict(vars(place))) for place in (*files, *classes, nn, nn.functional)]
+    try:
+        yield
+    finally:
+        for place, names in before:
+            for name, value in names.items():
+                now = getattr(place, name, None)
+                if now is not value and str(getattr(now, "__module__", None)).startswith("liger_kernel"):
+                    setattr(place, name, value)
 
 
 def stops_early(patience: int) -> TrainerCallback:
