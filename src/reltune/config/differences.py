@@ -78,4 +78,6 @@ def _same(name: str, one: Any, other: Any) -> bool:
 def _word(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "nothing"
+    if value == "":  # a flag without a value
+        return "True"
     return "not given" if value is None else str(value)
