@@ -132,6 +132,14 @@ def test_too_few_rows_to_split(place: Place, tmp_path: Path) -> None:
     refuse(place, "30 of which are the only one of their label", train_file=alone)
 
 
+def test_a_lora_file_of_what_has_none(place: Path) -> None:
+    answer = reltune(
+        "run", *new_run_words(place, granularity=None, budget=None), "--method", "bitfit", "--export", "lora",
+        "--output_dir", place / "new",
+    )  # fmt: skip
+    assert_refused(answer, "the method bitfit", "use --export merged")
+
+
 def test_nothing_or_two_things_to_train_on(place: Place) -> None:
     refuse(place, "train_file", "dataset_name", train_file=None)
     refuse(place, "train_file", "dataset_name", dataset_name="bbc_news")
@@ -227,10 +235,10 @@ def test_nothing_left_to_choose(place: Place) -> None:
         (["--num-train-epoch", "1"], "'--num_train_epochs'"),
         (["--evaluation_strategy", "no"], "'--eval_strategy'"),
         (["--no_learning_rate"], "'--learning_rate'"),
-        (["--learning_rate", "fast"], "--learning_rate: invalid float value: 'fast'"),
+        (["--learning_rate", "fast"], "learning_rate is 'fast'; it must be a number"),
         (["--learning_rate"], "--learning_rate"),
-        (["--num_train_epochs", "two"], "--num_train_epochs: invalid float value: 'two'"),
-        (["--max_steps", "2.5"], "--max_steps: invalid int value: '2.5'"),
+        (["--num_train_epochs", "two"], "num_train_epochs is 'two'; it must be a number"),
+        (["--max_steps", "2.5"], "max_steps is '2.5'; it must be a whole number"),
         (["--bf16", "maybe"], "--bf16"),
         (["--lr_scheduler_type", "linea"], "'linear'"),
         (["--optim", "adam_w"], "--optim 'adam_w' is unknown"),

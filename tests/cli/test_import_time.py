@@ -52,6 +52,7 @@ def test_python_m_is_the_command() -> None:
 # -- bad input ------------------------------------------------------------------------------------------------------
 
 GOOD = {"model_name_or_path": "model", "train_file": "train.csv", "output_dir": "new"}
+GOOD_WORDS = [word for name, value in GOOD.items() for word in (f"--{name}", value)]
 REFUSED = [
     *[({name: "absent.csv"}, "absent.csv does not exist") for name in ("validation_file", "test_file", "train_file")],
     ({"forgetting_file": "absent.jsonl"}, "absent.jsonl does not exist"),
@@ -73,6 +74,12 @@ REFUSED = [
     ({"max_length": "0"}, "max_length is 0"),
     ({"learnig_rate": "1e-3"}, "unknown flag --learnig_rate; did you mean '--learning_rate'"),
     ({"seeed": "1"}, "did you mean '--seed'"),
+    ({"learning_rate": "fast"}, "learning_rate is 'fast'; it must be a number"),
+    ({"max_steps": "1e2"}, "max_steps is '1e2'; it must be a whole number"),
+    ({"eval_strategy": "epochs"}, "--eval_strategy 'epochs' is unknown"),
+    ({"text_column": "body"}, "train.csv line 1 has no column 'body'"),
+    ({"train_file": "reviews.csv"}, "Name yours with --text_column"),
+    ({"test_file": "torn.jsonl"}, "torn.jsonl"),
     ({"config": "absent.yaml"}, "absent.yaml does not exist"),
     ({"config": "broken.yaml"}, "line 2 gives 'seed' a second time"),
     ({"config": "unknown.yaml"}, "'learnig_rate' is no field; did you mean 'learning_rate'"),
@@ -82,6 +89,8 @@ REFUSED = [
 OTHERS = [
     (["tune", "done", "--learning_rate", "1e-3"], "already holds adapter"),
     (["tune", "nowhere"], "holds no run"),
+    (["data", "--train_file", "reviews.csv"], "with --text_column"),
+    (["compare", *GOOD_WORDS, "--text_column", "body"], "has no column 'body'"),
     (["select", "done"], "already holds plan"),
     (["select", "done", "--overwrite_output_dir", "--budget", "0"], "allows nothing"),
     (["evaluate", "untuned"], "holds no adapter"),
@@ -105,7 +114,7 @@ print(json.dumps(answers))
 
 
 def test_bad_input_is_refused_before_anything_heavy_is_loaded(tmp_path: Path) -> None:
-    """With training flags that are right, whose types only transformers knows."""
+    """With training flags that are right, of which only transformers knows all types."""
     for name in ("model", "empty", "adapter", "foreign", "done/adapter", "done/plan", "done/relevance", "untuned"):
         (tmp_path / name).mkdir(parents=True)
     files = {
@@ -115,6 +124,8 @@ def test_bad_input_is_refused_before_anything_heavy_is_loaded(tmp_path: Path) ->
         "done/relevance/scores.json": "{}",
         "foreign/notes.txt": "mine",
         "train.csv": "text,label\na,b\n",
+        "reviews.csv": "review,stars\na,1\n",
+        "torn.jsonl": '{"text": ',
         "table.xls": "",
         "broken.yaml": "seed: 1\nseed: [",
         "unknown.yaml": "learnig_rate: 1e-3",

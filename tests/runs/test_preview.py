@@ -12,7 +12,7 @@ import pytest
 from rich.cells import cell_len
 
 from command_line import assert_refused, reltune
-from reltune.report.preview import visible
+from reltune.report.preview import lengths_sentence, short_lines, visible
 from reltune.runs.preview import shown
 from reltune.tasks.task import Seen
 from task_cases import write_rows
@@ -205,6 +205,20 @@ def test_many_classes_and_wide_names(place: Path) -> None:
     rows = [{"text": f"{text(n)} {n}", "label": f"{'很长的名字' * 8} {n % 15:02}"} for n in range(300)]
     found = seen(place, rows)
     assert "… 3 more" in found["table"] and len(found["classes"]) == 15
+
+
+def test_classes_that_are_numbers_are_told_from_their_counts(place: Path) -> None:
+    rows = [{"text": f"{text(n)} {n}", "label": 1 if n % 3 else 10} for n in range(60)]
+    found = seen(place, rows)
+    counts = {label: of["train"] for label, of in found["classes"].items()}
+    assert f"Classes in training: 1 ({counts['1']}), 10 ({counts['10']})." in short_lines(found)
+
+
+def test_lengths_after_the_cut_are_said_to_be_so_where_any_was_cut() -> None:
+    lengths = {"examples": 9, "whole": False, "median": 3, "nearly_all": 4, "most": 5, "unknown": 0, "windows": False}
+    lengths |= {"limit": 5, "limit_of": "max_length", "cut": 0, "share_cut": 0}
+    assert "(9 training texts)" in lengths_sentence({"lengths": lengths, "unit": "text"})
+    assert "(9 training texts, cut)" in lengths_sentence({"lengths": lengths | {"cut": 1}, "unit": "text"})
 
 
 def test_streamed_rows(place: Path) -> None:

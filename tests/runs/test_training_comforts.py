@@ -267,6 +267,14 @@ def test_a_task_s_own_rates_are_defaults(tmp_path: Path) -> None:
     assert training.default_rate("shira", SequenceClassification(), 0.01) == pytest.approx(1e-2)
 
 
+def test_bf16_needs_no_other_flag_on_a_machine_without_an_accelerator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    args = training.arguments(str(tmp_path), "full", 0, {"bf16": True}, SequenceClassification())
+    assert args.bf16 and args.device.type == "cpu"
+
+
 def test_the_rate_follows_what_is_trained(tmp_path: Path) -> None:
     def method_and_rate(**modules: ModulePlan) -> tuple[str, float]:
         method, share = training.method_of(Plan(modules, "", 0, 0, ""))

@@ -99,7 +99,8 @@ def named_training_fields(words: Sequence[str], own_flags: Collection[str] = ())
 
     Does without transformers.
 
-    Raises InputError for a flag that no field has, naming the nearest, also of the command's ``own_flags``.
+    Raises InputError for a flag that no field has, naming the nearest, also of the command's ``own_flags``; and for a value that is no
+    number, or none of the words, of which its field holds one.
     """
     if words and not words[0].startswith("--"):
         raise InputError(f"unexpected argument {words[0]!r}; flags begin with --.")
@@ -118,7 +119,25 @@ def named_training_fields(words: Sequence[str], own_flags: Collection[str] = ())
         if name in RESERVED:
             raise InputError(f"{flag} is fixed in the run's config.yaml; make another run for another {name}.")
         found[name] = value if equals else name == flag[2:]
+    for name, given in found.items():
+        if isinstance(given, str):
+            _check_word(name, kinds[name], given)
     return found
+
+
+def _check_word(name: str, kind: Any, word: str) -> None:
+    kinds = typing.get_args(kind) or (kind,)
+    for number, article in ((int, "a whole number"), (float, "a number")):
+        if number in kinds:
+            try:
+                number(word)
+            except ValueError as error:
+                raise InputError(f"{name} is {word!r}; it must be {article}.") from error
+    for known in kinds:
+        if isinstance(known, type) and issubclass(known, enum.Enum):
+            values = [member.value for member in known]
+            if word not in values:
+                raise InputError(f"--{name} {word!r} is unknown; {nearest(word, values)}")
 
 
 def parse_training_fields(words: Sequence[str], own_flags: Collection[str] = ()) -> dict[str, Any]:

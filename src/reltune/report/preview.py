@@ -39,7 +39,7 @@ def short_lines(values: Mapping[str, Any]) -> list[str]:
         counts = {label: of.get("train", 0) for label, of in values["classes"].items()}
         shown = sorted(counts.items(), key=lambda pair: -pair[1])
         some = [
-            f"{_named(label)} {count:,}" for label, count in (shown if len(shown) <= 8 else [*shown[:5], shown[-1]])
+            f"{_named(label)} ({count:,})" for label, count in (shown if len(shown) <= 8 else [*shown[:5], shown[-1]])
         ]
         if len(shown) > 8:
             some.insert(5, "…")
@@ -52,7 +52,7 @@ def lengths_sentence(values: Mapping[str, Any]) -> str:
     """How long examples are, and how many of them are cut."""
     own = values["lengths"]
     counted = f"{own['examples']:,} training {values['unit']}s"
-    said = f"Tokens ({counted}{'' if own['whole'] else ', cut'}): median {own['median']:,}, 95% up to {own['nearly_all']:,}, longest "
+    said = f"Tokens ({counted}{'' if own['whole'] or not own['cut'] else ', cut'}): median {own['median']:,}, 95% up to {own['nearly_all']:,}, longest "
     said += f"{own['most']:,}."
     if own["unknown"] > UNKNOWN:
         said += f" {own['unknown']:.1%} of them are unknown to the tokenizer."

@@ -12,8 +12,9 @@ from pathlib import Path
 from reltune.config.comparison import ComparisonConfig
 from reltune.config.run_config import RunConfig
 from reltune.cost.devices import card
+from reltune.data.layout import layout_of
 from reltune.data.prompts import read_prompts
-from reltune.data.text_files import check_text_file
+from reltune.data.text_files import TEXT_SUFFIXES, check_text_file, format_of, read_text_file
 from reltune.errors import InputError
 from reltune.files import check_destination, model_directory_problem, read_json
 from reltune.methods.registry import METHODS
@@ -29,6 +30,7 @@ from reltune.names import (
     WITH_DIRECTIONS,
     WRITING,
 )
+from reltune.notes import collecting
 from reltune.plan.budget import check_budget, read_budget
 from reltune.plan.granularities import ALONE, check_together
 from reltune.runs.comparison.directory import ComparisonDirectory
@@ -36,6 +38,7 @@ from reltune.runs.directory import ADAPTER_CONFIG, CONFIG, TASK, RunDirectory
 from reltune.tasks.chat_templates import text_of
 
 FILES = ("train_file", "validation_file", "test_file", "forgetting_file")
+QUICKLY_READ = 16 * 2**20  # bytes of a text file that are read in half a second
 
 
 def check_new_run(config: RunConfig, overwrite: bool, goal: str = "run") -> None:
@@ -44,12 +47,13 @@ def check_new_run(config: RunConfig, overwrite: bool, goal: str = "run") -> None
     config.check()
     METHODS[config.method].check_config(config)
     if config.export is not None:
-        check_form(config.method, config.export)
+        check_form(config.method, config.export, "--export")
     check_selection(config)
     check_inputs(config)
     read_prompts(config.sample_prompts)
     config.chat_template = text_of(config.chat_template)
-    RunDirectory(config.output_dir).check_start(config, overwrite, goal)
+    if RunDirectory(config.output_dir).check_start(config, overwrite, goal) is None:
+        check_rows(config)
 
 
 def check_new_comparison(config: ComparisonConfig, overwrite: bool) -> None:
@@ -67,6 +71,7 @@ def check_new_comparison(config: ComparisonConfig, overwrite: bool) -> None:
                 raise
     check_inputs(config.of("full"))
     ComparisonDirectory(config.output_dir).check(config, overwrite, training=False)
+    check_rows(config.of("full"))
 
 
 def check_estimate(config: RunConfig, device: str | None, form: str = "table") -> None:
@@ -92,6 +97,7 @@ def check_preview(config: RunConfig, model: bool, form: str = "table") -> None:
     if model and (problem := model_directory_problem(config.model_name_or_path)):
         raise InputError(problem)
     _check_files(config, FILES)
+    check_rows(config)
     config.chat_template = text_of(config.chat_template)
 
 
@@ -247,10 +253,10 @@ def check_chat(path: str, compare: bool) -> None:
         )
 
 
-def check_form(method: str, to: str) -> None:
+def check_form(method: str, to: str, flag: str = "--to") -> None:
     """Raise InputError for a method whose result cannot be written in a form."""
     if to == "lora" and not METHODS[method].lora_file:
-        raise InputError(f"what the method {method} trains cannot be a LoRA adapter; use --to merged.")
+        raise InputError(f"what the method {method} trains cannot be a LoRA adapter; use {flag} merged.")
 
 
 def check_chooses(config: RunConfig) -> None:
@@ -297,6 +303,25 @@ def _check_files(config: RunConfig, names: Sequence[str]) -> None:
     for name in names:
         if (file := getattr(config, name)) is not None:
             check_source(file)
+
+
+def check_rows(config: RunConfig) -> None:
+    """Raise InputError for text files that hold no rows, and for training rows whose columns fit no task.
+
+    Large files are left to the stage that reads them, and so is every row by itself, whose rules need the task.
+    """
+    if config.streaming:
+        return
+    with collecting():  # what there is to note is noted by that stage
+        for name in FILES:
+            file = getattr(config, name)
+            if file is None or os.path.isdir(file) or format_of(Path(file)) not in TEXT_SUFFIXES:
+                continue
+            if os.path.getsize(file) > QUICKLY_READ:
+                continue
+            rows = read_text_file(file, config.encoding)
+            if name == "train_file" and "train" in rows:
+                layout_of(rows["train"], config.task, config.text_column, config.label_column, config.text_pair_column)
 
 
 def check_source(file: str) -> None:

@@ -105,8 +105,8 @@ def arguments(
             values["save_strategy"] = values["eval_strategy"]
         if values["eval_strategy"] == "steps":  # Transformers evaluates as often as it logs, and saves every 500 steps
             values.setdefault("save_steps", values.get("eval_steps") or values["logging_steps"])
-    if launched_on_cpus():
-        values["use_cpu"] = True
+    if launched_on_cpus() or (values.get("bf16") and not torch.accelerator.is_available()):
+        values["use_cpu"] = True  # without it Transformers takes bf16 to be for a GPU
     for name, mend in (("FSDP", "--fsdp and --fsdp_config, which hold"), ("DeepSpeed", "--deepspeed, which holds")):
         if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
             raise InputError(
