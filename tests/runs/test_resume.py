@@ -92,7 +92,7 @@ def test_how_far_a_run_has_come(tmp_path):
     with pytest.raises(InputError, match=r"another configuration \(seed was 42 and is 1\)"):
         run.check_start(dataclasses.replace(config, seed=1))
     with pytest.raises(InputError, match=r"\(bf16 was not given and is True\)"):
-        run.check_start(dataclasses.replace(config, training={"bf16": ""}))  # a flag without a value
+        run.check_start(dataclasses.replace(config, training={"bf16": True}))  # a flag without a value
     assert run.check_start(dataclasses.replace(config, seed=1), overwrite=True) is None
     written = ["relevance/scores.json", "plan/plan.yaml", "adapter/adapter_config.json", "all_results.json"]
     later = ["selection", "training", "evaluation", "report"]

@@ -81,7 +81,7 @@ class DeferredLogits(Tensor):
         """The logits themselves, the same tensor each time."""
         own: Any = self
         if own._computed is None:
-            parts = self.hidden, self.head.weight, self.head.bias
+            parts: tuple[Any, ...] = (self.hidden, self.head.weight, self.head.bias)
             with _autocast(self), torch.enable_grad():
                 if self.hidden.is_meta and own._cast is not None:  # no mode that would cast is asked in here
                     parts = tuple(None if part is None else part.to(own._cast) for part in parts)
