@@ -53,6 +53,11 @@ def size(value: float | None) -> str:
     return f"{value:.1f} GiB"
 
 
+def tokens(lengths: Sequence[int]) -> str:
+    """How many a batch is long; of sources and targets both."""
+    return " + ".join(map(count, lengths))
+
+
 def metric(name: str, value: Any) -> str:
     """One entry of ``all_results.json``: shares in percent, sizes in binary units, the rest plain."""
     if isinstance(value, bool) or not isinstance(value, int | float):
