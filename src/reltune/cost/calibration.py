@@ -53,7 +53,7 @@ KEPT = (
 )  # bytes of results that lie in memory together, as those of a forward pass do; what glibc holds when they are freed
 FRESH = 64 << 20  # bytes, more than that
 WIDTH = 768
-SECONDS, ENOUGH = 0.02, 0.5  # that each figure is measured for, at least, and after which 7 times are not waited for
+SECONDS, ENOUGH = 0.02, 0.3  # that each figure is measured for: at least, and where others are at work
 # A process that always has work runs for 0.95 to 1 of the time on an idle machine; with four others on two cores it ran for 0.2 to 0.5.
 RUNNING = 0.9
 LOOK = 0.3  # seconds, to see whether the machine is idle by now
@@ -208,7 +208,7 @@ def _measured(device: torch.device) -> Calibration:
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """The least time that a run took, of as many as ``SECONDS`` allow, at least 7 of short ones: others may be at work."""
+    """The least time that a run took, of at least 7, one of them undisturbed, and as many as ``SECONDS`` allow; or of ``ENOUGH`` seconds."""
 
     def once() -> float:
         if device.type == "cuda":
@@ -223,9 +223,12 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
         return time.perf_counter() - started
 
     run()
-    times = [once()]
-    while sum(times) < (SECONDS if len(times) >= 7 else ENOUGH):
-        times.append(once())
+    times: list[float] = []
+    undisturbed = False
+    while sum(times) < (SECONDS if undisturbed and len(times) >= 7 else ENOUGH):
+        with _watched(device) as busy:
+            times.append(once())
+        undisturbed |= not busy[0]
     return min(times)
 
 
