@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import platform
 from collections import Counter
 from pathlib import Path
@@ -17,15 +16,27 @@ from reltune.cost.ledger import HOST, Work
 from reltune.cost.profile import PlanCost
 from reltune.cost.step import Conditions, StepCount
 from reltune.cost.timing import HOST_IN_A_STEP, LASTING, TUNED, WAITING, step_time, work_seconds
+from reltune.notes import collecting
 
 CPU = torch.device("cpu")
 
 
+def clocks(monkeypatch: pytest.MonkeyPatch, running: float) -> None:
+    """A clock that goes on by a quarter of a second at each look, for this share of which the process ran."""
+    ticks = [0]
+
+    def now() -> float:
+        ticks[0] += 1
+        return ticks[0] / 4
+
+    monkeypatch.setattr(calibration.time, "perf_counter", now)
+    monkeypatch.setattr(calibration.time, "thread_time", lambda: running * ticks[0] / 4)
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little to compute, and a clock that says a quarter of a second for everything."""
-    ticks = itertools.count()
-    monkeypatch.setattr(calibration.time, "perf_counter", lambda: next(ticks) / 4)
+    """Little to compute, and clocks that say a quarter of a second for everything, in which the process ran."""
+    clocks(monkeypatch, 1.0)
     monkeypatch.setattr(calibration, "SIZES", {"cpu": (4, 8)})
     monkeypatch.setattr(calibration, "MEGABYTES", {"cpu": (1, 2)})
     monkeypatch.setattr(calibration, "LENGTHS", {"cpu": (2, 4)})
@@ -70,6 +81,38 @@ def test_a_kept_calibration_that_is_damaged_is_measured_anew(
         assert calibration.calibrated(CPU) == first
     monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # a file: nothing can be kept below it
     assert calibration.calibrated(CPU) == first
+
+
+def test_a_calibration_of_a_busy_machine_is_measured_anew_when_it_is_idle(
+    small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured: list[bool] = []
+    measure = calibration.measure
+
+    def noted(device: torch.device) -> calibration.Calibration:
+        found = measure(device)
+        measured.append(found.busy)
+        return found
+
+    monkeypatch.setattr(calibration, "measure", noted)
+
+    def another_process(running: float) -> tuple[bool, list[str]]:
+        """Whether what it is given is of a busy machine, and what it says twice asked."""
+        clocks(monkeypatch, running)
+        monkeypatch.setattr(calibration, "_said", set())
+        with collecting() as said:
+            found = calibration.calibrated(CPU)
+            assert calibration.calibrated(CPU).busy == found.busy
+        return found.busy, said
+
+    busy, said = another_process(0.5)
+    assert busy and measured == [True] and len(said) == 1 and "busy with other work" in said[0]
+    assert another_process(0.8) == (True, said) and measured == [
+        True
+    ]  # as long as it is busy, it is not measured again
+    assert another_process(0.96) == (False, []) and measured == [True, False]
+    assert another_process(0.5) == (False, []) and measured == [True, False]  # that one is kept
 
 
 def test_a_machine_without_cpuinfo_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,12 @@ def test_results(name: str, value: object, shown: str) -> None:
     assert numbers.metric(name, value) == shown
 
 
+def test_heads_that_are_counted_are_new_ones() -> None:
+    results = {"trainable_parameters": 7, "head_parameters": 66}
+    assert numbers.before_and_after(results)[1] == ("head_parameters (new heads)", None, 66)
+    assert numbers.before_and_after({**results, "head_parameters": 0}) == [("trainable_parameters", None, 7)]
+
+
 def test_heads_name_the_unit_and_are_narrow() -> None:
     heads = {name: numbers.head(name) for name in METRICS}
     assert heads["accuracy"] == "accuracy\n%" and heads["token_accuracy"] == "token\naccuracy %"

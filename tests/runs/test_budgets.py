@@ -179,6 +179,7 @@ def test_a_plan_trains_under_a_hard_limit_of_its_memory(place: Path) -> None:
     for budget in ("5%", "5% memory=64MiB"):
         run = shutil.copytree(place / "run", place / f"capped {len(budget)}")
         assert call("select", run, "--granularity", "column", "--budget", budget).code in (None, 0)
+        told = (run / "prediction.json").read_text() if "memory" in budget else ""
         warm_up = [*_new(place, f"warm {len(budget)}", "small"), "--granularity", "column", "--budget", "5%"]
         done = subprocess.run(
             [
@@ -194,10 +195,14 @@ def test_a_plan_trains_under_a_hard_limit_of_its_memory(place: Path) -> None:
             said = done.stdout + done.stderr
             assert "allocate memory" in said or "MemoryError" in said  # torch's words, or Python's
     assert codes == {"5%": 1, "5% memory=64MiB": 0}
+    assert (run / "prediction.json").read_text() == told  # the texts are as long to `tune` as to `select`
     predicted = predicted_and_measured(
         json.loads((run / "prediction.json").read_text()), json.loads((run / "training_cost.json").read_text())
     )
-    assert [one.name for one in predicted] == ["peak memory", "seconds per step"]
+    assert [one.name for one in predicted] == [
+        "peak memory, batches of 64 tokens",
+        "seconds per step, batches of 64 tokens",
+    ]
     assert abs(predicted[0].difference) < 0.1
     config = RunConfig.load(run / "config.yaml")
     assert config.training["per_device_train_batch_size"] == 64  # what was asked for

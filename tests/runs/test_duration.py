@@ -15,9 +15,10 @@ from reltune.config.run_config import RunConfig
 from reltune.cost.timing import step_time
 from reltune.errors import InputError
 from reltune.plan.plan import ModulePlan, Plan
-from reltune.runs.duration import Rows, course
+from reltune.runs.duration import course
 from reltune.runs.estimate import Row, Subject, beside, place_of
 from reltune.runs.forecast import forecast
+from reltune.runs.sizes import Sizes
 
 LAYERS, BATCH, TRAIN, HELD_OUT = 6, 8, 200, 40
 
@@ -41,15 +42,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def row(models: Path, model: str = "llama", plan: Plan | None = None, **fields: Any) -> Row:
     """Of one method alone on an H100."""
-    rows = Rows.of(fields.pop("examples", TRAIN), fields.pop("eval_examples", HELD_OUT))
+    sizes = Sizes.of(fields.pop("examples", TRAIN), fields.pop("eval_examples", HELD_OUT))
     own = {name: value for name, value in fields.items() if name in RunConfig.__dataclass_fields__}
     training = {name: value for name, value in fields.items() if name not in own}
     training = {"per_device_train_batch_size": BATCH, "num_train_epochs": 3.0, **training}
     config = RunConfig(str(models / model), ".", training=training, **{"max_length": 64, **own})
     place, calibration = place_of("h100-80gb")
     place = dataclasses.replace(place, memory=0)
-    subject = Subject(config, plan, cuda=True)
-    return beside(subject, place, calibration, rows, others=(), analysed=plan is not None).rows[0]
+    subject = Subject(config, plan, cuda=True, sizes=sizes)
+    return beside(subject, place, calibration, others=(), analysed=plan is not None).rows[0]
 
 
 def hours(models: Path, model: str = "llama", **fields: Any) -> dict[str, float]:
@@ -61,9 +62,9 @@ def test_training_takes_its_steps_and_evaluation_its_forward_passes(models: Path
     config.training = {"per_device_train_batch_size": BATCH, "num_train_epochs": 2.0}
     _, calibration = place_of("h100-80gb")
     assert calibration is not None
-    subject = Subject(config, None, cuda=True)
-    count = subject.counted("lora", BATCH)
-    found = course(subject, count, calibration, Rows(TRAIN, 30, 10), analysed=True)
+    subject = Subject(config, None, cuda=True, sizes=Sizes(TRAIN, 30, 10))
+    count = subject.counted("lora")
+    found = course(subject, "lora", calibration, analysed=True)
     steps = 2 * math.ceil(TRAIN / BATCH)
     assert set(found.parts) == {"training", "evaluation"}
     assert found.parts["training"] == pytest.approx(steps * subject.seconds(count, calibration))
@@ -183,7 +184,7 @@ def test_a_budget_of_hours_is_of_the_whole_run(models: Path) -> None:
     def foretold(hours: float) -> Row:
         config = RunConfig(str(models / "bert"), ".", method="full", max_length=64, budget=f"hours={hours:.7f}")
         config.training = {"per_device_train_batch_size": BATCH}
-        return forecast(config, rows=Rows(TRAIN, 30, 10), device="h100-80gb", with_others=False).estimate.rows[0]
+        return forecast(config, sizes=Sizes(TRAIN, 30, 10), device="h100-80gb", with_others=False).estimate.rows[0]
 
     with pytest.raises(InputError, match="needs hours=") as refused:
         foretold(1e-6)

@@ -61,7 +61,7 @@ def costs(config: Any) -> Any:
     def of(plan: Mapping[str, Chosen]) -> tuple[int, float, int]:
         return sum(chosen.columns for chosen in plan.values()), 2.0, 0
 
-    return SimpleNamespace(of=of, device="a card", device_memory=10**9)
+    return SimpleNamespace(of=of, device="a card", device_memory=10**9, padded=None)
 
 
 def planned(run: Path, view: BudgetView, budget: str, rule: Rule, without: Sequence[str] = ()) -> Plan:

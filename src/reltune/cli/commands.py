@@ -585,8 +585,9 @@ def estimate(
         made = estimated_config(context, config, lambda draft: check_estimate(draft, device, form))
         from reltune.plan.plan import Plan
         from reltune.runs.estimate import estimate_run
+        from reltune.runs.sizes import Sizes
 
-    found = estimate_run(made, device, examples, Plan.load(plan) if plan else None, eval_examples)
+    found = estimate_run(made, device, Sizes.of(examples, eval_examples), Plan.load(plan) if plan else None)
     show_estimate(found, form)
 
 

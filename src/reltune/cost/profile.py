@@ -136,9 +136,12 @@ class Profile:
         conditions: Conditions,
         inventory: Inventory,
         calibration: Calibration | None = None,
+        usual: Mapping[str, Any] | None = None,
     ) -> None:
-        """Count the model, which is on the meta device, with nothing trained."""
+        """Count the model, which is on the meta device, with nothing trained. ``usual``: the batch whose time is told, if not the same."""
         self.conditions, self.calibration = conditions, calibration
+        alike = usual is None or all(usual[name].shape == tensor.shape for name, tensor in batch.items())
+        self._timed = self if alike else Profile(model, usual or {}, conditions, inventory, calibration)
         model.requires_grad_(False).train()
         ledger = held_by(model, conditions, "attention_mask" in batch)
         reads: dict[str, _Read] = {}
@@ -245,13 +248,13 @@ class Profile:
             numbers * module.trained_number,
             module.source,
             module.source_bytes if reads else 0,
-            math.nan if self.calibration is None else self._unit_seconds(module, chosen),
+            math.nan if self.calibration is None else self._unit_seconds(self._timed.modules[name], chosen),
         )
 
     def seconds(self, lowest: int) -> float:
         """Of a step that trains nothing, differentiated down to the block ``lowest``."""
-        passes = sum(self._seconds["forward"]) + sum(self._seconds["backward"][lowest:])
-        return passes + self._rest_seconds
+        timed = self._timed
+        return sum(timed._seconds["forward"]) + sum(timed._seconds["backward"][lowest:]) + timed._rest_seconds
 
     def frozen_memory(self, lowest: int) -> int:
         """Bytes at most of the same step."""

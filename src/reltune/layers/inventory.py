@@ -27,7 +27,7 @@ class Inventory:
         modules: the modules with units, in the model's order.
         left_out: the names of the other parameters, with the reason why they have no units.
         base_parameters: number of parameters of the base model, without those of new heads.
-        head_parameters: number of parameters of the new heads (classifiers).
+        head_parameters: number of parameters of the new heads (classifiers), which no checkpoint has values for; 0 where the model has its own.
         attention_heads: the attention heads, one group for each attention module.
         without_attention_heads: the names of other attention modules, with the reason why they have none.
     """

@@ -12,6 +12,7 @@ from reltune.relevance.heatmap import Heatmap
 from reltune.report.record import LMEvalScore, Predicted, Sample
 
 MISSING = "—"
+HEADS = "head_parameters"  # in all_results.json
 
 
 def count(value: float | None) -> str:
@@ -53,6 +54,11 @@ def size(value: float | None) -> str:
     return f"{value:.1f} GiB"
 
 
+def tokens(lengths: Sequence[int]) -> str:
+    """How many a batch is long; of sources and targets both."""
+    return " + ".join(map(count, lengths))
+
+
 def metric(name: str, value: Any) -> str:
     """One entry of ``all_results.json``: shares in percent, sizes in binary units, the rest plain."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -72,7 +78,8 @@ def metric(name: str, value: Any) -> str:
 def before_and_after(metrics: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(name, value before training, value) of each metric in the order given; None where it was not measured before.
 
-    ``test_before_loss`` belongs to ``test_loss``, ``forgetting_before_loss`` to ``forgetting_after_loss``.
+    ``test_before_loss`` belongs to ``test_loss``, ``forgetting_before_loss`` to ``forgetting_after_loss``. Parameters of heads are those of
+    new ones, and are left out where there are none: most language models have a head, which is no new one.
     """
     before: dict[str, str] = {}
     for name in metrics:
@@ -80,9 +87,9 @@ def before_and_after(metrics: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
         after = [key for key in (f"{data}_{rest}", f"{data}_after_{rest}") if found and key in metrics]
         before |= dict.fromkeys(after, name)
     return [
-        (name, metrics[before[name]] if name in before else None, value)
+        (f"{name} (new heads)" if name == HEADS else name, metrics[before[name]] if name in before else None, value)
         for name, value in metrics.items()
-        if name not in before.values()
+        if name not in before.values() and (name != HEADS or value)
     ]
 
 

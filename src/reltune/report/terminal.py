@@ -225,12 +225,15 @@ def layers_table(values: Mapping[str, Any]) -> Table:
 def estimate_sentences(values: Mapping[str, Any]) -> list[str]:
     """What stands below that table."""
     task = values["task"].replace("_", " ")
+    long = f" × {values['length']} tokens" if values["length"] and not values["padded"] else ""
     lines = [
-        f"{values['model']}: {values['parameters']:,} parameters, {task}, batches of {values['batch_size']} × "
-        f"{values['length']} tokens."
-        if values["length"]
-        else f"{values['model']}: {values['parameters']:,} parameters, {task}, batches of {values['batch_size']}."
+        f"{values['model']}: {values['parameters']:,} parameters, {task}, batches of {values['batch_size']}{long}."
     ]
+    if padded := values["padded"]:
+        lines.append(
+            f"By the texts at hand a batch is {numbers.tokens(padded['training'])} tokens long on average, which the time is told for, and "
+            f"{numbers.tokens(padded['longest'])} at most, which the memory is told for."
+        )
     memory = numbers.size(values["device_memory"])
     if values["largest_batch"] is not None:
         name, largest = values["rows"][0]["method"], values["largest_batch"]

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from reltune.cost.calibration import Calibration, rate
 from reltune.cost.step import StepCount
 from reltune.cost.timing import step_time, work_seconds
-from reltune.data.splitting import HELD_OUT
 from reltune.files import parse_size
 from reltune.names import WITHOUT_DATA
 from reltune.tuner.frozen_prefix import Unsuited, known_blocks
@@ -29,25 +28,6 @@ OTHER_INPUTS = (
 # Assumed, not measured: seconds to find an example and its states again, and bytes a second of a file in the system's cache.
 FINDING = 4e-5
 READING = WRITING = 1e9
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """How many examples a run has. ``train``: None where that is not known."""
-
-    train: int | None = None
-    validation: int = 0
-    test: int = 0
-
-    @classmethod
-    def of(cls, train: int | None, held_out: int | None = None) -> Rows:
-        """With so many for evaluation, or else with as many as a run splits off."""
-        if train is None:
-            return cls()
-        if held_out is None:
-            part = round(train * HELD_OUT / (1 - 2 * HELD_OUT))
-            return cls(train, part, part)
-        return cls(train, held_out // 2, held_out - held_out // 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,29 +65,29 @@ class Course:
         return sum(self.parts.values())
 
 
-def course(subject: Subject, count: StepCount, calibration: Calibration, rows: Rows, analysed: bool) -> Course:
-    """The seconds of a run whose steps were counted. Of unknown rows only training that has a number of steps takes time.
+def course(subject: Subject, method: str, calibration: Calibration, analysed: bool) -> Course:
+    """The seconds of a run by a method. Of unknown rows only training that has a number of steps takes time.
 
     ``analysed``: whether there is nothing to analyse, or that was done.
     """
     parts: dict[str, float] = {}
-    steps = subject.steps(rows.train)
-    prefix = prefix_of(subject, count, calibration, rows)
+    examples, steps, count = subject.sizes.train, subject.steps, subject.counted(method, subject.usual)
+    prefix = prefix_of(subject, count, calibration)
     if steps is None:
         return Course(parts, prefix)
     left_out = ""
     if not analysed:
-        seconds = analysis_seconds(subject, calibration, rows)
+        seconds = analysis_seconds(subject, calibration)
         if seconds is None:
             left_out = f"the analysis by {', '.join(subject.config.criteria)}"
         else:
             parts["analysis"] = seconds
     step = subject.seconds(count, calibration)
     parts["training"] = steps * step
-    if prefix is not None and prefix.kept and rows.train is not None:
-        later = max(0, steps - _pass(subject, rows.train))
+    if prefix is not None and prefix.kept and examples is not None:
+        later = max(0, steps - _pass(subject, examples))
         parts["training"] = (steps - later) * (step + _writing(subject)) + later * prefix.seconds
-    parts |= evaluation_seconds(subject, count, calibration, rows, steps)
+    parts |= evaluation_seconds(subject, method, calibration, steps)
     return Course({name: seconds for name, seconds in parts.items() if seconds}, prefix, left_out)
 
 
@@ -116,15 +96,12 @@ def _pass(subject: Subject, examples: int) -> int:
     return math.ceil(examples / subject.batch_size / subject.accumulation)
 
 
-NOT_KNOWN = Rows()
-
-
 # -- analysis ----------------------------------------------------------------------------------------------------------
 
 
-def analysis_seconds(subject: Subject, calibration: Calibration, rows: Rows) -> float | None:
+def analysis_seconds(subject: Subject, calibration: Calibration) -> float | None:
     """Of measuring relevance by the config's criteria, with the training of new heads before; None where that cannot be told."""
-    config = subject.config
+    config, rows = subject.config, subject.sizes.train
     by_data = [name for name in config.criteria if name not in WITHOUT_DATA]
     if not by_data:
         return 0.0
@@ -134,8 +111,8 @@ def analysis_seconds(subject: Subject, calibration: Calibration, rows: Rows) -> 
     example = (time.forward + time.backward) / subject.batch_size
     of = config.analysis_batch_size
     total = 0.0
-    if subject.head_parameters and rows.train is not None:
-        total += config.head_epochs * rows.train * time.forward / subject.batch_size
+    if subject.head_parameters and rows is not None:
+        total += config.head_epochs * rows * time.forward / subject.batch_size
     if "movement" in by_data:
         steps = config.probe_steps if isinstance(config.probe_steps, int) else 100
         moved = (
@@ -144,7 +121,7 @@ def analysis_seconds(subject: Subject, calibration: Calibration, rows: Rows) -> 
         vote = moved / rate(calibration.bandwidth, moved / max(1, whole.tensors))
         total += steps * (of * example + vote)
     if others := set(by_data) - {"movement"}:
-        examples = min(config.analysis_examples, rows.train or config.analysis_examples)
+        examples = min(config.analysis_examples, rows or config.analysis_examples)
         passes = len({"fisher_true"} & others) + bool(others - {"fisher_true"})
         total += passes * examples * example
     return total
@@ -153,11 +130,10 @@ def analysis_seconds(subject: Subject, calibration: Calibration, rows: Rows) -> 
 # -- evaluation --------------------------------------------------------------------------------------------------------
 
 
-def evaluation_seconds(
-    subject: Subject, count: StepCount, calibration: Calibration, rows: Rows, steps: int
-) -> dict[str, float]:
+def evaluation_seconds(subject: Subject, method: str, calibration: Calibration, steps: int) -> dict[str, float]:
     """Of loss and metrics on held-out data while training, before it and after it; and of what the model writes for that."""
-    values, held_out = subject.values, (rows.validation, rows.test)
+    values, rows = subject.values, subject.sizes
+    held_out = (rows.validation, rows.test)
     strategy = str(getattr(values.get("eval_strategy"), "value", values.get("eval_strategy")))
     while_training = 0
     if strategy == "epoch" and rows.train:
@@ -165,35 +141,37 @@ def evaluation_seconds(
     elif strategy == "steps":
         while_training = steps // int(values.get("eval_steps") or values["logging_steps"])
     read = while_training * rows.validation + 2 * sum(held_out)
-    found = {"evaluation": read * step_time(count, calibration).forward / subject.batch_size}
     if not read:
-        return found
-    batch = int(values["per_device_eval_batch_size"])
+        return {}
+    forward = step_time(subject.counted(method, subject.evaluated), calibration).forward
+    found = {"evaluation": read * forward / subject.batch_size}
+    batch = subject.eval_batch_size
     if subject.task == "seq2seq":  # every evaluation has the model write
         batches = while_training * math.ceil(rows.validation / batch) + 2 * sum(math.ceil(n / batch) for n in held_out)
     elif subject.task == "causal_lm":
         batches = 2 * sum(math.ceil(min(n, subject.config.generation_examples) / batch) for n in held_out)
     else:
         return found
-    return {**found, "writing": batches * subject.config.max_new_tokens * _token_seconds(subject, calibration, batch)}
+    each = _token_seconds(subject, calibration, batch)
+    return {**found, "writing": batches * subject.config.max_new_tokens * each}
 
 
 def _token_seconds(subject: Subject, calibration: Calibration, batch: int) -> float:
     """Of the next token of every text in a batch: a forward pass of one token, which reads the keys and values of those before."""
-    forward = step_time(subject.counted(subject.config.method, batch, 1), calibration).forward
+    forward = step_time(subject.counted(subject.config.method, (1,), batch), calibration).forward
     text = subject.settings.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None) or 0
     width = getattr(text, "head_dim", None) or getattr(text, "hidden_size", 0) // max(
         1, getattr(text, "num_attention_heads", 1)
     )
-    before = 2 * heads * width * getattr(text, "num_hidden_layers", 0) * subject.itemsize * batch * subject.length
+    before = 2 * heads * width * getattr(text, "num_hidden_layers", 0) * subject.itemsize * batch * subject.evaluated[0]
     return forward + before / rate(calibration.bandwidth, max(1, before))
 
 
 # -- frozen layers -----------------------------------------------------------------------------------------------------
 
 
-def prefix_of(subject: Subject, count: StepCount, calibration: Calibration, rows: Rows) -> Prefix | None:
+def prefix_of(subject: Subject, count: StepCount, calibration: Calibration) -> Prefix | None:
     """What keeping the results of frozen layers does; None where there are none, or where they cannot be kept."""
     config = subject.config
     if not count.frozen_blocks or config.packing or config.streaming or subject.task in OTHER_INPUTS:
@@ -207,10 +185,10 @@ def prefix_of(subject: Subject, count: StepCount, calibration: Calibration, rows
     rest.subtract(count.frozen)
     saved = work_seconds(count.work["forward"], calibration) - work_seconds(+rest, calibration)
     later = step - subject.accumulation * (saved - _reading(subject))
-    steps, examples = subject.steps(rows.train), rows.train
+    steps, examples = subject.steps, subject.sizes.train
     if examples is None or steps is None:
         return Prefix(count.frozen_blocks, count.blocks, None, later, None, False, "the number of passes is not known")
-    needed = examples * _bytes(subject)
+    needed = round(examples * _bytes(subject))
     first = min(steps, _pass(subject, examples))
     pays = (steps - first) * (step - later) > first * _writing(subject)
     kept, why = pays, "" if pays else "reading it again would take as long as computing it"
@@ -226,16 +204,18 @@ def prefix_of(subject: Subject, count: StepCount, calibration: Calibration, rows
     return Prefix(count.frozen_blocks, count.blocks, needed, later, pays, kept, why)
 
 
-def _tokens(subject: Subject) -> int:
-    """Of an example."""
-    if subject.length:
-        return subject.length
+def _tokens(subject: Subject) -> float:
+    """Of an example in the mean."""
+    if subject.lengths is not None:
+        return subject.lengths.mean
+    if subject.longest[0]:
+        return subject.longest[0]
     image, patch = (getattr(subject.settings, name, None) or 1 for name in ("image_size", "patch_size"))
     (high, wide), (tall, broad) = (pair if isinstance(pair, list | tuple) else (pair, pair) for pair in (image, patch))
     return 1 + (high // tall) * (wide // broad)
 
 
-def _bytes(subject: Subject) -> int:
+def _bytes(subject: Subject) -> float:
     """Of an example's hidden states."""
     return _tokens(subject) * int(getattr(subject.settings.get_text_config(), "hidden_size", 0)) * subject.itemsize
 

@@ -39,8 +39,9 @@ from reltune.methods.registry import METHODS
 from reltune.plan.budget import parse_budget
 from reltune.plan.plan import ModulePlan, Plan
 from reltune.pretrained import load_config
-from reltune.runs.duration import Prefix, Rows, course
+from reltune.runs.duration import Prefix, course
 from reltune.runs.preflight import check_estimate
+from reltune.runs.sizes import GROUPED, IN_ORDER, NOT_KNOWN, Sizes
 
 # task -> transformers' Auto class, and the mapping of what it knows.
 CLASSES = {
@@ -104,6 +105,9 @@ class Estimate:
         largest_batch: the largest per_device_train_batch_size that fits, for the first row; 0 if none does.
         device: its name, and ``device_memory`` in bytes.
         steps: of the whole training, or None.
+        length: tokens of the longest batch, by which memory is told.
+        padded: tokens of batches as the data at hand are: the "longest" one, the mean of "training", by which time is told, and that of
+            "evaluation"; of sources and targets both. None where texts are taken to be as long as ``max_length``.
     """
 
     model: str
@@ -116,6 +120,7 @@ class Estimate:
     device_memory: int
     rows: list[Row]
     largest_batch: int | None
+    padded: Mapping[str, tuple[int, ...]] | None = None
 
     def _repr_html_(self) -> str:
         """What each method takes, and what is to be said of it."""
@@ -163,7 +168,8 @@ def estimate(
 
     Raises InputError for values that no training could have.
     """
-    return estimate_run(_config(model_name_or_path, device, fields), device, examples, plan, eval_examples)
+    config = _config(model_name_or_path, device, fields)
+    return estimate_run(config, device, Sizes.of(examples, eval_examples), plan)
 
 
 def profile(model_name_or_path: str, *, device: str | None = None, **fields: Any) -> Profile:
@@ -187,17 +193,13 @@ def _config(model_name_or_path: str, device: str | None, fields: Mapping[str, An
 
 
 def estimate_run(
-    config: RunConfig,
-    device: str | None = None,
-    examples: int | None = None,
-    plan: Plan | None = None,
-    eval_examples: int | None = None,
+    config: RunConfig, device: str | None = None, sizes: Sizes = NOT_KNOWN, plan: Plan | None = None
 ) -> Estimate:
-    """``estimate`` of a run's config."""
+    """``estimate`` of a run's config and of as much data."""
     config.training = checked_training_fields(config.training)
     place, calibration = place_of(device)
-    subject = Subject(config, plan, is_cuda(calibration))
-    return beside(subject, place, calibration, Rows.of(examples, eval_examples), analysed=plan is not None)
+    subject = Subject(config, plan, is_cuda(calibration), sizes=sizes)
+    return beside(subject, place, calibration, analysed=plan is not None)
 
 
 def is_cuda(calibration: Calibration | None) -> bool:
@@ -209,20 +211,16 @@ def beside(
     subject: Subject,
     place: Card,
     calibration: Calibration | None,
-    rows: Rows,
-    first: StepCount | None = None,
     others: Sequence[str] = BESIDE,
     analysed: bool = True,
 ) -> Estimate:
-    """The estimate of a subject's method, whose step may have been counted, with the others beside. ``analysed``: whether the relevance
-    that the method needs is there."""
-    config, batch_size = subject.config, subject.batch_size
-    steps = subject.steps(rows.train)
-    first = first or subject.counted(config.method, batch_size)
+    """The estimate of a subject's method, with the others beside. ``analysed``: whether the relevance that the method needs is there."""
+    config = subject.config
+    subject.counted(config.method)  # what cannot be counted here is an error, and beside it only said
 
-    def row(method: str, count: StepCount | None = None) -> Row:
+    def row(method: str) -> Row:
         try:
-            count = count or subject.counted(method, batch_size)
+            count = subject.counted(method)
         except InputError as error:
             return Row(method, error=str(error))
         held = memory_of(count)
@@ -230,28 +228,29 @@ def beside(
         by_part: dict[str, float] = {}
         left_out = ""
         if calibration is not None:
-            seconds = subject.seconds(count, calibration)
+            seconds = subject.seconds(subject.counted(method, subject.usual), calibration)
             own = method == config.method
-            whole = course(subject, count, calibration, rows, analysed or not (own and config.needs_plan))
+            whole = course(subject, method, calibration, analysed or not (own and config.needs_plan))
             by_part = {part: value / 3600 for part, value in whole.parts.items()}
             prefix, left_out = whole.prefix, whole.left_out
-            hours = None if steps is None else whole.seconds / 3600
+            hours = None if subject.steps is None else whole.seconds / 3600
         fits = None if not place.memory else sum(held.values()) <= place.memory
         heads = subject.head_parameters
         return Row(method, count.trained - heads, heads, held, fits, seconds, hours, by_part, prefix, left_out)
 
-    found = [row(config.method, first), *(row(method) for method in others if method != config.method)]
+    found = [row(config.method), *(row(method) for method in others if method != config.method)]
     return Estimate(
         config.model_name_or_path,
         subject.parameters,
         subject.task,
-        batch_size,
-        subject.length,
-        steps,
+        subject.batch_size,
+        subject.longest[0],
+        subject.steps,
         place.name,
         place.memory,
         found,
-        _largest_batch(subject, config.method, first, place.memory) if place.memory else None,
+        _largest_batch(subject, config.method, place.memory) if place.memory else None,
+        subject.padded,
     )
 
 
@@ -262,9 +261,10 @@ class PlanCosts:
     Attributes:
         device: its name, and ``device_memory`` in bytes.
         blocks: the names of the model's blocks, from the input on.
+        padded: as ``Estimate`` has it.
     """
 
-    def __init__(self, config: RunConfig, device: str | None = None) -> None:
+    def __init__(self, config: RunConfig, device: str | None = None, sizes: Sizes = NOT_KNOWN) -> None:
         """Raises InputError for a model that cannot be counted."""
         config = dataclasses.replace(config, training=checked_training_fields(config.training))
         if device is None and config.training.get("use_cpu"):
@@ -272,8 +272,8 @@ class PlanCosts:
         place, self.calibration = place_of(device)
         self.device, self.device_memory = place.name, place.memory
         self.cuda = is_cuda(self.calibration)
-        subject = Subject(config, None, self.cuda)
-        self.accumulation = subject.accumulation
+        subject = Subject(config, None, self.cuda, sizes=sizes)
+        self.accumulation, self.padded = subject.accumulation, subject.padded
         self.profile = subject.profile(self.calibration)
 
     @property
@@ -317,14 +317,13 @@ def memory_of(count: StepCount) -> dict[str, int]:
     }
 
 
-def _largest_batch(subject: Subject, method: str, count: StepCount, limit: int) -> int:
+def _largest_batch(subject: Subject, method: str, limit: int) -> int:
     """By counting: what a step holds grows evenly with its batch, but for what is rounded and who holds most."""
 
     def total(size: int) -> int:
-        counted = count if size == subject.batch_size else subject.counted(method, size)
-        return sum(memory_of(counted).values())
+        return sum(memory_of(subject.counted(method, batch_size=size)).values())
 
-    size, held = subject.batch_size, sum(memory_of(count).values())
+    size, held = subject.batch_size, total(subject.batch_size)
     other = max(1, size // 2) if size > 1 else 2
     slope = (held - total(other)) / (size - other)
     guess = size + (limit - held) / slope if slope > 0 else LARGEST_BATCH
@@ -339,10 +338,15 @@ class Subject:
     """A model, its task and its batches, for as many counts as are wanted."""
 
     def __init__(
-        self, config: RunConfig, plan: Plan | None, cuda: bool, new_heads: Sequence[str] | None = None
+        self,
+        config: RunConfig,
+        plan: Plan | None,
+        cuda: bool,
+        new_heads: Sequence[str] | None = None,
+        sizes: Sizes = NOT_KNOWN,
     ) -> None:
         """``new_heads``: the modules that no checkpoint has values for, where they are known; else they are guessed."""
-        self.config, self.plan, self.cuda = config, plan, cuda
+        self.config, self.plan, self.cuda, self.sizes = config, plan, cuda, sizes
         self.settings: Any = load_config(config.model_name_or_path)
         self.task = config.task or _task_of(self.settings, config.model_name_or_path)
         mapping = getattr(transformers, f"MODEL_FOR_{_mapping_of(self.task)}_MAPPING")
@@ -354,13 +358,9 @@ class Subject:
         values = {**DEFAULTS, **TASK_DEFAULTS.get(self.task, {}), **config.training}
         self.values = values
         self.batch_size = int(values["per_device_train_batch_size"])
+        self.eval_batch_size = int(values["per_device_eval_batch_size"])
         self.accumulation = int(values.get("gradient_accumulation_steps") or 1)
-        positions = getattr(self.settings.get_text_config(), "max_position_embeddings", None)
-        self.length = config.max_length
-        if isinstance(positions, int) and positions > 0:
-            self.length = min(self.length, positions)
-        if self.task == "image_classification":
-            self.length = 0
+        self._set_lengths()
         autocast = torch.bfloat16 if values.get("bf16") else torch.float16 if values.get("fp16") else None
         self.conditions = Conditions(
             cuda,
@@ -375,16 +375,47 @@ class Subject:
         self.parameters = self.inventory.base_parameters
         self.head_parameters = self.inventory.head_parameters
         self.itemsize = self._whole.dtype.itemsize  # bytes of a number
-        self._counts: dict[tuple[str, int, int], StepCount] = {}
+        self._counts: dict[tuple[str, tuple[int, ...], int], StepCount] = {}
+
+    def _set_lengths(self) -> None:
+        """Tokens of batches: of the ``longest``, which decides on memory, of ``usual`` ones in training and of ``evaluated`` ones, which
+        decide on time. By the texts' own ``lengths``, or else all as long as a text may be."""
+        positions = getattr(self.settings.get_text_config(), "max_position_embeddings", None)
+        limit = self.config.max_length
+        if isinstance(positions, int) and positions > 0:
+            limit = min(limit, positions)
+        if self.task == "image_classification":
+            limit = 0
+        whole: tuple[int, ...] = (limit,)
+        self.longest = self.usual = self.evaluated = whole
+        order = str(self.values.get("train_sampling_strategy"))
+        grouped = order == GROUPED
+        training, held_out = self.sizes.lengths, self.sizes.held_out_lengths
+        if held_out is not None:
+            held_out = held_out.cut(limit)
+            self.evaluated = held_out.padded(self.eval_batch_size, GROUPED if grouped else IN_ORDER)
+        self.lengths = None if training is None or self.config.packing else training.cut(limit)
+        if self.lengths is not None:
+            every = [self.lengths.longest] if held_out is None else [self.lengths.longest, held_out.longest]
+            self.longest = tuple(map(max, zip(*every, strict=True)))
+            self.usual = self.lengths.padded(self.batch_size, order, self.batch_size * self.accumulation)
+
+    @property
+    def padded(self) -> dict[str, tuple[int, ...]] | None:
+        """As ``Estimate.padded``."""
+        if self.lengths is None:
+            return None
+        return {"longest": self.longest, "training": self.usual, "evaluation": self.evaluated}
 
     def seconds(self, count: StepCount, calibration: Calibration) -> float:
         """Of a step with all its batches."""
         time = step_time(count, calibration)
         return self.accumulation * (time.forward + time.backward) + time.optimizer
 
-    def steps(self, examples: int | None) -> int | None:
+    @property
+    def steps(self) -> int | None:
         """Optimizer steps of the whole training."""
-        most = self.values.get("max_steps")
+        most, examples = self.values.get("max_steps"), self.sizes.train
         if most and most > 0:
             return int(most)
         if examples is None:
@@ -440,7 +471,8 @@ class Subject:
         model = self._held_model(self.config, self._model())
         if self.checkpoints:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        return Profile(model, self._batch(self.batch_size, self.length), self.conditions, self.inventory, calibration)
+        longest, usual = (self._batch(self.batch_size, length) for length in (self.longest, self.usual))
+        return Profile(model, longest, self.conditions, self.inventory, calibration, usual)
 
     def base(self, config: RunConfig) -> Base:
         """The model for a method to look at."""
@@ -458,23 +490,24 @@ class Subject:
         config = self.config if count is None else dataclasses.replace(self.config, budget=str(count))
         return self._spread_evenly(inventory, config, self._not_tuned(self._whole), blocks is not None)
 
-    def counted(self, method: str, batch_size: int, length: int | None = None) -> StepCount:
-        """What ``count`` gives, counted once."""
-        key = (method, batch_size, self.length if length is None else length)
+    def counted(self, method: str, length: tuple[int, ...] = (), batch_size: int = 0) -> StepCount:
+        """A step of a method, counted once: on a batch of the longest texts and of the config's size, if not told otherwise.
+
+        Raises InputError for a method that cannot train the model.
+        """
+        key = (method, length or self.longest, batch_size or self.batch_size)
         if key not in self._counts:
-            self._counts[key] = self.count(*key)
+            self._counts[key] = self._count_of(*key)
         return self._counts[key]
 
     def counted_or_none(self, method: str) -> StepCount | None:
         """None for a method that cannot train the model."""
         try:
-            return self.counted(method, self.batch_size)
+            return self.counted(method, self.usual)
         except InputError:
             return None
 
-    def count(self, method: str, batch_size: int, length: int | None = None) -> StepCount:
-        """Count a step of a method, on texts of the config's length if no other is given. Raises InputError for a method that cannot
-        train the model."""
+    def _count_of(self, method: str, length: tuple[int, ...], batch_size: int) -> StepCount:
         config = self.config
         if method != config.method:
             others: dict[str, Any] = dict.fromkeys(OF_ITS_METHOD)
@@ -486,7 +519,7 @@ class Subject:
         alike = alike and not set(config.granularity or ()) & set(WHOLE)
         model, repeats = self._short if alike else (self._whole, {})
         try:
-            batch = self._batch(batch_size, self.length if length is None else length)
+            batch = self._batch(batch_size, length)
             return self._count(self._held_model(config, copy.deepcopy(model)), config, batch, repeats)
         except NotImplementedError as error:
             raise InputError(
@@ -574,8 +607,8 @@ class Subject:
         total = self.parameters + self.head_parameters
         return Plan({n: modules[n] for n in order}, "100%", total, total, "", always_trained=list(self.new_heads))
 
-    def _batch(self, size: int, length: int) -> dict[str, Tensor]:
-        """A batch of texts of that length on the meta device, as the task's collator makes it."""
+    def _batch(self, size: int, length: tuple[int, ...]) -> dict[str, Tensor]:
+        """A batch of texts of that length on the meta device, as the task's collator makes it; targets may have one of their own."""
         task = self.task
 
         def numbers(*shape: int) -> Tensor:
@@ -589,9 +622,9 @@ class Subject:
             return {"pixel_values": pixels, "labels": numbers(size)}
         if task == "preference":
             size *= 2  # both answers
-        batch = {"input_ids": numbers(size, length)}
+        batch = {"input_ids": numbers(size, length[0])}
         if not self.config.packing:
-            batch["attention_mask"] = numbers(size, length)
+            batch["attention_mask"] = numbers(size, length[0])
         if task == "question_answering":
             return batch | {"start_positions": numbers(size), "end_positions": numbers(size)}
         if task in ("sequence_classification", "multilabel_classification", "regression"):
@@ -600,7 +633,7 @@ class Subject:
                 return batch | {"labels": numbers(size)}
             columns = several if task == "multilabel_classification" else 1
             return batch | {"labels": torch.zeros(size, columns, device="meta")}
-        return batch | {"labels": numbers(size, length)}
+        return batch | {"labels": numbers(size, length[-1])}
 
 
 def _size(info: Any) -> int:

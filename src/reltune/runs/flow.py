@@ -21,6 +21,7 @@ from reltune.files import read_json
 from reltune.names import GGUF_TYPE
 from reltune.plan.budget import read_budget
 from reltune.plan.plan import Plan
+from reltune.pretrained import load_config
 from reltune.processes import Processes
 from reltune.relevance.artefact import interrupted_in
 from reltune.relevance.scores import RelevanceScores
@@ -33,13 +34,14 @@ from reltune.runs.chat import Conversation, conversations
 from reltune.runs.comparison.beside import compare_run
 from reltune.runs.data_record import read_task
 from reltune.runs.directory import STAGES, RunDirectory
-from reltune.runs.duration import Rows
+from reltune.runs.estimate import Estimate, estimate_run
 from reltune.runs.export import lora_summary
 from reltune.runs.forecast import Forecast, Settings
 from reltune.runs.materials import Materials, noting, prepare, prepare_evaluation, prepare_export, task_of_run
 from reltune.runs.prediction import Predicted
 from reltune.runs.preview import Preview, preview_data, preview_of_run
-from reltune.runs.splits import read_data
+from reltune.runs.sizes import NOT_KNOWN, Sizes
+from reltune.runs.splits import encode, read_data, sizes_of
 from reltune.runs.summary import read_lm_eval, report
 from reltune.runs.tuned import Tuned
 from reltune.tasks.chat_templates import text_of
@@ -106,7 +108,7 @@ def start(config: RunConfig, overwrite: bool = False, goal: str = "run") -> Star
         if stage is None or not directory.has_adapter:
             stages.check_choice(materials, goal != "analysis")
             if goal != "analysis":
-                stages.check_affordable(config, directory, materials.rows)
+                stages.check_affordable(config, directory, materials.sizes)
             if config.export is not None:
                 stages.check_export(config, materials.task, config.export)
             materials.check_training()
@@ -138,7 +140,7 @@ def measure_and_choose(started: Started) -> Plan | None:
         return None
     if started.was_done("selection"):
         return Plan.load(directory.plan)
-    plan = stages.select(config, directory, started.materials.rows)
+    plan = stages.select(config, directory, started.materials.sizes)
     started.analysis_seconds = None if started.going_on else time.perf_counter() - began
     return plan
 
@@ -183,8 +185,8 @@ def analyze_weights(config: RunConfig, overwrite: bool = False) -> RelevanceScor
 
 def choose_again(config: RunConfig, directory: RunDirectory) -> Plan:
     """Select from the relevance of an existing run, and store this config as the run's."""
-    rows = _rows(config, directory) if read_budget(config.budget).hours is not None else Rows()
-    return stages.select(config, directory, rows)
+    limited = read_budget(config.budget).is_limited
+    return stages.select(config, directory, sizes_of_run(config, directory) if limited else NOT_KNOWN)
 
 
 def settings_of(directory: RunDirectory) -> list[str]:
@@ -200,38 +202,45 @@ def forecast_selection(
     directory: RunDirectory,
     device: str | None = None,
     relevance: RelevanceScores | None = None,
+    sizes: Sizes | None = None,
     shown: bool = True,
 ) -> Forecast:
-    """What ``choose_again`` would choose, and what its training would take. Writes nothing. ``relevance``: where it is loaded already;
-    ``shown``: beside what else could be trained."""
+    """What ``choose_again`` would choose, and what its training would take. Writes nothing. ``relevance``, ``sizes``: where they are
+    loaded already; ``shown``: beside what else could be trained."""
     relevance = relevance or RelevanceScores.load(directory.relevance)
-    return stages.forecast_of(config, directory, relevance, device, _rows(config, directory), shown=shown)
+    sizes = sizes or sizes_of_run(config, directory)
+    return stages.forecast_of(config, directory, relevance, device, sizes, shown=shown)
+
+
+def estimate_new(config: RunConfig, device: str | None = None) -> Estimate:
+    """What a training would take, from the model's config and the data that are named, if any are."""
+    preflight.check_estimate(config, device)
+    return estimate_run(config, device, sizes_of_run(config))
 
 
 def forecast_run(config: RunConfig, device: str | None = None) -> Forecast:
     """What a run would train, and what that would take; by the relevance in its directory, if it was analyzed. Writes nothing."""
     directory = RunDirectory(config.output_dir)
-    if config.has_data and not config.streaming:
-        with noting():
-            task, splits = read_data(config)
-        config.task = task.name
-        rows = Rows(len(list(splits.train)), len(splits.validation), len(splits.test))
-    else:
-        rows = Rows()
+    sizes = sizes_of_run(config)
     known = directory.config_file.is_file() and config.needs_plan and directory.is_analyzed
     relevance = RelevanceScores.load(directory.relevance) if known else None
     if relevance is not None and config.criteria[0] not in relevance.criteria:
         relevance = None
-    return stages.forecast_of(config, directory, relevance, device, rows)
+    return stages.forecast_of(config, directory, relevance, device, sizes)
 
 
-def _rows(config: RunConfig, directory: RunDirectory) -> Rows:
-    """How many examples a run has, as far as that is known."""
+def sizes_of_run(config: RunConfig, directory: RunDirectory | None = None) -> Sizes:
+    """How much data a run has, new or in its directory, as far as that is known. A task that the config does not name enters it."""
     if not config.has_data or config.streaming:
-        return Rows()
+        return NOT_KNOWN
     with noting():
-        _, splits = read_data(config, read_task(directory, config))
-        return Rows(len(list(splits.train)), len(splits.validation), len(splits.test))
+        recorded = read_task(directory, config) if directory is not None else None
+        task, splits = read_data(config, recorded)
+        config.task = task.name
+        if recorded is None:
+            task = task.suited_to(load_config(config.model_name_or_path))
+        data = encode(task, splits, task.load_tokenizer(config.model_name_or_path), config)
+    return sizes_of(task, data.train, data.validation, data.test)
 
 
 def tune_again(config: RunConfig, directory: RunDirectory, overwrite: bool = False) -> dict[str, Any] | None:

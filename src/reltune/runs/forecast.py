@@ -33,8 +33,9 @@ from reltune.plan.search import Limits
 from reltune.plan.selection import CutOff, Unaffordable, frontier
 from reltune.plan.selection import select as choose_units
 from reltune.relevance.scores import RelevanceScores
-from reltune.runs.duration import NOT_KNOWN, Rows, course
+from reltune.runs.duration import course
 from reltune.runs.estimate import Estimate, Subject, beside, is_cuda, memory_of, place_of
+from reltune.runs.sizes import NOT_KNOWN, Sizes
 
 ROUNDS = 8  # of choosing again where the count of what was chosen is above the budget
 NEAR = 0.02  # by how much of the difference that a whole batch makes a part of it may seem too large and still be tried
@@ -125,6 +126,7 @@ class Forecast:
             "allocated_bytes": self.allocated,
             "held_before_bytes": self.held_before,
             "seconds_per_step": row.seconds,
+            "padded": self.estimate.padded,
             "frozen_prefix_pays": None if row.prefix is None else row.prefix.pays,
         }
 
@@ -170,10 +172,11 @@ def units_by_layer(plan: Plan, layers: Mapping[str, str]) -> dict[str, dict[str,
     return found
 
 
-def digest_of(config: RunConfig, plan: str) -> str:
+def digest_of(config: RunConfig, plan: str, sizes: Sizes) -> str:
     """Of what a prediction depends on; ``plan``: the digest of the plan's files."""
     values = {name: getattr(config, name) for name in DECIDES}
-    return hashlib.sha256(json.dumps([values, plan], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    words = json.dumps([values, plan, sizes.digest()], sort_keys=True, default=str)
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def forecast(
@@ -186,7 +189,7 @@ def forecast(
     restricted: Mapping[str, Sequence[str]] | None = None,
     new_heads: Sequence[str] | None = None,
     device: str | None = None,
-    rows: Rows = NOT_KNOWN,
+    sizes: Sizes = NOT_KNOWN,
     with_frontier: bool = True,
     with_others: bool = True,
 ) -> Forecast:
@@ -198,7 +201,7 @@ def forecast(
         restricted: ``target_modules`` and ``exclude_modules`` of the choice, if not as in the config.
         new_heads: the modules that no checkpoint has values for, where that is known.
         device: as of ``estimate``; by default the one that this machine trains on.
-        rows: how many examples there are, for hours.
+        sizes: how many examples there are, for hours, and how long they are.
         with_frontier, with_others: whether what each depth costs, and LoRA and full fine-tuning beside, are wanted.
 
     Raises InputError for a budget in which nothing fits, naming what would.
@@ -206,7 +209,7 @@ def forecast(
     config = dataclasses.replace(config, training=checked_training_fields(config.training))
     if device is None and config.training.get("use_cpu"):
         device = "cpu"
-    fitting = _Fitting(config, relevance, plan, criterion, task_type, restricted, new_heads, device, rows)
+    fitting = _Fitting(config, relevance, plan, criterion, task_type, restricted, new_heads, device, sizes)
     found = fitting.found()
     depths: list[CutOff] = []
     if with_frontier and relevance is not None and config.needs_plan:
@@ -216,7 +219,7 @@ def forecast(
         memory = min(fitting.budget.memory, place.memory or fitting.budget.memory)
         place = dataclasses.replace(place, name=f"The budget on {place.name}", memory=memory)
     if with_others:
-        estimate = beside(found.subject, place, fitting.calibration, rows, found.count, analysed=fitting.analysed)
+        estimate = beside(found.subject, place, fitting.calibration, analysed=fitting.analysed)
     else:
         estimate = fitting.alone(found, place)
     areas = found.count.peak
@@ -242,6 +245,10 @@ class _Found:
     plan: Plan | None
     count: StepCount
 
+    def seconds(self, calibration: Calibration) -> float:
+        """Of a step."""
+        return self.subject.seconds(self.subject.counted(self.subject.config.method, self.subject.usual), calibration)
+
 
 class _Fitting:
     """The search for settings and units that keep a budget."""
@@ -256,9 +263,9 @@ class _Fitting:
         restricted: Mapping[str, Sequence[str]] | None,
         new_heads: Sequence[str] | None,
         device: str | None,
-        rows: Rows,
+        sizes: Sizes,
     ) -> None:
-        self.config, self.relevance, self.given, self.rows = config, relevance, plan, rows
+        self.config, self.relevance, self.given, self.sizes = config, relevance, plan, sizes
         self.analysed = relevance is not None or plan is not None or not config.needs_plan
         self.place: Card
         self.calibration: Calibration | None
@@ -285,7 +292,7 @@ class _Fitting:
             )
 
     def _subject(self, settings: Settings, plan: Plan | None = None) -> Subject:
-        return Subject(settings.of(self.config), plan, self.cuda, self.new_heads)
+        return Subject(settings.of(self.config), plan, self.cuda, self.new_heads, self.sizes)
 
     # -- what is allowed -------------------------------------------------------------------------------------------
 
@@ -293,12 +300,12 @@ class _Fitting:
     def full_seconds(self) -> float:
         """Of a step of full fine-tuning with the batches as they are given."""
         assert self.calibration is not None
-        return self.subject.seconds(self.subject.counted("full", self.subject.batch_size), self.calibration)
+        return self.subject.seconds(self.subject.counted("full", self.subject.usual), self.calibration)
 
     @functools.cached_property
     def steps(self) -> int:
         """Of the whole training. Raises InputError where a budget of hours needs them and they are not known."""
-        steps = self.subject.steps(self.rows.train)
+        steps = self.subject.steps
         if steps is None:
             raise InputError(
                 f"budget {self.config.budget}: how many steps there are is not known; give --max_steps or --examples."
@@ -313,7 +320,7 @@ class _Fitting:
     def hours_of(self, found: _Found) -> float:
         """Of the whole run."""
         assert self.calibration is not None
-        return course(found.subject, found.count, self.calibration, self.rows, self.analysed).seconds / 3600
+        return course(found.subject, self.config.method, self.calibration, self.analysed).seconds / 3600
 
     def over(self, found: _Found) -> tuple[float, float]:
         """By how many bytes and seconds a way is above what is allowed; below zero where it keeps it."""
@@ -321,7 +328,7 @@ class _Fitting:
         seconds = -math.inf
         if not math.isinf(self.seconds):
             assert self.calibration is not None
-            seconds = found.subject.seconds(found.count, self.calibration) - self.seconds
+            seconds = found.seconds(self.calibration) - self.seconds
         if self.budget.hours is not None:  # what is too much of them, a step
             seconds = max(seconds, 3600 * (self.hours_of(found) - self.budget.hours) / self.steps)
         return memory, seconds
@@ -399,14 +406,14 @@ class _Fitting:
         return last
 
     def _pace(self, found: _Found) -> float:
-        return 0.0 if self.calibration is None else found.subject.seconds(found.count, self.calibration)
+        return 0.0 if self.calibration is None else found.seconds(self.calibration)
 
     def _counted(self, settings: Settings, plan: Plan | None = None) -> _Found | None:
         """A way as it would be trained; None where the model cannot make activations again."""
         plan = plan or self.given
         subject = self._subject(settings, plan)
         try:
-            return _Found(settings, subject, plan, subject.count(self.config.method, subject.batch_size))
+            return _Found(settings, subject, plan, subject.counted(self.config.method))
         except (ValueError, AttributeError):
             if settings.training.get("gradient_checkpointing"):
                 return None
@@ -576,7 +583,7 @@ class _Fitting:
 
     def alone(self, found: _Found, place: Card) -> Estimate:
         """The estimate of one method without others."""
-        return beside(found.subject, dataclasses.replace(place, memory=0), self.calibration, self.rows, found.count, ())
+        return beside(found.subject, dataclasses.replace(place, memory=0), self.calibration, ())
 
     def _impossible(self, least: _Found | None) -> InputError:
         """What cannot be kept, and what would fit."""
@@ -593,7 +600,7 @@ class _Fitting:
             wants.append(f"memory={_size(self.budget.memory + memory_over)}")
         if seconds_over > 0:
             assert self.calibration is not None
-            pace = least.subject.seconds(least.count, self.calibration)
+            pace = least.seconds(self.calibration)
             if self.budget.time is not None and pace > self.budget.time * self.full_seconds:
                 wants.append(f"time={math.ceil(100 * pace / self.full_seconds) / 100:g}")
             if self.budget.hours is not None and (hours := self.hours_of(least)) > self.budget.hours:
@@ -617,15 +624,11 @@ class _Fitting:
         config = least.subject.config
         if self.cuda and METHODS[config.method].few_bits and not (config.load_in_4bit or config.load_in_8bit):
             ways += [("--load_in_8bit", {"load_in_8bit": True}), ("--load_in_4bit", {"load_in_4bit": True})]
-        if least.subject.length > 1:
-            ways += [
-                (f"--max_length {n}", {"max_length": n})
-                for n in (least.subject.length // 2, least.subject.length // 4)
-                if n
-            ]
+        longest = least.subject.longest[0]
+        ways += [(f"--max_length {n}", {"max_length": n}) for n in (longest // 2, longest // 4) if n]
         for words, fields in ways:
-            subject = Subject(dataclasses.replace(config, **fields), least.plan, self.cuda, self.new_heads)
-            total = sum(memory_of(subject.count(config.method, subject.batch_size)).values())
+            subject = Subject(dataclasses.replace(config, **fields), least.plan, self.cuda, self.new_heads, self.sizes)
+            total = sum(memory_of(subject.counted(config.method)).values())
             if total <= self.budget.memory and words.split()[0] not in " ".join(found).split():
                 found.append(words)
         return f" It would fit with {' or '.join(found)}, which changes what is learned." if found else ""

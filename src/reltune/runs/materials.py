@@ -33,10 +33,10 @@ from reltune.runs import lm_evaluation, training
 from reltune.runs.bad_rows import warn_of
 from reltune.runs.data_record import read_task
 from reltune.runs.directory import RunDirectory
-from reltune.runs.duration import Rows
 from reltune.runs.graphed_step import check_graphs
 from reltune.runs.samples import Samples
-from reltune.runs.splits import HeldOut, Splits, encode, encode_held_out, read_data, read_held_out
+from reltune.runs.sizes import Sizes
+from reltune.runs.splits import HeldOut, Splits, encode, encode_held_out, read_data, read_held_out, sizes_of
 from reltune.tasks.fit import check_tokens, settle_padding
 from reltune.tasks.task import Examples, Task
 
@@ -175,10 +175,10 @@ class Materials(EvaluationMaterials):
     not_tuned: list[str]
     notes: Sequence[str] = ()
 
-    @property
-    def rows(self) -> Rows:
-        """How many examples there are."""
-        return Rows(None if self.config.streaming else len(self.train), len(self.validation), len(self.test))
+    @functools.cached_property
+    def sizes(self) -> Sizes:
+        """How many examples there are, and how long they are."""
+        return sizes_of(self.task, self.train, self.validation, self.test)
 
     def arguments(self, method: str, share: float = 1.0, **forced: Any) -> TrainingArguments:
         """Training arguments of the run for a method, for a share of single weights."""

@@ -22,6 +22,7 @@ from reltune.errors import InputError
 from reltune.names import WRITING
 from reltune.notes import note
 from reltune.runs.kept_rows import kept
+from reltune.runs.sizes import Sizes, TextLengths
 from reltune.tasks.registry import TASKS
 from reltune.tasks.task import Examples, Task
 
@@ -69,6 +70,22 @@ class Data:
     validation: Examples
     test: Examples
     forgetting: Examples | None = None
+
+
+def sizes_of(task: Task, train: Any, validation: Examples, test: Examples) -> Sizes:
+    """How many examples there are, and how long; of a streamed ``train`` nobody knows."""
+
+    def lengths(*some: Examples) -> TextLengths | None:
+        return TextLengths([task.lengths(item) for one in some for item in one.items]) if task.padding_sides else None
+
+    known = isinstance(train, Examples)
+    return Sizes(
+        len(train) if known else None,
+        len(validation),
+        len(test),
+        lengths(train) if known else None,
+        lengths(validation, test),
+    )
 
 
 def read_data(config: RunConfig, fitted: Task | None = None) -> tuple[Task, Splits]:

@@ -59,13 +59,13 @@ from reltune.runs.asking import asked_in
 from reltune.runs.cards import add_results, describe_adapter, describe_lora, describe_merged, describe_method
 from reltune.runs.data_record import read_task, record_bad_rows, record_data
 from reltune.runs.directory import ADAPTER_FILES, RunDirectory
-from reltune.runs.duration import NOT_KNOWN, Rows
 from reltune.runs.evaluation import evaluate as measure_metrics
 from reltune.runs.forecast import Forecast, Settings, digest_of, forecast
 from reltune.runs.gguf_file import check_architecture, check_tokenizer
 from reltune.runs.kept_batch import STOPPED_AT, keep_batch
 from reltune.runs.materials import EvaluationMaterials, Materials, ModelMaterials, placement
 from reltune.runs.ollama import write_modelfile
+from reltune.runs.sizes import NOT_KNOWN, Sizes
 from reltune.tasks.registry import TASKS
 from reltune.tasks.task import Task
 from reltune.tensor_files import load_tensors
@@ -315,15 +315,15 @@ def _new_heads(file: Path, model: nn.Module, new_heads: Sequence[str]) -> dict[s
     return tensors
 
 
-def select(config: RunConfig, run: RunDirectory, rows: Rows = NOT_KNOWN) -> Plan:
+def select(config: RunConfig, run: RunDirectory, sizes: Sizes = NOT_KNOWN) -> Plan:
     """Choose units under the budget from the saved relevance, and store the config as the run's. Of several processes the first
-    one chooses. ``rows``: for a budget of hours."""
+    one chooses. ``sizes``: of the data, for a budget of memory or time."""
     processes = Processes.joined()
     with processes.together():
         if processes.first:
             relevance, found = RelevanceScores.load(run.relevance), None
             if read_budget(config.budget).is_limited:
-                found = forecast_of(config, run, relevance, None, rows, shown=False)
+                found = forecast_of(config, run, relevance, None, sizes, shown=False)
                 plan = found.plan
                 assert plan is not None
             else:
@@ -333,7 +333,7 @@ def select(config: RunConfig, run: RunDirectory, rows: Rows = NOT_KNOWN) -> Plan
             with whole_directory(run.plan) as partial:
                 plan.save(partial)
             if found is not None:
-                write_json(run.prediction, found.prediction(_conditions(config, run)))
+                write_json(run.prediction, found.prediction(_conditions(config, run, sizes)))
     return Plan.load(run.plan)
 
 
@@ -342,7 +342,7 @@ def forecast_of(
     run: RunDirectory,
     relevance: RelevanceScores | None,
     device: str | None = None,
-    rows: Rows = NOT_KNOWN,
+    sizes: Sizes = NOT_KNOWN,
     plan: Plan | None = None,
     shown: bool = True,
 ) -> Forecast:
@@ -361,18 +361,18 @@ def forecast_of(
         relevance=relevance,
         plan=plan,
         device=device,
-        rows=rows,
+        sizes=sizes,
         with_frontier=shown,
         with_others=shown,
         **wanted,
     )
 
 
-def check_affordable(config: RunConfig, run: RunDirectory, rows: Rows) -> None:
+def check_affordable(config: RunConfig, run: RunDirectory, sizes: Sizes) -> None:
     """Raise InputError for a budget of memory or time that nothing keeps, before hours are spent."""
     for budget in config.sweep.get("budget", [config.budget]):
         if budget is not None and read_budget(budget).is_limited:
-            forecast_of(dataclasses.replace(config, budget=budget, sweep={}), run, None, None, rows, shown=False)
+            forecast_of(dataclasses.replace(config, budget=budget, sweep={}), run, None, None, sizes, shown=False)
 
 
 def settled(
@@ -389,13 +389,13 @@ def settled(
     processes = Processes.joined()
     made: dict[str, Any] = {}
     with processes.together():
-        digest = _conditions(config, run)
+        digest = _conditions(config, run, materials.sizes)
         before = read_json(run.prediction) if run.prediction.is_file() else {}
         if before.get("of") == digest:
             made = before
         elif processes.first and (limited or sized or predict):
             try:
-                made = forecast_of(config, run, None, None, materials.rows, plan, shown=False).prediction(digest)
+                made = forecast_of(config, run, None, None, materials.sizes, plan, shown=False).prediction(digest)
             except Exception as error:  # a training that cannot be predicted is a training all the same
                 if limited or sized:
                     raise
@@ -411,11 +411,11 @@ def settled(
     return dataclasses.replace(materials, config=own), made
 
 
-def _conditions(config: RunConfig, run: RunDirectory) -> str:
+def _conditions(config: RunConfig, run: RunDirectory, sizes: Sizes) -> str:
     """A digest of what a prediction depends on."""
     if config.task is None and (recorded := read_task(run, config)) is not None:
         config = dataclasses.replace(config, task=recorded.name)
-    return digest_of(config, run.plan_digest() if config.needs_plan else "")
+    return digest_of(config, run.plan_digest() if config.needs_plan else "", sizes)
 
 
 def choose(config: RunConfig, relevance: RelevanceScores, criterion: str | None = None) -> Plan:

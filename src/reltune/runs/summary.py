@@ -18,7 +18,7 @@ from reltune.reading import Damaged, typed
 from reltune.relevance.artefact import Overview, read_overview
 from reltune.relevance.profiles import read_profiles
 from reltune.report.forms import write_run, write_runs
-from reltune.report.numbers import measured, metric
+from reltune.report.numbers import measured, metric, tokens
 from reltune.report.record import ComparisonRecord, LMEvalRecord, Predicted, RunRecord, WayResult, WayTable
 from reltune.report.several import NamedRun
 from reltune.runs.bad_rows import in_words
@@ -135,9 +135,13 @@ def predicted_and_measured(prediction: Mapping[str, Any], cost: Mapping[str, Any
     memory = prediction["allocated_bytes"]
     if (before := cost.get("memory_before_bytes")) is not None:
         memory = before + memory + LIBRARIES - prediction["held_before_bytes"]
+    padded = prediction.get("padded") or {}
+    longest, usual = (
+        f", batches of {tokens(padded[name])} tokens" if name in padded else "" for name in ("longest", "training")
+    )
     return [
-        Predicted("peak memory", memory, cost["peak_memory_bytes"]),
-        Predicted("seconds per step", prediction["seconds_per_step"], cost["seconds_per_step"]),
+        Predicted(f"peak memory{longest}", memory, cost["peak_memory_bytes"]),
+        Predicted(f"seconds per step{usual}", prediction["seconds_per_step"], cost["seconds_per_step"]),
     ]
 
 

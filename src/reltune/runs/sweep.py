@@ -329,7 +329,7 @@ def _trial(materials: Materials, run: RunDirectory, number: int, values: dict[st
     name = _compared_by(materials)[0]
     try:
         if "budget" in values and not (trial.plan / "plan.yaml").is_file():
-            select(config, trial)
+            select(config, trial, own.sizes)
         if not trial.has_adapter:
             tune(own, trial, description=f"trial {number}", goes_on=True)
         model = load_tuned(own, trial)

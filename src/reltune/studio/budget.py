@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from reltune.plan.order import SelectionOrder
     from reltune.relevance.heatmap import Heatmap
     from reltune.runs.estimate import PlanCosts
+    from reltune.runs.sizes import Sizes
 
 STEPS = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)  # of a decade of budgets
 # The budgets of the slider: shares of the model in percent.
@@ -65,6 +66,7 @@ class Choice:
         limit: parameters that it allows; where it limits memory or time, those that are chosen.
         ends_at: the lowest module that anything is chosen of: nothing below it is differentiated or kept.
         memory: bytes of the training step, ``seconds`` its time; None where they are not known, and ``unknown`` then says why.
+        padded: the lengths of batches that both are told for, as ``Estimate`` has them.
         expected: what a comparison has measured near this size, in a sentence.
         settings: what a budget of memory or time changes beside the units, one sentence each.
         problem: why nothing could be chosen.
@@ -81,6 +83,7 @@ class Choice:
     device: str = ""
     device_memory: int = 0
     unknown: str = ""
+    padded: Mapping[str, Sequence[int]] | None = None
     expected: str = ""
     settings: tuple[str, ...] = ()
     problem: str = ""
@@ -172,11 +175,22 @@ class BudgetView:
         from reltune.runs.estimate import PlanCosts
 
         try:
-            return (self._make_costs or PlanCosts)(self.config)
+            return self._make_costs(self.config) if self._make_costs else PlanCosts(self.config, sizes=self.sizes)
         except InputError as error:
             return str(error)
         except Exception as error:  # a model that cannot be counted is chosen from all the same
             return f"memory and time of this model cannot be predicted ({type(error).__name__})."
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Of the run's data; nothing is known of data that cannot be read any more."""
+        from reltune.runs.flow import sizes_of_run
+        from reltune.runs.sizes import NOT_KNOWN
+
+        try:
+            return sizes_of_run(dataclasses.replace(self.config), self.run)
+        except InputError:
+            return NOT_KNOWN
 
     # -- what a budget gives --------------------------------------------------------------------------------------------
 
@@ -218,7 +232,7 @@ class BudgetView:
         config = dataclasses.replace(self.config, **fields)
         if self.excluded and not without:  # as --every_module
             config.target_modules, config.exclude_modules = self.run.measured_modules()
-        found = forecast_selection(config, self.run, relevance=self.relevance, shown=False)
+        found = forecast_selection(config, self.run, relevance=self.relevance, sizes=self.sizes, shown=False)
         assert found.plan is not None
         estimate, (row, *_) = found.estimate, found.estimate.rows
         return {name: counted(module) for name, module in found.plan.modules.items()}, {
@@ -227,6 +241,7 @@ class BudgetView:
             "seconds": row.seconds,
             "device": estimate.device,
             "device_memory": estimate.device_memory,
+            "padded": estimate.padded,
             "settings": tuple(found.settings.describe()),
         }
 
@@ -270,6 +285,7 @@ class BudgetView:
             "seconds": told[1],
             "device": costs.device,
             "device_memory": costs.device_memory,
+            "padded": costs.padded,
         }
 
     @cached_property

@@ -650,31 +650,29 @@ class Page:
         return command_lines.new(str(asked.command), self.place.new(str(asked.name)), fields)
 
     def _estimated(self, words: Words, asked: Asked) -> dict[str, Any]:
-        """What ``reltune estimate`` says of the form."""
+        """What ``reltune estimate`` says of the form, by its data."""
         if not asked.model:
             raise InputError(words("nothing_chosen"))
-        from reltune.runs.estimate import estimate
+        from reltune.config.run_config import RunConfig
+        from reltune.runs.flow import estimate_new
 
-        examples, task = None, asked.task
-        if asked.file:
-            seen = look_at(self.place.inside(str(asked.file)), None, task or None, int(asked.length or 1)).preview
-            if seen is not None:
-                examples, task = seen["rows"].get("train"), task or seen["task"]
         fields = {
+            "train_file": str(self.place.inside(str(asked.file))) if asked.file else None,
+            "chat_template": asked.template or None,
+            "on_bad_rows": "skip",
             "method": asked.method,
             "granularity": [asked.granularity] if asked.granularity else None,
             "budget": asked.budget or None,
             "max_length": asked.length,
-            "task": task or None,
+            "task": asked.task or None,
         }
-        found = estimate(
+        config = RunConfig(
             self.place.model(str(asked.model), self.models()),
-            device="cpu" if asked.cpu else None,
-            examples=examples,
+            ".",
             training={"num_train_epochs": asked.epochs, "per_device_train_batch_size": asked.batch},
             **{name: value for name, value in fields.items() if value is not None},
         )
-        return found.to_dict()
+        return estimate_new(config, "cpu" if asked.cpu else None).to_dict()
 
     def _jobs(self, words: Words, blocks: Any, tab: Any) -> None:
         gr.HTML(f"<h3>{words('go_on')}</h3>", elem_classes="reltune", apply_default_css=False)

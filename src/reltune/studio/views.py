@@ -224,12 +224,18 @@ def choice(found: Choice, words: Words) -> str:
             if found.device_memory
             else found.device
         )
-        pairs.append((words("memory"), numbers.size(found.memory), of_device))
+        pairs.append((words("memory"), numbers.size(found.memory), f"{of_device}{_long(found, 'longest', words)}"))
     if found.seconds is not None:
-        pairs.append((words("step_time"), f"{found.seconds:.3g} s", found.device))
+        hint = f"{found.device}{_long(found, 'training', words)}"
+        pairs.append((words("step_time"), f"{found.seconds:.3g} s", hint))
     if found.expected:
         pairs.append((words("expected"), found.expected.rpartition(": ")[2], found.expected.rpartition(": ")[0]))
     return facts(pairs) + "".join(map(remark, found.settings)) + remark(found.unknown) + problem(found.problem)
+
+
+def _long(found: Choice, which: str, words: Words) -> str:
+    """How long batches are that something is told for."""
+    return words("batches_long", tokens=numbers.tokens(found.padded[which])) if found.padded else ""
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -297,7 +303,8 @@ def estimate(values: Mapping[str, Any], words: Words) -> str:
     heads = [words(key) for key in ("method", "trained", "memory", "fits", "step_time", "hours")]
     batch = values["largest_batch"]
     below = "" if batch is None else words("largest_batch", device=values["device"], count=batch)
-    return table(heads, rows) + remark(below)
+    padded = values["padded"] and {name: numbers.tokens(lengths) for name, lengths in values["padded"].items()}
+    return table(heads, rows) + remark(words("told_for", **padded) if padded else "") + remark(below)
 
 
 # -- jobs ------------------------------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ WORDS: dict[str, tuple[str, str]] = {  # in the order of LANGUAGES
     "memory": ("Memory of a step", "单步内存"),
     "of_device": ("of {size} on {device}", "共 {size}，{device}"),
     "step_time": ("Time of a step", "单步时间"),
+    "batches_long": ("; batches of {tokens} tokens", "；批次长 {tokens} 个词元"),
     "expected": ("Measured near this size", "相近规模的实测"),
     "module_table": (
         "Modules: clear the box of one to leave it out; the budget goes to the others.",
@@ -128,6 +129,10 @@ WORDS: dict[str, tuple[str, str]] = {  # in the order of LANGUAGES
     "own_template": ("the model's own", "模型自带"),
     "cpu": ("Train on the CPU", "在 CPU 上训练"),
     "skip_bad": ("Leave bad rows out", "忽略坏行"),
+    "told_for": (
+        "By the lengths of the texts: memory for batches of {longest} tokens, time for {training}.",
+        "依据文本长度：内存按批次长 {longest} 个词元预测，时间按 {training} 个词元预测。",
+    ),
     "predict_cost": ("Predict memory and time", "预测内存与时间"),
     "fits": ("fits", "放得下"),
     "does_not_fit": ("does not fit", "放不下"),

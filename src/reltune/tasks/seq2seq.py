@@ -136,6 +136,9 @@ class Seq2Seq(Task):
     def token_ids(self, item: Mapping[str, Any]) -> list[Sequence[int]]:
         return [item["input_ids"], item["labels"]]
 
+    def lengths(self, item: Mapping[str, Any]) -> tuple[int, ...]:
+        return len(item["input_ids"]), len(item["labels"])
+
     def collator(self, processor: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
         """Pads sources and targets of a batch to their longest; the model makes the decoder's inputs of the targets."""
         return DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)

@@ -240,6 +240,10 @@ class Task(abc.ABC):
         """The lists of token ids that an example has; one after another is read by the model."""
         return [item["input_ids"]] if "input_ids" in item else []
 
+    def lengths(self, item: Mapping[str, Any]) -> tuple[int, ...]:
+        """How many tokens an example has in each tensor of a batch that is padded apart from others."""
+        return (max(map(len, self.token_ids(item))),)
+
     def seen(self, item: Mapping[str, Any], processor: Any) -> list[Seen]:
         """What the model has of an example, token by token; nothing where it has no tokens."""
         return [Seen("input", ids, [False] * len(ids)) for ids in self.token_ids(item)]
