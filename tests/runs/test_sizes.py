@@ -22,7 +22,7 @@ from reltune.runs import flow
 from reltune.runs.estimate import Row, Subject, beside
 from reltune.runs.forecast import counts_of, forecast
 from reltune.runs.materials import prepare
-from reltune.runs.sizes import GROUPED, IN_ORDER, Sizes, TextLengths
+from reltune.runs.sizes import GROUPED, IN_ORDER, Sizes, TextLengths, multiple_for
 from reltune.studio import views
 from reltune.studio.budget import BudgetView
 from reltune.studio.words import Words
@@ -197,6 +197,14 @@ def test_what_is_held_out_counts_where_it_is_longer_and_packing_fills_batches(co
     assert packed.longest == packed.usual == (128,) and packed.padded is None
     smaller = subject_of(configs, "bert", lengths_of(*range(1, 65)), training={"per_device_train_batch_size": 2})
     assert smaller.usual < subject_of(configs, "bert", lengths_of(*range(1, 65))).usual
+
+
+def test_graphs_are_of_batches_in_multiples_of_32(configs: Path) -> None:
+    lengths = lengths_of(*[9] * 32, *[70] * 32)
+    found = subject_of(configs, "bert", lengths, cuda_graphs=True, training={"per_device_train_batch_size": 1})
+    assert (found.longest, found.usual) == ((96,), (64,))  # of 32 and of 96
+    assert subject_of(configs, "bert", None, cuda_graphs=True, max_length=100).longest == (128,)
+    assert multiple_for(BertConfig(max_position_embeddings=40)) == 1
 
 
 def test_evaluation_takes_as_long_as_its_own_texts(configs: Path) -> None:

@@ -41,7 +41,7 @@ from reltune.plan.plan import ModulePlan, Plan
 from reltune.pretrained import load_config
 from reltune.runs.duration import Prefix, course
 from reltune.runs.preflight import check_estimate
-from reltune.runs.sizes import GROUPED, IN_ORDER, NOT_KNOWN, Sizes
+from reltune.runs.sizes import GROUPED, IN_ORDER, NOT_KNOWN, Sizes, multiple_for
 
 # task -> transformers' Auto class, and the mapping of what it knows.
 CLASSES = {
@@ -386,15 +386,16 @@ class Subject:
             limit = min(limit, positions)
         if self.task == "image_classification":
             limit = 0
-        whole: tuple[int, ...] = (limit,)
+        multiple = multiple_for(self.settings) if self.config.cuda_graphs else 1
+        whole: tuple[int, ...] = (-(-limit // multiple) * multiple,)
         self.longest = self.usual = self.evaluated = whole
         order = str(self.values.get("train_sampling_strategy"))
         grouped = order == GROUPED
         training, held_out = self.sizes.lengths, self.sizes.held_out_lengths
         if held_out is not None:
-            held_out = held_out.cut(limit)
+            held_out = held_out.cut(limit, multiple)
             self.evaluated = held_out.padded(self.eval_batch_size, GROUPED if grouped else IN_ORDER)
-        self.lengths = None if training is None or self.config.packing else training.cut(limit)
+        self.lengths = None if training is None or self.config.packing else training.cut(limit, multiple)
         if self.lengths is not None:
             every = [self.lengths.longest] if held_out is None else [self.lengths.longest, held_out.longest]
             self.longest = tuple(map(max, zip(*every, strict=True)))

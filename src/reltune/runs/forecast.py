@@ -52,7 +52,7 @@ DECIDES = (
         "lora_r",
         "rank_by",
     ),
-    *("budget", "fixed", "target_modules", "exclude_modules", "frozen_dtype", "training"),
+    *("budget", "fixed", "target_modules", "exclude_modules", "frozen_dtype", "cuda_graphs", "training"),
 )
 
 

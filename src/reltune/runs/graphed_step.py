@@ -18,12 +18,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer
 
 from reltune.errors import InputError, first_line
+from reltune.runs.sizes import multiple_for
 
 SEEN = 2  # steps of a shape that run as ever before it is recorded: many a shape comes once
 MOST = 64  # shapes that are recorded
 OF_TRL = ("causal_lm", "preference")
 TOKENS = "TRL's steps count in Python"
-MULTIPLE = 32  # tokens, to multiples of which batches are padded, so that few shapes come
 
 
 def replay_steps(trainer: Trainer, model: nn.Module) -> None:
@@ -31,10 +31,8 @@ def replay_steps(trainer: Trainer, model: nn.Module) -> None:
     if why := _why_not(trainer, model):
         raise InputError(f"cuda_graphs: {why}; leave it out.")
     collator: Any = trainer.data_collator
-    positions = getattr(model.config, "max_position_embeddings", None)
-    room = not isinstance(positions, int) or positions % MULTIPLE in (0, 2)  # RoBERTa leaves two positions out
-    if room and getattr(collator, "pad_to_multiple_of", 0) is None:
-        collator.pad_to_multiple_of = MULTIPLE
+    if getattr(collator, "pad_to_multiple_of", 0) is None and (multiple := multiple_for(model.config)) > 1:
+        collator.pad_to_multiple_of = multiple
     trainer.compute_loss = GraphedLoss(trainer.compute_loss, model).compute_loss  # type: ignore[method-assign]
 
 

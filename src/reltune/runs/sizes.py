@@ -11,10 +11,17 @@ import numpy as np
 
 from reltune.data.splitting import HELD_OUT
 
+MULTIPLE = 32  # tokens, to multiples of which --cuda_graphs pads batches, so that few shapes come
 GROUPED, IN_ORDER = (
     "group_by_length",
     "sequential",
 )  # of transformers' train_sampling_strategy; else the order is random
+
+
+def multiple_for(model: Any) -> int:
+    """What --cuda_graphs pads batches to multiples of, for a model with this config; 1 where its positions leave no room for that."""
+    positions = getattr(model, "max_position_embeddings", None)
+    return MULTIPLE if not isinstance(positions, int) or positions % MULTIPLE in (0, 2) else 1  # RoBERTa leaves two out
 
 
 class TextLengths:
@@ -27,8 +34,9 @@ class TextLengths:
     def __init__(self, tokens: Iterable[Any]) -> None:
         self.tokens = np.array(tokens, np.int32)
 
-    def cut(self, most: int) -> TextLengths:
-        return TextLengths(np.minimum(self.tokens, most))
+    def cut(self, most: int, multiple: int = 1) -> TextLengths:
+        """Of texts that are cut, and then padded to multiples."""
+        return TextLengths(-(-np.minimum(self.tokens, most) // multiple) * multiple)
 
     @property
     def longest(self) -> tuple[int, ...]:
