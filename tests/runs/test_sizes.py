@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import BertConfig, T5Config
 
 from command_line import reltune as call
 from cost_cases import MACHINE
 from reltune.config.run_config import RunConfig
 from reltune.cost.devices import Card
-from reltune.runs import flow
+from reltune.runs import flow, stages
+from reltune.runs.directory import RunDirectory
 from reltune.runs.estimate import Row, Subject, beside
 from reltune.runs.forecast import counts_of, forecast
 from reltune.runs.materials import prepare
@@ -282,3 +284,10 @@ def test_what_is_predicted_says_the_lengths_that_it_is_for(tmp_path: Path) -> No
     file.unlink()
     unknown = BudgetView(tmp_path / "run").choice("5%", view.rule)
     assert unknown.padded is None and unknown.memory > found.memory
+
+
+def test_a_prediction_leaves_the_random_numbers_as_they_are(configs: Path) -> None:
+    config = subject_of(configs, "bert", lengths_of(9, 90), task="sequence_classification").config
+    before = torch.random.get_rng_state()
+    stages.forecast_of(config, RunDirectory("."), None, "t4-16gb", Sizes(2, 1, 1, lengths_of(9, 90)))
+    assert torch.equal(torch.random.get_rng_state(), before)

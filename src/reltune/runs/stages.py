@@ -346,7 +346,10 @@ def forecast_of(
     plan: Plan | None = None,
     shown: bool = True,
 ) -> Forecast:
-    """What a run will train and what that takes, by this relevance or plan; ``shown``: beside what else could be trained."""
+    """What a run will train and what that takes, by this relevance or plan; ``shown``: beside what else could be trained.
+
+    Random numbers that are drawn on the way are not missing afterwards: training begins from the same values with it and without.
+    """
     if config.task is None and (recorded := read_task(run, config)) is not None:
         config = dataclasses.replace(config, task=recorded.name)
     wanted: dict[str, Any] = {}
@@ -356,16 +359,18 @@ def forecast_of(
             "task_type": _task_type(config, relevance.always_trained),
             "restricted": _restricted(config, relevance),
         }
-    return forecast(
-        config,
-        relevance=relevance,
-        plan=plan,
-        device=device,
-        sizes=sizes,
-        with_frontier=shown,
-        with_others=shown,
-        **wanted,
-    )
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices, device_type="cuda"):
+        return forecast(
+            config,
+            relevance=relevance,
+            plan=plan,
+            device=device,
+            sizes=sizes,
+            with_frontier=shown,
+            with_others=shown,
+            **wanted,
+        )
 
 
 def check_affordable(config: RunConfig, run: RunDirectory, sizes: Sizes) -> None:
