@@ -78,12 +78,12 @@ def t5() -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration(config)
 
 
-def mixtral() -> MixtralForCausalLM:
+def mixtral(layers: int = 2) -> MixtralForCausalLM:
     config = MixtralConfig(
         vocab_size=256,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         num_local_experts=4,

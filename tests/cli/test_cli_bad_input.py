@@ -504,6 +504,11 @@ def test_resuming_from_what_is_no_checkpoint(place: Place, tmp_path: Path) -> No
     for wanted in ("checkpoint-99", str(tmp_path / "checkpoint-3"), str(place / "train.csv")):
         words = [*STAGES["tune"](run), "--resume_from_checkpoint", wanted]
         assert_refused(reltune(*words), wanted, "checkpoint-N")
+    other = shutil.copytree(run, tmp_path / "other")
+    (other / "checkpoint-3").mkdir(exist_ok=True)
+    (other / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    answer = reltune(*STAGES["tune"](run), "--resume_from_checkpoint", str(other / "checkpoint-3"))
+    assert_refused(answer, "a checkpoint of another run", f"name one in {run}")
 
 
 def test_scores_that_do_not_fit_together(place: Place, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
+import math
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ from reltune import InputError, ReltuneConfig
 from reltune.cost import stand_ins
 from reltune.cost.blocks import shorten
 from reltune.cost.ledger import Ledger
-from reltune.cost.step import CPU_ROUNDING, Conditions, StepCount, count_step, counting
+from reltune.cost.step import CPU_ROUNDING, Conditions, StepCount, count_step, counting, kernels
 from reltune.plan.plan import ModulePlan, Plan
 
 ON_CPU, ON_CUDA = Conditions(cuda=False), Conditions()
@@ -279,6 +282,47 @@ def test_optimizers_in_8_bits_hold_a_byte_for_a_number() -> None:
     assert few.state_bytes < 0.3 * plain.state_bytes
     with pytest.raises(InputError, match="optim 'adamw_8bits' are not known; did you mean 'adamw_8bit'"):
         counted(llama, full, Conditions(optimizer="adamw_8bits"))
+
+
+def test_a_cpu_keeps_a_kernel_for_each_shape_of_a_narrow_product() -> None:
+    """Of a frozen Llama's maps and LoRA's, with its gradient: four of a kind in each block, of which there are three."""
+
+    def narrow(model: Any) -> Any:
+        return lora(model.to(torch.bfloat16))
+
+    assert counted(llama, lora).peak["kernels"] == counted(llama, narrow, ON_CUDA).peak["kernels"] == 0
+    found = counted(llama, narrow).peak["kernels"]
+    assert found and found == counted(functools.partial(llama, layers=1), narrow).peak["kernels"]
+    ledger = Ledger()
+    x, w = (torch.zeros(size, device="meta", dtype=torch.bfloat16) for size in ((5, 8), (8, 6)))
+    with ledger:
+        for _ in range(2):
+            x @ w
+            x[:3] @ w
+        x @ torch.zeros(6, 8, device="meta", dtype=torch.bfloat16).t()  # lies otherwise
+        x.float() @ w.float()
+    assert kernels(ledger) == 3
+
+
+def test_experts_have_a_kernel_for_each_number_of_rows_that_is_expected() -> None:
+    """Brute force: each of two experts in two blocks has 1, 2 or 3 of 3 rows with chances 3/8, 3/8 and 1/8."""
+    chances = {0: 1 / 8, 1: 3 / 8, 2: 3 / 8, 3: 1 / 8}
+    wanted = sum(
+        math.prod(chances[n] for n in numbers) * len({*numbers} - {0})
+        for numbers in itertools.product(chances, repeat=4)
+    )
+    ledger = Ledger()
+    ledger.groups = {((8, 16), 300, 1, "other"), *((((8, 6), 3, 2, block)) for block in "ab")}
+    assert kernels(ledger) == round(wanted + 1)
+    ledger.groups = {((8, 6), 3, 2, "a")}
+    assert kernels(ledger, {"a": 2}) == round(wanted)
+
+    def narrow(model: Any) -> Any:
+        return frozen(model.to(torch.bfloat16)).get_input_embeddings().requires_grad_(True) and model
+
+    many = functools.partial(mixtral, layers=6)
+    short, whole = counted(many, narrow, short=True), counted(many, narrow)
+    assert short.peak["kernels"] == whole.peak["kernels"] > counted(mixtral, narrow).peak["kernels"]
 
 
 def test_a_model_that_trains_nothing_is_refused() -> None:

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from command_line import Answer, assert_refused, contents, reltune, review_rows
+from reltune.config.run_config import RunConfig
 from reltune.errors import InputError
 from reltune.tasks.registry import TASKS
 from task_cases import write_rows
@@ -386,6 +387,8 @@ def test_what_cannot_be_predicted_is_refused(place: Path, tmp_path: Path) -> Non
     refused(run, "--input_file", tmp_path / "absent.csv", *out, named="absent.csv does not exist")
     refused(run, "--input_file", ask, "--output_file", tmp_path / "new.xlsx", named="'.xlsx'")
     refused(run, "--input_file", ask, "--output_file", ask, named="is the input file")
+    trained_on = RunConfig.load(run / "config.yaml").train_file
+    refused(run, "--input_file", ask, "--output_file", trained_on, named="is the run's train_file")
     refused(run, "--input_file", ask, "--output_file", tmp_path / "absent" / "new.csv", named="does not exist")
     refused(run, "--input_file", ask, *out, "--on_bad_rows", "ignore", named="'ignore'")
     refused(run, "--input_file", tmp_path / "taken.csv", *out, named="a column 'prediction'")

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from command_line import Answer, assert_refused, contents, held, reltune, review_rows, write_csv
 from interruption import changes
@@ -169,8 +169,30 @@ def test_a_changed_plan_or_changed_data_is_not_gone_on_with(place: Path, cut: Pa
     (place / "train.csv").write_text(data.replace("good", "great"))
     try:
         assert_refused(run(place, name), "training data", "changed")
+        words = "tune", place / name, "--resume_from_checkpoint", "checkpoint-3"
+        assert_refused(reltune(*words), "training data", "changed")
     finally:
         (place / "train.csv").write_text(data)
+
+
+def test_another_base_is_not_gone_on_with(place: Path) -> None:
+    """Of a method without a plan, which would tell it: other weights in the place of the base's."""
+    words = ["--method", "lora", "--max_steps", 6, *SHORT]
+    with signalled(3, signal.SIGTERM):
+        assert run(place, "lora", *words).code == 143
+    weights = place / "model" / "model.safetensors"
+    own = weights.read_bytes()
+    try:
+        moved = {
+            name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in load_file(weights).items()
+        }
+        save_file(moved, weights, metadata={"format": "pt"})
+        answer = run(place, "lora", *words)
+        assert answer.code == 2 and "the base model has changed" in answer.err
+        assert not (place / "lora" / "adapter").exists() and (place / "lora" / "checkpoint-3").is_dir()
+    finally:
+        weights.write_bytes(own)
+    assert run(place, "lora", *words).code == 0
 
 
 # -- what else can happen -------------------------------------------------------------------------------------------

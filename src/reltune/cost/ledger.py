@@ -85,6 +85,17 @@ _NO_WORK = {
 }  # fmt: skip
 # What is added to a tensor takes as many operations as a new one; flop_counter does not know of them.
 _WRITTEN_INTO = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
+# Products for which oneDNN makes a kernel of each shape on a CPU, where their numbers are narrow.
+_PRODUCTS = {
+    "aten::mm",
+    "aten::addmm",
+    "aten::addmm_",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::baddbmm_",
+    "aten::convolution",
+}
+_GROUPED = "aten::_grouped_mm"  # each row of the first with one matrix of the second, or of their product
 # Of these, no more is read than is asked for.
 _LOOK_UPS = ("aten::embedding", "aten::index_select", "aten::gather", "aten::index.Tensor")
 
@@ -97,6 +108,8 @@ class Ledger(TorchDispatchMode):
         area: what new tensors are for, until it is set to another one.
         made: how many storages were counted so far.
         areas: bytes alive, of the tensors that were entered or made inside, by what they are for.
+        shapes: of products of narrow numbers.
+        groups: of those of rows with one of several matrices each: shape, rows, matrices, and in which block.
         spans: one for each ``mark``.
     """
 
@@ -107,6 +120,8 @@ class Ledger(TorchDispatchMode):
         self.area = "activations"
         self.live = self.made = 0
         self.areas: Counter[str] = Counter()
+        self.shapes: set[Any] = set()
+        self.groups: set[tuple[Any, int, int, str]] = set()
         self.spans: list[Span] = []
         self.mark("start")
         self._known: dict[int, _Storage] = {}
@@ -198,7 +213,7 @@ class Ledger(TorchDispatchMode):
             flops, read = (args[2] if len(args) > 2 else 0), args[0]
         elif name.startswith(EXPERTS):
             flops = 2 * args[0].shape[0] * args[1].shape[1] * args[1].shape[2] * max(1, len(written))
-        elif name == "aten::_grouped_mm":  # each row of the first with one matrix of the second, or of their product
+        elif name == _GROUPED:
             flops = 2 * args[0].shape[-2] * args[0].shape[-1] * args[1].shape[-1]
         elif name == ATTENTION_ON_CPU:
             flops = 4 * args[0].numel() * args[1].shape[-2]
@@ -210,7 +225,18 @@ class Ledger(TorchDispatchMode):
         elif name == "aten::index_copy_":
             moved = 2 * _bytes(args[3])
         floats = [t.dtype for t in (*read, *written) if t.is_floating_point()]
+        if flops and floats[0] in (torch.bfloat16, torch.float16):
+            self._note_shape(name, read, written)
         self.spans[-1].work[Work(name, int(flops), moved, floats[0] if floats else torch.int64, made)] += 1
+
+    def _note_shape(self, name: str, read: list[Tensor], written: list[Tensor]) -> None:
+        if name in _PRODUCTS:
+            self.shapes.add((name, *((tuple(t.shape), t.stride()) for t in read)))
+        elif name == _GROUPED:
+            matrices = next(t for t in (read[1], *written) if t.ndim == 3)
+            rows = read[0].shape[0 if matrices is read[1] else 1]
+            own = (*matrices.shape[1:], *matrices.stride()[1:])
+            self.groups.add((own, rows, len(matrices), self.spans[-1].block))
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -25,7 +25,16 @@ from torch import Tensor, nn
 
 from reltune.cost.calibration import Calibration, rate
 from reltune.cost.ledger import Ledger, Span, Work
-from reltune.cost.step import Conditions, counting, forward_and_backward, held_by, output_weight, state_size
+from reltune.cost.step import (
+    KERNEL,
+    Conditions,
+    counting,
+    forward_and_backward,
+    held_by,
+    kernels,
+    output_weight,
+    state_size,
+)
 from reltune.cost.timing import lasting, work_seconds
 from reltune.layers import deferred_logits
 from reltune.layers.fused import fused
@@ -156,7 +165,7 @@ class Profile:
             deferred_logits.undo(model)
             for handle in handles:
                 handle.remove()
-        self.held = sum(ledger.spans[0].end.values())
+        self.held = sum(ledger.spans[0].end.values()) + (0 if conditions.cuda else KERNEL * kernels(ledger))
         self._read_spans(ledger)
         order = {name: place for place, name in enumerate(self.names)}
         self.modules = {

@@ -296,6 +296,11 @@ class RunDirectory:
             raise InputError(
                 f"resume_from_checkpoint {wanted!r} names no checkpoint of {self.path}; look there for checkpoint-N."
             )
+        if Path(path).resolve().parent != self.path.resolve():
+            raise InputError(
+                f"resume_from_checkpoint {wanted!r} is a checkpoint of another run, which may have trained something else; name one in "
+                f"{self.path}."
+            )
         return path
 
     def measured_modules(self) -> tuple[list[str], list[str]]:

@@ -213,7 +213,7 @@ def kept_as(path: str | os.PathLike) -> tuple[str, Path]:
 
 def check_prediction(path: str, input_file: str, output_file: str, on_bad_rows: str = "error") -> None:
     """Raise InputError for a prediction without a tuned model, without a file to read, or to a file that cannot be written."""
-    kept_as(path)
+    form, folder = kept_as(path)
     if on_bad_rows not in ON_BAD_ROWS:
         raise InputError(f"--on_bad_rows {on_bad_rows!r} is unknown; write {' or '.join(ON_BAD_ROWS)}.")
     check_source(input_file)
@@ -227,6 +227,16 @@ def check_prediction(path: str, input_file: str, output_file: str, on_bad_rows: 
         )
     if os.path.exists(input_file) and os.path.exists(output_file) and os.path.samefile(input_file, output_file):
         raise InputError(f"--output_file {output_file} is the input file too; name another one.")
+    config = RunDirectory.open(folder)[1] if form == "run" else None
+    for field in ("train_file", "validation_file", "test_file"):
+        own = getattr(config, field, None)
+        if (
+            own is not None
+            and os.path.exists(own)
+            and os.path.exists(output_file)
+            and os.path.samefile(own, output_file)
+        ):
+            raise InputError(f"--output_file {output_file} is the run's {field}; name another one.")
     if target.is_dir():
         raise InputError(f"--output_file {output_file} is a directory; name a file in it.")
     if not target.absolute().parent.is_dir():

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +28,7 @@ from reltune.config.training_fields import DEFAULTS
 from reltune.cost.memory import give_back_what_is_freed
 from reltune.errors import AnalysisError, InputError, batch_of, first_line
 from reltune.files import check_destination, discard, disk_bytes, read_json, whole_directory, whole_file, write_json
-from reltune.layers.fingerprint import fingerprint
+from reltune.layers.fingerprint import fingerprint, is_forced
 from reltune.layers.float8 import convertible
 from reltune.layers.inventory import Inventory, take_inventory
 from reltune.layers.quantised import check_not_packed
@@ -473,6 +473,8 @@ def tune(
     processes = Processes.joined()
     with processes.together():
         checkpoint = run.checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+        if checkpoint:
+            _check_unchanged(run, _begun(materials, run))
         if goes_on and not checkpoint:
             checkpoint = checkpoint_to_go_on_from(materials, run)
         asked = materials.config
@@ -487,6 +489,8 @@ def tune(
         base = model_with_new_heads(materials, run)
         inventory = take_inventory(base, materials.new_heads)
         base_fingerprint = fingerprint(base, materials.new_heads)
+        if checkpoint and not is_forced():
+            _check_unchanged(run, {"base": base_fingerprint})
         trainable = method.prepare(base_of(materials, base, plan))
         model = trainable.model
         materials.check_training(model)
@@ -510,7 +514,7 @@ def tune(
                 write_json(run.prediction, predicted)
             else:
                 discard(run.prediction)
-            write_json(run.begun, _begun(materials, run))
+            write_json(run.begun, {**_begun(materials, run), "base": base_fingerprint})
             record_data(run, materials.config, materials.task, materials.splits, materials.notes)
     with deferred_signals(processes.count == 1) as waiting:
         callbacks: list[TrainerCallback] = [training.LogFile(run.log), training.EndsAfterStep(waiting)]
@@ -574,15 +578,21 @@ def checkpoint_to_go_on_from(materials: Materials, run: RunDirectory) -> str | N
     checkpoint = run.newest_checkpoint()
     if checkpoint is None or materials.config.training.get("save_only_model"):
         return None
-    begun = _begun(materials, run)
-    before = read_json(run.begun) if run.begun.is_file() else begun  # an older version began it
-    if before != begun:
-        changed = f"the plan in {run.plan}" if before.get("plan") != begun["plan"] else "what the training data hold"
-        raise InputError(
-            f"{changed} has changed since the training in {run.path} was interrupted; put it back, or begin anew with `reltune tune "
-            f"{run.path} --overwrite_output_dir`."
-        )
+    _check_unchanged(run, _begun(materials, run))
     return checkpoint
+
+
+def _check_unchanged(run: RunDirectory, now: Mapping[str, Any]) -> None:
+    """Raise InputError where something of what a training goes on with is not what it began with."""
+    before = read_json(run.begun) if run.begun.is_file() else {}  # an older version began it, or began it with less
+    changed = next((name for name, value in now.items() if before.get(name, value) != value), None)
+    if changed is None:
+        return
+    what = {"plan": f"the plan in {run.plan}", "base": "the base model"}.get(changed, "what the training data hold")
+    raise InputError(
+        f"{what} has changed since the training in {run.path} was interrupted; put it back, or begin anew with `reltune tune "
+        f"{run.path} --overwrite_output_dir`."
+    )
 
 
 def base_of(materials: Materials, model: nn.Module, plan: Plan | None) -> Base:
