@@ -134,6 +134,11 @@ def test_a_budget_of_memory_is_kept_or_refused(llama: str) -> None:
         estimated(llama, method="lora", device="cpu", budget="memory=1KiB")
 
 
+def test_a_mistyped_field_is_answered_with_the_nearest(llama: str) -> None:
+    with pytest.raises(InputError, match=r"'budgett' is no field of a run; did you mean 'budget'"):
+        estimated(llama, method="lora", budgett="1%")
+
+
 def test_a_budget_of_parameters_sets_the_size_of_lora(llama: str) -> None:
     found = estimated(llama, method="lora", budget="20%")
     assert 0.1 * found.parameters < found.rows[0].trained <= 0.2 * found.parameters

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from reltune.config.recipes import CHOICE
 from reltune.config.run_config import RunConfig
-from reltune.config.training_fields import DEFAULTS, checked_training_fields
+from reltune.config.training_fields import DEFAULTS, checked_training_fields, training_field_names
 from reltune.cost import memory, stand_ins
 from reltune.cost.blocks import shorten
 from reltune.cost.calibration import Calibration, calibrated
@@ -29,7 +29,7 @@ from reltune.cost.devices import Card, calibration_of, card
 from reltune.cost.profile import Chosen, Profile
 from reltune.cost.step import AREAS, Conditions, StepCount, base_of, count_step, counting
 from reltune.cost.timing import step_time
-from reltune.errors import InputError, first_line
+from reltune.errors import InputError, first_line, nearest
 from reltune.files import model_directory
 from reltune.layers.inventory import Inventory, choose, take_inventory
 from reltune.layers.registry import layer_type
@@ -186,7 +186,10 @@ def profile(model_name_or_path: str, *, device: str | None = None, **fields: Any
 
 
 def _config(model_name_or_path: str, device: str | None, fields: Mapping[str, Any]) -> RunConfig:
-    known = {field.name for field in dataclasses.fields(RunConfig)}
+    known = [field.name for field in dataclasses.fields(RunConfig)]
+    for name in fields:
+        if name not in (every := [*known, *training_field_names()]):
+            raise InputError(f"{name!r} is no field of a run; {nearest(name, every)}")
     training = {**fields.get("training", {}), **{name: v for name, v in fields.items() if name not in known}}
     own = {name: value for name, value in fields.items() if name in known and name != "training"}
     config = RunConfig(model_directory(model_name_or_path), ".", training=training, **own)
