@@ -119,7 +119,9 @@ def test_the_largest_batch_is_found_where_memory_bends(limit: int, monkeypatch: 
 
     monkeypatch.setattr(estimate, "memory_of", lambda count: {"all of it": count})
     tried = []
-    subject = types.SimpleNamespace(batch_size=8, counted=lambda _, batch_size: tried.append(batch_size) or held(batch_size))
+    subject = types.SimpleNamespace(
+        batch_size=8, counted=lambda _, batch_size: tried.append(batch_size) or held(batch_size)
+    )
     found = estimate._largest_batch(subject, "lora", limit)
     assert found == max((n for n in range(1, estimate.LARGEST_BATCH + 1) if held(n) <= limit), default=0)
     assert len(tried) <= 2 + estimate.TRIES
