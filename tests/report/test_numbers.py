@@ -28,6 +28,8 @@ def test_numbers_that_were_not_measured_or_are_none() -> None:
         assert numbers.percent(missing) == numbers.fixed(missing, 2) == numbers.score("mse", missing) == "—"
     assert numbers.percent(0.12345) == "12.35" and numbers.percent(0.12345, 1) == "12.3"
     assert numbers.fixed(1234.5678, 2) == "1,234.57"
+    hours = [numbers.hours(value) for value in (None, 0.0, 0.0001, 0.0025, 0.5, 1234.567)]
+    assert hours == ["—", "0", "<0.001", "0.003", "0.50", "1,234.57"]
 
 
 @pytest.mark.parametrize(

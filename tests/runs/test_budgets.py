@@ -20,6 +20,7 @@ from command_line import reltune as call
 from command_line import review_rows
 from reltune import InputError
 from reltune.config.run_config import RunConfig
+from reltune.methods.registry import METHODS
 from reltune.relevance.scores import RelevanceScores
 from reltune.runs.forecast import Forecast, forecast
 from reltune.runs.summary import predicted_and_measured
@@ -129,6 +130,17 @@ def test_methods_with_a_size_take_the_largest_within_the_budget(place: Path, met
     allowed = 0.55 * found.estimate.parameters
     assert allowed / 2 < found.estimate.rows[0].trained <= allowed
     assert list(found.settings.fields) == [field]
+
+
+def test_a_smaller_size_is_found_without_going_through_all_numbers(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora, asked = METHODS["lora"], []
+    nearest = lora.nearest
+    monkeypatch.setattr(lora, "nearest", lambda base, count: asked.append(count) or nearest(base, count))
+    with pytest.raises(InputError, match=r"lora can train here with lora_r 1 needs time="):
+        foretold(place, "time=0.01", method="lora", device="t4-16gb")
+    assert len(asked) < 100  # of 13,000 numbers that a rank has
 
 
 def test_what_depends_on_numbers_cannot_be_foretold(place: Path) -> None:

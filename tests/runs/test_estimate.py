@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from command_line import reltune as call
 from reltune import InputError
 from reltune.cost import calibration, devices
 from reltune.cost.calibration import Calibration, rate
+from reltune.runs import estimate
 
 D, INNER, V, LAYERS = 64, 160, 256, 6
 BLOCK = 4 * D * D + 3 * D * INNER
@@ -106,6 +108,43 @@ def test_the_largest_batch_is_the_last_that_fits(llama: str) -> None:
     )
     assert at.fits and not above.fits
     assert at.seconds is None  # a size of memory says nothing of speed
+
+
+@pytest.mark.parametrize("limit", [50, 1_000, 1_100, 9_999, 250_000, 10**12])
+def test_the_largest_batch_is_found_where_memory_bends(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is rounded or held by another tensor from some size on leads a straight line astray."""
+
+    def held(size: int) -> int:
+        return 100 + 10 * size + (200 + size if size > 40 else 0) + (size // 7) ** 2 // 50
+
+    monkeypatch.setattr(estimate, "memory_of", lambda count: {"all of it": count})
+    tried = []
+    subject = types.SimpleNamespace(
+        batch_size=8, counted=lambda _, batch_size: tried.append(batch_size) or held(batch_size)
+    )
+    found = estimate._largest_batch(subject, "lora", limit)
+    assert found == max((n for n in range(1, estimate.LARGEST_BATCH + 1) if held(n) <= limit), default=0)
+    assert len(tried) <= 2 + estimate.TRIES
+
+
+def test_a_budget_of_memory_is_kept_or_refused(llama: str) -> None:
+    plain = estimated(llama, method="lora", per_device_train_batch_size=64, device="cpu")
+    budget = f"memory={plain.rows[0].total // 2**20 - 4}MiB"
+    less = estimated(llama, method="lora", per_device_train_batch_size=64, device="cpu", budget=budget)
+    assert less.rows[0].total < plain.rows[0].total and less.rows[0].fits and less.chosen
+    with pytest.raises(InputError, match="needs memory="):
+        estimated(llama, method="lora", device="cpu", budget="memory=1KiB")
+
+
+def test_a_mistyped_field_is_answered_with_the_nearest(llama: str) -> None:
+    with pytest.raises(InputError, match=r"'budgett' is no field of a run; did you mean 'budget'"):
+        estimated(llama, method="lora", budgett="1%")
+
+
+def test_a_budget_of_parameters_sets_the_size_of_lora(llama: str) -> None:
+    found = estimated(llama, method="lora", budget="20%")
+    assert 0.1 * found.parameters < found.rows[0].trained <= 0.2 * found.parameters
+    assert any("lora_r" in sentence for sentence in found.chosen)
 
 
 def test_padding_makes_a_mask_and_packing_none(llama: str) -> None:

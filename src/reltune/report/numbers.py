@@ -34,6 +34,15 @@ def fixed(value: float | None, decimals: int) -> str:
     return MISSING if value is None or not math.isfinite(value) else f"{value:,.{decimals}f}"
 
 
+def hours(value: float | None) -> str:
+    """With three decimals below a tenth, so that a minute is not 0."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if value >= 0.1 or not value:
+        return f"{value:,.2f}" if value else "0"
+    return f"{value:.3f}" if value >= 0.0005 else "<0.001"
+
+
 def duration(seconds: float | None) -> str:
     """In seconds up to two minutes, in minutes up to two hours."""
     if seconds is None:

@@ -177,7 +177,8 @@ def estimate_table(values: Mapping[str, Any]) -> Table:
         add("parameters of new heads", [numbers.short_count(row["head"]) for row in rows])
     add("share of the model", [f"{numbers.percent(row['trained'] / values['parameters'])} %" for row in rows])
     table.add_section()
-    for kind in dict.fromkeys(kind for row in rows for kind in row["memory"]):
+    fullest_first = sorted(rows, key=lambda row: -len(row["memory"]))  # whose order is that of all kinds
+    for kind in dict.fromkeys(kind for row in fullest_first for kind in row["memory"]):
         add(kind, [numbers.size(row["memory"].get(kind, 0)) for row in rows], "dim")
     add("memory at most", [numbers.size(row["total"]) for row in rows], "bold")
     if rows[0]["fits"] is not None:
@@ -187,9 +188,9 @@ def estimate_table(values: Mapping[str, Any]) -> Table:
     if values["steps"]:
         for part, words in HOURS.items():
             if any(part in row["hours_by_part"] for row in rows):
-                cells = [numbers.fixed(row["hours_by_part"].get(part, 0.0), 2) for row in rows]
+                cells = [numbers.hours(row["hours_by_part"].get(part, 0.0)) for row in rows]
                 add(words.format(steps=f"{values['steps']:,}"), cells, "dim")
-        add("hours", [numbers.fixed(row["hours"], 2) for row in rows], "bold")
+        add("hours", [numbers.hours(row["hours"]) for row in rows], "bold")
     return table
 
 
@@ -227,7 +228,8 @@ def estimate_sentences(values: Mapping[str, Any]) -> list[str]:
     task = values["task"].replace("_", " ")
     long = f" × {values['length']} tokens" if values["length"] and not values["padded"] else ""
     lines = [
-        f"{values['model']}: {values['parameters']:,} parameters, {task}, batches of {values['batch_size']}{long}."
+        *values["chosen"],
+        f"{values['model']}: {values['parameters']:,} parameters, {task}, batches of {values['batch_size']}{long}.",
     ]
     if padded := values["padded"]:
         lines.append(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from reltune.config.recipes import CHOICE
 from reltune.config.run_config import RunConfig
-from reltune.config.training_fields import DEFAULTS, checked_training_fields
+from reltune.config.training_fields import DEFAULTS, checked_training_fields, training_field_names
 from reltune.cost import memory, stand_ins
 from reltune.cost.blocks import shorten
 from reltune.cost.calibration import Calibration, calibrated
@@ -29,14 +29,14 @@ from reltune.cost.devices import Card, calibration_of, card
 from reltune.cost.profile import Chosen, Profile
 from reltune.cost.step import AREAS, Conditions, StepCount, base_of, count_step, counting
 from reltune.cost.timing import step_time
-from reltune.errors import InputError, first_line
+from reltune.errors import InputError, first_line, nearest
 from reltune.files import model_directory
 from reltune.layers.inventory import Inventory, choose, take_inventory
 from reltune.layers.registry import layer_type
 from reltune.methods.contract import Base
 from reltune.methods.planned import Planned
 from reltune.methods.registry import METHODS
-from reltune.plan.budget import parse_budget
+from reltune.plan.budget import parse_budget, read_budget
 from reltune.plan.plan import ModulePlan, Plan
 from reltune.pretrained import load_config
 from reltune.runs.duration import Prefix, course
@@ -59,7 +59,7 @@ CLASSES = {
 TASK_DEFAULTS = {"preference": {"per_device_train_batch_size": 16}}  # as in tasks/preference.py
 BESIDE = ("lora", "full")  # the methods that stand beside the one that is asked for
 WHOLE = ("layer", "module", "norm", "bias")  # granularities whose units are whole tensors
-LARGEST_BATCH = 65536
+LARGEST_BATCH, TRIES = 65536, 8
 # Fields that the methods beside do not share with the one that is asked for; None gives them their defaults.
 OF_ITS_METHOD = ("lora_r", "lora_alpha", "lora_dropout", "rank_by", *CHOICE)
 
@@ -108,6 +108,7 @@ class Estimate:
         length: tokens of the longest batch, by which memory is told.
         padded: tokens of batches as the data at hand are: the "longest" one, the mean of "training", by which time is told, and that of
             "evaluation"; of sources and targets both. None where texts are taken to be as long as ``max_length``.
+        chosen: a sentence for each setting that a budget made necessary.
     """
 
     model: str
@@ -121,6 +122,7 @@ class Estimate:
     rows: list[Row]
     largest_batch: int | None
     padded: Mapping[str, tuple[int, ...]] | None = None
+    chosen: Sequence[str] = ()
 
     def _repr_html_(self) -> str:
         """What each method takes, and what is to be said of it."""
@@ -162,11 +164,11 @@ def estimate(
         model_name_or_path: a model's directory, its config.json, or an id on the Hub; its weights are not needed.
         device: a card's name ("h100-80gb"), a size of memory ("24GiB"), "cpu", or None for what this machine has.
         examples: rows of training data, for the number of steps.
-        plan: what a method that chooses units trains; None spreads the budget evenly over the model.
+        plan: what a method that chooses units trains; None spreads the budget evenly over the model, as far as it fits.
         eval_examples: rows of validation and test data together, for hours; None takes as many as a run splits off.
         fields: of a run's config: ``method``, ``budget``, ``max_length``, ``per_device_train_batch_size``, …
 
-    Raises InputError for values that no training could have.
+    Raises InputError for values that no training could have, and for a budget in which nothing fits.
     """
     config = _config(model_name_or_path, device, fields)
     return estimate_run(config, device, Sizes.of(examples, eval_examples), plan)
@@ -184,7 +186,10 @@ def profile(model_name_or_path: str, *, device: str | None = None, **fields: Any
 
 
 def _config(model_name_or_path: str, device: str | None, fields: Mapping[str, Any]) -> RunConfig:
-    known = {field.name for field in dataclasses.fields(RunConfig)}
+    known = [field.name for field in dataclasses.fields(RunConfig)]
+    for name in fields:
+        if name not in (every := [*known, *training_field_names()]):
+            raise InputError(f"{name!r} is no field of a run; {nearest(name, every)}")
     training = {**fields.get("training", {}), **{name: v for name, v in fields.items() if name not in known}}
     own = {name: value for name, value in fields.items() if name in known and name != "training"}
     config = RunConfig(model_directory(model_name_or_path), ".", training=training, **own)
@@ -196,6 +201,11 @@ def estimate_run(
     config: RunConfig, device: str | None = None, sizes: Sizes = NOT_KNOWN, plan: Plan | None = None
 ) -> Estimate:
     """``estimate`` of a run's config and of as much data."""
+    if config.budget is not None and (read_budget(config.budget).is_limited or not config.needs_plan):
+        from reltune.runs.forecast import forecast  # which is made of what is here
+
+        found = forecast(config, plan=plan, device=device, sizes=sizes)
+        return dataclasses.replace(found.estimate, chosen=found.settings.describe())
     config.training = checked_training_fields(config.training)
     place, calibration = place_of(device)
     subject = Subject(config, plan, is_cuda(calibration), sizes=sizes)
@@ -318,20 +328,36 @@ def memory_of(count: StepCount) -> dict[str, int]:
 
 
 def _largest_batch(subject: Subject, method: str, limit: int) -> int:
-    """By counting: what a step holds grows evenly with its batch, but for what is rounded and who holds most."""
+    """By counting: what a step holds grows evenly with its batch, but for what is rounded and who holds most.
+
+    The largest of those that were tried, where these bends leave more to try than ``TRIES``.
+    """
+    held: dict[int, int] = {}
 
     def total(size: int) -> int:
-        return sum(memory_of(subject.counted(method, batch_size=size)).values())
+        if size not in held:
+            held[size] = sum(memory_of(subject.counted(method, batch_size=size)).values())
+        return held[size]
 
-    size, held = subject.batch_size, total(subject.batch_size)
-    other = max(1, size // 2) if size > 1 else 2
-    slope = (held - total(other)) / (size - other)
-    guess = size + (limit - held) / slope if slope > 0 else LARGEST_BATCH
-    guess = max(0, min(LARGEST_BATCH, math.floor(guess)))
-    for candidate in range(guess, max(guess - 4, -1), -1):
-        if candidate == 0 or total(candidate) <= limit:
-            return candidate
-    return 0
+    low, high = sorted((subject.batch_size, subject.batch_size // 2 or 2))
+    fitting, failing = 0, LARGEST_BATCH + 1
+    for size in (low, high):
+        if total(size) <= limit:
+            fitting = max(fitting, size)
+        else:
+            failing = min(failing, size)
+    for _ in range(TRIES):
+        if failing - fitting == 1:
+            break
+        slope = (total(high) - total(low)) / (high - low)
+        guess = high + math.floor((limit - total(high)) / slope) if slope > 0 else LARGEST_BATCH
+        guess = min(max(guess, fitting + 1), failing - 1)
+        if total(guess) <= limit:
+            fitting = guess
+        else:
+            failing = guess
+        low, high = sorted(sorted(held, key=lambda size: abs(size - guess))[:2])  # the line through what is nearest
+    return fitting
 
 
 class Subject:

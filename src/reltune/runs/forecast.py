@@ -67,6 +67,15 @@ class Settings:
         """The config with these settings."""
         return dataclasses.replace(config, **self.fields, training={**config.training, **self.training})
 
+    def phrases(self) -> list[str]:
+        """A few words for each thing that the plan chose so that it fits."""
+        values, words = self.training, []
+        if "per_device_train_batch_size" in values:
+            words.append(f"batches of {values['per_device_train_batch_size']}")
+        if values.get("gradient_checkpointing"):
+            words.append("gradient_checkpointing")
+        return words + [f"{name} {_word(value)}" for name, value in self.fields.items()]
+
     def describe(self) -> list[str]:
         """One sentence for each thing that the plan chose so that it fits."""
         values, lines = self.training, []
@@ -453,13 +462,19 @@ class _Fitting:
         while count >= smallest.parameters:
             size = method.nearest(base, count)
             assert size is not None
-            wanted = count
-            while size.parameters > count:  # the nearest may be above
-                wanted = min(wanted - 1, wanted - (size.parameters - count))
-                size = method.nearest(base, max(1, wanted))
-                assert size is not None
-                if wanted < 1:
-                    size = smallest
+            below, above = 1, count
+            while size.parameters > count:  # the nearest is above: the largest that is not
+                middle = (below + above) // 2
+                tried = method.nearest(base, middle)
+                assert tried is not None
+                if tried.parameters > count:
+                    above = middle
+                else:
+                    below = middle
+                if above - below <= 1:
+                    size = method.nearest(base, below)
+                    assert size is not None
+                    break
             if size.parameters < before:
                 before = size.parameters
                 yield dict(size.fields)
@@ -592,10 +607,7 @@ class _Fitting:
             return InputError(f"budget {config.budget}: nothing that {config.method} can train keeps it; raise it.")
         memory_over, seconds_over = self.over(least)
         wants: list[str] = []
-        settings = ", ".join(
-            line.partition(": ")[2].split(", of which")[0].split(", which")[0].removesuffix(".")
-            for line in least.settings.describe()
-        )
+        settings = ", ".join(least.settings.phrases())
         if memory_over > 0 and self.budget.memory is not None:
             wants.append(f"memory={_size(self.budget.memory + memory_over)}")
         if seconds_over > 0:
