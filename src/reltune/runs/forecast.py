@@ -38,6 +38,8 @@ from reltune.runs.estimate import Estimate, Subject, beside, is_cuda, memory_of,
 from reltune.runs.sizes import NOT_KNOWN, Sizes
 
 ROUNDS = 8  # of choosing again where the count of what was chosen is above the budget
+SPARED = 2  # times that what the count leaves of the budget is given to another choice, if it is more than MUCH of it
+MUCH = 0.03
 NEAR = 0.02  # by how much of the difference that a whole batch makes a part of it may seem too large and still be tried
 # What a prediction depends on, beside the plan.
 DECIDES = (
@@ -552,14 +554,12 @@ class _Fitting:
     def _fewer(self, settings: Settings) -> tuple[_Found | None, _Found]:
         """The most relevance that keeps the budget with these settings, and what was tried last."""
         profile = self._subject(settings).profile(self.calibration)
-        slack, low, high = (
-            np.zeros(2),
-            np.zeros(2),
-            None,
-        )  # what is left of memory and time: too little of it, and enough
+        # By how much of memory and time the profile's sum is taken to be too low: so little that the count is above the budget, and
+        # enough. Less than nothing where the sum was found to be too high.
+        slack, low, high = np.zeros(2), None, None
         best: _Found | None = None
         counted: _Found | None = None
-        for _ in range(ROUNDS):
+        for turn in range(ROUNDS):
             cheapest = False
             try:
                 plan = self._chosen(self._limits(settings, profile, *slack), profile)
@@ -567,19 +567,30 @@ class _Fitting:
                 plan, cheapest = error.plan, True
             counted = self._counted(settings, plan)
             assert counted is not None
+            over = np.array(self.over(counted))
             if self.keeps(counted):
                 if best is None or self._relevance(plan) >= self._relevance(best.plan):
                     best = counted
-                if not cheapest and high is None:
-                    break
                 high = slack
+                spare = np.where(np.isfinite(over), np.maximum(0.0, -over), 0.0)
+                if low is None and (turn >= SPARED or not self._is_worth(spare, plan)):
+                    break
             elif cheapest:
                 break
             else:
                 low = slack
-            slack = low + 1.05 * np.maximum(0.0, self.over(counted)) if high is None else (low + high) / 2
+            if low is not None and high is not None:
+                slack = (low + high) / 2
+            else:
+                slack = slack - spare if low is None else low + 1.05 * np.maximum(0.0, over)
         assert counted is not None
         return best, best or counted
+
+    def _is_worth(self, spare: np.ndarray, plan: Plan) -> bool:
+        """Whether what is left of memory and time may be enough for more units, where the budget of parameters allows more."""
+        hours = math.inf if self.budget.hours is None else 3600 * self.budget.hours / self.steps
+        allowed = np.array([self.budget.memory or math.inf, min(self.seconds, hours)])
+        return plan.parameters < 0.98 * self._parameters() and bool((spare > MUCH * allowed).any())
 
     def _relevance(self, plan: Plan | None) -> float:
         """What a plan is worth, to compare it with others of the same run."""
