@@ -35,7 +35,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import itertools
 import json
 import os
 import statistics
@@ -144,8 +143,8 @@ def calm_steps(run: Callable[[], float], best: float, wanted: int) -> dict[str, 
     while len(seconds) < TRIES and sum(pace <= CALM for pace in paces) < wanted:
         before = pulse()
         while before > CALM * best and waited < PATIENCE:
-            time.sleep(0.5)
-            waited += 0.5
+            time.sleep(0.1)
+            waited += 0.1
             before = pulse()
         seconds.append(run())
         paces.append(max(before, pulse()) / best)
@@ -257,21 +256,27 @@ def _on_threads(threads: int, work: Any, *args: Any) -> Any:
 
 
 def calibrate(device: str) -> dict[str, Any]:
-    """The calmest of several calibrations, and the best pulse."""
+    """A calibration whose figures are each measured while the machine is calm, and the best pulse."""
     from reltune.cost import calibration
 
-    best = best_pulse()
-    found = []
-    for _ in range(4):
-        ends = time.monotonic() + PATIENCE
-        while (before := pulse()) > CALM * best and time.monotonic() < ends:
-            time.sleep(0.5)
-        values = calibration.measure(torch.device(device)).to_dict()
-        found.append((max(before, pulse()) / best, values))
-        if found[-1][0] <= CALM:
-            break
-    pace, values = min(found, key=lambda each: each[0])
-    return {"calibration": values, "pulse": best, "calibration_pace": round(pace, 3)}
+    best, measured = best_pulse(), calibration._seconds
+
+    def calmly(run: Callable[[], Any], device: torch.device) -> float:
+        found = []
+        for _ in range(8):
+            ends = time.monotonic() + 1
+            while (before := pulse()) > CALM * best and time.monotonic() < ends:
+                time.sleep(0.02)
+            found.append(measured(run, device))
+            if max(before, pulse()) <= CALM * best:
+                break
+        return min(found)
+
+    calibration._seconds = calmly
+    try:
+        return {"calibration": calibration.measure(torch.device(device)).to_dict(), "pulse": best}
+    finally:
+        calibration._seconds = measured
 
 
 def with_malloc(what: str) -> None:
@@ -318,9 +323,7 @@ def measure(options: argparse.Namespace) -> int:
         sweep["drawn"] = options.drawn
         cases = [case for case in cases if entry_of(sweep, case, True)["held_out"]]
     if options.again:
-        cases = [Case(**entry["case"]) for entry in sweep["cases"]]
-        for entry, kind in itertools.product(sweep["cases"], kinds):
-            entry.pop(kind, None)
+        cases = [Case(**entry["case"]) for entry in sweep["cases"] if not entry["held_out"]]
     if gpu:
         prepare_gpu(sweep)
     else:
@@ -333,7 +336,7 @@ def measure(options: argparse.Namespace) -> int:
     ends = time.monotonic() + options.seconds
     for case in cases:
         entry = entry_of(sweep, case, bool(options.drawn))
-        if all(kind in entry and "error" not in entry[kind] for kind in kinds):
+        if not options.again and all(kind in entry and "error" not in entry[kind] for kind in kinds):
             continue
         if time.monotonic() > ends:
             print("out of time; the same command goes on", file=sys.stderr)
@@ -424,7 +427,7 @@ def predict(options: argparse.Namespace) -> int:
             memory, seconds = (errors(entry).get(kind) for kind in ("memory", "time"))
             print(
                 f"{case!s:52} {entry.get('memory', {}).get('peak_bytes', 0) / GIB:7.3f} GiB {_percent(memory):>8}   "
-                f"{1000 * _median(entry):8.1f} ms {_percent(seconds):>8}",
+                f"{1000 * seconds_of(entry):8.1f} ms {_percent(seconds):>8}",
                 flush=True,
             )
     write(path, record)
@@ -439,9 +442,9 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:+.2%}"
 
 
-def _median(entry: Mapping[str, Any]) -> float:
-    seconds = entry.get("time", {}).get("seconds")
-    return statistics.median(seconds) if seconds else 0.0
+def seconds_of(entry: Mapping[str, Any]) -> float:
+    """The least of the measured steps: what else a machine does makes steps longer, and none shorter."""
+    return min(entry.get("time", {}).get("seconds") or [0.0])
 
 
 def errors(entry: Mapping[str, Any]) -> dict[str, float]:
@@ -452,8 +455,8 @@ def errors(entry: Mapping[str, Any]) -> dict[str, float]:
         return found
     if "peak_bytes" in entry.get("memory", {}):
         found["memory"] = values["peak_bytes"] / entry["memory"]["peak_bytes"] - 1
-    if values["seconds"] is not None and _median(entry):
-        found["time"] = sum(values["seconds"].values()) / _median(entry) - 1
+    if values["seconds"] is not None and seconds_of(entry):
+        found["time"] = sum(values["seconds"].values()) / seconds_of(entry) - 1
     return found
 
 
@@ -605,7 +608,7 @@ def main() -> int:
     measuring.add_argument("--drawn", type=int, nargs=2, metavar=("SEED", "N"))
     measuring.add_argument("--seconds", type=float, default=3600, help="no case begins later")
     measuring.add_argument("--keep_calibration", action="store_true", help="go by the one that the record has")
-    measuring.add_argument("--again", action="store_true", help="whatever the record has, anew")
+    measuring.add_argument("--again", action="store_true", help="what the record has and is not held out, anew")
     measuring.add_argument("--tiny", action="store_true")
     predicting = commands.add_parser("predict")
     predicting.add_argument(

@@ -16,6 +16,7 @@ from reltune.cost.ledger import HOST, Work
 from reltune.cost.profile import PlanCost
 from reltune.cost.step import Conditions, StepCount
 from reltune.cost.timing import (
+    ALL_IN_ALL,
     GIVEN_BACK,
     HOST_IN_A_STEP,
     LASTING,
@@ -172,6 +173,8 @@ def test_the_time_of_work_on_a_cpu_follows_the_laws() -> None:
     each = ON_A_CPU * 1e-6
     assert work_seconds({product: 2}, MACHINE) == pytest.approx(2 * (1 / 50 + 1e-4 + 1e-5 + each))
     assert work_seconds({moved: 1, attention: 1}, MACHINE) == pytest.approx(0.01 + 0.1 + 0.01 + 2 * each)
+    measured = dataclasses.replace(MACHINE, stated=False)
+    assert work_seconds({product: 2}, measured) == pytest.approx(ALL_IN_ALL * work_seconds({product: 2}, MACHINE))
     assert work_seconds({moved: 1}, MACHINE, tuned=3) == pytest.approx(0.01 + (1 + 3 * TUNED_ON_A_CPU) * each)
 
 

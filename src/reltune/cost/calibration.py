@@ -288,13 +288,12 @@ def _product(size: int, dtype: torch.dtype, device: torch.device) -> tuple[float
 
 
 def _cold_product(vectors: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[float, float, float]:
-    """With many weights, which come from memory as in a step. Bytes, multiplications and additions, seconds."""
-    x = torch.randn(vectors, inputs).to(dtype)
+    """With many weights and vectors, which come from memory as in a step. Bytes, multiplications and additions, seconds."""
     moved = dtype.itemsize * (vectors * (inputs + outputs) + inputs * outputs)
     often = max(1, min(64, 2 * KEPT // moved))
-    weights = [torch.randn(outputs, inputs).to(dtype) for _ in range(often)]
+    operands = [(torch.randn(vectors, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)) for _ in range(often)]
     torch.empty(KEPT, dtype=torch.uint8)  # after it glibc holds as much when it is freed
-    seconds = _seconds(lambda: [F.linear(x, w) for w in weights], x.device) / often
+    seconds = _seconds(lambda: [F.linear(x, w) for x, w in operands], torch.device("cpu")) / often
     return float(moved), 2.0 * vectors * inputs * outputs, seconds
 
 
