@@ -55,11 +55,8 @@ from sweep_cases import CPU, GPU, MODELS, Case, drawn, make
 
 GIB = 2**30
 STEPS = 4
-CALM, TRIES, PATIENCE = (
-    1.15,
-    16,
-    30,
-)  # of the best pulse; steps at most; seconds that the steps of a case may wait for calm
+# Of the best pulse; steps of a case at most; seconds that they may wait for calm.
+CALM, TRIES, PATIENCE = 1.15, 16, 30
 RECORD = Path(__file__).parent / "results" / "cost_sweep.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "cost_sweep.svg"
 TINY = [Case("llama-tiny", "columns", 2, 16, "float32"), Case("bert-tiny", "weights", 2, 16, "float32")]
