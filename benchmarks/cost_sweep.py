@@ -19,6 +19,10 @@ A case is an architecture with random weights, a batch, a length, a type of numb
 not, a method and how much it trains (sweep_cases.py). ``--drawn SEED N`` measures N cases that are drawn from all combinations in the
 place of the listed ones; they are drawn when the model is finished, and are never fitted.
 
+Other guests of the same host slow a machine down for seconds to minutes. So a pulse, a little work that is always the same, is taken before
+and after each step: steps count where both are within 15% of the best pulse that was seen before the calibration, and where they are not, the
+next one waits. The calibration is taken so too. ``pace`` in the record is by how much the worse pulse of each counted step was above the best.
+
 A measured step is forward, backward, AdamW (fused) and clearing the gradients. Of a GPU: the peak of what torch's allocator handed out
 and of what it reserved, in steps after the first; seconds by events. Of a CPU each case is a process of its own, forked from one that has
 imported everything and computed nothing. Its memory is by how much its anonymous pages grow from before the model is made to their
@@ -36,7 +40,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -51,6 +55,8 @@ from sweep_cases import CPU, GPU, MODELS, Case, drawn, make
 
 GIB = 2**30
 STEPS = 4
+# Of the best pulse; steps of a case at most; seconds that they may wait for calm.
+CALM, TRIES, PATIENCE = 1.15, 16, 30
 RECORD = Path(__file__).parent / "results" / "cost_sweep.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "cost_sweep.svg"
 TINY = [Case("llama-tiny", "columns", 2, 16, "float32"), Case("bert-tiny", "weights", 2, 16, "float32")]
@@ -105,7 +111,47 @@ def step(model: Any, batch: Mapping[str, Tensor], optimizer: Any, autocast: bool
     optimizer.zero_grad()
 
 
-def measure_on_gpu(case: Case, workspace: int) -> dict[str, Any]:
+def pulse() -> float:
+    """Seconds of a little work of the host that is always the same: calls from Python, and logarithms on all threads."""
+    x, y = torch.ones(1), torch.ones(1 << 18)
+
+    def once() -> float:
+        started = time.perf_counter()
+        for _ in range(300):
+            x + x
+        torch.special.entr(y)
+        return time.perf_counter() - started
+
+    return min(once() for _ in range(5))
+
+
+def best_pulse(seconds: float = 15) -> float:
+    ends, found = time.monotonic() + seconds, [pulse()]
+    while time.monotonic() < ends:
+        time.sleep(0.05)
+        found.append(pulse())
+    return min(found)
+
+
+def calm_steps(run: Callable[[], float], best: float, wanted: int) -> dict[str, list[float]]:
+    """What ``run`` gives, in seconds, of as many calm steps as are wanted; of all steps, where there are none in time."""
+    seconds, paces = [], []
+    waited = 0.0
+    while len(seconds) < TRIES and sum(pace <= CALM for pace in paces) < wanted:
+        before = pulse()
+        while before > CALM * best and waited < PATIENCE:
+            time.sleep(0.1)
+            waited += 0.1
+            before = pulse()
+        seconds.append(run())
+        paces.append(max(before, pulse()) / best)
+        if waited >= PATIENCE and len(seconds) >= 2 * wanted:
+            break
+    counted = [place for place, pace in enumerate(paces) if pace <= CALM] or list(range(len(paces)))
+    return {"seconds": [seconds[place] for place in counted], "pace": [round(paces[place], 3) for place in counted]}
+
+
+def measure_on_gpu(case: Case, workspace: int, best: float) -> dict[str, Any]:
     """``workspace``: bytes of products, which are there before and belong to the case as to any."""
     gc.collect()
     torch.cuda.empty_cache()
@@ -119,21 +165,23 @@ def measure_on_gpu(case: Case, workspace: int) -> dict[str, Any]:
         step(model, batch, optimizer, autocast, "cuda")
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(STEPS):
+
+    def timed() -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         step(model, batch, optimizer, autocast, "cuda")
         end.record()
         end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1000)
+        return start.elapsed_time(end) / 1000
+
+    found = calm_steps(timed, best, STEPS)
     return {
         "memory": {
             "trained": sum(p.numel() for p in trained),
             "peak_bytes": torch.cuda.max_memory_allocated() - before,
             "reserved_bytes": torch.cuda.max_memory_reserved(),
         },
-        "time": {"seconds": seconds},
+        "time": found,
     }
 
 
@@ -144,7 +192,7 @@ def pages() -> dict[str, int]:
     return {name: 1024 * int(found[name].split()[0]) for name in ("VmHWM", "RssAnon", "RssFile")}
 
 
-def measure_on_cpu(case: Case, what: str) -> dict[str, Any]:
+def measure_on_cpu(case: Case, what: str, best: float) -> dict[str, Any]:
     """In a process of its own that has computed nothing so far."""
     gc.collect()
     before = pages()
@@ -153,11 +201,14 @@ def measure_on_cpu(case: Case, what: str) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     made = pages()
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the most there were is counted anew
-    seconds = []
-    for _ in range(2 if what == "memory" else STEPS):
+
+    def timed() -> float:
         started = time.perf_counter()
         step(model, batch, optimizer, case.dtype == "autocast", "cpu")
-        seconds.append(time.perf_counter() - started)
+        return time.perf_counter() - started
+
+    timed()  # makes the optimizer's states
+    steps = calm_steps(timed, best, STEPS - 1) if what == "time" else {"seconds": [timed()]}
     after = pages()
     found = {
         "trained": sum(p.numel() for p in trained),
@@ -165,7 +216,7 @@ def measure_on_cpu(case: Case, what: str) -> dict[str, Any]:
         "making_bytes": made["VmHWM"] - made["RssFile"] - before["RssAnon"],
         "files_bytes": after["RssFile"] - before["RssFile"],
     }
-    return {"memory": found} if what == "memory" else {"time": {"seconds": seconds[1:], **found}}
+    return {"memory": found} if what == "memory" else {"time": {**steps, **found}}
 
 
 def forked(work: Any, *args: Any) -> Any:
@@ -202,9 +253,27 @@ def _on_threads(threads: int, work: Any, *args: Any) -> Any:
 
 
 def calibrate(device: str) -> dict[str, Any]:
+    """A calibration whose figures are each measured while the machine is calm, and the best pulse."""
     from reltune.cost import calibration
 
-    return calibration.measure(torch.device(device)).to_dict()
+    best, measured = best_pulse(), calibration._seconds
+
+    def calmly(run: Callable[[], Any], device: torch.device) -> float:
+        found = []
+        for _ in range(8):
+            ends = time.monotonic() + 1
+            while (before := pulse()) > CALM * best and time.monotonic() < ends:
+                time.sleep(0.02)
+            found.append(measured(run, device))
+            if max(before, pulse()) <= CALM * best:
+                break
+        return min(found)
+
+    calibration._seconds = calmly
+    try:
+        return {"calibration": calibration.measure(torch.device(device)).to_dict(), "pulse": best}
+    finally:
+        calibration._seconds = measured
 
 
 def with_malloc(what: str) -> None:
@@ -245,27 +314,35 @@ def measure(options: argparse.Namespace) -> int:
     sweep.setdefault("measured", {}).update(dict.fromkeys(kinds, done))
     sweep["versions"] = versions(["liger-kernel"])
     if options.drawn:
+        if sweep.get("drawn") not in (None, options.drawn):  # an earlier draw has been seen
+            for entry in sweep["cases"]:
+                entry["held_out"] = False
         sweep["drawn"] = options.drawn
+        cases = [case for case in cases if entry_of(sweep, case, True)["held_out"]]
+    if options.again:
+        cases = [Case(**entry["case"]) for entry in sweep["cases"] if not entry["held_out"]]
     if gpu:
         prepare_gpu(sweep)
     else:
         imported()
     if "time" in kinds and (gpu or not options.keep_calibration):
-        sweep["calibration"] = calibrate("cuda") if gpu else forked(_on_threads, options.threads, calibrate, "cpu")
+        sweep.update(calibrate("cuda") if gpu else forked(_on_threads, options.threads, calibrate, "cpu"))
         write(path, record)
+    elif "time" in kinds and "pulse" not in sweep:
+        sweep["pulse"] = forked(_on_threads, options.threads, best_pulse)
     ends = time.monotonic() + options.seconds
     for case in cases:
         entry = entry_of(sweep, case, bool(options.drawn))
-        if all(kind in entry and "error" not in entry[kind] for kind in kinds):
+        if not options.again and all(kind in entry and "error" not in entry[kind] for kind in kinds):
             continue
         if time.monotonic() > ends:
             print("out of time; the same command goes on", file=sys.stderr)
             break
         try:
             found = (
-                measure_on_gpu(case, sweep["workspace_bytes"])
+                measure_on_gpu(case, sweep["workspace_bytes"], sweep["pulse"])
                 if gpu
-                else forked(_on_threads, options.threads, measure_on_cpu, case, options.what)
+                else forked(_on_threads, options.threads, measure_on_cpu, case, options.what, sweep.get("pulse", 0.0))
             )
         except Exception as error:  # whatever it is: it belongs into the record, and the others go on
             found = {kind: {"error": described(error) if gpu else str(error)} for kind in kinds}
@@ -347,7 +424,7 @@ def predict(options: argparse.Namespace) -> int:
             memory, seconds = (errors(entry).get(kind) for kind in ("memory", "time"))
             print(
                 f"{case!s:52} {entry.get('memory', {}).get('peak_bytes', 0) / GIB:7.3f} GiB {_percent(memory):>8}   "
-                f"{1000 * _median(entry):8.1f} ms {_percent(seconds):>8}",
+                f"{1000 * seconds_of(entry):8.1f} ms {_percent(seconds):>8}",
                 flush=True,
             )
     write(path, record)
@@ -362,9 +439,9 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:+.2%}"
 
 
-def _median(entry: Mapping[str, Any]) -> float:
-    seconds = entry.get("time", {}).get("seconds")
-    return statistics.median(seconds) if seconds else 0.0
+def seconds_of(entry: Mapping[str, Any]) -> float:
+    """The least of the measured steps: what else a machine does makes steps longer, and none shorter."""
+    return min(entry.get("time", {}).get("seconds") or [0.0])
 
 
 def errors(entry: Mapping[str, Any]) -> dict[str, float]:
@@ -375,8 +452,8 @@ def errors(entry: Mapping[str, Any]) -> dict[str, float]:
         return found
     if "peak_bytes" in entry.get("memory", {}):
         found["memory"] = values["peak_bytes"] / entry["memory"]["peak_bytes"] - 1
-    if values["seconds"] is not None and _median(entry):
-        found["time"] = sum(values["seconds"].values()) / _median(entry) - 1
+    if values["seconds"] is not None and seconds_of(entry):
+        found["time"] = sum(values["seconds"].values()) / seconds_of(entry) - 1
     return found
 
 
@@ -528,6 +605,7 @@ def main() -> int:
     measuring.add_argument("--drawn", type=int, nargs=2, metavar=("SEED", "N"))
     measuring.add_argument("--seconds", type=float, default=3600, help="no case begins later")
     measuring.add_argument("--keep_calibration", action="store_true", help="go by the one that the record has")
+    measuring.add_argument("--again", action="store_true", help="what the record has and is not held out, anew")
     measuring.add_argument("--tiny", action="store_true")
     predicting = commands.add_parser("predict")
     predicting.add_argument(

@@ -26,11 +26,16 @@ BATCH, LENGTH = 4, 32
 MACHINE = Calibration(
     "cpu",
     "made up",
-    {"float32": [(1e3, 1e9), (1e7, 5e10)]},
-    {"float32 forward": [(1e6, 1e10)], "float32 backward": [(1e6, 1e10)]},
+    {},
+    {},
     [(1e4, 1e9), (1e7, 1e10)],
     1e-6,
     stated=True,
+    laws={
+        "float32 product": (1e-5, 1e-10, 2e-11),
+        "float32 forward": (0.0, 1e-8, 1e-10),
+        "float32 backward": (0.0, 1e-8, 1e-10),
+    },
 )
 
 

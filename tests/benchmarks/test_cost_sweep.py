@@ -51,7 +51,11 @@ def test_what_liger_changes_in_a_file_does_not_last_for_the_next_case() -> None:
 def test_a_case_is_measured_once_and_the_record_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Case] = []
 
-    def measured(_threads: int, _work: Any, case: Case, what: str) -> dict[str, Any]:
+    def measured(_threads: int, work: Any, *args: Any) -> Any:
+        if work is cost_sweep.best_pulse:
+            return 0.01
+        case, what, best = args
+        assert best == (0.01 if what == "time" else 0)
         calls.append(case)
         if len(calls) == 1:
             raise RuntimeError("the process ended with status 9")
@@ -64,7 +68,7 @@ def test_a_case_is_measured_once_and_the_record_goes_on(tmp_path: Path, monkeypa
     record = tmp_path / "record.json"
     options = argparse.Namespace(
         device="cpu", what="memory", threads=1, commit="c", drawn=None, seconds=60, keep_calibration=True, tiny=True,
-        record=str(record),
+        again=False, record=str(record),
     )  # fmt: skip
     cost_sweep.measure(options)
     cost_sweep.measure(options)  # the one that failed again, and no other
@@ -74,14 +78,51 @@ def test_a_case_is_measured_once_and_the_record_goes_on(tmp_path: Path, monkeypa
     (sweep,) = json.loads(record.read_text(encoding="utf-8"))["sweeps"]
     assert [set(entry) for entry in sweep["cases"]] == [{"case", "held_out", "memory", "time"}] * 2
     assert set(sweep["measured"]) == {"memory", "time"}
+    calls.clear()
+    options.again = True
+    cost_sweep.measure(options)
+    assert calls == list(TINY)
+
+
+def test_cases_of_an_earlier_draw_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_sweep, "with_malloc", lambda what: None)
+    monkeypatch.setattr(cost_sweep, "imported", lambda: None)
+    monkeypatch.setattr(cost_sweep, "forked", lambda *args: {"memory": {"peak_bytes": 10}})
+    path = tmp_path / "record.json"
+    options = argparse.Namespace(
+        device="cpu", what="memory", threads=1, commit="c", drawn=[1, 3], seconds=60, keep_calibration=True, tiny=False,
+        again=False, record=str(path),
+    )  # fmt: skip
+    first, second = (drawn(seed, 3, gpu=False, liger=False) for seed in (1, 2))
+    for seed in (1, 1, 2):
+        options.drawn = [seed, 3]
+        cost_sweep.measure(options)
+    (sweep,) = json.loads(path.read_text(encoding="utf-8"))["sweeps"]
+    held_out = {str(Case(**entry["case"])): entry["held_out"] for entry in sweep["cases"]}
+    assert held_out == {str(case): False for case in first} | {str(case): True for case in second}
+
+
+def test_steps_count_while_the_machine_is_calm(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(cost_sweep.time, "sleep", slept.append)
+
+    def steps(pulses: list[float]) -> dict[str, list[float]]:
+        after, takes = iter(pulses), iter(range(1, 100))
+        monkeypatch.setattr(cost_sweep, "pulse", lambda: next(after))
+        return cost_sweep.calm_steps(lambda: float(next(takes)), 1.0, 2)
+
+    assert steps([1.0, 1.1, 1.0, 1.0]) == {"seconds": [1, 2], "pace": [1.1, 1.0]}
+    # Disturbed while it runs; then the next one waits for two pulses, and counts, as does the one after it.
+    assert steps([1.0, 1.5, 2.0, 2.0, 1.1, 1.0, 1.0, 1.0]) == {"seconds": [2, 3], "pace": [1.1, 1.0]}
+    assert len(slept) == 2
+    never = steps([2.0] * 400)
+    assert never["seconds"] == [1, 2, 3, 4] and never["pace"] == [2.0] * 4
 
 
 def test_predictions_stand_beside_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rates = [[1.0, 1e9], [1e12, 1e10]]
-    both = {f"float32 {way}": rates for way in ("forward", "backward")}
     calibration = {
-        "device": "cpu", "name": "a CPU", "products": {"float32": rates}, "attention": both, "bandwidth": rates,
-        "per_operation": 1e-5,
+        "device": "cpu", "name": "a CPU", "products": {}, "attention": {}, "bandwidth": [[1.0, 1e9], [1e12, 1e10]],
+        "per_operation": 1e-5, "laws": {f"float32 {what}": [0, 0, 1e-9] for what in ("product", "forward", "backward")},
     }  # fmt: skip
     measured = {"memory": {"peak_bytes": 2**20}, "time": {"seconds": [0.01, 0.02]}}
     cases = [

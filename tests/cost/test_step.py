@@ -6,12 +6,14 @@ import copy
 import functools
 import itertools
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BartConfig, BartForConditionalGeneration, LlamaForCausalLM, T5ForConditionalGeneration
 
 from cost_cases import BATCH, LENGTH, batch_for, bert, llama, mixtral, t5
@@ -21,6 +23,7 @@ from reltune.cost import stand_ins
 from reltune.cost.blocks import shorten
 from reltune.cost.ledger import Ledger
 from reltune.cost.step import CPU_ROUNDING, Conditions, StepCount, count_step, counting, kernels
+from reltune.ops.attach_elements import Places, element_gradient
 from reltune.plan.plan import ModulePlan, Plan
 
 ON_CPU, ON_CUDA = Conditions(cuda=False), Conditions()
@@ -225,6 +228,21 @@ def test_frozen_experts_have_no_gradients_of_weights() -> None:
     assert flops(experts_frozen) * 2 == flops(full) > 0
 
 
+@pytest.mark.parametrize(("conditions", "products"), [(ON_CUDA, 4), (ON_CPU, 1)])
+def test_products_of_experts_in_float32_are_one_for_each_on_cuda(conditions: Conditions, products: int) -> None:
+    x, weight = torch.empty(12, 8, device="meta"), torch.empty(4, 8, 6, device="meta", requires_grad=True)
+    with Ledger() as ledger, stand_ins.Kernels(conditions.cuda):
+        y = torch._grouped_mm(x, weight)
+    ledger.mark("backward")
+    with ledger:
+        torch.autograd.grad(y, weight, torch.empty_like(y))
+    for span in ledger.spans[-2:]:
+        assert [(work.flops, times) for work, times in span.work.items() if work.flops] == [
+            (2 * 12 * 8 * 6 // products, products)
+        ]
+    assert y.shape == (12, 6)
+
+
 def test_mixed_precision_keeps_narrow_copies_of_weights() -> None:
     mixed = counted(llama, lora, Conditions(autocast=torch.bfloat16))
     assert {work.dtype for work in mixed.work["forward"] if work.name == "aten::mm"} == {torch.bfloat16}
@@ -253,6 +271,32 @@ def test_logits_that_the_model_looks_at_are_made_in_the_narrow_type() -> None:
         wanted = kept_bytes(model, batch_for(model.get_base_model(), "cpu"), copies)
     found = counted(bart, few, Conditions(cuda=False, autocast=torch.bfloat16)).kept
     assert found == pytest.approx(wanted, rel=0.03) and wanted > 2 * 1024 * 32 + 4 * BATCH * LENGTH * 1024
+
+
+def test_single_weights_are_gathered_on_a_cpu_as_they_are_counted() -> None:
+    """By the reference, run on numbers: how many operations there are of each kind, and what they read and write."""
+    a, b = torch.randn(200, 48), torch.randn(200, 64)
+    places = Places(torch.arange(0, 48 * 64, 40), (48, 64))
+    wide = _Operations()
+    with wide:
+        element_gradient(a, b, places, "sampled")
+    with counting(ON_CPU), Ledger() as ledger:
+        element_gradient(a.to("meta"), b.to("meta"), places.apply(lambda index: index.to("meta")), "sampled")
+    counted = Counter({work.name: 0 for work in ledger.spans[-1].work})
+    for work, times in ledger.spans[-1].work.items():
+        counted[work.name] += times
+    for name in ("aten::index_select", "aten::mul_.Tensor", "aten::sum.dim_IntList"):
+        assert counted[name] == wide.names[name] > 0
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[f"{func._schema.name}.{func._schema.overload_name}".rstrip(".")] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def test_liger_keeps_no_logits() -> None:

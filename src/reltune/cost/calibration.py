@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,38 +27,56 @@ from reltune.reading import read_json
 
 FORMAT = 3  # of the kept files; a higher one measures again
 DTYPES = ("float32", "bfloat16")
-SIZES = {"cuda": (256, 512, 1024, 2048, 4096, 8192), "cpu": (64, 128, 256, 512, 1024)}  # of square products
-MEGABYTES = {"cuda": (1, 16, 256), "cpu": (1, 16, 64)}  # read and written by one operation
-HEADS, HEAD, LENGTHS = 16, 64, {"cuda": (256, 1024, 4096), "cpu": (64, 128, 512)}  # of attention
+# Of a GPU: sizes of square products, MiB read and written by one operation, lengths of attention.
+SIZES, MEGABYTES, LENGTHS = (256, 512, 1024, 2048, 4096, 8192), (1, 16, 256), (256, 1024, 4096)
+HEADS, HEAD = 16, 64  # of attention
+# Of a CPU: products of so many vectors with a weight (in, out), and attention of so many texts of a length. A law is made of each.
+SHAPES = (
+    (32, 64, 64),
+    (256, 16, 768),
+    (256, 768, 16),
+    (128, 768, 768),
+    (512, 768, 768),
+    (256, 768, 3072),
+    (1024, 1024, 1024),
+)
+TEXTS = ((1, 16), (4, 32), (4, 64), (2, 128), (2, 256), (1, 512))
 # On a CPU operations of one kind take many times as long as others that move as many bytes. Name -> what is measured, on a tensor of
 # many rows, of 768 numbers each, its gradient g and a row w.
 KINDS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "add": lambda x, g, w: x + g,
     "sum": lambda x, g, w: x.sum(0),
+    "mean": lambda x, g, w: x.mean(-1),
+    "clone": lambda x, g, w: x.view(len(x), 12, -1).transpose(0, 1).contiguous(),
+    "index_select": lambda x, g, w: x.index_select(1, torch.arange(len(w), device=w.device)),
     "bernoulli": lambda x, g, w: torch.empty_like(x).bernoulli_(0.9),
     "gelu": lambda x, g, w: F.gelu(x),
     "gelu_backward": lambda x, g, w: torch.ops.aten.gelu_backward(g, x),
     "silu": lambda x, g, w: F.silu(x),
     "silu_backward": lambda x, g, w: torch.ops.aten.silu_backward(g, x),
     "tanh": lambda x, g, w: x.tanh(),
+    "exp": lambda x, g, w: x.exp(),
+    "entr": lambda x, g, w: torch.special.entr(x),
+    "logsumexp": lambda x, g, w: x.logsumexp(-1),
     "softmax": lambda x, g, w: F.log_softmax(x, -1),
+    "safe_softmax": lambda x, g, w: torch.ops.aten._safe_softmax(x.view(-1, len(w) // 6), -1),
     "softmax_backward": lambda x, g, w: torch.ops.aten._log_softmax_backward_data(g, x, -1, x.dtype),
     "layer_norm": lambda x, g, w: F.layer_norm(x, w.shape, w, w),
     "layer_norm_backward": lambda x, g, w: torch.ops.aten.native_layer_norm_backward(
         g, x, w.shape, x.new_ones(len(x), 1), x.new_ones(len(x), 1), w, w, [True] * 3
     ),
 }
-KIND_MEGABYTES = (1, 8)  # of x
-KEPT = (
-    24 << 20
-)  # bytes of results that lie in memory together, as those of a forward pass do; what glibc holds when they are freed
+KIND_SIZES = (64 << 10, 1 << 20, 8 << 20)  # bytes of x; of the first one core computes alone
+# Bytes of results that lie in memory together, as those of a forward pass do: what glibc holds when they are freed. Of weights, twice as many.
+KEPT = 16 << 20
 FRESH = 64 << 20  # bytes, more than that
 WIDTH = 768
-SECONDS, ENOUGH = 0.02, 0.3  # that each figure is measured for: at least, and where others are at work
+SECONDS, ENOUGH = 0.02, 0.2  # that each figure is measured for: at least, and where others are at work
 # A process that always has work runs for 0.95 to 1 of the time on an idle machine; with four others on two cores it ran for 0.2 to 0.5.
 RUNNING = 0.9
 LOOK = 0.3  # seconds, to see whether the machine is idle by now
 Rates = list[tuple[float, float]]  # (how much, how much of it a second), from the smallest
+Law = tuple[float, float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +85,15 @@ class Calibration:
 
     Attributes:
         device: "cuda" or "cpu".
-        products: by dtype, multiplications and additions a second of products of so many.
-        attention: the same of fused causal attention, forward and backward: "float32 forward"; on a CPU not of so many, but of so many for
-            each number that is read or written, which is as the texts are long.
+        products: of a GPU, by dtype, multiplications and additions a second of products of so many.
+        attention: of a GPU, the same of fused causal attention, forward and backward: "float32 forward".
         bandwidth: bytes read and written a second by operations that read and write so many.
         per_operation: seconds that an operation takes with nothing to compute, its share of Python's and autograd's included.
         stated: whether it is from a data sheet and from steps, and not from bursts that were measured.
         kinds: the bandwidth by kind of operation and dtype, "float32 gelu"; of a CPU alone.
+        laws: of a CPU, the seconds that a product ("float32 product") takes in any case, for each byte that it reads and writes, and for each
+            multiplication and addition; of fused attention ("float32 forward") in any case, for each vector, and for each multiplication.
         fresh: seconds that a byte takes more when the system first gives its page; of a CPU alone.
-        threads: that share an operation; of a CPU alone.
         busy: whether the machine had other work meanwhile, so that it looks slower than it is.
     """
 
@@ -86,8 +105,8 @@ class Calibration:
     per_operation: float
     stated: bool = False
     kinds: Mapping[str, Rates] = dataclasses.field(default_factory=dict)
+    laws: Mapping[str, Law] = dataclasses.field(default_factory=dict)
     fresh: float = 0.0
-    threads: int = 1
     busy: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,7 +180,7 @@ def is_busy(device: torch.device) -> bool:
     with _watched(device) as busy:
         until = time.perf_counter() + LOOK
         while time.perf_counter() < until:
-            _product(SIZES[device.type][-2], torch.float32, device)
+            _product(512 if device.type == "cpu" else SIZES[-2], torch.float32, device)
     return busy[0]
 
 
@@ -181,30 +200,60 @@ def _watched(device: torch.device) -> Iterator[list[bool]]:
 def measure(device: torch.device) -> Calibration:
     """Measure now. Takes a few seconds."""
     with _watched(device) as busy:
-        found = _measured(device)
+        found = _measure_cpu(device) if device.type == "cpu" else _measure_gpu(device)
     return dataclasses.replace(found, busy=busy[0])
 
 
-def _measured(device: torch.device) -> Calibration:
-    kind = device.type
+def _measure_gpu(device: torch.device) -> Calibration:
     products, attention = {}, {}
     for name in DTYPES:
         dtype = getattr(torch, name)
-        products[name] = [_product(size, dtype, device) for size in SIZES[kind]]
-        both = [_attention(length, dtype, device) for length in LENGTHS[kind]]
+        products[name] = [_product(size, dtype, device) for size in SIZES]
+        both = [_attention(length, dtype, device) for length in LENGTHS]
         attention[f"{name} forward"] = [forward for forward, _ in both]
         attention[f"{name} backward"] = [backward for _, backward in both]
-    bandwidth = [_bandwidth(size << 20, device) for size in MEGABYTES[kind]]
-    kinds, fresh = {}, 0.0
-    if kind == "cpu":
-        fresh = _fresh()
-        for dtype, name in itertools.product(DTYPES, KINDS):
-            kinds[f"{dtype} {name}"] = [_kind(name, size << 20, getattr(torch, dtype)) for size in KIND_MEGABYTES]
-    threads = torch.get_num_threads() if kind == "cpu" else 1
-    each = _per_operation(device)
+    bandwidth = [_bandwidth(size << 20, device) for size in MEGABYTES]
+    return Calibration("cuda", _name(device), products, attention, bandwidth, _per_operation(device))
+
+
+def _measure_cpu(device: torch.device) -> Calibration:
+    laws, kinds = {}, {}
+    for name in DTYPES:
+        dtype = getattr(torch, name)
+        laws[f"{name} product"] = law([_cold_product(*shape, dtype) for shape in SHAPES])
+        ways = zip(*(_attention_on_cpu(*text, dtype) for text in TEXTS), strict=True)
+        laws[f"{name} forward"], laws[f"{name} backward"] = map(law, ways)
+        for kind in KINDS:
+            kinds[f"{name} {kind}"] = [_kind(kind, size, dtype) for size in KIND_SIZES]
     return Calibration(
-        kind, _name(device), products, attention, bandwidth, each, kinds=kinds, fresh=fresh, threads=threads
+        "cpu",
+        _name(device),
+        {},
+        {},
+        kinds["float32 add"],
+        _per_operation(device),
+        kinds=kinds,
+        laws=laws,
+        fresh=_fresh(),
     )
+
+
+def law(points: Sequence[tuple[float, float, float]]) -> Law:
+    """Of (amount, flops, seconds), the law a + b · amount + c · flops of the least relative errors, none of a, b and c below 0."""
+    amounts, flops, seconds = np.array(points, dtype=float).T
+    parts = np.stack([np.ones(len(points)), amounts, flops], 1) / seconds[:, None]
+    best, least = np.zeros(3), np.inf
+    for size in (1, 2, 3):
+        for chosen in itertools.combinations(range(3), size):
+            some = parts[:, chosen]
+            scale = np.linalg.norm(some, axis=0)
+            found = np.linalg.lstsq(some / scale, np.ones(len(points)), rcond=None)[0] / scale
+            off = float(np.sum((some @ found - 1) ** 2))
+            if off < least and np.all(found >= 0):
+                best, least = np.zeros(3), off
+                best[list(chosen)] = found
+    a, b, c = best.tolist()
+    return a, b, c
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -238,24 +287,49 @@ def _product(size: int, dtype: torch.dtype, device: torch.device) -> tuple[float
     return flops, flops / _seconds(lambda: a @ b, device)
 
 
+def _cold_product(vectors: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[float, float, float]:
+    """With many weights and vectors, which come from memory as in a step. Bytes, multiplications and additions, seconds."""
+    moved = dtype.itemsize * (vectors * (inputs + outputs) + inputs * outputs)
+    often = max(1, min(64, 2 * KEPT // moved))
+    operands = [(torch.randn(vectors, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)) for _ in range(often)]
+    torch.empty(KEPT, dtype=torch.uint8)  # after it glibc holds as much when it is freed
+    seconds = _seconds(lambda: [F.linear(x, w) for x, w in operands], torch.device("cpu")) / often
+    return float(moved), 2.0 * vectors * inputs * outputs, seconds
+
+
 def _attention(
     length: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    batch = max(1, LENGTHS[device.type][-1] // length)
+    batch = max(1, LENGTHS[-1] // length)
+    flops = 4.0 * batch * HEADS * length**2 * HEAD  # counted as if it were not causal, as flop_counter does
+    ahead, back = _attention_seconds(batch, length, dtype, device, is_causal=True)
+    return (flops, flops / ahead), (2.5 * flops, 2.5 * flops / back)
+
+
+def _attention_on_cpu(
+    batch: int, length: int, dtype: torch.dtype
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Vectors, multiplications and additions, seconds: forward and backward."""
+    vectors = float(batch * HEADS * length)
+    flops = 4.0 * vectors * length * HEAD
+    ahead, back = _attention_seconds(batch, length, dtype, torch.device("cpu"), is_causal=False)
+    return (vectors, flops, ahead), (vectors, 2.5 * flops, back)
+
+
+def _attention_seconds(
+    batch: int, length: int, dtype: torch.dtype, device: torch.device, is_causal: bool
+) -> tuple[float, float]:
     q, k, v = (
         torch.randn(batch, HEADS, length, HEAD, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
     )
-    flops = 4.0 * batch * HEADS * length**2 * HEAD  # counted as if it were not causal, as flop_counter does
 
     def forward() -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
 
     y = forward()
     g = torch.randn_like(y)
     ahead = _seconds(forward, device)
-    back = _seconds(lambda: torch.autograd.grad(y, (q, k, v), g, retain_graph=True), device)
-    long, further = (flops, 2.5 * flops) if device.type == "cuda" else (float(length), 1.25 * length)
-    return (long, flops / ahead), (further, 2.5 * flops / back)
+    return ahead, _seconds(lambda: torch.autograd.grad(y, (q, k, v), g, retain_graph=True), device)
 
 
 def _bandwidth(size: int, device: torch.device) -> tuple[float, float]:
@@ -265,10 +339,10 @@ def _bandwidth(size: int, device: torch.device) -> tuple[float, float]:
 
 
 def _kind(name: str, size: int, dtype: torch.dtype) -> tuple[float, float]:
-    """On x of so many bytes, as often as makes ``KEPT`` bytes of results, which are let go together, as in a step."""
-    numbers = torch.randn(size // dtype.itemsize // WIDTH, WIDTH).to(dtype)
-    often = KEPT // size
-    operands = [(numbers.clone(), numbers.clone()) for _ in range(often)]  # which no cache holds, all together
+    """On x of so many bytes, as often as makes at most ``KEPT`` bytes of results, which are let go together, as in a step."""
+    numbers = torch.rand(size // dtype.itemsize // WIDTH, WIDTH).to(dtype)
+    often = max(1, min(64, KEPT // size))
+    operands = [(numbers.clone(), numbers) for _ in range(often)]
     w = torch.ones(WIDTH, dtype=dtype)
     shapes = [each.to("meta") for each in (numbers, numbers, w)]
     with Ledger() as ledger:

@@ -36,6 +36,7 @@ class Work:
         bytes: numbers read and written.
         dtype: of the numbers it multiplies.
         made: bytes of the storages that it makes.
+        vectors: of attention on a CPU, half of the queries and keys of all heads.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Work:
     bytes: int
     dtype: torch.dtype
     made: int = 0
+    vectors: int = 0
 
 
 @dataclasses.dataclass
@@ -205,7 +207,7 @@ class Ledger(TorchDispatchMode):
         self, func: Any, name: str, written: list[Tensor], args: Any, kwargs: Any, result: Any, made: int
     ) -> None:
         read = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
-        flops = 0
+        flops = vectors = 0
         packet = _WRITTEN_INTO.get(func._overloadpacket, func._overloadpacket)
         if packet in flop_registry:
             flops = flop_registry[packet](*args, **kwargs, out_val=result)
@@ -216,18 +218,18 @@ class Ledger(TorchDispatchMode):
         elif name == _GROUPED:
             flops = 2 * args[0].shape[-2] * args[0].shape[-1] * args[1].shape[-1]
         elif name == ATTENTION_ON_CPU:
-            flops = 4 * args[0].numel() * args[1].shape[-2]
+            flops, vectors = 4 * args[0].numel() * args[1].shape[-2], _vectors(args[0], args[1])
         elif name == f"{ATTENTION_ON_CPU}_backward":
-            flops = 10 * args[0].numel() * args[2].shape[-2]
+            flops, vectors = 10 * args[0].numel() * args[2].shape[-2], _vectors(args[1], args[2])
         moved = sum(_bytes(t) for t in (*read, *written))
         if name.startswith(_LOOK_UPS):
             moved = 2 * sum(_bytes(t) for t in written)
-        elif name == "aten::index_copy_":
+        elif name in ("aten::index_copy_", "aten::scatter_add_"):
             moved = 2 * _bytes(args[3])
         floats = [t.dtype for t in (*read, *written) if t.is_floating_point()]
         if flops and floats[0] in (torch.bfloat16, torch.float16):
             self._note_shape(name, read, written)
-        self.spans[-1].work[Work(name, int(flops), moved, floats[0] if floats else torch.int64, made)] += 1
+        self.spans[-1].work[Work(name, int(flops), moved, floats[0] if floats else torch.int64, made, vectors)] += 1
 
     def _note_shape(self, name: str, read: list[Tensor], written: list[Tensor]) -> None:
         if name in _PRODUCTS:
@@ -237,6 +239,10 @@ class Ledger(TorchDispatchMode):
             rows = read[0].shape[0 if matrices is read[1] else 1]
             own = (*matrices.shape[1:], *matrices.stride()[1:])
             self.groups.add((own, rows, len(matrices), self.spans[-1].block))
+
+
+def _vectors(queries: Tensor, keys: Tensor) -> int:
+    return (queries.numel() // queries.shape[-1] + keys.numel() // keys.shape[-1]) // 2
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -35,7 +35,7 @@ from reltune.cost.step import (
     output_weight,
     state_size,
 )
-from reltune.cost.timing import lasting, work_seconds
+from reltune.cost.timing import moving, multiplying, work_seconds
 from reltune.layers import deferred_logits
 from reltune.layers.fused import fused
 from reltune.layers.inventory import Inventory
@@ -291,14 +291,20 @@ class Profile:
         assert self.calibration is not None
         t, size = module.vectors, module.number
         dtype = "bfloat16" if size == 2 else "float32"
-        products = self.calibration.products[dtype]
         flops = 2.0 * t * (chosen.columns * module.rows + chosen.rows * module.columns)
-        flops += 2.0 * t * chosen.elements * (80 if self.conditions.cuda else 200)  # ops/attach_elements.py
         flops += 4.0 * t * chosen.directions * (module.rows + module.columns)
         flops += 2.0 * t * module.rows * module.columns * chosen.weight
         moved = size * (3 * t * (chosen.columns + chosen.directions) + t * (module.rows + module.columns))
-        speed = lasting(self.calibration, dtype) * rate(products, flops)
-        return max(flops / speed, moved / rate(self.calibration.bandwidth, moved))
+        single = t * chosen.elements  # ops/attach_elements.py
+        if self.conditions.cuda:
+            flops += 2.0 * single * 80
+            return max(
+                multiplying(self.calibration, dtype, flops, moved), moved / rate(self.calibration.bandwidth, moved)
+            )
+        gathered = moving(self.calibration, dtype, "index_select", 4.0 * size * single)  # of both factors
+        summed = moving(self.calibration, "float32", "add", (16.0 + (12.0 if size < 4 else 0.0)) * single)
+        product = multiplying(self.calibration, dtype, flops, moved) if flops else 0.0
+        return gathered + summed + product
 
 
 def _of(module: _Module, chosen: Chosen) -> tuple[int, int, int]:

@@ -43,23 +43,38 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float, scale:
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """x (tokens, in) with the matrix of each token's expert, of weight (experts, in, out)."""
+    """x (tokens, in) with the matrix of each token's expert, of weight (experts, in, out): on CUDA a product for each expert, unless in
+    bfloat16 (PyTorch's _grouped_mm_fallback). As many tokens for each."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, cuda: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return kernel([x, weight], [x.new_empty(len(x), weight.shape[2])], 2 * x.numel() * weight.shape[2])[0]
+        ctx.cuda = cuda
+        return _by_expert(x, weight, x.new_empty(len(x), weight.shape[2]), cuda, 2 * x.numel() * weight.shape[2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         flops = 2 * x.numel() * weight.shape[2]
-        to_x, to_weight = ctx.needs_input_grad
+        to_x, to_weight, _ = ctx.needs_input_grad
         return (
-            kernel([g, weight], [x], flops)[0] if to_x else None,
-            kernel([g, x], [weight], flops)[0] if to_weight else None,
+            _by_expert(g, weight, torch.empty_like(x), ctx.cuda, flops) if to_x else None,
+            _by_expert(g, x, torch.empty_like(weight), ctx.cuda, flops, len(weight)) if to_weight else None,
+            None,
         )
+
+
+def _by_expert(a: Tensor, b: Tensor, result: Tensor, cuda: bool, flops: int, experts: int = 0) -> Tensor:
+    """``result`` of a and b, of which each is of tokens or of ``experts`` matrices, as many as b has if not given."""
+    count = experts or len(b)
+    if not cuda:
+        kernel([a, b, result], [], flops)
+        return result
+    for _ in range(count):
+        parts = [t[0] if t.ndim == 3 else t[: -(-len(t) // count)] for t in (a, b, result)]
+        kernel(parts, [], flops // count)
+    return result
 
 
 class Kernels(TorchFunctionMode):
@@ -82,7 +97,9 @@ class Kernels(TorchFunctionMode):
         if function in (F.dropout, torch.dropout) and self.cuda and args[0].is_meta:
             return _dropout(*args, **kwargs)
         if function in (F.grouped_mm, torch._grouped_mm) and args[0].is_meta and args[0].dtype != torch.bfloat16:
-            return _GroupedProduct.apply(args[0], args[1])  # on the meta device it is known of bfloat16 alone
+            return _GroupedProduct.apply(
+                args[0], args[1], self.cuda
+            )  # on the meta device it is known of bfloat16 alone
         return function(*args, **kwargs)
 
     def _attention(

@@ -135,7 +135,7 @@ def element_gradient(a: Tensor, b: Tensor, places: Places, form: Form | None = N
         form = "sampled" if is_sampled(places, a) else "dense"
     if form == "dense":
         return _dense(a, b, places)
-    if a.is_meta:
+    if a.is_meta and stand_in.on_accelerator(a):
         return _sampled_on_meta(a, b, places)
     if len(places.index) and _is_grouped(places, a):
         from reltune.ops.kernels import sampled_groups
@@ -165,9 +165,7 @@ def _is_grouped(places: Places, a: Tensor) -> bool:
 def _sampled_on_meta(a: Tensor, b: Tensor, places: Places) -> Tensor:
     size, count = a.element_size(), len(places.index)
     each, side = (GROUPED_COST, GROUPED_COPY_COST) if _is_grouped(places, a) else (SAMPLED_COST[size], COPY_COST[size])
-    cost = each * count + side * sum(places.shape) if stand_in.on_accelerator(a) else SAMPLED_COST_ON_CPU * count
-    if size < 4 and not stand_in.on_accelerator(a):
-        cost *= 2  # what is gathered is cast
+    cost = each * count + side * sum(places.shape)
     sums = a.new_empty(count, dtype=torch.promote_types(a.dtype, torch.float32))
     return stand_in.kernel([a, b, places.index], [sums], int(2 * len(a) * cost))[0]
 
