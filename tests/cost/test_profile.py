@@ -12,7 +12,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from cost_cases import batch_for, bert, llama
+from cost_cases import MACHINE, batch_for, bert, llama
 from reltune import ReltuneConfig
 from reltune.cost.profile import Chosen, Profile
 from reltune.cost.step import Conditions, count_step, counting
@@ -89,6 +89,19 @@ def test_a_lower_lowest_block_costs_the_whole_backward_pass_beneath_it() -> None
     assert costs[0].memory - costs[-1].memory == pytest.approx(kept, rel=0.2)
     with pytest.raises(KeyError):
         profile.cost({"nothing": Chosen(columns=1)})
+
+
+@pytest.mark.parametrize("cuda", [False, True], ids=["cpu", "cuda"])
+def test_many_single_weights_cost_what_their_whole_matrix_does(cuda: bool) -> None:
+    """Their gradients are then those of the whole product (ops/attach_elements.py)."""
+    with torch.device("meta"):
+        model = bert(LAYERS)
+    profile = Profile(model, batch_for(model, "meta"), Conditions(cuda=cuda), take_inventory(model), MACHINE)
+    name = "bert.encoder.layer.2.output.dense"
+    size = model.get_submodule(name).weight.numel()
+    whole = profile.cost({name: Chosen(weight=True)}).seconds
+    few, some, many = (profile.cost({name: Chosen(elements=n)}).seconds for n in (size // 2000, size // 100, size // 4))
+    assert few < some <= many <= whole * 1.001
 
 
 def test_a_search_can_ask_often() -> None:

@@ -8,6 +8,8 @@ from decimal import Decimal
 from pathlib import Path
 
 import datasets
+import numpy as np
+import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
@@ -135,6 +137,22 @@ def test_splits_of_images(tmp_path: Path) -> None:
 def test_image_problems() -> None:
     for value, words in ((None, "empty"), (5, "no image"), ({"path": "none.png", "bytes": None}, "cannot be decoded")):
         assert words in str(image_problem({"image": value}, "image"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_in_another_encoding(tmp_path: Path, streaming: bool) -> None:
+    """Arrow does not look at the bytes of a column of texts before they are asked for."""
+    words = [b"gut", "schön".encode("latin-1")]
+    places = pyarrow.py_buffer(np.array([0, 3, 8], np.int32).tobytes())
+    texts = pyarrow.StringArray.from_buffers(2, places, pyarrow.py_buffer(b"".join(words)))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "label": [0, 1]}), tmp_path / "latin.parquet")
+    rows = read_splits(tmp_path / "latin.parquet", streaming=streaming)["train"]
+    with pytest.raises(InputError, match=r"latin\.parquet holds text that is not UTF-8"):
+        list(rows)
+    if not streaming:
+        assert rows[0].values["text"] == "gut"
+        with pytest.raises(InputError, match="not UTF-8"):
+            rows[1]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -40,6 +40,7 @@ from reltune.layers import deferred_logits
 from reltune.layers.fused import fused
 from reltune.layers.inventory import Inventory
 from reltune.ops import recompute
+from reltune.ops.attach_elements import SAMPLED_COST_ON_CPU
 
 INDEX = 16  # bytes of a column's or row's place: in the adapter, and in what undoes it
 ELEMENT_INDEX = 8  # of a single weight's
@@ -295,16 +296,19 @@ class Profile:
         flops += 4.0 * t * chosen.directions * (module.rows + module.columns)
         flops += 2.0 * t * module.rows * module.columns * chosen.weight
         moved = size * (3 * t * (chosen.columns + chosen.directions) + t * (module.rows + module.columns))
-        single = t * chosen.elements  # ops/attach_elements.py
+        single, whole = chosen.elements, module.rows * module.columns
         if self.conditions.cuda:
-            flops += 2.0 * single * 80
+            flops += 2.0 * t * min(80.0 * single, whole)
             return max(
                 multiplying(self.calibration, dtype, flops, moved), moved / rate(self.calibration.bandwidth, moved)
             )
-        gathered = moving(self.calibration, dtype, "index_select", 4.0 * size * single)  # of both factors
-        summed = moving(self.calibration, "float32", "add", (16.0 + (12.0 if size < 4 else 0.0)) * single)
-        product = multiplying(self.calibration, dtype, flops, moved) if flops else 0.0
-        return gathered + summed + product
+        sampled = 0.0
+        if SAMPLED_COST_ON_CPU * single < whole:  # ops/attach_elements.py: products at the places alone, or all of them
+            sampled = moving(self.calibration, dtype, "index_select", 4.0 * size * t * single)  # of both factors
+            sampled += moving(self.calibration, "float32", "add", (16.0 + (12.0 if size < 4 else 0.0)) * t * single)
+        else:
+            flops += 2.0 * t * whole
+        return sampled + (multiplying(self.calibration, dtype, flops, moved) if flops else 0.0)
 
 
 def _of(module: _Module, chosen: Chosen) -> tuple[int, int, int]:

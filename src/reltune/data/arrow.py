@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +186,20 @@ def _rows(data: Any, source: str) -> Rows | StreamedRows:
             data = data._resolve_features()
         named = _naming(data.features)
         stored = _stored(data)
-        return StreamedRows(lambda: enumerate(map(named, stored), start=1), source, list(data.features), unit="row")
-    return Rows(_Records(_stored(data), _naming(data.features)), source, unit="row")
+        return StreamedRows(
+            lambda: enumerate(map(named, _decoded(stored, source)), start=1), source, list(data.features), unit="row"
+        )
+    return Rows(_Records(_stored(data), _naming(data.features), source), source, unit="row")
+
+
+def _decoded(rows: Iterable[Any], source: str) -> Iterator[Any]:
+    """The same rows. Raises InputError at one whose text is none."""
+    try:
+        yield from rows
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{source} holds text that is not UTF-8, which Parquet and Arrow files are to be in ({error}); write it anew."
+        ) from error
 
 
 def _stored(data: Any) -> Any:
@@ -203,24 +215,24 @@ def _stored(data: Any) -> Any:
 class _Records(Sequence[dict[str, Any]]):
     """The rows of a Dataset with names for class numbers."""
 
-    def __init__(self, data: Any, named: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        self.data, self.named = data, named
+    def __init__(self, data: Any, named: Callable[[dict[str, Any]], dict[str, Any]], source: str) -> None:
+        self.data, self.named, self.source = data, named, source
         self.column_names = data.column_names
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.named(self.data[index])
+        return self.named(next(_decoded((self.data[place] for place in (index,)), self.source)))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(self.named, self.data)
+        return map(self.named, _decoded(self.data, self.source))
 
     def mapped(self, convert: Callable[[dict[str, Any]], dict[str, Any]]) -> _Records:
-        return _Records(self.data, lambda values: convert(self.named(values)))
+        return _Records(self.data, lambda values: convert(self.named(values)), self.source)
 
     def select(self, indices: Sequence[int]) -> _Records:
-        return _Records(self.data.select(indices), self.named)
+        return _Records(self.data.select(indices), self.named, self.source)
 
 
 def _naming(features: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
