@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from reltune.ops import squared_gradient
@@ -42,13 +42,15 @@ def gram(g):
 @given(
     st.integers(1, 3), TOKENS, FEATURES, FEATURES, st.sampled_from([torch.float32, torch.float16]), st.integers(0, 99)
 )
+@example(1, 126, 2, 1, torch.float32, 1)
 def test_kernels_equal_the_reference(batch, tokens, features, others, dtype, seed):
     # float16 tells whether K's second half arrives: K in one float16 would be off by 1e-4.
     g, x = rows(batch, tokens, others, seed, dtype), rows(batch, tokens, features, seed + 1, dtype)
     found = quadratic_forms(triangle(g), x)
     wanted = quadratic_forms_reference(gram(g), x)
     assert found.shape == (features,) and found.dtype == torch.float32
-    assert (found - wanted).abs().max() <= 5e-6 * wanted.abs().max()
+    summed = quadratic_forms_reference(gram(g.abs()), x.abs())  # where terms cancel, their sum is as exact as they are
+    assert (found - wanted).abs().max() <= 5e-6 * wanted.abs().max() + 2e-8 * summed.max()
 
 
 @settings(max_examples=15, deadline=None)

@@ -588,7 +588,7 @@ def test_resuming_gives_the_adapter_of_an_uninterrupted_run(place: Path, monkeyp
         stop_at_step(patch, 5, KeyboardInterrupt())
         assert new_run(place, "stopped", *words, *saves).code == 130
     assert (place / "stopped" / "checkpoint-4").is_dir()
-    for number, wanted in enumerate(["true", "checkpoint-4", place / "stopped" / "checkpoint-4"]):
+    for number, wanted in enumerate(["true", "checkpoint-4", place / "resumed_2" / "checkpoint-4"]):
         run = place / f"resumed_{number}"
         shutil.copytree(place / "stopped", run)
         answer = reltune("tune", run, "--resume_from_checkpoint", wanted)
