@@ -193,9 +193,16 @@ def _rows(data: Any, source: str) -> Rows | StreamedRows:
 
 
 def _decoded(rows: Iterable[Any], source: str) -> Iterator[Any]:
-    """The same rows. Raises InputError at one whose text is none."""
-    try:
+    """The same rows."""
+    with _decoding(source):
         yield from rows
+
+
+@contextlib.contextmanager
+def _decoding(source: str) -> Iterator[None]:
+    """Turn what Python raises at bytes that are no text into InputError."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise InputError(
             f"{source} holds text that is not UTF-8, which Parquet and Arrow files are to be in ({error}); write it anew."
@@ -223,7 +230,9 @@ class _Records(Sequence[dict[str, Any]]):
         return len(self.data)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.named(next(_decoded((self.data[place] for place in (index,)), self.source)))
+        with _decoding(self.source):
+            values = self.data[index]
+        return self.named(values)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return map(self.named, _decoded(self.data, self.source))

@@ -18,12 +18,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer
 
 from reltune.errors import InputError, first_line
+from reltune.names import CONTINUING
 from reltune.runs.sizes import multiple_for
 
 SEEN = 2  # steps of a shape that run as ever before it is recorded: many a shape comes once
 MOST = 64  # shapes that are recorded
-OF_TRL = ("causal_lm", "preference")
-TOKENS = "TRL's steps count in Python"
 
 
 def replay_steps(trainer: Trainer, model: nn.Module) -> None:
@@ -40,8 +39,8 @@ def check_graphs(given: Mapping[str, Any], task: str) -> None:
     """Raise InputError where training fields, the task or the machine say already that nothing can be recorded."""
     if not torch.cuda.is_available() or given.get("use_cpu"):
         raise InputError("cuda_graphs records steps on an NVIDIA GPU, and none is used here; leave it out.")
-    if task in OF_TRL:
-        raise InputError(f"cuda_graphs: {TOKENS}, and {task} trains by them; leave it out.")
+    if task in CONTINUING:
+        raise InputError(f"cuda_graphs: TRL's steps count in Python, and {task} trains by them; leave it out.")
 
 
 def _why_not(trainer: Trainer, model: nn.Module) -> str:

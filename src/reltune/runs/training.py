@@ -246,8 +246,8 @@ def train(
     also: Callable[[Trainer], None] | None = None,
 ) -> tuple[Trainer, TrainingCost]:
     """Train whatever of ``model`` requires a gradient. ``description`` names the progress bar. With ``offload`` activations wait
-    in host memory, with ``graphs`` losses are replayed, with a ``cache`` the frozen layers are computed once. ``also`` is told the Trainer before it begins. Of several
-    processes each calls this; the cost is each one's own.
+    in host memory, with ``graphs`` losses are replayed, with a ``cache`` the frozen layers are computed once. ``also`` is told the
+    Trainer before it begins. Of several processes each calls this; the cost is each one's own.
 
     Raises ArithmeticError when a loss, a gradient or a trained weight is infinite or not a number, and InputError when nothing that is
     trained gets a gradient.

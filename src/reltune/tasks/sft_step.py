@@ -63,8 +63,11 @@ class SFTStep(Trainer):
     _total_train_tokens: Any
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        if self.accelerator.num_processes > 1 or isinstance(self.train_dataset, IterableDataset):
-            return super().get_train_dataloader()  # accelerate puts batches of tensors alone together
+        several = self.accelerator.num_processes > 1 or isinstance(self.train_dataset, IterableDataset)
+        if (
+            several or self.args.torch_compile
+        ):  # accelerate joins tensors alone; numbers of a batch would be compiled in
+            return super().get_train_dataloader()
         collate = self.data_collator
         self.data_collator = Counting(collate)
         try:
