@@ -55,8 +55,7 @@ from sweep_cases import CPU, GPU, MODELS, Case, drawn, make
 
 GIB = 2**30
 STEPS = 4
-# Of the best pulse; steps of a case at most; seconds that they may wait for calm.
-CALM, TRIES, PATIENCE = 1.15, 16, 30
+CALM, TRIES = 1.15, 16  # of the best pulse; steps of a case at most
 RECORD = Path(__file__).parent / "results" / "cost_sweep.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "cost_sweep.svg"
 TINY = [Case("llama-tiny", "columns", 2, 16, "float32"), Case("bert-tiny", "weights", 2, 16, "float32")]
@@ -133,25 +132,25 @@ def best_pulse(seconds: float = 15) -> float:
     return min(found)
 
 
-def calm_steps(run: Callable[[], float], best: float, wanted: int) -> dict[str, list[float]]:
-    """What ``run`` gives, in seconds, of as many calm steps as are wanted; of all steps, where there are none in time."""
+def calm_steps(run: Callable[[], float], best: float, wanted: int, patience: float) -> dict[str, list[float]]:
+    """What ``run`` gives, in seconds, of as many calm steps as are wanted; of all steps, where ``patience`` seconds bring none."""
     seconds, paces = [], []
     waited = 0.0
     while len(seconds) < TRIES and sum(pace <= CALM for pace in paces) < wanted:
         before = pulse()
-        while before > CALM * best and waited < PATIENCE:
+        while before > CALM * best and waited < patience:
             time.sleep(0.1)
             waited += 0.1
             before = pulse()
         seconds.append(run())
         paces.append(max(before, pulse()) / best)
-        if waited >= PATIENCE and len(seconds) >= 2 * wanted:
+        if waited >= patience and len(seconds) >= 2 * wanted:
             break
     counted = [place for place, pace in enumerate(paces) if pace <= CALM] or list(range(len(paces)))
     return {"seconds": [seconds[place] for place in counted], "pace": [round(paces[place], 3) for place in counted]}
 
 
-def measure_on_gpu(case: Case, workspace: int, best: float) -> dict[str, Any]:
+def measure_on_gpu(case: Case, workspace: int, best: float, patience: float) -> dict[str, Any]:
     """``workspace``: bytes of products, which are there before and belong to the case as to any."""
     gc.collect()
     torch.cuda.empty_cache()
@@ -174,7 +173,7 @@ def measure_on_gpu(case: Case, workspace: int, best: float) -> dict[str, Any]:
         end.synchronize()
         return start.elapsed_time(end) / 1000
 
-    found = calm_steps(timed, best, STEPS)
+    found = calm_steps(timed, best, STEPS, patience)
     return {
         "memory": {
             "trained": sum(p.numel() for p in trained),
@@ -192,7 +191,7 @@ def pages() -> dict[str, int]:
     return {name: 1024 * int(found[name].split()[0]) for name in ("VmHWM", "RssAnon", "RssFile")}
 
 
-def measure_on_cpu(case: Case, what: str, best: float) -> dict[str, Any]:
+def measure_on_cpu(case: Case, what: str, best: float, patience: float) -> dict[str, Any]:
     """In a process of its own that has computed nothing so far."""
     gc.collect()
     before = pages()
@@ -208,7 +207,7 @@ def measure_on_cpu(case: Case, what: str, best: float) -> dict[str, Any]:
         return time.perf_counter() - started
 
     timed()  # makes the optimizer's states
-    steps = calm_steps(timed, best, STEPS - 1) if what == "time" else {"seconds": [timed()]}
+    steps = calm_steps(timed, best, STEPS - 1, patience) if what == "time" else {"seconds": [timed()]}
     after = pages()
     found = {
         "trained": sum(p.numel() for p in trained),
@@ -340,9 +339,12 @@ def measure(options: argparse.Namespace) -> int:
             break
         try:
             found = (
-                measure_on_gpu(case, sweep["workspace_bytes"], sweep["pulse"])
+                measure_on_gpu(case, sweep["workspace_bytes"], sweep["pulse"], options.patience)
                 if gpu
-                else forked(_on_threads, options.threads, measure_on_cpu, case, options.what, sweep.get("pulse", 0.0))
+                else forked(
+                    *(_on_threads, options.threads, measure_on_cpu, case, options.what),
+                    *(sweep.get("pulse", 0.0), options.patience),
+                )
             )
         except Exception as error:  # whatever it is: it belongs into the record, and the others go on
             found = {kind: {"error": described(error) if gpu else str(error)} for kind in kinds}
@@ -604,6 +606,7 @@ def main() -> int:
     measuring.add_argument("--commit", default="")
     measuring.add_argument("--drawn", type=int, nargs=2, metavar=("SEED", "N"))
     measuring.add_argument("--seconds", type=float, default=3600, help="no case begins later")
+    measuring.add_argument("--patience", type=float, default=30, help="seconds that a case may wait for calm")
     measuring.add_argument("--keep_calibration", action="store_true", help="go by the one that the record has")
     measuring.add_argument("--again", action="store_true", help="what the record has and is not held out, anew")
     measuring.add_argument("--tiny", action="store_true")
