@@ -14,7 +14,7 @@ import triton.language as tl  # type: ignore[import-not-found, import-untyped, u
 from torch import Tensor
 
 LONGEST = 32768  # features: a row stands in the registers of one program
-PER_WARP = 512  # numbers of a row
+PER_WARP = 2048  # numbers of a row
 TILE = 128  # numbers along either side
 
 
@@ -76,7 +76,7 @@ def transposed(weight: Tensor) -> Tensor:
     return out
 
 
-ADDED = (128, 128, 8, 1)  # tokens and outputs in one step, warps, stages of the pipeline
+ADDED = (64, 128, 8, 1)  # tokens and outputs in one step, warps, stages of the pipeline
 CHANGED = (64, 128, 4, 3)
 MOST = 128  # columns: above, a general product has enough to do
 
