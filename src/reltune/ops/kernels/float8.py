@@ -8,6 +8,8 @@ general product of so few columns takes longer.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -77,7 +79,7 @@ def transposed(weight: Tensor) -> Tensor:
 
 
 ADDED = (64, 128, 8, 1)  # tokens and outputs in one step, warps, stages of the pipeline
-CHANGED = (64, 128, 4, 3)
+CHANGED = (64, 128, 4, 5)  # as many stages as the device's shared memory has room for
 MOST = 128  # columns: above, a general product has enough to do
 
 
@@ -170,7 +172,7 @@ def add_change(dx: Tensor, idx: Tensor, g: Tensor, values: Tensor, own: Tensor) 
     """dx (T, in)[:, idx] += g (T, out) (values − own), both (out, c), idx (c,) int64; all contiguous, dx and g of one dtype."""
     tokens, out_features = g.shape
     columns = values.shape[1]
-    of_tokens, of_outputs, warps, stages = CHANGED
+    of_tokens, of_outputs, warps, stages = change_blocks(columns, g.element_size(), _shared_memory(g.device))
     with torch.cuda.device_of(g):
         change_kernel[(triton.cdiv(tokens, of_tokens),)](
             g,
@@ -188,6 +190,21 @@ def add_change(dx: Tensor, idx: Tensor, g: Tensor, values: Tensor, own: Tensor) 
             num_warps=warps,
             num_stages=stages,
         )
+
+
+def change_blocks(columns: int, size: int, shared: int) -> tuple[int, int, int, int]:
+    """CHANGED with as many stages, and where one takes too much, as many outputs, as ``shared`` bytes have room for, of numbers of ``size`` bytes."""
+    of_tokens, of_outputs, warps, stages = CHANGED
+    of_one = (of_tokens + 2 * _padded(columns)) * size  # bytes that a stage holds of one output
+    while of_outputs > 16 and of_one * of_outputs > shared:
+        of_outputs //= 2
+    return of_tokens, of_outputs, warps, max(1, min(stages, shared // (of_one * of_outputs)))
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have; a GPU's smallest where Triton interprets."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 48 << 10
 
 
 def _padded(columns: int) -> int:
