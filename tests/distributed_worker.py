@@ -304,6 +304,7 @@ def wrapped_by_hand(directory: Path) -> None:
         "kept whole": lambda m: fully_shard(m, reshard_after_forward=False),
         "by layer": by_layer,
         "loaded": lambda m: by_layer(moved(m)),
+        "from another device": lambda m: by_layer(replaced(m)),
     }
     for name, wrap in ways.items():
         model = tuned("everything")
@@ -319,6 +320,8 @@ def wrapped_by_hand(directory: Path) -> None:
                 optimizer.zero_grad()
         if name.startswith("ddp"):
             same_on_all(wrapped)
+        elif name != "kept whole":  # the base's own numbers are in the shards since the first step
+            assert not any(m._written for m in wrapped.modules() if isinstance(m, ReltuneLayer) and m.originals)
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
         frozen = {k: v for k, v in state.items() if "base_layer.weight" in k}
         base = {f"base_model.model.{k}": v for k, v in net().state_dict().items()}
@@ -339,6 +342,13 @@ def by_layer(model: nn.Module) -> nn.Module:
         if isinstance(module, ReltuneLayer):
             fully_shard(module)
     return fully_shard(model)
+
+
+def replaced(model: nn.Module) -> nn.Module:
+    """With other storages under all tensors, as fully_shard leaves them where it moves a model to its own device."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def moved(model: nn.Module) -> nn.Module:

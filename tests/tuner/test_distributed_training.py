@@ -165,7 +165,16 @@ def test_resumed_training_is_uninterrupted_training(kind: str, by_two: Path) -> 
     check_same(place / f"{kind} resumed", dense("everything", adam, batches(4)))
 
 
-WAYS = ["ddp held", "ddp static", "ddp views", "all in one group", "kept whole", "by layer", "loaded"]
+WAYS = [
+    "ddp held",
+    "ddp static",
+    "ddp views",
+    "all in one group",
+    "kept whole",
+    "by layer",
+    "loaded",
+    "from another device",
+]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -318,6 +318,8 @@ class ReltuneLayer(WrittenWeight):
                 y = y + self._correction(x, name, self._values_of(name))
         never_written = sharded and self._written is None
         if torch.is_grad_enabled() and y.requires_grad and not never_written:
+            if sharded:  # until a step, when the weight is no longer gathered
+                in_training.add(self)
             y = HoldWeight.apply(y, self._graphs)
         return y
 

@@ -239,13 +239,17 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
     def _put(
         self, weight: Tensor, kept: Originals, columns: Tensor | None, rows: Tensor | None, elements: Tensor | None
     ) -> None:
-        """Write columns, then rows, into the weight: a cell in both belongs to the row. Elements lie outside of them."""
+        """Write columns, then rows, into the weight: a cell in both belongs to the row. Elements lie outside of them.
+
+        FSDP2 moves weights past nn.Module.to, which would take what is kept along.
+        """
+        device = weight.device
         if columns is not None:
-            self._put_columns(weight, kept.column_idx, columns.detach().to(weight.dtype))
+            self._put_columns(weight, kept.column_idx.to(device), columns.detach().to(device, weight.dtype))
         if rows is not None:
-            self._put_rows(weight, kept.row_idx, rows.detach().to(weight.dtype))
+            self._put_rows(weight, kept.row_idx.to(device), rows.detach().to(device, weight.dtype))
         if elements is not None:
-            self._put_elements(weight, kept.places.index, elements.detach().to(weight.dtype))
+            self._put_elements(weight, kept.places.index.to(device), elements.detach().to(device, weight.dtype))
 
     # -- what is kept of the base ----------------------------------------------------------------------------------
 
@@ -402,8 +406,10 @@ class WrittenWeight(nn.Module, BaseTunerLayer):
             self._written = None
 
     def write_back(self) -> None:
-        """Bring the base weight up to date with the trained columns, rows and elements."""
-        if self._written is not None and not self.sharded:
+        """Bring the base weight up to date with the trained columns, rows and elements; take them out of a weight that is spread."""
+        if self.sharded:
+            self._settle_shard()
+        elif self._written is not None:
             self._write(self._written)
 
     def _settle(self, base_only: bool = False) -> None:
