@@ -204,7 +204,10 @@ def change_blocks(columns: int, size: int, shared: int) -> tuple[int, int, int, 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
     """Bytes that a block may have; a GPU's smallest where Triton interprets."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 48 << 10
+    if device.type != "cuda":
+        return 48 << 10
+    found: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined, unused-ignore]
+    return found
 
 
 def _padded(columns: int) -> int:
