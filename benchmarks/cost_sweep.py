@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -255,24 +256,26 @@ def calibrate(device: str) -> dict[str, Any]:
     """A calibration whose figures are each measured while the machine is calm, and the best pulse."""
     from reltune.cost import calibration
 
-    best, measured = best_pulse(), calibration._seconds
+    best, measured = best_pulse(), {name: getattr(calibration, name) for name in ("_seconds", "_on_device")}
 
-    def calmly(run: Callable[[], Any], device: torch.device) -> float:
+    def calmly(name: str, run: Callable[[], Any], device: torch.device) -> float:
         found = []
         for _ in range(8):
             ends = time.monotonic() + 1
             while (before := pulse()) > CALM * best and time.monotonic() < ends:
                 time.sleep(0.02)
-            found.append(measured(run, device))
+            found.append(measured[name](run, device))
             if max(before, pulse()) <= CALM * best:
                 break
         return min(found)
 
-    calibration._seconds = calmly
+    for name in measured:
+        setattr(calibration, name, functools.partial(calmly, name))
     try:
         return {"calibration": calibration.measure(torch.device(device)).to_dict(), "pulse": best}
     finally:
-        calibration._seconds = measured
+        for name, function in measured.items():
+            setattr(calibration, name, function)
 
 
 def with_malloc(what: str) -> None:

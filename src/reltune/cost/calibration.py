@@ -25,10 +25,10 @@ from reltune.files import write_text
 from reltune.notes import note
 from reltune.reading import read_json
 
-FORMAT = 3  # of the kept files; a higher one measures again
+FORMAT = 4  # of the kept files; a higher one measures again
 DTYPES = ("float32", "bfloat16")
 # Of a GPU: sizes of square products, MiB read and written by one operation, lengths of attention.
-SIZES, MEGABYTES, LENGTHS = (256, 512, 1024, 2048, 4096, 8192), (1, 16, 256), (256, 1024, 4096)
+SIZES, MEGABYTES, LENGTHS = (256, 512, 1024, 2048, 4096, 8192), (1 / 16, 1, 16, 256), (256, 1024, 4096)
 HEADS, HEAD = 16, 64  # of attention
 # Of a CPU: products of so many vectors with a weight (in, out), and attention of so many texts of a length. A law is made of each.
 SHAPES = (
@@ -72,6 +72,8 @@ KEPT = 16 << 20
 FRESH = 64 << 20  # bytes, more than that
 WIDTH = 768
 SECONDS, ENOUGH = 0.02, 0.2  # that each figure is measured for: at least, and where others are at work
+# On a GPU: runs of an operation that follow one another at most, the seconds they take if they are long, how often, and bytes of the work before them.
+BURST, BURST_SECONDS, BURSTS, AHEAD = 20, 0.01, 5, 256 << 20
 # A process that always has work runs for 0.95 to 1 of the time on an idle machine; with four others on two cores it ran for 0.2 to 0.5.
 RUNNING = 0.9
 LOOK = 0.3  # seconds, to see whether the machine is idle by now
@@ -212,7 +214,7 @@ def _measure_gpu(device: torch.device) -> Calibration:
         both = [_attention(length, dtype, device) for length in LENGTHS]
         attention[f"{name} forward"] = [forward for forward, _ in both]
         attention[f"{name} backward"] = [backward for _, backward in both]
-    bandwidth = [_bandwidth(size << 20, device) for size in MEGABYTES]
+    bandwidth = [_bandwidth(int(size * (1 << 20)), device) for size in MEGABYTES]
     return Calibration("cuda", _name(device), products, attention, bandwidth, _per_operation(device))
 
 
@@ -257,18 +259,16 @@ def law(points: Sequence[tuple[float, float, float]]) -> Law:
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """The least time that a run took, of at least 7, one of them undisturbed, and as many as ``SECONDS`` allow; or of ``ENOUGH`` seconds."""
+    """The least time that a run took, of at least 7, one of them undisturbed, and as many as ``SECONDS`` allow; or of ``ENOUGH`` seconds.
+
+    On a GPU with the host's part.
+    """
 
     def once() -> float:
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1000
         started = time.perf_counter()
         run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter() - started
 
     run()
@@ -281,10 +281,40 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     return min(times)
 
 
+def _on_device(run: Callable[[], Any], device: torch.device) -> float:
+    """The least time of a run among others: on a GPU without the host's part, as in a step whose operations wait for the device."""
+    if device.type == "cpu":
+        return _seconds(run, device)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def events(work: Callable[[], Any]) -> float:
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+    ahead = torch.zeros(AHEAD // 4, device=device)
+    each = min(events(ahead.zero_) for _ in range(3))
+    run()
+    often = max(1, min(BURST, round(BURST_SECONDS / events(run))))
+    began = time.perf_counter()
+    for _ in range(often):
+        run()
+    queued = time.perf_counter() - began
+    torch.cuda.synchronize(device)
+    times = []
+    for _ in range(BURSTS):
+        for _ in range(1 + int(2 * queued / each)):
+            ahead.zero_()
+        times.append(events(lambda: [run() for _ in range(often)]))
+    return min(times) / often
+
+
 def _product(size: int, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     flops = 2.0 * size**3
-    return flops, flops / _seconds(lambda: a @ b, device)
+    return flops, flops / _on_device(lambda: a @ b, device)
 
 
 def _cold_product(vectors: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[float, float, float]:
@@ -328,14 +358,14 @@ def _attention_seconds(
 
     y = forward()
     g = torch.randn_like(y)
-    ahead = _seconds(forward, device)
-    return ahead, _seconds(lambda: torch.autograd.grad(y, (q, k, v), g, retain_graph=True), device)
+    ahead = _on_device(forward, device)
+    return ahead, _on_device(lambda: torch.autograd.grad(y, (q, k, v), g, retain_graph=True), device)
 
 
 def _bandwidth(size: int, device: torch.device) -> tuple[float, float]:
     x = torch.randn(size // 8, device=device)  # half of the bytes are read, half are written
     y = torch.empty_like(x)
-    return float(size), size / _seconds(lambda: torch.mul(x, 2.0, out=y), device)
+    return float(size), size / _on_device(lambda: torch.mul(x, 2.0, out=y), device)
 
 
 def _kind(name: str, size: int, dtype: torch.dtype) -> tuple[float, float]:

@@ -37,6 +37,7 @@ class Work:
         dtype: of the numbers it multiplies.
         made: bytes of the storages that it makes.
         vectors: of attention on a CPU, half of the queries and keys of all heads.
+        ahead: whether it is of a forward pass, also of one that checkpointing does again: modules call it from Python, autograd does not.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Work:
     dtype: torch.dtype
     made: int = 0
     vectors: int = 0
+    ahead: bool = False
 
 
 @dataclasses.dataclass
@@ -200,8 +202,11 @@ class Ledger(TorchDispatchMode):
         if name not in _NO_WORK and (name == KERNEL or any(t.is_meta for t in written)):
             self._work(func, name, written, args, kwargs, result, made)
         elif any(t.is_meta for t in written):  # what has numbers is a look at whether modules compute the same, once
-            self.spans[-1].work[Work(HOST, 0, 0, torch.int64, made)] += 1
+            self.spans[-1].work[Work(HOST, 0, 0, torch.int64, made, ahead=self._ahead())] += 1
         return result
+
+    def _ahead(self) -> bool:
+        return self.spans[-1].name != "backward" or torch.is_grad_enabled()
 
     def _work(
         self, func: Any, name: str, written: list[Tensor], args: Any, kwargs: Any, result: Any, made: int
@@ -229,7 +234,8 @@ class Ledger(TorchDispatchMode):
         floats = [t.dtype for t in (*read, *written) if t.is_floating_point()]
         if flops and floats[0] in (torch.bfloat16, torch.float16):
             self._note_shape(name, read, written)
-        self.spans[-1].work[Work(name, int(flops), moved, floats[0] if floats else torch.int64, made, vectors)] += 1
+        dtype = floats[0] if floats else torch.int64
+        self.spans[-1].work[Work(name, int(flops), moved, dtype, made, vectors, self._ahead())] += 1
 
     def _note_shape(self, name: str, read: list[Tensor], written: list[Tensor]) -> None:
         if name in _PRODUCTS:
