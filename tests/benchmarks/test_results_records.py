@@ -34,3 +34,7 @@ def test_what_the_page_says_of_depth_is_so():
         for n in (5, 4, 3, 2, 1)
     }
     assert [n for n, end in high.items() if end < 0] == [4, 3, 2, 1]
+
+
+def test_what_the_page_says_of_the_decoders_missing_parts_is_so():
+    assert results_page.partly(selection_tables.read("proof_decoder")) == {"LoRA 8, equal cost": ("chain_sum",)}
