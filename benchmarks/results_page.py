@@ -9,14 +9,12 @@ seed; the intervals are 95% by bootstrap over the pairs (10,000 draws).
 
 from __future__ import annotations
 
-import json
 import re
 import statistics as stats
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 import results_picture
 import selection_tables as tables
@@ -51,6 +49,8 @@ SMALL = (200, 2000, 10000)
 FLIPPED = ("0%", "10%", "30%")
 
 
+NEEDS = {"correlation": "depth", "nearly_all_kept": "depth", "again": "depth"}  # what functions without a phase read
+
 UNFINISHED = "Not run to its end yet."
 
 
@@ -84,6 +84,18 @@ def complete(records: list[Record]) -> dict[str, Figures]:
     return {method: figure for method, figure in figures.items() if set(figure) == every}
 
 
+def partly(records: list[Record]) -> dict[str, tuple[str, ...]]:
+    """By method that did not run on all tasks and seeds, the tasks on which it did run on all seeds."""
+    figures, whole = figures_of(records), complete(records)
+    every = {key for figure in figures.values() for key in figure}
+    tasks = list(dict.fromkeys(r["task"] for r in records))
+    found = {}
+    for method in (m for m in dict.fromkeys(r["method"] for r in records) if m not in whole):
+        missing = {task for task, _ in every - set(figures.get(method, {}))}
+        found[method] = tuple(task for task in tasks if task not in missing)
+    return found
+
+
 def mean(figures: Figures, tasks: tuple[str, ...] = ()) -> float:
     """Over the tasks, each the mean over its seeds."""
     by_task: dict[str, list[float]] = {}
@@ -103,7 +115,7 @@ def spread(figures: Figures) -> float:
 
 def forgotten(phase: str) -> dict[str, Figures]:
     """By method and (task, seed): by how much the loss on plain text rose. Without the tasks that are made of those texts."""
-    before = json.loads((tables.RESULTS / f"selection_{phase}.json").read_text(encoding="utf-8"))["plain_loss_before"]
+    before = tables.head_of(phase)["plain_loss_before"]
     rise: dict[str, Figures] = {}
     for r in read(phase):
         if r.get("plain_loss") is not None and r["task"] not in NEWS:
@@ -139,12 +151,20 @@ def quality(phase: str) -> str:
             + [f"{mean(rise[method]):+.3f}"]
         )
     head = ["method", "trained", "of the model", "steps", *tasks, "mean", f"− {LORA[phase]}", "− full", "forgotten"]
-    return table(head, rows) + left_out(records, figures)
+    return table(head, rows) + left_out(records)
 
 
-def left_out(records: list[Record], figures: dict[str, Figures]) -> str:
-    missing = [m for m in dict.fromkeys(r["method"] for r in records) if m not in figures]
+def left_out(records: list[Record]) -> str:
+    missing = [f"{method} ({', '.join(tasks) or 'not a whole task'})" for method, tasks in partly(records).items()]
     return f"\n\nNot run on all tasks, and so not shown: {', '.join(missing)}." if missing else ""
+
+
+def ran(phase: str) -> str:
+    """Which methods have all tasks and seeds."""
+    figures = complete(read(phase))
+    keys = next(iter(figures.values()))
+    tasks, seeds = dict.fromkeys(task for task, _ in keys), {seed for _, seed in keys}
+    return f"{', '.join(figures)}: each on {', '.join(tasks)} with {len(seeds)} seeds"
 
 
 def on_edges(records: list[Record]) -> dict[str, list[str]]:
@@ -171,16 +191,18 @@ def edges() -> str:
 
 def equal_cost(phase: str) -> str:
     """What was measured, beside others that were given as many training steps more."""
-    figures = complete(read(phase))
-    others = [m for m in figures if "equal cost" in m]
+    records = read(phase)
+    figures, some = figures_of(records), partly(records)
     rows = []
-    for method in (f"weights {size}" for size in SIZES):
-        if method in figures:
-            rows += [
-                [method, other.removesuffix(", equal cost"), difference(figures[method], figures[other])]
-                for other in others
-            ]
-    return table(["method", "against, with 100 steps more", "points [95%]"], rows)
+    for method in (m for m in (f"weights {size}" for size in SIZES) if m in complete(records)):
+        for other in (m for m in dict.fromkeys(r["method"] for r in records) if m.endswith(", equal cost")):
+            tasks = some.get(other, ())
+            if other in some and not tasks:
+                continue
+            where = f" ({', '.join(tasks)} alone)" if tasks else ""
+            off = difference(figures[method], figures[other], tasks)
+            rows.append([method, other.removesuffix(", equal cost") + where, off])
+    return table(["method", "against, with 100 steps more", "points [95%]"], rows) if rows else UNFINISHED
 
 
 def by_size(phase: str) -> str:
@@ -191,7 +213,13 @@ def by_size(phase: str) -> str:
         cells = [f"{mean(figures[m]):.2f}" if (m := f"{name} {size}") in figures else "" for size in SIZES]
         if any(cells):
             rows.append([name, *cells])
-    return table(["share of the model", *SIZES], rows)
+    return without_empty(["share of the model", *SIZES], rows)
+
+
+def without_empty(head: list[str], rows: list[list[str]]) -> str:
+    """A table of the columns in which something stands."""
+    full = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    return table([head[i] for i in full], [[row[i] for i in full] for row in rows])
 
 
 def against_chance(phase: str) -> str:
@@ -207,7 +235,7 @@ def against_chance(phase: str) -> str:
         ]
         if any(cells):
             rows.append([name, *cells])
-    return table(["points above random single weights", *SIZES], rows)
+    return without_empty(["points above random single weights", *SIZES], rows)
 
 
 def forgetting(phase: str) -> str:
@@ -304,28 +332,101 @@ def noise() -> str:
 
 
 def depth() -> str:
-    """What a cut-off costs, beside the share of relevance that it keeps."""
+    """What each cut-off costs, beside the share of relevance that it keeps: over all tasks, and by task."""
+    lost, kept = losses_by_depth()
+    figures = complete(read("depth"))
+    whole = MAIN["proof"]
+    tasks = list(kept[whole])
+    rows, by_task = [], []
+    for method in figures:
+        name = method.removeprefix(f"{whole}, ") if method != whole else "all layers"
+        shares = kept[method].values()
+        off = difference(figures[method], figures[whole]) if method != whole else ""
+        between = f" ({100 * min(shares):.1f} to {100 * max(shares):.1f})" if method != whole else ""
+        rows.append([name, f"{100 * stats.mean(shares):.1f}%{between}", f"{mean(figures[method]):.2f}", off])
+        if method != whole:
+            by_task.append(
+                [name, *(f"{round(-lost[method][t], 1) + 0.0:+.1f} ({100 * kept[method][t]:.0f}%)" for t in tasks)]
+            )
+    parts = [
+        table(["trained", "of the relevance kept (over the tasks)", "mean", "− all layers"], rows),
+        "By task, the difference and in brackets the share that is kept:",
+        table(["trained", *tasks], by_task),
+    ]
+    return "\n\n".join(parts)
+
+
+def losses_by_depth() -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """By method and task, means over the seeds: points lost against no cut-off, and the share of the relevance that is kept."""
     records = read("depth")
     figures = complete(records)
-    whole = MAIN["proof"]
-    shares: dict[str, dict[str, list[float]]] = {}
-    for r in records:
-        shares.setdefault(r["method"], {}).setdefault(r["task"], []).append(r["relevance_kept"])
-    rows = [["trained", "of the relevance kept", "mean", "− all layers"], ["---"] * 4]
-    kept, lost = [], []
-    for method, mine in figures.items():
-        by_task = {task: stats.mean(values) for task, values in shares[method].items()}
-        off = "" if method == whole else difference(mine, figures[whole])
-        rows.append([method, f"{100 * stats.mean(by_task.values()):.0f}%", f"{mean(mine):.2f}", off])
-        if method != whole:
-            for task, share in by_task.items():
-                kept.append(share)
-                lost.append(mean(figures[whole], (task,)) - mean(mine, (task,)))
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    found = spearmanr(kept, lost)
+    whole = figures[MAIN["proof"]]
+    tasks = list(dict.fromkeys(task for task, _ in whole))
+    lost = {m: {task: mean(whole, (task,)) - mean(f, (task,)) for task in tasks} for m, f in figures.items()}
+    kept = {
+        m: {
+            task: stats.mean(
+                r["relevance_kept"]
+                for r in records
+                if (r["method"], r["task"]) == (m, task) and "test_metric" in r  # once for each seed
+            )
+            for task in tasks
+        }
+        for m in figures
+    }
+    return lost, kept
+
+
+def ranks(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Spearman's rank correlation along the last axis; 0 where one of the two is the same everywhere."""
+    a, b = (r - r.mean(-1, keepdims=True) for r in (rankdata(one, axis=-1), rankdata(other, axis=-1)))
+    scale = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+    return np.divide((a * b).sum(-1), scale, out=np.zeros_like(scale), where=scale > 0)
+
+
+def share_and_loss() -> dict[str, tuple[float, float, float]]:
+    """Rank correlations with the points that a cut-off loses, and their 95% intervals by bootstrap over the tasks (1,000 draws)."""
+    lost, kept = losses_by_depth()
+    cut = [method for method in lost if method != MAIN["proof"]]
+    shares, points = (np.array([list(of[m].values()) for m in cut]) for of in (kept, lost))  # (cut-offs, tasks)
+    layers = np.array([float(re.findall(r"top (\d+)", m)[0]) for m in cut])
+
+    def correlations(tasks: np.ndarray) -> dict[str, np.ndarray]:
+        s, p = (values[:, tasks].swapaxes(0, 1) for values in (shares, points))  # (draws, cut-offs, tasks)
+        n = np.broadcast_to(layers[:, None], s.shape)
+        every, points_of_all, layers_of_all = (values.reshape(len(tasks), -1) for values in (s, p, n))
+        return {
+            "the share that is kept, all pairs of task and cut-off": ranks(every, points_of_all),
+            "the number of layers trained, all pairs": ranks(layers_of_all, points_of_all),
+            "the share, over the cut-offs of a task; the mean of the tasks": ranks(
+                s.swapaxes(1, 2), p.swapaxes(1, 2)
+            ).mean(-1),
+            "the share, over the tasks at a cut-off; the mean of the cut-offs": ranks(s, p).mean(-1),
+        }
+
+    n_tasks = shares.shape[1]
+    drawn = correlations(np.random.default_rng(0).integers(n_tasks, size=(1000, n_tasks)))
+    found = correlations(np.arange(n_tasks)[None])
+    return {
+        name: (float(value[0]), *np.quantile(drawn[name], (0.025, 0.975)).tolist()) for name, value in found.items()
+    }
+
+
+def correlation() -> str:
+    rows = [[name, f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"] for name, (value, low, high) in share_and_loss().items()]
+    return table(["rank correlation with the points lost (Spearman)", "[95%, tasks drawn anew]"], rows)
+
+
+def nearly_all_kept(least: str) -> str:
+    """In the text: {nearly_all_kept|0.97}: how the pairs of task and cut-off that keep so much differ from no cut-off."""
+    lost, kept = losses_by_depth()
+    pairs = [(kept[m][t], lost[m][t]) for m in lost if m != MAIN["proof"] for t in lost[m]]
+    points = sorted(loss for share, loss in pairs if share >= float(least))
+    if not points:
+        return f"None of the {len(pairs)} pairs of task and cut-off keeps {100 * float(least):g}%"
     return (
-        f"{table}\n\nOver the {len(kept)} pairs of task and cut-off, the rank correlation of the share that is kept with the points that are "
-        f"lost is {found.statistic:.2f} (Spearman)."
+        f"{len(points)} of the {len(pairs)} pairs of task and cut-off keep {100 * float(least):g}% or more, and differ from all "
+        f"layers by {-points[0]:+.1f} to {-points[-1]:+.1f} points"
     )
 
 
@@ -349,7 +450,7 @@ def what_does_not_pay(phase: str) -> str:
             off = difference(figures[method], figures[best])
             if high_end(off) < 0:
                 lines.append(f"- {method} ({size[method]:,}) is behind {best} ({size[best]:,}): {off}.")
-    return "\n".join(lines) or "- Nothing."
+    return "\n".join(lines) or "- None of the methods that ran."
 
 
 def low_end(interval: str) -> float:
@@ -361,11 +462,22 @@ def high_end(interval: str) -> float:
 
 
 def about() -> str:
-    heads: list[dict[str, Any]] = [
-        json.loads((tables.RESULTS / f"selection_{phase}.json").read_text(encoding="utf-8")) for phase in finished()
-    ]
-    machines = dict.fromkeys(f"{h['hardware']}, torch {h['torch']}" for h in heads)
-    return "; ".join(machines) + "; commits: " + ", ".join(f"{h['phase']} {h['commit']}" for h in heads)
+    """A row per run: what was trained by which commit, and on what."""
+    rows = []
+    for phase in finished():
+        runs = tables.head_of(phase)["runs"]
+        rows += [
+            [f"selection_{phase}.json", f"{r['trainings']:,}", r["commit"], f"{r['hardware']}, torch {r['torch']}"]
+            for r in runs
+        ]
+    return table(["record", "trainings", "commit", "on"], rows)
+
+
+def again(method: str) -> str:
+    """In the text: {again|weights 0.12%}, which the phases proof and depth both trained: by how much the later figures differ."""
+    one, other = (figures_of(read(phase)).get(method, {}) for phase in ("depth", "proof"))
+    spread = stats.stdev(one[key] - other[key] for key in one if key in other)
+    return f"{difference(one, other)}, with a standard deviation of {spread:.1f} over task and seed"
 
 
 def numbers() -> str:
@@ -389,6 +501,10 @@ def page() -> str:
             small_data,
             noise,
             depth,
+            correlation,
+            nearly_all_kept,
+            again,
+            ran,
             what_does_not_pay,
             off,
         )
@@ -398,7 +514,7 @@ def page() -> str:
 
     def filled(match: re.Match[str]) -> str:
         name, *arguments = [part.strip() for part in match[1].split("|")]
-        phase = arguments[0] if arguments else name
+        phase = NEEDS.get(name) or (arguments[0] if arguments else name)
         if phase in tables.SIDE_BY_SIDE and phase not in phases:
             return UNFINISHED
         return functions[name](*arguments)
@@ -408,18 +524,20 @@ def page() -> str:
 
 def off(phase: str, one: str, other: str, *tasks: str) -> str:
     """In the text: {off|proof|weights 0.12%|LoRA 4}."""
-    figures = figures_of(read(phase))
-    return difference(figures[one], figures[other], tasks) if {one, other} <= set(figures) else "(not run)"
+    figures = complete([r for r in read(phase) if not tasks or r["task"] in tasks])
+    return difference(figures[one], figures[other]) if {one, other} <= set(figures) else "(not run)"
 
 
 def drawing() -> str:
-    """docs/results.svg."""
+    """docs/results.svg: the models of which others were given the probe's steps as well."""
     rows = []
     for phase, name in (("proof", "MiniLM-L6, seven tasks"), ("proof_decoder", "SmolLM2-135M, four tasks")):
         if phase not in finished():
             continue
         records = read(phase)
         figures, size = complete(records), trained(records)
+        if not {f"{LORA[phase]}, equal cost", "full, equal cost"} <= set(figures):
+            continue  # against steps, weights alone would stand at the right
         by_share: dict[str, list[results_picture.Point]] = {}
         by_steps: dict[str, list[results_picture.Point]] = {}
         compared = ("full", LORA[phase], *(name for name in figures if family(name) == "weights"))

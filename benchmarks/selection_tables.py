@@ -46,26 +46,43 @@ Figures = dict[tuple[str, int], float]
 
 
 def keep(folder: Path, commits: dict[str, str], about: dict[str, str]) -> None:
-    """Keep the records of a study that ran, one training per line; they replace those of the same task, method, rate and seed."""
+    """Keep the records of a study that ran, one training per line; they replace those of the same task, method, rate and seed.
+
+    The head says of each run its commit and machine, and how many of the trainings are its own, in the order in which they follow.
+    Raises ValueError where the untouched model's loss on plain text is not that of the runs before, which forgetting is measured against.
+    """
     for phase in (*PHASES, *SIDE_BY_SIDE):
         source = folder / f"{phase}.jsonl"
         if not source.exists():
             continue
         names = [*FIELDS, *(KEPT if phase == "depth" else ()), *TESTED, *(FORGOTTEN if phase in SIDE_BY_SIDE else ())]
         records = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-        before = (
-            {round(r["plain_before"], 5) for r in records if "plain_before" in r} if phase in SIDE_BY_SIDE else set()
-        )
+        before = sorted(r["plain_before"] for r in records if "plain_before" in r) if phase in SIDE_BY_SIDE else []
         new = {_training(record) for record in records}
         path = RESULTS / f"selection_{phase}.json"
+        head: Record = {"phase": phase}
+        runs: list[tuple[Record, list[Record]]] = []
         if path.exists():
-            records = [r for r in read(phase) if _training(r) not in new] + records
-        lines = []
-        for record in records:
-            lines.append(json.dumps([_kept(name, record[name]) for name in names if name in record]))
-        head = {"phase": phase, "commit": commits[phase], **about, "fields": names}
+            head |= head_of(phase)
+            earlier = iter(read(phase))
+            for run in head["runs"]:
+                mine = [next(earlier) for _ in range(run.pop("trainings"))]
+                runs.append((run, [r for r in mine if _training(r) not in new]))
+        own = {"commit": commits[phase], **about}
+        if own not in [run for run, _ in runs]:
+            runs.append((own, []))
+        next(mine for run, mine in runs if run == own).extend(records)
+        runs = [(run, mine) for run, mine in runs if mine]
+        head |= {"runs": [run | {"trainings": len(mine)} for run, mine in runs], "fields": names}
         if before:
-            head["plain_loss_before"] = sorted(before)[len(before) // 2]
+            value = round(before[len(before) // 2], 5)
+            if abs(head.setdefault("plain_loss_before", value) - value) > 1e-3:
+                raise ValueError(f"{source}: before any training the loss on plain text is {value}, not that of {path}")
+        lines = [
+            json.dumps([_kept(name, record[name]) for name in names if name in record])
+            for _, mine in runs
+            for record in mine
+        ]
         text = (
             json.dumps(head, indent=1, ensure_ascii=False)[:-2]
             + ',\n "trainings": [\n'
@@ -83,6 +100,13 @@ def _kept(name: str, value: Any) -> Any:
     if name == "rate" or not isinstance(value, float):
         return value
     return round(value, 5) if np.isfinite(value) else None
+
+
+def head_of(phase: str) -> Record:
+    """What a phase's file says of its trainings."""
+    kept: Record = json.loads((RESULTS / f"selection_{phase}.json").read_text(encoding="utf-8"))
+    del kept["trainings"]
+    return kept
 
 
 def read(phase: str) -> list[Record]:
@@ -256,13 +280,13 @@ def chance_table() -> str:
 
 
 def page() -> str:
-    kept = {phase: json.loads((RESULTS / f"selection_{phase}.json").read_text(encoding="utf-8")) for phase in PHASES}
-    commits = ", ".join(f"{phase} {head['commit']}" for phase, head in kept.items())
+    runs = {phase: head_of(phase)["runs"] for phase in PHASES}
+    commits = ", ".join(f"{phase} {'+'.join(run['commit'] for run in mine)}" for phase, mine in runs.items())
     decoder = read("decoder")
     more = {r["method"] for r in decoder if r["seed"] >= 3}
     text = (HERE / "selection_page.md").read_text(encoding="utf-8")
     parts = {
-        "about": f"{kept['confirm']['hardware']}, torch {kept['confirm']['torch']}; commits: {commits}",
+        "about": f"{runs['confirm'][0]['hardware']}, torch {runs['confirm'][0]['torch']}; commits: {commits}",
         "goals": goals_table(),
         "chance": chance_table(),
         "edges": ", ".join(map(on_an_edge, PHASES)),
