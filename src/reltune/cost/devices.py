@@ -60,17 +60,15 @@ CARDS = {
     "rtx3060-12gb": _card("NVIDIA GeForce RTX 3060", 11.8, 25.5, 12.7, 360),
 }
 
-# What of the stated speed operations of so many flops, or bytes, reach. Set by hand so that the steps of an 8B model on an H200 in
-# benchmarks/results/tuner_step.json and tuner_step_single.json come out; causal attention counts as if it were not causal.
+# What of the stated speed operations of so many flops, or bytes, reach: what a calibration of an H200 found (benchmarks/results/cost_sweep.json) over
+# its data sheet; causal attention counts as if it were not causal.
 SHARES: dict[str, list[tuple[float, float]]] = {
-    "products": [(3.4e7, 0.006), (2.7e8, 0.045), (2.1e9, 0.25), (1.7e10, 0.55), (1.4e11, 0.70), (1.1e12, 0.68)],
-    "attention forward": [(4e9, 0.25), (6.9e10, 0.55)],
-    "attention backward": [(1e10, 0.20), (1.7e11, 0.45)],
-    "bandwidth": [(1e6, 0.10), (1.7e7, 0.6), (2.7e8, 0.88)],
+    "products": [(3.4e7, 0.009), (2.7e8, 0.064), (2.1e9, 0.33), (1.7e10, 0.69), (1.4e11, 0.80)],
+    "attention forward": [(4.3e9, 0.25), (1.7e10, 0.49), (6.9e10, 0.67)],
+    "attention backward": [(1.1e10, 0.16), (4.3e10, 0.40), (1.7e11, 0.62)],
+    "bandwidth": [(6.6e4, 0.0075), (2.7e8, 0.84)],
 }
-# Seconds of the host for an operation, its part of Python and autograd included: the least of the steps that wait for the host, of an H100 in
-# benchmarks/results/cost_sweep.json.
-PER_OPERATION = 14e-6
+PER_OPERATION = 9e-6  # seconds of the host for an operation, by the same
 
 
 def card(name: str) -> Card:

@@ -37,7 +37,7 @@ class Work:
         dtype: of the numbers it multiplies.
         made: bytes of the storages that it makes.
         vectors: of attention on a CPU, half of the queries and keys of all heads.
-        ahead: whether it is of a forward pass, also of one that checkpointing does again: modules call it from Python, autograd does not.
+        way: "forward", "backward", or "again", in a forward pass that checkpointing does in the backward pass.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Work:
     dtype: torch.dtype
     made: int = 0
     vectors: int = 0
-    ahead: bool = False
+    way: str = "forward"
 
 
 @dataclasses.dataclass
@@ -202,11 +202,13 @@ class Ledger(TorchDispatchMode):
         if name not in _NO_WORK and (name == KERNEL or any(t.is_meta for t in written)):
             self._work(func, name, written, args, kwargs, result, made)
         elif any(t.is_meta for t in written):  # what has numbers is a look at whether modules compute the same, once
-            self.spans[-1].work[Work(HOST, 0, 0, torch.int64, made, ahead=self._ahead())] += 1
+            self.spans[-1].work[Work(HOST, 0, 0, torch.int64, made, way=self._way())] += 1
         return result
 
-    def _ahead(self) -> bool:
-        return self.spans[-1].name != "backward" or torch.is_grad_enabled()
+    def _way(self) -> str:
+        if self.spans[-1].name != "backward":
+            return "forward"
+        return "again" if torch.is_grad_enabled() else "backward"
 
     def _work(
         self, func: Any, name: str, written: list[Tensor], args: Any, kwargs: Any, result: Any, made: int
@@ -235,7 +237,7 @@ class Ledger(TorchDispatchMode):
         if flops and floats[0] in (torch.bfloat16, torch.float16):
             self._note_shape(name, read, written)
         dtype = floats[0] if floats else torch.int64
-        self.spans[-1].work[Work(name, int(flops), moved, dtype, made, vectors, self._ahead())] += 1
+        self.spans[-1].work[Work(name, int(flops), moved, dtype, made, vectors, self._way())] += 1
 
     def _note_shape(self, name: str, read: list[Tensor], written: list[Tensor]) -> None:
         if name in _PRODUCTS:

@@ -8,19 +8,21 @@ from collections.abc import Mapping
 import torch
 
 from reltune.cost.calibration import Calibration, rate
-from reltune.cost.ledger import HOST, Work
+from reltune.cost.ledger import HOST, KERNEL, Work
 from reltune.cost.step import StepCount
 
 PASSES = 7  # over a trained tensor in AdamW: weight, gradient and two states are read, weight and states are written
 
-# Of a GPU a calibration measures operations one at a time, in bursts of 20 ms. What of those speeds products and attention keep in a step,
-# beside a model's other work and with the power that a GPU may draw; how many times as long a GPU's host takes there for an operation,
-# among a model's own Python and PEFT's, and how many of them the operators of the tuner, which are written in Python, add to each module
-# that it trains. Set on the listed cases of benchmarks/results/cost_sweep.json (an H100 whose host was shared): the same for all models,
+# What of the speeds that a calibration finds is left in a step of a GPU, for products and attention, for the experts' products of a mixture,
+# and for the memory, of which most operations do not make as much as a product of two tensors does.
+LASTING, GROUPED, READING = 0.94, 0.36, 0.71
+# How many times as long as in the calibration's small model a GPU's host takes for an operation: modules call those of a forward pass from Python,
+# and checkpointing wraps what it does again; for the start of a kernel that Triton compiled; for the tuner's operators of a module, each way; and
+# for the optimizer's part of a tensor. All set on the listed cases of an H200 in benchmarks/results/cost_sweep.json, the same for all models,
 # methods and sizes.
-LASTING = {"bfloat16": 0.77, "float32": 0.9}
-HOST_IN_A_STEP, TUNED = 2.05, 22
-# The same of a CPU's steps, which go on when the host has done its part; and of the optimizer for each tensor. By models of 12 blocks whose
+CALLED = {"forward": 1.8, "again": 5.7, "backward": 0.6}
+LAUNCHED, TUNED, STEPPED = 10, 7, 1.2
+# The same of the steps of a CPU, which go on when the host has done its part; and of the optimizer for each tensor. By models of 12 blocks whose
 # tensors are tiny.
 ON_A_CPU, TUNED_ON_A_CPU, OPTIMIZED = 1.5, 40, 3
 # A calibration has the best of several runs of each operation, and threads that wait for one another; a step has what comes. By how much its
@@ -50,7 +52,9 @@ def step_time(count: StepCount, calibration: Calibration) -> StepTime:
     parts = {part: work_seconds(work, calibration, count.tuned / 2) for part, work in count.work.items()}
     moved = PASSES * count.trained_bytes
     optimizer = moved / rate(calibration.bandwidth, moved / max(1, count.tensors))
-    if calibration.device != "cuda":
+    if calibration.device == "cuda":
+        optimizer = max(moved / calibration.bandwidth[-1][1], STEPPED * calibration.per_operation * count.tensors)
+    else:
         optimizer += OPTIMIZED * ON_A_CPU * calibration.per_operation * count.tensors
     held = sum(count.peak.get(area, 0) for area in ("activations", "loss", "passing", "gradients"))
     large = sum(times * _given_back(each) for work in count.work.values() for each, times in work.items())
@@ -61,14 +65,13 @@ def step_time(count: StepCount, calibration: Calibration) -> StepTime:
 
 def work_seconds(work: Mapping[Work, int], calibration: Calibration, tuned: float = 0) -> float:
     """What the work takes, each so many times, with the tuner's operators of so many modules, forward and backward."""
-    operations = sum(work.values())
     if calibration.device != "cuda":  # one after the other
-        host = ON_A_CPU * calibration.per_operation * (operations + TUNED_ON_A_CPU * tuned)
+        host = ON_A_CPU * calibration.per_operation * (sum(work.values()) + TUNED_ON_A_CPU * tuned)
         return _slower(calibration) * (host + sum(times * _on_cpu(each, calibration) for each, times in work.items()))
     device = sum(times * _on_gpu(each, calibration) for each, times in work.items())
     # A GPU computes while Python is on to the next operation.
-    host = calibration.per_operation * (operations + TUNED * tuned)
-    return max(device, host if calibration.stated else HOST_IN_A_STEP * host)
+    calls = sum(times * (LAUNCHED if each.name == KERNEL else CALLED[each.way]) for each, times in work.items())
+    return max(device, calibration.per_operation * (calls + TUNED * tuned))
 
 
 def _slower(calibration: Calibration) -> float:
@@ -96,25 +99,29 @@ def _given_back(work: Work) -> int:
 
 
 def _on_gpu(work: Work, calibration: Calibration) -> float:
-    """The longer one of multiplying and of reading and writing, and no less than the least that was measured."""
+    """The longer one of multiplying and of reading and writing, after the least that any operation takes."""
     if work.name == HOST:
         return 0.0
+    amount, speed = calibration.bandwidth[0]
+    moved = work.bytes / (READING * calibration.bandwidth[-1][1])
+    if work.flops:
+        moved = max(moved, _multiplying_on_gpu(work, calibration))
+    return amount / speed + moved
+
+
+def _multiplying_on_gpu(work: Work, calibration: Calibration) -> float:
     dtype = dtype_name(work.dtype)
-    least = calibration.bandwidth[0][0] / calibration.bandwidth[0][1]
-    moved = max(work.bytes / rate(calibration.bandwidth, work.bytes), least)
-    if not work.flops:
-        return moved
     if "scaled_dot_product" in work.name:
         direction = "backward" if "backward" in work.name else "forward"
-        rates = calibration.attention[f"{dtype} {direction}"]
-        return max(work.flops / (_lasting(calibration, dtype) * rate(rates, float(work.flops))), moved)
-    return max(multiplying(calibration, dtype, work.flops, work.bytes), moved)
+        return work.flops / (LASTING * rate(calibration.attention[f"{dtype} {direction}"], float(work.flops)))
+    seconds = multiplying(calibration, dtype, work.flops, work.bytes)
+    return seconds * LASTING / GROUPED if "grouped_mm" in work.name else seconds
 
 
 def multiplying(calibration: Calibration, dtype: str, flops: float, moved: float) -> float:
     """Seconds of a matrix product; of a GPU without reading and writing, which it does meanwhile."""
     if calibration.device == "cuda":
-        return flops / (_lasting(calibration, dtype) * rate(calibration.products[dtype], flops))
+        return flops / (LASTING * rate(calibration.products[dtype], flops))
     each, by_byte, by_flop = calibration.laws[f"{dtype} product"]
     return each + by_byte * moved + by_flop * flops
 
@@ -127,11 +134,6 @@ def moving(calibration: Calibration, dtype: str, kind: str, moved: float) -> flo
 def dtype_name(dtype: torch.dtype) -> str:
     """Of the calibrated types, the one that is most like it."""
     return "float32" if dtype in (torch.float32, torch.float64) else "bfloat16"
-
-
-def _lasting(calibration: Calibration, dtype: str) -> float:
-    """What of the calibrated speed of products is left in a step."""
-    return 1.0 if calibration.stated else LASTING[dtype]
 
 
 def _kind(name: str) -> str:
