@@ -3,7 +3,8 @@
     python benchmarks/speed_tables.py
 
 The text is benchmarks/speed_page.md. Its tables are from tuner_step_single.json, tuner_step_few_bits.json, unsloth_step.json,
-tuner_step_float8.json, training_loop.json, long_context.json, step_profile.json, crowded_places.json and tuner_minilm.json.
+tuner_step_float8.json, float8_blocks.json, training_loop.json, training_loop_1b.json, graphed_step.json, long_context.json, step_profile.json,
+crowded_places.json and tuner_minilm.json.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import json
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,11 @@ def steps() -> str:
 
 
 def goals(*names: str) -> str:
+    """The ratios of records; one that is in two of them is the first's."""
+    checks: dict[str, dict[str, Any]] = {}
+    for name in names:
+        for check in record(name)["checks"]:
+            checks.setdefault(check["check"], check)
     rows = [
         [
             check["check"],
@@ -61,8 +68,7 @@ def goals(*names: str) -> str:
             f"{check['sense']} {check['limit']}",
             "yes" if check["passed"] else "**no**",
         ]
-        for name in names
-        for check in record(name)["checks"]
+        for check in checks.values()
         if " / " in check["check"] and "last" not in check["check"] and check["value"] not in (None, "nan")
     ]
     return table(["ratio", "measured", "goal", "reached"], rows)
@@ -105,6 +111,85 @@ def each(name: str) -> str:
     return table(["case", "method", "s", "of the first", "peak GiB"], rows)
 
 
+def float8() -> str:
+    """Every step beside LoRA's, and beside the frozen model in float8."""
+    cases = record("tuner_step_float8")["cases"]
+    of = {(case["case"], name): time for case in cases for name, time in medians(case, "seconds").items()}
+    lora, floor = (
+        next(time for (case, name), time in of.items() if case == c and name.startswith(n)) for c, n in BESIDE
+    )
+    peaks = {(case["case"], name): peak for case in cases for name, peak in medians(case, "peak_bytes").items()}
+    peak = next(peak for (_, name), peak in peaks.items() if name.startswith("LoRA"))
+    rows = [
+        [
+            *key,
+            f"{time:.3f}",
+            f"{time / lora:.3f} ×",
+            f"{1e3 * (time - floor):+.1f}",
+            f"{peaks[key] / 2**30:.1f}",
+            f"{peaks[key] / peak:.3f} ×",
+        ]
+        for key, time in of.items()
+    ]
+    return table(["case", "method", "s", "of LoRA", "ms above the float8 floor", "peak GiB", "of LoRA"], rows)
+
+
+BESIDE = (("fp8, before", "LoRA"), ("fp8", "floor"))
+LAYERS = 32
+BLOCKS = {  # kernel: its setting, and how many calls a layer has with each map's shape
+    "adding the columns to y": ("(64, 128, 8, 1)", {"q, o": 2, "k, v": 2, "gate, up": 2, "down": 1}),
+    "adding the columns to ∂x": ("(64, 128, 4, 5)", {"q, o": 2, "k, v": 2, "gate, up": 2, "down": 1}),
+    "rounding x": ("2048", {"q, o": 2, "gate, up": 1, "down": 1}),  # q, k and v have one x, gate and up another
+    "rounding g": ("2048", {"q, o": 2, "k, v": 2, "gate, up": 2, "down": 1}),
+}
+
+
+def blocks() -> str:
+    found, rows = record("float8_blocks")["values"], []
+    for kernel, (setting, calls) in BLOCKS.items():
+        tried = {shape: found[f"{shape}: {kernel}"] for shape in calls}
+        times = {
+            each: LAYERS * 1e-3 * sum(count * tried[shape][each] for shape, count in calls.items())
+            for each in set.intersection(*map(set, tried.values()))
+        }
+        before = times.pop("now")
+        longest = max(times.values())
+        rows.append([kernel, str(len(times)), *(f"{time:.1f}" for time in (before, times[setting], longest))])
+    return table(["ms of a step", "settings tried", "before", "now", "longest"], rows)
+
+
+def loop() -> str:
+    """Both runs of the loop, the newer one first."""
+    rows = []
+    for found in (record("training_loop_1b"), record("training_loop")):
+        for case in found["cases"]:
+            bare = medians(case, "seconds")["bare step"]
+            for method in case["methods"]:
+                seconds, peak = method["seconds"], statistics.median(method["peak_bytes"])
+                median = statistics.median(seconds)
+                times = f"{median:.3f}", f"{median / bare:.3f} ×"
+                spread = f"{min(seconds):.3f} to {max(seconds):.3f}"
+                rows.append(
+                    [case["case"], found["commit"][:7], method["method"], *times, f"{peak / 2**30:.1f}", spread]
+                )
+    return table(["case", "commit", "step", "s", "of the bare step", "peak GiB", "s of the repeats"], rows)
+
+
+def graphs() -> str:
+    rows = []
+    for case in record("graphed_step")["cases"]:
+        seconds, peaks = medians(case, "seconds"), medians(case, "peak_bytes")
+        for name, plain in seconds.items():
+            if (graphed := f"{name}, CUDA graphs") in seconds:
+                times = f"{1e3 * plain:.1f}", f"{1e3 * seconds[graphed]:.1f}", f"{seconds[graphed] / plain:.2f} ×"
+                rows.append([case["case"], name, *times, f"{(peaks[graphed] - peaks[name]) / 2**20:.0f}"])
+    return table(["model", "method", "ms", "ms with graphs", "of without", "MiB more at the peak"], rows)
+
+
+def graphs_differ() -> str:
+    return f"{max(check['value'] for check in record('graphed_step')['checks']):.0e}"
+
+
 def profile() -> str:
     values = {name: value for name, value in record("step_profile")["values"].items() if "kinds" in value}
     kinds = sorted(
@@ -133,14 +218,17 @@ def about(name: str) -> str:
 
 def page() -> str:
     text = (HERE / "speed_page.md").read_text(encoding="utf-8")
-    made = {"steps": steps, "profile": profile, "crowding": crowding, "unsloth": unsloth}
+    each_made = (steps, profile, crowding, unsloth, float8, blocks, loop, graphs, graphs_differ)
+    made: dict[str, Callable[[], str]] = {function.__name__: function for function in each_made}
     made["goals"] = functools.partial(
-        goals, "tuner_step_single", "tuner_step_few_bits", "training_loop", "tuner_minilm"
+        goals, "tuner_step_single", "tuner_step_few_bits", "training_loop_1b", "training_loop", "tuner_minilm"
     )
     made["about"] = functools.partial(about, "tuner_step_single")
     made["about_float8"] = functools.partial(about, "tuner_step_float8")
+    made["about_blocks"] = functools.partial(about, "float8_blocks")
+    made["about_graphs"] = functools.partial(about, "graphed_step")
     made["goals_float8"] = functools.partial(goals, "tuner_step_float8")
-    for name in ("tuner_step_few_bits", "tuner_step_float8", "training_loop", "long_context"):
+    for name in ("tuner_step_few_bits", "long_context"):
         made[name] = functools.partial(each, name)
     return re.sub(r"\{(\w+)\}", lambda found: made[found[1]]() if found[1] in made else found[0], text)
 

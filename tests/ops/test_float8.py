@@ -4,6 +4,12 @@ else in Triton's interpreter."""
 from __future__ import annotations
 
 import gc
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -381,3 +387,34 @@ def test_the_columns_part_is_added_in_one_pass(
     wanted = dx.double().index_add(1, idx, g.double() @ change.double())
     float8_kernels.add_change(dx, idx, g, values, own)
     torch.testing.assert_close(dx.double(), wanted, **near)
+
+
+HOPPER, ADA = (90, 232448), (89, 101376)  # compute capability, and the bytes of shared memory that a block may have
+
+
+def compiled(cases: list[tuple[Any, ...]], cache: Path) -> dict[tuple[Any, ...], list[int]]:
+    """What each case's two kernels take."""
+    words = [sys.executable, str(Path(__file__).parents[1] / "shared_memory_worker.py"), json.dumps(cases)]
+    answer = subprocess.run(
+        words, env={**os.environ, "TRITON_CACHE_DIR": str(cache)}, capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stderr
+    return dict(zip(cases, json.loads(answer.stdout), strict=True))
+
+
+def assert_fits(cases: list[tuple[Any, ...]], cache: Path) -> None:
+    for case, found in compiled(cases, cache).items():
+        assert 0 < max(found) <= case[1], (case, found)
+
+
+def test_kernels_of_columns_fit_into_shared_memory(tmp_path: Path) -> None:
+    """As Triton lays them out for the GPU. A base in float32 under bf16 has wide values beside narrow gradients."""
+    cases = [(*HOPPER, "bf16", "fp32", own, columns) for own, columns in (("bf16", 32), ("fp32", 64), ("fp32", 128))]
+    assert_fits([*cases, (*HOPPER, "fp32", "fp32", "fp32", 8), (*ADA, "bf16", "fp32", "fp32", 32)], tmp_path)
+
+
+@pytest.mark.slow
+def test_kernels_of_any_columns_fit_into_shared_memory(tmp_path: Path) -> None:
+    kinds = (("bf16", "bf16", "bf16"), ("bf16", "fp32", "bf16"), ("bf16", "fp32", "fp32"), ("fp32", "fp32", "fp32"))
+    cases = itertools.product((HOPPER, ADA), kinds, (8, 32, 64, 128))
+    assert_fits([(*card, *kind, columns) for card, kind, columns in cases], tmp_path)

@@ -53,6 +53,7 @@ def in_words(found: Mapping[str, tuple[Any, Any]], most: int = 3) -> str:
 def _flat(config: RunConfig) -> dict[str, Any]:
     values = config.values()
     training = values.pop("training")
+    values["cuda_graphs"] = bool(values["cuda_graphs"])  # a run records nothing unless told to
     return values | training
 
 

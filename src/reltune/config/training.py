@@ -42,11 +42,12 @@ class TrainingConfig(Subject):
             "texts, together with --gradient_checkpointing."
         ),
     )
-    cuda_graphs: bool = field(
-        default=False,
+    cuda_graphs: bool | None = field(
+        default=None,
         metadata=about(
             "Record the forward and backward pass for each shape of batch on an NVIDIA GPU and replay them, for models so small that the GPU "
-            "waits for Python. Batches are padded to multiples of 32 tokens. Not for chats and plain text, nor in several processes."
+            "waits for Python. Batches are padded to multiples of 32 tokens. Not for chats and plain text, nor in several processes. If not given, "
+            "only `reltune compare` does so, where it can and the base has at most 500 million parameters."
         ),
     )
     cache_frozen_prefix: str = field(

@@ -18,15 +18,16 @@ from reltune.tuner.frozen_prefix import TOLD, identified
 MEND = "pass a smaller --per_device_train_batch_size, a shorter --max_length, or --gradient_checkpointing"
 
 
-def halve_where_memory_ends(trainer: Trainer, model: nn.Module) -> None:
-    """Have a Trainer take a batch that does not fit in halves, and all later ones in parts of that size.
+def halve_where_memory_ends(trainer: Trainer, model: nn.Module, spare: Callable[[], bool] | None = None) -> None:
+    """Have a Trainer take a batch that does not fit in halves, and all later ones in parts of that size. First ``spare`` is asked to
+    give back memory of recorded steps; whole batches are tried again if it says that it did.
 
     The batches of an optimizer's step are taken again where one of them does not fit: what was added to the gradients by then is
     forgotten, since the part that failed has added some. Of several processes each would have to do the same, so that there the
     error stays.
     """
     if trainer.accelerator.num_processes == 1 and not trainer.args.deepspeed:
-        halving = _Halving(trainer, model)
+        halving = _Halving(trainer, model, spare or (lambda: False))
         trainer.compute_loss = halving.weighted(trainer.compute_loss)  # type: ignore[method-assign]
         trainer.training_step = halving.step(trainer.training_step)  # type: ignore[method-assign]
 
@@ -42,8 +43,8 @@ class _Halving:
         taken: the batches of the optimizer's step so far, with what else the step was given.
     """
 
-    def __init__(self, trainer: Trainer, model: nn.Module) -> None:
-        self.trainer, self.model = trainer, model
+    def __init__(self, trainer: Trainer, model: nn.Module, spare: Callable[[], bool]) -> None:
+        self.trainer, self.model, self.spare = trainer, model, spare
         self.loss_of = trainer.compute_loss
         self.adds_up: bool | None = None
         self.again = False
@@ -70,30 +71,34 @@ class _Halving:
                 self.taken.clear()
             self.taken.append((dict(inputs), rest, options))
             while True:
+                batches, self.again = (self.taken if self.again else self.taken[-1:]), False
                 try:
-                    if len(self.taken) == 1 or not self.again:
-                        return self._in_parts(step, model, *self.taken[-1])
-                    self.again = False
-                    return [self._in_parts(step, model, *one) for one in self.taken][-1]
+                    return [self._in_parts(step, model, *one) for one in batches][-1]
                 except (torch.OutOfMemoryError, MemoryError):
                     size = _examples(inputs)
-                    if size < 2 or (self.most or size) < 2:
-                        raise
-                    self.most = min(self.most or size, size) // 2
+                    spared = self.spare()
+                    if not spared:
+                        if size < 2 or (self.most or size) < 2:
+                            raise
+                        self.most = min(self.most or size, size) // 2
                 # Not inside the handler, which keeps what the failed pass holds.
-                self._start_anew(size)
+                self._start_anew(size, spared)
 
         return halved
 
-    def _start_anew(self, size: int) -> None:
+    def _start_anew(self, size: int, spared: bool) -> None:
         for parameter in self.model.parameters():
             parameter.grad = None
         self.again = True
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        goes_on = (
+            "without CUDA graphs, whose recordings take memory"
+            if spared
+            else f"with {self.most} at a time, whose gradients are added up to those of the batch. To spare the time of it, {MEND}"
+        )
         warnings.warn(
-            f"out of memory with {size} examples in a batch; training goes on with {self.most} at a time, whose gradients are added up to those "
-            f"of the batch. To spare the time of it, {MEND}.",
+            f"out of memory with {size} examples in a batch; training goes on {goes_on}.",
             stacklevel=2,
         )
 

@@ -462,13 +462,15 @@ def tune(
     description: str = "tune",
     goes_on: bool = False,
     predict: bool = False,
+    try_graphs: bool = False,
 ) -> Any:
     """Train by the config's method and save the adapter, with the tokenizer beside it. ``description`` names the progress bar.
 
     Whatever can be wrong with the plan, the training fields or the checkpoint is found before anything of an earlier
     adapter is removed. What its memory and time will be is predicted where the budget depends on it, or if wanted (``predict``). Of
     several processes the first one writes. With ``goes_on``, a training that was interrupted goes on from its newest checkpoint.
-    Ctrl-C and termination take effect after a step, of which a checkpoint is kept.
+    Ctrl-C and termination take effect after a step, of which a checkpoint is kept. If the config does not say whether steps are recorded
+    as CUDA graphs, with ``try_graphs`` they are where they can be.
     """
     processes = Processes.joined()
     with processes.together():
@@ -531,7 +533,7 @@ def tune(
             description,
             callbacks,
             config.activation_offloading,
-            config.cuda_graphs,
+            None if try_graphs and config.cuda_graphs is None else bool(config.cuda_graphs),
             cache,
             None if materials.samples is None else materials.samples.asked_in(run),
         )

@@ -74,6 +74,7 @@ class TrainingCost:
     seconds_per_step: float | None
     peak_memory_bytes: int | None
     memory_before_bytes: int | None = None  # of the process on a CPU, when training began
+    replayed_batches: int = 0  # as CUDA graphs
 
 
 def machine() -> str:
@@ -241,12 +242,12 @@ def train(
     description: str = "train",
     callbacks: Sequence[TrainerCallback] = (),
     offload: bool = False,
-    graphs: bool = False,
+    graphs: bool | None = False,
     cache: PrefixCache | None = None,
     also: Callable[[Trainer], None] | None = None,
 ) -> tuple[Trainer, TrainingCost]:
     """Train whatever of ``model`` requires a gradient. ``description`` names the progress bar. With ``offload`` activations wait
-    in host memory, with ``graphs`` losses are replayed, with a ``cache`` the frozen layers are computed once. ``also`` is told the
+    in host memory, with ``graphs`` losses are replayed (None: where they can be), with a ``cache`` the frozen layers are computed once. ``also`` is told the
     Trainer before it begins. Of several processes each calls this; the cost is each one's own.
 
     Raises ArithmeticError when a loss, a gradient or a trained weight is infinite or not a number, and InputError when nothing that is
@@ -284,9 +285,9 @@ def train(
             _whole_checkpoints(trainer),
             contextlib.nullcontext() if cache is None else cache.used_by(trainer),
         ):
-            if graphs:
-                replay_steps(trainer, model)
-            halve_where_memory_ends(trainer, model)  # around all that has a state for the time of a step
+            graphed = None if graphs is False else replay_steps(trainer, model, required=graphs is not None)
+            # around all that has a state for the time of a step
+            halve_where_memory_ends(trainer, model, None if graphed is None else graphed.end)
             watch(trainer, model, processor)
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     with Processes.joined().together():
@@ -303,6 +304,7 @@ def train(
         statistics.median(times) if times else None,
         memory.peak,
         memory.before,
+        0 if graphed is None else graphed.replays,
     )
 
 

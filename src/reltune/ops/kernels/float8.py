@@ -172,7 +172,9 @@ def add_change(dx: Tensor, idx: Tensor, g: Tensor, values: Tensor, own: Tensor) 
     """dx (T, in)[:, idx] += g (T, out) (values − own), both (out, c), idx (c,) int64; all contiguous, dx and g of one dtype."""
     tokens, out_features = g.shape
     columns = values.shape[1]
-    of_tokens, of_outputs, warps, stages = change_blocks(columns, g.element_size(), _shared_memory(g.device))
+    of_tokens, of_outputs, warps, stages = change_blocks(
+        columns, g.element_size(), values.element_size() + own.element_size(), _shared_memory(g.device)
+    )
     with torch.cuda.device_of(g):
         change_kernel[(triton.cdiv(tokens, of_tokens),)](
             g,
@@ -192,13 +194,19 @@ def add_change(dx: Tensor, idx: Tensor, g: Tensor, values: Tensor, own: Tensor) 
         )
 
 
-def change_blocks(columns: int, size: int, shared: int) -> tuple[int, int, int, int]:
-    """CHANGED with as many stages, and where one takes too much, as many outputs, as ``shared`` bytes have room for, of numbers of ``size`` bytes."""
+def change_blocks(columns: int, of_g: int, of_columns: int, shared: int) -> tuple[int, int, int, int]:
+    """CHANGED with as many stages, and where one takes too much, as many outputs, as ``shared`` bytes have room for.
+
+    Numbers of g take ``of_g`` bytes, those of values and own together ``of_columns``. Triton holds both factors of the product at hand in
+    g's type, and for each stage beside it what was loaded.
+    """
     of_tokens, of_outputs, warps, stages = CHANGED
-    of_one = (of_tokens + 2 * _padded(columns)) * size  # bytes that a stage holds of one output
-    while of_outputs > 16 and of_one * of_outputs > shared:
+    padded = _padded(columns)
+    factors, loaded = (of_tokens + padded) * of_g, of_tokens * of_g + padded * of_columns  # bytes of one output
+    while of_outputs > 16 and factors * of_outputs > shared:
         of_outputs //= 2
-    return of_tokens, of_outputs, warps, max(1, min(stages, shared // (of_one * of_outputs)))
+    ahead = max(0, shared - factors * of_outputs) // (loaded * of_outputs)
+    return of_tokens, of_outputs, warps, min(stages, 1 + ahead)
 
 
 @functools.cache

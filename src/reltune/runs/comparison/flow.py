@@ -31,6 +31,7 @@ from reltune.runs.comparison.summary import report
 from reltune.runs.comparison.tables import record_of
 from reltune.runs.comparison.work import FIXED, Piece, Workshop, cheap_collections
 from reltune.runs.comparison.workers import Alone, Shared, default_jobs
+from reltune.runs.graphed_step import why_not_unasked
 from reltune.runs.lock import locked
 from reltune.runs.materials import Materials, prepare
 from reltune.runs.preview import preview_of_run
@@ -44,6 +45,7 @@ class Comparison:
     Attributes:
         notes: what was left out, and what was assumed of the data.
         count: the trainable parameters that "equal" means.
+        graphs: whether steps are replayed as CUDA graphs where they can be, as nothing is said of them.
     """
 
     config: ComparisonConfig
@@ -52,6 +54,7 @@ class Comparison:
     grid: Grid
     notes: list[str]
     count: int
+    graphs: bool = False
 
     def describe(self) -> list[str]:
         """What is compared, in sentences."""
@@ -110,9 +113,23 @@ def start(config: ComparisonConfig, overwrite: bool = False) -> Comparison:
                 f"the {name} {'have' if name == 'data' else 'has'} changed since the comparison in {directory.path} began; name "
                 "another directory, or pass --overwrite_output_dir to begin anew."
             )
-    decided = None if config.max_hours is None else _in_time(config, grid, materials, directory, overwrite)
+    graphs, remembered = False, None
+    if config.shared.get("cuda_graphs") is None:
+        unsuited = why_not_unasked(config.shared, args, materials.task.name, materials.base.look())
+        # One that an older version began is without.
+        remembered = bool(known.get("cuda_graphs")) if known else not unsuited
+        graphs = remembered and not unsuited
+        if graphs:
+            left_out.append(
+                "Steps are replayed as CUDA graphs where a shape of batch comes again; --no_cuda_graphs trains without."
+            )
+        elif remembered:
+            left_out.append(
+                f"What was trained so far had its steps replayed as CUDA graphs; what is left has not: {unsuited}."
+            )
+    decided = None if config.max_hours is None else _in_time(config, grid, materials, directory, overwrite, graphs)
     directory.create(config, overwrite)
-    write_json(directory.inputs, inputs)
+    write_json(directory.inputs, {**inputs, "cuda_graphs": remembered})
     if decided is not None:
         write_json(directory.grid, decided)
         grid = dataclasses.replace(
@@ -122,7 +139,7 @@ def start(config: ComparisonConfig, overwrite: bool = False) -> Comparison:
             equal_cost=decided["equal_cost"],
         )
         left_out += [*decided["left_out"], f"It should take about {decided['hours']:.2g} hours."]
-    return Comparison(config, directory, materials, grid, [*left_out, *materials.notes], count)
+    return Comparison(config, directory, materials, grid, [*left_out, *materials.notes], count, graphs)
 
 
 def _check_measured(metric: str, task: Task) -> None:
@@ -135,7 +152,12 @@ def _check_measured(metric: str, task: Task) -> None:
 
 
 def _in_time(
-    config: ComparisonConfig, grid: Grid, materials: Materials, directory: ComparisonDirectory, overwrite: bool
+    config: ComparisonConfig,
+    grid: Grid,
+    materials: Materials,
+    directory: ComparisonDirectory,
+    overwrite: bool,
+    graphs: bool,
 ) -> dict[str, Any]:
     """The part of the grid that fits into ``max_hours``: as it was decided when the comparison began, or by measuring now."""
     hours = config.max_hours
@@ -149,7 +171,7 @@ def _in_time(
     decided: dict[str, Any] | None = None if overwrite else read(directory.grid)
     if decided is not None and decided["wanted"] == wanted:
         return decided
-    pace = measured_pace(config, grid, materials)
+    pace = measured_pace(config, grid, materials, graphs)
     smaller, sentences = fitted(grid, pace, hours, bool(config.methods))
     return {
         "wanted": wanted,
@@ -166,7 +188,8 @@ def run(comparison: Comparison) -> ComparisonRecord:
     """Do what is left to do, and write the record and the report."""
     directory, state = comparison.directory, State(comparison.directory, comparison.grid)
     jobs = comparison.config.jobs or default_jobs(comparison.materials)
-    workshop = Workshop(comparison.config, comparison.grid.cells, comparison.materials, directory)
+    graphs = comparison.graphs
+    workshop = Workshop(comparison.config, comparison.grid.cells, comparison.materials, directory, graphs)
     comparison.materials.base.forget()  # every piece of work loads its own
     crew: Alone | Shared = Alone(workshop)
     if jobs > 1:
@@ -190,7 +213,7 @@ def run(comparison: Comparison) -> ComparisonRecord:
             crew.leave(at_once=True)
             raise
         crew.leave(at_once=False)
-    write_json(directory.record, record_of(state, config, comparison.notes, comparison.count))
+    write_json(directory.record, record_of(state, config, comparison.notes, comparison.count, graphs))
     return report(directory)
 
 

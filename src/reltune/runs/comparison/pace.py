@@ -54,7 +54,7 @@ class Pace:
         return SLACK * seconds / 3600
 
 
-def measured_pace(config: ComparisonConfig, grid: Grid, materials: Materials) -> Pace:
+def measured_pace(config: ComparisonConfig, grid: Grid, materials: Materials, graphs: bool = False) -> Pace:
     """Train a few steps of each method. What needs a plan, which is not chosen yet, is taken to be as slow as full fine-tuning, or as
     LoRA where the base is quantised."""
     step: dict[str, float] = {}
@@ -65,7 +65,7 @@ def measured_pace(config: ComparisonConfig, grid: Grid, materials: Materials) ->
             (other.name for other in grid.cells if cell.analysis and other.analysis and other.name in step), None
         )
         try:
-            step[cell.name] = step[same] if same else _seconds_per_step(config, method, fields, materials)
+            step[cell.name] = step[same] if same else _seconds_per_step(config, method, fields, materials, graphs)
         except FAILURES:
             step[cell.name] = 0.0  # it fails in its training too, and is recorded there
     own = dataclasses.replace(materials, config=config.of("full", task=materials.task.name, training=_training(config)))
@@ -81,7 +81,9 @@ def _training(config: ComparisonConfig, **more: Any) -> dict[str, Any]:
     return {**config.shared.get("training", {}), **FIXED, **more}
 
 
-def _seconds_per_step(config: ComparisonConfig, method: str, fields: Mapping[str, Any], materials: Materials) -> float:
+def _seconds_per_step(
+    config: ComparisonConfig, method: str, fields: Mapping[str, Any], materials: Materials, graphs: bool
+) -> float:
     with tempfile.TemporaryDirectory() as scratch:
         own_config = config.of(
             method, **{**fields, "task": materials.task.name, "output_dir": str(Path(scratch) / "run")},
@@ -95,7 +97,7 @@ def _seconds_per_step(config: ComparisonConfig, method: str, fields: Mapping[str
             *(trainable.model, args, own.task, own.tokenizer, own.train),
             description=words,
             offload=own.config.activation_offloading,
-            graphs=own.config.cuda_graphs,
+            graphs=None if graphs else bool(own.config.cuda_graphs),
         )
     return cost.seconds_per_step or 0.0
 

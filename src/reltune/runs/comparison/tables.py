@@ -28,7 +28,9 @@ TITLES = {
 }
 
 
-def record_of(state: State, config: ComparisonConfig, notes: Sequence[str], count: int) -> dict[str, Any]:
+def record_of(
+    state: State, config: ComparisonConfig, notes: Sequence[str], count: int, graphs: bool = False
+) -> dict[str, Any]:
     """``comparison.json`` as a mapping: what ``ComparisonRecord`` reads, and beside it every training and where it ran."""
     grid = state.grid
     before = {seed: read(state.directory.before(seed)) or {} for seed in grid.seeds}
@@ -52,6 +54,7 @@ def record_of(state: State, config: ComparisonConfig, notes: Sequence[str], coun
         "commit": commit(),
         "machine": training.machine(),
         "jobs": config.jobs,
+        "cuda_graphs": graphs or bool(config.shared.get("cuda_graphs")),
         "bootstrap": {"draws": DRAWS, "seed": DRAW_SEED, "level": LEVEL, "pairs": "trainings with the same seed"},
         **dataclasses.asdict(record),
         "config": {

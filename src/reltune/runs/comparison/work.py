@@ -61,17 +61,21 @@ class Workshop:
     """Does pieces of work with one set of data and one base model."""
 
     def __init__(
-        self, config: ComparisonConfig, cells: Sequence[Cell], materials: Materials, directory: ComparisonDirectory
+        self,
+        config: ComparisonConfig,
+        cells: Sequence[Cell],
+        materials: Materials,
+        directory: ComparisonDirectory,
+        graphs: bool = False,
     ) -> None:
-        self.config, self.materials, self.directory = config, materials, directory
+        self.config, self.materials, self.directory, self.graphs = config, materials, directory, graphs
         self.cells = {cell.name: cell for cell in cells}
 
     def without_model(self) -> Workshop:
         """The same for another process, which loads the model itself."""
         base = self.materials.base.like(self.materials.base.config)
-        return Workshop(
-            self.config, list(self.cells.values()), dataclasses.replace(self.materials, base=base), self.directory
-        )
+        materials = dataclasses.replace(self.materials, base=base)
+        return Workshop(self.config, list(self.cells.values()), materials, self.directory, self.graphs)
 
     def do(self, piece: Piece, words: str = "") -> None:
         """Do a piece of work; ``words`` name its progress bar."""
@@ -159,7 +163,7 @@ class Workshop:
                 plan.save(run.plan)
             set_seed(piece.seed)
             started = time.perf_counter()
-            model = stages.tune(own, run, description=words)
+            model = stages.tune(own, run, description=words, try_graphs=self.graphs)
             result["seconds"] = time.perf_counter() - started
             result |= self._measured(own, run, model)
         except FAILURES as error:
@@ -187,6 +191,7 @@ class Workshop:
             "steps": cost["steps"],
             "seconds_per_step": cost["seconds_per_step"],
             "peak_memory_bytes": cost["peak_memory_bytes"],
+            "replayed_batches": cost["replayed_batches"],
         }
 
     def test(self, piece: Piece, words: str) -> None:
