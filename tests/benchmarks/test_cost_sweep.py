@@ -54,7 +54,8 @@ def test_a_case_is_measured_once_and_the_record_goes_on(tmp_path: Path, monkeypa
     def measured(_threads: int, work: Any, *args: Any) -> Any:
         if work is cost_sweep.best_pulse:
             return 0.01
-        case, what, best = args
+        case, what, best, patience = args
+        assert patience == 5
         assert best == (0.01 if what == "time" else 0)
         calls.append(case)
         if len(calls) == 1:
@@ -68,7 +69,7 @@ def test_a_case_is_measured_once_and_the_record_goes_on(tmp_path: Path, monkeypa
     record = tmp_path / "record.json"
     options = argparse.Namespace(
         device="cpu", what="memory", threads=1, commit="c", drawn=None, seconds=60, keep_calibration=True, tiny=True,
-        again=False, record=str(record),
+        again=False, record=str(record), patience=5,
     )  # fmt: skip
     cost_sweep.measure(options)
     cost_sweep.measure(options)  # the one that failed again, and no other
@@ -91,7 +92,7 @@ def test_cases_of_an_earlier_draw_are_seen(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "record.json"
     options = argparse.Namespace(
         device="cpu", what="memory", threads=1, commit="c", drawn=[1, 3], seconds=60, keep_calibration=True, tiny=False,
-        again=False, record=str(path),
+        again=False, record=str(path), patience=5,
     )  # fmt: skip
     first, second = (drawn(seed, 3, gpu=False, liger=False) for seed in (1, 2))
     for seed in (1, 1, 2):
@@ -109,7 +110,7 @@ def test_steps_count_while_the_machine_is_calm(monkeypatch: pytest.MonkeyPatch) 
     def steps(pulses: list[float]) -> dict[str, list[float]]:
         after, takes = iter(pulses), iter(range(1, 100))
         monkeypatch.setattr(cost_sweep, "pulse", lambda: next(after))
-        return cost_sweep.calm_steps(lambda: float(next(takes)), 1.0, 2)
+        return cost_sweep.calm_steps(lambda: float(next(takes)), 1.0, 2, 30.0)
 
     assert steps([1.0, 1.1, 1.0, 1.0]) == {"seconds": [1, 2], "pace": [1.1, 1.0]}
     # Disturbed while it runs; then the next one waits for two pulses, and counts, as does the one after it.

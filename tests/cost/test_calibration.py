@@ -6,22 +6,28 @@ import dataclasses
 import platform
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from cost_cases import MACHINE
 from reltune.cost import calibration, devices, memory
-from reltune.cost.ledger import HOST, Work
+from reltune.cost.ledger import HOST, KERNEL, Work
 from reltune.cost.profile import PlanCost
-from reltune.cost.step import Conditions, StepCount
+from reltune.cost.step import Conditions, StepCount, count_step
 from reltune.cost.timing import (
     ALL_IN_ALL,
+    CALLED,
     GIVEN_BACK,
-    HOST_IN_A_STEP,
+    GROUPED,
     LASTING,
+    LAUNCHED,
     ON_A_CPU,
     OPTIMIZED,
+    READING,
+    STEPPED,
     TRIMMED,
     TUNED,
     TUNED_ON_A_CPU,
@@ -182,10 +188,14 @@ def test_the_time_of_work_on_a_gpu_is_the_longer_of_computing_and_moving() -> No
     moved = Work("aten.add", 0, 10**8, torch.float32)
     t4 = devices.calibration_of(devices.card("t4"))
     assert t4 is not None  # the host is on to the next operation while a card computes; it has no bfloat16
-    assert work_seconds({moved: 1}, t4) == pytest.approx(1e8 / calibration.rate(t4.bandwidth, 1e8))
-    assert work_seconds({Work("aten.add", 0, 1, torch.float32): 10}, t4) == pytest.approx(
-        max(10 * 1e6 / 3.2e10, 10 * 7e-6)
-    )
+    amount, speed = t4.bandwidth[0]
+    most = READING * t4.bandwidth[-1][1]
+    assert work_seconds({moved: 1}, t4) == pytest.approx(amount / speed + 1e8 / most)
+    product = Work("aten.mm", 10**12, 10**8, torch.float32)
+    computing = 1e12 / (LASTING * t4.products["float32"][-1][1])
+    assert work_seconds({product: 3}, t4) == pytest.approx(3 * (amount / speed + computing))
+    experts = dataclasses.replace(product, name="aten::_grouped_mm")
+    assert work_seconds({experts: 1}, t4) == pytest.approx(amount / speed + computing * LASTING / GROUPED)
     assert t4.products["bfloat16"] == t4.products["float32"]
 
 
@@ -197,23 +207,56 @@ def test_on_a_cpu_kinds_of_operations_have_their_own_speeds() -> None:
     assert work_seconds({Work(HOST, 0, 0, torch.int64): 5}, here) == pytest.approx(0.5)  # views: the host alone
 
 
-def test_bursts_on_a_gpu_are_quicker_than_steps() -> None:
+def test_the_host_of_a_gpu_takes_what_calls_an_operation_takes() -> None:
     t4 = devices.calibration_of(devices.card("t4"))
     assert t4 is not None
-    product = {Work("aten.mm", 10**12, 1000, torch.float32): 1}
-    measured = dataclasses.replace(t4, stated=False, per_operation=0.0)
-    assert work_seconds(product, measured) == pytest.approx(work_seconds(product, t4) / LASTING["float32"])
-
-
-def test_the_host_of_a_gpu_takes_longer_in_a_step_and_for_modules_that_are_tuned() -> None:
-    t4 = devices.calibration_of(devices.card("t4"))
-    assert t4 is not None
-    views = {Work(HOST, 0, 0, torch.int64): 100}
     each = t4.per_operation
-    assert work_seconds(views, t4) == pytest.approx(100 * each)
-    assert work_seconds(views, t4, tuned=3) == pytest.approx((100 + 3 * TUNED) * each)
-    measured = dataclasses.replace(t4, stated=False)
-    assert work_seconds(views, measured, tuned=3) == pytest.approx(HOST_IN_A_STEP * (100 + 3 * TUNED) * each)
+    forward, backward, again = (Work(HOST, 0, 0, torch.int64, way=way) for way in ("forward", "backward", "again"))
+    launch = Work(KERNEL, 0, 0, torch.float32)
+
+    def calls(work: dict[Work, int], tuned: int = 0) -> float:
+        return work_seconds(work, t4, tuned) / each
+
+    assert calls({forward: 100, backward: 10}) == pytest.approx(100 * CALLED["forward"] + 10 * CALLED["backward"])
+    assert calls({launch: 3}) == pytest.approx(3 * LAUNCHED)
+    assert calls({forward: 1}, tuned=3) == pytest.approx(CALLED["forward"] + 3 * TUNED)
+    assert calls({again: 1, backward: 1}, tuned=3) == pytest.approx(CALLED["again"] + CALLED["backward"] + 6 * TUNED)
+    least = t4.bandwidth[0][0] / t4.bandwidth[0][1]  # a recording is launched at once
+    assert work_seconds({forward: 100, launch: 3}, t4, tuned=3, replayed=True) == pytest.approx(3 * least)
+    count = StepCount(Conditions(), {}, 0, {"forward": Counter(), "backward": Counter()}, 0, 4, 0, 50)
+    assert step_time(count, t4).optimizer == pytest.approx(50 * STEPPED * each)
+
+
+def test_what_checkpointing_does_again_is_told_from_the_backward_pass() -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x * 2  # without gradients, in either pass
+
+        @staticmethod
+        def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+            return g + g
+
+    class Net(torch.nn.Module):
+        gradient_checkpointing = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 4, device="meta")
+            self._gradient_checkpointing_func: Any = None
+
+        def forward(self, x: torch.Tensor) -> Any:
+            y = self._gradient_checkpointing_func(lambda x: Doubled.apply(self.linear(x)).exp(), x)
+            return SimpleNamespace(loss=y.sum())
+
+    counted = count_step(Net(), {"x": torch.empty(2, 4, device="meta", requires_grad=True)}, Conditions())
+    ways = {(part, way): set() for part in counted.work for way in CALLED}
+    for part, work in counted.work.items():
+        for each in work:
+            ways[part, each.way].add(each.name)
+    assert not ways["forward", "backward"] and not ways["forward", "again"] and not ways["backward", "forward"]
+    assert {"aten::mul.Tensor", "aten::addmm"} <= ways["backward", "again"]
+    assert "aten::add.Tensor" in ways["backward", "backward"] and "aten::addmm" not in ways["backward", "backward"]
 
 
 def test_large_storages_are_given_anew_each_time_and_a_heap_in_part() -> None:

@@ -110,6 +110,7 @@ class Ledger(TorchDispatchMode):
     Attributes:
         padded: whether the batch has padding, where a model asks whether its mask is all ones.
         area: what new tensors are for, until it is set to another one.
+        again: whether a forward pass is done again.
         made: how many storages were counted so far.
         areas: bytes alive, of the tensors that were entered or made inside, by what they are for.
         shapes: of products of narrow numbers.
@@ -122,6 +123,7 @@ class Ledger(TorchDispatchMode):
         self.padded = padded
         self.rounding = rounding
         self.area = "activations"
+        self.again = False
         self.live = self.made = 0
         self.areas: Counter[str] = Counter()
         self.shapes: set[Any] = set()
@@ -208,7 +210,7 @@ class Ledger(TorchDispatchMode):
     def _way(self) -> str:
         if self.spans[-1].name != "backward":
             return "forward"
-        return "again" if torch.is_grad_enabled() else "backward"
+        return "again" if self.again else "backward"
 
     def _work(
         self, func: Any, name: str, written: list[Tensor], args: Any, kwargs: Any, result: Any, made: int

@@ -240,7 +240,7 @@ def forward_and_backward(
         stack.enter_context(ledger)
         behind = functools.partial(setattr, ledger, "area", "loss")
         stack.enter_context(stand_ins.Kernels(conditions.cuda, output_weight(base), behind))
-        stack.enter_context(_checkpoints(base, conditions))
+        stack.enter_context(_checkpoints(base, conditions, ledger))
         stack.enter_context(_watched(trained, ledger, conditions.accumulates))
         ledger.mark("forward")
         ledger.area = "activations"
@@ -376,7 +376,7 @@ def _watched(trained: Iterable[Tensor], ledger: Ledger, accumulates: bool) -> It
 
 
 @contextlib.contextmanager
-def _checkpoints(base: nn.Module, conditions: Conditions) -> Iterator[None]:
+def _checkpoints(base: nn.Module, conditions: Conditions, ledger: Ledger) -> Iterator[None]:
     """Let checkpoints make blocks again as they were made: inside of a backward pass PyTorch switches stand-ins off."""
 
     @contextlib.contextmanager
@@ -385,6 +385,8 @@ def _checkpoints(base: nn.Module, conditions: Conditions) -> Iterator[None]:
             stack.enter_context(stand_ins.Kernels(conditions.cuda))
             if conditions.autocast:
                 stack.enter_context(stand_ins.Autocast(conditions.autocast, conditions.cuda))
+            ledger.again = True
+            stack.callback(setattr, ledger, "again", False)
             yield
 
     function = functools.partial(

@@ -17,14 +17,14 @@ PASSES = 7  # over a trained tensor in AdamW: weight, gradient and two states ar
 # and for the memory, of which most operations do not make as much as a product of two tensors does.
 LASTING, GROUPED, READING = 0.94, 0.36, 0.71
 # How many times as long as in the calibration's small model a GPU's host takes for an operation: modules call those of a forward pass from Python,
-# and checkpointing wraps what it does again; for the start of a kernel that Triton compiled; for the tuner's operators of a module, each way; and
-# for the optimizer's part of a tensor. All set on the listed cases of an H200 in benchmarks/results/cost_sweep.json, the same for all models,
+# and checkpointing wraps what it does again; for the start of a kernel that Triton compiled; for the tuner's operators of a module, in each pass; and
+# for the optimizer's part of a tensor. All set on 83 cases of two H200 in benchmarks/results/cost_sweep.json, the same for all models,
 # methods and sizes.
-CALLED = {"forward": 1.8, "again": 5.7, "backward": 0.6}
-LAUNCHED, TUNED, STEPPED = 10, 7, 1.2
+CALLED = {"forward": 1.5, "again": 2.75, "backward": 1.05}
+LAUNCHED, TUNED, STEPPED = 12, 9, 1.4
 # The same of the steps of a CPU, which go on when the host has done its part; and of the optimizer for each tensor. By models of 12 blocks whose
 # tensors are tiny.
-ON_A_CPU, TUNED_ON_A_CPU, OPTIMIZED = 1.5, 40, 3
+ON_A_CPU, TUNED_ON_A_CPU, OPTIMIZED = 1.5, 20, 3
 # A calibration has the best of several runs of each operation, and threads that wait for one another; a step has what comes. By how much its
 # parts take longer: set on 69 cases of the record, the same for all.
 ALL_IN_ALL = 1.15
@@ -47,9 +47,9 @@ class StepTime:
         return self.forward + self.backward + self.optimizer
 
 
-def step_time(count: StepCount, calibration: Calibration) -> StepTime:
-    """What the step takes on the calibrated machine."""
-    parts = {part: work_seconds(work, calibration, count.tuned / 2) for part, work in count.work.items()}
+def step_time(count: StepCount, calibration: Calibration, replayed: bool = False) -> StepTime:
+    """What the step takes on the calibrated machine; ``replayed``: both passes as a CUDA graph."""
+    parts = {part: work_seconds(work, calibration, count.tuned, replayed) for part, work in count.work.items()}
     moved = PASSES * count.trained_bytes
     optimizer = moved / rate(calibration.bandwidth, moved / max(1, count.tensors))
     if calibration.device == "cuda":
@@ -63,15 +63,18 @@ def step_time(count: StepCount, calibration: Calibration) -> StepTime:
     return StepTime(parts["forward"] + slower * fresh, parts["backward"], slower * optimizer)
 
 
-def work_seconds(work: Mapping[Work, int], calibration: Calibration, tuned: float = 0) -> float:
-    """What the work takes, each so many times, with the tuner's operators of so many modules, forward and backward."""
+def work_seconds(work: Mapping[Work, int], calibration: Calibration, tuned: float = 0, replayed: bool = False) -> float:
+    """What the work takes, each so many times, with the tuner's operators of so many modules."""
     if calibration.device != "cuda":  # one after the other
         host = ON_A_CPU * calibration.per_operation * (sum(work.values()) + TUNED_ON_A_CPU * tuned)
         return _slower(calibration) * (host + sum(times * _on_cpu(each, calibration) for each, times in work.items()))
     device = sum(times * _on_gpu(each, calibration) for each, times in work.items())
+    if replayed:  # the host launches it whole
+        return device
     # A GPU computes while Python is on to the next operation.
     calls = sum(times * (LAUNCHED if each.name == KERNEL else CALLED[each.way]) for each, times in work.items())
-    return max(device, calibration.per_operation * (calls + TUNED * tuned))
+    passes = 2 if any(each.way == "again" for each in work) else 1
+    return max(device, calibration.per_operation * (calls + TUNED * tuned * passes))
 
 
 def _slower(calibration: Calibration) -> float:

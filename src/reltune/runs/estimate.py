@@ -436,7 +436,7 @@ class Subject:
 
     def seconds(self, count: StepCount, calibration: Calibration) -> float:
         """Of a step with all its batches."""
-        time = step_time(count, calibration)
+        time = step_time(count, calibration, bool(self.config.cuda_graphs))
         return self.accumulation * (time.forward + time.backward) + time.optimizer
 
     @property
