@@ -54,6 +54,7 @@ def test_python_m_is_the_command() -> None:
 GOOD = {"model_name_or_path": "model", "train_file": "train.csv", "output_dir": "new"}
 GOOD_WORDS = [word for name, value in GOOD.items() for word in (f"--{name}", value)]
 REFUSED = [
+    ({"model_name_or_path": "no-such-model"}, "HF_HUB_OFFLINE is set"),
     *[({name: "absent.csv"}, "absent.csv does not exist") for name in ("validation_file", "test_file", "train_file")],
     ({"forgetting_file": "absent.jsonl"}, "absent.jsonl does not exist"),
     ({"train_file": "absent.parquet"}, "absent.parquet does not exist"),

@@ -17,6 +17,7 @@ from reltune.data.prompts import read_prompts
 from reltune.data.text_files import TEXT_SUFFIXES, check_text_file, format_of, read_text_file
 from reltune.errors import InputError
 from reltune.files import check_destination, model_directory_problem, read_json
+from reltune.hub import hub_problem
 from reltune.methods.registry import METHODS
 from reltune.names import (
     CRITERIA,
@@ -84,8 +85,7 @@ def check_estimate(config: RunConfig, device: str | None, form: str = "table") -
         raise InputError(f"--format {form!r} is unknown; write table or json.")
     if device is not None and device != "cpu":
         card(device)
-    if problem := model_directory_problem(config.model_name_or_path):
-        raise InputError(problem)
+    check_model(config.model_name_or_path)
 
 
 def check_preview(config: RunConfig, model: bool, form: str = "table") -> None:
@@ -94,8 +94,8 @@ def check_preview(config: RunConfig, model: bool, form: str = "table") -> None:
     config.check_data()
     if form not in ("table", "json"):
         raise InputError(f"--format {form!r} is unknown; write table or json.")
-    if model and (problem := model_directory_problem(config.model_name_or_path)):
-        raise InputError(problem)
+    if model:
+        check_model(config.model_name_or_path)
     _check_files(config, FILES)
     check_rows(config)
     config.chat_template = text_of(config.chat_template)
@@ -301,11 +301,16 @@ def check_selection(config: RunConfig) -> None:
         )
 
 
+def check_model(name: str) -> None:
+    """Raise InputError for a model that is neither there nor, as far as can be told at once, on the Hugging Face Hub."""
+    if problem := model_directory_problem(name) or hub_problem(name):
+        raise InputError(problem)
+
+
 def check_inputs(config: RunConfig, training: bool = True) -> None:
     """Raise InputError for a model or data files that are not there; without ``training``, only for those that an evaluation
     reads."""
-    if problem := model_directory_problem(config.model_name_or_path):
-        raise InputError(problem)
+    check_model(config.model_name_or_path)
     _check_files(config, FILES if training else FILES[1:])
 
 
