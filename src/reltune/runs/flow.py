@@ -231,7 +231,7 @@ def forecast_run(config: RunConfig, device: str | None = None) -> Forecast:
 
 def sizes_of_run(config: RunConfig, directory: RunDirectory | None = None) -> Sizes:
     """How much data a run has, new or in its directory, as far as that is known. A task that the config does not name enters it."""
-    if not config.has_data or config.streaming:
+    if not config.has_data:
         return NOT_KNOWN
     with noting():
         recorded = read_task(directory, config) if directory is not None else None
