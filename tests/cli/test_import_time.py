@@ -95,6 +95,7 @@ OTHERS = [
     (["select", "done"], "already holds plan"),
     (["select", "done", "--overwrite_output_dir", "--budget", "0"], "allows nothing"),
     (["evaluate", "untuned"], "holds no adapter"),
+    (["predict", "tuned", "--input_file", "reviews.csv", "--output_file", "new.csv"], "did you mean 'review'?"),
     (["export", "done", "--to", "onnx", "--output_dir", "new"], "'onnx'"),
     (["export", "done", "--to", "lora", "--output_dir", "foreign"], "holds files"),
 ]
@@ -116,7 +117,17 @@ print(json.dumps(answers))
 
 def test_bad_input_is_refused_before_anything_heavy_is_loaded(tmp_path: Path) -> None:
     """With training flags that are right, of which only transformers knows all types."""
-    for name in ("model", "empty", "adapter", "foreign", "done/adapter", "done/plan", "done/relevance", "untuned"):
+    for name in (
+        "model",
+        "empty",
+        "adapter",
+        "foreign",
+        "done/adapter",
+        "done/plan",
+        "done/relevance",
+        "untuned",
+        "tuned",
+    ):
         (tmp_path / name).mkdir(parents=True)
     files = {
         "model/config.json": "{}",
@@ -124,6 +135,8 @@ def test_bad_input_is_refused_before_anything_heavy_is_loaded(tmp_path: Path) ->
         "done/adapter/adapter_config.json": "{}",
         "done/relevance/scores.json": "{}",
         "foreign/notes.txt": "mine",
+        "tuned/adapter_config.json": "{}",
+        "tuned/task.json": '{"name": "regression", "columns": {"text": "reviews", "label": "price"}}',
         "train.csv": "text,label\na,b\n",
         "reviews.csv": "review,stars\na,1\n",
         "torn.jsonl": '{"text": ',

@@ -315,7 +315,7 @@ def predict(
     encoding: str = "utf-8",
 ) -> Predicted:
     """Write a tuned model's predictions for the rows of a file; the lines that were left out are a warning."""
-    preflight.check_prediction(path, input_file, output_file, on_bad_rows)
+    preflight.check_prediction(path, input_file, output_file, on_bad_rows, encoding)
     with noting():
         tuned = Tuned.open(path)
         done = predictions.predict(tuned, input_file, output_file, batch_size, max_new_tokens, on_bad_rows, encoding)

@@ -6,15 +6,18 @@ The stages rely on none of this: what is read later is checked as it is read.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from reltune.config.comparison import ComparisonConfig
 from reltune.config.run_config import RunConfig
 from reltune.cost.devices import card
+from reltune.data.columns import require_columns
 from reltune.data.layout import layout_of
 from reltune.data.prompts import read_prompts
-from reltune.data.text_files import TEXT_SUFFIXES, check_text_file, format_of, read_text_file
+from reltune.data.streams import StreamedRows
+from reltune.data.text_files import TEXT_SUFFIXES, check_text_file, format_of, read_text_file, stream_text_file
 from reltune.errors import InputError
 from reltune.files import check_destination, model_directory_problem, read_json
 from reltune.hub import hub_problem
@@ -211,12 +214,16 @@ def kept_as(path: str | os.PathLike) -> tuple[str, Path]:
     )
 
 
-def check_prediction(path: str, input_file: str, output_file: str, on_bad_rows: str = "error") -> None:
+def check_prediction(
+    path: str, input_file: str, output_file: str, on_bad_rows: str = "error", encoding: str = "utf-8"
+) -> None:
     """Raise InputError for a prediction without a tuned model, without a file to read, or to a file that cannot be written."""
     form, folder = kept_as(path)
     if on_bad_rows not in ON_BAD_ROWS:
         raise InputError(f"--on_bad_rows {on_bad_rows!r} is unknown; write {' or '.join(ON_BAD_ROWS)}.")
     check_source(input_file)
+    if (folder / TASK).is_file():
+        _check_asked(read_json(folder / TASK), input_file, encoding)
     if output_file == "-":
         return
     target = Path(output_file)
@@ -247,6 +254,17 @@ def check_prediction(path: str, input_file: str, output_file: str, on_bad_rows: 
         raise InputError(
             f"--output_file {output_file} cannot be written, because its directory does not allow it; name another one."
         )
+
+
+def _check_asked(task: Any, input_file: str, encoding: str) -> None:
+    """Raise InputError for a table without a column that a model with classes, or one number, reads. Else its stage looks."""
+    columns = task.get("columns") if isinstance(task, Mapping) else None
+    if not isinstance(columns, Mapping) or "label" not in columns or "image" in columns:
+        return
+    path = Path(input_file)
+    if not path.is_dir() and format_of(path) in (".csv", ".tsv"):
+        rows = StreamedRows(stream_text_file(path, encoding), input_file)
+        require_columns(rows, {str(column): "" for role, column in columns.items() if role != "label"})
 
 
 def check_chat(path: str, compare: bool) -> None:
