@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from reltune.hub import hub_problem
+from reltune.hub import dataset_problem, model_problem
 
 ANSWERS: dict[str, tuple[int, dict[str, str]]] = {
     "there": (200, {"ETag": '"0"', "X-Repo-Commit": "0" * 40}),
@@ -26,7 +26,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self.asked.append(self.path)
-        code, headers = ANSWERS[self.path.split("/")[1]]
+        code, headers = ANSWERS[self.path.removeprefix("/datasets").split("/")[1]]
         self.send_response(code)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -64,23 +64,33 @@ def _use(monkeypatch: pytest.MonkeyPatch, cache: Path, port: int, offline: bool 
 )
 def test_the_hub_is_asked_once(hub: HTTPServer, name: str, said: str | None) -> None:
     """A model that it has, or says nothing of, is left to what loads it."""
-    problem = hub_problem(name)
+    problem = model_problem(name)
     assert (problem is None) if said is None else (problem is not None and said in problem)
     assert Hub.asked == [f"/{name}/resolve/main/config.json"]
+
+
+@pytest.mark.parametrize(("name", "said"), [("absent", "no data set of the"), ("files", None), ("there", None)])
+def test_data_sets_are_asked_for_too(hub: HTTPServer, tmp_path: Path, name: str, said: str | None) -> None:
+    """One without a README may be loaded."""
+    problem = dataset_problem(name)
+    assert (problem is None) if said is None else (problem is not None and said in problem)
+    assert Hub.asked == [f"/datasets/{name}/resolve/main/README.md"]
+    (tmp_path / "datasets--absent" / "snapshots").mkdir(parents=True)
+    assert dataset_problem("absent") is None and len(Hub.asked) == 1
 
 
 def test_what_is_here_already_is_not_asked_for(
     hub: HTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert hub_problem(str(tmp_path)) is None
+    assert model_problem(str(tmp_path)) is None
     kept = tmp_path / "models--absent" / "snapshots" / "0"
     kept.mkdir(parents=True)
     (kept / "config.json").write_text("{}")
     (tmp_path / "models--absent" / "refs").mkdir()
     (tmp_path / "models--absent" / "refs" / "main").write_text("0")
-    assert hub_problem("absent") is None
+    assert model_problem("absent") is None
     _use(monkeypatch, tmp_path, hub.server_port, offline=True)
-    assert hub_problem("absent") is None
+    assert model_problem("absent") is None
     assert Hub.asked == []
 
 
@@ -89,6 +99,6 @@ def test_without_a_network_and_offline_it_is_said_at_once(tmp_path: Path, monkey
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     _use(monkeypatch, tmp_path, port)
-    assert "cannot be reached; check the path or id, and the network" in (hub_problem("there") or "")
+    assert "cannot be reached; check the path or id, and the network" in (model_problem("there") or "")
     _use(monkeypatch, tmp_path, port, offline=True)
-    assert "HF_HUB_OFFLINE is set" in (hub_problem("there") or "")
+    assert "HF_HUB_OFFLINE is set" in (model_problem("there") or "")

@@ -88,6 +88,7 @@ REFUSED = [
     ({"config": "empty.yaml"}, "max_length is 0"),
 ]
 OTHERS = [
+    (["data", "--dataset_name", "bbc_new"], "did you mean 'bbc_news'?"),
     (["tune", "done", "--learning_rate", "1e-3"], "already holds adapter"),
     (["tune", "nowhere"], "holds no run"),
     (["data", "--train_file", "reviews.csv"], "with --text_column"),

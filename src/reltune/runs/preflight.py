@@ -18,12 +18,13 @@ from reltune.data.layout import layout_of
 from reltune.data.prompts import read_prompts
 from reltune.data.streams import StreamedRows
 from reltune.data.text_files import TEXT_SUFFIXES, check_text_file, format_of, read_text_file, stream_text_file
-from reltune.errors import InputError
+from reltune.errors import InputError, nearest
 from reltune.files import check_destination, model_directory_problem, read_json
-from reltune.hub import hub_problem
+from reltune.hub import dataset_problem, model_problem
 from reltune.methods.registry import METHODS
 from reltune.names import (
     CRITERIA,
+    DATASETS,
     EXPORT_FORMS,
     GGUF_TYPES,
     IN_GGUF,
@@ -100,6 +101,7 @@ def check_preview(config: RunConfig, model: bool, form: str = "table") -> None:
     if model:
         check_model(config.model_name_or_path)
     _check_files(config, FILES)
+    check_dataset(config.dataset_name)
     check_rows(config)
     config.chat_template = text_of(config.chat_template)
 
@@ -321,7 +323,7 @@ def check_selection(config: RunConfig) -> None:
 
 def check_model(name: str) -> None:
     """Raise InputError for a model that is neither there nor, as far as can be told at once, on the Hugging Face Hub."""
-    if problem := model_directory_problem(name) or hub_problem(name):
+    if problem := model_directory_problem(name) or model_problem(name):
         raise InputError(problem)
 
 
@@ -330,6 +332,17 @@ def check_inputs(config: RunConfig, training: bool = True) -> None:
     reads."""
     check_model(config.model_name_or_path)
     _check_files(config, FILES if training else FILES[1:])
+    if training:
+        check_dataset(config.dataset_name)
+
+
+def check_dataset(name: str | None) -> None:
+    """Raise InputError for a data set that neither a package nor, as far as can be told at once, the Hugging Face Hub has."""
+    if name is None or name in DATASETS:
+        return
+    close = nearest(name, DATASETS)
+    if problem := dataset_problem(name, close if close.startswith("did") else ""):
+        raise InputError(problem)
 
 
 def _check_files(config: RunConfig, names: Sequence[str]) -> None:
