@@ -109,7 +109,7 @@ def named_training_fields(words: Sequence[str], own_flags: Collection[str] = ())
     for word in _normal(words):
         if not word.startswith("--"):
             if isinstance(found[name], str) and "list" not in str(kinds[name]):
-                raise InputError(f"unexpected argument {word!r}: --{name} takes one value, and flags begin with --.")
+                raise InputError(f"unexpected argument {word!r}: the flag before it takes one value, and flags begin with --.")
             found[name] = word
             continue
         flag, equals, value = word.partition("=")
