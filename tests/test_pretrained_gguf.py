@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from reltune.errors import InputError
-from reltune.pretrained import as_it_is, load_config, load_model, load_tokenizer
+from reltune.pretrained import load_config, load_model, load_tokenizer
 from reltune.tasks.causal_lm import CausalLM
 
 
@@ -75,7 +75,7 @@ def test_a_file_of_llama_cpp_is_loaded_as_the_plain_model_that_it_is(tmp_path: P
         AutoModelForCausalLM,
         MODEL_FOR_CAUSAL_LM_MAPPING,
         "head",
-        as_it_is,
+        lambda config: True,
         None,
         lambda: None,
     )

@@ -323,26 +323,6 @@ def _kept_whole(auto_class: Any, config: PreTrainedConfig) -> list[str]:
     return [*heads, "pooler"]
 
 
-def labelled(
-    labels: list[str], problem_type: str | None = None, head_labels: list[str] | None = None
-) -> Callable[[Any], bool]:
-    """An ``adapt`` for ``load_model``: one output for each label, a label's place in the list being its index.
-
-    A loaded head was made for the same labels if its own names for them are ``head_labels`` (``labels`` if None), in the
-    same order, and if its outputs mean the same kind of answer.
-    """
-
-    def adapt(config: Any) -> bool:
-        same = class_names(config) == (head_labels or labels) and means_the_same(config, problem_type)
-        config.num_labels = len(labels)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: index for index, label in enumerate(labels)}
-        config.problem_type = problem_type
-        return same
-
-    return adapt
-
-
 def class_names(config: PreTrainedConfig) -> list[str]:
     """A checkpoint's names for its classes, in the order of its outputs."""
     return [str(name) for _, name in sorted((config.id2label or {}).items())]
@@ -354,11 +334,6 @@ def means_the_same(config: PreTrainedConfig, problem_type: str | None) -> bool:
     if problem_type == "single_label_classification":
         return before in (None, problem_type)
     return problem_type is None or before == problem_type
-
-
-def as_it_is(config: Any) -> bool:
-    """An ``adapt`` for ``load_model``: the head that the checkpoint has is the task's."""
-    return True
 
 
 def _known(mapping: Any) -> str:

@@ -239,7 +239,7 @@ def test_nothing_left_to_choose(place: Place) -> None:
         (["--learning_rate"], "--learning_rate"),
         (["--num_train_epochs", "two"], "num_train_epochs is 'two'; it must be a number"),
         (["--max_steps", "2.5"], "max_steps is '2.5'; it must be a whole number"),
-        (["--bf16", "maybe"], "--bf16"),
+        (["--bf16", "maybe"], "bf16 is 'maybe'"),
         (["--lr_scheduler_type", "linea"], "'linear'"),
         (["--optim", "adam_w"], "--optim 'adam_w' is unknown"),
         (["--max_length", "long"], "max_length is 'long'; it must be a whole number"),

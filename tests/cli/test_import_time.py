@@ -54,6 +54,7 @@ def test_python_m_is_the_command() -> None:
 GOOD = {"model_name_or_path": "model", "train_file": "train.csv", "output_dir": "new"}
 GOOD_WORDS = [word for name, value in GOOD.items() for word in (f"--{name}", value)]
 REFUSED = [
+    ({"model_name_or_path": "no-such-model"}, "HF_HUB_OFFLINE is set"),
     *[({name: "absent.csv"}, "absent.csv does not exist") for name in ("validation_file", "test_file", "train_file")],
     ({"forgetting_file": "absent.jsonl"}, "absent.jsonl does not exist"),
     ({"train_file": "absent.parquet"}, "absent.parquet does not exist"),
@@ -87,6 +88,7 @@ REFUSED = [
     ({"config": "empty.yaml"}, "max_length is 0"),
 ]
 OTHERS = [
+    (["data", "--dataset_name", "bbc_new"], "did you mean 'bbc_news'?"),
     (["tune", "done", "--learning_rate", "1e-3"], "already holds adapter"),
     (["tune", "nowhere"], "holds no run"),
     (["data", "--train_file", "reviews.csv"], "with --text_column"),
@@ -94,6 +96,7 @@ OTHERS = [
     (["select", "done"], "already holds plan"),
     (["select", "done", "--overwrite_output_dir", "--budget", "0"], "allows nothing"),
     (["evaluate", "untuned"], "holds no adapter"),
+    (["predict", "tuned", "--input_file", "reviews.csv", "--output_file", "new.csv"], "did you mean 'review'?"),
     (["export", "done", "--to", "onnx", "--output_dir", "new"], "'onnx'"),
     (["export", "done", "--to", "lora", "--output_dir", "foreign"], "holds files"),
 ]
@@ -115,7 +118,17 @@ print(json.dumps(answers))
 
 def test_bad_input_is_refused_before_anything_heavy_is_loaded(tmp_path: Path) -> None:
     """With training flags that are right, of which only transformers knows all types."""
-    for name in ("model", "empty", "adapter", "foreign", "done/adapter", "done/plan", "done/relevance", "untuned"):
+    for name in (
+        "model",
+        "empty",
+        "adapter",
+        "foreign",
+        "done/adapter",
+        "done/plan",
+        "done/relevance",
+        "untuned",
+        "tuned",
+    ):
         (tmp_path / name).mkdir(parents=True)
     files = {
         "model/config.json": "{}",
@@ -123,6 +136,8 @@ def test_bad_input_is_refused_before_anything_heavy_is_loaded(tmp_path: Path) ->
         "done/adapter/adapter_config.json": "{}",
         "done/relevance/scores.json": "{}",
         "foreign/notes.txt": "mine",
+        "tuned/adapter_config.json": "{}",
+        "tuned/task.json": '{"name": "regression", "columns": {"text": "reviews", "label": "price"}}',
         "train.csv": "text,label\na,b\n",
         "reviews.csv": "review,stars\na,1\n",
         "torn.jsonl": '{"text": ',

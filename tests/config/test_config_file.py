@@ -134,7 +134,7 @@ WRONG = [
     ("learning_rate: fast", "learning_rate is 'fast'; it must be a number"),
     ("max_steps: 2.5", "max_steps is '2.5'; it must be a whole number"),
     ("lr_scheduler_type: linea", "lr_scheduler_type 'linea' is unknown; did you mean 'linear'"),
-    ("bf16: maybe", "bf16: Truthy value expected"),
+    ("bf16: maybe", "bf16 is 'maybe'; it must be true or false"),
     ("learning_rate: [1e-3]", "learning_rate is ['1e-3']; it must be a single value"),
     ("training: {seed: 3}", "seed is a field of the run"),
 ]

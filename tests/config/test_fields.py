@@ -235,4 +235,9 @@ def test_a_release_of_transformers_with_names_that_are_not_known_is_imported(mon
 def test_a_word_that_belongs_to_no_flag(words: tuple[str, ...]) -> None:
     with pytest.raises(InputError, match=r"unexpected argument '(4|true|x)'"):
         named_training_fields(words)
+    with pytest.raises(
+        InputError, match="use_cpu is 'full'; it must be true or false"
+    ):  # of --methods lora --use_cpu full
+        named_training_fields(("--use_cpu", "full"))
     assert named_training_fields(("--report_to", "tensorboard", "wandb"))
+    assert named_training_fields(("--use_cpu", "No", "--bf16", "1")) == {"use_cpu": "No", "bf16": "1"}

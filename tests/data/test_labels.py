@@ -300,6 +300,16 @@ def test_what_is_no_label() -> None:
             False,
             "s.csv: 2 classes, of which 2 have one example ('id 0', 'id 1'); most rows have",
         ),
+        (
+            {"sport": 9, "sprt": 1, "Tech ": 1, "tech": 9, "news": 1, "run 1": 9, "run 2": 1},
+            False,
+            "s.csv: 7 classes, of which 4 have one example ('Tech ', meant to be 'tech'?, 'news', 'run 2', …).",
+        ),
+        (
+            {"sport": 9, "sprt": 1},
+            False,
+            "s.csv: 2 classes, of which 1 has one example ('sprt', meant to be 'sport'?).",
+        ),
         ({chr(n): 9 for n in range(99, 120)}, True, None),
     ],
 )

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import reltune
 from command_line import reltune as call
-from command_line import review_rows
+from command_line import review_rows, write_csv
 from reltune import InputError
 from reltune.config.run_config import RunConfig
 from reltune.methods.registry import METHODS
@@ -173,6 +175,27 @@ def test_dry_runs_write_nothing(place: Path) -> None:
     for said in ("Nothing is measured yet", "the backward pass ends at", "the largest batch that fits is", "A dry run"):
         assert said in answer.out
     assert snapshot(place) == before and not (place / "new").exists()
+
+
+@pytest.mark.parametrize("own", [None, ("neg", "pos"), ("a", "b", "c", "d", "e"), ("v", "w", "x", "y", "z")])
+def test_a_dry_run_counts_the_head_that_the_data_want(tmp_path: Path, own: tuple[str, ...] | None) -> None:
+    """A new one of five classes, or none where the model's own head is for them already."""
+    save_tiny_bert(tmp_path / "model", labels=own)
+    rows = [(text, "abcde"[index % 5]) for index, (text, _) in enumerate(review_rows(100))]
+    words: list[Any] = [
+        *("--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "run", "--method", "lora"),
+        *("--train_file", write_csv(tmp_path / "train.csv", rows), "--max_steps", 1, "--use_cpu"),
+    ]
+    said = json.loads(call("run", *words, "--dry_run", "--format", "json").out)["estimate"]
+    answer = call("run", *words)
+    assert answer.code in (None, 0), answer.err
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    lora, full = said["rows"]
+    assert lora["head"] == full["head"] == results["head_parameters"] == (0 if own == tuple("abcde") else 32 * 5 + 5)
+    assert lora["trained"] == results["trainable_parameters"]
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    kept = [values for name, values in saved.items() if not (results["head_parameters"] and "classifier" in name)]
+    assert full["trained"] == said["parameters"] == sum(map(torch.Tensor.numel, kept))
 
 
 def test_what_cannot_be_kept_is_refused_with_what_can(place: Path) -> None:

@@ -457,7 +457,7 @@ def predict(
     """Write what the tuned model says of each row of a file."""
     from reltune.runs.preflight import check_prediction
 
-    check_prediction(tuned, input_file, output_file, on_bad_rows)
+    check_prediction(tuned, input_file, output_file, on_bad_rows, encoding)
     from reltune.layers.fingerprint import any_base
     from reltune.runs import flow
 

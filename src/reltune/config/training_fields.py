@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from reltune.errors import InputError, nearest
 
+TRUTHS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # as transformers reads them
 RESERVED = ("output_dir", "seed")  # fields that reltune sets itself, from flags of its own
 NOT_FOR_RUNS = (*RESERVED, "resume_from_checkpoint")  # a new run has none
 
@@ -109,7 +110,9 @@ def named_training_fields(words: Sequence[str], own_flags: Collection[str] = ())
     for word in _normal(words):
         if not word.startswith("--"):
             if isinstance(found[name], str) and "list" not in str(kinds[name]):
-                raise InputError(f"unexpected argument {word!r}: --{name} takes one value, and flags begin with --.")
+                raise InputError(
+                    f"unexpected argument {word!r}: the flag before it takes one value, where several are joined by commas, and flags begin with --."
+                )
             found[name] = word
             continue
         flag, equals, value = word.partition("=")
@@ -126,6 +129,8 @@ def named_training_fields(words: Sequence[str], own_flags: Collection[str] = ())
 
 
 def _check_word(name: str, kind: Any, word: str) -> None:
+    if kind is bool and word and word.lower() not in TRUTHS:
+        raise InputError(f"{name} is {word!r}; it must be true or false.")
     kinds = typing.get_args(kind) or (kind,)
     for number, article in ((int, "a whole number"), (float, "a number")):
         if number in kinds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -511,7 +512,8 @@ def note_rare_classes(counts: Mapping[str, int], source: str, guessed: bool) -> 
         return
     said = f"{Path(source).name}: {len(counts)} classes"
     if alone:
-        named = ", ".join(map(repr, sorted(alone)[:3])) + (", …" if len(alone) > 3 else "")
+        often = [name for name, count in counts.items() if count > 1]
+        named = ", ".join(_with_likeness(name, often) for name in sorted(alone)[:3]) + (", …" if len(alone) > 3 else "")
         said += f", of which {len(alone)} {'has' if len(alone) == 1 else 'have'} one example ({named})"
     if quantities:
         said += "; if the labels are quantities, pass --task regression"
@@ -520,6 +522,13 @@ def note_rare_classes(counts: Mapping[str, int], source: str, guessed: bool) -> 
     elif 2 * len(alone) > sum(counts.values()):
         said += "; most rows have a class of their own: is another column meant (--label_column)?"
     note(said if said.endswith("?") else f"{said}.")
+
+
+def _with_likeness(name: str, others: Sequence[str]) -> str:
+    """A class in quotes, and the class of ``others`` that it may be a typing error of. Names with digits differ in little by right."""
+    plain = {other.strip().lower(): other for other in others}
+    close = difflib.get_close_matches(name.strip().lower(), plain, 1, cutoff=0.88) if not re.search(r"\d", name) else []
+    return f"{name!r}, meant to be {plain[close[0]]!r}?" if close else repr(name)
 
 
 READERS = {

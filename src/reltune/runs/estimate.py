@@ -38,7 +38,7 @@ from reltune.methods.planned import Planned
 from reltune.methods.registry import METHODS
 from reltune.plan.budget import parse_budget, read_budget
 from reltune.plan.plan import ModulePlan, Plan
-from reltune.pretrained import load_config
+from reltune.pretrained import HEADS, load_config
 from reltune.runs.duration import Prefix, course
 from reltune.runs.preflight import check_estimate
 from reltune.runs.sizes import GROUPED, IN_ORDER, NOT_KNOWN, Sizes, multiple_for
@@ -374,6 +374,7 @@ class Subject:
         """``new_heads``: the modules that no checkpoint has values for, where they are known; else they are guessed."""
         self.config, self.plan, self.cuda, self.sizes = config, plan, cuda, sizes
         self.settings: Any = load_config(config.model_name_or_path)
+        own_head = sizes.adapt is None or sizes.adapt(self.settings)
         self.task = config.task or _task_of(self.settings, config.model_name_or_path)
         mapping = getattr(transformers, f"MODEL_FOR_{_mapping_of(self.task)}_MAPPING")
         if type(self.settings) not in mapping:
@@ -396,7 +397,7 @@ class Subject:
             self.accumulation > 1,
         )
         self._whole = self._from_config()
-        self.new_heads = _new_heads(self._whole, self.settings) if new_heads is None else list(new_heads)
+        self.new_heads = _new_heads(self._whole, self.settings, own_head) if new_heads is None else list(new_heads)
         self.inventory = take_inventory(self._whole, self.new_heads)
         self.parameters = self.inventory.base_parameters
         self.head_parameters = self.inventory.head_parameters
@@ -714,13 +715,14 @@ def _mapping_of(task: str) -> str:
     }[CLASSES[task]]
 
 
-def _new_heads(model: Any, settings: Any) -> list[str]:
-    """The modules for which the checkpoint has no values, as far as its config says: a head of another class than it was saved by."""
-    if type(model).__name__ in (getattr(settings, "architectures", None) or []):
+def _new_heads(model: Any, settings: Any, own: bool) -> list[str]:
+    """The modules for which the checkpoint has no values, as far as its config says: a head of another class than it was saved by, or
+    one that is made anew because its ``own`` is for something else."""
+    if own and type(model).__name__ in (getattr(settings, "architectures", None) or []):
         return []
     children = dict(model.named_children())
     if model.base_model_prefix not in children:
-        return []
+        return [] if own else [name for name in children if f"{name}." in HEADS]
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [
         name

@@ -231,7 +231,7 @@ def forecast_run(config: RunConfig, device: str | None = None) -> Forecast:
 
 def sizes_of_run(config: RunConfig, directory: RunDirectory | None = None) -> Sizes:
     """How much data a run has, new or in its directory, as far as that is known. A task that the config does not name enters it."""
-    if not config.has_data or config.streaming:
+    if not config.has_data:
         return NOT_KNOWN
     with noting():
         recorded = read_task(directory, config) if directory is not None else None
@@ -315,7 +315,7 @@ def predict(
     encoding: str = "utf-8",
 ) -> Predicted:
     """Write a tuned model's predictions for the rows of a file; the lines that were left out are a warning."""
-    preflight.check_prediction(path, input_file, output_file, on_bad_rows)
+    preflight.check_prediction(path, input_file, output_file, on_bad_rows, encoding)
     with noting():
         tuned = Tuned.open(path)
         done = predictions.predict(tuned, input_file, output_file, batch_size, max_new_tokens, on_bad_rows, encoding)

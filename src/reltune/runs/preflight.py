@@ -6,20 +6,25 @@ The stages rely on none of this: what is read later is checked as it is read.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from reltune.config.comparison import ComparisonConfig
 from reltune.config.run_config import RunConfig
 from reltune.cost.devices import card
+from reltune.data.columns import require_columns
 from reltune.data.layout import layout_of
 from reltune.data.prompts import read_prompts
-from reltune.data.text_files import TEXT_SUFFIXES, check_text_file, format_of, read_text_file
-from reltune.errors import InputError
+from reltune.data.streams import StreamedRows
+from reltune.data.text_files import TEXT_SUFFIXES, check_text_file, format_of, read_text_file, stream_text_file
+from reltune.errors import InputError, nearest
 from reltune.files import check_destination, model_directory_problem, read_json
+from reltune.hub import dataset_problem, model_problem
 from reltune.methods.registry import METHODS
 from reltune.names import (
     CRITERIA,
+    DATASETS,
     EXPORT_FORMS,
     GGUF_TYPES,
     IN_GGUF,
@@ -84,8 +89,7 @@ def check_estimate(config: RunConfig, device: str | None, form: str = "table") -
         raise InputError(f"--format {form!r} is unknown; write table or json.")
     if device is not None and device != "cpu":
         card(device)
-    if problem := model_directory_problem(config.model_name_or_path):
-        raise InputError(problem)
+    check_model(config.model_name_or_path)
 
 
 def check_preview(config: RunConfig, model: bool, form: str = "table") -> None:
@@ -94,9 +98,10 @@ def check_preview(config: RunConfig, model: bool, form: str = "table") -> None:
     config.check_data()
     if form not in ("table", "json"):
         raise InputError(f"--format {form!r} is unknown; write table or json.")
-    if model and (problem := model_directory_problem(config.model_name_or_path)):
-        raise InputError(problem)
+    if model:
+        check_model(config.model_name_or_path)
     _check_files(config, FILES)
+    check_dataset(config.dataset_name)
     check_rows(config)
     config.chat_template = text_of(config.chat_template)
 
@@ -211,12 +216,16 @@ def kept_as(path: str | os.PathLike) -> tuple[str, Path]:
     )
 
 
-def check_prediction(path: str, input_file: str, output_file: str, on_bad_rows: str = "error") -> None:
+def check_prediction(
+    path: str, input_file: str, output_file: str, on_bad_rows: str = "error", encoding: str = "utf-8"
+) -> None:
     """Raise InputError for a prediction without a tuned model, without a file to read, or to a file that cannot be written."""
     form, folder = kept_as(path)
     if on_bad_rows not in ON_BAD_ROWS:
         raise InputError(f"--on_bad_rows {on_bad_rows!r} is unknown; write {' or '.join(ON_BAD_ROWS)}.")
     check_source(input_file)
+    if (folder / TASK).is_file():
+        _check_asked(read_json(folder / TASK), input_file, encoding)
     if output_file == "-":
         return
     target = Path(output_file)
@@ -247,6 +256,17 @@ def check_prediction(path: str, input_file: str, output_file: str, on_bad_rows: 
         raise InputError(
             f"--output_file {output_file} cannot be written, because its directory does not allow it; name another one."
         )
+
+
+def _check_asked(task: Any, input_file: str, encoding: str) -> None:
+    """Raise InputError for a table without a column that a model with classes, or one number, reads. Else its stage looks."""
+    columns = task.get("columns") if isinstance(task, Mapping) else None
+    if not isinstance(columns, Mapping) or "label" not in columns or "image" in columns:
+        return
+    path = Path(input_file)
+    if not path.is_dir() and format_of(path) in (".csv", ".tsv"):
+        rows = StreamedRows(stream_text_file(path, encoding), input_file)
+        require_columns(rows, {str(column): "" for role, column in columns.items() if role != "label"})
 
 
 def check_chat(path: str, compare: bool) -> None:
@@ -301,12 +321,28 @@ def check_selection(config: RunConfig) -> None:
         )
 
 
+def check_model(name: str) -> None:
+    """Raise InputError for a model that is neither there nor, as far as can be told at once, on the Hugging Face Hub."""
+    if problem := model_directory_problem(name) or model_problem(name):
+        raise InputError(problem)
+
+
 def check_inputs(config: RunConfig, training: bool = True) -> None:
     """Raise InputError for a model or data files that are not there; without ``training``, only for those that an evaluation
     reads."""
-    if problem := model_directory_problem(config.model_name_or_path):
-        raise InputError(problem)
+    check_model(config.model_name_or_path)
     _check_files(config, FILES if training else FILES[1:])
+    if training:
+        check_dataset(config.dataset_name)
+
+
+def check_dataset(name: str | None) -> None:
+    """Raise InputError for a data set that neither a package nor, as far as can be told at once, the Hugging Face Hub has."""
+    if name is None or name in DATASETS:
+        return
+    close = nearest(name, DATASETS)
+    if problem := dataset_problem(name, close if close.startswith("did") else ""):
+        raise InputError(problem)
 
 
 def _check_files(config: RunConfig, names: Sequence[str]) -> None:

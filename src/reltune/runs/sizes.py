@@ -1,10 +1,10 @@
-"""How much data a run has: examples, the lengths of their texts, and of the batches that they are padded to."""
+"""How much data a run has: examples, the lengths of their texts, and of the batches that they are padded to; and which head they want."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -80,10 +80,11 @@ def _rounded(lengths: np.ndarray) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How many examples a run has, and how long they are, as far as that is known.
+    """How many examples a run has, how long they are, and which head they want, as far as that is known.
 
     Attributes:
         lengths: of training; ``held_out_lengths``: of validation and test.
+        adapt: ``Task.adapt`` of their task, which knows their classes.
     """
 
     train: int | None = None
@@ -91,6 +92,7 @@ class Sizes:
     test: int = 0
     lengths: TextLengths | None = None
     held_out_lengths: TextLengths | None = None
+    adapt: Callable[[Any], bool] | None = None
 
     @classmethod
     def of(cls, train: int | None, held_out: int | None = None) -> Sizes:

@@ -73,7 +73,7 @@ class Data:
 
 
 def sizes_of(task: Task, train: Any, validation: Examples, test: Examples) -> Sizes:
-    """How many examples there are, and how long; of a streamed ``train`` nobody knows."""
+    """How many examples there are, how long, and which head they want; of a streamed ``train`` only the last is known."""
 
     def lengths(*some: Examples) -> TextLengths | None:
         return TextLengths([task.lengths(item) for one in some for item in one.items]) if task.padding_sides else None
@@ -85,6 +85,7 @@ def sizes_of(task: Task, train: Any, validation: Examples, test: Examples) -> Si
         len(test),
         lengths(train) if known else None,
         lengths(validation, test),
+        task.adapt,
     )
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from reltune.errors import nearest
 from reltune.notes import note
-from reltune.pretrained import class_names, labelled, load_model, means_the_same
+from reltune.pretrained import class_names, load_model, means_the_same
 from reltune.tasks.task import Columns, Task
 
 SHOWN = 6  # classes in a sentence
@@ -75,6 +75,16 @@ class ClassTask(Task):
         classes = ", ".join(f"{index} {label}" for index, label in enumerate(self.labels))
         return [*super().facts(), f"Classes, in the order of the model's outputs: {classes}"]
 
+    def adapt(self, config: Any) -> bool:
+        """One output for each label, a label's place in the list being its index. A head was made for the same labels if its own names
+        for them are ``head_labels``, in the same order, and if its outputs mean the same kind of answer."""
+        same = class_names(config) == (self.head_labels or self.labels) and means_the_same(config, self.problem_type)
+        config.num_labels = len(self.labels)
+        config.id2label = dict(enumerate(self.labels))
+        config.label2id = {label: index for index, label in enumerate(self.labels)}
+        config.problem_type = self.problem_type
+        return same
+
     def load_model(
         self, model_name_or_path: str | os.PathLike, dtype: torch.dtype | str | None = None, **options: Any
     ) -> tuple[PreTrainedModel, list[str]]:
@@ -83,7 +93,7 @@ class ClassTask(Task):
             self.auto_class,
             self.mapping,
             self.head,
-            labelled(self.labels, self.problem_type, self.head_labels),
+            self.adapt,
             dtype,
             (lambda: self.load_tokenizer(model_name_or_path).pad_token_id) if self.reads_last_token else None,
             **options,

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from reltune.errors import InputError
-from reltune.pretrained import as_it_is, load_config, load_model
+from reltune.pretrained import load_config, load_model
 from reltune.tasks.chat_templates import with_chat_template
 from reltune.tasks.task import Task
 
@@ -65,7 +65,7 @@ class DecoderTask(Task):
             AutoModelForCausalLM,
             MODEL_FOR_CAUSAL_LM_MAPPING,
             "causal language modelling head",
-            as_it_is,
+            self.adapt,
             dtype,
             **options,
         )

@@ -32,7 +32,7 @@ from transformers import (
 from reltune.data.rows import Row, text_problem
 from reltune.errors import InputError
 from reltune.losses import IGNORED
-from reltune.pretrained import as_it_is, load_model
+from reltune.pretrained import load_model
 from reltune.tasks.causal_lm import token_metrics, token_sums
 from reltune.tasks.prediction import Predictions, check_outputs, outputs_of, rounded
 from reltune.tasks.task import Columns, Examples, Seen, Task
@@ -66,7 +66,7 @@ class MaskedLM(Task):
     ) -> tuple[PreTrainedModel, list[str]]:
         name = os.fspath(model_name_or_path)
         model, missing = load_model(
-            name, AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING, "masked language modelling head", as_it_is, dtype,
+            name, AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING, "masked language modelling head", self.adapt, dtype,
             **options,
         )  # fmt: skip
         if missing:

@@ -32,7 +32,7 @@ from reltune.data.rows import Row, text_problem
 from reltune.errors import InputError
 from reltune.losses import LOSSES
 from reltune.notes import note
-from reltune.pretrained import as_it_is, load_model
+from reltune.pretrained import load_model
 from reltune.tasks.prediction import Predictions, check_outputs, not_numbers, outputs_of, rounded
 from reltune.tasks.task import Columns, Examples, RowProblem, Seen, Task
 from reltune.tasks.texts import limit_of, read
@@ -156,7 +156,7 @@ class QuestionAnswering(Task):
             AutoModelForQuestionAnswering,
             MODEL_FOR_QUESTION_ANSWERING_MAPPING,
             "question answering head",
-            as_it_is,
+            self.adapt,
             dtype,
             **options,
         )

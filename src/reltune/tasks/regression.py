@@ -68,6 +68,13 @@ class Regression(TextTask):
             note(f"The model's own head is for classes and not for one number; {ANEW}.")
         return self
 
+    def adapt(self, config: Any) -> bool:
+        """One output, trained by squared error."""
+        same = is_one_number(config)
+        config.num_labels = 1
+        config.problem_type = "regression"
+        return same
+
     def load_model(
         self, model_name_or_path: str | os.PathLike, dtype: torch.dtype | str | None = None, **options: Any
     ) -> tuple[PreTrainedModel, list[str]]:
@@ -76,7 +83,7 @@ class Regression(TextTask):
             AutoModelForSequenceClassification,
             MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
             "sequence classification head",
-            one_number,
+            self.adapt,
             dtype,
             lambda: self.load_tokenizer(model_name_or_path).pad_token_id,
             **options,
@@ -122,11 +129,3 @@ class Regression(TextTask):
 def is_one_number(config: PreTrainedConfig) -> bool:
     """Whether a checkpoint's head has one output that was trained by squared error."""
     return config.num_labels == 1 and getattr(config, "problem_type", None) in (None, "regression")
-
-
-def one_number(config: Any) -> bool:
-    """An ``adapt`` for ``load_model``: one output, trained by squared error."""
-    same = is_one_number(config)
-    config.num_labels = 1
-    config.problem_type = "regression"
-    return same

@@ -28,7 +28,7 @@ from transformers import (
 from reltune.data.rows import Row, text_problem
 from reltune.errors import InputError
 from reltune.losses import IGNORED
-from reltune.pretrained import as_it_is, load_config, load_model
+from reltune.pretrained import load_config, load_model
 from reltune.tasks.generation import ends_of, exact_match, remarks_on_answers
 from reltune.tasks.prediction import NumbersOnly, Predictions
 from reltune.tasks.task import Columns, Examples, RowProblem, Seen, Task, Written
@@ -97,7 +97,7 @@ class Seq2Seq(Task):
             AutoModelForSeq2SeqLM,
             MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
             "sequence-to-sequence head",
-            as_it_is,
+            self.adapt,
             dtype,
             **options,
         )

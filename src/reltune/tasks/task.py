@@ -193,6 +193,10 @@ class Task(abc.ABC):
 
     # -- model, examples, metrics --
 
+    def adapt(self, config: Any) -> bool:
+        """Set the fields of a checkpoint's config for the task's head, and say whether the checkpoint's own one was made for the same."""
+        return True
+
     @abc.abstractmethod
     def load_model(
         self, model_name_or_path: str | os.PathLike, dtype: torch.dtype | str | None = None, **options: Any
