@@ -43,6 +43,7 @@ MIB = 1 << 20
 RECORD = Path(__file__).parent / "results" / "hard_cap.json"
 WORDS = [f"w{number}" for number in range(2000)]
 STEPS = 4
+ALONE = 2 << 30  # bytes: more is held by other processes, and not by this one's context
 
 
 class Size(NamedTuple):
@@ -300,7 +301,8 @@ def worker(name: str, size: Size, control: int | None = None, device: str | None
         subject = Subject(config, None, cuda=True)
         gc.collect()
         torch.cuda.empty_cache()
-        total = torch.cuda.mem_get_info()[1]
+        free, total = torch.cuda.mem_get_info()
+        alone = total - free < ALONE
         torch.cuda.set_per_process_memory_fraction((budget - memory.CONTEXT) / total)
         torch.manual_seed(0)
         model = getattr(transformers, f"AutoModelFor{HEADS[case.task]}").from_config(settings)
@@ -324,8 +326,8 @@ def worker(name: str, size: Size, control: int | None = None, device: str | None
     measured = torch.cuda.max_memory_reserved()
     return found | {
         "reserved_bytes": measured,
-        "context_bytes": context,
-        "measured_bytes": measured + context,
+        "context_bytes": context if alone else None,
+        "measured_bytes": measured + context if alone else None,
         "control": None,
     }
 

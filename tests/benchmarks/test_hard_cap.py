@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -21,14 +22,17 @@ TOTAL, TINY = 80 << 30, hard_cap.SIZES["tiny"]
 @pytest.fixture
 def fractions(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     set_to: list[float] = []
-    stubs = {"mem_get_info": (TOTAL - (3 << 30), TOTAL), "max_memory_reserved": 2 << 30, "memory_reserved": 2 << 30}
-    for name, value in stubs.items():
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    for name in ("max_memory_reserved", "memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 2 << 30)
+    found_free = itertools.cycle([TOTAL - (1 << 30), TOTAL - (3 << 30)])  # before the training, and after it
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (next(found_free), TOTAL))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", set_to.append)
     return set_to
 
 
-def test_the_allocator_gets_the_budget_less_the_context(fractions: list[float]) -> None:
+def test_the_allocator_gets_the_budget_less_the_context(
+    fractions: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = hard_cap.worker("ViT, LoRA", TINY, device="h100-80gb")
     assert found["code"] == 0 and not found["halved"]
     assert fractions == [(found["budget_bytes"] - CONTEXT) / TOTAL]
@@ -36,8 +40,12 @@ def test_the_allocator_gets_the_budget_less_the_context(fractions: list[float]) 
         0.98 * found["budget_bytes"] < found["predicted_bytes"] <= found["budget_bytes"] < found["without_limit_bytes"]
     )
     assert found["context_bytes"] == 1 << 30 and found["measured_bytes"] == 3 << 30
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda: (TOTAL - (3 << 30), TOTAL)
+    )  # another process is there: whose memory it is cannot be told
     control = hard_cap.worker("ViT, LoRA", TINY, control=found["budget_bytes"])
     assert control["code"] == 0 and fractions == [fractions[0]] * 2
+    assert control["context_bytes"] is None and control["measured_bytes"] is None
 
 
 def test_what_does_not_fit_is_no_success(fractions: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
