@@ -123,6 +123,7 @@ def measure(bench: Benchmark, options: argparse.Namespace, shape: Shape) -> None
         records = bench.measure(case, found, methods, options.repeats, warmups=0)
         for name, training in trainings.items():
             records[name]["config"] = {"trained": training.trained, "losses": training.losses}
+        bench.save(options.output_dir, options.name)
     bench.value("weights, GiB", weights_bytes(llama(shape, "meta")) / 2**30)
     first = next(iter(kinds(options.columns)))
     ratio = bench.median("streamed", first) / bench.median("on the card", first)
