@@ -355,3 +355,12 @@ def test_where_a_comparison_records_unasked(
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **fields)
     found = graphed_step.why_not_unasked(given, args, "sequence_classification", model)
     assert words in found and bool(found) == bool(words)
+
+
+def test_a_run_of_a_small_model_says_that_it_could_record(tmp_path: Path, recorded: list[str]) -> None:
+    place, words = made(tmp_path, "sequence_classification"), "--cuda_graphs trains the same"
+    plain, _ = trained(place, "plain", "sequence_classification", "--method", "lora")
+    assert plain.code == 0 and words in plain.err and not recorded
+    for name, flags in (("told", ("--no_cuda_graphs",)), ("within", ("--budget", "memory=2GiB"))):
+        answer, _ = trained(place, name, "sequence_classification", "--method", "lora", *flags)
+        assert answer.code == 0 and words not in answer.err

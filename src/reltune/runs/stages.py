@@ -62,6 +62,7 @@ from reltune.runs.directory import ADAPTER_FILES, RunDirectory
 from reltune.runs.evaluation import evaluate as measure_metrics
 from reltune.runs.forecast import Forecast, Settings, digest_of, forecast
 from reltune.runs.gguf_file import check_architecture, check_tokenizer
+from reltune.runs.graphed_step import why_not_unasked
 from reltune.runs.kept_batch import STOPPED_AT, keep_batch
 from reltune.runs.materials import EvaluationMaterials, Materials, ModelMaterials, placement
 from reltune.runs.ollama import write_modelfile
@@ -497,6 +498,11 @@ def tune(
         model = trainable.model
         materials.check_training(model)
         args = materials.arguments(trainable.rate, trainable.divisor)
+        asks = config.cuda_graphs is None and not try_graphs and not (config.budget and read_budget(config.budget).memory)
+        if asks and not why_not_unasked(vars(config), args, materials.task.name, base):
+            note(
+                "The model is small: where the GPU waits for Python, --cuda_graphs trains the same in a fraction of the time (docs/tasks.md)."
+            )
         example = materials.collator([materials.sample[0]])
         cache = prefix_cache.decide(
             config,
