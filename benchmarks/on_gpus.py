@@ -95,6 +95,7 @@ def methods() -> list[Case]:
 
 
 FSDP = ("--fsdp", "--fsdp_config", "fsdp.json")
+IN_HOST_MEMORY = ("--fsdp", "--fsdp_config", "in_host_memory.json")
 CHECKPOINTS = ("--save_strategy", "steps", "--save_steps", "4", "--save_total_limit", "2")
 RESUMED = ("checkpoint-8", "adapter", "all_results.json", "trainer_state.json")
 
@@ -133,6 +134,8 @@ def spread(gpus: int) -> list[Case]:
         case("FSDP2", *FSDP),
         case("FSDP2, columns", *FSDP, plain=("--method", "columns")),
         case("FSDP2 in bfloat16", *FSDP, plain=("--bf16",), limit=ROUNDED),
+        case("FSDP2, weights in host memory", *IN_HOST_MEMORY),
+        case("FSDP2, weights in host memory, columns", *IN_HOST_MEMORY, plain=("--method", "columns")),
         case("FSDP2 of a 4-bit base", *FSDP, plain=("--load_in_4bit", "--method", "columns"), limit=ROUNDED),
         case(
             "FSDP2 of an 8-bit base",
@@ -277,7 +280,9 @@ def prepare(place: Path) -> None:
         write_rows(
             place / f"gguf_{part}.jsonl", [{"prompt": "abcd" * (1 + i % 3), "completion": "cdab"} for i in range(count)]
         )
-    (place / "fsdp.json").write_text('{"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}')
+    layers = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    (place / "fsdp.json").write_text(json.dumps(layers))
+    (place / "in_host_memory.json").write_text(json.dumps({**layers, "cpu_offload": True}))
     auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
     for stage in (1, 2):
         types = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
