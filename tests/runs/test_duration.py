@@ -178,6 +178,20 @@ def test_it_does_not_pay_where_reading_takes_as_long_as_computing(
 def test_nothing_is_said_where_nothing_is_frozen_or_inputs_change(models: Path) -> None:
     assert row(models, method="full").prefix is None
     assert row(models, **TOP, packing=True).prefix is None
+    assert row(models, "bert", method="layers", target_modules=["layer.5"]).prefix is not None
+    # Recorded steps begin at the lowest layer.
+    assert row(models, "bert", method="layers", target_modules=["layer.5"], cuda_graphs=True).prefix is None
+
+
+def test_what_cannot_be_recorded_is_not_told(models: Path) -> None:
+    for model, fields in (("llama", {}), ("bert", {"gradient_checkpointing": True})):
+        with pytest.raises(InputError, match="cannot be recorded"):
+            row(models, model, method="full", cuda_graphs=True, **fields)
+    # Nor does a budget turn to it.
+    config = RunConfig(str(models / "bert"), ".", method="full", max_length=64, budget="memory=1MiB", cuda_graphs=True)
+    with pytest.raises(InputError) as refused:
+        forecast(config, device="h100-80gb")
+    assert "gradient_checkpointing" not in str(refused.value)
 
 
 def test_a_budget_of_hours_is_of_the_whole_run(models: Path) -> None:

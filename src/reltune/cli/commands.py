@@ -61,7 +61,7 @@ HELD_OUT = ("validation_file", "test_file", "on_bad_rows")
 ESTIMATED = (
     *("model_name_or_path", "task", "max_length", "packing", "load_in_4bit", "load_in_8bit"),
     *("method", "lora_r", "lora_alpha", "lora_dropout", "budget", "fixed", "granularity"),
-    *("target_modules", "exclude_modules"),
+    *("target_modules", "exclude_modules", "cuda_graphs"),
 )
 PREVIEWED = ("model_name_or_path", *(field.name for field in dataclasses.fields(DataConfig)), "seed")
 SHARED = ("run", "analyze", "tune", "evaluate")  # commands that several processes work on together

@@ -176,6 +176,8 @@ def prefix_of(subject: Subject, count: StepCount, calibration: Calibration) -> P
     config = subject.config
     if not count.frozen_blocks or config.packing or config.streaming or subject.task in OTHER_INPUTS:
         return None
+    if config.cuda_graphs:  # whose recordings begin at the lowest layer
+        return None
     try:
         known_blocks(subject.model())
     except Unsuited:

@@ -36,6 +36,7 @@ from reltune.layers.registry import layer_type
 from reltune.methods.contract import Base
 from reltune.methods.planned import Planned
 from reltune.methods.registry import METHODS
+from reltune.names import CONTINUING
 from reltune.plan.budget import parse_budget, read_budget
 from reltune.plan.plan import ModulePlan, Plan
 from reltune.pretrained import HEADS, load_config
@@ -387,6 +388,9 @@ class Subject:
         self.batch_size = int(values["per_device_train_batch_size"])
         self.eval_batch_size = int(values["per_device_eval_batch_size"])
         self.accumulation = int(values.get("gradient_accumulation_steps") or 1)
+        if config.cuda_graphs and (self.task in CONTINUING or self.checkpoints):
+            what = f"of {self.task}" if self.task in CONTINUING else "with gradient checkpointing"
+            raise InputError(f"cuda_graphs: steps {what} cannot be recorded; leave it out.")
         self._set_lengths()
         autocast = torch.bfloat16 if values.get("bf16") else torch.float16 if values.get("fp16") else None
         self.conditions = Conditions(

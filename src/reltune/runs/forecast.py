@@ -367,7 +367,8 @@ class _Fitting:
         ]
         ways = [[Settings(training=part) for part in parts]]
         given = self.config.training.get("gradient_checkpointing")
-        if not subject.checkpoints and given is None and "gradient_checkpointing" not in fixed:
+        may = given is None and "gradient_checkpointing" not in fixed and not self.config.cuda_graphs
+        if may and not subject.checkpoints:
             ways.append([Settings(training={**part, "gradient_checkpointing": True}) for part in parts])
         return ways
 
