@@ -99,11 +99,11 @@ def test_a_plan_is_counted_as_it_is(llama: str, tmp_path: Path) -> None:
 
 
 def test_the_largest_batch_is_the_last_that_fits(llama: str) -> None:
-    found = estimated(llama, method="lora", device="0.64GiB")
+    found = estimated(llama, method="lora", device="0.86GiB")
     largest = found.largest_batch
     assert largest and largest > 2
     at, above = (
-        estimated(llama, method="lora", device="0.64GiB", per_device_train_batch_size=size).rows[0]
+        estimated(llama, method="lora", device="0.86GiB", per_device_train_batch_size=size).rows[0]
         for size in (largest, largest + 1)
     )
     assert at.fits and not above.fits
