@@ -25,7 +25,9 @@ WORKSPACE = 64 * MIB
 CONTEXT = (
     770 * MIB
 )  # of a process on a CUDA device, outside of the allocator: 749 to 771 MiB on H200s (cost_sweep.json, hard_cap.json)
-SLACK = 0.03  # of what is handed out: room in the allocator's segments that fits nothing; 0.2% to 14% in cost_sweep.json
+SLACK = (
+    0.03  # of what is handed out: room in the allocator's segments that fits nothing; 0.2% to 14% in cost_sweep.json
+)
 
 
 def allocated(count: Counted) -> int:

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reltune.cost.calibration import Calibration, rate
-from reltune.cost.ledger import Ledger, Span, Work
+from reltune.cost.calibration import Calibration
+from reltune.cost.ledger import HOST, Ledger, Span, Work
 from reltune.cost.step import (
     KERNEL,
     Conditions,
@@ -35,7 +35,7 @@ from reltune.cost.step import (
     output_weight,
     state_size,
 )
-from reltune.cost.timing import moving, multiplying, work_seconds
+from reltune.cost.timing import LAUNCHED, moving, multiplying, optimizer_seconds, together, tuned_seconds, work_parts
 from reltune.layers import deferred_logits
 from reltune.layers.fused import fused
 from reltune.layers.inventory import Inventory
@@ -44,6 +44,9 @@ from reltune.ops.attach_elements import SAMPLED_COST_ON_CPU
 
 INDEX = 16  # bytes of a column's or row's place: in the adapter, and in what undoes it
 ELEMENT_INDEX = 8  # of a single weight's
+# Operations of a module's columns, rows or single weights, as they were counted of BERT's; of all of them those that are no views.
+OPERATIONS = {"forward": 3, "backward": 6}
+COMPUTING = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,11 +150,24 @@ class Profile:
         inventory: Inventory,
         calibration: Calibration | None = None,
         usual: Mapping[str, Any] | None = None,
+        accumulation: int = 1,
+        replayed: bool = False,
     ) -> None:
-        """Count the model, which is on the meta device, with nothing trained. ``usual``: the batch whose time is told, if not the same."""
+        """Count the model, which is on the meta device, with nothing trained.
+
+        Args:
+            usual: the batch whose time is told, if not the same.
+            accumulation: batches of an optimizer's step, of which seconds are one's share.
+            replayed: whether both passes are replayed as a CUDA graph.
+        """
         self.conditions, self.calibration = conditions, calibration
+        self.accumulation, self.replayed = accumulation, replayed
         alike = usual is None or all(usual[name].shape == tensor.shape for name, tensor in batch.items())
-        self._timed = self if alike else Profile(model, usual or {}, conditions, inventory, calibration)
+        self._timed = (
+            self
+            if alike
+            else Profile(model, usual or {}, conditions, inventory, calibration, None, accumulation, replayed)
+        )
         model.requires_grad_(False).train()
         ledger = held_by(model, conditions, "attention_mask" in batch)
         reads: dict[str, _Read] = {}
@@ -189,8 +205,12 @@ class Profile:
             np.array([getattr(block, name) for block in self.blocks], dtype=float)
             for name in ("kept", "forward_peak", "backward_peak")
         )
-        self._seconds = {way: [self._time(block.work[way]) for block in self.blocks] for way in ("forward", "backward")}
-        self._rest_seconds = self._time(self.rest)
+        # Seconds of the device and of its host by block, and behind them of what is in none.
+        self._seconds = {
+            way: [self._time(work) for work in (*(block.work[way] for block in self.blocks), self.rest[way])]
+            for way in OPERATIONS
+        }
+        self._tuned = {way: self._host_of_a_module(way) for way in OPERATIONS}
 
     def _read_spans(self, ledger: Ledger) -> None:
         """Blocks in the order in which they are passed, and what lies between and behind them."""
@@ -198,7 +218,7 @@ class Profile:
         self.names = [span.block for span in spans if span.name == "forward" and span.block]
         backward: dict[str, Span] = {span.block: span for span in spans if span.name == "backward" and span.block}
         self.blocks: list[_Block] = []
-        self.rest: Counter[Work] = Counter()
+        self.rest: dict[str, Counter[Work]] = {"forward": Counter(), "backward": Counter()}
         self.tail_kept = self.tail_peak = 0
         for span in spans:
             start, end, peak = (sum(areas.values()) for areas in (span.start, span.end, span.peak))
@@ -208,15 +228,15 @@ class Profile:
                 back_peak = sum(back.peak.values()) - sum(back.start.values()) if back else 0
                 self.blocks.append(_Block(end - start, peak - start, back_peak, work))
             elif not span.block:
-                self.rest.update(span.work)
+                self.rest["forward" if span.name == "forward" else "backward"].update(span.work)
                 behind = len(self.blocks) == len(self.names)
                 if span.name == "forward" and behind:
                     self.tail_kept, self.tail_peak = end - start, peak - start
                 elif span.name == "backward" and behind:
                     self.tail_peak = max(self.tail_peak, self.tail_kept + peak - start)
 
-    def _time(self, work: Mapping[Work, int]) -> float:
-        return math.nan if self.calibration is None else work_seconds(work, self.calibration)
+    def _time(self, work: Mapping[Work, int]) -> tuple[float, float]:
+        return (math.nan, math.nan) if self.calibration is None else work_parts(work, self.calibration)
 
     def cost(self, plan: Mapping[str, Chosen]) -> PlanCost:
         """The cost of training these units of these modules.
@@ -225,8 +245,8 @@ class Profile:
         """
         lowest = min((self.modules[name].block for name in plan), default=len(self.blocks))
         kept, gradients = np.zeros(len(self.blocks)), np.zeros(len(self.blocks))
-        trained = extra = 0
-        seconds = self.seconds(lowest)
+        trained = extra = tuned = launched = tensors = 0
+        seconds = 0.0
         sources: set[int] = set()
         for name, chosen in plan.items():
             unit = self.units(name, chosen)
@@ -237,13 +257,17 @@ class Profile:
             if unit.source_bytes and unit.source not in sources:
                 sources.add(unit.source)
                 kept[unit.place] += unit.source_bytes
-            if self.calibration is not None:
-                seconds += unit.seconds
+            seconds += unit.seconds
+            parts = sum(map(bool, (chosen.columns, chosen.rows, chosen.elements)))
+            tuned += bool(parts)
+            launched += self.conditions.cuda and bool(chosen.elements)  # the kernel of their gradients
+            tensors += parts + bool(chosen.directions) + chosen.weight + chosen.bias
         if lowest < len(self.blocks):
             before = min(self.modules[name].before for name in plan if self.modules[name].block == lowest)
             kept[lowest] -= min(before, self.blocks[lowest].kept)
         memory = int(self._peak(lowest, kept, gradients)) + self.held + extra
-        return PlanCost(memory, seconds, trained, lowest)
+        step = self._step_seconds(lowest, seconds, tuned, launched, int(gradients.sum()), tensors)
+        return PlanCost(memory, step, trained, lowest)
 
     def units(self, name: str, chosen: Chosen) -> UnitCost:
         """What these units of a module add. Raises KeyError for a module that the profile does not have."""
@@ -263,8 +287,45 @@ class Profile:
 
     def seconds(self, lowest: int) -> float:
         """Of a step that trains nothing, differentiated down to the block ``lowest``."""
+        return self._step_seconds(lowest)
+
+    def _step_seconds(
+        self,
+        lowest: int,
+        units: float = 0.0,
+        tuned: int = 0,
+        launched: int = 0,
+        trained: int = 0,
+        tensors: int = 0,
+    ) -> float:
+        """With so much more for units of so many modules, kernels that are launched for them, and the optimizer's part of so many bytes in
+        so many tensors."""
+        if self.calibration is None:
+            return math.nan
+        found = optimizer_seconds(trained, tensors, self.calibration) / self.accumulation
         timed = self._timed
-        return sum(timed._seconds["forward"]) + sum(timed._seconds["backward"][lowest:]) + timed._rest_seconds
+        for way, start in (("forward", 0), ("backward", lowest)):
+            device, host = (math.fsum(parts) for parts in zip(*timed._seconds[way][start:], strict=True))
+            if way == "backward":
+                device, host = device + units, host + LAUNCHED * launched * self.calibration.per_operation
+            found += together(device, host + tuned * timed._tuned[way], self.calibration, self.replayed)
+        return found
+
+    def _host_of_a_module(self, way: str) -> float:
+        """What the host does in a pass for the tuner's operators of a module."""
+        if self.calibration is None:
+            return math.nan
+        again = way == "backward" and any(each.way == "again" for block in self.blocks for each in block.work[way])
+        ways = [way, *(["forward"] if again else [])]
+        made = {Work(HOST, 0, 0, torch.int64, way=one if one == way else "again"): OPERATIONS[one] for one in ways}
+        return work_parts(made, self.calibration)[1] + len(ways) * tuned_seconds(self.calibration)
+
+    def once(self) -> float:
+        """Seconds for training anything of a module, beside its units; none of them where a GPU is what the host waits for."""
+        nothing = len(self.blocks)
+        return (
+            0.0 if self.calibration is None else self._step_seconds(nothing, tuned=1, tensors=1) - self.seconds(nothing)
+        )
 
     def frozen_memory(self, lowest: int) -> int:
         """Bytes at most of the same step."""
@@ -299,9 +360,10 @@ class Profile:
         single, whole = chosen.elements, module.rows * module.columns
         if self.conditions.cuda:
             flops += 2.0 * t * min(80.0 * single, whole)
-            return max(
-                multiplying(self.calibration, dtype, flops, moved), moved / rate(self.calibration.bandwidth, moved)
-            )
+            amount, speed = self.calibration.bandwidth[0]
+            least = COMPUTING * amount / speed if flops else 0.0
+            multiplied = multiplying(self.calibration, dtype, flops, moved) if flops else 0.0
+            return least + max(multiplied, moving(self.calibration, dtype, "", moved))
         sampled = 0.0
         if SAMPLED_COST_ON_CPU * single < whole:  # ops/attach_elements.py: products at the places alone, or all of them
             sampled = moving(self.calibration, dtype, "index_select", 4.0 * size * t * single)  # of both factors

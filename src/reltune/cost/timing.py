@@ -50,31 +50,52 @@ class StepTime:
 def step_time(count: StepCount, calibration: Calibration, replayed: bool = False) -> StepTime:
     """What the step takes on the calibrated machine; ``replayed``: both passes as a CUDA graph."""
     parts = {part: work_seconds(work, calibration, count.tuned, replayed) for part, work in count.work.items()}
-    moved = PASSES * count.trained_bytes
-    optimizer = moved / rate(calibration.bandwidth, moved / max(1, count.tensors))
-    if calibration.device == "cuda":
-        optimizer = max(moved / calibration.bandwidth[-1][1], STEPPED * calibration.per_operation * count.tensors)
-    else:
-        optimizer += OPTIMIZED * ON_A_CPU * calibration.per_operation * count.tensors
     held = sum(count.peak.get(area, 0) for area in ("activations", "loss", "passing", "gradients"))
     large = sum(times * _given_back(each) for work in count.work.values() for each, times in work.items())
     fresh = calibration.fresh * max(0, min(held, TRIMMED) - large)
-    slower = _slower(calibration)
-    return StepTime(parts["forward"] + slower * fresh, parts["backward"], slower * optimizer)
+    optimizer = optimizer_seconds(count.trained_bytes, count.tensors, calibration)
+    return StepTime(parts["forward"] + _slower(calibration) * fresh, parts["backward"], optimizer)
+
+
+def optimizer_seconds(trained: int, tensors: int, calibration: Calibration) -> float:
+    """What AdamW takes for so many bytes in so many tensors."""
+    moved, each = PASSES * trained, calibration.per_operation * tensors
+    if calibration.device == "cuda":
+        return max(moved / calibration.bandwidth[-1][1], STEPPED * each)
+    moving_all = moved / rate(calibration.bandwidth, moved / max(1, tensors))
+    return _slower(calibration) * (moving_all + OPTIMIZED * ON_A_CPU * each)
 
 
 def work_seconds(work: Mapping[Work, int], calibration: Calibration, tuned: float = 0, replayed: bool = False) -> float:
     """What the work takes, each so many times, with the tuner's operators of so many modules."""
-    if calibration.device != "cuda":  # one after the other
-        host = ON_A_CPU * calibration.per_operation * (sum(work.values()) + TUNED_ON_A_CPU * tuned)
-        return _slower(calibration) * (host + sum(times * _on_cpu(each, calibration) for each, times in work.items()))
-    device = sum(times * _on_gpu(each, calibration) for each, times in work.items())
-    if replayed:  # the host launches it whole
-        return device
-    # A GPU computes while Python is on to the next operation.
-    calls = sum(times * (LAUNCHED if each.name == KERNEL else CALLED[each.way]) for each, times in work.items())
+    device, host = work_parts(work, calibration)
     passes = 2 if any(each.way == "again" for each in work) else 1
-    return max(device, calibration.per_operation * (calls + TUNED * tuned * passes))
+    return together(device, host + passes * tuned * tuned_seconds(calibration), calibration, replayed)
+
+
+def work_parts(work: Mapping[Work, int], calibration: Calibration) -> tuple[float, float]:
+    """What the device takes for the work, each so many times, and what its host does, without the tuner's operators."""
+    if calibration.device != "cuda":
+        slower, host = _slower(calibration), ON_A_CPU * calibration.per_operation * sum(work.values())
+        return slower * sum(times * _on_cpu(each, calibration) for each, times in work.items()), slower * host
+    calls = sum(times * (LAUNCHED if each.name == KERNEL else CALLED[each.way]) for each, times in work.items())
+    device = sum(times * _on_gpu(each, calibration) for each, times in work.items())
+    return device, calibration.per_operation * calls
+
+
+def tuned_seconds(calibration: Calibration) -> float:
+    """What the host does for the tuner's operators of a module, in one pass."""
+    if calibration.device == "cuda":
+        return TUNED * calibration.per_operation
+    return _slower(calibration) * ON_A_CPU * TUNED_ON_A_CPU * calibration.per_operation
+
+
+def together(device: float, host: float, calibration: Calibration, replayed: bool = False) -> float:
+    """Of a pass. A CPU does one after the other; a GPU computes while Python is on to the next operation, or all that the host launches as
+    one graph."""
+    if calibration.device != "cuda":
+        return device + host
+    return device if replayed else max(device, host)
 
 
 def _slower(calibration: Calibration) -> float:
@@ -106,7 +127,7 @@ def _on_gpu(work: Work, calibration: Calibration) -> float:
     if work.name == HOST:
         return 0.0
     amount, speed = calibration.bandwidth[0]
-    moved = work.bytes / (READING * calibration.bandwidth[-1][1])
+    moved = moving(calibration, "", "", work.bytes)
     if work.flops:
         moved = max(moved, _multiplying_on_gpu(work, calibration))
     return amount / speed + moved
@@ -130,7 +151,9 @@ def multiplying(calibration: Calibration, dtype: str, flops: float, moved: float
 
 
 def moving(calibration: Calibration, dtype: str, kind: str, moved: float) -> float:
-    """Seconds of an operation of a kind that reads and writes so many bytes."""
+    """Seconds of an operation of a kind that reads and writes so many bytes; of a GPU beyond the least that any takes."""
+    if calibration.device == "cuda":
+        return moved / (READING * calibration.bandwidth[-1][1])
     return moved / rate(calibration.kinds.get(f"{dtype} {kind}", calibration.bandwidth), moved)
 
 

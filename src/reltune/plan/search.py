@@ -101,8 +101,9 @@ class Search:
         return float(sum(unit.numbers for unit in units)), float(memory), seconds
 
     def _fixed(self, i: int, units: Sequence) -> tuple[float, float, float]:
-        """What is paid once for a group: its module's input, if it has to be kept whole."""
-        return 0.0, float(sum({unit.source: unit.source_bytes for unit in units}.values())), 0.0
+        """What is paid once for a group: its module's input, if it has to be kept whole, and the tuner's operators."""
+        seconds = len(units) * self.profile.once()
+        return 0.0, float(sum({unit.source: unit.source_bytes for unit in units}.values())), seconds
 
     def _unit_seconds(self, i: int, count: int) -> float:
         if self.profile.calibration is None:

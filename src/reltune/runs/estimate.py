@@ -504,7 +504,8 @@ class Subject:
         if self.checkpoints:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         longest, usual = (self._batch(self.batch_size, length) for length in (self.longest, self.usual))
-        return Profile(model, longest, self.conditions, self.inventory, calibration, usual)
+        replayed = bool(self.config.cuda_graphs)
+        return Profile(model, longest, self.conditions, self.inventory, calibration, usual, self.accumulation, replayed)
 
     def base(self, config: RunConfig) -> Base:
         """The model for a method to look at."""
