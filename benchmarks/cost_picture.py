@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
@@ -36,14 +37,14 @@ def picture(record: Mapping[str, Any], errors: Errors) -> str:
         "<style>text{fill:#374151}.title{font-weight:600;fill:#111827;font-size:15px}.grid{stroke:#e5e7eb}</style>",
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
     ]
+    devices = [sweep["device"] for sweep in record["sweeps"]]
     for number, sweep in enumerate(record["sweeps"]):
+        device = f"another {devices[number]}" if devices[number] in devices[:number] else devices[number]
         y = number * (TOP + SIDE + FOOT) + TOP
         for column, what in enumerate(("memory", "time")):
             points = [(each, *_pair(each, what)) for each in sweep["cases"] if what in errors(each)]
             if points:
-                out += _panel(
-                    LEFT + column * (SIDE + GAP), y, f"{sweep['device']}: {TITLES[what]}", points, LIMITS[what]
-                )
+                out += _panel(LEFT + column * (SIDE + GAP), y, f"{device}: {TITLES[what]}", points, LIMITS[what])
     x = float(LEFT)
     for kind, colour in COLOURS.items():
         out.append(f'<circle cx="{x:.0f}" cy="{height - 24}" r="4" fill="{colour}"/>')
@@ -67,11 +68,15 @@ def _panel(x: float, y: float, title: str, points: list[tuple[Any, float, float]
     low, high = 10**across.low, 10**across.high
     out = [f'<text x="{x}" y="{y - 14}" class="title">{escape(title)}</text>']
     marks = [mark * 10**power for power in range(-3, 7) for mark in (1, 2, 5) if low <= mark * 10**power <= high]
+    written = -math.inf  # where the last number below the diagram ends
     for mark in marks:
         out.append(f'<line x1="{x}" x2="{x + SIDE}" y1="{up(mark):.1f}" y2="{up(mark):.1f}" class="grid"/>')
         out.append(f'<line x1="{across(mark):.1f}" x2="{across(mark):.1f}" y1="{y}" y2="{y + SIDE}" class="grid"/>')
         out.append(f'<text x="{x - 8}" y="{up(mark) + 4:.1f}" text-anchor="end">{mark:g}</text>')
-        out.append(f'<text x="{across(mark):.1f}" y="{y + SIDE + 18}" text-anchor="middle">{mark:g}</text>')
+        half = 4.5 * len(f"{mark:g}")
+        if across(mark) - half > written:
+            written = across(mark) + half
+            out.append(f'<text x="{across(mark):.1f}" y="{y + SIDE + 18}" text-anchor="middle">{mark:g}</text>')
     out.append(f'<text x="{x + SIDE / 2}" y="{y + SIDE + 38}" text-anchor="middle">measured (predicted upwards)</text>')
     for off, style in ((0.0, ""), (limit, ' stroke-dasharray="4 4"'), (-limit, ' stroke-dasharray="4 4"')):
         # A line of equal ratio, cut off where it leaves the diagram.

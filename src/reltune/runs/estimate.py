@@ -267,7 +267,7 @@ def beside(
 
 class PlanCosts:
     """What plans for a run's model would take, one after another at once: the model is counted once, and a plan is a sum
-    (cost/profile.py), within a few percent of ``estimate_run``.
+    (cost/profile.py): memory within a few percent of ``estimate_run``, time within about a tenth.
 
     Attributes:
         device: its name, and ``device_memory`` in bytes.
