@@ -91,7 +91,7 @@ class Calibration:
         attention: of a GPU, the same of fused causal attention, forward and backward: "float32 forward".
         bandwidth: bytes read and written a second by operations that read and write so many.
         per_operation: seconds that an operation takes with nothing to compute, its share of Python's and autograd's included.
-        stated: whether a step is taken to reach the speeds that are told of a CPU, which measured ones are above.
+        stated: of a CPU, whether steps reach these speeds as they stand; those that were measured they do not.
         kinds: the bandwidth by kind of operation and dtype, "float32 gelu"; of a CPU alone.
         laws: of a CPU, the seconds that a product ("float32 product") takes in any case, for each byte that it reads and writes, and for each
             multiplication and addition; of fused attention ("float32 forward") in any case, for each vector, and for each multiplication.

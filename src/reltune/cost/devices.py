@@ -108,5 +108,4 @@ def calibration_of(card: Card) -> Calibration | None:
         },
         of("bandwidth", card.bandwidth * 1e9),
         PER_OPERATION,
-        stated=True,
     )
