@@ -498,7 +498,9 @@ def tune(
         model = trainable.model
         materials.check_training(model)
         args = materials.arguments(trainable.rate, trainable.divisor)
-        asks = config.cuda_graphs is None and not try_graphs and not (config.budget and read_budget(config.budget).memory)
+        asks = (
+            config.cuda_graphs is None and not try_graphs and not (config.budget and read_budget(config.budget).memory)
+        )
         if asks and not why_not_unasked(vars(config), args, materials.task.name, base):
             note(
                 "The model is small: where the GPU waits for Python, --cuda_graphs trains the same in a fraction of the time (docs/tasks.md)."
