@@ -125,13 +125,19 @@ def test_a_replay_is_of_its_own_batch_and_adds_up() -> None:
     assert len(graphed.recorded) == 3 and unused.grad is None
 
 
-def test_recordings_end_where_tensors_are_put_elsewhere() -> None:
+def recorded_linear(patch: pytest.MonkeyPatch) -> tuple[torch.nn.Linear, graphed_step.GraphedLoss]:
+    """A map from two numbers to one, three batches of one text after it was made: the third is replayed."""
+    patch.setattr(graphed_step, "record", lambda run, _: run)
     model = torch.nn.Linear(2, 1)
     graphed = graphed_step.GraphedLoss(lambda model, inputs, *_, **__: model(inputs["x"]).sum(), model)
+    for _ in range(3):
+        graphed.compute_loss(model, {"x": torch.ones(1, 2)})
+    return model, graphed
+
+
+def test_recordings_end_where_tensors_are_put_elsewhere() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphed_step, "record", lambda run, _: run)
-        for _ in range(3):
-            graphed.compute_loss(model, {"x": torch.ones(1, 2)})
+        model, graphed = recorded_linear(patch)
         assert len(graphed.recorded) == 1
         model.weight.data = model.weight.data.clone()
         graphed.compute_loss(model, {"x": torch.ones(1, 2), "note": "words are not recorded"})
@@ -218,12 +224,8 @@ def test_where_recordings_have_no_memory_training_goes_on(
 
 def test_memory_that_ends_later_ends_recordings_first() -> None:
     """They are given back before a batch is halved, and none is made again."""
-    model = torch.nn.Linear(2, 1)
-    graphed = graphed_step.GraphedLoss(lambda model, inputs, *_, **__: model(inputs["x"]).sum(), model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphed_step, "record", lambda run, _: run)
-        for _ in range(3):
-            graphed.compute_loss(model, {"x": torch.ones(1, 2)})
+        model, graphed = recorded_linear(patch)
         assert graphed.recorded and graphed.replays == 1
         assert graphed.end() and not graphed.end()
         for _ in range(3):

@@ -22,12 +22,10 @@ MAPPED = 256 << 10
 # cuBLAS keeps one workspace for products of the forward pass and one for the thread of the backward pass. On an H200
 # all 5 peaks of benchmarks/results/cost_records.json lie this much above the tensors.
 WORKSPACE = 64 * MIB
-CONTEXT = (
-    770 * MIB
-)  # of a process on a CUDA device, outside of the allocator: 749 to 771 MiB on H200s (cost_sweep.json, hard_cap.json)
-SLACK = (
-    0.03  # of what is handed out: room in the allocator's segments that fits nothing; 0.2% to 14% in cost_sweep.json
-)
+# Of a process on a CUDA device, outside of the allocator: 749 to 771 MiB on H200s (cost_sweep.json, hard_cap.json).
+CONTEXT = 770 * MIB
+# Of what is handed out: room in the allocator's segments that fits nothing; 0.2% to 14% in cost_sweep.json.
+SLACK = 0.03
 
 
 def allocated(count: Counted) -> int:

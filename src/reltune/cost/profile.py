@@ -14,6 +14,7 @@ weights, which stand beside them), its gradient and its states.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -320,6 +321,7 @@ class Profile:
         made = {Work(HOST, 0, 0, torch.int64, way=one if one == way else "again"): OPERATIONS[one] for one in ways}
         return work_parts(made, self.calibration)[1] + len(ways) * tuned_seconds(self.calibration)
 
+    @functools.cached_property
     def once(self) -> float:
         """Seconds for training anything of a module, beside its units; none of them where a GPU is what the host waits for."""
         nothing = len(self.blocks)

@@ -102,7 +102,7 @@ class Search:
 
     def _fixed(self, i: int, units: Sequence) -> tuple[float, float, float]:
         """What is paid once for a group: its module's input, if it has to be kept whole, and the tuner's operators."""
-        seconds = len(units) * self.profile.once()
+        seconds = len(units) * self.profile.once
         return 0.0, float(sum({unit.source: unit.source_bytes for unit in units}.values())), seconds
 
     def _unit_seconds(self, i: int, count: int) -> float:

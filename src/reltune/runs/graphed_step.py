@@ -57,6 +57,8 @@ def why_not_here(given: Mapping[str, Any], task: str) -> str:
 
 def why_not_unasked(given: Mapping[str, Any], args: TrainingArguments, task: str, model: nn.Module) -> str:
     """Why a comparison with these fields, of this base ``model``, does not record steps unless told to; empty where it does."""
+    if found := why_not_here({"use_cpu": args.use_cpu}, task) or _why_not(args, model):
+        return found
     reasons = {
         "activations wait in host memory": given.get("activation_offloading"),
         "the base is held in few bits": any(map(given.get, ("load_in_4bit", "load_in_8bit", "frozen_dtype"))),
@@ -64,8 +66,7 @@ def why_not_unasked(given: Mapping[str, Any], args: TrainingArguments, task: str
         f"the base has more than {SMALL:,} parameters": sum(p.numel() for p in model.parameters()) > SMALL,
         "gradient checkpointing asks for the state of random numbers": args.gradient_checkpointing,
     }
-    found = why_not_here({"use_cpu": args.use_cpu}, task) or _why_not(args, model)
-    return found or next((reason for reason, holds in reasons.items() if holds), "")
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def _why_not(args: TrainingArguments, model: nn.Module) -> str:
