@@ -232,7 +232,8 @@ def cards() -> str:
 def gpu_versions() -> str:
     runs = [run["versions"] for run in record("on_gpus")["runs"]]
     names = dict.fromkeys(name for run in runs for name in run)
-    return ", ".join(f"{name} {' and '.join(dict.fromkeys(str(run[name]) for run in runs))}" for name in names)
+    seen = {name: dict.fromkeys(run[name] for run in runs if run[name]) for name in names}  # not every run needs all
+    return ", ".join(f"{name} {' and '.join(numbers)}" for name, numbers in seen.items())
 
 
 def page() -> str:

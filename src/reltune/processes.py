@@ -41,7 +41,10 @@ class Processes:
         if not dist.is_initialized():
             if int(os.environ.get("WORLD_SIZE") or 1) < 2 or not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
                 return cls()
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            gpus = torch.cuda.device_count()
+            if gpus:  # before a model is loaded: weights in few bits are put on the current device then
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])) % gpus)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property

@@ -29,6 +29,7 @@ from reltune.losses import (
 from reltune.tasks.causal_lm import CausalLM, Prompt, answers
 from reltune.tasks.chats import Chat, answer_span, check_heard, closing_token, messages_problem, rendered
 from reltune.tasks.decoder import DecoderTask, as_transformers_has_them
+from reltune.tasks.output_map import OutputMapOnDevice
 from reltune.tasks.prediction import Predictions, not_numbers
 from reltune.tasks.task import Columns, Examples, RowProblem, Seen
 from reltune.tasks.texts import ended, limit_of, shared, tokens_of
@@ -267,7 +268,7 @@ class Preference(DecoderTask):
         from datasets import Dataset, IterableDataset
         from trl import DPOTrainer
 
-        class Tuner(DPOTrainer):
+        class Tuner(OutputMapOnDevice, DPOTrainer):
             def __init__(self, *args: Any, **options: Any) -> None:
                 super().__init__(*args, **options)
                 # TRL copies an adapter that it is given, as the reference. Without the copy it switches the adapter off.

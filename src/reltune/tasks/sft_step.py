@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from reltune.layers.deferred_logits import DeferredLogits, defer, undo
 from reltune.losses import IGNORED
+from reltune.tasks.output_map import OutputMapOnDevice
 
 # In a whole batch: how many tokens are to be predicted, and, if it has a mask, whether none is padding.
 COUNTED = "reltune_counted"
@@ -54,7 +55,7 @@ def known_padding(attention: str, full: bool) -> Iterator[None]:
         functions[attention] = make
 
 
-class SFTStep(Trainer):
+class SFTStep(OutputMapOnDevice):
     """Comes before TRL's SFTTrainer among the bases of a class. Where the output map is trained, where its logits are capped or
     scaled, and in several processes, the step is TRL's."""
 
