@@ -61,6 +61,7 @@ class Case:
         beside: "cpu", or "gpu" for one process on one GPU.
         limit: how far loss and trained tensors may be from the reference's; None: that it ends well is enough.
         removed: files and directories of the run that are removed before ``then``, to resume from what was before them.
+        launched: by torchrun on one GPU too.
         refused: words of the error with which the run is to end before it has written anything; it has no reference then.
     """
 
@@ -73,6 +74,7 @@ class Case:
     beside: str = "cpu"
     limit: float | None = EXACT
     removed: tuple[str, ...] = ()
+    launched: bool = False
     refused: str = ""
 
 
@@ -212,6 +214,7 @@ def alone() -> list[Case]:
             limit=ROUNDED,
         ),
         Case("checkpointing", LLAMA, ("--gradient_checkpointing",)),
+        Case("FSDP2, weights in host memory", LLAMA, IN_HOST_MEMORY, reference=(), launched=True),
         Case("packing in bfloat16", LLAMA, ("--packing", "--bf16"), limit=ROUNDED, reference=("--packing",)),
         Case("sweep", LLAMA, ("--sweep", "learning_rate=1e-3,1e-2")),
         Case("lm-evaluation-harness", LLAMA, then=(lm_eval,)),
@@ -324,7 +327,7 @@ def run_case(case: Case, place: Path, number: int, devices: list[int]) -> dict[s
         elif case.limit is not None:
             words = case.words if case.reference is None else case.reference
             beside = devices[:1] if case.beside == "gpu" else []
-            plain = dataclasses.replace(case, then=(), removed=())
+            plain = dataclasses.replace(case, then=(), removed=(), launched=False)
             wanted = _outcome(plain, place, place / f"reference-{number}", words, beside)
             facts |= _apart(found, wanted)
     except subprocess.CalledProcessError as error:
@@ -356,9 +359,8 @@ def _outcome(case: Case, place: Path, run: Path, words: tuple[str, ...], devices
     files = [
         word for part in ("train", "validation", "test") for word in (f"--{part}_file", f"{case.model}_{part}.{suffix}")
     ]
-    _command(
-        ("run", "--model_name_or_path", str(model), *files, *TRAIN, *words, "--output_dir", str(run)), place, devices
-    )
+    command = ("run", "--model_name_or_path", str(model), *files, *TRAIN, *words, "--output_dir", str(run))
+    _command(command, place, devices, case.launched)
     for name in case.removed:
         shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink(missing_ok=True)
     for command in case.then:
@@ -371,10 +373,10 @@ def _outcome(case: Case, place: Path, run: Path, words: tuple[str, ...], devices
     return {"loss": results.get("test_loss"), "tensors": tensors}
 
 
-def _command(words: tuple[str, ...], place: Path, devices: list[int]) -> None:
+def _command(words: tuple[str, ...], place: Path, devices: list[int], launched: bool = False) -> None:
     """One reltune command on the GPUs ``devices``, or on the CPU where there are none."""
     launcher = [sys.executable, "-m"]
-    if len(devices) > 1:
+    if len(devices) > 1 or launched:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={len(devices)}", "-m"]
     seen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
     subprocess.run(

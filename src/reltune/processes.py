@@ -35,15 +35,16 @@ class Processes:
 
     @classmethod
     def joined(cls) -> Processes:
-        """All processes of torch.distributed. Makes their group if a launcher started several and nobody has made it yet."""
+        """All processes of torch.distributed. Makes their group if a launcher started them and nobody has made it yet: of one process
+        too, which FSDP2 and DeepSpeed need, and which has tensors in host memory to add up as well."""
         if not dist.is_available():
             return cls()
         if not dist.is_initialized():
-            if int(os.environ.get("WORLD_SIZE") or 1) < 2 or not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+            if not _launched():
                 return cls()
             gpus = torch.cuda.device_count()
             if gpus:  # before a model is loaded: weights in few bits are put on the current device then
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])) % gpus)
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or os.environ["RANK"]) % gpus)
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
         return cls(dist.get_rank(), dist.get_world_size())
 
@@ -233,6 +234,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
             "analyze the model before it is wrapped."
         )
     return model
+
+
+def _launched() -> bool:
+    """Whether torchrun or the like started this process. Clusters set some of the variables for a process that was started by hand."""
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    return {"RANK", "MASTER_ADDR"} <= os.environ.keys() and (several or "LOCAL_RANK" in os.environ)
 
 
 def _repeats(batches: Any) -> bool:

@@ -1,10 +1,11 @@
-"""A linear map whose weight is held in few bits, with single weights of it trained at their own, unrounded values.
+"""A linear map with single weights trained at their own values, whose weight cannot be written into: it is held in few bits, or spread
+over processes.
 
     y = x Wᵀ + b,   W = Ŵ but for the chosen places, where it is the trained values
 
-The product with such a weight unpacks it, Ŵ, into a copy that is dropped afterwards, once in the forward pass and once in the
-backward pass for ∂x = g W. The values are written into that copy each time, at the cost of writing n numbers; what is
-packed is never written to. ∂values = (gᵀ x) at the places (ops/attach_elements.py), for which x is kept by reference, or made again (ops/recompute.py). The
+The product takes a copy of the weight, Ŵ, unpacked or gathered, that is dropped afterwards, once in the forward pass and once in the
+backward pass for ∂x = g W. The values are written into that copy each time, at the cost of writing n numbers; the weight
+itself is never written to. ∂values = (gᵀ x) at the places (ops/attach_elements.py), for which x is kept by reference, or made again (ops/recompute.py). The
 values are kept as they were written, so that the backward pass is right whatever an optimizer or an adapter that is switched
 does to them in the meantime.
 
@@ -27,16 +28,17 @@ from reltune.ops.autocast import without_autocast
 
 
 class Chosen(NamedTuple):
-    """One adapter's places in the weight (out, in), and what Ŵ holds there (n,); the trained values (n,) go beside."""
+    """One adapter's places in the weight as it is stored, and what Ŵ holds there (n,); the trained values (n,) go beside."""
 
     places: Places
     base: Tensor
 
 
 class UnpackedProduct(torch.autograd.Function):
-    """(x (…, in), bias (out,) or None, unpack, dtype, chosen, values (n,) for each of ``chosen``) -> y (…, out) in ``dtype``.
+    """(x (…, in), bias (out,) or None, unpack, transposed, dtype, chosen, values (n,) for each of ``chosen``) -> y (…, out) in
+    ``dtype``.
 
-    ``unpack()`` gives Ŵ (out, in) in ``dtype``, a contiguous copy that may be written to.
+    ``unpack()`` gives Ŵ in ``dtype``, a contiguous copy that may be written to: (out, in), or where ``transposed`` (in, out).
     """
 
     @staticmethod
@@ -45,6 +47,7 @@ class UnpackedProduct(torch.autograd.Function):
         x: Tensor,
         bias: Tensor | None,
         unpack: Callable[[], Tensor],
+        transposed: bool,
         dtype: torch.dtype,
         chosen: Sequence[Chosen],
         *values: Tensor,
@@ -55,15 +58,15 @@ class UnpackedProduct(torch.autograd.Function):
                 (own - each.base if number else own).to(dtype, copy=True)
                 for number, (own, each) in enumerate(zip(values, chosen, strict=True))
             ]
-            weight = _with_values(unpack(), chosen, written)
+            weight = _with_values(unpack(), transposed, chosen, written)
             y = F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
-        ctx.trains = any(ctx.needs_input_grad[5:])
+        ctx.trains = any(ctx.needs_input_grad[6:])
         written = written if ctx.needs_input_grad[0] else []
         if ctx.trains:
             recompute.keep(ctx, x, *written)
         else:
             ctx.save_for_backward(None, *written)
-        ctx.unpack, ctx.chosen = unpack, chosen
+        ctx.unpack, ctx.transposed, ctx.chosen = unpack, transposed, chosen
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype, [own.dtype for own in values]
         # here, not there: the backward pass may run in another thread
         ctx.forms = ["sampled" if is_sampled(each.places, y) else "dense" for each in chosen]
@@ -78,20 +81,20 @@ class UnpackedProduct(torch.autograd.Function):
         to_x = to_bias = None
         with without_autocast(g.device.type):
             if ctx.needs_input_grad[0]:
-                to_x = (g @ _with_values(ctx.unpack(), ctx.chosen, written)).to(of_x)
+                to_x = (g @ _with_values(ctx.unpack(), ctx.transposed, ctx.chosen, written)).to(of_x)
             if ctx.needs_input_grad[1]:
                 to_bias = g.reshape(-1, g.shape[-1]).sum(0).to(of_bias)
             to_values = [
-                gradient_at(g, x, each.places, False, form).to(dtype) if needed else None
+                gradient_at(g, x, each.places, ctx.transposed, form).to(dtype) if needed else None
                 for each, form, dtype, needed in zip(
-                    ctx.chosen, forms, of_values, ctx.needs_input_grad[5:], strict=True
+                    ctx.chosen, forms, of_values, ctx.needs_input_grad[6:], strict=True
                 )
             ]
-        return to_x, to_bias, None, None, None, *to_values
+        return to_x, to_bias, None, None, None, None, *to_values
 
 
-def _with_values(weight: Tensor, chosen: Sequence[Chosen], written: Sequence[Tensor]) -> Tensor:
-    """The unpacked weight, written to: the first adapter's values and the others' changes."""
+def _with_values(weight: Tensor, transposed: bool, chosen: Sequence[Chosen], written: Sequence[Tensor]) -> Tensor:
+    """The copy of the weight, written to: the first adapter's values and the others' changes. Gives it as (out, in)."""
     flat = weight.view(-1)
     for number, (each, values) in enumerate(zip(chosen, written, strict=True)):
         index = each.places.index.long()
@@ -99,11 +102,11 @@ def _with_values(weight: Tensor, chosen: Sequence[Chosen], written: Sequence[Ten
             flat.index_add_(0, index, values)
         else:
             flat.index_copy_(0, index, values)
-    return weight
+    return weight.mT if transposed else weight
 
 
 def unpacked_product_reference(
-    x: Tensor, bias: Tensor | None, unpacked: Tensor, chosen: Sequence[Chosen], values: Sequence[Tensor]
+    x: Tensor, bias: Tensor | None, unpacked: Tensor, transposed: bool, chosen: Sequence[Chosen], values: Sequence[Tensor]
 ) -> Tensor:
     """The same map by plain autograd, through a materialised weight."""
     flat = unpacked.flatten()
@@ -113,4 +116,5 @@ def unpacked_product_reference(
             flat = flat.index_add(0, index, (own - each.base).to(flat.dtype))
         else:
             flat = flat.index_copy(0, index, own.to(flat.dtype))
-    return F.linear(x, flat.view(unpacked.shape), bias)
+    weight = flat.view(unpacked.shape)
+    return F.linear(x, weight.mT if transposed else weight, bias)

@@ -133,6 +133,10 @@ def arguments(
             "fsdp spreads a model over accelerators, of which there are none; leave it out, and every process trains a whole "
             "copy of the model."
         )
+    if args.fsdp and "RANK" not in os.environ:
+        raise InputError(
+            "fsdp wants a launcher, for one process too; start reltune with torchrun --nproc_per_node N -m reltune."
+        )
     return args
 
 

@@ -2,19 +2,66 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reltune.ops import autocast
 from reltune.ops.attach import AttachColumns, AttachRows
 from reltune.ops.join_inputs import joined_linear, joins
-from reltune.tuner.layer import ReltuneLayer
+from reltune.ops.unpacked_product import Chosen, UnpackedProduct
+from reltune.tuner.layer import ReltuneLayer, combined, in_place
 from reltune.tuner.written_weight import Originals
 
 
 class ReltuneLinear(ReltuneLayer):
     """nn.Linear."""
+
+    def _product(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        base = self.get_base_layer()
+        # One that brings its weight here from elsewhere (accelerate) has a forward of its own: then all is beside the product.
+        if "forward" in vars(base) or not self._copies_weight(names):
+            return super()._product(x, names, *args, **kwargs)
+        partial = [name for name in names if name in self.originals]
+        self._check_loaded(partial)
+        with in_place(base, {"forward": functools.partial(self._product_of_copy, names)}):
+            y = self.base_layer(x)  # with its hooks
+        for name in partial:
+            columns, rows, _ = self._values_of(name)
+            if columns is not None or rows is not None:
+                y = y + self._correction(x, name, (columns, rows, None))
+        return y
+
+    def _copies_weight(self, names: list[str]) -> bool:
+        """Whether single weights of these adapters are put into a copy of the weight, which itself cannot be written into."""
+        whole = any(name in self.reltune_weight for name in names)
+        chosen = any(name in self.reltune_elements for name in names)
+        return chosen and not whole and self.sharded and self._written is None
+
+    def _product_of_copy(self, names: list[str], x: Tensor) -> Tensor:
+        """The base layer's output with the single weights, and the bias, of these adapters."""
+        dtype, of_output = self._product_dtypes(x)
+        adapters = [name for name in names if name in self.reltune_elements]
+        chosen = [Chosen(self.originals[name].places, self._base_values(name)[2]) for name in adapters]
+        bias = self._base_bias()
+        if bias is not None:
+            bias = combined(bias, self.reltune_bias, [name for name in names if name in self.reltune_bias])
+        values = [self.reltune_elements[name] for name in adapters]
+        transposed = self._stored_transposed
+        y: Tensor = UnpackedProduct.apply(x, bias, self._unpacking(dtype), transposed, dtype, chosen, *values)
+        return y.to(of_output)
+
+    def _product_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        """The type in which x (…, in) is multiplied, and that of the output."""
+        return (autocast.product_dtype(x),) * 2
+
+    def _unpacking(self, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """What gives the base's own weight as it is stored, a contiguous copy in ``dtype``."""
+        return lambda: self.weight.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
 
     def _base_product(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self.base_layer

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 from reltune.errors import InputError
 from reltune.layers.quantised import dequantised, product_dtypes
-from reltune.ops.unpacked_product import Chosen, UnpackedProduct
-from reltune.tuner.layer import combined, in_place
 from reltune.tuner.linear import ReltuneLinear
 
 MERGED_IS_ROUNDED = (
@@ -63,35 +61,13 @@ class ReltuneQuantisedLinear(ReltuneLinear):
     def _change_dtype(self, x: Tensor) -> torch.dtype:
         return x.dtype
 
-    def _product(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        base = self.get_base_layer()
-        # One that brings its weight here from elsewhere (accelerate) has a forward of its own: then all is beside the product.
-        if "forward" in vars(base) or not any(name in self.reltune_elements for name in names):
-            return super()._product(x, names, *args, **kwargs)
-        partial = [name for name in names if name in self.originals]
-        self._check_loaded(partial)
-        with in_place(base, {"forward": functools.partial(self._unpacked_product, names)}):
-            y = self.base_layer(x)  # with its hooks
-        for name in partial:
-            columns, rows, _ = self._values_of(name)
-            if columns is not None or rows is not None:
-                y = y + self._correction(x, name, (columns, rows, None))
-        return y
+    def _copies_weight(self, names: list[str]) -> bool:
+        return any(name in self.reltune_elements for name in names)
 
-    def _unpacked_product(self, names: list[str], x: Tensor) -> Tensor:
-        """The base layer's output with the single weights, and the bias, of these adapters."""
-        dtype, of_output = product_dtypes(self.get_base_layer(), x)
-        adapters = [name for name in names if name in self.reltune_elements]
-        chosen = [Chosen(self.originals[name].places, self.originals[name].elements) for name in adapters]
-        bias = self._base_bias()
-        if bias is not None:
-            bias = combined(bias, self.reltune_bias, [name for name in names if name in self.reltune_bias])
-        values = [self.reltune_elements[name] for name in adapters]
-        y: Tensor = UnpackedProduct.apply(x, bias, self._unpacking(dtype), dtype, chosen, *values)
-        return y.to(of_output)
+    def _product_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        return product_dtypes(self.get_base_layer(), x)
 
     def _unpacking(self, dtype: torch.dtype) -> Callable[[], Tensor]:
-        """What gives the base's own weight, a contiguous copy in ``dtype``."""
         return functools.partial(dequantised, self.get_base_layer(), dtype)
 
     def train(self, mode: bool = True) -> ReltuneQuantisedLinear:
