@@ -151,20 +151,33 @@ def quality(phase: str) -> str:
             + [f"{mean(rise[method]):+.3f}"]
         )
     head = ["method", "trained", "of the model", "steps", *tasks, "mean", f"− {LORA[phase]}", "− full", "forgotten"]
-    return table(head, rows) + left_out(records)
+    return table(head, rows) + left_out(phase)
 
 
-def left_out(records: list[Record]) -> str:
-    missing = [f"{method} ({', '.join(tasks) or 'not a whole task'})" for method, tasks in partly(records).items()]
-    return f"\n\nNot run on all tasks, and so not shown: {', '.join(missing)}." if missing else ""
+def left_out(phase: str) -> str:
+    missing = [f"{method} ({', '.join(tasks) or 'not a whole task'})" for method, tasks in partly(read(phase)).items()]
+    text = f"\n\nNot run on all tasks, and so not shown: {', '.join(missing)}." if missing else ""
+    return text + (f"\n\nPlanned and not run: {', '.join(never)}." if (never := not_run(phase)) else "")
 
 
-def ran(phase: str) -> str:
-    """Which methods have all tasks and seeds."""
+def not_run(phase: str) -> list[str]:
+    """The methods that the study names and of which there is no record."""
+    import selection_study
+
+    there = {r["method"] for r in read(phase)}
+    return [method for method in selection_study.PHASES[phase].methods if method not in there]
+
+
+def by_task(phase: str, one: str, *others: str) -> str:
+    """In the text: {by_task|proof_decoder|weights 0.5%|LoRA 8|full}: mean differences on each task, over its seeds."""
     figures = complete(read(phase))
-    keys = next(iter(figures.values()))
-    tasks, seeds = dict.fromkeys(task for task, _ in keys), {seed for _, seed in keys}
-    return f"{', '.join(figures)}: each on {', '.join(tasks)} with {len(seeds)} seeds"
+    tasks = dict.fromkeys(task for task, _ in figures[one])
+    rows = [
+        [f"− {other}", *(f"{mean(figures[one], (task,)) - mean(figures[other], (task,)):+.1f}" for task in tasks)]
+        for other in others
+        if other in figures
+    ]
+    return table([one, *tasks], rows)
 
 
 def on_edges(records: list[Record]) -> dict[str, list[str]]:
@@ -190,9 +203,9 @@ def edges() -> str:
 
 
 def equal_cost(phase: str) -> str:
-    """What was measured, beside others that were given as many training steps more."""
+    """What was measured, beside others that were given as many training steps more: in points, and in the loss on plain text."""
     records = read(phase)
-    figures, some = figures_of(records), partly(records)
+    figures, some, rise = figures_of(records), partly(records), forgotten(phase)
     rows = []
     for method in (m for m in (f"weights {size}" for size in SIZES) if m in complete(records)):
         for other in (m for m in dict.fromkeys(r["method"] for r in records) if m.endswith(", equal cost")):
@@ -201,8 +214,10 @@ def equal_cost(phase: str) -> str:
                 continue
             where = f" ({', '.join(tasks)} alone)" if tasks else ""
             off = difference(figures[method], figures[other], tasks)
-            rows.append([method, other.removesuffix(", equal cost") + where, off])
-    return table(["method", "against, with 100 steps more", "points [95%]"], rows) if rows else UNFINISHED
+            lost = "" if where else differences_of_losses(rise[method], rise[other])
+            rows.append([method, other.removesuffix(", equal cost") + where, off, lost])
+    head = ["method", "against, with 100 steps more", "points [95%]", "forgotten [95%]"]
+    return table(head, rows) if rows else UNFINISHED
 
 
 def by_size(phase: str) -> str:
@@ -235,7 +250,7 @@ def against_chance(phase: str) -> str:
         ]
         if any(cells):
             rows.append([name, *cells])
-    return without_empty(["points above random single weights", *SIZES], rows)
+    return without_empty(["points above random single weights, at equal steps", *SIZES], rows)
 
 
 def forgetting(phase: str) -> str:
@@ -431,7 +446,7 @@ def nearly_all_kept(least: str) -> str:
 
 
 def what_does_not_pay(phase: str) -> str:
-    """Choices that were not shown to beat random weights of their size, and methods behind a LoRA of at most their size."""
+    """What was not shown to beat random weights of its size, is behind a LoRA of at most its size, or has no lead at equal total cost."""
     records = read(phase)
     figures, size = complete(records), trained(records)
     lines = []
@@ -450,6 +465,12 @@ def what_does_not_pay(phase: str) -> str:
             off = difference(figures[method], figures[best])
             if high_end(off) < 0:
                 lines.append(f"- {method} ({size[method]:,}) is behind {best} ({size[best]:,}): {off}.")
+    for method in (m for m in (f"weights {share}" for share in SIZES) if m in figures):
+        for other in (m for m in figures if m.endswith(", equal cost")):
+            off = difference(figures[method], figures[other])
+            if low_end(off) <= 0:
+                is_not = "is behind" if high_end(off) < 0 else "was not shown to beat"
+                lines.append(f"- {method} {is_not} {other.removesuffix(', equal cost')} with 100 steps more: {off}.")
     return "\n".join(lines) or "- None of the methods that ran."
 
 
@@ -504,9 +525,14 @@ def page() -> str:
             correlation,
             nearly_all_kept,
             again,
-            ran,
+            by_task,
             what_does_not_pay,
             off,
+            paired,
+            forgot,
+            value,
+            times,
+            plain_before,
         )
     }
 
@@ -526,6 +552,34 @@ def off(phase: str, one: str, other: str, *tasks: str) -> str:
     """In the text: {off|proof|weights 0.12%|LoRA 4}."""
     figures = complete([r for r in read(phase) if not tasks or r["task"] in tasks])
     return difference(figures[one], figures[other]) if {one, other} <= set(figures) else "(not run)"
+
+
+def paired(phase: str, one: str, other: str) -> str:
+    """As ``off``, over the tasks and seeds that both have: in earlier phases they are not as many for all methods."""
+    figures = figures_of(read(phase))
+    return difference(figures[one], figures[other])
+
+
+def forgot(phase: str, one: str, other: str) -> str:
+    """In the text: {forgot|proof_decoder|weights 0.5%|LoRA 8}: the difference in the loss on plain text."""
+    rise = forgotten(phase)
+    return differences_of_losses(rise[one], rise[other]) if {one, other} <= set(complete(read(phase))) else "(not run)"
+
+
+def value(phase: str, method: str) -> str:
+    """In the text: {value|proof_decoder|LoRA 8, equal cost}: the mean test figure."""
+    figures = complete(read(phase))
+    return f"{mean(figures[method]):.2f}" if method in figures else "(not run)"
+
+
+def times(phase: str, one: str, other: str) -> str:
+    """In the text: {times|proof_decoder|LoRA 8|weights 0.5%}: how many times as many numbers the one trains as the other."""
+    size = trained(read(phase))
+    return f"{size[one] / size[other]:.1f}"
+
+
+def plain_before(phase: str) -> str:
+    return f"{tables.head_of(phase)['plain_loss_before']:.3f}"
 
 
 def drawing() -> str:
@@ -550,7 +604,7 @@ def drawing() -> str:
                 by_share.setdefault(family(method), []).append((share, mean(mine), ""))
             if plain in compared:
                 steps = sum(int(part) for part in steps_of(records, method).split(" + "))
-                words = plain if method == plain else ""
+                words = "" if f"{method}, equal cost" in figures else plain
                 by_steps.setdefault(family(method), []).append((steps, mean(mine), words))
         rows.append((name, by_share, by_steps))
     return results_picture.picture(rows)

@@ -1,7 +1,7 @@
 """docs/results.svg: quality against the trained share of the model and against steps, from the records of the phase proof and proof_decoder.
 
-results_page.py draws it beside the page. The steps are training steps and those of the probe or the warm-up before them. What lies far
-below the best would press all others together: it stands at the lower edge as a triangle, with its figure.
+results_page.py draws it beside the page. The steps are training steps and those of the probe or the warm-up before them. What lies below
+all of COMPARED would press the others together: it stands at the lower edge as a triangle, with its figure.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ COLOURS = {
     "columns": "#0891b2",
 }
 WIDTH, HEIGHT, LEFT, GAP, TOP, FOOT = 460, 250, 52, 70, 46, 52
-DEPTH = 2.8  # points below the best that a diagram shows
+COMPARED = ("weights", "random", "LoRA", "full")  # a diagram reaches down to the lowest of these
+LINE = 14  # between words that stand one above the other
 Point = tuple[float, float, str]  # across, up, and the words beside it
 
 
 class Axis:
     """Numbers onto a length of the picture, by their logarithm where ``log``."""
 
-    def __init__(self, values: Iterable[float], start: float, end: float, log: bool = False):
+    def __init__(self, values: Iterable[float], start: float, end: float, log: bool = False, beyond: float = 0.06):
         self.value = math.log10 if log else float
         found = [self.value(v) for v in values]
-        room = 0.06 * (max(found) - min(found) or 1)
-        self.low, self.high = min(found) - room, max(found) + room
+        length = max(found) - min(found) or 1
+        self.low, self.high = min(found) - 0.06 * length, max(found) + beyond * length
         self.start, self.end = start, end
 
     def __call__(self, value: float) -> float:
@@ -49,10 +50,11 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def panel(
     x: float, y: float, title: str, below: str, lines: dict[str, Sequence[Point]], marks: Sequence[float], log: bool
 ) -> list[str]:
-    """One diagram: a line per family through its points that are not far below the best."""
+    """One diagram: a line per family through its points, and beside the points their words, where they have any."""
     points = [point for line in lines.values() for point in line]
-    across = Axis((px for px, *_ in points), x, x + WIDTH, log)
-    deep = max(py for _, py, _ in points) - DEPTH
+    words = [(point, family) for family, line in lines.items() for point in line if point[2]]
+    across = Axis((px for px, *_ in points), x, x + WIDTH, log, beyond=0.3 if words else 0.06)
+    deep = min(py for family, line in lines.items() if family in COMPARED for _, py, _ in line)
     up = Axis((max(py, deep) for _, py, _ in points), y + HEIGHT, y)
     out = [f'<text x="{x}" y="{y - 12}" class="title">{escape(title)}</text>']
     for value in ticks(up.low, up.high):
@@ -74,16 +76,27 @@ def panel(
         if len({px for px, *_ in ordered}) > 1:
             path = " ".join(f"{across(px):.1f},{up(py):.1f}" for px, py, _ in ordered)
             out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for px, py, words in ordered:
-            out.append(f'<circle cx="{across(px):.1f}" cy="{up(py):.1f}" r="4" fill="{colour}"/>')
-            if words:
-                last = across(px) > x + WIDTH / 2
-                at, down = across(px) + (-9 if last else 4), up(py) + (4 if last else 18)  # below a line that rises
-                anchor = "end" if last else "start"
-                out.append(
-                    f'<text x="{at:.1f}" y="{down:.1f}" text-anchor="{anchor}" font-size="11">{escape(words)}</text>'
-                )
+        out += [f'<circle cx="{across(px):.1f}" cy="{up(py):.1f}" r="4" fill="{colour}"/>' for px, py, _ in ordered]
+    words.sort(key=lambda one: -one[0][1])
+    for ((px, _, text), family), at in zip(words, apart([up(py) for (_, py, _), _ in words]), strict=True):
+        style = f'font-size="12" style="fill:{COLOURS[family]}"'
+        out.append(f'<text x="{across(px) + 10:.1f}" y="{at + 4:.1f}" {style}>{escape(text)}</text>')
     return out
+
+
+def apart(heights: Sequence[float]) -> list[float]:
+    """The heights, which rise, moved as little as leaves LINE between them."""
+    groups: list[list[float]] = []  # of heights that touch: their wishes, each less the lines before it in the group
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and _top(groups[-2]) + LINE * len(groups[-2]) > _top(groups[-1]):
+            last = groups.pop()
+            groups[-1] += [wish - LINE * len(groups[-1]) for wish in last]
+    return [_top(group) + LINE * i for group in groups for i in range(len(group))]
+
+
+def _top(group: Sequence[float]) -> float:
+    return sum(group) / len(group)
 
 
 def picture(rows: Sequence[tuple[str, dict[str, Sequence[Point]], dict[str, Sequence[Point]]]]) -> str:
@@ -101,7 +114,7 @@ def picture(rows: Sequence[tuple[str, dict[str, Sequence[Point]], dict[str, Sequ
             LEFT,
             y,
             f"{name}: mean test figure",
-            "trained share of the model",
+            "trained share of the model, at equal training steps",
             by_share,
             (0.05, 0.2, 1, 5, 20, 100),
             True,

@@ -242,7 +242,7 @@ def goals_table() -> str:
         ("SmolLM2: weights 0.25% − random 0.25%", difference(decoder["weights 0.25%"], decoder["random 0.25%"]))
     )
     fixed = "LoRA 16, A from movement and fixed"
-    for other in ("LoRA 8", "full"):
+    for other in ("LoRA 8", "LoRA 8, equal cost", "full"):
         rows.append((f"SmolLM2: {fixed} − {other}", difference(decoder[fixed], decoder[other])))
     for name in ("both first", "both first, relative", "both first, 200 steps"):
         for other in ("LoRA 4", "full", "random, both first"):
@@ -284,9 +284,12 @@ def page() -> str:
     commits = ", ".join(f"{phase} {'+'.join(run['commit'] for run in mine)}" for phase, mine in runs.items())
     decoder = read("decoder")
     more = {r["method"] for r in decoder if r["seed"] >= 3}
+    later = figures_of(read("proof_decoder"))
     text = (HERE / "selection_page.md").read_text(encoding="utf-8")
     parts = {
         "about": f"{runs['confirm'][0]['hardware']}, torch {runs['confirm'][0]['torch']}; commits: {commits}",
+        "later lora": difference(later["weights 0.5%"], later["LoRA 8, equal cost"]),
+        "later full": difference(later["weights 0.5%"], later["full, equal cost"]),
         "goals": goals_table(),
         "chance": chance_table(),
         "edges": ", ".join(map(on_an_edge, PHASES)),

@@ -8,6 +8,7 @@ import pytest
 from scipy.stats import spearmanr
 
 import results_page
+import results_picture
 import selection_tables
 
 GOOD = {"weights": 85.0, "LoRA": 84.0, "full": 86.0, "random": 83.0, "SMT": 82.0, "NeuroAda": 84.5}
@@ -48,6 +49,7 @@ def records(tmp_path_factory):
         r for r in phases["proof_decoder"] if (r["method"], r["task"]) != ("LoRA 8, equal cost", "sums")
     ]
     phases["proof"] = [r for r in phases["proof"] if (r["method"], r["task"]) != ("NeuroAda 0.12%", "nyt")]
+    phases["decoder"] = made("decoder", ("gcd", "sums"), ["weights 1%", "LoRA 8, equal cost"])
     few = ["weights 0.12%", "LoRA 4", "full"]
     phases["small_data"] = made("small_data", ("movie, 200 examples", "bbc, 200 examples", "nyt, 200 examples"), few)
     phases["small_data"] += made("small_data", ("movie, 10000 examples",), few)
@@ -85,17 +87,31 @@ def test_methods_stand_in_order_with_their_differences_and_what_they_forget(reco
 
 
 def test_of_a_method_that_ran_on_some_tasks_there_are_no_means_over_those(records):
-    assert results_page.ran("proof_decoder") == (
-        "weights 0.5%, random 0.5%, SMT 0.5%, NeuroAda 0.5%, LoRA 8, full, full, equal cost: each on gcd, sums with 3 seeds"
-    )
     assert results_page.partly(selection_tables.read("proof_decoder")) == {"LoRA 8, equal cost": ("gcd",)}
     assert results_page.equal_cost("proof_decoder").splitlines()[2:] == [
-        "| weights 0.5% | LoRA 8 (gcd alone) | +1.00 [+1.00, +1.00] |",
-        "| weights 0.5% | full | -1.00 [-1.00, -1.00] |",
+        "| weights 0.5% | LoRA 8 (gcd alone) | +1.00 [+1.00, +1.00] |  |",
+        "| weights 0.5% | full | -1.00 [-1.00, -1.00] | -0.900 [-0.900, -0.900] |",
     ]
+    assert results_page.forgot("proof_decoder", "weights 0.5%", "LoRA 8, equal cost") == "(not run)"
+    assert results_page.forgot("proof_decoder", "full", "LoRA 8") == "+0.900 [+0.900, +0.900]"
+    assert results_page.value("proof_decoder", "LoRA 8, equal cost") == "(not run)"
+    assert results_page.by_task("proof_decoder", "weights 0.5%", "full", "LoRA 8, equal cost").splitlines()[2:] == [
+        "| − full | -1.0 | -1.0 |"
+    ]
+    assert results_page.paired("proof_decoder", "weights 0.5%", "LoRA 8, equal cost") == "+1.00 [+1.00, +1.00]"
     assert results_page.off("proof_decoder", "LoRA 8, equal cost", "LoRA 8") == "(not run)"
     assert results_page.off("proof_decoder", "weights 0.5%", "LoRA 8, equal cost", "gcd") == "+1.00 [+1.00, +1.00]"
     assert "SmolLM2" not in results_page.drawing() and "MiniLM" in results_page.drawing()
+
+
+def test_what_was_planned_and_not_run_is_named(records):
+    assert results_page.left_out("noise") == "\n\nPlanned and not run: random 0.12%, biases, norms."
+
+
+def test_words_beside_points_do_not_run_into_one_another():
+    assert results_picture.apart([10, 60, 61, 62, 200]) == [10, 47, 61, 75, 200]
+    assert results_picture.apart([40, 50, 60]) == [36, 50, 64]
+    assert results_picture.apart([]) == []
 
 
 def test_a_cut_off_is_beside_the_relevance_it_keeps(records):
@@ -147,6 +163,7 @@ def test_what_does_not_pay_is_named(records):
     assert results_page.what_does_not_pay("proof").splitlines() == [
         "- SMT 0.12% was not shown to beat random weights of that size: -1.00 [-1.00, -1.00].",
         "- SMT 0.12% (500,000) is behind LoRA 4 (166,000): -2.00 [-2.00, -2.00].",
+        "- weights 0.12% is behind full with 100 steps more: -1.00 [-1.00, -1.00].",
     ]
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import results_page
+import selection_study
 import selection_tables
 
 
@@ -36,5 +37,81 @@ def test_what_the_page_says_of_depth_is_so():
     assert [n for n, end in high.items() if end < 0] == [4, 3, 2, 1]
 
 
-def test_what_the_page_says_of_the_decoders_missing_parts_is_so():
-    assert results_page.partly(selection_tables.read("proof_decoder")) == {"LoRA 8, equal cost": ("chain_sum",)}
+def test_what_the_page_says_of_the_decoder_is_so():
+    """The words between the figures: ahead, level, behind, not shown."""
+    records = selection_tables.read("proof_decoder")
+    assert results_page.partly(records) == {}
+    figures, rise = results_page.complete(records), results_page.forgotten("proof_decoder")
+    size = results_page.trained(records)
+
+    def ends(one, other, of=figures):
+        off = selection_tables.difference(of[one], of[other])
+        return results_page.low_end(off), results_page.high_end(off)
+
+    def ahead(one, *others):
+        return [other for other in others if ends(one, other)[0] > 0]
+
+    def level(one, *others):
+        return [other for other in others if ends(one, other)[0] <= 0 <= ends(one, other)[1]]
+
+    main, longer = "weights 0.5%", [f"{name}, equal cost" for name in ("LoRA 8", "full")]
+    beaten = ["LoRA 8", "full"]
+    others = ["random 0.5%", "NeuroAda 0.5%", "SMT 0.5%", "SHiRA-WM 0.5%", "KappaTune LoRA 16", "columns 0.5%"]
+    assert [ahead(f"weights {share}", *beaten) for share in results_page.SIZES] == [[], beaten, beaten, beaten]
+    assert level("weights 0.05%", *beaten) == beaten
+    assert ahead(main, *others, "Spectrum 25%", "LoRA 1") == [*others, "Spectrum 25%", "LoRA 1"]
+    assert level(main, "LoRA 4", "LoRA 32", "directions 0.5%") == ["LoRA 4", "LoRA 32", "directions 0.5%"]
+
+    assert all(level(f"weights {share}", longer[0]) for share in results_page.SIZES)
+    assert [ahead(f"weights {share}", longer[1]) for share in results_page.SIZES] == [[], [], longer[1:], longer[1:]]
+    without = {m: {key: v for key, v in f.items() if key[0] != "number_sequence"} for m, f in figures.items()}
+    low, high = ends(main, longer[1], without)
+    assert low < 0 < high
+
+    gains = {task: results_page.mean(figures[main], (task,)) - results_page.mean(figures["LoRA 8"], (task,)) for task in
+             ("chain_sum", "gcd", "number_sequence", "movie_word")}  # fmt: skip
+    assert [gain > 0 for gain in gains.values()] == [True, True, False, False]
+    assert level("weights 0.12%", main) and level("weights 2%", main) and ahead(main, "weights 0.05%")
+    assert min(size, key=size.get) == "biases, norms" and level("biases, norms", "LoRA 1")
+    assert max(size["LoRA 1"] / size[m] for m in ("SMT 0.5%", "KappaTune LoRA 16")) < 0.5
+    chosen = ("NeuroAda 0.5%", "SHiRA-WM 0.5%", "SMT 0.5%", "columns 0.5%", "directions 0.5%")
+    assert not any(ahead(method, "random 0.5%") for method in chosen)
+    far = {
+        m: [results_page.mean(f, (task,)) for task in ("chain_sum", "gcd", "number_sequence")]
+        for m, f in figures.items()
+    }
+    assert all(top < 0.7 * min(others) for top, *others in zip(far.pop("top layer"), *far.values(), strict=True))
+
+    def forgets(one, other):
+        """-1 for less, 1 for more, 0 where it was not shown."""
+        low, high = ends(one, other, {m: {k: 1000 * v for k, v in f.items()} for m, f in rise.items()})
+        return (low > 0) - (high < 0)
+
+    assert min((m for m in rise), key=lambda m: results_page.mean(rise[m])) == "Spectrum 25%"
+    assert [m for m in rise if forgets(m, "LoRA 8") < 0] == ["random 0.5%", "LoRA 4", "Spectrum 25%"]
+    more = {"NeuroAda 0.5%", "SHiRA-WM 0.5%", "SMT 0.5%", "LoRA 1", "biases, norms"}
+    short = [m for m in rise if m not in longer]
+    assert {m for m in short if forgets(m, "LoRA 8") > 0} == more
+    assert {m for m in short if forgets(m, "full") > 0} == {*more, "weights 0.05%"}
+    assert [forgets(main, m) for m in ("LoRA 8", "full", "random 0.5%", *longer)] == [0, 0, 1, 0, -1]
+
+
+def test_what_the_page_says_of_missing_methods_is_so():
+    missing = results_page.not_run("proof_decoder")
+    named = (
+        "SHiRA-Grad 0.5%",
+        "SHiRA-SNIP 0.5%",
+        "LoRA 1, equal cost",
+        "NeuroAda 0.12%",
+        "SMT 0.12%",
+        "random 2%",
+        "directions 2%",
+    )
+    assert missing == [*named, "random 0.5%, equal cost"]
+    assert not any(results_page.not_run(phase) for phase in ("proof", "small_data", "noise", "depth"))
+    planned = selection_study.PHASES["proof_decoder"].methods
+    assert not {"NeuroAda 2%", "SMT 2%", "columns 2%", "Spectrum 2%", "random 0.05%"} & set(planned)
+    first, *_ = (i for i, method in enumerate(planned) if method in missing)
+    assert first > max(
+        list(planned).index(m) for m in ("weights 0.5%", "LoRA 8, equal cost", "full, equal cost", "SHiRA-WM 0.5%")
+    )

@@ -43,7 +43,7 @@ COLUMNS = Recipe("fisher", "column", "0.5%", "global")
 # Where directions of a linear map's input are named as the granularity: "A from movement and fixed" in
 # benchmarks/results/selection_explore.json, selection_encoder.json (MiniLM, 5 directions of every linear map, 0.46% of the model) and
 # selection_decoder.json (SmolLM2-135M, 16, 1.85%). 0.5% allows those 5. Level with LoRA of equal size on the one, ahead of it on the
-# other (docs/selection.md).
+# other at equal training steps (docs/selection.md).
 DIRECTIONS = Recipe("movement", "direction", "0.5%", "even")
 
 # AdamW's rate for what is trained along directions of length 1, at scale 1. In those records they had the length 1/√3 and LoRA's scale
