@@ -38,7 +38,7 @@ SETTINGS = re.compile(
             r"all-MiniLM-L6-v2|MiniLM(?:-L6)?(?:, 22\.7M)?|SmolLM2-135M(?:-Instruct)?|Llama-3\.1-8B|\b(?:8B|70B)\b|Apache-2\.0",
             r"Python 3\.11 (?:or|或) 3\.12|GPT-2|2-D|FSDP2|H[12]00|1e-\d",
             r"\b(?:19|20)\d\d\b",  # years
-            r"95%|95 ?%|\b0\.(?:12|5)% of the weights",
+            r"95%|95 ?%|\b(?:0\.(?:12|5)|2)% of the weights|2% 的权重",
             r"\br ?= ?\d+|\*\*(?:single weights|单个权重|reltune: element by movement)[,，](?: 模型的 |模型的 | )?[\d.]+%|\| 0\.12%, with|single weights, 0\.12% of the model",
             r"\d+ × \d+ (?:tokens|个词元)|\d+ (?:test )?texts|[\d,]+ (?:examples|个样本)|(?:at |\n)\d+ tokens",
             r"\d+ columns|\d+ 列|(?:top|the) \d+ of (?:the )?\d+ layers|layer (?:\.)?11",
