@@ -3,8 +3,8 @@
     python benchmarks/speed_tables.py
 
 The text is benchmarks/speed_page.md. Its tables are from tuner_step_single.json, tuner_step_few_bits.json, unsloth_step.json,
-tuner_step_float8.json, float8_blocks.json, training_loop.json, training_loop_1b.json, graphed_step.json, long_context.json, step_profile.json,
-crowded_places.json and tuner_minilm.json.
+tuner_step_float8.json, float8_blocks.json, training_loop.json, training_loop_1b.json, graphed_step.json, long_context.json, streamed_weights.json,
+step_profile.json, crowded_places.json and tuner_minilm.json.
 """
 
 from __future__ import annotations
@@ -108,7 +108,15 @@ def each(name: str) -> str:
         first = next(iter(seconds.values()))
         for method, time in seconds.items():
             rows.append([case["case"], method, f"{time:.3f}", f"{time / first:.3f} ×", f"{peaks[method] / 2**30:.1f}"])
+        ended = [method for method in case["methods"] if (method["error"] or "").startswith("OutOfMemoryError")]
+        rows += [[case["case"], method["method"], "out of memory", "", ""] for method in ended]
     return table(["case", "method", "s", "of the first", "peak GiB"], rows)
+
+
+def streamed_ratio() -> str:
+    there, here = (medians(case, "seconds") for case in reversed(record("streamed_weights")["cases"]))
+    first = next(iter(here))
+    return f"{there[first] / here[first]:.1f}"
 
 
 def float8() -> str:
@@ -228,7 +236,10 @@ def page() -> str:
     made["about_blocks"] = functools.partial(about, "float8_blocks")
     made["about_graphs"] = functools.partial(about, "graphed_step")
     made["goals_float8"] = functools.partial(goals, "tuner_step_float8")
-    for name in ("tuner_step_few_bits", "long_context"):
+    made["about_streamed"] = functools.partial(about, "streamed_weights")
+    made["streamed_weights_gib"] = lambda: f"{record('streamed_weights')['values']['weights, GiB']:.1f}"
+    made["streamed_ratio"] = streamed_ratio
+    for name in ("tuner_step_few_bits", "long_context", "streamed_weights"):
         made[name] = functools.partial(each, name)
     return re.sub(r"\{(\w+)\}", lambda found: made[found[1]]() if found[1] in made else found[0], text)
 

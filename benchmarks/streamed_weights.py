@@ -12,7 +12,7 @@ which is copied from pinned memory while the one before it runs, and again in th
 and AdamW's states are in host memory as well. The model has Llama-3.1-8B's shapes and random weights in bfloat16, every layer is
 checkpointed. "streamed" may take CAP GiB of the card, less than the weights; "on the card" has all of it and no FSDP.
 
-- exactness: on a model with fewer layers, every step's loss of the one is the other's.
+- exactness: on a model with fewer layers, in float32, every step's loss of the one is the other's.
 """
 
 from __future__ import annotations
@@ -41,16 +41,20 @@ class Streamed(Training):
 
     Attributes:
         streams: False: the layers stay on the device, without FSDP.
+        exact: in float32. FSDP2 runs norms and gated products unfused, which round otherwise in bfloat16.
     """
 
     shape: Shape = TINY
     seed: int = 0
     streams: bool = True
+    exact: bool = False
 
     @contextlib.contextmanager
     def around(self) -> Iterator[None]:
         device = self.batch["input_ids"].device
         base = llama(self.shape, str(device), seed=self.seed)
+        if self.exact:
+            base.float()
         base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.model = self.prepare(base)
         self.model.train()
@@ -95,7 +99,7 @@ def exactness(bench: Benchmark, options: argparse.Namespace, shape: Shape) -> No
         losses = []
         try:
             for streams in (False, True):
-                training = Streamed(nn.Identity(), batch, prepare, 4, 1e-3, shape=shape, streams=streams)
+                training = Streamed(nn.Identity(), batch, prepare, 4, 1e-3, shape=shape, streams=streams, exact=True)
                 with training.around():
                     training.run()
                 losses.append(training.losses[-1])
@@ -105,7 +109,7 @@ def exactness(bench: Benchmark, options: argparse.Namespace, shape: Shape) -> No
             continue
         bench.value(f"exactness: {name}: losses", losses)
         largest = max(abs(a - b) / abs(b) for a, b in zip(*losses, strict=True))
-        bench.check(f"exactness: {name}: largest difference of a step's loss, relative", largest, 2e-3)
+        bench.check(f"exactness: {name}: largest difference of a step's loss, relative", largest, 1e-5)
 
 
 def measure(bench: Benchmark, options: argparse.Namespace, shape: Shape) -> None:

@@ -71,7 +71,7 @@ def test_how_far_adapters_are_apart():
 def test_a_refusal_is_the_words_and_nothing_written(words, written, passed, tmp_path, monkeypatch):
     case = next(case for case in on_gpus.every() if case.refused)
 
-    def command(line, place, devices):
+    def command(line, place, devices, launched):
         assert "--fsdp" in line and len(devices) == 2
         if written:
             (tmp_path / "run-0").mkdir()

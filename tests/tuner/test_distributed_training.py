@@ -39,6 +39,7 @@ from distributed_worker import (
     with_saved,
 )
 from oracles import dense_update, directions
+from reltune.runs import training as runs_training
 from reltune.tasks.generation import continuations
 from tiny_models import save_tiny_bert, save_tiny_llama
 
@@ -342,6 +343,10 @@ def test_fsdp_is_refused_where_it_cannot_be(run: Path, tmp_path: Path, monkeypat
     before = contents(run)
     answer = command("tune", run, "--fsdp")
     assert answer.code == 2 and "fsdp spreads a model over accelerators, of which there are none" in answer.err
+    with monkeypatch.context() as of_gpus:
+        of_gpus.setattr(runs_training, "_on_cpus", lambda args: False)
+        answer = command("tune", run, "--fsdp")
+        assert answer.code == 2 and "fsdp wants a launcher, for one process too" in answer.err
     (tmp_path / "one.json").write_text('{"version": 1}')
     answer = command("tune", run, "--fsdp", "--fsdp_config", tmp_path / "one.json")
     assert answer.code == 2 and "fsdp_config asks for FSDP1" in answer.err

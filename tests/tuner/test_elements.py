@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import PeftModel, ShiraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
@@ -19,7 +24,7 @@ from oracles import dense_update
 from reltune.errors import InputError
 from reltune.layers.inventory import take_inventory
 from reltune.ops import attach_elements
-from reltune.ops.attach_elements import force
+from reltune.ops.attach_elements import SparseProduct, force
 from reltune.plan.plan import ModulePlan, Plan
 from reltune.tuner import ReltuneConfig
 from reltune.tuner.layer import ReltuneLayer
@@ -245,3 +250,38 @@ def test_elements_of_other_layer_types_are_refused_by_name() -> None:
         InputError, match=r"single weights of 0 cannot be trained; choose .* of layer type embedding: columns, rows"
     ):
         plan.check_model(take_inventory(words), "")
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS)
+@pytest.mark.parametrize(
+    "of", [net, lambda: nn.Sequential(Conv1D(16, 6), nn.Tanh(), Conv1D(12, 16)).double()], ids=["linear", "conv1d"]
+)
+def test_a_spread_weight_is_copied_for_them(group: None, selection: Selection, of: Callable[[], nn.Module]) -> None:
+    """FSDP2's weights are not written into. The values are put into a copy of the weight, at the cost of reading it, instead of being
+    multiplied one by one."""
+    torch.manual_seed(0)
+    plan = plan_of(net(), selection)
+    plain = get_peft_model(of(), ReltuneConfig(plan=plan, init_weights=False))
+    spread = copy.deepcopy(plain)
+    for module in spread.modules():
+        if isinstance(module, ReltuneLayer):
+            fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+            module.write_back()  # as an optimizer's step does
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    found: list[list[Tensor]] = []
+    with mock.patch.object(SparseProduct, "apply", side_effect=AssertionError):
+        for model in (plain, spread):
+            x.grad = None
+            y = model(x)
+            y.sin().sum().backward()
+            gradients = [p.grad for p in model.parameters() if p.requires_grad]
+            found.append([y, x.grad, *(g.full_tensor() if isinstance(g, DTensor) else g for g in gradients)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -106,7 +106,12 @@ def _with_values(weight: Tensor, transposed: bool, chosen: Sequence[Chosen], wri
 
 
 def unpacked_product_reference(
-    x: Tensor, bias: Tensor | None, unpacked: Tensor, transposed: bool, chosen: Sequence[Chosen], values: Sequence[Tensor]
+    x: Tensor,
+    bias: Tensor | None,
+    unpacked: Tensor,
+    transposed: bool,
+    chosen: Sequence[Chosen],
+    values: Sequence[Tensor],
 ) -> Tensor:
     """The same map by plain autograd, through a materialised weight."""
     flat = unpacked.flatten()

@@ -46,7 +46,7 @@ class ReltuneLinear(ReltuneLayer):
         """The base layer's output with the single weights, and the bias, of these adapters."""
         dtype, of_output = self._product_dtypes(x)
         adapters = [name for name in names if name in self.reltune_elements]
-        chosen = [Chosen(self.originals[name].places, self._base_values(name)[2]) for name in adapters]
+        chosen = [self._chosen(name) for name in adapters]
         bias = self._base_bias()
         if bias is not None:
             bias = combined(bias, self.reltune_bias, [name for name in names if name in self.reltune_bias])
@@ -54,6 +54,11 @@ class ReltuneLinear(ReltuneLayer):
         transposed = self._stored_transposed
         y: Tensor = UnpackedProduct.apply(x, bias, self._unpacking(dtype), transposed, dtype, chosen, *values)
         return y.to(of_output)
+
+    def _chosen(self, adapter_name: str) -> Chosen:
+        base = self._base_values(adapter_name)[2]
+        assert base is not None
+        return Chosen(self.originals[adapter_name].places, base)
 
     def _product_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """The type in which x (…, in) is multiplied, and that of the output."""

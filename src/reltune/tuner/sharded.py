@@ -4,7 +4,8 @@ Each process holds a slice of a weight along its first dimension. All of it is t
 and again backward, in a buffer that is filled from the slices each time: what is written into it is lost. So nothing
 is written, and the trained columns and rows are added beside the product, y = x W₀ᵀ + x[:, idx] (D − W₀[:, idx])ᵀ, in the
 forward and so in the backward pass, as for quantised weights. W₀[:, idx] is read from the gathered weight, and no copy of
-it is kept. D is a parameter like any other, which FSDP2 spreads, gathers and hands its gradient.
+it is kept. Single weights are put into a copy of the gathered weight, for each product anew (ops/unpacked_product.py). D is a
+parameter like any other, which FSDP2 spreads, gathers and hands its gradient.
 """
 
 from __future__ import annotations
