@@ -50,7 +50,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert held == wanted
     assert {"reltune/py.typed", "reltune/report/page.html", "reltune/ops/kernels/sampled_groups.cu"} <= held.keys()
     assert f"\nVersion: {reltune.__version__}\n" in metadata and "\nRequires-Dist: torch" in metadata
-    assert "reltune = reltune.cli.commands:main" in commands
+    assert "reltune = reltune.__main__:main" in commands
 
 
 @pytest.mark.slow

@@ -1,5 +1,18 @@
-"""``python -m reltune`` is the ``reltune`` command."""
+"""The ``reltune`` command, and ``python -m reltune``."""
 
-from reltune.cli.commands import main
+from __future__ import annotations
 
-main()
+import sys
+
+
+def main() -> None:
+    try:
+        from reltune.cli.commands import main as command
+    except KeyboardInterrupt:  # what handles it is being loaded
+        print("reltune: error: interrupted; nothing was begun.", file=sys.stderr)
+        raise SystemExit(130) from None
+    command()
+
+
+if __name__ == "__main__":
+    main()

@@ -10,11 +10,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from types import ModuleType
 from unittest import mock
 
 import pytest
 import typer
 
+from reltune.__main__ import main
 from reltune.cli.errors import run_program
 from reltune.errors import InputError
 from reltune.notes import Note
@@ -102,6 +104,18 @@ def test_an_error_of_all_processes_is_the_first_one_s_to_say() -> None:
         assert ended(raises(error), WORLD_SIZE="2", RANK="0")[1] != ""
     code, err = ended(raises(OSError("its own")), WORLD_SIZE="2", RANK="1")
     assert code == 1 and "its own" in err
+
+
+def test_an_interruption_while_the_program_is_loaded_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupting(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "reltune.cli.commands", Interrupting("reltune.cli.commands"))
+    err = io.StringIO()
+    with redirect_stderr(err), pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130 and err.getvalue() == "reltune: error: interrupted; nothing was begun.\n"
 
 
 # -- what libraries say ---------------------------------------------------------------------------------------------

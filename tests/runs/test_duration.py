@@ -187,6 +187,8 @@ def test_what_cannot_be_recorded_is_not_told(models: Path) -> None:
     for model, fields in (("llama", {}), ("bert", {"gradient_checkpointing": True})):
         with pytest.raises(InputError, match="cannot be recorded"):
             row(models, model, method="full", cuda_graphs=True, **fields)
+    with pytest.raises(InputError, match="this is a CPU"):
+        Subject(RunConfig(str(models / "bert"), ".", method="full", max_length=64, cuda_graphs=True), None, cuda=False)
     # Nor does a budget turn to it.
     config = RunConfig(str(models / "bert"), ".", method="full", max_length=64, budget="memory=1MiB", cuda_graphs=True)
     with pytest.raises(InputError) as refused:

@@ -388,6 +388,8 @@ class Subject:
         self.batch_size = int(values["per_device_train_batch_size"])
         self.eval_batch_size = int(values["per_device_eval_batch_size"])
         self.accumulation = int(values.get("gradient_accumulation_steps") or 1)
+        if config.cuda_graphs and not cuda:
+            raise InputError("cuda_graphs: steps are recorded on an NVIDIA GPU, and this is a CPU; leave it out.")
         if config.cuda_graphs and (self.task in CONTINUING or self.checkpoints):
             what = f"of {self.task}" if self.task in CONTINUING else "with gradient checkpointing"
             raise InputError(f"cuda_graphs: steps {what} cannot be recorded; leave it out.")
