@@ -170,6 +170,7 @@ def test_dry_runs_write_nothing(place: Path) -> None:
     assert [row["method"] for row in values["estimate"]["rows"]] == ["weights", "lora", "full"]
     assert sum(values["parameters_by_layer"].values()) == values["estimate"]["rows"][0]["trained"]
     assert len(values["frontier"]) == 4
+    assert "does not tell how much quality it costs" in " ".join(call("select", place / "run", *words).out.split())
     answer = call("run", *_new(place, "new"), *words)
     assert answer.code in (None, 0), answer.err
     for said in ("Nothing is measured yet", "the backward pass ends at", "the largest batch that fits is", "A dry run"):
