@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from reltune.config.file import defaults_yaml, json_schema
-from reltune.config.recipes import BEST, CHOICE, COLUMNS, chosen_again
+from reltune.config.recipes import BEST, CHOICE, COLUMNS, chosen_again, larger_budget
 from reltune.config.run_config import RunConfig
 
 BEST_FIELDS = (["movement"], ["element"], "0.12%", "even")
@@ -101,3 +101,19 @@ def test_words_say_what_happens() -> None:
         assert f"If not given: {BEST.budget}, and {COLUMNS.budget} where" in text
         assert f"If not given: {BEST.granularity}, and {COLUMNS.granularity} where" in text
         assert f"If not given: {BEST.spread} for single weights and directions by {BEST.criterion}, else" in text
+
+
+@pytest.mark.parametrize(
+    ("chosen", "examples", "parameters", "more"),
+    [
+        (27_000, 200, 22_700_000, None),  # enough of them
+        (27_000, 2_000, 22_700_000, "0.44%"),
+        (113_000, 2_000, 22_700_000, None),
+        (113_000, 10_000, 22_700_000, "2%"),
+        (400_000, 100_000, 22_700_000, None),  # the most that was ever tried is near
+        (9_600_000, 50_000, 8_000_000_000, None),
+        (27, 2_000, 22_700, None),  # a toy
+    ],
+)
+def test_more_weights_are_advised_for_many_examples(chosen, examples, parameters, more):
+    assert larger_budget(chosen, examples, parameters) == more

@@ -206,7 +206,10 @@ def layers_table(values: Mapping[str, Any]) -> Table:
     if frontier:
         for head in ("if all below\nis frozen:\nrelevance %", "seconds\nper step", "memory of\ntensors"):
             table.add_column(head, justify="right", no_wrap=True)
-        table.caption, table.caption_justify = "The relevance that a depth keeps does not tell how much quality it costs.", "left"
+        table.caption, table.caption_justify = (
+            "The relevance that a depth keeps does not tell how much quality it costs.",
+            "left",
+        )
     for label, layer in reversed(list(zip(labels, layers, strict=True))):
         units = ", ".join(f"{count:,} {kind}" for kind, count in values["units_by_layer"][layer].items())
         parameters = values["parameters_by_layer"][layer]

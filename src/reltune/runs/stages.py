@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 
 from reltune.config.analysis import AnalysisConfig
+from reltune.config.recipes import BEST, PER_EXAMPLE, larger_budget
 from reltune.config.run_config import RunConfig
 from reltune.config.selection import SelectionConfig
 from reltune.config.training_fields import DEFAULTS
@@ -120,11 +121,23 @@ def check_choice(materials: Materials, select: bool = True) -> None:
                 limit = parse_budget(budget, relevance.inventory.base_parameters)
                 if config.spread != "global":
                     check_share(limit, len(modules))
+            if len(budgets) == 1 and config.criteria == [BEST.criterion]:
+                _advise(limit, materials.sizes.train, relevance.inventory.base_parameters, budgets[0])
             config, budgets = dataclasses.replace(config, granularity=["column"], spread="global"), ["100%"]
         if "direction" in config.granularity:
             relevance = with_directions(relevance, config)
         for budget in budgets:
             choose(dataclasses.replace(config, budget=budget), relevance)
+
+
+def _advise(chosen: int, examples: int | None, parameters: int, budget: str) -> None:
+    """Say where more single weights would suit the data, and nothing but a count of them limits the choice."""
+    more = None if examples is None or "=" in budget else larger_budget(chosen, examples, parameters)
+    if more is not None:
+        note(
+            f"{chosen:,} weights are few for {examples:,} training examples; in studies some {PER_EXAMPLE} for each did best "
+            f"(docs/config.md), as --budget {more} trains."
+        )
 
 
 def with_directions(relevance: RelevanceScores, config: RunConfig) -> RelevanceScores:
