@@ -11,8 +11,10 @@ import pytest
 from safetensors.torch import load_file
 
 from command_line import Answer, assert_refused, reltune, review_rows, write_csv
+from reltune.config import recipes
 from reltune.config.recipes import DIRECTIONS_RATE
 from reltune.config.run_config import RunConfig
+from reltune.notes import note
 from reltune.plan.plan import Plan
 from reltune.relevance.scores import RelevanceScores
 from reltune.runs import demo, flow
@@ -64,6 +66,27 @@ def test_everything_moves_in_training_mode_by_steps_of_one_size(plain: Path) -> 
     wanted = {"steps": 100, "update": "sign", "step_size": 1e-4, "relative": False, "move": "all", "training": True}
     assert facts.items() >= wanted.items() and facts["steps_taken"] == 100
     assert facts["weights_moved"] == 20864 + 66
+
+
+def test_few_weights_for_many_examples_are_spoken_of(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipes, "TOY", 0)
+    fields = {
+        "few": {},
+        "enough": {"budget": "2%"},
+        "columns": {"granularity": ["column"]},
+        "memory": {"budget": "memory=1GiB"},
+    }
+    files = {"model_name_or_path": str(place / "model"), "train_file": str(place / "train.csv")}
+    said = {}
+    for name, own in fields.items():
+        with pytest.warns() as notes:
+            flow.start(RunConfig(output_dir=str(place / name), **files, **own))
+            note("the end")
+        said[name] = [str(one.message) for one in notes if "weights are few" in str(one.message)]
+    assert said.pop("few") == [
+        "25 weights are few for 42 training examples; in studies some 50 for each did best (docs/config.md), as --budget 2% trains."
+    ]
+    assert not any(said.values())
 
 
 def test_another_granularity_of_the_same_relevance(place: Path, plain: Path) -> None:

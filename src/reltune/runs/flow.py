@@ -109,6 +109,7 @@ def start(config: RunConfig, overwrite: bool = False, goal: str = "run") -> Star
             stages.check_choice(materials, goal != "analysis")
             if goal != "analysis":
                 stages.check_affordable(config, directory, materials.sizes)
+                stages.advise(materials)
             if config.export is not None:
                 stages.check_export(config, materials.task, config.export)
             materials.check_training()

@@ -121,8 +121,6 @@ def check_choice(materials: Materials, select: bool = True) -> None:
                 limit = parse_budget(budget, relevance.inventory.base_parameters)
                 if config.spread != "global":
                     check_share(limit, len(modules))
-            if len(budgets) == 1 and config.criteria == [BEST.criterion]:
-                _advise(limit, materials.sizes.train, relevance.inventory.base_parameters, budgets[0])
             config, budgets = dataclasses.replace(config, granularity=["column"], spread="global"), ["100%"]
         if "direction" in config.granularity:
             relevance = with_directions(relevance, config)
@@ -130,12 +128,17 @@ def check_choice(materials: Materials, select: bool = True) -> None:
             choose(dataclasses.replace(config, budget=budget), relevance)
 
 
-def _advise(chosen: int, examples: int | None, parameters: int, budget: str) -> None:
-    """Say where more single weights would suit the data, and nothing but a count of them limits the choice."""
-    more = None if examples is None or "=" in budget else larger_budget(chosen, examples, parameters)
-    if more is not None:
+def advise(materials: Materials) -> None:
+    """Say where more single weights would suit the data, if nothing but a count of them limits the choice."""
+    config, examples = materials.config, materials.sizes.train
+    chosen = config.needs_plan and (config.criteria, config.granularity) == ([BEST.criterion], [BEST.granularity])
+    if not chosen or examples is None or "budget" in config.sweep or "=" in config.budget:
+        return
+    parameters = take_inventory(materials.base.look(), materials.new_heads).base_parameters
+    count = parse_budget(config.budget, parameters)
+    if (more := larger_budget(count, examples, parameters)) is not None:
         note(
-            f"{chosen:,} weights are few for {examples:,} training examples; in studies some {PER_EXAMPLE} for each did best "
+            f"{count:,} weights are few for {examples:,} training examples; in studies some {PER_EXAMPLE} for each did best "
             f"(docs/config.md), as --budget {more} trains."
         )
 
