@@ -21,6 +21,7 @@ COLOURS = dict(zip(KINDS, ("#1d4ed8", "#c2410c", "#15803d", "#7c3aed", "#a16207"
 SIDE, LEFT, TOP, GAP, FOOT = 400, 70, 46, 90, 110
 LIMITS = {"memory": 0.05, "time": 0.15}
 TITLES = {"memory": "peak memory, MiB", "time": "time of a step, ms"}
+AGAIN = ("", "another ", "a third ", "a fourth ")
 Errors = Callable[[Mapping[str, Any]], Mapping[str, float]]
 
 
@@ -39,7 +40,7 @@ def picture(record: Mapping[str, Any], errors: Errors) -> str:
     ]
     devices = [sweep["device"] for sweep in record["sweeps"]]
     for number, sweep in enumerate(record["sweeps"]):
-        device = f"another {devices[number]}" if devices[number] in devices[:number] else devices[number]
+        device = f"{AGAIN[devices[:number].count(devices[number])]}{devices[number]}"
         y = number * (TOP + SIDE + FOOT) + TOP
         for column, what in enumerate(("memory", "time")):
             points = [(each, *_pair(each, what)) for each in sweep["cases"] if what in errors(each)]

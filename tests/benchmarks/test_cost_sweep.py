@@ -146,9 +146,22 @@ def test_predictions_stand_beside_what_was_measured(tmp_path: Path, capsys: pyte
         counted = cost_sweep.count(Case(**entry["case"]), cuda=False)
         assert entry["predicted"]["peak_bytes"] >= counted.bytes and entry["predicted"]["trained"] == counted.trained
     assert "predicted" not in written[2]
+    assert written[0]["unseen"] == {key: written[0]["predicted"][key] for key in ("peak_bytes", "seconds")}
+    assert "unseen" not in written[1]
     shown = capsys.readouterr().out
     assert "a CPU, 1 cases, held out; 0 failed" in shown and "a CPU, 2 cases, fitted; 1 failed" in shown
     assert "memory of 1 within 5%" in shown and "time of 1 within 15%" in shown
     root = ElementTree.fromstring(drawing.read_text(encoding="utf-8"))
     points = [each for each in root.iter() if each.tag.endswith("circle") and len(each)]
     assert len(points) == 4  # two cases, memory and time
+    # A case that has been seen keeps what was told of it before, and is told anew.
+    earlier = {"peak_bytes": 2**21, "seconds": {"forward": 0.02}}
+    written[0] |= {"held_out": False, "unseen": earlier, "predicted": {}}
+    record.write_text(json.dumps({"sweeps": [{**sweep, "cases": [written[0]]}]}), encoding="utf-8")
+    cost_sweep.predict(argparse.Namespace(record=str(record), held_out=None, cuda=None, picture=""))
+    (again,) = json.loads(record.read_text(encoding="utf-8"))["sweeps"][0]["cases"]
+    assert again["unseen"] == earlier and again["predicted"]["seconds"]["backward"] > 0
+    assert (
+        "memory of 1, as told before they were seen, within 5%: 0%; lowest +100.0%, highest +100.0%"
+        in capsys.readouterr().out
+    )
