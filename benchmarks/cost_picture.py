@@ -40,7 +40,8 @@ def picture(record: Mapping[str, Any], errors: Errors) -> str:
     ]
     devices = [sweep["device"] for sweep in record["sweeps"]]
     for number, sweep in enumerate(record["sweeps"]):
-        device = f"{AGAIN[devices[:number].count(devices[number])]}{devices[number]}"
+        name = sweep["device"].removeprefix("NVIDIA ")
+        device = AGAIN[devices[:number].count(sweep["device"])] + name
         y = number * (TOP + SIDE + FOOT) + TOP
         for column, what in enumerate(("memory", "time")):
             points = [(each, *_pair(each, what)) for each in sweep["cases"] if what in errors(each)]

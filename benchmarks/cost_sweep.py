@@ -18,7 +18,7 @@ the installed transformers: with another version than was measured, tell each de
 A case is an architecture with random weights, a batch, a length, a type of numbers, checkpointing or not, Liger's kernels or
 not, a method and how much it trains (sweep_cases.py). ``--drawn SEED N`` measures N cases that are drawn from all combinations in the
 place of the listed ones; they are drawn when the model is finished (``drawn_at`` in the record: the commit), and are never fitted. What is
-predicted of them while they are held out stays in the record as ``unseen`` when the model is changed later.
+predicted of them first stays in the record as ``unseen``, whatever becomes of the model.
 
 Other guests of the same host slow a machine down for seconds to minutes. So a pulse, a little work that is always the same, is taken before
 and after each step: steps count where both are within 15% of the best pulse that was seen before the calibration, and where they are not, the
@@ -427,8 +427,8 @@ def predict(options: argparse.Namespace) -> int:
             case = Case(**entry["case"])
             if told and options.held_out in (None, entry["held_out"]):
                 entry["predicted"] = predicted(case, sweep["cuda"], calibration)
-                if entry["held_out"]:  # stays as it is when the model is changed and the case has been seen
-                    entry["unseen"] = {key: entry["predicted"][key] for key in ("peak_bytes", "seconds")}
+                if entry["held_out"]:  # stays as it is when the model is changed
+                    entry.setdefault("unseen", {key: entry["predicted"][key] for key in ("peak_bytes", "seconds")})
             memory, seconds = (errors(entry).get(kind) for kind in ("memory", "time"))
             print(
                 f"{case!s:52} {entry.get('memory', {}).get('peak_bytes', 0) / GIB:7.3f} GiB {_percent(memory):>8}   "
@@ -503,9 +503,8 @@ def table(record: Mapping[str, Any]) -> Iterator[str]:
             failed = sum("error" in entry.get(kind, {}) for entry in own for kind in ("memory", "time"))
             yield f"\n{sweep['device']}, {len(own)} cases, {'held out' if held_out else 'fitted'}; {failed} failed"
             yield from _shares([errors(entry) for entry in own], "")
-            if not held_out:
-                before = [errors({**entry, "predicted": entry["unseen"]}) for entry in own if "unseen" in entry]
-                yield from _shares(before, ", as told before they were seen,")
+            before = [errors({**entry, "predicted": entry["unseen"]}) for entry in own if "unseen" in entry]
+            yield from _shares(before, ", as told before they were seen,")
         yield from _beside_fitcheck(sweep)
 
 

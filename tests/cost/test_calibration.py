@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from cost_cases import MACHINE
-from reltune.cost import calibration, devices, memory
-from reltune.cost.ledger import HOST, KERNEL, Work
+from reltune.cost import calibration, devices, ledger, memory
+from reltune.cost.ledger import EXPERT, HOST, KERNEL, Work
 from reltune.cost.profile import PlanCost
 from reltune.cost.step import Conditions, StepCount, count_step
 from reltune.cost.timing import (
@@ -88,10 +88,12 @@ def test_what_is_measured_of_a_gpu(small: None, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(calibration, "SIZES", (4, 8))
     monkeypatch.setattr(calibration, "MEGABYTES", (1, 2))
     monkeypatch.setattr(calibration, "LENGTHS", (2, 4))
+    monkeypatch.setattr(ledger, "BLOCK", 2)
     found = calibration._measure_gpu(CPU)
     both = [(2 * n**3, 8 * n**3) for n in (4, 8)]
     assert found.products == {"float32": both, "bfloat16": both}
-    forward = [(4 * b * 2 * n * n * 3, 16 * b * 2 * n * n * 3) for b, n in ((2, 2), (1, 4))]  # two products, heads
+    # For each query two products with so many keys of 3 numbers each, of the longer texts in 3 of 4 blocks; of two heads.
+    forward = [(4 * keys * 3, 4 * b * 2 * n * 4 * keys * 3) for b, n, keys in ((2, 2, 2), (1, 4, 3))]
     assert found.attention["float32 forward"] == found.attention["bfloat16 forward"] == forward
     assert found.attention["float32 backward"] == [(2.5 * n, 2.5 * b) for n, b in forward]
     assert found.bandwidth == [(m << 20, 4 * m << 20) for m in (1, 2)]
@@ -191,12 +193,20 @@ def test_the_time_of_work_on_a_gpu_is_the_longer_of_computing_and_moving() -> No
     amount, speed = t4.bandwidth[0]
     most = READING * t4.bandwidth[-1][1]
     assert work_seconds({moved: 1}, t4) == pytest.approx(amount / speed + 1e8 / most)
+    plain = 1e8 / (LASTING * t4.bandwidth[-1][1])
+    assert work_seconds({dataclasses.replace(moved, plain=True): 1}, t4) == pytest.approx(amount / speed + plain)
+    thin = Work("aten.mm", 10**6, 10**8, torch.float32)  # reads as fast
+    assert work_seconds({thin: 1}, t4) == pytest.approx(amount / speed + plain)
     product = Work("aten.mm", 10**12, 10**8, torch.float32)
     computing = 1e12 / (LASTING * t4.products["float32"][-1][1])
     assert work_seconds({product: 3}, t4) == pytest.approx(3 * (amount / speed + computing))
     experts = dataclasses.replace(product, name="aten::_grouped_mm")
     assert work_seconds({experts: 1}, t4) == pytest.approx(amount / speed + computing * LASTING / GROUPED)
     assert t4.products["bfloat16"] == t4.products["float32"]
+    each, reached = t4.attention["float32 backward"][1]
+    attention = Work("aten._scaled_dot_product_backward", int(each) * 10**6, 10**8, torch.float32, vectors=10**6)
+    taken = attention.flops / (LASTING * reached)  # by what it computes for each query
+    assert work_seconds({attention: 2}, t4) == pytest.approx(2 * (amount / speed + taken), rel=1e-4)
 
 
 def test_on_a_cpu_kinds_of_operations_have_their_own_speeds() -> None:
@@ -221,6 +231,9 @@ def test_the_host_of_a_gpu_takes_what_calls_an_operation_takes() -> None:
     assert calls({launch: 3}) == pytest.approx(3 * LAUNCHED)
     assert calls({forward: 1}, tuned=3) == pytest.approx(CALLED["forward"] + 3 * TUNED)
     assert calls({again: 1, backward: 1}, tuned=3) == pytest.approx(CALLED["again"] + CALLED["backward"] + 6 * TUNED)
+    expert = Work(EXPERT, 10**12, 10**8, torch.float32)
+    waited = work_seconds({expert: 1}, t4)  # of which the host has to know the result before it goes on
+    assert calls({expert: 1, forward: 10**6}) == pytest.approx(waited / each + (10**6 + 1) * CALLED["forward"])
     least = t4.bandwidth[0][0] / t4.bandwidth[0][1]  # a recording is launched at once
     assert work_seconds({forward: 100, launch: 3}, t4, tuned=3, replayed=True) == pytest.approx(3 * least)
     count = StepCount(Conditions(), {}, 0, {"forward": Counter(), "backward": Counter()}, 0, 4, 0, 50)

@@ -21,7 +21,7 @@ from oracles.kept_tensors import kept_bytes
 from reltune import InputError, ReltuneConfig
 from reltune.cost import stand_ins
 from reltune.cost.blocks import shorten
-from reltune.cost.ledger import Ledger
+from reltune.cost.ledger import HOST, Ledger
 from reltune.cost.step import CPU_ROUNDING, Conditions, StepCount, count_step, counting, kernels
 from reltune.ops.attach_elements import Places, element_gradient
 from reltune.plan.plan import ModulePlan, Plan
@@ -85,12 +85,22 @@ def test_what_is_kept_is_what_autograd_keeps_on_a_cpu(make: Any, method: str) ->
     assert counted(make, METHODS[method]).kept == pytest.approx(wanted, rel=0.02, abs=40 * CPU_ROUNDING)
 
 
-@pytest.mark.parametrize("make", [t5, mixtral], ids=["t5", "mixtral"])
-def test_encoder_decoders_and_experts_are_counted_as_they_are(make: Any) -> None:
+def experts_frozen(model: Any) -> Any:
+    for name, p in model.named_parameters():
+        p.requires_grad_("experts" not in name)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "prepare"),
+    [(t5, full), (mixtral, full), (mixtral, experts_frozen)],
+    ids=["t5", "mixtral", "frozen experts"],
+)
+def test_encoder_decoders_and_experts_are_counted_as_they_are(make: Any, prepare: Any) -> None:
     torch.manual_seed(0)
-    model = make().train()
+    model = prepare(make()).train()
     wanted = kept_bytes(model, batch_for(model, "cpu"))
-    assert counted(make, full).kept == pytest.approx(wanted, rel=0.05)
+    assert counted(make, prepare).kept == pytest.approx(wanted, rel=0.05)
 
 
 def test_weights_gradients_and_states_of_a_llama_in_closed_form() -> None:
@@ -217,13 +227,8 @@ def test_modules_that_are_tuned_are_counted(method: str, modules: int) -> None:
 
 
 def test_frozen_experts_have_no_gradients_of_weights() -> None:
-    def experts_frozen(model: Any) -> Any:
-        for name, p in model.named_parameters():
-            p.requires_grad_("experts" not in name)
-        return model
-
     def flops(prepare: Any) -> int:
-        return sum(w.flops * n for w, n in counted(mixtral, prepare).work["backward"].items() if "kernel" in w.name)
+        return sum(w.flops * n for w, n in counted(mixtral, prepare).work["backward"].items() if "reltune" in w.name)
 
     assert flops(experts_frozen) * 2 == flops(full) > 0
 
@@ -243,10 +248,53 @@ def test_products_of_experts_in_float32_are_one_for_each_on_cuda(conditions: Con
     assert y.shape == (12, 6)
 
 
+@pytest.mark.parametrize(("queries", "keys", "causal"), [(300, 300, True), (300, 300, False), (128, 500, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_on_cuda_computes_blocks_that_it_reaches(
+    queries: int, keys: int, causal: bool, dtype: torch.dtype
+) -> None:
+    q, k, v = (torch.empty(2, 3, n, 8, dtype=dtype, device="meta", requires_grad=True) for n in (queries, keys, keys))
+    reached = torch.ones(queries, keys).tril() if causal else torch.ones(queries, keys)
+    # What is computed: of each block that has a score, 128 × 128 of them.
+    blocks = int(nn.functional.max_pool2d(reached[None], 128, ceil_mode=True).sum())
+    with Ledger() as ledger, stand_ins.Kernels(True):
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    ledger.mark("backward")
+    with ledger:
+        torch.autograd.grad(y, (q, k, v), torch.empty_like(y))
+    for span, products in zip(ledger.spans[-2:], (2, 5), strict=True):
+        (work,) = (each for each in span.work if each.flops)
+        assert work.flops == pytest.approx(2 * products * 2 * 3 * 8 * blocks * 128**2)
+        assert work.vectors == 2 * 3 * (queries + keys) // 2
+
+
+def test_what_goes_through_alike_tensors_is_told_from_the_rest() -> None:
+    x, row = torch.empty(4, 8, device="meta"), torch.empty(8, device="meta")
+    narrow = x.to(torch.bfloat16)
+
+    def plain(run: Any) -> bool:
+        with Ledger() as ledger:
+            run()
+        (work,) = (each for each in ledger.spans[-1].work if each.name != HOST)
+        return work.plain
+
+    for run in (lambda: x + x, lambda: x * 2, x.exp, x.clone, x.bfloat16):
+        assert plain(run)
+    for run in (lambda: x + row, lambda: x + narrow, lambda: x.t() + x.t(), lambda: x.sum(0), narrow.float):
+        assert not plain(run)
+
+
 def test_mixed_precision_keeps_narrow_copies_of_weights() -> None:
     mixed = counted(llama, lora, Conditions(autocast=torch.bfloat16))
     assert {work.dtype for work in mixed.work["forward"] if work.name == "aten::mm"} == {torch.bfloat16}
     assert mixed.peak["weights"] == counted(llama, lora, ON_CUDA).peak["weights"]
+
+
+def test_mixed_precision_casts_each_part_of_a_tensor_anew() -> None:
+    x, weight = torch.empty(50, 4, device="meta", requires_grad=True), torch.empty(3, 4, device="meta")
+    with torch.no_grad(), stand_ins.Autocast(torch.bfloat16):
+        for size in range(50):  # parts lie where earlier ones lay
+            assert nn.functional.linear(x[:size], weight).shape == (size, 3)
 
 
 def test_logits_that_the_model_looks_at_are_made_in_the_narrow_type() -> None:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reltune.cost.ledger import Ledger
+from reltune.cost.ledger import Ledger, computed_share
 from reltune.files import write_text
 from reltune.notes import note
 from reltune.reading import read_json
 
-FORMAT = 4  # of the kept files; a higher one measures again
+FORMAT = 5  # of the kept files; a higher one measures again
 DTYPES = ("float32", "bfloat16")
 # Of a GPU: sizes of square products, MiB read and written by one operation, lengths of attention.
 SIZES, MEGABYTES, LENGTHS = (256, 512, 1024, 2048, 4096, 8192), (1 / 16, 1, 16, 256), (256, 1024, 4096)
@@ -88,7 +88,7 @@ class Calibration:
     Attributes:
         device: "cuda" or "cpu".
         products: of a GPU, by dtype, multiplications and additions a second of products of so many.
-        attention: of a GPU, the same of fused causal attention, forward and backward: "float32 forward".
+        attention: of a GPU, those of fused causal attention with so many for each query, forward and backward: "float32 forward".
         bandwidth: bytes read and written a second by operations that read and write so many.
         per_operation: seconds that an operation takes with nothing to compute, its share of Python's and autograd's included.
         stated: of a CPU, whether steps reach these speeds as they stand; those that were measured they do not.
@@ -331,9 +331,10 @@ def _attention(
     length: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     batch = max(1, LENGTHS[-1] // length)
-    flops = 4.0 * batch * HEADS * length**2 * HEAD  # counted as if it were not causal, as flop_counter does
+    each = 4.0 * length * HEAD * computed_share(length, length, causal=True)
+    flops = batch * HEADS * length * each
     ahead, back = _attention_seconds(batch, length, dtype, device, is_causal=True)
-    return (flops, flops / ahead), (2.5 * flops, 2.5 * flops / back)
+    return (each, flops / ahead), (2.5 * each, 2.5 * flops / back)
 
 
 def _attention_on_cpu(

@@ -61,11 +61,11 @@ CARDS = {
 }
 
 # What of the stated speed operations of so many flops, or bytes, reach: what a calibration of an H200 found (benchmarks/results/cost_sweep.json) over
-# its data sheet; causal attention counts as if it were not causal.
+# its data sheet; of attention, of so many flops for each query.
 SHARES: dict[str, list[tuple[float, float]]] = {
     "products": [(3.4e7, 0.009), (2.7e8, 0.064), (2.1e9, 0.33), (1.7e10, 0.69), (1.4e11, 0.80)],
-    "attention forward": [(4.3e9, 0.25), (1.7e10, 0.49), (6.9e10, 0.67)],
-    "attention backward": [(1.1e10, 0.16), (4.3e10, 0.40), (1.7e11, 0.62)],
+    "attention forward": [(4.9e4, 0.19), (1.5e5, 0.28), (5.4e5, 0.35)],
+    "attention backward": [(1.2e5, 0.12), (3.7e5, 0.22), (1.4e6, 0.32)],
     "bandwidth": [(6.6e4, 0.0075), (2.7e8, 0.84)],
 }
 PER_OPERATION = 9e-6  # seconds of the host for an operation, by the same

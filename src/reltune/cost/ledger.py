@@ -7,6 +7,7 @@ counts from the operation that makes its storage until nothing refers to it any 
 from __future__ import annotations
 
 import dataclasses
+import math
 import weakref
 from collections import Counter
 from collections.abc import Iterable
@@ -19,9 +20,11 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 COUNTED = "counted_bytes"  # an attribute of tensors that stand for ones of another size, such as weights in few bits
-KERNEL = "reltune::kernel"  # ops/stand_in.py
+KERNEL, EXPERT = "reltune::kernel", "reltune::expert"  # ops/stand_in.py
 HOST = "host"  # the name of what the device has no work with
 ATTENTION_ON_CPU = "aten::_scaled_dot_product_flash_attention_for_cpu"
+FUSED = "aten::_scaled_dot_product"  # how the names of fused attention begin, on any device
+BLOCK = 128  # queries, and keys, that a GPU's fused attention takes at a time
 EXPERTS = "transformers::grouped_mm_fallback"  # products of each token with its own expert's weight
 ROUNDING = 512  # bytes: CUDA's caching allocator hands out multiples of it
 
@@ -32,11 +35,12 @@ class Work:
 
     Attributes:
         name: aten's name of it.
-        flops: multiplications and additions, of products, convolutions and attention alone.
+        flops: multiplications and additions, of products, convolutions and attention alone; of fused attention on a GPU those of its blocks.
         bytes: numbers read and written.
         dtype: of the numbers it multiplies.
         made: bytes of the storages that it makes.
-        vectors: of attention on a CPU, half of the queries and keys of all heads.
+        vectors: of attention, half of the queries and keys of all heads.
+        plain: whether it goes through tensors that lie alike number by number, as what a calibration measures of memory does.
         way: "forward", "backward", or "again", in a forward pass that checkpointing does in the backward pass.
     """
 
@@ -47,6 +51,7 @@ class Work:
     made: int = 0
     vectors: int = 0
     way: str = "forward"
+    plain: bool = False
 
 
 @dataclasses.dataclass
@@ -99,6 +104,7 @@ _PRODUCTS = {
     "aten::baddbmm_",
     "aten::convolution",
 }
+_COPIES = {"aten::_to_copy", "aten::copy_", "aten::clone"}
 _GROUPED = "aten::_grouped_mm"  # each row of the first with one matrix of the second, or of their product
 # Of these, no more is read than is asked for.
 _LOOK_UPS = ("aten::embedding", "aten::index_select", "aten::gather", "aten::index.Tensor")
@@ -201,7 +207,7 @@ class Ledger(TorchDispatchMode):
         name = func._schema.name + (f".{func._schema.overload_name}" if func._schema.overload_name else "")
         written = [t for t in tree_iter(result) if isinstance(t, Tensor)]
         made = sum(self._enter(tensor, self.area) for tensor in written)
-        if name not in _NO_WORK and (name == KERNEL or any(t.is_meta for t in written)):
+        if name not in _NO_WORK and (name in (KERNEL, EXPERT) or any(t.is_meta for t in written)):
             self._work(func, name, written, args, kwargs, result, made)
         elif any(t.is_meta for t in written):  # what has numbers is a look at whether modules compute the same, once
             self.spans[-1].work[Work(HOST, 0, 0, torch.int64, made, way=self._way())] += 1
@@ -220,7 +226,7 @@ class Ledger(TorchDispatchMode):
         packet = _WRITTEN_INTO.get(func._overloadpacket, func._overloadpacket)
         if packet in flop_registry:
             flops = flop_registry[packet](*args, **kwargs, out_val=result)
-        elif name == KERNEL:
+        elif name in (KERNEL, EXPERT):
             flops, read = (args[2] if len(args) > 2 else 0), args[0]
         elif name.startswith(EXPERTS):
             flops = 2 * args[0].shape[0] * args[1].shape[1] * args[1].shape[2] * max(1, len(written))
@@ -230,6 +236,11 @@ class Ledger(TorchDispatchMode):
             flops, vectors = 4 * args[0].numel() * args[1].shape[-2], _vectors(args[0], args[1])
         elif name == f"{ATTENTION_ON_CPU}_backward":
             flops, vectors = 10 * args[0].numel() * args[2].shape[-2], _vectors(args[1], args[2])
+        if name.startswith(FUSED) and not name.startswith(ATTENTION_ON_CPU):
+            given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+            queries, keys = given["query"], given["key"]
+            flops = int(flops * computed_share(queries.shape[-2], keys.shape[-2], given.get("is_causal", False)))
+            vectors = _vectors(queries, keys)
         moved = sum(_bytes(t) for t in (*read, *written))
         if name.startswith(_LOOK_UPS):
             moved = 2 * sum(_bytes(t) for t in written)
@@ -239,7 +250,8 @@ class Ledger(TorchDispatchMode):
         if flops and floats[0] in (torch.bfloat16, torch.float16):
             self._note_shape(name, read, written)
         dtype = floats[0] if floats else torch.int64
-        self.spans[-1].work[Work(name, int(flops), moved, dtype, made, vectors, self._way())] += 1
+        plain = _is_plain(func, name, read, written)
+        self.spans[-1].work[Work(name, int(flops), moved, dtype, made, vectors, self._way(), plain)] += 1
 
     def _note_shape(self, name: str, read: list[Tensor], written: list[Tensor]) -> None:
         if name in _PRODUCTS:
@@ -249,6 +261,26 @@ class Ledger(TorchDispatchMode):
             rows = read[0].shape[0 if matrices is read[1] else 1]
             own = (*matrices.shape[1:], *matrices.stride()[1:])
             self.groups.add((own, rows, len(matrices), self.spans[-1].block))
+
+
+def _is_plain(func: Any, name: str, read: list[Tensor], written: list[Tensor]) -> bool:
+    some = [t for t in (*read, *written) if t.numel() > 1]
+    if len({t.shape for t in some}) != 1 or not all(t.is_contiguous() for t in some):
+        return False
+    one_type = len({t.dtype for t in some}) == 1
+    if (
+        name in _COPIES
+    ):  # PyTorch has a kernel of its own for casts from float32 to narrow types, and not for those back
+        return one_type or read[-1].dtype == torch.float32
+    return one_type and torch.Tag.pointwise in func.tags
+
+
+def computed_share(queries: int, keys: int, causal: bool) -> float:
+    """How many scores fused attention computes on a GPU, over those of every query with every key: whole blocks of them, and where it is
+    causal the blocks that reach the diagonal or lie below it."""
+    down, across = math.ceil(queries / BLOCK), math.ceil(keys / BLOCK)
+    blocks = sum(min(across, row + 1) for row in range(down)) if causal else down * across
+    return blocks * BLOCK**2 / (queries * keys)
 
 
 def _vectors(queries: Tensor, keys: Tensor) -> int:

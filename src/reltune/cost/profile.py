@@ -362,10 +362,10 @@ class Profile:
         single, whole = chosen.elements, module.rows * module.columns
         if self.conditions.cuda:
             flops += 2.0 * t * min(80.0 * single, whole)
+            if not flops:
+                return moving(self.calibration, dtype, "", moved)
             amount, speed = self.calibration.bandwidth[0]
-            least = COMPUTING * amount / speed if flops else 0.0
-            multiplied = multiplying(self.calibration, dtype, flops, moved) if flops else 0.0
-            return least + max(multiplied, moving(self.calibration, dtype, "", moved))
+            return COMPUTING * amount / speed + multiplying(self.calibration, dtype, flops, moved)
         sampled = 0.0
         if SAMPLED_COST_ON_CPU * single < whole:  # ops/attach_elements.py: products at the places alone, or all of them
             sampled = moving(self.calibration, dtype, "index_select", 4.0 * size * t * single)  # of both factors

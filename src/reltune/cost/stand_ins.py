@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from reltune.cost.ledger import COUNTED
 from reltune.layers.norm import NormType
 from reltune.ops.rms_norm import RMSNorm
-from reltune.ops.stand_in import kernel
+from reltune.ops.stand_in import expert, kernel
 
 aten = torch.ops.aten
 LARGEST_HEAD = 256  # features of an attention head that flash attention takes
@@ -44,23 +44,25 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float, scale:
 
 class _GroupedProduct(torch.autograd.Function):
     """x (tokens, in) with the matrix of each token's expert, of weight (experts, in, out): on CUDA a product for each expert, unless in
-    bfloat16 (PyTorch's _grouped_mm_fallback). As many tokens for each."""
+    bfloat16 (PyTorch's _grouped_mm_fallback). As many tokens for each. The tokens are kept for the gradient of the weight alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, cuda: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.cuda = cuda
+        to_x, to_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if to_weight else None, weight if to_x else None)
+        ctx.cuda, ctx.shapes = cuda, (x.shape, weight.shape)
         return _by_expert(x, weight, x.new_empty(len(x), weight.shape[2]), cuda, 2 * x.numel() * weight.shape[2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        flops = 2 * x.numel() * weight.shape[2]
+        (tokens, inputs), shape = ctx.shapes
+        flops = 2 * tokens * inputs * shape[2]
         to_x, to_weight, _ = ctx.needs_input_grad
         return (
-            _by_expert(g, weight, torch.empty_like(x), ctx.cuda, flops) if to_x else None,
-            _by_expert(g, x, torch.empty_like(weight), ctx.cuda, flops, len(weight)) if to_weight else None,
+            _by_expert(g, weight, g.new_empty(tokens, inputs), ctx.cuda, flops) if to_x else None,
+            _by_expert(g, x, g.new_empty(shape), ctx.cuda, flops, shape[0]) if to_weight else None,
             None,
         )
 
@@ -73,7 +75,7 @@ def _by_expert(a: Tensor, b: Tensor, result: Tensor, cuda: bool, flops: int, exp
         return result
     for _ in range(count):
         parts = [t[0] if t.ndim == 3 else t[: -(-len(t) // count)] for t in (a, b, result)]
-        kernel(parts, [], flops // count)
+        expert(parts, flops // count)
     return result
 
 
@@ -172,7 +174,7 @@ class Autocast(TorchFunctionMode):
     def _narrow(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or x.dtype != torch.float32:
             return x
-        if not (x.is_leaf and x.requires_grad):
+        if not (x.is_leaf and x.requires_grad) or x._is_view():  # a view made without gradients is a leaf as well
             return x.to(self.dtype)
         if id(x) not in self._casts:
             self._casts[id(x)] = x.to(self.dtype)

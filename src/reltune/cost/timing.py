@@ -8,14 +8,16 @@ from collections.abc import Mapping
 import torch
 
 from reltune.cost.calibration import Calibration, rate
-from reltune.cost.ledger import HOST, KERNEL, Work
+from reltune.cost.ledger import EXPERT, HOST, KERNEL, Work
 from reltune.cost.step import StepCount
 
 PASSES = 7  # over a trained tensor in AdamW: weight, gradient and two states are read, weight and states are written
 
-# What of the speeds that a calibration finds is left in a step of a GPU, for products and attention, for the experts' products of a mixture,
-# and for the memory, of which most operations do not make as much as a product of two tensors does.
-LASTING, GROUPED, READING = 0.94, 0.36, 0.71
+# What of the speeds that a calibration finds is left in a step of a GPU: for products, attention and the memory; for the experts' products of a
+# mixture; and for the memory where an operation does not go through tensors that lie alike. Sums, norms, copies that transpose, casts to a wider
+# type and what is broadcast read and write fewer numbers at a time. Set on 54 cases of an H100 and three H200 in
+# benchmarks/results/cost_sweep.json, in which the device is what a step waits for.
+LASTING, GROUPED, READING = 0.94, 0.42, 0.57
 # How many times as long as in the calibration's small model a GPU's host takes for an operation: modules call those of a forward pass from Python,
 # and checkpointing wraps what it does again; for the start of a kernel that Triton compiled; for the tuner's operators of a module, in each pass; and
 # for the optimizer's part of a tensor. All set on 83 cases of two H200 in benchmarks/results/cost_sweep.json, the same for all models,
@@ -79,8 +81,10 @@ def work_parts(work: Mapping[Work, int], calibration: Calibration) -> tuple[floa
         slower, host = _slower(calibration), ON_A_CPU * calibration.per_operation * sum(work.values())
         return slower * sum(times * _on_cpu(each, calibration) for each, times in work.items()), slower * host
     calls = sum(times * (LAUNCHED if each.name == KERNEL else CALLED[each.way]) for each, times in work.items())
-    device = sum(times * _on_gpu(each, calibration) for each, times in work.items())
-    return device, calibration.per_operation * calls
+    seconds = {each: times * _on_gpu(each, calibration) for each, times in work.items()}
+    # PyTorch multiplies experts' weights that are not in bfloat16 one by one, and has the host wait to be told how many tokens each has.
+    waits = sum(seconds[each] for each in work if each.name == EXPERT)
+    return sum(seconds.values()), calibration.per_operation * calls + waits
 
 
 def tuned_seconds(calibration: Calibration) -> float:
@@ -127,25 +131,28 @@ def _on_gpu(work: Work, calibration: Calibration) -> float:
     if work.name == HOST:
         return 0.0
     amount, speed = calibration.bandwidth[0]
-    moved = moving(calibration, "", "", work.bytes)
-    if work.flops:
-        moved = max(moved, _multiplying_on_gpu(work, calibration))
-    return amount / speed + moved
-
-
-def _multiplying_on_gpu(work: Work, calibration: Calibration) -> float:
     dtype = dtype_name(work.dtype)
-    if "scaled_dot_product" in work.name:
+    if work.vectors:
         direction = "backward" if "backward" in work.name else "forward"
-        return work.flops / (LASTING * rate(calibration.attention[f"{dtype} {direction}"], float(work.flops)))
-    seconds = multiplying(calibration, dtype, work.flops, work.bytes)
-    return seconds * LASTING / GROUPED if "grouped_mm" in work.name else seconds
+        reached = rate(calibration.attention[f"{dtype} {direction}"], work.flops / work.vectors)
+        seconds = max(work.flops / (LASTING * reached), _streaming(calibration, work.bytes))
+    elif work.flops or work.plain or work.name == KERNEL:
+        seconds = multiplying(calibration, dtype, work.flops, work.bytes)
+        seconds *= LASTING / GROUPED if "grouped_mm" in work.name else 1
+    else:
+        seconds = moving(calibration, "", "", work.bytes)
+    return amount / speed + seconds
+
+
+def _streaming(calibration: Calibration, moved: float) -> float:
+    """Seconds in which a GPU reads and writes so many bytes one after the other."""
+    return moved / (LASTING * calibration.bandwidth[-1][1])
 
 
 def multiplying(calibration: Calibration, dtype: str, flops: float, moved: float) -> float:
-    """Seconds of a matrix product; of a GPU without reading and writing, which it does meanwhile."""
+    """Seconds of a matrix product; a GPU reads and writes meanwhile."""
     if calibration.device == "cuda":
-        return flops / (LASTING * rate(calibration.products[dtype], flops))
+        return max(flops / (LASTING * rate(calibration.products[dtype], flops)), _streaming(calibration, moved))
     each, by_byte, by_flop = calibration.laws[f"{dtype} product"]
     return each + by_byte * moved + by_flop * flops
 

@@ -15,8 +15,9 @@ from torch import Tensor
 _standing: list[tuple[bool, torch.dtype | None]] = []  # for a CUDA device; the type of products under autocast
 
 _library = torch.library.Library("reltune", "DEF")
-_library.define("kernel(Tensor[] reads, Tensor[] like, int flops=0) -> Tensor[]")
-_library.impl("kernel", lambda reads, like, flops=0: [torch.empty_like(x) for x in like], "Meta")
+for _name in ("kernel", "expert"):
+    _library.define(f"{_name}(Tensor[] reads, Tensor[] like, int flops=0) -> Tensor[]")
+    _library.impl(_name, lambda reads, like, flops=0: [torch.empty_like(x) for x in like], "Meta")
 
 
 @contextmanager
@@ -54,3 +55,8 @@ def kernel(reads: Sequence[Tensor], like: Sequence[Tensor], flops: int = 0) -> l
     """
     results: list[Tensor] = torch.ops.reltune.kernel(list(reads), list(like), flops)
     return results
+
+
+def expert(reads: Sequence[Tensor], flops: int) -> None:
+    """The product of one expert's tokens, into a tensor that is there, of whose number the host has to be told first; on the meta device alone."""
+    torch.ops.reltune.expert(list(reads), [], flops)
