@@ -162,14 +162,16 @@ def command(place: Path, case: Case, size: Size, name: str, *more: object) -> li
 
 
 def predicted(place: Path, case: Case, size: Size, device: str | None) -> int:
-    """Bytes that training takes without a limit of memory."""
+    """Bytes that training takes without a limit of memory, but for holes of malloc's heap, of which a limit leaves none."""
     import reltune as library
+    from reltune.runs.estimate import HOLES
 
     fields: dict[str, Any] = {"per_device_train_batch_size": size.batch, "task": case.task, "method": case.method}
     if case.task != "image_classification":
         fields["max_length"] = size.length
     estimate = library.estimate(str(place / "model"), device=device, **fields)
-    return sum(next(row for row in estimate.rows if row.method == case.method).memory.values())
+    row = next(row for row in estimate.rows if row.method == case.method)
+    return row.total - row.memory.get(HOLES, 0)
 
 
 def capped(place: Path, case: Case, size: Size, budget: int, limited: bool) -> dict[str, Any]:

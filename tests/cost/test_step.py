@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -19,7 +20,7 @@ from transformers import BartConfig, BartForConditionalGeneration, LlamaForCausa
 from cost_cases import BATCH, LENGTH, batch_for, bert, llama, mixtral, t5
 from oracles.kept_tensors import kept_bytes
 from reltune import InputError, ReltuneConfig
-from reltune.cost import stand_ins
+from reltune.cost import heap, stand_ins
 from reltune.cost.blocks import shorten
 from reltune.cost.ledger import HOST, Ledger
 from reltune.cost.step import CPU_ROUNDING, Conditions, StepCount, count_step, counting, kernels
@@ -149,7 +150,40 @@ def test_a_few_blocks_stand_for_all(method: str, conditions: Conditions) -> None
     def deep() -> LlamaForCausalLM:
         return llama(11)
 
-    assert counted(deep, METHODS[method], conditions, short=True) == counted(deep, METHODS[method], conditions)
+    few, every = counted(deep, METHODS[method], conditions, short=True), counted(deep, METHODS[method], conditions)
+    assert few.holes == pytest.approx(every.holes, rel=0.2)  # chance has a part in where blocks come to lie
+    assert dataclasses.replace(few, holes=every.holes) == every
+
+
+def test_blocks_that_stand_for_others_ask_for_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def noted(steps: Any, states: Any) -> int:
+        sizes: list[int] = []
+        there: dict[Any, int] = {}
+        most = 0
+        for name, size, _ in steps:
+            if size > 0:
+                there[name] = size
+                sizes.append(size)
+                most = max(most, sum(there.values()))
+            else:
+                del there[name]
+        asked.append((sorted(sizes), most, sorted(there.values()), sorted(states)))
+        return 0
+
+    monkeypatch.setattr(heap, "holes", noted)
+    for method in ("full", "lora"):
+        for short in (True, False):
+            counted(lambda: llama(11), METHODS[method], ON_CPU, short=short)
+    assert asked[0] == asked[1] and asked[2] == asked[3]
+    assert asked[0] != asked[2]
+
+
+def test_a_heap_that_gives_back_has_no_holes() -> None:
+    assert counted(llama, METHODS["lora"], ON_CPU).holes > 0
+    for conditions in (Conditions(cuda=False, gives_back=True), ON_CUDA):
+        assert counted(llama, METHODS["lora"], conditions).holes == 0
 
 
 def test_blocks_of_an_encoder_and_a_decoder_stand_for_their_own() -> None:

@@ -63,7 +63,7 @@ class Span:
         block: the block of the model that was at work; empty between blocks.
         start, end, peak: bytes alive at its start, at its end, and when they were most, by what they were for.
         work: how often each work was done.
-        made: how many storages were counted before it.
+        made: how many storages were counted before it, and ``events`` how often one was made or let go.
     """
 
     name: str
@@ -74,6 +74,7 @@ class Span:
     work: Counter[Work] = dataclasses.field(default_factory=Counter)
     most: int = 0
     made: int = 0
+    events: int = 0
 
 
 @dataclasses.dataclass
@@ -122,6 +123,7 @@ class Ledger(TorchDispatchMode):
         shapes: of products of narrow numbers.
         groups: of those of rows with one of several matrices each: shape, rows, matrices, and in which block.
         spans: one for each ``mark``.
+        events: of storages, in the order in which they were made (their number and bytes) and let go (and less than zero).
     """
 
     def __init__(self, rounding: int = ROUNDING, padded: bool = False) -> None:
@@ -135,6 +137,7 @@ class Ledger(TorchDispatchMode):
         self.shapes: set[Any] = set()
         self.groups: set[tuple[Any, int, int, str]] = set()
         self.spans: list[Span] = []
+        self.events: list[tuple[int, int]] = []
         self.mark("start")
         self._known: dict[int, _Storage] = {}
 
@@ -143,7 +146,7 @@ class Ledger(TorchDispatchMode):
         if self.spans:
             self.spans[-1].end = self.areas.copy()
         start, end, peak = (self.areas.copy() for _ in range(3))
-        self.spans.append(Span(name, block, start, end, peak, most=self.live, made=self.made))
+        self.spans.append(Span(name, block, start, end, peak, most=self.live, made=self.made, events=len(self.events)))
 
     def enter(self, tensors: Iterable[Tensor], area: str) -> None:
         """Count tensors that were made outside, such as weights; of those that are known, change the area."""
@@ -192,8 +195,10 @@ class Ledger(TorchDispatchMode):
             known = self._known.pop(key)
             self.live -= known.size
             self.areas[known.area] -= known.size
+            self.events.append((known.made, -known.size))
 
         self._known[key] = _Storage(size, area, self.made, weakref.ref(storage, gone))
+        self.events.append((self.made, size))
         self.made += 1
         self.hold(size, area)
         return size

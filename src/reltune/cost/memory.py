@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import platform
 from typing import Protocol
 
 from reltune.cost.devices import LIBRARIES
@@ -46,6 +48,12 @@ def on_card(count: Counted) -> int:
 def resident_on_cpu(count: Counted) -> int:
     """By how much a process on a CPU grows, in bytes, where malloc gives back what is freed (``give_back_what_is_freed``)."""
     return count.bytes + LIBRARIES
+
+
+def gives_back(under_a_budget: bool) -> bool:
+    """Whether malloc gives back what a training on a CPU frees: under a budget of memory, where the environment says so, or is not glibc's,
+    of which nothing else is known."""
+    return under_a_budget or "MALLOC_MMAP_THRESHOLD_" in os.environ or platform.libc_ver()[0] != "glibc"
 
 
 def give_back_what_is_freed() -> None:

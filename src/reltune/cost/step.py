@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from reltune.cost import stand_ins
+from reltune.cost import heap, stand_ins
 from reltune.cost.blocks import block_lists
 from reltune.cost.ledger import ROUNDING, Ledger, Span, Work
 from reltune.errors import InputError, nearest
@@ -48,6 +48,7 @@ class Conditions:
         liger: with Liger's kernels.
         optimizer: a name that ``optim`` of transformers.TrainingArguments may have; see ``OPTIMIZERS``.
         accumulates: whether gradients of earlier batches are held while a batch is computed.
+        gives_back: whether malloc gives back what is freed on a CPU (``memory.give_back_what_is_freed``), so that its heap has no holes.
     """
 
     cuda: bool = True
@@ -55,6 +56,7 @@ class Conditions:
     liger: bool = False
     optimizer: str = "adamw_torch_fused"
     accumulates: bool = False
+    gives_back: bool = False
 
 
 @dataclasses.dataclass
@@ -69,6 +71,7 @@ class StepCount:
         trained: numbers that are trained, ``trained_bytes`` their size, and ``tensors`` how many tensors they are in.
         state_bytes: the optimizer's states.
         tuned: modules in whose weight the tuner trains columns, rows or single weights.
+        holes: beyond what tensors hold, of malloc's heap on a CPU.
     """
 
     conditions: Conditions
@@ -83,6 +86,7 @@ class StepCount:
     frozen_blocks: int = 0
     blocks: int = 0
     tuned: int = 0
+    holes: int = 0
 
     @property
     def bytes(self) -> int:
@@ -176,6 +180,11 @@ def count_step(
     if conditions.cuda and conditions.optimizer in ALL_AT_ONCE:
         timeline.add(Counter(states=trained_bytes), 1)
         timeline.look()
+    holes = 0
+    if not conditions.cuda and not conditions.gives_back:
+        pieces = [size_of(p) // 2 for p in trained for _ in range(2)]
+        pieces += [size_of(p) // 2 for name in own for p in own[name] for _ in range(2 * more[name])]
+        holes = heap.holes(_in_order(ledger, more), filter(None, pieces))
     return StepCount(
         conditions,
         {area: timeline.peak[area] for area in AREAS},
@@ -189,7 +198,54 @@ def count_step(
         frozen_blocks,
         all_blocks,
         _tuned(model) + sum(more[name] * _tuned(block) for name, block in blocks.items()),
+        holes,
     )
+
+
+def _in_order(ledger: Ledger, more: Mapping[str, int]) -> Iterator[tuple[tuple[int, int], int, bool]]:
+    """The storages of a step as ``heap.holes`` takes them, with blocks as often as they are there.
+
+    A block that is there again lets go of what it was let go of the block before: where that was made outside, of a storage of as many bytes
+    that it made itself the time before and a neighbour let go.
+    """
+    spans = ledger.spans
+    ends = [span.events for span in spans[1:]] + [len(ledger.events)]
+    made_in: dict[int, int] = {}
+    gone_in: dict[int, int] = {}
+    for index, end in enumerate(ends):
+        for number, size in ledger.events[spans[index].events : end]:
+            (made_in if size > 0 else gone_in)[number] = index
+    sizes = {number: size for number, size in ledger.events if size > 0}
+    there: dict[int, list[int]] = {
+        number: [] for number in sizes
+    }  # the turns of a block that made a storage and hold it
+    for index, span in enumerate(spans[1:], 1):
+        events = ledger.events[span.events : ends[index]]
+        forward, times = span.name == "forward", more.get(span.block, 0) + 1
+        own = [i for i, one in enumerate(spans[: index + 1]) if one.block == span.block] if times > 1 else []
+        outside = [
+            number
+            for number, made in made_in.items()
+            if made in own and (gone := gone_in.get(number, 0)) != index and spans[gone].name == span.name
+        ]
+        for turn in range(times):
+            handed: dict[int, list[int]] = {}
+            for number in filter(there.get, outside):
+                handed.setdefault(sizes[number], []).append(number)
+            for number, size in events:
+                if size > 0:
+                    there[number].append(turn)
+                    yield (number, turn), size, forward
+                elif not made_in[number]:
+                    continue  # it was there before the step
+                elif span.name == "end":
+                    for each in there.pop(number):
+                        yield (number, each), size, forward
+                elif there[number] and (made_in[number] in own or not turn):
+                    yield (number, there[number].pop()), size, forward
+                elif handed.get(-size):
+                    other = handed[-size].pop(0)
+                    yield (other, there[other].pop(0)), size, forward
 
 
 def kernels(ledger: Ledger, repeats: Mapping[str, int] | None = None) -> int:

@@ -60,6 +60,7 @@ CLASSES = {
 TASK_DEFAULTS = {"preference": {"per_device_train_batch_size": 16}}  # as in tasks/preference.py
 BESIDE = ("lora", "full")  # the methods that stand beside the one that is asked for
 WHOLE = ("layer", "module", "norm", "bias")  # granularities whose units are whole tensors
+HOLES = "holes of malloc's heap"  # a row of what memory is for
 LARGEST_BATCH, TRIES = 65536, 8
 # Fields that the methods beside do not share with the one that is asked for; None gives them their defaults.
 OF_ITS_METHOD = ("lora_r", "lora_alpha", "lora_dropout", "rank_by", *CHOICE)
@@ -286,6 +287,11 @@ class PlanCosts:
         subject = Subject(config, None, self.cuda, sizes=sizes)
         self.accumulation, self.padded = subject.accumulation, subject.padded
         self.profile = subject.profile(self.calibration)
+        # Of what tensors hold beyond the model, how much malloc's heap has in holes: as with units that are spread evenly.
+        self.model_bytes, self.holes = 0, 0.0
+        if not self.cuda and (count := subject.counted_or_none(config.method)) is not None:
+            self.model_bytes = model_of(count)
+            self.holes = count.holes / (count.bytes - self.model_bytes)
 
     @property
     def blocks(self) -> list[str]:
@@ -298,6 +304,7 @@ class PlanCosts:
             return None
         cost = self.profile.cost(plan)
         held = memory.on_card(cost) if self.cuda else memory.resident_on_cpu(cost)
+        held += int(self.holes * max(0, cost.bytes - self.model_bytes))
         seconds = None if math.isnan(cost.seconds) else cost.seconds * self.accumulation
         return held, seconds, cost.lowest
 
@@ -316,10 +323,16 @@ def place_of(device: str | None) -> tuple[Card, Calibration | None]:
     return named, calibration_of(named)
 
 
+def model_of(count: StepCount) -> int:
+    """Bytes of what is in memory before the first step."""
+    return count.peak.get("weights", 0) + count.peak.get("trained", 0)
+
+
 def memory_of(count: StepCount) -> dict[str, int]:
     """Bytes by what they are for, in words."""
     held = {AREAS[area]: count.peak[area] for area in AREAS if count.peak[area]}
     if not count.conditions.cuda:
+        held |= {HOLES: count.holes} if count.holes else {}
         return held | {"the allocator's slack": memory.resident_on_cpu(count) - count.bytes}
     return held | {
         "workspace of products": memory.WORKSPACE,
@@ -401,6 +414,7 @@ class Subject:
             bool(values.get("use_liger_kernel")),
             str(values.get("optim") or "adamw_torch_fused"),
             self.accumulation > 1,
+            memory.gives_back(config.budget is not None and read_budget(config.budget).memory is not None),
         )
         self._whole = self._from_config()
         self.new_heads = _new_heads(self._whole, self.settings, own_head) if new_heads is None else list(new_heads)

@@ -34,7 +34,7 @@ from reltune.plan.selection import CutOff, Unaffordable, frontier
 from reltune.plan.selection import select as choose_units
 from reltune.relevance.scores import RelevanceScores
 from reltune.runs.duration import course
-from reltune.runs.estimate import Estimate, Subject, beside, is_cuda, memory_of, place_of
+from reltune.runs.estimate import Estimate, Subject, beside, is_cuda, memory_of, model_of, place_of
 from reltune.runs.sizes import NOT_KNOWN, Sizes
 
 ROUNDS = 8  # of choosing again where the count of what was chosen is above the budget
@@ -103,6 +103,7 @@ class Forecast:
         estimate: the method beside LoRA and full fine-tuning.
         allocated: bytes of the step's tensors and the workspace of products, as ``torch.cuda.max_memory_allocated`` counts.
         held_before: of these, what is in memory before the first step: the model.
+        holes: bytes of malloc's heap beside them, on a CPU.
         frontier: what each cut-off depth costs and keeps; empty where nothing was measured.
         layers: module -> layer.
         even: whether units are only spread evenly, because nothing was measured yet.
@@ -114,6 +115,7 @@ class Forecast:
     estimate: Estimate
     allocated: int
     held_before: int
+    holes: int
     frontier: list[CutOff]
     layers: Mapping[str, str]
     even: bool
@@ -136,6 +138,7 @@ class Forecast:
             "memory_bytes": row.total,
             "allocated_bytes": self.allocated,
             "held_before_bytes": self.held_before,
+            "holes_bytes": self.holes,
             "seconds_per_step": row.seconds,
             "padded": self.estimate.padded,
             "frozen_prefix_pays": None if row.prefix is None else row.prefix.pays,
@@ -233,14 +236,14 @@ def forecast(
         estimate = beside(found.subject, place, fitting.calibration, analysed=fitting.analysed)
     else:
         estimate = fitting.alone(found, place)
-    areas = found.count.peak
     return Forecast(
         found.plan,
         found.settings,
         found.subject.config,
         estimate,
         allocated(found.count) if fitting.cuda else found.count.bytes,
-        areas.get("weights", 0) + areas.get("trained", 0),
+        model_of(found.count),
+        found.count.holes,
         depths,
         {info.name: info.layer for info in found.subject.inventory.modules},
         config.needs_plan and relevance is None and plan is None,

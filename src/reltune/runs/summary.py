@@ -134,7 +134,7 @@ def predicted_and_measured(prediction: Mapping[str, Any], cost: Mapping[str, Any
         return []
     memory = prediction["allocated_bytes"]
     if (before := cost.get("memory_before_bytes")) is not None:
-        memory = before + memory + LIBRARIES - prediction["held_before_bytes"]
+        memory = before + memory + LIBRARIES - prediction["held_before_bytes"] + prediction.get("holes_bytes", 0)
     padded = prediction.get("padded") or {}
     longest, usual = (
         f", batches of {tokens(padded[name])} tokens" if name in padded else "" for name in ("longest", "training")

@@ -281,6 +281,7 @@ def train(
         if also is not None:
             also(trainer)
         discard(Path(str(args.output_dir)) / STOPPED_AT)
+        _read_in(model)
         with (
             PeakMemory() as memory,
             frozen_statistics(model),
@@ -643,6 +644,14 @@ class _StepClock(TrainerCallback):
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+def _read_in(model: nn.Module) -> None:
+    """Read what is trained on a CPU once: of a weight that is mapped from a file, parts that were not read yet are not in memory, and
+    would be taken for what training adds."""
+    for p in model.parameters():
+        if p.requires_grad and p.device.type == "cpu":
+            getattr(p, "_local_tensor", p).detach().sum()
 
 
 class PeakMemory:
