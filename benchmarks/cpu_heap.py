@@ -1,7 +1,7 @@
 """What settings of glibc's malloc cost and save in trainings on a CPU, and how near the prediction of its heap's holes comes.
 
-    python benchmarks/cpu_heap.py                                     # needs the demo's packages; about 40 minutes
-    python benchmarks/cpu_heap.py --settings default --repeats 1      # predicted and measured memory alone
+    python benchmarks/cpu_heap.py                                     # needs the demo's packages, and an idle machine for the times
+    python benchmarks/cpu_heap.py --settings default --repeats 1      # predicted and measured memory alone, as in the record
 
 Each training is `reltune run` in a process of its own, with the Trainer's loop, up to the end of its training. Settings of a case take turns,
 repeat after repeat. Of each step after the first the record has the processor's seconds of the user and of the system, and the page faults;
@@ -46,10 +46,10 @@ SETTINGS: dict[str, dict[int, int]] = {
 }
 CASES = {
     f"{model}, {method}, {batch}": (model, method, batch)
-    for model, methods in {"MiniLM": ("full", "weights", "lora"), "Llama": ("lora",)}.items()
+    for model, methods in {"MiniLM": ("full", "weights", "columns", "lora"), "Llama": ("full", "lora")}.items()
     for method in methods
     for batch in (8, 32)
-}
+}  # "MiniLM, weights, 32" has the method and the batch of the demo
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -66,7 +66,7 @@ def words_of(case: str, place: Path) -> list[object]:
         hard_cap.prepare(place, hard_cap.cases(size)["Llama, LoRA"], size)
         words = ["--model_name_or_path", place / "model", "--train_file", place / "rows.jsonl", "--task", "causal_lm"]
     words += ["--max_length", 64, "--method", method, "--per_device_train_batch_size", batch]
-    words += ["--budget", "1%", "--criteria", "fisher", "--analysis_examples", 32] if method == "weights" else []
+    words += ["--criteria", "fisher", "--analysis_examples", 32] if method in ("weights", "columns") else []
     return ["run", *words, "--output_dir", place / "run", "--eval_strategy", "no", "--save_strategy", "no"]
 
 

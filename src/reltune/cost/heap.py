@@ -18,8 +18,8 @@ LEAST = 32  # bytes of the smallest block
 MORE = ALIGNED + LEAST  # than a block takes is looked for
 MAPPED_FROM = 32 << 20  # glibc's DEFAULT_MMAP_THRESHOLD_MAX, to which its threshold grows while a model is loaded
 PAGE = 4096
-# Of the ends, how many small objects take in a forward pass. The growth of six trainings of BERT and Llama was between 7% less and 3% more than
-# with 0.65.
+# Of the ends, how many small objects take in a forward pass. Chosen by seven trainings (MiniLM with all weights and LoRA, a small Llama with LoRA);
+# benchmarks/results/cpu_heap.json has peaks predicted with it and measured.
 TAKEN = 0.6
 
 
