@@ -71,6 +71,8 @@ REFUSED = [
     ({"granularity": "colum"}, "did you mean 'column'"),
     ({"budget": "much"}, "'much' is no number"),
     ({"budget": "101%"}, "above 100%"),
+    ({"budget": "1.5"}, "no whole number of parameters"),
+    ({"budget": "memory=1GiB memory=2GiB"}, "says twice how much memory"),
     ({"sweep": "budget=1%,nothing"}, "'nothing' is no number"),
     ({"max_length": "0"}, "max_length is 0"),
     ({"learnig_rate": "1e-3"}, "unknown flag --learnig_rate; did you mean '--learning_rate'"),

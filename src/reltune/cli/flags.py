@@ -38,7 +38,7 @@ class Words(typer.core.TyperGroup):
 
 
 def _with_whole_budgets(args: Sequence[str]) -> list[str]:
-    """The words of a command line with all that is said of the budget in one flag. Of what is said twice the last counts."""
+    """The words of a command line with all that is said of the budget in one flag. Of what two flags say the last counts."""
     rest: list[str] = []
     budget: dict[str, str] = {}
     words = list(args)
@@ -52,9 +52,12 @@ def _with_whole_budgets(args: Sequence[str]) -> list[str]:
         said = [value if equals else words.pop(0)]
         while words and PART.match(words[0]):
             said.append(words.pop(0))
+        own: dict[str, str] = {}
         for part in said:
             for each in part.split() if "=" in part else [part]:
-                budget[each.partition("=")[0] if "=" in each else "parameters"] = each
+                name = each.partition("=")[0] if "=" in each else "parameters"
+                own[name] = f"{own[name]} {each}" if name in own else each  # said twice, which is refused later
+        budget |= own
     if budget:
         rest.insert(rest.index("--budget") + 1, " ".join(budget.values()))
     return rest + words

@@ -104,14 +104,8 @@ def parse_budget(budget: str | int | float, base_parameters: int) -> int:
     """
     if isinstance(budget, str) and "=" in budget:
         budget = read_budget(budget).parameters or "100%"
-    value, unit, written = _read(budget)
-    if unit == "%":
-        count = int(base_parameters * value / 100)
-    else:
-        exact = value * _SUFFIX[unit]
-        if exact < 1 or exact != int(exact):
-            raise InputError(f"budget {budget!r} is no whole number of parameters; for a share write {written}%.")
-        count = int(exact)
+    value, unit = _read(budget)
+    count = int(base_parameters * value / 100 if unit == "%" else value)
     if count > base_parameters:
         raise InputError(f"budget {budget!r} is more than the {base_parameters:,} parameters of the base model.")
     if count < 1:
@@ -121,8 +115,8 @@ def parse_budget(budget: str | int | float, base_parameters: int) -> int:
     return count
 
 
-def _read(budget: str | int | float) -> tuple[Decimal, str, str]:
-    """The number of a budget, its unit (% or a key of ``_SUFFIX``), and the number as it was written."""
+def _read(budget: str | int | float) -> tuple[Decimal, str]:
+    """A budget's number, and "%" if it is a share; else it is a whole number of parameters, and this is empty."""
     # A comma only between thousands: "0,5%" could be meant as a half.
     text = re.sub(r"(?<=\d)[,_](?=\d{3}(?!\d))", "", str(budget).strip())
     match = re.fullmatch(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)\s*([%kKmMbB]?)", text)
@@ -134,4 +128,9 @@ def _read(budget: str | int | float) -> tuple[Decimal, str, str]:
         raise InputError(f"budget {budget!r} allows nothing; write a share like 0.5% or a count like 100000.")
     if unit == "%" and value > 100:
         raise InputError(f"budget {budget!r} is above 100% of the model; write at most 100%.")
-    return value, unit, match[1]
+    if unit == "%":
+        return value, unit
+    count = value * _SUFFIX[unit]
+    if count != int(count):
+        raise InputError(f"budget {budget!r} is no whole number of parameters; for a share write {match[1]}%.")
+    return count, ""
