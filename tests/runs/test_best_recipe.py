@@ -84,9 +84,24 @@ def test_few_weights_for_many_examples_are_spoken_of(place: Path, monkeypatch: p
             note("the end")
         said[name] = [str(one.message) for one in notes if "weights are few" in str(one.message)]
     assert said.pop("few") == [
-        "25 weights are few for 42 training examples; in studies some 50 for each did best (docs/config.md), as --budget 2% trains."
+        "25 weights are few for 42 training examples: in studies some 50 for each did best, and 2% of the model was the most that was "
+        "tried (docs/config.md). Consider --budget 2%."
     ]
     assert not any(said.values())
+
+
+def test_what_goes_on_is_not_told_again_that_its_weights_are_few(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipes, "TOY", 0)
+    config = {"model_name_or_path": str(place / "model"), "train_file": str(place / "train.csv")}
+    said = []
+    for _ in range(2):
+        with pytest.warns() as notes:
+            started = flow.start(RunConfig(output_dir=str(place / "stopped"), **config))
+            note("the end")
+        said.append([str(one.message) for one in notes if "weights are few" in str(one.message)])
+        if not started.going_on:
+            flow.measure_and_choose(started)
+    assert started.going_on and [len(one) for one in said] == [1, 0]
 
 
 def test_another_granularity_of_the_same_relevance(place: Path, plain: Path) -> None:

@@ -55,7 +55,7 @@ DIRECTIONS_RATE = 1.2e-3
 
 # Single weights for each training example. In benchmarks/results/selection_proof.json, selection_small_data.json and
 # selection_proof_decoder.json the best mean had 57 (MiniLM, 2,000 examples), 45 (MiniLM, 10,000) and 80 (SmolLM2, 2,000); with 34 and fewer
-# the next larger budget gained, with 57 and more none did. 2% is the most that was tried, and nothing was tried on toys.
+# the next larger budget gained, with 57 and more none was shown to. 2% is the most that was tried, and nothing was tried on toys.
 PER_EXAMPLE, MOST, TOY = 50, 0.02, 1_000_000
 
 CHOICE = ("criteria", "granularity", "budget", "spread")  # the fields that a recipe fills

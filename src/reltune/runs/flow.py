@@ -109,7 +109,8 @@ def start(config: RunConfig, overwrite: bool = False, goal: str = "run") -> Star
             stages.check_choice(materials, goal != "analysis")
             if goal != "analysis":
                 stages.check_affordable(config, directory, materials.sizes)
-                stages.advise(materials)
+                if stage is None:
+                    stages.advise(materials)  # what goes on has its budget
             if config.export is not None:
                 stages.check_export(config, materials.task, config.export)
             materials.check_training()

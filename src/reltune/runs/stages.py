@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback
 
 from reltune.config.analysis import AnalysisConfig
-from reltune.config.recipes import BEST, PER_EXAMPLE, larger_budget
+from reltune.config.recipes import BEST, MOST, PER_EXAMPLE, larger_budget
 from reltune.config.run_config import RunConfig
 from reltune.config.selection import SelectionConfig
 from reltune.config.training_fields import DEFAULTS
@@ -138,8 +138,8 @@ def advise(materials: Materials) -> None:
     count = parse_budget(config.budget, parameters)
     if (more := larger_budget(count, examples, parameters)) is not None:
         note(
-            f"{count:,} weights are few for {examples:,} training examples; in studies some {PER_EXAMPLE} for each did best "
-            f"(docs/config.md), as --budget {more} trains."
+            f"{count:,} weights are few for {examples:,} training examples: in studies some {PER_EXAMPLE} for each did best, and "
+            f"{MOST:.0%} of the model was the most that was tried (docs/config.md). Consider --budget {more}."
         )
 
 
