@@ -190,7 +190,7 @@ def test_an_encoder_gets_a_new_head_and_images_have_no_length(tmp_path: Path) ->
         (["--granularity", "head"], "how such units are spread is known after an analysis only"),
         (["--method", "bitfit", "--device", "t4"], "this model has none"),
         (["--optim", "galore_adamw", "--device", "t4"], "the states of optim 'galore_adamw' are not known"),
-        (["--method", "shira", "--device", "t4"], "depends on numbers"),
+        (["--method", "shira", "--device", "t4"], "depends on numbers, and there are none; choose another method"),
     ],
 )
 def test_what_cannot_be_estimated_is_refused(llama: str, words: list[str], message: str) -> None:

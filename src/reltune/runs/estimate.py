@@ -572,8 +572,9 @@ class Subject:
             return self._count(self._held_model(config, copy.deepcopy(model)), config, batch, repeats)
         except NotImplementedError as error:
             raise InputError(
-                f"the method {method} on {config.model_name_or_path} cannot be counted: what one of its operations does depends on "
-                f"numbers, and there are none ({first_line(error)[:80]}…)."
+                f"what the method {method} takes on {config.model_name_or_path} cannot be predicted: what one of its operations does "
+                "depends on numbers, and there are none; choose another method, or run it without --dry_run and with a budget of "
+                "parameters alone."
             ) from error
 
     def _count(self, model: Any, config: RunConfig, batch: Mapping[str, Tensor], repeats: dict[str, int]) -> StepCount:
