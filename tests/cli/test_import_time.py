@@ -59,6 +59,7 @@ REFUSED = [
     ({"forgetting_file": "absent.jsonl"}, "absent.jsonl does not exist"),
     ({"train_file": "absent.parquet"}, "absent.parquet does not exist"),
     ({"train_file": "table.xls"}, "'.xls'"),
+    ({"train_file": "foreign"}, "foreign is a directory with neither a data set"),
     ({"model_name_or_path": "./absent"}, "./absent does not exist"),
     ({"model_name_or_path": "train.csv"}, "train.csv is a file"),
     ({"model_name_or_path": "empty"}, "empty has no config.json"),
@@ -97,6 +98,7 @@ OTHERS = [
     (["select", "done", "--overwrite_output_dir", "--budget", "0"], "allows nothing"),
     (["evaluate", "untuned"], "holds no adapter"),
     (["predict", "tuned", "--input_file", "reviews.csv", "--output_file", "new.csv"], "did you mean 'review'?"),
+    (["predict", "tuned", "--input_file", "empty", "--output_file", "new.csv"], "empty is a directory with neither"),
     (["export", "done", "--to", "onnx", "--output_dir", "new"], "'onnx'"),
     (["export", "done", "--to", "lora", "--output_dir", "foreign"], "holds files"),
 ]
