@@ -67,3 +67,10 @@ def test_every_dependency_is_among_them() -> None:
     assert {name: requirements("requirements.txt")[name][1] for name in shared} == {
         name: requirements("requirements-test.txt")[name][1] for name in shared
     }
+
+
+def test_the_studio_installs_in_the_tested_versions() -> None:
+    """Gradio bounds packages from above that others bring in newer versions."""
+    constraints, browser = versions("constraints.txt"), versions("requirements-browser.txt")
+    shared = constraints.keys() & browser.keys()
+    assert shared and {name: browser[name] for name in shared} == {name: constraints[name] for name in shared}
