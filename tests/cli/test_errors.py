@@ -26,6 +26,10 @@ def ended(command: Callable[[], object], *words: str, **environment: str) -> tup
     """The exit code of a program that does this, and what it wrote to stderr."""
     app = typer.Typer()
     app.callback(invoke_without_command=True)(lambda: command() and None)
+    return of_program(app, *words, **environment)
+
+
+def of_program(app: typer.Typer, *words: str, **environment: str) -> tuple[object, str]:
     handler, err = signal.signal(signal.SIGTERM, signal.SIG_IGN), io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["reltune", *words]),
@@ -82,6 +86,18 @@ def test_exit_codes(command: Callable[[], object], code: int, message: str) -> N
     assert found == code
     assert err.startswith(message) and bool(err) == bool(message) and "Traceback" not in err
     assert err.count("\n") == bool(message)
+
+
+@pytest.mark.parametrize("command", [raises(KeyboardInterrupt()), terminates])
+def test_what_would_begin_anew_is_not_said_to_go_on(command: Callable[[], object]) -> None:
+    app = typer.Typer()
+
+    @app.callback(invoke_without_command=True)
+    def start(overwrite_output_dir: bool = typer.Option(False, "--overwrite_output_dir")) -> None:
+        command()
+
+    _, err = of_program(app, "--overwrite_output_dir")
+    assert "kept, and the same command without --overwrite_output_dir goes on from there." in err
 
 
 def test_wrong_usage_is_bad_input() -> None:
