@@ -137,11 +137,14 @@ def test_an_interruption_while_the_program_is_loaded_is_a_sentence(monkeypatch: 
 # -- what libraries say ---------------------------------------------------------------------------------------------
 
 
+LIBRARY = "/home/reltune/.venv/site-packages/library/module.py"  # in the environment of a clone that is called as git calls it
+
+
 def remarks() -> None:
     """Warnings and log records as libraries and reltune make them."""
-    warnings.warn_explicit("call me otherwise", FutureWarning, "/site-packages/library/module.py", 7)
-    warnings.warn_explicit("trial 1 failed.", UserWarning, f"{os.sep}reltune{os.sep}runs{os.sep}sweep.py", 7)
-    warnings.warn_explicit("the column 'id' is not used.", Note, "/site-packages/library/module.py", 7)
+    warnings.warn_explicit("call me otherwise", FutureWarning, LIBRARY, 7)
+    warnings.warn_explicit("trial 1 failed.", UserWarning, run_program.__code__.co_filename, 7)
+    warnings.warn_explicit("the column 'id' is not used.", Note, LIBRARY, 7)
     log = logging.getLogger("a_library")
     log.addHandler(handler := logging.StreamHandler(sys.stderr))
     try:
@@ -158,7 +161,7 @@ def test_remarks_of_libraries_are_for_debugging() -> None:
     assert ended(remarks) == (0, OWN + "the disk is full\n")
     code, err = ended(remarks, "--debug")
     assert code == 0 and err.endswith(OWN + "could not load a kernel\nthe disk is full\n")
-    assert err.startswith("/site-packages/library/module.py:7: FutureWarning: call me otherwise\n")
+    assert err.startswith(f"{LIBRARY}:7: FutureWarning: call me otherwise\n")
 
 
 def test_notes_are_said_by_one_process() -> None:

@@ -28,6 +28,7 @@ from reltune.notes import Note
 TERMINATED = 143
 GOES_ON = "what was done is kept, and the same command goes on from there."
 OVERWRITE = "--overwrite_output_dir"
+OWN_FILES = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
 
 # Click's class, found through Typer, which may bring its own Click.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
@@ -115,7 +116,7 @@ def _warn(
     if issubclass(category, Note):
         if first():
             print(f"reltune: note: {message}", file=sys.stderr)
-    elif f"{os.sep}reltune{os.sep}" in filename:
+    elif filename.startswith(OWN_FILES):
         print(f"reltune: warning: {message}", file=sys.stderr)
     elif not own_only:
         print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr)
