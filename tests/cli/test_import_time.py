@@ -78,6 +78,8 @@ REFUSED = [
     ({"seeed": "1"}, "did you mean '--seed'"),
     ({"learning_rate": "fast"}, "learning_rate is 'fast'; it must be a number"),
     ({"max_steps": "1e2"}, "max_steps is '1e2'; it must be a whole number"),
+    ({"num_train_epochs": "0"}, "num_train_epochs is 0, so that nothing would be trained"),
+    ({"per_device_train_batch_size": "0"}, "per_device_train_batch_size is 0; write 1 or more"),
     ({"eval_strategy": "epochs"}, "--eval_strategy 'epochs' is unknown"),
     ({"text_column": "body"}, "train.csv line 1 has no column 'body'"),
     ({"train_file": "reviews.csv"}, "Name yours with --text_column"),
@@ -156,8 +158,8 @@ def test_bad_input_is_refused_before_anything_heavy_is_loaded(tmp_path: Path) ->
     before = contents(tmp_path)
     calls, expected = [], []
     for changed, named in REFUSED:
-        words = [word for name, value in {**GOOD, **changed}.items() for word in (f"--{name}", value)]
-        calls.append(["run", *words, "--num_train_epochs", "1", "--bf16", "false"])
+        changed = {"num_train_epochs": "1", "bf16": "false", **GOOD, **changed}
+        calls.append(["run", *(word for name, value in changed.items() for word in (f"--{name}", value))])
         expected.append(named)
     for words, named in OTHERS:
         calls.append(words)
