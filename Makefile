@@ -33,8 +33,9 @@ help:
 	@echo "make notebooks     run the tutorials and store what they show, with the packages of .venv-notebooks beside .venv"
 	@echo "make clean         remove .venv and everything else that make wrote"
 
+# A finished demo is made anew, an interrupted one goes on.
 demo: .venv/.installed-demo
-	$(BIN)/reltune demo --output_dir demo-run --overwrite_output_dir
+	$(BIN)/reltune demo --output_dir demo-run $(if $(wildcard demo-run/report.html),--overwrite_output_dir)
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

@@ -63,7 +63,7 @@ REFUSED = {
     "images": ("analyze --model_name_or_path vit --train_file images.jsonl", 'pip install "reltune[images]"'),
     "digits": ("analyze --model_name_or_path vit --dataset_name digits", 'pip install "reltune[images]"'),
     "gguf": ("analyze --model_name_or_path tiny.gguf --train_file texts.jsonl", 'pip install "reltune[gguf]"'),
-    "lm_eval": (f"run {LLAMA} --lm_eval_tasks tasks", 'pip install "reltune[lm_eval]"'),
+    "lm_eval": (f"run {LLAMA} --lm_eval_tasks tasks", 'pip install "reltune[lm-eval]"'),
     "sweep": (f"run {BERT} --sweep learning_rate=1e-3,1e-2", 'pip install "reltune[sweep]"'),
     "4 bits": (f"run {BERT} --load_in_4bit", "pip install bitsandbytes"),
     "8 bits": (f"run {BERT} --load_in_8bit", "pip install bitsandbytes"),

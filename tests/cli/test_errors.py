@@ -26,6 +26,10 @@ def ended(command: Callable[[], object], *words: str, **environment: str) -> tup
     """The exit code of a program that does this, and what it wrote to stderr."""
     app = typer.Typer()
     app.callback(invoke_without_command=True)(lambda: command() and None)
+    return of_program(app, *words, **environment)
+
+
+def of_program(app: typer.Typer, *words: str, **environment: str) -> tuple[object, str]:
     handler, err = signal.signal(signal.SIGTERM, signal.SIG_IGN), io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["reltune", *words]),
@@ -84,6 +88,18 @@ def test_exit_codes(command: Callable[[], object], code: int, message: str) -> N
     assert err.count("\n") == bool(message)
 
 
+@pytest.mark.parametrize("command", [raises(KeyboardInterrupt()), terminates])
+def test_what_would_begin_anew_is_not_said_to_go_on(command: Callable[[], object]) -> None:
+    app = typer.Typer()
+
+    @app.callback(invoke_without_command=True)
+    def start(overwrite_output_dir: bool = typer.Option(False, "--overwrite_output_dir")) -> None:
+        command()
+
+    _, err = of_program(app, "--overwrite_output_dir")
+    assert "kept, and the same command without --overwrite_output_dir goes on from there." in err
+
+
 def test_wrong_usage_is_bad_input() -> None:
     code, err = ended(lambda: None, "--nonsense")
     assert code == 2 and err.startswith("reltune: error: ") and "--nonsense" in err and err.count("\n") == 1
@@ -121,11 +137,14 @@ def test_an_interruption_while_the_program_is_loaded_is_a_sentence(monkeypatch: 
 # -- what libraries say ---------------------------------------------------------------------------------------------
 
 
+LIBRARY = "/home/reltune/.venv/site-packages/library/module.py"  # in the environment of a clone that is called as git calls it
+
+
 def remarks() -> None:
     """Warnings and log records as libraries and reltune make them."""
-    warnings.warn_explicit("call me otherwise", FutureWarning, "/site-packages/library/module.py", 7)
-    warnings.warn_explicit("trial 1 failed.", UserWarning, f"{os.sep}reltune{os.sep}runs{os.sep}sweep.py", 7)
-    warnings.warn_explicit("the column 'id' is not used.", Note, "/site-packages/library/module.py", 7)
+    warnings.warn_explicit("call me otherwise", FutureWarning, LIBRARY, 7)
+    warnings.warn_explicit("trial 1 failed.", UserWarning, run_program.__code__.co_filename, 7)
+    warnings.warn_explicit("the column 'id' is not used.", Note, LIBRARY, 7)
     log = logging.getLogger("a_library")
     log.addHandler(handler := logging.StreamHandler(sys.stderr))
     try:
@@ -142,7 +161,7 @@ def test_remarks_of_libraries_are_for_debugging() -> None:
     assert ended(remarks) == (0, OWN + "the disk is full\n")
     code, err = ended(remarks, "--debug")
     assert code == 0 and err.endswith(OWN + "could not load a kernel\nthe disk is full\n")
-    assert err.startswith("/site-packages/library/module.py:7: FutureWarning: call me otherwise\n")
+    assert err.startswith(f"{LIBRARY}:7: FutureWarning: call me otherwise\n")
 
 
 def test_notes_are_said_by_one_process() -> None:

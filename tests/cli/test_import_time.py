@@ -59,6 +59,7 @@ REFUSED = [
     ({"forgetting_file": "absent.jsonl"}, "absent.jsonl does not exist"),
     ({"train_file": "absent.parquet"}, "absent.parquet does not exist"),
     ({"train_file": "table.xls"}, "'.xls'"),
+    ({"train_file": "foreign"}, "foreign is a directory with neither a data set"),
     ({"model_name_or_path": "./absent"}, "./absent does not exist"),
     ({"model_name_or_path": "train.csv"}, "train.csv is a file"),
     ({"model_name_or_path": "empty"}, "empty has no config.json"),
@@ -79,6 +80,8 @@ REFUSED = [
     ({"seeed": "1"}, "did you mean '--seed'"),
     ({"learning_rate": "fast"}, "learning_rate is 'fast'; it must be a number"),
     ({"max_steps": "1e2"}, "max_steps is '1e2'; it must be a whole number"),
+    ({"num_train_epochs": "0"}, "num_train_epochs is 0, so that nothing would be trained"),
+    ({"per_device_train_batch_size": "0"}, "per_device_train_batch_size is 0; write 1 or more"),
     ({"eval_strategy": "epochs"}, "--eval_strategy 'epochs' is unknown"),
     ({"text_column": "body"}, "train.csv line 1 has no column 'body'"),
     ({"train_file": "reviews.csv"}, "Name yours with --text_column"),
@@ -99,6 +102,7 @@ OTHERS = [
     (["select", "done", "--overwrite_output_dir", "--budget", "0"], "allows nothing"),
     (["evaluate", "untuned"], "holds no adapter"),
     (["predict", "tuned", "--input_file", "reviews.csv", "--output_file", "new.csv"], "did you mean 'review'?"),
+    (["predict", "tuned", "--input_file", "empty", "--output_file", "new.csv"], "empty is a directory with neither"),
     (["export", "done", "--to", "onnx", "--output_dir", "new"], "'onnx'"),
     (["export", "done", "--to", "lora", "--output_dir", "foreign"], "holds files"),
 ]
@@ -156,8 +160,8 @@ def test_bad_input_is_refused_before_anything_heavy_is_loaded(tmp_path: Path) ->
     before = contents(tmp_path)
     calls, expected = [], []
     for changed, named in REFUSED:
-        words = [word for name, value in {**GOOD, **changed}.items() for word in (f"--{name}", value)]
-        calls.append(["run", *words, "--num_train_epochs", "1", "--bf16", "false"])
+        changed = {"num_train_epochs": "1", "bf16": "false", **GOOD, **changed}
+        calls.append(["run", *(word for name, value in changed.items() for word in (f"--{name}", value))])
         expected.append(named)
     for words, named in OTHERS:
         calls.append(words)

@@ -271,7 +271,7 @@ def test_what_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else found(name, *a))
     answer = command(*asked, place / "tasks")
-    assert answer.code == 2 and 'pip install "reltune[lm_eval]"' in answer.err
+    assert answer.code == 2 and 'pip install "reltune[lm-eval]"' in answer.err
     monkeypatch.undo()
     with pytest.raises(InputError, match="no chat template"):
         lm_evaluation.check_model("CAUSAL_LM", object(), True)

@@ -236,6 +236,22 @@ def test_the_slider_tells_what_falls_in_and_the_plan_is_saved(page: Any, studio:
     assert said and int(said[1].replace(",", "")) == plan["predicted"]["trainable_parameters"]
 
 
+def test_a_budget_that_cannot_be_is_said_to_be_none(page: Any) -> None:
+    tab(page, "Budget")
+    pick(page, "budget_run", "second")
+    waited(page, "summary", "Memory of a step")
+    field = page.locator("#budget_text input, #budget_text textarea")
+    for budget, problem in (("lots", "'lots' is no number"), ("101%", "above 100% of the model")):
+        field.fill(budget)
+        field.press("Enter")
+        assert "Trained parameters" not in waited(page, "summary", problem)
+        assert page.locator("#budget_command").inner_text().strip() == ""
+    field.fill("1%")
+    field.press("Enter")
+    waited(page, "summary", "Trained parameters")
+    waited(page, "budget_command", "--budget=1%")
+
+
 def test_scores_that_are_half_written_are_said_to_be(page: Any) -> None:
     tab(page, "Budget")
     pick(page, "budget_run", "half")

@@ -19,9 +19,10 @@ from reltune.notes import collecting
 from reltune.tasks.multilabel_classification import MultilabelClassification
 from reltune.tasks.regression import Regression
 from reltune.tasks.task import Task
+from reltune.tasks.texts import as_read
 from reltune.tasks.token_classification import TokenClassification
 from task_cases import OFTEN, check_reload, run_task
-from tiny_models import save_tiny_bert, save_tiny_gpt2
+from tiny_models import save_tiny_bert, save_tiny_gpt2, tiny_decoder_tokenizer, tiny_tokenizer
 
 WEIGHTS = {"good": 1.0, "great": 2.0, "bad": -1.0, "poor": -2.0}
 LEARNS = {**OFTEN, "learning_rate": 3e-3}
@@ -58,6 +59,14 @@ def check_loss(task: Task, model: Path, rows: list[Row]) -> None:
 
 
 # -- regression -----------------------------------------------------------------------------------------------------
+
+
+def test_what_the_tokenizer_does_not_know_is_seen_in_a_report() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer(["good 很好", "很好"], padding=True)["input_ids"]
+    assert [as_read(tokenizer, each) for each in ids] == ["good [UNK]", "[UNK]"]
+    decoder = tiny_decoder_tokenizer()  # whose token for it ends texts, too
+    assert as_read(decoder, [*decoder("good film")["input_ids"], decoder.eos_token_id]) == "good film"
 
 
 def test_regression_rows(model: Path) -> None:

@@ -27,6 +27,8 @@ from reltune.notes import Note
 
 TERMINATED = 143
 GOES_ON = "what was done is kept, and the same command goes on from there."
+OVERWRITE = "--overwrite_output_dir"
+OWN_FILES = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
 
 # Click's class, found through Typer, which may bring its own Click.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
@@ -36,6 +38,7 @@ def run_program(app: typer.Typer) -> NoReturn:
     """Run the command that the process was started with, and exit."""
     words = [word for word in sys.argv[1:] if word != "--debug"]
     debug = "--debug" in sys.argv
+    goes_on = GOES_ON.replace("command", f"command without {OVERWRITE}") if OVERWRITE in words else GOES_ON
     warnings.showwarning = _warn
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another one
@@ -53,10 +56,10 @@ def run_program(app: typer.Typer) -> NoReturn:
             traceback.print_exc()
         _fail(error.format_message() if isinstance(error, USAGE_ERROR) else str(error), 2, common=True)
     except (KeyboardInterrupt, typer.Abort):
-        _fail(f"interrupted; {GOES_ON}", 130, common=True)
+        _fail(f"interrupted; {goes_on}", 130, common=True)
     except SystemExit as end:
         if end.code == TERMINATED:
-            _fail(f"terminated; {GOES_ON}", TERMINATED, common=True)
+            _fail(f"terminated; {goes_on}", TERMINATED, common=True)
         raise
     except BrokenPipeError:  # whoever reads the output has had enough
         os.dup2(
@@ -113,7 +116,7 @@ def _warn(
     if issubclass(category, Note):
         if first():
             print(f"reltune: note: {message}", file=sys.stderr)
-    elif f"{os.sep}reltune{os.sep}" in filename:
+    elif filename.startswith(OWN_FILES):
         print(f"reltune: warning: {message}", file=sys.stderr)
     elif not own_only:
         print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr)

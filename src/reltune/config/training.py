@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
 
@@ -106,7 +108,24 @@ class TrainingConfig(Subject):
         for name, value in self.training.items():
             if isinstance(value, float) and not math.isfinite(value) and name not in MAY_BE_INFINITE:
                 raise InputError(f"{name} is {value}; it must be a finite number.")
+        check_amounts({**self.training, "max_steps": 1} if "max_steps" in self.sweep else self.training)
         if self.sweep_trials is not None and not self.sweep:
             raise InputError("sweep_trials is given, but nothing is swept; give a sweep too, or leave it out.")
         if twice := [name for name in self.sweep if name in self.training]:
             raise InputError(f"{twice[0]} has a value and is swept too; keep one of them.")
+
+
+def check_amounts(values: Mapping[str, Any]) -> None:
+    """Raise InputError for numbers of steps, epochs or examples with which nothing would be trained. Flags may be words yet."""
+    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    amounts = {"max_steps": -1.0, "num_train_epochs": 1.0, **dict.fromkeys(sizes, 1.0)}
+    for name in amounts:
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # what is no number is refused as such
+            amounts[name] = float(values[name])
+    steps, epochs = amounts["max_steps"], amounts["num_train_epochs"]
+    if steps == 0 or (steps < 0 and epochs <= 0):
+        name = "max_steps" if steps == 0 else "num_train_epochs"
+        raise InputError(f"{name} is {amounts[name]:g}, so that nothing would be trained; write more.")
+    for name in sizes:
+        if amounts[name] < 1:
+            raise InputError(f"{name} is {amounts[name]:g}; write 1 or more.")

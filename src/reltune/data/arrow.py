@@ -17,13 +17,12 @@ import datasets
 import pyarrow.parquet
 from transformers.utils.hub import is_offline_mode
 
+from reltune.data.folders import IMAGE_SUFFIXES, kind_of_folder
 from reltune.data.rows import SPLITS, Rows
 from reltune.data.streams import StreamedRows
 from reltune.errors import InputError, first_line, nearest
 from reltune.names import DATASETS
 from reltune.notes import note
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def read_parquet(path: Path, streaming: bool = False) -> dict[str, Rows | StreamedRows]:
@@ -40,30 +39,26 @@ def read_folder(path: Path, streaming: bool = False) -> dict[str, Rows | Streame
     Images lie in a folder for each label, under a folder for each split if there are several; or beside a
     ``metadata.csv`` or ``metadata.jsonl`` with a column ``file_name``, as the ``imagefolder`` of ``datasets`` has it.
     """
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    kind = kind_of_folder(path)
+    if kind == "saved":
         with _reading(str(path), "save it again with save_to_disk"):
             data = datasets.load_from_disk(str(path))
             if streaming:
                 data = _each(data, lambda split: split.to_iterable_dataset())
-    elif any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
+    elif kind == "images":
         images = _check_images(path)
         splits = _split_folders(path)
         with _reading(str(path), "give each label a folder, or write a metadata.csv with file_name and label"):
             data = datasets.load_dataset("imagefolder", data_dir=str(path), data_files=splits, streaming=streaming)
         if images and not streaming and (rest := images - sum(map(len, data.values()))) > 0:
             note(f"{path.name}: {rest} images are in no row of the metadata file, and are left out.")
-    elif any(path.rglob("*.parquet")):  # a data set of the Hub as it is downloaded: its splits are in the files' names
+    else:
         with _reading(str(path), "check that its files are whole"):
             files = datasets.load_dataset_builder("parquet", data_dir=str(path)).config.data_files
             data = datasets.load_dataset("parquet", data_files=files, streaming=streaming)
         taken = {Path(file) for split in files.values() for file in split}
         if unused := sorted(file.name for file in path.rglob("*.parquet") if file.resolve() not in taken):
             note(f"{path.name}: not used, because their names say no split: {', '.join(map(repr, unused[:10]))}.")
-    else:
-        raise InputError(
-            f"{path} is a directory with neither a data set that datasets saved nor images; name one file in it, or save "
-            "the data set with save_to_disk."
-        )
     return _splits(data, str(path))
 
 

@@ -27,7 +27,7 @@ BACKENDS = {"CAUSAL_LM": "causal", "SEQ_2_SEQ_LM": "seq2seq"}  # PEFT's task typ
 def check_model(peft_task_type: str | None, tokenizer: Any, apply_chat_template: bool) -> None:
     """Raise InputError unless the harness is installed and can ask this kind of model."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise InputError('lm_eval_tasks needs lm-evaluation-harness; run: pip install "reltune[lm_eval]"')
+        raise InputError('lm_eval_tasks needs lm-evaluation-harness; run: pip install "reltune[lm-eval]"')
     if peft_task_type not in BACKENDS:
         raise InputError(
             "lm_eval_tasks are for language models that write (causal_lm, preference, seq2seq), but this run's task is "

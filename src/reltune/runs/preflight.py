@@ -14,6 +14,7 @@ from reltune.config.comparison import ComparisonConfig
 from reltune.config.run_config import RunConfig
 from reltune.cost.devices import card
 from reltune.data.columns import require_columns
+from reltune.data.folders import kind_of_folder
 from reltune.data.layout import layout_of
 from reltune.data.prompts import read_prompts
 from reltune.data.streams import StreamedRows
@@ -371,6 +372,8 @@ def check_rows(config: RunConfig) -> None:
 
 
 def check_source(file: str) -> None:
-    """Raise InputError for data that are neither a directory nor a file of a known format."""
-    if not os.path.isdir(file) and not (os.path.isfile(file) and Path(file).suffix.lower() == ".parquet"):
+    """Raise InputError for data that are neither a directory of data nor a file of a known format."""
+    if os.path.isdir(file):
+        kind_of_folder(Path(file))
+    elif not (os.path.isfile(file) and Path(file).suffix.lower() == ".parquet"):
         check_text_file(Path(file))

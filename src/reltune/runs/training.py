@@ -35,6 +35,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, set_seed
 from transformers.utils.hub import is_offline_mode
 
 from reltune import reading
+from reltune.config.training import check_amounts
 from reltune.config.training_fields import DEFAULTS
 from reltune.errors import InputError, first_line
 from reltune.files import PARTIAL, discard, put_in_place, stored, write_text
@@ -120,12 +121,7 @@ def arguments(
         args = task.make_arguments(output_dir=output_dir, seed=seed, **values)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"training fields: {error}") from error
-    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
-        field = "max_steps" if args.max_steps == 0 else "num_train_epochs"
-        raise InputError(f"{field} is {getattr(args, field):g}, so that nothing would be trained; write more.")
-    for field in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(args, field) < 1:
-            raise InputError(f"{field} is {getattr(args, field)}; write 1 or more.")
+    check_amounts(vars(args))
     if (args.fsdp_plugin_args or {}).get("fsdp_version") == 1:
         raise InputError("fsdp_config asks for FSDP1, under which reltune cannot train; write version 2, or none.")
     if args.fsdp and _on_cpus(args):

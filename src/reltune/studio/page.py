@@ -401,6 +401,19 @@ class Page:
                 views.command(command_lines.shown(words_of), words),
             ]
 
+        def says(before: int, handler: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+            """A handler that says an InputError in the place of the results, which ``before`` other values precede: what is
+            raised beside the queue is not shown by Gradio's page."""
+
+            @functools.wraps(handler)
+            def called(*arguments: Any) -> list[Any]:
+                try:
+                    return handler(*arguments)
+                except InputError as error:
+                    return [*[gr.update()] * before, views.problem(str(error)), None, gr.update(), ""]
+
+            return called
+
         def opened(name: str | None) -> Iterator[Any]:
             if not name:
                 yield [gr.update()] * 9
@@ -477,21 +490,21 @@ class Page:
             [criterion, granularity, spread, slider, budget, *results],
             show_progress="hidden",
         )
-        slider.input(shows_problems(slid), [run, slider, modules, replace, *rule_of], [budget, *results], **at_once)
+        slider.input(says(1, slid), [run, slider, modules, replace, *rule_of], [budget, *results], **at_once)
         # An answer brings the boxes as they were when it was asked for, so that each click of one asks at once.
         for event, mode in (
             *((event, {}) for event in (budget.submit, budget.blur, replace.input)),
             (modules.input, {"trigger_mode": "multiple"}),
         ):
             event(
-                shows_problems(typed),
+                says(1, typed),
                 [run, budget, modules, replace, *rule_of],
                 [slider, *results],
                 **{**at_once, **mode},
             )
         for part in rule_of:
             part.input(
-                shows_problems(ruled),
+                says(2, ruled),
                 [run, budget, modules, replace, *rule_of],
                 [granularity, spread, *results],
                 **at_once,

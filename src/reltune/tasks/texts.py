@@ -61,12 +61,20 @@ class TextTask(Task):
         read = self.read_off(logits, [], examples, processor)
         return [
             Written(
-                processor.decode(item["input_ids"], skip_special_tokens=True),
+                as_read(processor, item["input_ids"]),
                 spelled(self.told_of(item)),
                 spelled(record[self.predicts[0]]),
             )
             for item, record in zip(items, read, strict=True)
         ]
+
+
+def as_read(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Tokens as text without special ones, but with that of what the tokenizer does not know, unless it is another's too."""
+    named = (token for name, token in tokenizer.special_tokens_map.items() if name != "unk_token")
+    shown = {tokenizer.unk_token_id} if tokenizer.unk_token not in named else set()
+    hidden = set(tokenizer.all_special_ids) - shown
+    return str(tokenizer.decode([token for token in map(int, ids) if token not in hidden]))
 
 
 def spelled(value: str | float | Sequence[str]) -> str:
