@@ -24,6 +24,7 @@ from reltune import InputError
 from reltune.config.run_config import RunConfig
 from reltune.methods.registry import METHODS
 from reltune.relevance.scores import RelevanceScores
+from reltune.runs import flow, stages
 from reltune.runs.estimate import HOLES
 from reltune.runs.forecast import Forecast, forecast
 from reltune.runs.summary import predicted_and_measured
@@ -268,3 +269,21 @@ def test_the_library_selects_under_a_budget_of_memory_with_a_profile(place: Path
         reltune.select(relevance, "50% memory=20MiB", profile=profile)
     with pytest.raises(InputError, match="takes one granularity, or column, row and bias"):
         reltune.select(relevance, "50% memory=90MiB", ["module", "column"], profile=profile)
+
+
+@pytest.mark.parametrize(("budget", "times"), [("5% memory=64MiB", 1), ("5%", 0)])
+def test_malloc_gives_back_from_the_start_under_a_budget_of_memory(
+    budget: str, times: int, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks would go into the holes that an analysis leaves in the heap."""
+    done: list[str] = []
+
+    def stop(*_: object) -> None:
+        raise InputError("nothing is loaded yet")
+
+    monkeypatch.setattr(stages, "give_back_what_is_freed", lambda: done.append("set"))
+    monkeypatch.setattr(flow, "prepare", stop)
+    files = {"model_name_or_path": str(place / "model"), "train_file": str(place / "train.csv")}
+    with pytest.raises(InputError, match="nothing is loaded yet"):
+        flow.start(RunConfig(output_dir=str(place / "never"), budget=budget, **files))
+    assert len(done) == times

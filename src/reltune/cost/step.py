@@ -36,6 +36,7 @@ AREAS = {
 # bfloat16 a process grew by 0.60 to 0.69 MiB with each new shape, from 256 × 256 to 2048 × 2048; with products in float32 not at all.
 KERNEL, KERNELS = 655 << 10, 1024
 CPU_ROUNDING = 64  # bytes: what PyTorch's allocator on a CPU aligns to
+STORAGES = 50_000  # of a step that are gone through for the holes of a heap: more take seconds, and the small ones hardly move its top
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +185,9 @@ def count_step(
     if not conditions.cuda and not conditions.gives_back:
         pieces = [size_of(p) // 2 for p in trained for _ in range(2)]
         pieces += [size_of(p) // 2 for name in own for p in own[name] for _ in range(2 * more[name])]
-        holes = heap.holes(_in_order(ledger, more), filter(None, pieces))
+        least = _least(ledger, more)
+        step = ((name, size, forward) for name, size, forward in _in_order(ledger, more) if abs(size) >= least)
+        holes = heap.holes(step, filter(None, pieces))
     return StepCount(
         conditions,
         {area: timeline.peak[area] for area in AREAS},
@@ -200,6 +203,13 @@ def count_step(
         _tuned(model) + sum(more[name] * _tuned(block) for name, block in blocks.items()),
         holes,
     )
+
+
+def _least(ledger: Ledger, more: Mapping[str, int]) -> int:
+    """Bytes from which on storages are gone through for holes, so that they are no more than ``STORAGES``."""
+    sizes = sorted((size for _, size in ledger.events if size > 0), reverse=True)
+    most = STORAGES // (1 + max(more.values(), default=0))
+    return sizes[most] if len(sizes) > most else 0
 
 
 def _in_order(ledger: Ledger, more: Mapping[str, int]) -> Iterator[tuple[tuple[int, int], int, bool]]:

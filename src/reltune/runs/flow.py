@@ -95,6 +95,7 @@ def start(config: RunConfig, overwrite: bool = False, goal: str = "run") -> Star
         config.chat_template = text_of(config.chat_template)  # whatever becomes of the file
         if config.sweep:
             sweeps.space(config)
+        stages.keep_to_budget(config)
         stage = directory.check_start(config, overwrite, goal)
         if stage == "analysis" and processes.count > 1 and interrupted_in(directory.relevance):
             raise InputError(

@@ -75,6 +75,14 @@ from reltune.tensor_files import load_tensors
 WITHOUT_NEW_HEADS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # PEFT's task types that train no head by themselves
 
 
+def keep_to_budget(config: RunConfig) -> None:
+    """Under a budget of memory on a CPU, have malloc give back what is freed. From the start on: blocks go into holes that an analysis has
+    left in the heap before they are mapped."""
+    on_cpu = not torch.cuda.is_available() or config.training.get("use_cpu")
+    if on_cpu and config.budget is not None and read_budget(config.budget).memory is not None:
+        give_back_what_is_freed()
+
+
 def check_choice(materials: Materials, select: bool = True) -> None:
     """Raise InputError for patterns that match no module and budgets that no unit fits, before hours are spent.
 
@@ -500,9 +508,7 @@ def tune(
         plan = Plan.load(run.plan) if asked.needs_plan else None
         materials.arguments("selection")  # refuses what cannot be, before anything is predicted by it
     materials, predicted = settled(materials, run, plan, predict)
-    on_cpu = not torch.cuda.is_available() or asked.training.get("use_cpu")
-    if on_cpu and asked.budget is not None and read_budget(asked.budget).memory is not None:
-        give_back_what_is_freed()
+    keep_to_budget(asked)
     with processes.together():
         config, method = materials.config, METHODS[materials.config.method]
         base = model_with_new_heads(materials, run)
