@@ -14,6 +14,7 @@ import pytest
 from reltune.errors import InputError
 from reltune.relevance.heatmap import OUTSIDE, Heatmap
 from reltune.relevance.profiles import Leading, Profiles, profile
+from reltune.report import figures
 from reltune.report.figures import SCALES, heatmap_figure, heatmap_views, layers_figure
 from reltune.report.page import write_report
 from reltune.report.record import ComparisonRecord, Output, RunRecord, Sample, WayResult, WayTable
@@ -264,3 +265,18 @@ def test_missing_library_says_what_to_install(tmp_path, monkeypatch, missing):
         write_report(tmp_path / "report.html", FULL)
     assert missing in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([3.0, 40.0], ["5", "10", "20"]),
+        ([1e3, 2e6], ["100", "1k", "10k", "100k", "1M"]),
+        ([270.0, 336.0, 557.0], ["300", "400", "500"]),  # between 200 and 500, and 500 alone in sight
+        ([520.0, 580.0], ["520", "540", "560", "580"]),
+        ([301.2], ["300"]),
+    ],
+)
+def test_an_axis_of_powers_has_numbers(values: list[float], words: list[str]) -> None:
+    found = figures._log_ticks(values)["ticktext"]
+    assert set(words) <= set(found) and (len(found) == len(words) or max(values) / min(values) > 10)

@@ -396,15 +396,31 @@ def ways_figures(record: ComparisonRecord) -> dict[str, dict[str, Any]]:
 
 
 def _log_ticks(values: Sequence[float]) -> dict[str, Any]:
-    """Ticks at 1, 2 and 5 of each decade, over many decades at 1 alone, as short words."""
+    """Ticks at 1, 2 and 5 of each decade, over many decades at 1 alone, as short words; at other round numbers where the values lie close
+    together."""
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     steps = (1, 2, 5) if high - low < 3 else (1,)
     places = [step * 10.0**decade for decade in range(low - 1, high + 1) for step in steps]
+    if sum(min(values) <= place <= max(values) for place in places) < 2:
+        places = _round_numbers(min(values), max(values))
     words = []
     for place in places:
         size, letter = next((unit for unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if place >= unit[0]), (1, ""))
         words.append(f"{place / size:g}{letter}")
     return {"tickmode": "array", "tickvals": places, "ticktext": words}
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Two to five multiples of the largest 1, 2 or 5 times a power of ten that has so many from ``low`` to ``high``; low's first digits
+    where both are one."""
+    if low == high:
+        return [float(f"{low:.2g}")]
+    power = math.floor(math.log10(high - low))
+    for unit in (step * 10.0**decade for decade in (power + 1, power, power - 1) for step in (5, 2, 1)):
+        multiples = [unit * k for k in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
+        if len(multiples) >= 2:
+            break
+    return multiples
 
 
 def _ways(metric: str, rows: Sequence[WayResult], field: str, color: str, symbol: str, name: str) -> dict[str, Any]:
