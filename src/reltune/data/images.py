@@ -38,7 +38,7 @@ def _in_rgb(opened: Any) -> Any:
 
         values = np.asarray(turned, np.float64)
         low, high = _range(values.min(), values.max(), turned.mode)
-        return Image.fromarray(np.uint8(255 * (values - low) / (high - low))).convert("RGB")
+        return Image.fromarray((255 * (values - low) / (high - low)).astype(np.uint8)).convert("RGB")
     if "A" in turned.getbands() or "transparency" in turned.info:
         turned = turned.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned).convert("RGB")
