@@ -131,6 +131,20 @@ def test_frozen_layers_are_computed_once(models: Path) -> None:
     later = 50 * on.prefix.seconds / 3600  # the second and the third pass
     assert on.hours_by_part["training"] == pytest.approx(25 * on.seconds / 3600 + later, rel=0.2)
     assert on.hours_by_part["training"] >= 25 * on.seconds / 3600 + later  # and what it takes to write
+    assert on.prefix.median == on.prefix.seconds < on.seconds and off.prefix.median is None  # two passes of three
+    once = row(models, **TOP, cache_frozen_prefix="on", num_train_epochs=1.0)
+    assert once.prefix is not None and once.prefix.median is not None and once.prefix.median >= on.seconds
+
+
+def test_a_step_is_predicted_as_most_steps_are(models: Path) -> None:
+    """Training measures the median of its steps, of which most begin above the frozen layers."""
+    training = {"per_device_train_batch_size": BATCH, "num_train_epochs": 3.0}
+    config = RunConfig(str(models / "llama"), ".", training=training, max_length=64, **TOP, cache_frozen_prefix="on")
+    found = forecast(config, device="h100-80gb", sizes=Sizes.of(TRAIN, HELD_OUT))
+    first, prefix = found.estimate.rows[0].seconds, found.estimate.rows[0].prefix
+    assert (
+        prefix is not None and first is not None and found.prediction("")["seconds_per_step"] == prefix.seconds < first
+    )
 
 
 def test_the_time_saved_is_that_of_the_frozen_layers(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from reltune.cost.calibration import Calibration, rate
@@ -37,7 +38,8 @@ class Prefix:
     Attributes:
         layers: that are frozen from the bottom, of ``of``.
         bytes: of all examples; None where their number is not known.
-        seconds: of a step of a later pass, with all its batches.
+        seconds: of a step of a later pass, with all its batches; ``median`` of the run's steps, None where it keeps nothing or has no
+            number of steps.
         pays: whether training is done earlier by it; None where the number of passes is not known.
         kept: whether this run keeps it.
         why: why not, as a phrase.
@@ -50,6 +52,7 @@ class Prefix:
     pays: bool | None
     kept: bool
     why: str = ""
+    median: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +89,10 @@ def course(subject: Subject, method: str, calibration: Calibration, analysed: bo
     parts["training"] = steps * step
     if prefix is not None and prefix.kept and examples is not None:
         later = max(0, steps - _pass(subject, examples))
-        parts["training"] = (steps - later) * (step + _writing(subject)) + later * prefix.seconds
+        first = step + _writing(subject)
+        parts["training"] = (steps - later) * first + later * prefix.seconds
+        if steps:
+            prefix = dataclasses.replace(prefix, median=median([prefix.seconds] * later + [first] * (steps - later)))
     parts |= evaluation_seconds(subject, method, calibration, steps)
     return Course({name: seconds for name, seconds in parts.items() if seconds}, prefix, left_out)
 

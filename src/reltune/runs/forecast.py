@@ -131,6 +131,7 @@ class Forecast:
     def prediction(self, digest: str) -> dict[str, Any]:
         """As ``prediction.json`` has it."""
         row = self.estimate.rows[0]
+        median = None if row.prefix is None else row.prefix.median
         return {
             "of": digest,
             "fields": dict(self.settings.fields),
@@ -139,7 +140,7 @@ class Forecast:
             "allocated_bytes": self.allocated,
             "held_before_bytes": self.held_before,
             "holes_bytes": self.holes,
-            "seconds_per_step": row.seconds,
+            "seconds_per_step": row.seconds if median is None else median,
             "padded": self.estimate.padded,
             "frozen_prefix_pays": None if row.prefix is None else row.prefix.pays,
         }
