@@ -96,7 +96,8 @@ def test_space_before_quotes(tmp_path: Path) -> None:
 
 def test_what_spreadsheets_add(tmp_path: Path) -> None:
     expected = [("a", "p"), ("b", "q")]
-    assert read(tmp_path, "text,label\na,p,,\n,,,\nb,q,\n,,,\n\n") == (expected, [])
+    said = ["d.csv: rows without any text are left out, 1 of them, the first on line 3."]
+    assert read(tmp_path, "text,label\na,p,,\n,,,\nb,q,\n,,,\n\n") == (expected, said)
     assert [row[:2] for row in read(tmp_path, "text,label,,\na,p,,\nb,q,,\n,,,\n")[0]] == expected
     assert read_rows(tmp_path / "d.csv").columns == ["text", "label"]
     (tmp_path / "d.csv").write_text("text,label,\na,p,5\nb,q,\n")
@@ -104,6 +105,32 @@ def test_what_spreadsheets_add(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("text,label\na,p,5\nb\n")
     with pytest.raises(InputError, match=r"another number of fields than the header's 2 on 2 lines \(2, 3\)"):
         read_rows(tmp_path / "d.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("d.csv", 'text\na\n""\nb\n', ["d.csv: rows without any text are left out, 1 of them, the first on line 3."]),
+        (
+            "d.csv",
+            "text,label\n\na,p\n,\n\n , \nb,q\n,\n,\n",
+            ["d.csv: rows without any text are left out, 2 of them, the first on line 4."],
+        ),
+        (
+            "d.tsv",
+            "text\tlabel\na\tp\n\t\nb\tq\n",
+            ["d.tsv: rows without any text are left out, 1 of them, the first on line 3."],
+        ),
+        ("d.tsv", "text\na\n\nb\n\n", []),
+        ("d.csv", "\ntext\na\n\nb\n\n", []),
+    ],
+)
+def test_rows_without_text_between_others_are_spoken_of(
+    tmp_path: Path, name: str, content: str, said: list[str]
+) -> None:
+    """Answers to the rows of a file would otherwise stand beside the wrong ones."""
+    rows, notes = read(tmp_path, content, name)
+    assert [row[0] for row in rows] == ["a", "b"] and notes == said
 
 
 @pytest.mark.parametrize("name", ["d.csv", "d.tsv"])

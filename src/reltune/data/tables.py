@@ -67,13 +67,32 @@ def read_table(path: Path, dialect: Dialect, file: Iterable[str]) -> tuple[int, 
         InputError: CSV in which nothing after the fault can be trusted.
     """
     lines = _tab_lines(path, file) if dialect.separator == "\t" else _csv_lines(path, file, dialect)
-    filled = ((line, fields) for line, fields in lines if any(field.strip() for field in fields))
+    filled = _filled(path, lines, dialect.separator)
     if dialect.told:
         next(filled)
     header_line, header = next(filled, (1, []))
     names = [name.strip().strip("\ufeff") for name in header]  # some programs write a byte order mark too many
     names = ["", *names] if dialect.numbered else names
     return header_line, names, (_record(line, fields, names) for line, fields in filled)
+
+
+def _filled(path: Path, lines: Iterator[Line], separator: str) -> Iterator[Line]:
+    """The records with any text. Those without it are said to be left out where others follow, whose numbers they would shift; empty lines
+    are none."""
+    since: list[int] = []
+    left_out: list[int] = []
+    begun = False
+    for line, fields in lines:
+        if any(field.strip() for field in fields):
+            left_out += since
+            since, begun = [], True
+            yield line, fields
+        elif begun and len(fields) > (separator == "\t"):
+            since.append(line)
+    if left_out:
+        note(
+            f"{path.name}: rows without any text are left out, {len(left_out)} of them, the first on line {left_out[0]}."
+        )
 
 
 def _used(head: list[str], usual: str) -> str:
