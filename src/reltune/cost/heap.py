@@ -4,6 +4,8 @@ PyTorch asks for each tensor on a CPU by ``posix_memalign``. glibc (malloc.c, ``
 takes, cuts out what is aligned to 64 bytes and gives the ends back. Small objects of the same pass, such as autograd's nodes, then take the
 ends, so that the place of a freed tensor is too small for the next one of its size until they are gone. With plain ``malloc`` in the place of
 ``posix_memalign`` the holes are not there.
+
+Of blocks that are made and freed in no order glibc's is 1% to 11% larger, by where it begins (tests/cost/test_heap.py), which makes no difference here.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def count_step(
         pieces = [size_of(p) // 2 for p in trained for _ in range(2)]
         pieces += [size_of(p) // 2 for name in own for p in own[name] for _ in range(2 * more[name])]
         least = _least(ledger, more)
-        step = ((name, size, forward) for name, size, forward in _in_order(ledger, more) if abs(size) >= least)
+        step = ((name, size, forward) for name, size, forward in _in_order(ledger, more) if abs(size) > least)
         holes = heap.holes(step, filter(None, pieces))
     return StepCount(
         conditions,
@@ -206,7 +206,7 @@ def count_step(
 
 
 def _least(ledger: Ledger, more: Mapping[str, int]) -> int:
-    """Bytes from which on storages are gone through for holes, so that they are no more than ``STORAGES``."""
+    """Bytes above which storages are gone through for holes, so that they are no more than ``STORAGES``."""
     sizes = sorted((size for _, size in ledger.events if size > 0), reverse=True)
     most = STORAGES // (1 + max(more.values(), default=0))
     return sizes[most] if len(sizes) > most else 0
