@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from argparse import ArgumentParser
 from collections import Counter
@@ -28,6 +29,7 @@ from unittest import mock
 
 import torch
 from safetensors.numpy import load_file
+from tqdm import tqdm
 
 from harness import Benchmark, arguments, benchmark
 from reltune.cli.commands import main as reltune
@@ -315,6 +317,9 @@ def main() -> int:
     parser.add_argument("--cases", nargs="*", default=[], help="the cases to try; all if none is named")
     options = arguments(parser, "interruption")
     torch.set_num_threads(1)
+    # All forks would share tqdm's lock between processes, and one that is killed while it holds it would stop the others.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0  # no thread that may hold the lock while this process forks
     resumption.EVERY = 0.2
     bench = benchmark(options)
     bench.result["memory"] = "not measured"

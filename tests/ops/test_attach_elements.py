@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from reltune.cost.ledger import Ledger
 from reltune.ops import attach_elements
 from reltune.ops.attach_elements import (
     AttachElements,
@@ -165,6 +168,30 @@ def test_the_cheaper_form_is_taken_and_either_can_be_forced(monkeypatch):
         thread.start()
         thread.join()
     assert taken == list(FORMS)
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 3, 20, 21])
+def test_work_that_repeats_is_counted_once_for_all(vectors, monkeypatch):
+    monkeypatch.setattr(attach_elements, "CACHED_NUMBERS", 200)  # of 100 places: two vectors at a time
+    a, b, index = numbers(vectors, 30), numbers(vectors, 40), places(30, 40, 100).index
+    called = Counter()
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = str(func).removesuffix(".default")
+            called["host" if name == "aten.slice.Tensor" else name] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Calls():
+        sampled_product_reference(a, b, index)
+    a, b, index = (x.to("meta") for x in (a, b, index))
+    with Ledger() as ledger:
+        sampled_product_reference(a, b, index)
+    (span,) = ledger.spans
+    counted = Counter()
+    for work, times in span.work.items():
+        counted[work.name.replace("::", ".")] += times
+    assert counted == called
 
 
 TOKENS = st.one_of(st.integers(1, 9), st.integers(126, 130), st.just(300))

@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from reltune.ops import stand_in
+
 COUNTED = "counted_bytes"  # an attribute of tensors that stand for ones of another size, such as weights in few bits
 KERNEL, EXPERT = "reltune::kernel", "reltune::expert"  # ops/stand_in.py
 HOST = "host"  # the name of what the device has no work with
@@ -215,7 +217,7 @@ class Ledger(TorchDispatchMode):
         if name not in _NO_WORK and (name in (KERNEL, EXPERT) or any(t.is_meta for t in written)):
             self._work(func, name, written, args, kwargs, result, made)
         elif any(t.is_meta for t in written):  # what has numbers is a look at whether modules compute the same, once
-            self.spans[-1].work[Work(HOST, 0, 0, torch.int64, made, way=self._way())] += 1
+            self.spans[-1].work[Work(HOST, 0, 0, torch.int64, made, way=self._way())] += stand_in.repeats()
         return result
 
     def _way(self) -> str:
@@ -256,7 +258,8 @@ class Ledger(TorchDispatchMode):
             self._note_shape(name, read, written)
         dtype = floats[0] if floats else torch.int64
         plain = _is_plain(func, name, read, written)
-        self.spans[-1].work[Work(name, int(flops), moved, dtype, made, vectors, self._way(), plain)] += 1
+        work = Work(name, int(flops), moved, dtype, made, vectors, self._way(), plain)
+        self.spans[-1].work[work] += stand_in.repeats()
 
     def _note_shape(self, name: str, read: list[Tensor], written: list[Tensor]) -> None:
         if name in _PRODUCTS:

@@ -189,9 +189,18 @@ def sampled_product_reference(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
     gradient = torch.zeros(len(index), dtype=wide, device=a.device)
     rows, columns = index // b.shape[1], index % b.shape[1]
     step = max(1, CACHED_NUMBERS // max(1, len(index)))
-    for start in range(0, len(a), step):
+
+    def add(start: int) -> None:
         left = a[start : start + step].index_select(1, rows).to(wide)
-        gradient += left.mul_(b[start : start + step].index_select(1, columns)).sum(0)
+        gradient.add_(left.mul_(b[start : start + step].index_select(1, columns)).sum(0))
+
+    starts = range(0, len(a), step)
+    if a.is_meta and len(starts) > 2:  # all but the last go through as many vectors
+        with stand_in.repeated(len(starts) - 1):
+            add(0)
+        starts = starts[-1:]
+    for start in starts:
+        add(start)
     return gradient
 
 

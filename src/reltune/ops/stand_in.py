@@ -14,6 +14,8 @@ from torch import Tensor
 
 _standing: list[tuple[bool, torch.dtype | None]] = []  # for a CUDA device; the type of products under autocast
 
+_repeats = [1]
+
 _library = torch.library.Library("reltune", "DEF")
 for _name in ("kernel", "expert"):
     _library.define(f"{_name}(Tensor[] reads, Tensor[] like, int flops=0) -> Tensor[]")
@@ -46,6 +48,21 @@ def standing() -> bool:
 def on_accelerator(x: Tensor) -> bool:
     """Whether x is on a CUDA device, or stands for a tensor there."""
     return x.is_cuda or (x.is_meta and bool(_standing) and _standing[-1][0])
+
+
+@contextmanager
+def repeated(times: int) -> Iterator[None]:
+    """What is called inside stands for as many calls of the same shapes, one after the other."""
+    _repeats.append(_repeats[-1] * times)
+    try:
+        yield
+    finally:
+        _repeats.pop()
+
+
+def repeats() -> int:
+    """How many calls each call stands for."""
+    return _repeats[-1]
 
 
 def kernel(reads: Sequence[Tensor], like: Sequence[Tensor], flops: int = 0) -> list[Tensor]:
