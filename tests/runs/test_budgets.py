@@ -213,9 +213,12 @@ def test_what_cannot_be_kept_is_refused_with_what_can(place: Path) -> None:
     (least,) = re.findall(r"needs memory=([\d.]+)MiB; write that", answer.err)
     answer = call("run", *_new(place, "new"), "--granularity", "column", "--budget", "memory=16MiB")
     assert answer.code == 2 and "needs memory=" in answer.err and not (place / "new").exists()
-    for budget in (f"5% memory={least}MiB",):
-        answer = call("select", place / "run", "--granularity", "column", "--budget", budget, "--dry_run")
-        assert answer.code in (None, 0), answer.err
+    words = ("select", place / "run", "--granularity", "column", "--dry_run", "--budget")
+    answer = call(*words, f"5% memory={least}MiB")
+    assert answer.code in (None, 0), answer.err
+    assert int(answer.out.split(" columns in ")[0].split()[-1]) > 1
+    answer = call(*words, f"5% memory={float(least) / 1.02:.2f}MiB")
+    assert answer.code == 2
 
 
 def test_a_plan_trains_under_a_hard_limit_of_its_memory(place: Path) -> None:
