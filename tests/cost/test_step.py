@@ -14,7 +14,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BartConfig, BartForConditionalGeneration, LlamaForCausalLM, T5ForConditionalGeneration
 
 from cost_cases import BATCH, LENGTH, batch_for, bert, llama, mixtral, t5
@@ -24,7 +23,6 @@ from reltune.cost import heap, stand_ins
 from reltune.cost.blocks import shorten
 from reltune.cost.ledger import HOST, Ledger
 from reltune.cost.step import CPU_ROUNDING, Conditions, StepCount, count_step, counting, kernels
-from reltune.ops.attach_elements import Places, element_gradient
 from reltune.plan.plan import ModulePlan, Plan
 
 ON_CPU, ON_CUDA = Conditions(cuda=False), Conditions()
@@ -357,32 +355,6 @@ def test_logits_that_the_model_looks_at_are_made_in_the_narrow_type() -> None:
         wanted = kept_bytes(model, batch_for(model.get_base_model(), "cpu"), copies)
     found = counted(bart, few, Conditions(cuda=False, autocast=torch.bfloat16)).kept
     assert found == pytest.approx(wanted, rel=0.03) and wanted > 2 * 1024 * 32 + 4 * BATCH * LENGTH * 1024
-
-
-def test_single_weights_are_gathered_on_a_cpu_as_they_are_counted() -> None:
-    """By the reference, run on numbers: how many operations there are of each kind, and what they read and write."""
-    a, b = torch.randn(200, 48), torch.randn(200, 64)
-    places = Places(torch.arange(0, 48 * 64, 40), (48, 64))
-    wide = _Operations()
-    with wide:
-        element_gradient(a, b, places, "sampled")
-    with counting(ON_CPU), Ledger() as ledger:
-        element_gradient(a.to("meta"), b.to("meta"), places.apply(lambda index: index.to("meta")), "sampled")
-    counted = Counter({work.name: 0 for work in ledger.spans[-1].work})
-    for work, times in ledger.spans[-1].work.items():
-        counted[work.name] += times
-    for name in ("aten::index_select", "aten::mul_.Tensor", "aten::sum.dim_IntList"):
-        assert counted[name] == wide.names[name] > 0
-
-
-class _Operations(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names[f"{func._schema.name}.{func._schema.overload_name}".rstrip(".")] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def test_liger_keeps_no_logits() -> None:

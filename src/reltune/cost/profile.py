@@ -41,7 +41,7 @@ from reltune.layers import deferred_logits
 from reltune.layers.fused import fused
 from reltune.layers.inventory import Inventory
 from reltune.ops import recompute
-from reltune.ops.attach_elements import SAMPLED_COST_ON_CPU
+from reltune.ops import sampled_on_cpu
 
 INDEX = 16  # bytes of a column's or row's place: in the adapter, and in what undoes it
 ELEMENT_INDEX = 8  # of a single weight's
@@ -366,12 +366,14 @@ class Profile:
                 return moving(self.calibration, dtype, "", moved)
             amount, speed = self.calibration.bandwidth[0]
             return COMPUTING * amount / speed + multiplying(self.calibration, dtype, flops, moved)
-        sampled = 0.0
-        if SAMPLED_COST_ON_CPU * single < whole:  # ops/attach_elements.py: products at the places alone, or all of them
+        sampled, shape = 0.0, (module.rows, module.columns)
+        if sampled_on_cpu.cost(single, shape, size) >= whole:
+            flops += 2.0 * t * whole
+        elif sampled_on_cpu.takes_dots(single, shape, size):
+            flops += sampled_on_cpu.flops_of_dots(t, single, shape, size)
+        else:
             sampled = moving(self.calibration, dtype, "index_select", 4.0 * size * t * single)  # of both factors
             sampled += moving(self.calibration, "float32", "add", (16.0 + (12.0 if size < 4 else 0.0)) * t * single)
-        else:
-            flops += 2.0 * t * whole
         return sampled + (multiplying(self.calibration, dtype, flops, moved) if flops else 0.0)
 
 

@@ -10,7 +10,8 @@ Two exact ways to G at n places, for T vectors:
 - dense: G itself, as many rows at a time as make BLOCK_NUMBERS, and of each block the places in it. 2·T·rows·columns
   operations at the speed of a matrix product.
 - sampled: T products for each place and nothing else. 2·T·n operations, at the speed of shared memory where
-  ops/kernels/sampled_groups.py takes them, else of the cache (ops/kernels/sampled_product.py, in Triton).
+  ops/kernels/sampled_groups.py takes them, else of the cache (ops/kernels/sampled_product.py, in Triton); on a CPU in
+  ops/sampled_on_cpu.py.
 
 x is needed in the backward pass, and autograd keeps it for no other purpose, as the frozen product needs the weight alone.
 On an accelerator it is made again where that can be (ops/recompute.py), else it is kept by reference.
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from reltune.errors import InputError
-from reltune.ops import kernels, recompute, stand_in
+from reltune.ops import kernels, recompute, sampled_on_cpu, stand_in
 
 if TYPE_CHECKING:
     from reltune.ops.kernels.sampled_groups import Groups
@@ -37,8 +38,7 @@ Form = Literal["dense", "sampled"]
 
 BLOCK_NUMBERS = 1 << 24  # of G at a time in the dense form: 32 MiB in bfloat16
 ROWS = 256  # a block of the dense form has a multiple of them
-GATHERED_NUMBERS = 1 << 22  # workspace of gathered vectors where there is no kernel
-CACHED_NUMBERS = 3 << 15  # of a factor gathered at a time: both stay in a CPU's own cache
+GATHERED_NUMBERS = 1 << 22  # workspace of gathered vectors in products with the places alone
 
 # What the sampled form costs, where an operation of a matrix product costs 1: for a vector at a place, and for each of its
 # numbers, which have to be brought to where they can be picked. From times on an H200 at 8,192 vectors of 1,024 to 14,336
@@ -49,7 +49,6 @@ GROUPED_COST, GROUPED_COPY_COST = 120.0, 200.0
 # multiplications with additions in float32 and float64; bfloat16 follows from a training step.
 SAMPLED_COST = {2: 80.0, 4: 33.0, 8: 80.0}
 COPY_COST = {2: 500.0, 4: 80.0, 8: 190.0}
-SAMPLED_COST_ON_CPU = 130.0  # measured: see `is_sampled`
 
 _forced: list[Form] = []
 
@@ -84,6 +83,13 @@ class Places:
 
         return grouped(self.index, self.shape)
 
+    @functools.cached_property
+    def by_row(self) -> tuple[Tensor, Tensor]:
+        """How many places lie before each row (rows + 1,), and the column of each place (n,)."""
+        rows, columns = self.shape
+        edges = torch.arange(0, rows + 1, device=self.index.device) * columns
+        return torch.searchsorted(self.index.long(), edges).to(self.index.dtype), self.index % columns
+
     def check(self) -> None:
         """Raise InputError for indices, read from a file, that cannot be what was written. Waits for the device."""
         if self.index.device.type == "meta" or not len(self.index):
@@ -103,14 +109,13 @@ class Places:
 def is_sampled(places: Places, a: Tensor) -> bool:
     """Whether the sampled form costs less, counted; on CUDA it needs one of its kernels.
 
-    The number of vectors is on both sides. On one CPU core a place took as long as 110 to 130 weights of the dense form
-    (384 × 384 and 384 × 1536 weights, one in 390 chosen, 2,048 vectors, float32).
+    The number of vectors is on both sides.
     """
     if _forced:
         return _forced[-1] == "sampled"
     rows, columns = places.shape
     if not stand_in.on_accelerator(a):
-        return SAMPLED_COST_ON_CPU * len(places.index) < rows * columns
+        return sampled_on_cpu.cost(len(places.index), places.shape, a.element_size()) < rows * columns
     if _is_grouped(places, a):
         return GROUPED_COST * len(places.index) + GROUPED_COPY_COST * (rows + columns) < rows * columns
     if not (kernels.can_be_imported() or a.is_meta):
@@ -147,7 +152,7 @@ def element_gradient(a: Tensor, b: Tensor, places: Places, form: Form | None = N
         from reltune.ops.kernels.sampled_product import sampled_product
 
         return sampled_product(a, b, places.index)
-    return sampled_product_reference(a, b, places.index)
+    return sampled_on_cpu.sampled_product(a, b, places)
 
 
 def _is_grouped(places: Places, a: Tensor) -> bool:
@@ -180,28 +185,6 @@ def _dense(a: Tensor, b: Tensor, places: Places) -> Tensor:
         inside = places.index[start:end] - first * places.shape[1]
         torch.index_select(gradient.view(-1), 0, inside, out=chosen[start:end])
     return chosen
-
-
-def sampled_product_reference(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
-    """What the kernels compute; the form used on a CPU. Numbers are gathered from few vectors at a time, as they lie: a
-    transposed copy of the factors would take as long as a product of them."""
-    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-    gradient = torch.zeros(len(index), dtype=wide, device=a.device)
-    rows, columns = index // b.shape[1], index % b.shape[1]
-    step = max(1, CACHED_NUMBERS // max(1, len(index)))
-
-    def add(start: int) -> None:
-        left = a[start : start + step].index_select(1, rows).to(wide)
-        gradient.add_(left.mul_(b[start : start + step].index_select(1, columns)).sum(0))
-
-    starts = range(0, len(a), step)
-    if a.is_meta and len(starts) > 2:  # all but the last go through as many vectors
-        with stand_in.repeated(len(starts) - 1):
-            add(0)
-        starts = starts[-1:]
-    for start in starts:
-        add(start)
-    return gradient
 
 
 class AttachElements(torch.autograd.Function):

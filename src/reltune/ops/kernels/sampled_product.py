@@ -71,7 +71,7 @@ def transposed(x: Tensor) -> Tensor:
 def sampled_product(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
     """(aᵀ b).view(-1)[index] in float32 (float64 for float64), for a (T, rows), b (T, columns) and places (n,).
 
-    The reference is ops/attach_elements.py's `sampled_product_reference`.
+    The reference is ops/sampled_on_cpu.py's `gathered`.
     """
     sums = torch.zeros(len(index), device=a.device, dtype=torch.float64 if a.dtype == torch.float64 else torch.float32)
     if not len(index):
