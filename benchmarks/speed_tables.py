@@ -4,7 +4,7 @@
 
 The text is benchmarks/speed_page.md. Its tables are from tuner_step_single.json, tuner_step_few_bits.json, unsloth_step.json,
 tuner_step_float8.json, float8_blocks.json, training_loop.json, training_loop_1b.json, graphed_step.json, long_context.json, streamed_weights.json,
-step_profile.json, crowded_places.json and tuner_minilm.json.
+step_profile.json, crowded_places.json, sampled_on_cpu.json and tuner_minilm.json.
 """
 
 from __future__ import annotations
@@ -218,6 +218,19 @@ def crowding() -> str:
     return table(["model, share of its matrices", "", "the top 1% hold", "10%", "50%"], rows)
 
 
+def on_cpu() -> str:
+    """Milliseconds of each way to the sampled product, the longest texts."""
+    cases = [case for case in record("sampled_on_cpu")["cases"] if case["config"]["vectors"] == 2048]
+    rows: dict[tuple[str, str], list[str]] = {}
+    for case in cases:
+        weight, share, _ = case["case"].split(", ", 2)
+        times = medians(case, "seconds")
+        cell = " / ".join(f"{1e3 * times[way]:.1f}" for way in ("dense", "gathered", "dots"))
+        rows.setdefault((weight, share), []).append(cell)
+    kinds = [f"{case['config']['dtype']}, threads: {case['config']['threads']}" for case in cases[: len(next(iter(rows.values())))]]
+    return table(["weight", "chosen", *kinds], [[*key, *cells] for key, cells in rows.items()])
+
+
 def about(name: str) -> str:
     """On what a record was measured."""
     found = record(name)
@@ -226,7 +239,7 @@ def about(name: str) -> str:
 
 def page() -> str:
     text = (HERE / "speed_page.md").read_text(encoding="utf-8")
-    each_made = (steps, profile, crowding, unsloth, float8, blocks, loop, graphs, graphs_differ)
+    each_made = (steps, profile, crowding, on_cpu, unsloth, float8, blocks, loop, graphs, graphs_differ)
     made: dict[str, Callable[[], str]] = {function.__name__: function for function in each_made}
     made["goals"] = functools.partial(
         goals, "tuner_step_single", "tuner_step_few_bits", "training_loop_1b", "training_loop", "tuner_minilm"

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections import Counter
 from typing import Any
 
 import pytest

@@ -40,8 +40,7 @@ from reltune.cost.timing import LAUNCHED, moving, multiplying, optimizer_seconds
 from reltune.layers import deferred_logits
 from reltune.layers.fused import fused
 from reltune.layers.inventory import Inventory
-from reltune.ops import recompute
-from reltune.ops import sampled_on_cpu
+from reltune.ops import recompute, sampled_on_cpu
 
 INDEX = 16  # bytes of a column's or row's place: in the adapter, and in what undoes it
 ELEMENT_INDEX = 8  # of a single weight's
