@@ -425,7 +425,8 @@ def predict(options: argparse.Namespace) -> int:
             if all("error" in entry.get(kind, {"error": ""}) for kind in ("memory", "time")):
                 continue
             case = Case(**entry["case"])
-            if told and options.held_out in (None, entry["held_out"]):
+            # What code that is replaced took is told by what was there with it.
+            if told and options.held_out in (None, entry["held_out"]) and not entry.get("replaced"):
                 entry["predicted"] = predicted(case, sweep["cuda"], calibration)
                 if entry["held_out"]:  # stays as it is when the model is changed
                     entry.setdefault("unseen", {key: entry["predicted"][key] for key in ("peak_bytes", "seconds")})

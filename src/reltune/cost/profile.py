@@ -371,7 +371,7 @@ class Profile:
         elif sampled_on_cpu.takes_dots(single, shape, size):
             flops += sampled_on_cpu.flops_of_dots(t, single, shape, size)
         else:
-            sampled = moving(self.calibration, dtype, "index_select", 4.0 * size * t * single)  # of both factors
+            sampled = moving(self.calibration, dtype, "gather", 4.0 * size * t * single)  # of both factors
             sampled += moving(self.calibration, "float32", "add", (16.0 + (12.0 if size < 4 else 0.0)) * t * single)
         return sampled + (multiplying(self.calibration, dtype, flops, moved) if flops else 0.0)
 

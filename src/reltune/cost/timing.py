@@ -175,7 +175,7 @@ def _kind(name: str) -> str:
 
 
 _LIKE = {
-    "sum": "sum", "mean": "mean", "amax": "sum", "clone": "clone", "index_select": "index_select", "gather": "index_select",
+    "sum": "sum", "mean": "mean", "amax": "sum", "clone": "clone", "index_select": "index_select", "gather": "gather",
     "index_put": "index_select", "cat": "clone",
     "bernoulli_": "bernoulli", "gelu": "gelu", "gelu_backward": "gelu_backward", "silu": "silu", "silu_backward": "silu_backward",
     "tanh": "tanh", "exp": "exp", "exp_": "exp", "special_entr": "entr", "logsumexp": "logsumexp", "_softmax": "softmax",

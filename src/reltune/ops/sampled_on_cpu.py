@@ -65,7 +65,9 @@ def gathered(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
     step = max(1, GATHERED_NUMBERS // max(1, len(index)))
 
     def add(start: int) -> None:
-        left, right = (_picked(x[start : start + step], at) for x, at in ((a, rows), (b, columns)))
+        left, right = a[start : start + step], b[start : start + step]
+        # index_select works in one thread, and slowly with narrow numbers
+        left, right = left.gather(1, rows.expand(len(left), -1)), right.gather(1, columns.expand(len(right), -1))
         total.add_(left.to(total.dtype).mul_(right).sum(0))
 
     starts = range(0, len(a), step)
@@ -104,13 +106,6 @@ def _warned() -> None:
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _picked(x: Tensor, at: Tensor) -> Tensor:
-    """x[:, at]. ``index_select`` is a little faster, in one thread and with wide numbers alone."""
-    if torch.get_num_threads() == 1 and x.element_size() >= 4:
-        return x.index_select(1, at)
-    return x.gather(1, at.expand(len(x), -1))
 
 
 def _transposed(x: Tensor) -> Tensor:
