@@ -84,11 +84,11 @@ class Places:
         return grouped(self.index, self.shape)
 
     @functools.cached_property
-    def by_row(self) -> tuple[Tensor, Tensor]:
-        """How many places lie before each row (rows + 1,), and the column of each place (n,)."""
+    def before_rows(self) -> Tensor:
+        """How many places lie before each row, and in all: (rows + 1,)."""
         rows, columns = self.shape
         edges = torch.arange(0, rows + 1, device=self.index.device) * columns
-        return torch.searchsorted(self.index.long(), edges).to(self.index.dtype), self.index % columns
+        return torch.searchsorted(self.index.long(), edges).to(self.index.dtype)
 
     def check(self) -> None:
         """Raise InputError for indices, read from a file, that cannot be what was written. Waits for the device."""

@@ -89,7 +89,8 @@ def dots(a: Tensor, b: Tensor, places: Places) -> Tensor:
         flops = flops_of_dots(len(a), len(places.index), places.shape, a.element_size())
         return stand_in.kernel([a, b, places.index], [total, *copies], flops)[0]
     _warned()
-    found = torch.sparse_csr_tensor(*places.by_row, total, places.shape, check_invariants=False)
+    columns = places.index % places.shape[1]
+    found = torch.sparse_csr_tensor(places.before_rows, columns, total, places.shape, check_invariants=False)
     for start in range(0, len(a), VECTORS):
         left, right = (_transposed(x[start : start + VECTORS]).to(wide) for x in (a, b))
         found = torch.sparse.sampled_addmm(found, left, right.mT)
