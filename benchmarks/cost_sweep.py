@@ -18,7 +18,8 @@ the installed transformers: with another version than was measured, tell each de
 A case is an architecture with random weights, a batch, a length, a type of numbers, checkpointing or not, Liger's kernels or
 not, a method and how much it trains (sweep_cases.py). ``--drawn SEED N`` measures N cases that are drawn from all combinations in the
 place of the listed ones; they are drawn when the model is finished (``drawn_at`` in the record: the commit), and are never fitted. What is
-predicted of them first stays in the record as ``unseen``, whatever becomes of the model.
+predicted of them first stays in the record as ``unseen``, whatever becomes of the model. A case that is ``replaced`` took another step than the code
+of today takes, and keeps what was predicted with the code of that time.
 
 Other guests of the same host slow a machine down for seconds to minutes. So a pulse, a little work that is always the same, is taken before
 and after each step: steps count where both are within 15% of the best pulse that was seen before the calibration, and where they are not, the

@@ -36,7 +36,7 @@ def one_case(bench: Benchmark, case: str, chosen: Places, a: torch.Tensor, b: to
     for way in ("gathered", "dots"):
         error = (ways[way]()[: len(index)] - wanted).abs().max() / wanted.abs().max()
         bench.check(f"{case}: largest error of {way}, relative", error.item(), 5e-6)
-    sampled = "dots" if takes_dots(len(chosen.index), chosen.shape, a.element_size()) else "gathered"
+    sampled = "dots" if takes_dots(len(chosen.index), chosen.shape, a.dtype) else "gathered"
     taken = sampled if is_sampled(chosen, a) else "dense"
     fastest = min(ways, key=lambda way: bench.median(case, way))
     alone = torch.get_num_threads() == 1

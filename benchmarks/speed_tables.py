@@ -227,7 +227,10 @@ def on_cpu() -> str:
         times = medians(case, "seconds")
         cell = " / ".join(f"{1e3 * times[way]:.1f}" for way in ("dense", "gathered", "dots"))
         rows.setdefault((weight, share), []).append(cell)
-    kinds = [f"{case['config']['dtype']}, threads: {case['config']['threads']}" for case in cases[: len(next(iter(rows.values())))]]
+    kinds = [
+        f"{case['config']['dtype']}, threads: {case['config']['threads']}"
+        for case in cases[: len(next(iter(rows.values())))]
+    ]
     return table(["weight", "chosen", *kinds], [[*key, *cells] for key, cells in rows.items()])
 
 

@@ -160,6 +160,11 @@ def test_predictions_stand_beside_what_was_measured(tmp_path: Path, capsys: pyte
     record.write_text(json.dumps({"sweeps": [{**sweep, "cases": [written[0]]}]}), encoding="utf-8")
     cost_sweep.predict(argparse.Namespace(record=str(record), held_out=None, cuda=None, picture=""))
     (again,) = json.loads(record.read_text(encoding="utf-8"))["sweeps"][0]["cases"]
+    kept = {"peak_bytes": 7, "seconds": {"forward": 0.5}, "by_fitcheck": None}
+    replaced = {**again, "replaced": True, "predicted": kept}
+    record.write_text(json.dumps({"sweeps": [{**sweep, "cases": [replaced]}]}), encoding="utf-8")
+    cost_sweep.predict(argparse.Namespace(record=str(record), held_out=None, cuda=None, picture=""))
+    assert json.loads(record.read_text(encoding="utf-8"))["sweeps"][0]["cases"][0]["predicted"] == kept
     assert again["unseen"] == earlier and again["predicted"]["seconds"]["backward"] > 0
     assert (
         "memory of 1, as told before they were seen, within 5%: 0%; lowest +100.0%, highest +100.0%"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 import time
@@ -11,6 +12,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from cost_cases import MACHINE, batch_for, bert, llama
 from reltune import ReltuneConfig
@@ -110,6 +112,38 @@ def test_the_time_is_near_that_of_the_tuned_model(make: Any, name: str, replayed
         chosen = random_plan(inventory, generator)
         wanted = step_time(exact(make, chosen, conditions), machine, replayed).seconds
         assert profile.cost(chosen).seconds == pytest.approx(wanted, rel=0.2)
+
+
+def feed_forward(layers: int) -> nn.Module:
+    """MiniLM's shapes, of whose single weights a CPU gathers few, takes dot products of many, and the whole product of most."""
+    sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 12, "vocab_size": 256}
+    return BertForSequenceClassification(BertConfig(num_hidden_layers=layers, **sizes))
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.01, 0.3])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "mixed"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_single_weights_on_a_cpu_take_the_time_of_their_way(
+    monkeypatch: pytest.MonkeyPatch, share: float, autocast: Any, threads: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    laws = MACHINE.laws | {name.replace("float32", "bfloat16"): law for name, law in MACHINE.laws.items()}
+    kinds = {f"{dtype} gather": [(1.0, 1e8)] for dtype in ("float32", "bfloat16")}  # as slow as to be seen
+    machine, conditions = (
+        dataclasses.replace(MACHINE, laws=laws, kinds=kinds),
+        Conditions(cuda=False, autocast=autocast),
+    )
+    with torch.device("meta"):
+        model = feed_forward(LAYERS)
+    profile = Profile(model, batch_for(model, "meta"), conditions, take_inventory(model), machine)
+    chosen = {
+        f"bert.encoder.layer.{layer}.{name}": Chosen(elements=round(share * 384 * 1536))
+        for layer in (3, 4)
+        for name in ("intermediate.dense", "output.dense")
+    }
+    found = profile.cost(chosen).seconds
+    wanted = step_time(exact(feed_forward, chosen, conditions), machine).seconds
+    assert found == pytest.approx(wanted, rel=0.15)
 
 
 @pytest.mark.parametrize("cuda", [False, True], ids=["cpu", "cuda"])

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reltune.cost.ledger import KERNEL, Ledger
 from reltune.ops import sampled_on_cpu
 from reltune.ops.attach_elements import Places
-from reltune.ops.sampled_on_cpu import dots, gathered, sampled_product, takes_dots
+from reltune.ops.sampled_on_cpu import dots, gathered, is_cheaper, sampled_product, takes_dots
 
 ROWS, COLUMNS = 30, 40
 
@@ -63,24 +63,36 @@ def test_factors_may_lie_in_any_order(threads) -> None:
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
-def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    a, b, before = (
-        numbers(300, ROWS, dtype=torch.float32),
-        numbers(300, COLUMNS, dtype=torch.float32),
-        torch.get_num_threads(),
-    )
-    found = []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        found.append([gathered(a, b, some_places(100).index), dots(a, b, some_places(100))])
+@pytest.mark.parametrize(("vectors", "count"), [(2048, 300), (40_000, 1)])
+def test_results_do_not_depend_on_the_number_of_threads(vectors, count) -> None:
+    """With numbers enough for PyTorch to share them out: more than 32,768."""
+    a, b = numbers(vectors, ROWS, dtype=torch.float32), numbers(vectors, COLUMNS, dtype=torch.float32)
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        found.append([gathered(a, b, some_places(count).index), dots(a, b, some_places(count))])
     torch.set_num_threads(before)
     assert all(torch.equal(x, y) for others in found[1:] for x, y in zip(found[0], others, strict=True))
 
 
 def test_many_places_of_a_large_weight_take_dots() -> None:
     # by benchmarks/results/sampled_on_cpu.json: 0.12% and 0.5% of MiniLM's feed-forward weights, and of a large one
-    assert [takes_dots(count, (384, 1536), 4) for count in (708, 2949)] == [False, True]
-    assert [takes_dots(count, (4096, 4096), 2) for count in (20, 20_133)] == [False, True]
+    assert [takes_dots(count, (384, 1536), torch.float32) for count in (708, 2949)] == [False, True]
+    assert [takes_dots(count, (4096, 4096), torch.bfloat16) for count in (20, 20_133)] == [False, True]
+
+
+def test_other_devices_than_a_cpu_gather(monkeypatch) -> None:
+    monkeypatch.setattr(sampled_on_cpu, "_has_dots", lambda a: False)
+    monkeypatch.setattr(sampled_on_cpu, "dots", None)
+    a, b, places = numbers(3, ROWS), numbers(3, COLUMNS), some_places(700)
+    monkeypatch.setattr(sampled_on_cpu, "takes_dots", lambda *_: True)
+    torch.testing.assert_close(sampled_product(a, b, places), gathered(a, b, places.index))
+    large = Places(
+        torch.arange(0, 4096 * 4096, 50), (4096, 4096)
+    )  # dots would cost less than all of it, gathering more
+    assert not is_cheaper(large, a)
+    monkeypatch.undo()
+    assert is_cheaper(large, a)
 
 
 @pytest.mark.parametrize("vectors", [1, 2, 3, 20, 21])
@@ -106,14 +118,16 @@ def test_gathering_is_counted_as_it_is_done(monkeypatch, threads, vectors) -> No
     assert counted == called
 
 
-def test_dots_are_counted_as_one_operation() -> None:
+def test_dots_are_counted_as_one_operation(threads) -> None:
     places = some_places(700).apply(lambda index: index.to("meta"))
     a, b = numbers(300, ROWS, dtype=torch.bfloat16).to("meta"), numbers(300, COLUMNS).to("meta")
     with Ledger() as ledger:
         sampled_product(a, b, places)
-    (work,) = (work for work in ledger.spans[-1].work if work.name == KERNEL)
-    assert work.made >= 4 * (700 + 256 * (ROWS + COLUMNS))  # the sums, and copies of 256 vectors
-    assert work.flops >= 2 * 300 * sampled_on_cpu.cost_of_dots(700, (ROWS, COLUMNS), 2)
+    ((work, times),) = ((work, times) for work, times in ledger.spans[-1].work.items() if work.name == KERNEL)
+    most = 4 * (700 + 256 * (ROWS + COLUMNS))  # the sums, and copies of 256 vectors
+    assert times == 1 and most <= ledger.spans[-1].most <= most + 4 * 700 + 4 * 512
+    cost = sampled_on_cpu.cost_of_dots(700, (ROWS, COLUMNS), torch.bfloat16)
+    assert work.flops == int(2 * 300 * (cost if threads == 1 else sampled_on_cpu.IN_THREADS * cost))
 
 
 def test_nobody_is_told_that_sparse_matrices_are_in_beta() -> None:

@@ -36,7 +36,16 @@ from reltune.cost.step import (
     output_weight,
     state_size,
 )
-from reltune.cost.timing import LAUNCHED, moving, multiplying, optimizer_seconds, together, tuned_seconds, work_parts
+from reltune.cost.timing import (
+    LAUNCHED,
+    dtype_name,
+    moving,
+    multiplying,
+    optimizer_seconds,
+    together,
+    tuned_seconds,
+    work_parts,
+)
 from reltune.layers import deferred_logits
 from reltune.layers.fused import fused
 from reltune.layers.inventory import Inventory
@@ -366,12 +375,14 @@ class Profile:
             amount, speed = self.calibration.bandwidth[0]
             return COMPUTING * amount / speed + multiplying(self.calibration, dtype, flops, moved)
         sampled, shape = 0.0, (module.rows, module.columns)
-        if sampled_on_cpu.cost(single, shape, size) >= whole:
+        of = self.conditions.autocast or getattr(torch, dtype)
+        if sampled_on_cpu.cost(single, shape, of) >= whole:
             flops += 2.0 * t * whole
-        elif sampled_on_cpu.takes_dots(single, shape, size):
-            flops += sampled_on_cpu.flops_of_dots(t, single, shape, size)
+        elif sampled_on_cpu.takes_dots(single, shape, of):
+            flops += sampled_on_cpu.flops_of_dots(t, single, shape, of)
         else:
-            sampled = moving(self.calibration, dtype, "gather", 4.0 * size * t * single)  # of both factors
+            size = of.itemsize
+            sampled = moving(self.calibration, dtype_name(of), "gather", 4.0 * size * t * single)  # of both factors
             sampled += moving(self.calibration, "float32", "add", (16.0 + (12.0 if size < 4 else 0.0)) * t * single)
         return sampled + (multiplying(self.calibration, dtype, flops, moved) if flops else 0.0)
 

@@ -113,9 +113,9 @@ def is_sampled(places: Places, a: Tensor) -> bool:
     """
     if _forced:
         return _forced[-1] == "sampled"
-    rows, columns = places.shape
     if not stand_in.on_accelerator(a):
-        return sampled_on_cpu.cost(len(places.index), places.shape, a.element_size()) < rows * columns
+        return sampled_on_cpu.is_cheaper(places, a)
+    rows, columns = places.shape
     if _is_grouped(places, a):
         return GROUPED_COST * len(places.index) + GROUPED_COPY_COST * (rows + columns) < rows * columns
     if not (kernels.can_be_imported() or a.is_meta):

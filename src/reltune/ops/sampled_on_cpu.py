@@ -3,8 +3,8 @@
 Two ways:
 
 - gathered: the numbers of both factors at the places, for some vectors at a time, multiplied and added up. 2·T·n numbers are picked.
-- dots: a dot product for each place, of rows of transposed copies of the factors (``torch.sparse.sampled_addmm``). The copies take
-  T·(rows + columns) numbers, and each place little: what many places are best served by.
+- dots: a dot product for each place, of rows of transposed copies of the factors (``torch.sparse.sampled_addmm``), for VECTORS vectors at a
+  time. T·(rows + columns) numbers are copied, and a place then takes little: the better way for many.
 """
 
 from __future__ import annotations
@@ -21,48 +21,69 @@ from reltune.ops import stand_in
 if TYPE_CHECKING:
     from reltune.ops.attach_elements import Places
 
-# What each way costs where a weight of the full product costs 1, by bytes per number: for a place in the first; for a row or column, and for a
-# place, in the second. Measured in one thread of an AMD EPYC with AVX-512 and its products of bfloat16: benchmarks/results/sampled_on_cpu.json.
-GATHERED = {2: 230.0, 4: 90.0, 8: 90.0}
-TRANSPOSED = {2: 95.0, 4: 65.0, 8: 65.0}
-DOTTED = {2: 15.0, 4: 8.0, 8: 8.0}
+# What each way costs where a weight of the full product costs 1: for a place in the first; for a row or column, and for a place, in the second.
+# Measured in one thread of an AMD EPYC with AVX-512 and its products of bfloat16 (benchmarks/results/sampled_on_cpu.json); full products of
+# float16 take some 25 times as long there.
+GATHERED = {torch.float32: 90.0, torch.bfloat16: 230.0, torch.float16: 9.0}
+TRANSPOSED = {torch.float32: 65.0, torch.bfloat16: 95.0, torch.float16: 4.0}
+DOTTED = {torch.float32: 8.0, torch.bfloat16: 15.0, torch.float16: 0.6}
 IN_THREADS = 1.8  # times as much, where the full product has several threads: not all of the second way does
 GATHERED_NUMBERS = 3 << 16  # of each factor at a time: they stay in a core's own cache
-VECTORS = 256  # of the transposed copies at a time, for the same reason
+GATHERED_VECTORS = (
+    1 << 14
+)  # at most: PyTorch adds up more in several threads, so that the sum of one place would depend on how many
+VECTORS = 256  # of the transposed copies at a time: they stay there too
 
 
-def cost(count: int, shape: tuple[int, int], size: int) -> float:
-    """What the cheaper way costs in weights of the full product, for so many places and numbers of so many bytes."""
-    return min(GATHERED[size] * count, cost_of_dots(count, shape, size))
+def cost(count: int, shape: tuple[int, int], dtype: torch.dtype) -> float:
+    """What the cheaper way costs for so many places, in weights of the full product."""
+    return min(_of(GATHERED, dtype) * count, cost_of_dots(count, shape, dtype))
 
 
-def cost_of_dots(count: int, shape: tuple[int, int], size: int) -> float:
-    return TRANSPOSED[size] * sum(shape) + DOTTED[size] * count
+def cost_of_dots(count: int, shape: tuple[int, int], dtype: torch.dtype) -> float:
+    """The same of the second way."""
+    return _of(TRANSPOSED, dtype) * sum(shape) + _of(DOTTED, dtype) * count
 
 
-def takes_dots(count: int, shape: tuple[int, int], size: int) -> bool:
-    """Whether the second way is the cheaper one, whatever the number of threads: results do not depend on it."""
-    return cost_of_dots(count, shape, size) < GATHERED[size] * count
+def takes_dots(count: int, shape: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether the second way is the cheaper one, whatever the number of threads."""
+    return cost_of_dots(count, shape, dtype) < _of(GATHERED, dtype) * count
 
 
-def flops_of_dots(vectors: int, count: int, shape: tuple[int, int], size: int) -> int:
+def _of(costs: dict[torch.dtype, float], dtype: torch.dtype) -> float:
+    return costs.get(dtype, costs[torch.float32])
+
+
+def flops_of_dots(vectors: int, count: int, shape: tuple[int, int], dtype: torch.dtype) -> int:
     """As many multiplications and additions of the full product take as long as the second way."""
     times = IN_THREADS if torch.get_num_threads() > 1 else 1.0
-    return int(2 * vectors * times * cost_of_dots(count, shape, size))
+    return int(2 * vectors * times * cost_of_dots(count, shape, dtype))
+
+
+def is_cheaper(places: Places, a: Tensor) -> bool:
+    """Whether the cheaper way costs less than the full product."""
+    count, (rows, columns) = len(places.index), places.shape
+    least = cost(count, places.shape, a.dtype) if _has_dots(a) else _of(GATHERED, a.dtype) * count
+    return least < rows * columns
 
 
 def sampled_product(a: Tensor, b: Tensor, places: Places) -> Tensor:
     """(n,) in float32, in float64 for float64."""
-    if takes_dots(len(places.index), places.shape, a.element_size()):
+    if _has_dots(a) and takes_dots(len(places.index), places.shape, a.dtype):
         return dots(a, b, places)
     return gathered(a, b, places.index)
+
+
+def _has_dots(a: Tensor) -> bool:
+    """Other devices that are no CUDA ones, such as MPS, come here too, and may not have the sparse product."""
+    return a.device.type in ("cpu", "meta")
 
 
 def gathered(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
     """The first way, for flat indices (n,). The reference of the kernels too."""
     total = torch.zeros(len(index), dtype=_wide(a), device=a.device)
     rows, columns = (at.long() for at in (index // b.shape[1], index % b.shape[1]))
-    step = max(1, GATHERED_NUMBERS // max(1, len(index)))
+    step = min(max(1, GATHERED_NUMBERS // max(1, len(index))), GATHERED_VECTORS)
 
     def add(start: int) -> None:
         left, right = a[start : start + step], b[start : start + step]
@@ -82,19 +103,23 @@ def gathered(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
 
 def dots(a: Tensor, b: Tensor, places: Places) -> Tensor:
     """The second way."""
-    wide = _wide(a)
-    total = a.new_zeros(len(places.index), dtype=wide)
-    if a.is_meta:  # one operation in the place of many
-        copies = [x.new_empty(x.shape[1], min(len(x), VECTORS), dtype=wide) for x in (a, b)]
-        flops = flops_of_dots(len(a), len(places.index), places.shape, a.element_size())
-        return stand_in.kernel([a, b, places.index], [total, *copies], flops)[0]
+    wide, factors = _wide(a), (a, b)
+    if a.is_meta:  # one operation in the place of many, while the two copies are there
+        copies = [x.new_empty(x.shape[1], min(len(x), VECTORS), dtype=wide) for x in factors]
+        flops = flops_of_dots(len(a), len(places.index), places.shape, a.dtype)
+        sums = stand_in.kernel([a, b, places.index], [a.new_empty(len(places.index), dtype=wide)], flops)[0]
+        del copies
+        return sums
     _warned()
-    columns = places.index % places.shape[1]
-    found = torch.sparse_csr_tensor(places.before_rows, columns, total, places.shape, check_invariants=False)
+    zeros, columns = a.new_zeros(len(places.index), dtype=wide), places.index % places.shape[1]
+    sums = torch.sparse_csr_tensor(
+        places.before_rows, columns, zeros, places.shape, device=a.device, check_invariants=False
+    )
     for start in range(0, len(a), VECTORS):
-        left, right = (_transposed(x[start : start + VECTORS]).to(wide) for x in (a, b))
-        found = torch.sparse.sampled_addmm(found, left, right.mT)
-    return found.values()
+        left, right = (_transposed(x[start : start + VECTORS]).to(wide) for x in factors)
+        torch.sparse.sampled_addmm(sums, left, right.mT, out=sums)
+        del left, right  # before the next ones are made
+    return sums.values()
 
 
 @functools.cache
@@ -102,7 +127,7 @@ def _warned() -> None:
     """Have PyTorch say here, and to nobody, what it says once of the first sparse matrix with rows: that they are in beta."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(torch.zeros(2, dtype=torch.int64), [], [], (1, 1), check_invariants=False)
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), device="cpu", check_invariants=False)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -625,7 +625,7 @@ class _Fitting:
         wants: list[str] = []
         settings = ", ".join(least.settings.phrases())
         if memory_over > 0 and self.budget.memory is not None:
-            # The very least has room for a few weights alone.
+            # The least has room for a few weights alone: a little more is named.
             wants.append(f"memory={_size(1.01 * (self.budget.memory + memory_over))}")
         if seconds_over > 0:
             assert self.calibration is not None
