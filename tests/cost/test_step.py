@@ -72,6 +72,18 @@ def counted(make: Any, prepare: Any, conditions: Conditions = ON_CPU, short: boo
         return count_step(prepare(model).train(), batch, conditions, repeats)
 
 
+def test_storages_without_bytes_are_passed_over() -> None:
+    """Such as those of a cache of keys that is still empty."""
+
+    def with_cache() -> Any:
+        model = llama()
+        model.config.use_cache = True
+        return model
+
+    found, wanted = counted(with_cache, lora), counted(llama, lora)
+    assert found.trained == wanted.trained and found.bytes == pytest.approx(wanted.bytes, rel=0.2)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("make", [llama, bert], ids=["llama", "bert"])
 def test_what_is_kept_is_what_autograd_keeps_on_a_cpu(make: Any, method: str) -> None:

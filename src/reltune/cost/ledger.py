@@ -197,10 +197,12 @@ class Ledger(TorchDispatchMode):
             known = self._known.pop(key)
             self.live -= known.size
             self.areas[known.area] -= known.size
-            self.events.append((known.made, -known.size))
+            if known.size:  # without bytes it would be taken for one that is made
+                self.events.append((known.made, -known.size))
 
         self._known[key] = _Storage(size, area, self.made, weakref.ref(storage, gone))
-        self.events.append((self.made, size))
+        if size:
+            self.events.append((self.made, size))
         self.made += 1
         self.hold(size, area)
         return size

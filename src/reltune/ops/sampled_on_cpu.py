@@ -29,9 +29,8 @@ TRANSPOSED = {torch.float32: 65.0, torch.bfloat16: 95.0, torch.float16: 4.0}
 DOTTED = {torch.float32: 8.0, torch.bfloat16: 15.0, torch.float16: 0.6}
 IN_THREADS = 1.8  # times as much, where the full product has several threads: not all of the second way does
 GATHERED_NUMBERS = 3 << 16  # of each factor at a time: they stay in a core's own cache
-GATHERED_VECTORS = (
-    1 << 14
-)  # at most: PyTorch adds up more in several threads, so that the sum of one place would depend on how many
+# At most: PyTorch adds up more in several threads, and the sum of one place would depend on how many.
+GATHERED_VECTORS = 1 << 14
 VECTORS = 256  # of the transposed copies at a time: they stay there too
 
 
