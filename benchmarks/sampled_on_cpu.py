@@ -1,6 +1,6 @@
 """What the gradient of single weights of one matrix costs on a CPU, by each way to it: dense, gathered, dots.
 
-    PYTHONPATH=src python benchmarks/sampled_on_cpu.py --output_dir benchmarks/results          (about 5 minutes on 2 cores)
+    PYTHONPATH=src python benchmarks/sampled_on_cpu.py --output_dir benchmarks/results          (about 9 minutes on 2 cores)
 
 Places are random. The matrices are those of MiniLM, of SmolLM2-135M and one of an 8B Llama; float32 and bfloat16, with one thread and with
 ``--threads``. Every result is compared with products in float64. The costs in ops/sampled_on_cpu.py are read off the times with one thread:

@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from reltune.errors import InputError
 from reltune.ops import kernels, recompute, sampled_on_cpu, stand_in
+from reltune.ops.squared_gradient import accumulator_dtype
 
 if TYPE_CHECKING:
     from reltune.ops.kernels.sampled_groups import Groups
@@ -68,12 +69,11 @@ class Places:
     @functools.cached_property
     def starts(self) -> list[int]:
         """How many places lie before each block of rows; known to the host, so that no backward pass waits for it."""
-        rows, columns = self.shape
+        rows = self.shape[0]
         if self.index.is_meta:  # which places they are is not known: as many in every block
             blocks = -(-rows // self.step)
             return [len(self.index) * block // blocks for block in range(blocks + 1)]
-        edges = torch.arange(0, rows + self.step, self.step, device=self.index.device, dtype=torch.int64) * columns
-        starts: list[int] = torch.searchsorted(self.index.long(), edges).tolist()
+        starts: list[int] = self._before(self.step).tolist()
         return starts
 
     @functools.cached_property
@@ -86,9 +86,13 @@ class Places:
     @functools.cached_property
     def before_rows(self) -> Tensor:
         """How many places lie before each row, and in all: (rows + 1,)."""
+        return self._before(1).to(self.index.dtype)
+
+    def _before(self, step: int) -> Tensor:
+        """How many places lie before every ``step``-th row, and in all, in int64."""
         rows, columns = self.shape
-        edges = torch.arange(0, rows + 1, device=self.index.device) * columns
-        return torch.searchsorted(self.index.long(), edges).to(self.index.dtype)
+        edges = torch.arange(0, rows + step, step, device=self.index.device) * columns
+        return torch.searchsorted(self.index.long(), edges)
 
     def check(self) -> None:
         """Raise InputError for indices, read from a file, that cannot be what was written. Waits for the device."""
@@ -242,7 +246,7 @@ def gradient_at(g: Tensor, x: Tensor, places: Places, transposed: bool, form: Fo
 def _spread(x: Tensor, delta: Tensor, places: Places, to_rows: bool) -> Tensor:
     """x Δᵀ (``to_rows``) or x Δ, in x's dtype."""
     rows, columns = places.shape
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulator_dtype(x)
     vectors = _flat(x).mT.to(wide).contiguous()
     total = vectors.new_zeros(rows if to_rows else columns, vectors.shape[1])
     step = max(1, GATHERED_NUMBERS // max(1, vectors.shape[1]))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from reltune.ops import stand_in
+from reltune.ops.squared_gradient import accumulator_dtype
 
 if TYPE_CHECKING:
     from reltune.ops.attach_elements import Places
@@ -80,7 +81,7 @@ def _has_dots(a: Tensor) -> bool:
 
 def gathered(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
     """The first way, for flat indices (n,). The reference of the kernels too."""
-    total = torch.zeros(len(index), dtype=_wide(a), device=a.device)
+    total = torch.zeros(len(index), dtype=accumulator_dtype(a), device=a.device)
     rows, columns = (at.long() for at in (index // b.shape[1], index % b.shape[1]))
     step = min(max(1, GATHERED_NUMBERS // max(1, len(index))), GATHERED_VECTORS)
 
@@ -102,7 +103,7 @@ def gathered(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
 
 def dots(a: Tensor, b: Tensor, places: Places) -> Tensor:
     """The second way."""
-    wide, factors = _wide(a), (a, b)
+    wide, factors = accumulator_dtype(a), (a, b)
     if a.is_meta:  # one operation in the place of many, while the two copies are there
         copies = [x.new_empty(x.shape[1], min(len(x), VECTORS), dtype=wide) for x in factors]
         flops = flops_of_dots(len(a), len(places.index), places.shape, a.dtype)
@@ -127,10 +128,6 @@ def _warned() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 0], [], [], (1, 1), device="cpu", check_invariants=False)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _transposed(x: Tensor) -> Tensor:
